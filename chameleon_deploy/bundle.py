@@ -1,0 +1,285 @@
+"""The artifact contract between export and the runtimes (DESIGN section 5).
+
+A bundle is a flat directory of plain files. `bundle.json` lists every other file with its size and
+SHA-256, every graph with its inputs and outputs, and what the model is. `open_bundle` refuses
+whatever it does not know, so that a bundle that opens is a bundle that runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from chameleon_deploy.errors import (
+    BundleNotFoundError,
+    DigestError,
+    ManifestError,
+    MissingFileError,
+    PathError,
+    TensorError,
+    UnknownFileError,
+    VersionError,
+)
+
+MANIFEST = "bundle.json"
+FORMAT = "chameleon-bundle"
+FORMAT_VERSION = 1
+
+Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
+Regime = Literal["chameleon", "lora"]
+FloatArray = npt.NDArray[np.float32]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
+
+    name: str
+    dtype: Literal["float32", "float16", "int64"]
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named graph: what it is for, which providers may run it, and its signature."""
+
+    file: str
+    role: Literal["decoder", "hypernetwork"]
+    providers: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor inside a weights file: little-endian, row-major, at a byte offset."""
+
+    file: str
+    dtype: Literal["float32", "float16"]
+    shape: tuple[int, ...]
+    offset: int
+
+
+class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    size: int
+    sha256: str
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_positions: int
+    eos_token_id: int
+
+
+class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """alpha is recorded, not applied: it is folded into the factors at export."""
+
+    regime: Regime
+    rank: int
+    alpha: float
+    num_clusters: int
+    protocol: Literal["masked", "paper"]
+    max_length: int
+    modes: tuple[Mode, ...]
+
+
+class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora)."""
+
+    base: int
+    factors: int
+    hypernetwork: int
+
+
+class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """verified is false when the export was told not to verify; the figures stand in parity.json."""
+
+    verified: bool
+    checks: int = 0
+    max_abs_logit_difference: float | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: Literal["chameleon-bundle"]
+    format_version: int
+    precision: Literal["fp32", "fp16", "int8"]
+    model: ModelSpec
+    adaptation: AdaptationSpec
+    parameters: Parameters
+    graphs: dict[str, GraphSpec]
+    token_embedding: StoredTensor
+    files: dict[str, FileSpec]
+    determinism: tuple[Literal["F", "R", "B"], ...]
+    parity: ParitySummary
+    checkpoint_digest: str
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: every check below has passed."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
+
+    def graph(self, role: str, provider: str) -> GraphSpec:
+        """The graph of a role for a provider; one made for fewer providers is the more special and wins."""
+        fitting = [g for g in self.manifest.graphs.values() if g.role == role and provider in g.providers]
+        if not fitting:
+            raise ManifestError(f"{self.path / MANIFEST}: no {role} graph for provider {provider!r}")
+        return min(fitting, key=lambda graph: len(graph.providers))
+
+    def token_embedding(self) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
+        """The token embedding [vocab, hidden], memory-mapped."""
+        spec = self.manifest.token_embedding
+        return np.memmap(self.path / spec.file, spec.dtype, "r", spec.offset, spec.shape)
+
+    def centroids(self) -> FloatArray:
+        """float32 [num_clusters, hidden]."""
+        shape = (self.manifest.adaptation.num_clusters, self.manifest.model.hidden_size)
+        if not shape[0]:
+            return np.empty(shape, np.float32)
+        return _read_tensors(self.path / "centroids.safetensors", {"centroids": shape})["centroids"]
+
+    def lora(self) -> tuple[FloatArray, FloatArray]:
+        """The trained pair of a bundle of regime lora, as the decoder takes it: [1, rank, hidden], [1, rank, vocab]."""
+        rank, model = self.manifest.adaptation.rank, self.manifest.model
+        shapes = {"lora_A": (1, rank, model.hidden_size), "lora_B": (1, rank, model.vocab_size)}
+        tensors = _read_tensors(self.path / "lora.safetensors", shapes)
+        return tensors["lora_A"], tensors["lora_B"]
+
+
+def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
+    """Which modes a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
+    if regime == "lora":
+        return ("none", "static")
+    if not num_clusters:
+        return ("none", "static", "request")
+    return ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read the manifest and check every file against it.
+
+    Raises BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError,
+    DigestError or TensorError.
+    """
+    if not path.is_dir():
+        raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
+    if not (path / MANIFEST).is_file():
+        raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
+    raw = (path / MANIFEST).read_bytes()
+    manifest = parse_manifest(raw, path / MANIFEST)
+    _check_listing(path, manifest)
+    for name, spec in manifest.files.items():
+        _check_digest(path / name, spec)
+    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest())
+    bundle.centroids()
+    if manifest.adaptation.regime == "lora":
+        bundle.lora()
+    return bundle
+
+
+def parse_manifest(raw: bytes, where: Path) -> Manifest:
+    """Decode and cross-check bundle.json. Raises ManifestError, VersionError or PathError."""
+    try:
+        head = msgspec.json.decode(raw)
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise ManifestError(f'{where}: "format" is not "{FORMAT}"')
+        if head.get("format_version") != FORMAT_VERSION:
+            raise VersionError(
+                f"{where}: format_version {head.get('format_version')!r}, this release reads {FORMAT_VERSION}: "
+                "export the checkpoint again or install the matching release"
+            )
+        manifest = msgspec.convert(head, Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"{where}: {error}") from error
+    for name in manifest.files:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise PathError(f"{where}: file name {name!r} is not a plain name inside the bundle")
+    _check_consistency(manifest, where)
+    return manifest
+
+
+def _check_consistency(manifest: Manifest, where: Path) -> None:
+    model, adaptation = manifest.model, manifest.adaptation
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "max_positions"):  # fmt: skip
+        if getattr(model, name) < 1:
+            raise ManifestError(f"{where}: model.{name} must be at least 1")
+    if adaptation.rank < 1 or adaptation.num_clusters < 0 or adaptation.max_length < 1:
+        raise ManifestError(f"{where}: adaptation has a rank, num_clusters or max_length out of range")
+    if not 0 <= model.eos_token_id < model.vocab_size:
+        raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
+    if set(adaptation.modes) != set(available_modes(adaptation.regime, adaptation.num_clusters)):
+        raise ManifestError(f"{where}: adaptation.modes do not fit its regime and num_clusters")
+    needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
+    needed |= {graph.file for graph in manifest.graphs.values()}
+    needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()
+    needed |= {"centroids.safetensors"} if adaptation.num_clusters else set()
+    for name in sorted(needed - set(manifest.files)):
+        raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
+    roles = {graph.role for graph in manifest.graphs.values()}
+    for role in {"decoder"} | ({"hypernetwork"} if adaptation.regime == "chameleon" else set()):
+        if role not in roles:
+            raise ManifestError(f"{where}: no graph has the role {role!r}")
+    stored = manifest.token_embedding
+    if stored.shape != (model.vocab_size, model.hidden_size):
+        raise ManifestError(f"{where}: token_embedding has shape {stored.shape}, not [vocab_size, hidden_size]")
+    end = stored.offset + math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
+    if stored.offset < 0 or end > manifest.files[stored.file].size:
+        raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")
+
+
+def _check_listing(path: Path, manifest: Manifest) -> None:
+    for entry in sorted(path.iterdir()):
+        if entry.is_symlink():
+            raise PathError(f"{entry} is a symbolic link: a bundle holds plain files only; copy the file itself")
+        if entry.name != MANIFEST and entry.name not in manifest.files:
+            raise UnknownFileError(f"{entry} is not listed in {MANIFEST}: remove it or export again")
+    for name in manifest.files:
+        if not (path / name).is_file():
+            raise MissingFileError(f"{path / name} is listed in {MANIFEST} but missing: copy the bundle again")
+
+
+def _check_digest(file: Path, spec: FileSpec) -> None:
+    size = file.stat().st_size
+    if size != spec.size:
+        raise DigestError(f"{file}: {size} bytes, {MANIFEST} says {spec.size}: copy the bundle again")
+    if file_sha256(file) != spec.sha256:
+        raise DigestError(f"{file}: its SHA-256 differs from {MANIFEST}: copy the bundle again")
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError) as error:
+        raise TensorError(f"{file}: {error}") from error
+    if set(tensors) != set(shapes):
+        raise TensorError(f"{file}: holds {sorted(tensors)}, expected {sorted(shapes)}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype != np.float32 or tensor.shape != shape:
+            raise TensorError(f"{file}: {name} is {tensor.dtype} {tensor.shape}, expected float32 {shape}")
+        if not np.isfinite(tensor).all():
+            raise TensorError(f"{file}: {name} holds NaN or infinity")
+    return tensors

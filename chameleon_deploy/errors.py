@@ -1,0 +1,139 @@
+"""Every error a user can cause, one class per broken expectation.
+
+`code` is part of the contract: the C++ runtime throws the same word for the same fault, and
+`--json` consumers may match on it. The message says what was wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class ChameleonError(Exception):
+    """Base of all errors raised on purpose by chameleon_deploy."""
+
+    code = "error"
+
+
+class BundleNotFoundError(ChameleonError):
+    code = "bundle_not_found"
+
+
+class ManifestError(ChameleonError):
+    """bundle.json is missing, is not JSON, or does not have the fields it must have."""
+
+    code = "manifest_invalid"
+
+
+class VersionError(ChameleonError):
+    """A format_version that this release does not know."""
+
+    code = "version_unsupported"
+
+
+class UnknownFileError(ChameleonError):
+    """The bundle holds a file that its manifest does not list."""
+
+    code = "file_unknown"
+
+
+class MissingFileError(ChameleonError):
+    code = "file_missing"
+
+
+class PathError(ChameleonError):
+    """A path that leaves its directory, by `..`, by being absolute, or through a symlink."""
+
+    code = "path_unsafe"
+
+
+class DigestError(ChameleonError):
+    """A file's size or SHA-256 differs from the manifest."""
+
+    code = "digest_mismatch"
+
+
+class TensorError(ChameleonError):
+    """A stored tensor has the wrong name, shape, dtype or non-finite values."""
+
+    code = "tensor_invalid"
+
+
+class GraphError(ChameleonError):
+    """ONNX Runtime refuses a graph, or its inputs and outputs differ from the manifest."""
+
+    code = "graph_invalid"
+
+
+class CheckpointError(ChameleonError):
+    code = "checkpoint_invalid"
+
+
+class UnsupportedBaseError(ChameleonError):
+    """The base model is of a family that cannot be exported."""
+
+    code = "base_unsupported"
+
+
+class RecipeError(ChameleonError):
+    code = "recipe_invalid"
+
+
+class OutputExistsError(ChameleonError):
+    code = "output_exists"
+
+
+class OutputError(ChameleonError):
+    """The output could not be written: no space, no permission, or another writer at work."""
+
+    code = "output_failed"
+
+
+class InputError(ChameleonError):
+    """Texts, prompts or sampling settings that make no sense: empty, mixed, not UTF-8, out of range."""
+
+    code = "input_invalid"
+
+
+class TokenError(ChameleonError):
+    """A token id that the vocabulary does not have."""
+
+    code = "token_invalid"
+
+
+class LengthError(ChameleonError):
+    """A text longer than the model's positions."""
+
+    code = "text_too_long"
+
+
+class ModeError(ChameleonError):
+    """An adaptation mode that does not exist or that this bundle cannot serve."""
+
+    code = "mode_unavailable"
+
+
+class FactorsError(ChameleonError):
+    """Caller-supplied lora_A or lora_B with the wrong shape, dtype or non-finite values."""
+
+    code = "factors_invalid"
+
+
+class ProviderError(ChameleonError):
+    """The execution provider cannot be had on this machine."""
+
+    code = "provider_unavailable"
+
+
+class NumericError(ChameleonError):
+    """The model produced a value that is not finite."""
+
+    code = "not_finite"
+
+
+class DependencyError(ChameleonError):
+    """An optional package is missing, or two that exclude each other are installed."""
+
+    code = "dependency_missing"
+
+
+class DatasetError(ChameleonError):
+    code = "dataset_unavailable"

@@ -1,0 +1,174 @@
+"""From a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import save_file
+
+from chameleon_deploy.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    AdaptationSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    ModelSpec,
+    Parameters,
+    ParitySummary,
+    TensorSpec,
+    available_modes,
+    file_sha256,
+)
+from chameleon_deploy.errors import UnsupportedBaseError
+from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.export.directory import new_directory
+from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
+
+PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
+
+# Told about a finished bundle before it is published: it returns the summary and the content of
+# parity.json, or raises to refuse the export.
+Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
+
+
+def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None) -> Manifest:
+    """Write a bundle directory, which appears as `out` when it is complete and verified.
+
+    verify  checks the bundle at the path it is given; None records the bundle as not verified
+
+    Raises UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
+    """
+    with new_directory(out) as directory:
+        manifest = _write_files(checkpoint, directory)
+        parity: dict[str, Any] = {"verified": False}
+        manifest = _write_manifest(directory, manifest, parity)
+        if verify is not None:
+            summary, parity = verify(directory)
+            manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity)
+    return manifest
+
+
+def model_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """The dimensions of a GPT-2. Raises UnsupportedBaseError for variants whose attention differs."""
+    config = checkpoint.trunk.config
+    for option, value in {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    }.items():
+        if getattr(config, option, value) != value:
+            raise UnsupportedBaseError(f"a GPT-2 with {option}={getattr(config, option)!r} cannot be exported")
+    if config.n_inner not in (None, 4 * config.n_embd):
+        raise UnsupportedBaseError(f"a GPT-2 with n_inner={config.n_inner} cannot be exported")
+    return ModelSpec(
+        architecture="gpt2",
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        num_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        max_positions=config.n_positions,
+        eos_token_id=checkpoint.trunk.eos_token_id,
+    )
+
+
+def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
+    config, trunk, model = checkpoint.config, checkpoint.trunk, model_spec(checkpoint)
+    graphs: dict[str, GraphSpec] = {}
+    weights = {name: tensor.detach().numpy() for name, tensor in trunk.causal_lm.state_dict().items()}
+    with WeightsFile(directory / "weights.bin") as weights_file:
+        decoder, token_embedding = build_decoder(model, weights, trunk.config.layer_norm_epsilon, weights_file)
+        graphs["decoder"] = _save_graph(decoder, "decoder", directory)
+        if isinstance(checkpoint.factors, Hypernetwork):
+            layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in _linears(checkpoint.factors)]
+            hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
+            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", directory)
+        else:
+            pair = checkpoint.factors.lora_A.numpy(), checkpoint.factors.lora_B.numpy()
+            lora = {"lora_A": np.ascontiguousarray(pair[0])[None], "lora_B": fold_lora_B(pair[1], config.alpha)[None]}
+            save_file(lora, directory / "lora.safetensors")
+    if config.num_clusters:
+        save_file({"centroids": checkpoint.centroids.numpy()}, directory / "centroids.safetensors")
+    trunk.tokenizer.save(str(directory / "tokenizer.json"))
+    hypernetwork_size = num_parameters(checkpoint.factors) if config.regime == "chameleon" else 0
+    return Manifest(
+        format="chameleon-bundle",
+        format_version=FORMAT_VERSION,
+        precision="fp32",
+        model=model,
+        adaptation=AdaptationSpec(
+            regime=config.regime,
+            rank=config.rank,
+            alpha=config.alpha,
+            num_clusters=config.num_clusters,
+            protocol=config.protocol,
+            max_length=config.max_length,
+            modes=available_modes(config.regime, config.num_clusters),
+        ),
+        parameters=Parameters(
+            base=trunk.num_parameters(),
+            factors=num_factors(model.hidden_size, model.vocab_size, config.rank),
+            hypernetwork=hypernetwork_size,
+        ),
+        graphs=graphs,
+        token_embedding=token_embedding,
+        files={},
+        determinism=("F", "R"),
+        parity=ParitySummary(verified=False),
+        checkpoint_digest=checkpoint.digest,
+        tools={name: metadata.version(name) for name in ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch",
+                                                         "transformers")},
+    )  # fmt: skip
+
+
+def _linears(factors: Hypernetwork) -> list[Any]:
+    return list(factors.layers)
+
+
+def _save_graph(graph: ir.Model, name: str, directory: Path) -> GraphSpec:
+    ir.save(graph, directory / f"{name}.onnx")
+    role: Any = name
+    return GraphSpec(
+        f"{name}.onnx", role, PROVIDERS, _tensor_specs(graph.graph.inputs), _tensor_specs(graph.graph.outputs)
+    )
+
+
+def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
+    dtypes: dict[Any, Any] = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
+    return tuple(
+        TensorSpec(v.name, dtypes[v.dtype], tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        for v in values
+    )
+
+
+def _write_manifest(directory: Path, manifest: Manifest, parity: dict[str, Any]) -> Manifest:
+    """Write parity.json, then bundle.json with the digests of everything else."""
+    (directory / "parity.json").write_bytes(_json(parity))
+    names = sorted(file.name for file in directory.iterdir() if file.name != MANIFEST)
+    known = {name: spec for name, spec in manifest.files.items() if name != "parity.json"}  # hash weights.bin once
+    listed = {name: known.get(name) or _file_spec(directory / name) for name in names}
+    manifest = msgspec.structs.replace(manifest, files=listed)
+    (directory / MANIFEST).write_bytes(_json(manifest))
+    return manifest
+
+
+def _file_spec(file: Path) -> FileSpec:
+    return FileSpec(file.stat().st_size, file_sha256(file))
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+

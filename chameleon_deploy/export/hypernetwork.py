@@ -1,0 +1,53 @@
+"""hypernetwork.onnx: conditioning [clusters, hidden] -> lora_A, lora_B as the decoder takes them.
+
+The reference's last layer gives lora_B as [vocab, rank]; its rows are reordered here so that the
+graph gives [rank, vocab] without a transpose, and alpha is multiplied into them, so that the
+decoder has nothing left to do but the two products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.export.decoder import FLOAT, OPSET
+from chameleon_deploy.export.weights import WeightsFile
+
+
+def fold_lora_B(lora_B: FloatArray, alpha: float) -> FloatArray:
+    """[vocab, rank, ...] -> alpha * [rank, vocab, ...]"""
+    return np.ascontiguousarray(np.swapaxes(lora_B, 0, 1) * np.float32(alpha))
+
+
+def build_hypernetwork(
+    layers: list[tuple[FloatArray, FloatArray]], rank: int, alpha: float, model: ModelSpec, weights_file: WeightsFile
+) -> ir.Model:
+    """layers: (weight [out, in], bias [out]) of each Linear; the last gives rank*hidden + vocab*rank numbers."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="hypernetwork")
+    builder = GraphBuilder(graph)
+    op = builder.op
+
+    def initializer(name: str, array: FloatArray) -> ir.Value:
+        return builder.initializer(weights_file.add(f"hypernetwork.{name}", array), name)
+
+    x = builder.input("conditioning", FLOAT, ["clusters", model.hidden_size])
+    *inner, (weight, bias) = layers
+    for i, (w, b) in enumerate(inner):
+        x = op.Relu(op.Gemm(x, initializer(f"{i}.weight", w), initializer(f"{i}.bias", b), transB=1))
+    split = rank * model.hidden_size
+    parts = {
+        "lora_A": (weight[:split], bias[:split], model.hidden_size),
+        "lora_B": (
+            fold_lora_B(weight[split:].reshape(model.vocab_size, rank, -1), alpha).reshape(rank * model.vocab_size, -1),
+            fold_lora_B(bias[split:].reshape(model.vocab_size, rank), alpha).reshape(-1),
+            model.vocab_size,
+        ),
+    }
+    for name, (w, b, width) in parts.items():
+        flat = op.Gemm(x, initializer(f"{name}.weight", w), initializer(f"{name}.bias", b), transB=1)
+        builder.add_output(op.Reshape(flat, [-1, rank, width]), name)
+        graph.outputs[-1].shape = ir.Shape(["clusters", rank, width])
+        graph.outputs[-1].type = ir.TensorType(FLOAT)
+    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")

@@ -1,0 +1,48 @@
+"""weights.bin: the external data that all graphs of a bundle share.
+
+A tensor is written once, as soon as it is added, and never held: the export of a large model needs
+no more memory than the model itself. The format is ONNX's external data: raw little-endian values
+at an offset (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx_ir as ir
+
+from chameleon_deploy.bundle import FloatArray, StoredTensor
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+
+class WeightsFile:
+    """Append-only writer; use as a context manager so that the file is flushed to disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("xb")
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, name: str, array: FloatArray) -> ir.ExternalTensor:
+        """Write float32 values and return the tensor that graphs refer to."""
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(array, dtype="<f4").data)
+        self._file.flush()  # onnx_ir may map the file before it is closed
+        return ir.ExternalTensor(
+            self.path.name, offset, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name,
+            base_dir=self.path.parent,
+        )  # fmt: skip
+
+
+def stored_tensor(tensor: ir.ExternalTensor) -> StoredTensor:
+    """The same place, in the words of the manifest."""
+    return StoredTensor(str(tensor.location), "float32", tuple(int(n) for n in tensor.shape), int(tensor.offset or 0))

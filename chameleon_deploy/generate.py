@@ -1,0 +1,57 @@
+"""`python -m chameleon_deploy.generate`: continue prompts with a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import chameleon_deploy
+from chameleon_deploy import console
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.errors import InputError
+from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.texts import read_texts
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help='Prompts from a file: paragraphs, or .jsonl with "text".')] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
+    tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 leaves the logits alone.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
+    provider: Annotated[str, typer.Option(help="cpu or auto.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
+) -> None:
+    """Continue prompts: all of them are one batch, which cohort and tenant modes adapt to as a whole."""
+    if not prompt and not prompts:
+        raise InputError("nothing to continue: pass --prompt TEXT or --prompts FILE")
+    texts = [*(prompt or []), *(read_texts([prompts]) if prompts else [])]
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()))
+    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
+    if as_json:
+        for generation in generations:
+            print(json.dumps(dataclasses.asdict(generation), ensure_ascii=False))
+        return
+    table = Table("cluster", "prompt", "text", "finish", show_lines=True)
+    for text, generation in zip(texts, generations, strict=True):
+        table.add_row(str(generation.cluster_id), console.plain(text), console.plain(generation.text),
+                      generation.finish_reason)  # fmt: skip
+    console.stdout.print(table)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,239 @@
+"""The checkpoint: what training writes and export reads (DESIGN section 4).
+
+Three kinds of input give the same `Checkpoint`: our own directory, a PEFT LoRA directory that
+targets lm_head, and a state dict of the authors' script. Nothing is ever unpickled into objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
+from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
+from chameleon_deploy.reference.model import Trunk, load_trunk
+
+CONFIG_FILE = "chameleon_config.json"
+TENSOR_FILE = "chameleon.safetensors"
+FORMAT_VERSION = 1
+
+Regime = Literal["chameleon", "lora"]
+Protocol = Literal["masked", "paper"]
+
+
+class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    format: Literal["chameleon-checkpoint"] = "chameleon-checkpoint"
+    format_version: int = FORMAT_VERSION
+    regime: Regime
+    base_model: str
+    rank: int
+    alpha: float = 1.0
+    hidden_sizes: tuple[int, ...] = ()
+    num_clusters: int
+    protocol: Protocol = "masked"
+    max_length: int = 256
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint: the frozen trunk, the source of factors and the centroids [K, hidden] (K may be 0)."""
+
+    config: CheckpointConfig
+    trunk: Trunk
+    factors: nn.Module
+    centroids: Tensor
+    digest: str
+
+
+def load_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
+    """Load any of the three kinds of checkpoint.
+
+    path  a checkpoint directory, a PEFT LoRA directory, or a state-dict file of the authors' script
+    base  the base model, where the input does not name one or its path has moved
+
+    Raises CheckpointError, VersionError, TensorError or UnsupportedBaseError.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: pass a directory that training wrote")
+    if path.is_file():
+        return _load_authors_state_dict(path, base or "gpt2")
+    if (path / CONFIG_FILE).is_file():
+        return _load_own(path, base)
+    if (path / "adapter_config.json").is_file():
+        return _load_peft(path, base)
+    raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
+
+
+def save_checkpoint(path: Path, config: CheckpointConfig, factors: nn.Module, centroids: Tensor) -> None:
+    """Write the two checkpoint files into an existing directory, each one whole or not at all."""
+    tensors = {_stored_name(name): p.detach().contiguous() for name, p in factors.named_parameters()}
+    if len(centroids):
+        tensors["centroids"] = centroids.contiguous()
+    partial = path / (TENSOR_FILE + ".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path / TENSOR_FILE)
+    partial = path / (CONFIG_FILE + ".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    os.replace(partial, path / CONFIG_FILE)
+
+
+def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> nn.Module:
+    """A freshly initialised hypernetwork or LoRA pair of the right shape."""
+    if config.regime == "chameleon":
+        return Hypernetwork(hidden_size, vocab_size, config.rank, config.hidden_sizes)
+    return StaticLoRA(hidden_size, vocab_size, config.rank)
+
+
+def _stored_name(parameter: str) -> str:
+    return parameter.replace("layers.", "hypernetwork.", 1) if parameter.startswith("layers.") else parameter
+
+
+def _load_own(path: Path, base: str | None) -> Checkpoint:
+    config = _read_config(path / CONFIG_FILE)
+    tensors = _read_tensors(path / TENSOR_FILE)
+    trunk = load_trunk(base or _resolve_base(path, config.base_model))
+    centroids = tensors.pop("centroids", torch.empty(0, trunk.config.hidden_size))
+    if tuple(centroids.shape) != (config.num_clusters, trunk.config.hidden_size):
+        raise TensorError(
+            f"{path / TENSOR_FILE}: centroids have shape {tuple(centroids.shape)}, "
+            f"the configuration says {(config.num_clusters, trunk.config.hidden_size)}"
+        )
+    return _assemble(path, config, trunk, tensors, centroids, [path / CONFIG_FILE, path / TENSOR_FILE])
+
+
+def _load_peft(path: Path, base: str | None) -> Checkpoint:
+    try:
+        peft = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        targets = peft["target_modules"]
+        targets = [targets] if isinstance(targets, str) else sorted(targets)
+        rank, scaling = int(peft["r"]), float(peft["lora_alpha"]) / float(peft["r"])
+        base_model = str(base or peft["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / 'adapter_config.json'}: not a PEFT LoRA configuration: {error!r}") from error
+    if peft.get("peft_type", "LORA") != "LORA" or targets != ["lm_head"]:
+        raise CheckpointError(f"{path}: only a LoRA whose single target is lm_head can be deployed, found {targets}")
+    for option in ("use_rslora", "use_dora", "lora_bias"):
+        if peft.get(option):
+            raise CheckpointError(f"{path}: {option} is set; only a plain LoRA can be deployed")
+    tensors = _read_tensors(path / "adapter_model.safetensors")
+    prefix = "base_model.model.lm_head.lora_"
+    named = {n.removeprefix(prefix).removesuffix(".weight"): t for n, t in tensors.items() if n.startswith(prefix)}
+    if len(tensors) != 2 or sorted(named) != ["A", "B"]:
+        raise TensorError(f"{path}: expected {prefix}A.weight and {prefix}B.weight only, found {sorted(tensors)}")
+    trunk = load_trunk(_resolve_base(path, base_model))
+    # PEFT divides by the rank; the head here does not, so its factor goes into alpha.
+    config = CheckpointConfig(
+        regime="lora", base_model=base_model, rank=rank, alpha=scaling, num_clusters=0, max_length=trunk.max_positions
+    )
+    tensors = {"lora_A": named["A"], "lora_B": named["B"]}
+    files = [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    return _assemble(path, config, trunk, tensors, torch.empty(0, trunk.config.hidden_size), files)
+
+
+def _load_authors_state_dict(path: Path, base: str) -> Checkpoint:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a state dict that loads with weights_only=True: {type(error).__name__}") from error
+    # The authors' Sequential counts its ReLU and Dropout modules, ours counts Linear modules.
+    names = {"0": 0, "3": 1, "6": 2}
+    prefix = "lm_head.hyper_net."
+    tensors = {}
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if str(name).startswith(prefix):
+            index, _, kind = str(name).removeprefix(prefix).partition(".")
+            if index not in names or kind not in ("weight", "bias"):
+                raise TensorError(f"{path}: unexpected tensor {name}")
+            tensors[f"hypernetwork.{names[index]}.{kind}"] = tensor
+    if len(tensors) != 6:
+        raise TensorError(f"{path}: expected the six tensors {prefix}{{0,3,6}}.{{weight,bias}}, found {len(tensors)}")
+    trunk = load_trunk(base)
+    vocab, hidden = trunk.head_weight.shape
+    rank, remainder = divmod(len(tensors["hypernetwork.2.bias"]), hidden + vocab)
+    if remainder:
+        raise TensorError(f"{path}: the last layer does not fit a base model of hidden {hidden} and vocabulary {vocab}")
+    config = CheckpointConfig(
+        regime="chameleon",
+        base_model=base,
+        rank=rank,
+        hidden_sizes=(len(tensors["hypernetwork.0.bias"]), len(tensors["hypernetwork.1.bias"])),
+        num_clusters=0,
+        protocol="paper",
+        max_length=min(256, trunk.max_positions),
+    )
+    return _assemble(path, config, trunk, tensors, torch.empty(0, hidden), [path])
+
+
+def _assemble(
+    path: Path, config: CheckpointConfig, trunk: Trunk, tensors: dict[str, Tensor], centroids: Tensor, files: list[Path]
+) -> Checkpoint:
+    vocab, hidden = trunk.head_weight.shape
+    factors = build_factors(config, hidden, vocab)
+    for name, parameter in factors.named_parameters():
+        stored = tensors.pop(_stored_name(name), None)
+        if stored is None:
+            raise TensorError(f"{path}: tensor {_stored_name(name)} is missing")
+        if stored.shape != parameter.shape:
+            raise TensorError(
+                f"{path}: {_stored_name(name)} has shape {tuple(stored.shape)}, "
+                f"a rank-{config.rank} head on this base model needs {tuple(parameter.shape)}"
+            )
+        _check_finite(path, _stored_name(name), stored)
+        parameter.data = stored.to(torch.float32)
+    if tensors:
+        raise TensorError(f"{path}: unexpected tensors {sorted(tensors)}")
+    _check_finite(path, "centroids", centroids)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    factors.eval().requires_grad_(False)
+    return Checkpoint(config, trunk, factors, centroids.to(torch.float32), digest.hexdigest())
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TensorError(f"{path}: {name} has dtype {tensor.dtype}, expected floating point")
+    if not torch.isfinite(tensor).all():
+        raise TensorError(f"{path}: {name} holds NaN or infinity")
+
+
+def _read_config(path: Path) -> CheckpointConfig:
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=dict)
+        if raw.get("format") == "chameleon-checkpoint" and raw.get("format_version") != FORMAT_VERSION:
+            raise VersionError(f"{path}: format_version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}")
+        config = msgspec.convert(raw, CheckpointConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if config.rank < 1 or config.max_length < 1 or config.num_clusters < 0:
+        raise CheckpointError(f"{path}: rank and max_length must be at least 1, num_clusters at least 0")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _resolve_base(path: Path, base_model: str) -> str:
+    """A path relative to the checkpoint if such a directory exists, else a hub id."""
+    local = path / base_model
+    if local.is_dir():
+        return str(local)
+    if base_model.startswith((".", "/")):
+        raise CheckpointError(f"{path}: its base model {base_model!r} is not there; pass --base")
+    return base_model

@@ -1,0 +1,193 @@
+"""Train the head factors on cached hidden states.
+
+A step costs the head alone: base logits need no gradient, and the gradient of the factors is
+accumulated over chunks of positions, so memory does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chameleon_deploy.reference.hidden_states import HiddenStates
+
+CHUNK_POSITIONS = 1024  # logits of one chunk: 1024 * 50,257 * 4 bytes = 206 MB
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The paper's settings are the defaults."""
+
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 5e-4
+    patience: int = 2  # epochs without a better validation loss before stopping
+    seed: int = 0
+
+
+@dataclass
+class TrainingState:
+    """What is on disk after every epoch, beside the parameters and the optimiser's moments."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_loss: float = float("inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train_head(
+    factors: nn.Module,
+    head_weight: Tensor,
+    alpha: float,
+    train: HiddenStates,
+    validation: HiddenStates,
+    centroids: Tensor,
+    settings: TrainingSettings,
+    state_dir: Path,
+    on_epoch: Callable[[TrainingState], None] = lambda state: None,
+) -> TrainingState:
+    """Train `factors` in place and leave the parameters of the best epoch in it.
+
+    Progress is saved in state_dir after every epoch; called again on the same state_dir, training
+    goes on there and ends with the same parameters as an uninterrupted run.
+    """
+    optimizer = torch.optim.AdamW(factors.parameters(), lr=settings.lr)
+    state = _restore(factors, optimizer, state_dir) or TrainingState()
+    train_clusters = _clusters(train, centroids)
+    while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
+        state.epoch += 1
+        # All of an epoch's randomness (order, dropout) follows from its number: nothing else to save.
+        torch.manual_seed(settings.seed * 100_003 + state.epoch)
+        factors.train()
+        total, count = 0.0, 0
+        for rows in _shuffled_batches(train_clusters, settings.batch_size):
+            hidden, targets = train.batch(rows)
+            conditioning = train.embeddings[rows].mean(0, keepdim=True)
+            optimizer.zero_grad()
+            total += _backward(factors, conditioning, hidden, targets, head_weight, alpha)
+            count += len(targets)
+            optimizer.step()
+        loss = validation_loss(factors, head_weight, alpha, validation, centroids, settings.batch_size)
+        state.history.append({"epoch": state.epoch, "train_loss": total / count, "validation_loss": loss})
+        if loss < state.best_loss:
+            state.best_loss, state.best_epoch = loss, state.epoch
+            _save_tensors(dict(factors.state_dict()), state_dir / "best.safetensors")
+        _save(factors, optimizer, state, state_dir)
+        on_epoch(state)
+    factors.load_state_dict(load_file(state_dir / "best.safetensors"))
+    factors.eval().requires_grad_(False)
+    return state
+
+
+def validation_loss(
+    factors: nn.Module | None,
+    head_weight: Tensor,
+    alpha: float,
+    states: HiddenStates,
+    centroids: Tensor,
+    batch_size: int,
+) -> float:
+    """Mean cross-entropy over all stored positions, cohorts drawn per cluster as in training. None: the base model."""
+    total = 0.0
+    if factors is not None:
+        factors.eval()
+    for rows in cohorts(_clusters(states, centroids), batch_size):
+        hidden, targets = states.batch(rows)
+        total += float(cohort_losses(factors, states.embeddings[rows], hidden, targets, head_weight, alpha).sum())
+    return total / len(states.targets)
+
+
+@torch.no_grad()
+def cohort_losses(
+    factors: nn.Module | None,
+    embeddings: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    head_weight: Tensor,
+    alpha: float,
+) -> Tensor:
+    """Cross-entropy [positions] of one cohort, conditioned on the mean of its embeddings [texts, hidden]."""
+    losses = []
+    if factors is not None:
+        lora_A, lora_B = (f[0] for f in factors(embeddings.mean(0, keepdim=True)))
+    for start in range(0, len(targets), CHUNK_POSITIONS):
+        h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
+        logits = h @ head_weight.T
+        if factors is not None:
+            logits += alpha * (h @ lora_A.T) @ lora_B.T
+        losses.append(nn.functional.cross_entropy(logits, t, reduction="none"))
+    return torch.cat(losses)
+
+
+def _backward(
+    factors: nn.Module, conditioning: Tensor, hidden: Tensor, targets: Tensor, head_weight: Tensor, alpha: float
+) -> float:
+    """Accumulate the gradient of the mean loss; return the summed loss."""
+    generated = factors(conditioning)
+    # Cut the graph at the factors: chunks accumulate into these leaves, then one pass goes through the network.
+    lora_A, lora_B = leaves = [f[0].detach().requires_grad_() for f in generated]
+    total = 0.0
+    for start in range(0, len(targets), CHUNK_POSITIONS):
+        h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
+        logits = (h @ head_weight.T) + alpha * (h @ lora_A.T) @ lora_B.T
+        loss = nn.functional.cross_entropy(logits, t, reduction="sum")
+        (loss / len(targets)).backward()  # type: ignore[no-untyped-call]
+        total += float(loss)
+    torch.autograd.backward(generated, [leaf.grad[None] for leaf in leaves if leaf.grad is not None])
+    return total
+
+
+def _clusters(states: HiddenStates, centroids: Tensor) -> list[Tensor]:
+    from chameleon_deploy.reference.clustering import nearest_centroids
+
+    assigned = nearest_centroids(states.embeddings, centroids)
+    return [torch.nonzero(assigned == k).flatten() for k in range(len(centroids))]
+
+
+def cohorts(clusters: list[Tensor], batch_size: int) -> Iterator[list[int]]:
+    """Rows of one cluster at a time, in order, at most batch_size together."""
+    for rows in clusters:
+        for chunk in rows.split(batch_size):
+            if len(chunk):
+                yield chunk.tolist()
+
+
+def _shuffled_batches(clusters: list[Tensor], batch_size: int) -> list[list[int]]:
+    batches = list(cohorts([rows[torch.randperm(len(rows))] for rows in clusters], batch_size))
+    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+
+
+def _save(factors: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, state_dir: Path) -> None:
+    tensors = {f"parameter.{name}": t for name, t in factors.state_dict().items()}
+    for (name, _), moments in zip(factors.named_parameters(), optimizer.state_dict()["state"].values(), strict=True):
+        tensors |= {f"{key}.{name}": value for key, value in moments.items()}
+    # One file holds everything, so that a kill between two files cannot mix two epochs.
+    tensors["json"] = torch.from_numpy(np.frombuffer(json.dumps(asdict(state)).encode(), dtype=np.uint8).copy())
+    _save_tensors(tensors, state_dir / "state.safetensors")
+
+
+def _restore(factors: nn.Module, optimizer: torch.optim.Optimizer, state_dir: Path) -> TrainingState | None:
+    file = state_dir / "state.safetensors"
+    if not file.is_file():
+        return None
+    tensors = load_file(file)
+    factors.load_state_dict({n.removeprefix("parameter."): t for n, t in tensors.items() if n.startswith("parameter.")})
+    saved = optimizer.state_dict()
+    for index, (name, _) in enumerate(factors.named_parameters()):
+        saved["state"][index] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    optimizer.load_state_dict(saved)
+    return TrainingState(**json.loads(tensors["json"].numpy().tobytes()))
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, file)

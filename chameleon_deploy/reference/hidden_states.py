@@ -1,0 +1,118 @@
+"""Final hidden states of the frozen trunk, computed once and memory-mapped.
+
+The update touches the head alone, so training needs the trunk's output and never the trunk.
+A position is stored when its protocol scores it:
+
+    masked   every real token but the last of each text; its target is the next token
+    paper    the last position of the text padded to max_length with EOS; its target is that position's own token
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chameleon_deploy.reference.clustering import embed_texts
+from chameleon_deploy.reference.model import Trunk
+
+
+@dataclass
+class HiddenStates:
+    """hidden float32 [positions, hidden] (memory-mapped), targets int64 [positions], offsets int64 [texts + 1],
+    embeddings float32 [texts, hidden]. Text i owns positions offsets[i]:offsets[i+1]."""
+
+    hidden: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    embeddings: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [positions, hidden] and targets [positions] of some texts, one after the other."""
+        spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        hidden = np.concatenate([self.hidden[span] for span in spans])
+        return torch.from_numpy(hidden), torch.from_numpy(np.concatenate([self.targets[span] for span in spans]))
+
+
+def cache_hidden_states(
+    trunk: Trunk,
+    texts: Sequence[Sequence[int]],
+    protocol: str,
+    max_length: int,
+    directory: Path,
+    report: Callable[[int], None] = lambda done: None,
+    batch_size: int = 16,
+) -> HiddenStates:
+    """Compute, or map again, the hidden states of `texts` in `directory`.
+
+    A cache made from other texts, weights or settings is recomputed. `report` is told how many texts are done.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    key = _key(trunk, texts, protocol, max_length)
+    lengths = [1 if protocol == "paper" else len(ids) - 1 for ids in texts]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    targets = np.concatenate([_targets(ids, protocol, max_length, trunk.eos_token_id) for ids in texts])
+    file = directory / "hidden_states.npy"
+    key_file = directory / "hidden_states.json"
+    if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
+        _compute(trunk, texts, protocol, max_length, offsets, file, report, batch_size)
+        key_file.write_text(json.dumps({"key": key}))
+    embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
+    return HiddenStates(np.load(file, mmap_mode="r"), targets, offsets, embeddings)
+
+
+def _compute(
+    trunk: Trunk,
+    texts: Sequence[Sequence[int]],
+    protocol: str,
+    max_length: int,
+    offsets: npt.NDArray[np.int64],
+    file: Path,
+    report: Callable[[int], None],
+    batch_size: int,
+) -> None:
+    partial = file.with_suffix(".partial")
+    stored = np.lib.format.open_memmap(
+        partial, mode="w+", dtype=np.float32, shape=(int(offsets[-1]), trunk.config.hidden_size)
+    )
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding in each batch
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = max_length if protocol == "paper" else max(len(texts[row]) for row in rows)
+        input_ids = torch.full((len(rows), width), trunk.eos_token_id)
+        attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(texts[row])] = torch.tensor(texts[row])
+            attention_mask[i, : len(texts[row])] = 1
+        # The paper's scripts attend to the padding.
+        hidden, _ = trunk.hidden_states(input_ids, None if protocol == "paper" else attention_mask)
+        for i, row in enumerate(rows):
+            kept = hidden[i, -1:] if protocol == "paper" else hidden[i, : len(texts[row]) - 1]
+            stored[offsets[row] : offsets[row + 1]] = kept.numpy()
+        report(start + len(rows))
+    stored.flush()
+    os.replace(partial, file)
+
+
+def _targets(ids: Sequence[int], protocol: str, max_length: int, eos_token_id: int) -> npt.NDArray[np.int64]:
+    if protocol == "paper":
+        return np.array([ids[-1] if len(ids) == max_length else eos_token_id], dtype=np.int64)
+    return np.array(ids[1:], dtype=np.int64)
+
+
+def _key(trunk: Trunk, texts: Sequence[Sequence[int]], protocol: str, max_length: int) -> str:
+    digest = hashlib.sha256(json.dumps([protocol, max_length, [list(ids) for ids in texts]]).encode())
+    for name, parameter in trunk.causal_lm.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()

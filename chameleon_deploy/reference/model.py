@@ -1,0 +1,128 @@
+"""The reference model: a frozen Hugging Face trunk and a head with low-rank updates.
+
+This file is the definition that exported graphs are compared with. It is written for reading:
+no padding tricks, no caching of factors, float32 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
+
+SUPPORTED_FAMILIES = ("gpt2",)
+
+
+@dataclass
+class Trunk:
+    """A pretrained causal language model, frozen.
+
+    causal_lm   the Hugging Face model
+    tokenizer   the `tokenizers.Tokenizer` behind its tokenizer
+    """
+
+    causal_lm: Any
+    tokenizer: Any
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """E [vocab, hidden]: also the head's weight where the two are tied."""
+        return cast(Tensor, self.causal_lm.get_input_embeddings().weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """W [vocab, hidden] of the linear head."""
+        return cast(Tensor, self.causal_lm.get_output_embeddings().weight)
+
+    @property
+    def eos_token_id(self) -> int:
+        eos = self.config.eos_token_id
+        return int(eos[0] if isinstance(eos, list) else eos)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    def num_parameters(self) -> int:
+        """Each tensor once, tied weights included once: 124,439,808 for GPT-2 small."""
+        return sum(p.numel() for p in self.causal_lm.parameters())
+
+    @torch.no_grad()
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
+
+        input_ids       int64 [batch, sequence]
+        attention_mask  int64 [batch, past + sequence], 1 = real token; None attends to everything
+        """
+        position_ids = None
+        if attention_mask is not None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.causal_lm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+        return output.last_hidden_state, output.past_key_values
+
+
+def adapted_logits(
+    hidden: Tensor, head_weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, factor_ids: Tensor
+) -> Tensor:
+    """logits = h W^T + alpha * (h A^T) B^T, each row with its own factor set.
+
+    hidden [batch, sequence, hidden], lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank],
+    factor_ids int64 [batch] -> [batch, sequence, vocab]
+    """
+    logits = nn.functional.linear(hidden, head_weight)
+    A, B = lora_A[factor_ids], lora_B[factor_ids]
+    return logits + alpha * (hidden @ A.transpose(1, 2)) @ B.transpose(1, 2)
+
+
+def load_trunk(name_or_path: str | Path) -> Trunk:
+    """Load a base model from a directory or a hub id, in float32, frozen and in evaluation mode.
+
+    Raises UnsupportedBaseError for a family that cannot be exported, CheckpointError when nothing can be loaded.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name_or_path)
+    except Exception as error:
+        raise CheckpointError(f"cannot load a base model from {str(name_or_path)!r}: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise UnsupportedBaseError(
+            f"{str(name_or_path)!r} is a {config.model_type!r} model; supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    try:
+        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:
+        raise CheckpointError(f"cannot load a base model from {str(name_or_path)!r}: {_first_line(error)}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"{str(name_or_path)!r} has no fast tokenizer: save one as tokenizer.json beside it")
+    return trunk_from(causal_lm, backend)
+
+
+def trunk_from(causal_lm: Any, tokenizer: Any) -> Trunk:
+    causal_lm.eval().requires_grad_(False)
+    return Trunk(causal_lm, tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

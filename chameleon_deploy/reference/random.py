@@ -1,0 +1,74 @@
+"""A checkpoint of random weights in any GPT-2 size, to try export, verify and bench without training.
+
+    python -m chameleon_deploy.reference.random --size small --out models/random-small
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.errors import OutputExistsError
+from chameleon_deploy.reference.checkpoint import CheckpointConfig, Regime, build_factors, save_checkpoint
+from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
+from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+
+# size: n_layer, n_embd, n_head
+SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
+         "xl": (48, 1600, 25)}  # fmt: skip
+
+
+def random_checkpoint(out: Path, size: str, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0) -> None:
+    """Write out/base and the checkpoint around it. The centroids come from real text, the weights from the seed.
+
+    Raises OutputExistsError.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if out.exists():
+        raise OutputExistsError(f"{out} exists: choose another --out or delete it")
+    torch.manual_seed(seed)
+    layers, hidden, heads = SIZES[size]
+    dimensions = {"vocab_size": 512, "n_positions": 128} if size == "mini" else {"vocab_size": 50257}
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=hidden, n_head=heads, bos_token_id=0, eos_token_id=0, **dimensions
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    texts = [text for kind in KINDS for text in python_texts(kind)[:200]]
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    out.mkdir(parents=True)
+    save_base(model, tokenizer, out / "base")
+    checkpoint = CheckpointConfig(
+        regime=regime,
+        base_model="./base",
+        rank=4,
+        hidden_sizes=HIDDEN_SIZES if regime == "chameleon" else (),
+        num_clusters=num_clusters,
+        max_length=min(256, config.n_positions),
+    )
+    table = model.transformer.wte.weight.detach()
+    ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
+    centroids = fit_centroids(embed_texts(ids, table, "masked", checkpoint.max_length, 0), num_clusters, seed)
+    save_checkpoint(out, checkpoint, build_factors(checkpoint, hidden, config.vocab_size), centroids)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    size: Annotated[Literal["mini", "small", "medium", "large", "xl"], typer.Option(help="GPT-2 size.")] = "small",
+    regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="What the factors come from.")] = "chameleon",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a checkpoint of random weights."""
+    random_checkpoint(out, size, regime, seed=seed)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,80 @@
+"""A whole training: texts in, checkpoint directory out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from chameleon_deploy.errors import InputError, OutputExistsError
+from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
+from chameleon_deploy.reference.clustering import fit_centroids
+from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.head import TrainingSettings, TrainingState, train_head
+from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.model import Trunk
+
+Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+
+
+def train_checkpoint(
+    trunk: Trunk,
+    config: CheckpointConfig,
+    train_texts: list[str],
+    validation_texts: list[str],
+    out: Path,
+    settings: TrainingSettings,
+    report: Report,
+    resume: bool = False,
+    cache: Path | None = None,
+) -> TrainingState:
+    """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
+
+    Working files (hidden states, the state of the last epoch) stand in `<out>.training` until then.
+
+    resume  go on with an interrupted training of the same `out`
+    cache   where the hidden states stay, for several trainings on the same text
+
+    Raises OutputExistsError, InputError.
+    """
+    work = out.with_name(out.name + ".training")
+    if out.exists():
+        raise OutputExistsError(f"{out} exists: choose another --out or delete it")
+    if work.exists() and not resume:
+        raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to go on, or delete it")
+    if config.max_length > trunk.max_positions:
+        raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
+    work.mkdir(parents=True, exist_ok=True)
+
+    def hidden_states(part: str, texts: list[str]) -> HiddenStates:
+        ids = encode_texts(texts, trunk.tokenizer, config.protocol, config.max_length)
+        directory = (cache or work) / part
+        return cache_hidden_states(
+            trunk, ids, config.protocol, config.max_length, directory,
+            lambda done: report(f"hidden states ({part})", done, len(ids)),
+        )  # fmt: skip
+
+    train, validation = hidden_states("train", train_texts), hidden_states("validation", validation_texts)
+    centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
+    torch.manual_seed(settings.seed)
+    vocab_size, hidden_size = trunk.head_weight.shape
+    factors = build_factors(config, hidden_size, vocab_size)
+    state = train_head(
+        factors, trunk.head_weight, config.alpha, train, validation, centroids, settings, work,
+        lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs),
+    )  # fmt: skip
+
+    complete = work / "checkpoint"
+    shutil.rmtree(complete, ignore_errors=True)
+    complete.mkdir()
+    save_checkpoint(complete, config, factors, centroids)
+    record = {"settings": asdict(settings), **asdict(state)}
+    (complete / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    os.rename(complete, out)
+    shutil.rmtree(work)
+    return state

@@ -1,0 +1,125 @@
+"""Embedding, clustering and conditioning of a batch (DESIGN sections 2 and 3), in numpy.
+
+Sums run in float64 and in a fixed order, then round to float32 once: the C++ runtime gets the same
+conditioning vectors to the last bit, and with them the same factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import AdaptationSpec, FloatArray, Mode, ModelSpec
+from chameleon_deploy.errors import FactorsError, InputError
+
+IntArray = npt.NDArray[np.int64]
+Factors = tuple[FloatArray, FloatArray]
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The factors of a batch.
+
+    embeddings   float32 [batch, hidden]         text embeddings, of length one
+    cluster_ids  int64 [batch]                   nearest centroid; -1 in a bundle without centroids
+    lora_A       float32 [clusters, rank, hidden]
+    lora_B       float32 [clusters, rank, vocab]   alpha is already in it
+    factor_ids   int64 [batch]                   which factor set each row uses: the decoder's input `cluster_ids`
+    """
+
+    embeddings: FloatArray
+    cluster_ids: IntArray
+    lora_A: FloatArray
+    lora_B: FloatArray
+    factor_ids: IntArray
+
+    def rows(self, rows: IntArray) -> Adaptation:
+        """The same factor sets for some rows only."""
+        return replace(
+            self,
+            embeddings=self.embeddings[rows],
+            cluster_ids=self.cluster_ids[rows],
+            factor_ids=self.factor_ids[rows],
+        )
+
+
+def embed(
+    rows: Sequence[Sequence[int]], token_embedding: npt.NDArray[np.floating], spec: AdaptationSpec, eos_token_id: int
+) -> FloatArray:
+    """e = p / (||p|| + 1e-8), p the mean token embedding of a row.  -> float32 [batch, hidden]
+
+    Protocol `paper` pools the EOS padding up to max_length too.
+    """
+    embeddings = np.empty((len(rows), token_embedding.shape[1]), np.float32)
+    for i, ids in enumerate(rows):
+        count = len(ids)
+        pooled = np.asarray(token_embedding[np.asarray(ids)]).astype(np.float64).sum(0)
+        if spec.protocol == "paper" and count < spec.max_length:
+            pooled += (spec.max_length - count) * np.asarray(token_embedding[eos_token_id]).astype(np.float64)
+            count = spec.max_length
+        pooled /= count
+        embeddings[i] = pooled / (np.sqrt((pooled * pooled).sum()) + 1e-8)
+    return embeddings
+
+
+def assign(embeddings: FloatArray, centroids: FloatArray) -> IntArray:
+    """argmin_k ||e - mu_k||^2, ties to the lowest k; -1 where there are no centroids.  -> int64 [batch]"""
+    if not len(centroids):
+        return np.full(len(embeddings), -1, np.int64)
+    difference = embeddings[:, None].astype(np.float64) - centroids[None].astype(np.float64)
+    return (difference * difference).sum(2).argmin(1).astype(np.int64)
+
+
+def conditioning(
+    mode: Mode, embeddings: FloatArray, cluster_ids: IntArray, tenants: Sequence[Hashable] | None
+) -> tuple[FloatArray, IntArray]:
+    """What the hypernetwork is fed in a mode that depends on the texts themselves.
+
+    -> conditioning float32 [clusters, hidden], factor_ids int64 [batch]; sets in order of first appearance
+    """
+    batch = len(embeddings)
+    if mode == "request":
+        return embeddings, np.arange(batch, dtype=np.int64)
+    groups: dict[Hashable, list[int]] = {}
+    for row in range(batch):
+        tenant = tenants[row] if tenants is not None else None
+        groups.setdefault((tenant, int(cluster_ids[row])), []).append(row)
+    vectors = np.empty((len(groups), embeddings.shape[1]), np.float32)
+    factor_ids = np.empty(batch, np.int64)
+    for i, members in enumerate(groups.values()):
+        vectors[i] = embeddings[members].astype(np.float64).sum(0) / len(members)
+        factor_ids[members] = i
+    return vectors, factor_ids
+
+
+def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) -> None:
+    """Raises InputError unless tenants are given exactly in mode `tenant`, one per row."""
+    if (mode == "tenant") != (tenants is not None):
+        raise InputError(f"mode {mode!r} with tenants={'given' if tenants is not None else 'None'}: mode 'tenant' needs "
+                         "one tenant per text, other modes take none")  # fmt: skip
+    if tenants is not None and len(tenants) != batch:
+        raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")
+
+
+def check_factors(factors: Factors, model: ModelSpec) -> Factors:
+    """A caller's pair lora_A [rank, hidden], lora_B [rank, vocab] as one factor set, of any rank.
+
+    Raises FactorsError.
+    """
+    try:
+        lora_A, lora_B = (np.asarray(factor) for factor in factors)
+    except (TypeError, ValueError) as error:
+        raise FactorsError("factors must be the pair (lora_A [rank, hidden], lora_B [rank, vocab])") from error
+    for name, array, width in (("lora_A", lora_A, model.hidden_size), ("lora_B", lora_B, model.vocab_size)):
+        if array.dtype != np.float32:
+            raise FactorsError(f"{name} has dtype {array.dtype}, expected float32")
+        if array.ndim != 2 or array.shape[1] != width or not len(array):
+            raise FactorsError(f"{name} has shape {array.shape}, expected (rank, {width})")
+        if not np.isfinite(array).all():
+            raise FactorsError(f"{name} holds NaN or infinity")
+    if len(lora_A) != len(lora_B):
+        raise FactorsError(f"lora_A has rank {len(lora_A)}, lora_B has rank {len(lora_B)}")
+    return np.ascontiguousarray(lora_A)[None], np.ascontiguousarray(lora_B)[None]

@@ -1,0 +1,110 @@
+"""Generating text: sample, stop, drop finished rows, decode one step, again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string."""
+
+    token_ids: list[int]
+    text: str
+    cluster_id: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
+
+    generation is set on a row's last Token.
+    """
+
+    row: int
+    token_id: int
+    text: str
+    generation: Generation | None
+
+
+class Row:
+    """A row while it is being generated."""
+
+    def __init__(self, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int) -> None:
+        self.prompt, self.limit, self.sampling, self.stream, self.cluster_id = ids, limit, sampling, stream, cluster_id
+        self.token_ids: list[int] = []
+        self._seen = np.unique(np.asarray(ids, np.int64))
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._text = ""
+        self._shown = 0  # characters of the text that the caller has been given
+
+    def choose(self, logits: FloatArray) -> int:
+        u = uniform(self.sampling.seed, self.stream, len(self.token_ids))
+        token_id = choose(logits, self._seen, self.sampling, u)
+        if self.sampling.repetition_penalty != 1.0:
+            self._seen = np.union1d(self._seen, [token_id])
+        return token_id
+
+    def append(self, token_id: int, row: int, tokenizer: Any, eos_token_id: int) -> Token:
+        self.token_ids.append(token_id)
+        stopped = token_id == eos_token_id or token_id in self.sampling.stop_token_ids
+        if stopped:
+            self._text = self._decoded(tokenizer, self.token_ids[:-1])
+        else:
+            self._text += self._decode.step(tokenizer, token_id) or ""
+            cut = min((at for stop in self.sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
+            if cut >= 0:
+                stopped, self._text = True, self._text[:cut]
+        finished = stopped or len(self.token_ids) >= self.limit
+        if finished and not stopped:
+            self._text = self._decoded(tokenizer, self.token_ids)  # with the bytes of a character cut in half
+        shown = self._text[self._shown : len(self._text) - (0 if finished else self._held_back())]
+        self._shown += len(shown)
+        reason: FinishReason = "stop" if stopped else "length"
+        generation = Generation(self.token_ids, self._text, self.cluster_id, reason) if finished else None
+        return Token(row, token_id, shown, generation)
+
+    def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _held_back(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        lengths = (
+            n for stop in self.sampling.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])
+        )  # fmt: skip
+        return max(lengths, default=0)
+
+
+def stream_tokens(
+    rows: list[Row], decoder: Decoder, adaptation: Adaptation, tokenizer: Any, model: ModelSpec
+) -> Iterator[Token]:
+    """Tokens of all rows, step by step; within a step in the order of the rows."""
+    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation)
+    active = np.arange(len(rows))
+    while True:
+        going, chosen = [], []
+        for i, row in enumerate(active):
+            token = rows[row].append(rows[row].choose(logits[i]), int(row), tokenizer, model.eos_token_id)
+            if token.generation is None:
+                going.append(i)
+                chosen.append(token.token_id)
+            yield token
+        if not going:
+            return
+        if len(going) < len(active):
+            kept = np.array(going)
+            cache, adaptation, active = decoder.keep(cache, kept), adaptation.rows(kept), active[kept]
+        logits, cache = decoder.step(np.array(chosen, np.int64), adaptation, cache)

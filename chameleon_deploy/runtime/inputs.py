@@ -1,0 +1,63 @@
+"""From what callers pass to lists of token ids, with every check made once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.errors import InputError, LengthError, TokenError
+
+Texts = Sequence[str] | Sequence[Sequence[int]]
+
+
+def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
+    """Token ids of texts, or the ids themselves after the same checks.
+
+    Raises InputError (nothing given, empty text, mixed kinds, not encodable), TokenError, LengthError.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence | np.ndarray):
+        raise InputError(f"expected a list of texts or of token id lists, got a single {type(texts).__name__}")
+    if not len(texts):
+        raise InputError("the batch is empty: pass at least one text")
+    are_strings = [isinstance(text, str) for text in texts]
+    if any(are_strings) != all(are_strings):
+        raise InputError("the batch mixes texts and token id lists: pass one kind")
+    if all(are_strings):
+        try:
+            rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        except (TypeError, UnicodeEncodeError) as error:
+            row = next(i for i, text in enumerate(texts) if not _is_unicode(str(text)))
+            raise InputError(f"text {row} holds a lone surrogate and is not valid Unicode") from error
+    else:
+        rows = [_integers(row, ids) for row, ids in enumerate(texts)]
+    for row, ids in enumerate(rows):
+        _check_row(row, ids, model)
+    return rows
+
+
+def _integers(row: int, ids: Any) -> list[int]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"text {row} is neither a string nor a list of integers")
+    return [int(i) for i in array]
+
+
+def _check_row(row: int, ids: list[int], model: ModelSpec) -> None:
+    if not ids:
+        raise InputError(f"text {row} is empty: every text needs at least one token")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        bad = next(i for i in ids if not 0 <= i < model.vocab_size)
+        raise TokenError(f"text {row}: token id {bad} is outside the vocabulary of {model.vocab_size}")
+    if len(ids) > model.max_positions:
+        raise LengthError(f"text {row} has {len(ids)} tokens, the model has {model.max_positions} positions")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

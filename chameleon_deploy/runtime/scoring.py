@@ -1,0 +1,77 @@
+"""Log-probabilities of given texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.runtime.decoder import Decoder
+
+BATCH_TOKENS = 1024  # rows times width of one pass; a longer row goes alone
+
+
+@dataclass(frozen=True)
+class Score:
+    """token_logprobs[i] is the natural logarithm of the probability of token_ids[i + 1] given token_ids[0..i]."""
+
+    token_ids: list[int]
+    token_logprobs: list[float]
+    cluster_id: int
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole text given its first token."""
+        return math.fsum(self.token_logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """NaN for a text of one token, which predicts nothing."""
+        return math.exp(-self.logprob / len(self.token_logprobs)) if self.token_logprobs else math.nan
+
+
+def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation) -> list[Score]:
+    """Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory."""
+    logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(rows)
+    for members in _passes([len(ids) - 1 for ids in rows]):
+        adapted = adaptation.rows(members)
+        logprobs_of = {int(row): np.empty(len(rows[row]) - 1, np.float32) for row in members}
+        for start, logits in decoder.all_logits([rows[row][:-1] for row in members], adapted):
+            for row, row_logits in zip(members, logits, strict=True):
+                targets = np.asarray(rows[row][1:][start : start + len(row_logits)], np.int64)
+                logprobs_of[int(row)][start : start + len(targets)] = _logprobs(row_logits[: len(targets)], targets)
+        for row, values in logprobs_of.items():
+            if not np.isfinite(values).all():
+                raise NumericError(f"text {row}: the decoder produced logits that are not finite: check the factors")
+            logprobs[row] = values
+    return [
+        Score(list(ids), values.tolist(), int(cluster_id))
+        for ids, values, cluster_id in zip(rows, logprobs, adaptation.cluster_ids, strict=True)
+    ]
+
+
+def _passes(lengths: list[int]) -> list[IntArray]:
+    """Rows with something to predict, in passes of similar length, so that little is padding."""
+    order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: lengths[row])
+    passes: list[list[int]] = []
+    for row in order:
+        if not passes or (len(passes[-1]) + 1) * lengths[row] > BATCH_TOKENS:
+            passes.append([])
+        passes[-1].append(row)
+    return [np.array(members) for members in passes]
+
+
+def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
+    """log softmax(logits)[target].  [n, vocab], [n] -> [n]"""
+    if not len(targets):
+        return np.empty(0, np.float32)
+    chosen = logits[np.arange(len(targets)), targets]
+    highest = logits.max(1)
+    logits -= highest[:, None]  # in place: these logits have no other reader
+    np.exp(logits, out=logits)
+    return np.asarray(chosen - highest - np.log(logits.sum(1)), np.float32)

@@ -1,0 +1,82 @@
+"""ONNX Runtime: finding it, opening a graph with it, and refusing what differs from the manifest."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any, Literal
+
+from chameleon_deploy.bundle import Bundle, GraphSpec
+from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
+
+Provider = Literal["cpu", "auto"]
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises DependencyError when none is installed, or two whose files overwrite each other.
+    """
+    installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
+    if not installed:
+        raise DependencyError("ONNX Runtime is not installed: pip install 'chameleon-deploy[cpu]' (or [gpu])")
+    if len(installed) > 1:
+        raise DependencyError(
+            f"{' and '.join(installed)} are both installed and overwrite each other: "
+            f"pip uninstall {' '.join(installed)}, then install one"
+        )
+    import onnxruntime
+
+    return onnxruntime
+
+
+def resolve_provider(provider: str) -> str:
+    """The provider that will run: `auto` takes the best there is, anything else is taken at its word."""
+    if provider == "auto":
+        return "cpu"
+    if provider != "cpu":
+        raise ProviderError(f"provider {provider!r} is not available; this release has: cpu, auto")
+    return provider
+
+
+def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
+    """An InferenceSession of one graph. threads: of one operator; None lets ONNX Runtime choose.
+
+    Raises GraphError when the graph does not load or its signature is not the manifest's.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: warnings about initializers help nobody who serves
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if graph.role == "hypernetwork":
+        # A second spinning thread pool costs the decoder more than it saves here.
+        options.intra_op_num_threads = 1
+    path = bundle.path / graph.file
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises several unrelated types
+        raise GraphError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+    for kind, specs, found in (
+        ("inputs", graph.inputs, session.get_inputs()),
+        ("outputs", graph.outputs, session.get_outputs()),
+    ):
+        expected = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
+        actual = {node.name: (node.type, list(node.shape)) for node in found}
+        if expected != actual:
+            name = next(n for n in [*expected, *actual] if expected.get(n) != actual.get(n))
+            raise GraphError(
+                f"{path}: its {kind} differ from the manifest at {name!r}: {actual.get(name)}, not {expected.get(name)}"
+            )
+    return session
+
+
+_ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

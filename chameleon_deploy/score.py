@@ -1,0 +1,65 @@
+"""`python -m chameleon_deploy.score`: log-probability and perplexity of texts under a bundle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import chameleon_deploy
+from chameleon_deploy import console
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.runtime import Score
+from chameleon_deploy.texts import read_texts
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    text: Annotated[list[Path], typer.Option(help='Texts from files: paragraphs, or .jsonl with "text".')],
+    mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
+    tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch: what cohort and tenant adapt to.")] = 32,
+    provider: Annotated[str, typer.Option(help="cpu or auto.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per text and line.")] = False,
+) -> None:
+    """Score texts in batches, in the order of the files."""
+    texts = read_texts(text)
+    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    scores: list[Score] = []
+    with console.progress() as report:
+        for start in range(0, len(texts), batch_size):
+            tenants = tenant[start : start + batch_size] if tenant else None
+            scores += runtime.score(texts[start : start + batch_size], tenants=tenants)
+            report("texts scored", len(scores), len(texts))
+    if as_json:
+        for score in scores:
+            print(json.dumps(_record(score)))
+        return
+    table = Table("cluster", "tokens", "log-probability", "perplexity", "text")
+    for line, score in zip(texts, scores, strict=True):
+        table.add_row(str(score.cluster_id), str(len(score.token_ids)), f"{score.logprob:.3f}",
+                      f"{score.perplexity:.2f}", console.plain(" ".join(line.split())[:60]))  # fmt: skip
+    console.stdout.print(table)
+    count = sum(len(score.token_logprobs) for score in scores)
+    if count:
+        mean = math.fsum(score.logprob for score in scores) / count
+        console.stdout.print(f"{count} tokens, perplexity {math.exp(-mean):.4f}")
+
+
+def _record(score: Score) -> dict[str, Any]:
+    return {
+        "token_ids": score.token_ids,
+        "token_logprobs": score.token_logprobs,
+        "cluster_id": score.cluster_id,
+        "logprob": score.logprob,
+        "perplexity": score.perplexity if score.token_logprobs else None,
+    }
+
+
+if __name__ == "__main__":
+    console.run(main)
