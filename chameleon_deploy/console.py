@@ -20,7 +20,8 @@ except ImportError:
 # typer uses click, or in newer releases a copy inside itself: this name is right for both.
 ClickException = cast(type[Exception], typer.BadParameter.__mro__[2])
 
-stdout = Console(highlight=False)
+# A pipe has no width: tables then take what they need.
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 stderr = Console(stderr=True, highlight=False)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.export.weights import WeightsFile, stored_tensor
+from chameleon_deploy.export.weights import WeightsFile, alias, stored_tensor
 from chameleon_deploy.bundle import FloatArray, ModelSpec, StoredTensor
 
 OPSET = 20
@@ -65,8 +65,11 @@ def build_decoder(
         for i in range(model.num_layers)
     ]
 
-    wte = weight("transformer.wte.weight")
-    assert isinstance(wte.const_value, ir.ExternalTensor)
+    embedding = weights_file.add("transformer.wte.weight", weights["transformer.wte.weight"])
+    # Two names for the same bytes: a runtime that repacks the head's matrix can then let go of the original,
+    # while the lookup keeps only the pages of the tokens that occur.
+    wte = builder.initializer(embedding, "transformer.wte.weight")
+    head = builder.initializer(alias(embedding, "lm_head.weight"), "lm_head.weight")
     x = op.Add(op.Gather(wte, input_ids), op.Gather(weight("transformer.wpe.weight"), position_ids))
     bias = _attention_bias(op, past[0][0], input_ids, attention_mask)  # [batch, 1, sequence, total]
     present = []
@@ -83,13 +86,13 @@ def build_decoder(
         x = op.Add(x, _linear(op, inner, weight(f"{h}.mlp.c_proj.weight"), weight(f"{h}.mlp.c_proj.bias")))
     x = op.LayerNormalization(x, weight("transformer.ln_f.weight"), weight("transformer.ln_f.bias"), epsilon=epsilon)
 
-    builder.add_output(_head(op, x, wte, logits_positions, cluster_ids, lora_A, lora_B, model), "logits")
+    builder.add_output(_head(op, x, head, logits_positions, cluster_ids, lora_A, lora_B, model), "logits")
     _declare(graph.outputs[-1], [B, "positions", model.vocab_size])
     for i, key_value in enumerate(present):
         for kind, value in zip(("key", "value"), key_value, strict=True):
             builder.add_output(value, f"present.{i}.{kind}")
             _declare(graph.outputs[-1], [B, H, "total", D])
-    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy"), stored_tensor(wte.const_value)
+    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy"), stored_tensor(embedding)
 
 
 def _linear(op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value) -> Any:

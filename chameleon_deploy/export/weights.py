@@ -43,6 +43,14 @@ class WeightsFile:
         )  # fmt: skip
 
 
+def alias(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+    """A second name for the same bytes of the file."""
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
+        base_dir=tensor.base_dir,
+    )  # fmt: skip
+
+
 def stored_tensor(tensor: ir.ExternalTensor) -> StoredTensor:
     """The same place, in the words of the manifest."""
     return StoredTensor(str(tensor.location), "float32", tuple(int(n) for n in tensor.shape), int(tensor.offset or 0))

@@ -126,11 +126,14 @@ def _load_peft(path: Path, base: str | None) -> Checkpoint:
         if peft.get(option):
             raise CheckpointError(f"{path}: {option} is set; only a plain LoRA can be deployed")
     tensors = _read_tensors(path / "adapter_model.safetensors")
-    prefix = "base_model.model.lm_head.lora_"
-    named = {n.removeprefix(prefix).removesuffix(".weight"): t for n, t in tensors.items() if n.startswith(prefix)}
-    if len(tensors) != 2 or sorted(named) != ["A", "B"]:
-        raise TensorError(f"{path}: expected {prefix}A.weight and {prefix}B.weight only, found {sorted(tensors)}")
     trunk = load_trunk(_resolve_base(path, base_model))
+    prefix = "base_model.model.lm_head."
+    head = tensors.pop(f"{prefix}base_layer.weight", trunk.head_weight)  # PEFT saves the head it wraps
+    if not torch.equal(head, trunk.head_weight):
+        raise TensorError(f"{path}: its lm_head differs from the base model's: merge or untie is not supported")
+    named = {n.removeprefix(f"{prefix}lora_").removesuffix(".weight"): t for n, t in tensors.items()}
+    if sorted(named) != ["A", "B"]:
+        raise TensorError(f"{path}: expected {prefix}lora_{{A,B}}.weight only, found {sorted(tensors)}")
     # PEFT divides by the rank; the head here does not, so its factor goes into alpha.
     config = CheckpointConfig(
         regime="lora", base_model=base_model, rank=rank, alpha=scaling, num_clusters=0, max_length=trunk.max_positions

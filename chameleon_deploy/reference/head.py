@@ -140,7 +140,7 @@ def _backward(
         logits = (h @ head_weight.T) + alpha * (h @ lora_A.T) @ lora_B.T
         loss = nn.functional.cross_entropy(logits, t, reduction="sum")
         (loss / len(targets)).backward()  # type: ignore[no-untyped-call]
-        total += float(loss)
+        total += loss.item()
     torch.autograd.backward(generated, [leaf.grad[None] for leaf in leaves if leaf.grad is not None])
     return total
 

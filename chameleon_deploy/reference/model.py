@@ -6,6 +6,7 @@ no padding tricks, no caching of factors, float32 throughout.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -100,6 +101,8 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # Renamed in transformers 5; the old name is what the whole supported range understands.
+    warnings.filterwarnings("ignore", message=".*past_key_values.*deprecated", category=FutureWarning)
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     except Exception as error:

@@ -40,7 +40,10 @@ def load(
 
 
 class Runtime:
-    """A loaded bundle. It holds no state of a request: one runtime serves any number of threads."""
+    """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
+
+    bundle, provider, mode, tokenizer, decoder   what it was loaded from and runs on
+    """
 
     def __init__(self, bundle: Bundle, provider: str, mode: Mode | None = None, threads: int | None = None) -> None:
         self.bundle = bundle
@@ -53,7 +56,7 @@ class Runtime:
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
         self._decoder_session = open_session(bundle, bundle.graph("decoder", provider), threads)
-        self._decoder = Decoder(self._decoder_session, import_onnxruntime().OrtValue, self.manifest.model)
+        self.decoder = Decoder(self._decoder_session, import_onnxruntime().OrtValue, self.manifest.model)
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._hypernetwork: Any = None
@@ -96,7 +99,7 @@ class Runtime:
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
         rows = self._encode(texts)
-        return score_rows(rows, self._decoder, self._adapt(rows, mode, tenants, factors))
+        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
     def generate(
         self,
@@ -153,7 +156,7 @@ class Runtime:
             Row(ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
             for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
         ]
-        return stream_tokens(active, self._decoder, adaptation, self.tokenizer, self.manifest.model)
+        return stream_tokens(active, self.decoder, adaptation, self.tokenizer, self.manifest.model)
 
     def _encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)

@@ -1,0 +1,117 @@
+"""`make demo`: the tiny model from checkpoint to text, with every claim measured on the way."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+import chameleon_deploy
+from chameleon_deploy import console
+
+PROMPTS = {
+    "prose": "The following expression is evaluated",
+    "code": "def __init__(self, name, value):\n    self.",
+    "docstring": "Return a list of all the",
+    "changelog": "- Patch #",
+}
+HELD_OUT_PER_KIND = 48
+
+
+def main(
+    models: Annotated[Path, typer.Option(help="Directory that holds tiny/.")] = Path("models"),
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Export the tiny checkpoint, verify it, generate, compare the regimes and time it."""
+    started = time.perf_counter()
+    with console.stderr.status("importing PyTorch and transformers"):
+        from chameleon_deploy.export.exporter import export_bundle
+        from chameleon_deploy.reference.checkpoint import load_checkpoint
+        from chameleon_deploy.verify import check_table, require_passed, summary, verify_bundle
+
+    out = models / "demo"
+    shutil.rmtree(out, ignore_errors=True)
+    checkpoints = {regime: load_checkpoint(models / "tiny" / regime) for regime in ("chameleon", "lora")}
+
+    _heading("1. Export and verify", "every figure against the PyTorch reference")
+    with console.progress() as report:
+        for regime, checkpoint in checkpoints.items():
+
+            def gates(directory: Path, checkpoint: Any = checkpoint, regime: str = regime) -> Any:
+                checks, record = verify_bundle(directory, checkpoint, None, threads, report)
+                if regime == "chameleon" or not record["verified"]:
+                    console.stdout.print(check_table(checks))
+                require_passed(checks)
+                return summary(checks), record
+
+            export_bundle(checkpoint, out / regime, gates)
+    runtimes = {regime: chameleon_deploy.load(out / regime, threads=threads) for regime in checkpoints}
+
+    _heading("2. Generate", "one batch, mode cohort: each cluster's prompts share factors made for them")
+    sampling = chameleon_deploy.Sampling(temperature=0.7, top_p=0.9, seed=1)
+    generations = runtimes["chameleon"].generate(list(PROMPTS.values()), max_new_tokens=48, sampling=sampling)
+    table = Table("kind", "cluster", "prompt", "text", show_lines=True)
+    for (kind, prompt), generation in zip(PROMPTS.items(), generations, strict=True):
+        table.add_row(kind, str(generation.cluster_id), console.plain(prompt), console.plain(generation.text))
+    console.stdout.print(table)
+
+    _heading("3. Held-out perplexity", "text that training never saw; bundle beside PyTorch")
+    with console.progress() as report:
+        console.stdout.print(_perplexities(runtimes, checkpoints, report))
+
+    _heading("4. Speed", f"{threads} threads, interleaved, medians")
+    from chameleon_deploy.bench import run, timing_table
+
+    with console.progress() as report:
+        timings, loading, _ = run(out / "chameleon", checkpoints["chameleon"], threads, [1, 8], 128, 16, 5, report)
+    console.stdout.print(timing_table(timings))
+    console.stdout.print(f"loaded in {loading.seconds:.2f} s, {loading.resident / 1e6:.0f} MB resident")
+    console.stdout.print(f"\nBundles are in {out}. The demo took {time.perf_counter() - started:.0f} s.")
+
+
+def _perplexities(runtimes: Any, checkpoints: Any, report: Any) -> Table:
+    from chameleon_deploy.reference.evaluation import evaluate
+    from chameleon_deploy.reference.tiny import corpus_split
+
+    _, held_out = corpus_split()
+    texts = {kind: kept[:HELD_OUT_PER_KIND] for kind, kept in held_out.items() if kept}
+    table = Table("regime", "trained parameters", *texts, "all", "all, PyTorch", "difference")
+    regimes = (("base", "chameleon", "none"), ("lora", "lora", "static"), ("chameleon", "chameleon", "cohort"))
+    with TemporaryDirectory() as cache:
+        everything = [text for kind in texts.values() for text in kind]
+        for done, (name, regime, mode) in enumerate(regimes):
+            report("perplexity", done, len(regimes))
+            runtime, checkpoint = runtimes[regime], checkpoints[regime]
+            cells = [_perplexity(runtime, checkpoint, kept, mode) for kept in [*texts.values(), everything]]
+            reference = evaluate(checkpoint, everything, Path(cache), adapted=mode != "none")
+            trained = f"{reference.parameters:,}" if mode != "none" else "0"
+            table.add_row(name, trained, *(f"{c:.2f}" for c in cells), f"{reference.perplexity:.2f}",
+                          f"{abs(cells[-1] / reference.perplexity - 1):.1e}")  # fmt: skip
+    return table
+
+
+def _perplexity(runtime: Any, checkpoint: Any, texts: list[str], mode: str) -> float:
+    from chameleon_deploy.reference.evaluation import cohort_rows
+
+    ids, cohorts = cohort_rows(checkpoint, texts)
+    logprobs = [
+        value
+        for rows in cohorts
+        for score in runtime.score([ids[row] for row in rows], mode=mode)
+        for value in score.token_logprobs
+    ]
+    return float(np.exp(-np.mean(logprobs)))
+
+
+def _heading(title: str, detail: str) -> None:
+    console.stdout.print(f"\n[bold]{title}[/]  {detail}")
+
+
+if __name__ == "__main__":
+    console.run(main)

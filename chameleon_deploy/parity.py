@@ -1,0 +1,284 @@
+"""The numeric gates: is this bundle the same model as its PyTorch reference? (DESIGN section 8)
+
+Everything is teacher-forced on real text. Each function below checks one promise and returns its
+figures; `verify` runs them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime import Adaptation, Runtime
+
+BATCH_SIZES = (1, 2, 3, 4, 8, 32)
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits of one precision; None is reported and not limited."""
+
+    max_abs_logit: float | None
+    top1_agreement: float  # share of positions, where the reference's top-1 gap exceeds top1_gap
+    top1_gap: float
+    kl_mean: float
+    kl_p999: float
+    perplexity: float  # relative
+
+
+GATES = {
+    "fp32": Gate(5e-4, 1.0, 1e-3, 1e-7, 1e-5, 1e-4),
+    "fp16": Gate(None, 0.997, 1e-2, 1e-4, 5e-3, 1e-3),
+    "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its limit; `at_least` turns the comparison round, limit None is information."""
+
+    name: str
+    value: float
+    limit: float | None
+    at_least: bool = False
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.at_least else self.value <= self.limit  # NaN passes neither
+
+
+def verify(
+    runtime: Runtime, checkpoint: Checkpoint, rows: Rows, report: Callable[[str, int, int], None]
+) -> list[Check]:
+    """All checks of a bundle on real text.
+
+    rows    at least 32 lists of token ids, ragged
+    report  told of progress as (what, done, total)
+    """
+    gate = GATES[runtime.manifest.precision]
+    steps: list[Callable[[], Iterator[Check]]] = [
+        lambda: check_parameters(runtime, checkpoint),
+        lambda: check_adaptation(runtime, checkpoint, rows),
+        lambda: check_logits(runtime, checkpoint, rows, gate, 1.0),
+        lambda: check_logits(runtime, checkpoint, rows, gate, 10.0),
+        lambda: check_cache(runtime, [ids for ids in rows if len(ids) >= 16][:4], gate),
+        lambda: check_batching(runtime, rows, gate),
+        lambda: check_base(runtime, checkpoint, rows[:8], gate),
+        lambda: check_modes(runtime, checkpoint, rows[:8]),
+        lambda: check_determinism(runtime, rows[:8]),
+        lambda: check_wrong_factors(runtime, checkpoint, rows[:8], gate),
+    ]
+    checks: list[Check] = []
+    for done, step in enumerate(steps):
+        report("verify", done, len(steps))
+        checks += step()
+    report("verify", len(steps), len(steps))
+    return checks
+
+
+def check_parameters(runtime: Runtime, checkpoint: Checkpoint) -> Iterator[Check]:
+    """The manifest's counts are the reference's."""
+    expected = checkpoint.trunk.num_parameters()
+    yield Check("parameters of the base", abs(runtime.manifest.parameters.base - expected), 0, note=f"{expected:,}")
+
+
+def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Iterator[Check]:
+    """Embeddings, clusters and generated factors."""
+    mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
+    ours, theirs = runtime.adapt(rows, mode=mode), inference.adapt(checkpoint, rows, mode)
+    yield Check("embeddings, max abs difference", _max_abs(ours.embeddings, theirs.embeddings.numpy()), 1e-5)
+    if len(checkpoint.centroids) > 1:
+        distances = torch.cdist(theirs.embeddings.double(), checkpoint.centroids.double()).square()
+        nearest = distances.topk(2, largest=False).values
+        clear = (nearest[:, 1] - nearest[:, 0] > 1e-5).numpy()
+        wrong = (ours.cluster_ids != theirs.cluster_ids.numpy())[clear].sum()
+        yield Check("cluster ids that differ", float(wrong), 0, note=f"{clear.sum()} rows with a margin over 1e-5")
+    expected_B = checkpoint.config.alpha * theirs.lora_B.numpy().swapaxes(1, 2)
+    ids, their_ids = ours.factor_ids, theirs.factor_ids.numpy()
+    difference = max(
+        max(_max_abs(ours.lora_A[i], theirs.lora_A.numpy()[j]), _max_abs(ours.lora_B[i], expected_B[j]))
+        for i, j in zip(ids, their_ids, strict=True)
+    )
+    yield Check("factors, max abs difference", difference, 1e-4)
+
+
+def check_logits(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
+    """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
+    ours, theirs = runtime.adapt(rows), inference.adapt(checkpoint, rows, runtime.mode)
+    ours = replace(ours, lora_B=ours.lora_B * np.float32(scale))
+    theirs = replace(theirs, lora_B=theirs.lora_B * scale)
+    figures = _Figures(gate.top1_gap)
+    for row, actual in enumerate(_row_logits(runtime, rows, ours, batch_size=8)):
+        expected = inference.row_logits(checkpoint, rows[row], theirs, row)
+        figures.add(torch.from_numpy(actual), expected, torch.tensor(rows[row]))
+    kl = torch.cat(figures.kl)
+    perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
+    name = f"x{scale:g} factors:"
+    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit, note=f"{len(kl)} positions")
+    yield Check(f"{name} top-1 agreement", figures.agreed / max(figures.clear, 1), gate.top1_agreement, at_least=True,
+                note=f"{figures.clear} positions with a gap over {gate.top1_gap:g}")  # fmt: skip
+    yield Check(f"{name} KL, mean", abs(float(kl.mean())), gate.kl_mean)
+    yield Check(f"{name} KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
+    yield Check(f"{name} perplexity, relative difference", abs(perplexities[0] / perplexities[1] - 1), gate.perplexity,
+                note=f"reference {perplexities[1]:.4f}")  # fmt: skip
+
+
+class _Figures:
+    """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large."""
+
+    def __init__(self, top1_gap: float) -> None:
+        self.top1_gap = top1_gap
+        self.max_abs = 0.0
+        self.agreed = self.clear = self.targets = 0
+        self.kl: list[Tensor] = []
+        self.nll = [0.0, 0.0]  # actual, expected
+
+    def add(self, actual: Tensor, expected: Tensor, ids: Tensor) -> None:
+        """Logits [sequence, vocab] of one text and its ids [sequence]."""
+        for start in range(0, len(ids), 64):
+            part = slice(start, start + 64)
+            self.max_abs = max(self.max_abs, _max_abs(actual[part].numpy(), expected[part].numpy()))
+            top = expected[part].topk(2).values
+            sure = top[:, 0] - top[:, 1] > self.top1_gap
+            self.agreed += int((actual[part].argmax(1) == expected[part].argmax(1))[sure].sum())
+            self.clear += int(sure.sum())
+            q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
+            self.kl.append((p.exp() * (p - q)).sum(-1))
+            targets = ids[start + 1 : start + 65, None]
+            self.targets += len(targets)
+            for i, logprobs in enumerate((q, p)):
+                self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
+
+
+def check_cache(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """Decoding token by token from the middle of a text gives what reading it whole gives."""
+    adaptation = runtime.adapt(rows)
+    full = list(_row_logits(runtime, rows, adaptation))
+    length = min(len(ids) for ids in rows)
+    start = max(1, length // 2)
+    logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], adaptation)
+    difference = 0.0
+    for position in range(start, length + 1):
+        difference = max(difference, *(_max_abs(logits[i], full[i][position - 1]) for i in range(len(rows))))
+        if position < length:
+            tokens = np.array([ids[position] for ids in rows])
+            logits, cache = runtime.decoder.step(tokens, adaptation, cache)
+    yield Check("cached decoding, max abs difference", difference, _rounding(gate))
+
+
+def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
+    adaptation = runtime.adapt(rows)
+    alone = [next(_row_logits(runtime, [ids], adaptation.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
+    by_size: dict[int, float] = {}
+    for size in BATCH_SIZES[1:]:
+        members = np.arange(min(size, len(rows)))
+        batch = _row_logits(runtime, [rows[i] for i in members], adaptation.rows(members))
+        by_size[size] = max(_max_abs(a, b) for a, b in zip(alone, batch, strict=False))
+    worst = max(by_size, key=lambda size: by_size[size])
+    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], _rounding(gate),
+                note=f"promise B is not made; worst at {worst}")  # fmt: skip
+    backwards = np.arange(8)[::-1]
+    batch = list(_row_logits(runtime, [rows[i] for i in backwards], adaptation.rows(backwards)))
+    yield Check("row order, max abs difference", max(map(_max_abs, alone, batch[::-1])), _rounding(gate))
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    pair = np.array([0, longest])
+    padded = next(_row_logits(runtime, [rows[i] for i in pair], adaptation.rows(pair)))
+    yield Check("padding, max abs difference", _max_abs(alone[0], padded), _rounding(gate),
+                note=f"{len(rows[0])} tokens padded to {len(rows[longest])}")  # fmt: skip
+
+
+def check_base(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """Mode none, and factors whose alpha is 0, are the frozen base model."""
+    none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(checkpoint, rows, "none")
+    ours = list(_row_logits(runtime, rows, none))
+    base = [inference.row_logits(checkpoint, ids, theirs, row).numpy() for row, ids in enumerate(rows)]
+    yield Check("mode none against the base model", max(map(_max_abs, ours, base)), gate.max_abs_logit)
+    adapted = runtime.adapt(rows)
+    silent = replace(adapted, lora_B=np.zeros_like(adapted.lora_B))
+    difference = max(map(_max_abs, ours, _row_logits(runtime, rows, silent)))
+    yield Check("alpha 0 against mode none", difference, 0)
+
+
+def check_modes(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Iterator[Check]:
+    """Token log-probabilities of every mode that the bundle serves."""
+    for mode in runtime.manifest.adaptation.modes:
+        tenants = [row % 2 for row in range(len(rows))] if mode == "tenant" else None
+        if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":
+            # The caller's factors: those that the reference generates for the first text.
+            theirs = inference.adapt(checkpoint, rows[:1], "request")
+            theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
+            lora_B = checkpoint.config.alpha * theirs.lora_B[0].numpy().T
+            scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), np.float32(lora_B)))
+        else:
+            theirs = inference.adapt(checkpoint, rows, mode, tenants)
+            scores = runtime.score(rows, mode=mode, tenants=tenants)
+        difference = 0.0
+        for row, ids in enumerate(rows):
+            logprobs = inference.row_logits(checkpoint, ids, theirs, row).log_softmax(-1)[:-1]
+            expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+            difference = max(difference, _max_abs(np.array(scores[row].token_logprobs), expected))
+        yield Check(f"mode {mode}: token log-probabilities", difference, 5e-4)
+
+
+def check_determinism(runtime: Runtime, rows: Rows) -> Iterator[Check]:
+    """Promise R: a rerun gives the same bits. Promise F: so do a row's factors, whatever stands beside it."""
+    adaptation = runtime.adapt(rows)
+    first, second = (list(_row_logits(runtime, rows, adaptation)) for _ in range(2))
+    yield Check("promise R: rerun, max abs difference", max(map(_max_abs, first, second)), 0)
+    modes: tuple[Mode, ...] = ("none", "centroid", "request")
+    for mode in (m for m in modes if m in runtime.manifest.adaptation.modes):
+        together, difference = runtime.adapt(rows, mode=mode), 0.0
+        for row, ids in enumerate(rows):
+            alone, own = runtime.adapt([ids], mode=mode), together.factor_ids[row]
+            difference = max(difference, _max_abs(alone.lora_A[0], together.lora_A[own]),
+                             _max_abs(alone.lora_B[0], together.lora_B[own]))  # fmt: skip
+        yield Check(f"promise F: mode {mode}, factors alone and in a batch", difference, 0)
+
+
+def check_wrong_factors(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """The gate notices wrong factors: each mutation must move the logits well beyond it."""
+    right, theirs = runtime.adapt(rows), inference.adapt(checkpoint, rows, runtime.mode)
+    expected = [inference.row_logits(checkpoint, ids, theirs, row).numpy() for row, ids in enumerate(rows)]
+    mutations = {"lora_B of the opposite sign": replace(right, lora_B=-right.lora_B)}
+    sets = len(right.lora_A)
+    if sets > 1:
+        mutations["A and B of another cluster"] = replace(right, factor_ids=(right.factor_ids + 1) % sets)
+        mutations["B of another cluster"] = replace(right, lora_B=np.roll(right.lora_B, 1, axis=0))
+    limit = 2 * _rounding(gate)
+    for name, wrong in mutations.items():
+        difference = max(map(_max_abs, _row_logits(runtime, rows, wrong), expected))
+        yield Check(f"caught: {name}", difference, limit, at_least=True, note="differs from the reference, as it must")
+
+
+def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation, batch_size: int = 32) -> Iterator[FloatArray]:
+    """Logits [sequence, vocab] of every row, computed batch_size rows at a time."""
+    for first in range(0, len(rows), batch_size):
+        members = np.arange(first, min(first + batch_size, len(rows)))
+        batch = [rows[i] for i in members]
+        pieces = [logits for _, logits in runtime.decoder.all_logits(batch, adaptation.rows(members))]
+        whole = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+        for ids, logits in zip(batch, whole, strict=True):
+            yield logits[: len(ids)]
+
+
+def _rounding(gate: Gate) -> float:
+    """How far two orders of the same float sums may lie apart; a precision with no limit on logits has this one."""
+    return gate.max_abs_logit if gate.max_abs_logit is not None else 5e-2
+
+
+def _max_abs(a: Any, b: Any) -> float:
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))

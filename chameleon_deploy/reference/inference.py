@@ -1,0 +1,84 @@
+"""The reference at work: adapt a batch in every mode, its logits, greedy generation.
+
+Written from DESIGN sections 2 and 3, on its own, so that comparing it with the runtime means something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
+from chameleon_deploy.reference.model import adapted_logits
+
+
+@dataclass
+class ReferenceAdaptation:
+    """embeddings [batch, hidden], cluster_ids [batch], lora_A [clusters, rank, hidden],
+    lora_B [clusters, vocab, rank], factor_ids [batch]: lora_B as the checkpoint has it, alpha not in it."""
+
+    embeddings: Tensor
+    cluster_ids: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    factor_ids: Tensor
+
+
+@torch.no_grad()
+def adapt(
+    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], mode: str, tenants: Sequence[Hashable] | None = None
+) -> ReferenceAdaptation:
+    """The factors of a batch of token ids in one of the modes none, static (regime lora), centroid, request, cohort,
+    tenant."""
+    config, trunk = checkpoint.config, checkpoint.trunk
+    embeddings = embed_texts(rows, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
+    clusters = nearest_centroids(embeddings, checkpoint.centroids) if config.num_clusters else torch.full((len(rows),), -1)
+    if mode in ("none", "static"):
+        conditioning, factor_ids = embeddings[:1], torch.zeros(len(rows), dtype=torch.int64)
+    elif mode == "centroid":
+        conditioning, factor_ids = checkpoint.centroids, clusters
+    elif mode == "request":
+        conditioning, factor_ids = embeddings, torch.arange(len(rows))
+    else:
+        keys = [(tenants[i] if tenants else None, int(clusters[i])) for i in range(len(rows))]
+        groups = list(dict.fromkeys(keys))
+        factor_ids = torch.tensor([groups.index(key) for key in keys])
+        conditioning = torch.stack([embeddings[factor_ids == g].mean(0) for g in range(len(groups))])
+    lora_A, lora_B = checkpoint.factors(conditioning)
+    if mode == "none":
+        lora_A, lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    return ReferenceAdaptation(embeddings, clusters, lora_A, lora_B, factor_ids)
+
+
+@torch.no_grad()
+def row_logits(checkpoint: Checkpoint, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
+    """Logits [sequence, vocab] of one row of a batch, computed alone: no padding, no cache."""
+    hidden, _ = checkpoint.trunk.hidden_states(torch.tensor([list(ids)]))
+    ids_of_row = adaptation.factor_ids[row : row + 1]
+    return adapted_logits(
+        hidden, checkpoint.trunk.head_weight, adaptation.lora_A, adaptation.lora_B, checkpoint.config.alpha, ids_of_row
+    )[0]
+
+
+@torch.no_grad()
+def greedy(
+    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], adaptation: ReferenceAdaptation, max_new_tokens: int
+) -> Tensor:
+    """Greedy tokens [batch, max_new_tokens] of prompts of equal length, with the key-value cache of transformers."""
+    from transformers import DynamicCache
+
+    trunk, alpha = checkpoint.trunk, checkpoint.config.alpha
+    input_ids = torch.tensor([list(ids) for ids in rows])
+    cache, tokens = DynamicCache(), []
+    for _ in range(max_new_tokens):
+        hidden, cache = trunk.hidden_states(input_ids, None, cache)
+        logits = adapted_logits(
+            hidden[:, -1:], trunk.head_weight, adaptation.lora_A, adaptation.lora_B, alpha, adaptation.factor_ids
+        )
+        input_ids = logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(input_ids)
+    return torch.cat(tokens, 1)

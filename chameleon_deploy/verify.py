@@ -1,0 +1,116 @@
+"""`python -m chameleon_deploy.verify`: prove a bundle equal to its PyTorch reference."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from chameleon_deploy import console
+from chameleon_deploy.bundle import ParitySummary
+from chameleon_deploy.console import CheckFailed
+from chameleon_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from chameleon_deploy.parity import Check
+    from chameleon_deploy.reference.checkpoint import Checkpoint
+
+NUM_ROWS, MAX_TOKENS = 32, 48
+
+
+def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[list[int]]:
+    """32 ragged texts of 1 to 48 tokens and one as long as the model's positions, from files or from Python's own docs.
+
+    Raises InputError when the files hold too little.
+    """
+    from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+    from chameleon_deploy.texts import read_texts
+
+    if text:
+        texts = read_texts(text)
+    else:  # kinds take turns, so that a batch has several clusters
+        texts = [t for group in itertools.zip_longest(*(python_texts(kind)[:100] for kind in KINDS)) for t in group if t]
+    encoded = [e.ids for e in checkpoint.trunk.tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
+    stream = [i for ids in encoded for i in ids]
+    positions = checkpoint.trunk.max_positions
+    if len(encoded) < NUM_ROWS or len(stream) < positions:
+        raise InputError(
+            f"verification needs at least {NUM_ROWS} texts and {positions} tokens, got {len(encoded)} and {len(stream)}"
+        )
+    longest = min(MAX_TOKENS, positions)
+    lengths = [longest * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
+    return [ids[:n] for ids, n in zip(encoded, lengths, strict=False)] + [stream[:positions]]
+
+
+def verify_bundle(
+    bundle: Path, checkpoint: Checkpoint, text: list[Path] | None, threads: int | None, report: Any
+) -> tuple[list[Check], dict[str, Any]]:
+    """Run every check. Returns the checks and the content of parity.json."""
+    import chameleon_deploy
+    from chameleon_deploy import parity
+
+    runtime = chameleon_deploy.load(bundle, threads=threads)
+    rows = verification_rows(checkpoint, text)
+    checks = parity.verify(runtime, checkpoint, rows, report)
+    record = {
+        "verified": all(check.passed for check in checks),
+        "mode": runtime.mode,
+        "precision": runtime.manifest.precision,
+        "texts": len(rows),
+        "tokens": sum(map(len, rows)),
+        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+    }
+    return checks, record
+
+
+def summary(checks: list[Check]) -> ParitySummary:
+    differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
+    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))
+
+
+def check_table(checks: list[Check]) -> Table:
+    table = Table("check", "figure", "limit", "", "note")
+    for check in checks:
+        limit = "" if check.limit is None else f"{'>=' if check.at_least else '<='} {check.limit:g}"
+        mark = "[green]ok[/]" if check.passed else "[red]MISSED[/]"
+        table.add_row(check.name, f"{check.value:.3g}", limit, mark, check.note)
+    return table
+
+
+def require_passed(checks: list[Check]) -> None:
+    missed = [check.name for check in checks if not check.passed]
+    if missed:
+        raise CheckFailed(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
+    base: Annotated[str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
+) -> None:
+    """Check every numeric gate against the PyTorch reference; exit 1 when one is missed."""
+    from chameleon_deploy.reference.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(reference, base)
+    with console.progress() as report:
+        checks, record = verify_bundle(bundle, checkpoint, text, threads, report)
+    if out:
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(record))
+    else:
+        console.stdout.print(check_table(checks))
+    require_passed(checks)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,77 @@
+"""Real checkpoints and real bundles, made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import chameleon_deploy
+from chameleon_deploy import Runtime
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.random import random_checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def mini_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights: 2 layers, hidden 64, vocabulary 512, 128 positions, 4 clusters."""
+    path = tmp_path_factory.mktemp("mini") / "chameleon"
+    random_checkpoint(path, "mini")
+    return path
+
+
+@pytest.fixture(scope="session")
+def mini(mini_path: Path) -> Checkpoint:
+    return load_checkpoint(mini_path)
+
+
+@pytest.fixture(scope="session")
+def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("mini_lora") / "lora"
+    random_checkpoint(path, "mini", "lora")
+    checkpoint = load_checkpoint(path)
+    checkpoint.factors.lora_B.data *= 30  # as far from the base as a trained one
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def bundle(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "mini"
+    export_bundle(mini, path, None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora_bundle(mini_lora: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "lora"
+    export_bundle(mini_lora, path, None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def runtime(bundle: Path) -> Runtime:
+    return chameleon_deploy.load(bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def lora_runtime(lora_bundle: Path) -> Runtime:
+    return chameleon_deploy.load(lora_bundle, threads=1)
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """A private copy of a directory, to be damaged."""
+    import shutil
+
+    def copy(path: Path) -> Path:
+        target = tmp_path / f"copy_of_{path.name}"
+        shutil.copytree(path, target, symlinks=True)
+        return target
+
+    return copy
