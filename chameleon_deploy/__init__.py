@@ -1,8 +1,8 @@
 """Export and deployment toolchain for ChameleonLLM.
 
-    import chameleon_deploy
-    runtime = chameleon_deploy.load("models/gpt2")
-    runtime.generate(["The river"], max_new_tokens=20)
+import chameleon_deploy
+runtime = chameleon_deploy.load("models/gpt2")
+runtime.generate(["The river"], max_new_tokens=20)
 """
 
 from chameleon_deploy.errors import ChameleonError

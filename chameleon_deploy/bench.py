@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from chameleon_deploy import console
-from chameleon_deploy.console import CheckFailed
+from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.measurement import Case, LoadFigures, Timing, measure, measure_load
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 TOLERANCE = 5e-4  # of logits and log-probabilities, as in `verify`
 
 
-def cases(
-    runtime: Runtime, checkpoint: Checkpoint, batch_sizes: Sequence[int], width: int, steps: int
-) -> list[Case]:
-    """Scoring and prefill of `width` tokens at the largest batch, then `steps` decoding steps after it at every batch."""
+def cases(runtime: Runtime, checkpoint: Checkpoint, batch_sizes: Sequence[int], width: int, steps: int) -> list[Case]:
+    """Scoring and prefill of `width` tokens at the largest batch; `steps` decoding steps after them at every batch."""
     import torch
 
     from chameleon_deploy.reference import inference
@@ -152,7 +150,9 @@ def run(
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
-    base: Annotated[str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of both engines; all cores unless given.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to decode at.")] = None,
     width: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 128,
@@ -169,9 +169,9 @@ def main(
         timings, loading, weights = run(bundle, checkpoint, threads, batch or [1, 8], width, steps, rounds, report)
     console.stdout.print(timing_table(timings))
     console.stdout.print(
-        f"{threads} threads. Loading in a fresh process: {loading.seconds:.2f} s, {loading.resident / 1e6:.0f} MB resident "
-        f"({loading.resident / weights:.2f} x the weights), {loading.resident_after_generating / 1e6:.0f} MB after "
-        f"generating, peak {loading.peak / 1e6:.0f} MB"
+        f"{threads} threads. Loading in a fresh process: {loading.seconds:.2f} s, {loading.resident / 1e6:.0f} MB "
+        f"resident ({loading.resident / weights:.2f} x the weights), "
+        f"{loading.resident_after_generating / 1e6:.0f} MB after generating, peak {loading.peak / 1e6:.0f} MB"
     )
     if json_file:
         record = {"threads": threads, "weights_bytes": weights, "load": asdict(loading),
@@ -179,7 +179,7 @@ def main(
         json_file.write_text(json.dumps(record, indent=2) + "\n")
     wrong = [t.name for t in timings if not t.difference <= TOLERANCE]
     if wrong:
-        raise CheckFailed(f"results differ by more than {TOLERANCE:g}: {', '.join(wrong)}")
+        raise CheckFailedError(f"results differ by more than {TOLERANCE:g}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

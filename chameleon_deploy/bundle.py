@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -172,6 +173,12 @@ def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
     return ("none", "static", "centroid", "request", "cohort", "tenant")
 
 
+def default_mode(adaptation: AdaptationSpec) -> Mode:
+    """What the model was trained for, as far as the bundle can serve it."""
+    preferred: tuple[Mode, ...] = ("cohort", "request", "static")
+    return next(mode for mode in preferred if mode in adaptation.modes)
+
+
 def open_bundle(path: Path) -> Bundle:
     """Read the manifest and check every file against it.
 
@@ -269,7 +276,7 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError) as error:

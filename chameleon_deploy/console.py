@@ -12,7 +12,15 @@ from chameleon_deploy.errors import ChameleonError
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.text import Text
 except ImportError:
     sys.exit("error: the command line needs typer: pip install 'chameleon-deploy[cpu]'")
@@ -25,7 +33,7 @@ stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 stderr = Console(stderr=True, highlight=False)
 
 
-class CheckFailed(Exception):
+class CheckFailedError(Exception):
     """The command did its work and the answer is no: exit code 1."""
 
 
@@ -40,8 +48,14 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
     Nothing is drawn when standard error is not a terminal.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as bars:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -65,7 +79,7 @@ def run_app(app: typer.Typer) -> NoReturn:
         result = app(standalone_mode=False)
     except ChameleonError as error:
         _exit(f"error: {error} [{error.code}]", 2)
-    except CheckFailed as error:
+    except CheckFailedError as error:
         _exit(f"failed: {error}", 1)
     except ClickException as error:
         _exit(f"error: {cast(Any, error).format_message()} (--help lists the options) [usage]", 2)

@@ -21,7 +21,9 @@ from chameleon_deploy.texts import read_texts
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help='Prompts from a file: paragraphs, or .jsonl with "text".')] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='Prompts from a file: paragraphs, or .jsonl with "text".')
+    ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,

@@ -185,18 +185,16 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     alone = [next(_row_logits(runtime, [ids], adaptation.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
     by_size: dict[int, float] = {}
     for size in BATCH_SIZES[1:]:
-        members = np.arange(min(size, len(rows)))
-        batch = _row_logits(runtime, [rows[i] for i in members], adaptation.rows(members))
+        members = rows[:size]
+        batch = _row_logits(runtime, members, adaptation.rows(np.arange(len(members))))
         by_size[size] = max(_max_abs(a, b) for a, b in zip(alone, batch, strict=False))
     worst = max(by_size, key=lambda size: by_size[size])
     yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], _rounding(gate),
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
-    backwards = np.arange(8)[::-1]
-    batch = list(_row_logits(runtime, [rows[i] for i in backwards], adaptation.rows(backwards)))
-    yield Check("row order, max abs difference", max(map(_max_abs, alone, batch[::-1])), _rounding(gate))
+    backwards = list(_row_logits(runtime, rows[:8][::-1], adaptation.rows(np.arange(8)[::-1])))
+    yield Check("row order, max abs difference", max(map(_max_abs, alone, backwards[::-1])), _rounding(gate))
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-    pair = np.array([0, longest])
-    padded = next(_row_logits(runtime, [rows[i] for i in pair], adaptation.rows(pair)))
+    padded = next(_row_logits(runtime, [rows[0], rows[longest]], adaptation.rows(np.array([0, longest]))))
     yield Check("padding, max abs difference", _max_abs(alone[0], padded), _rounding(gate),
                 note=f"{len(rows[0])} tokens padded to {len(rows[longest])}")  # fmt: skip
 
@@ -222,7 +220,7 @@ def check_modes(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Iterato
             theirs = inference.adapt(checkpoint, rows[:1], "request")
             theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
             lora_B = checkpoint.config.alpha * theirs.lora_B[0].numpy().T
-            scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), np.float32(lora_B)))
+            scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), lora_B.astype(np.float32)))
         else:
             theirs = inference.adapt(checkpoint, rows, mode, tenants)
             scores = runtime.score(rows, mode=mode, tenants=tenants)
@@ -267,9 +265,9 @@ def check_wrong_factors(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, ga
 def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation, batch_size: int = 32) -> Iterator[FloatArray]:
     """Logits [sequence, vocab] of every row, computed batch_size rows at a time."""
     for first in range(0, len(rows), batch_size):
-        members = np.arange(first, min(first + batch_size, len(rows)))
-        batch = [rows[i] for i in members]
-        pieces = [logits for _, logits in runtime.decoder.all_logits(batch, adaptation.rows(members))]
+        batch = rows[first : first + batch_size]
+        adapted = adaptation.rows(np.arange(first, first + len(batch)))
+        pieces = [logits for _, logits in runtime.decoder.all_logits(batch, adapted)]
         whole = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
         for ids, logits in zip(batch, whole, strict=True):
             yield logits[: len(ids)]

@@ -17,7 +17,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     text: Annotated[list[Path] | None, typer.Option(help='UTF-8 text files, or .jsonl with a "text" field.')] = None,
     dataset: Annotated[str | None, typer.Option(help="Named dataset instead of files, such as wikitext.")] = None,
-    validation_text: Annotated[list[Path] | None, typer.Option(help="Held-out files; else a tenth of the text.")] = None,
+    validation_text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out files; else a tenth of the text.")
+    ] = None,
     regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="What to train.")] = "chameleon",
     protocol: Annotated[
         Literal["masked", "paper"], typer.Option(help="Next token over real tokens, or the paper's scripts' loss.")
@@ -37,8 +39,8 @@ def main(
     train_texts, validation_texts = _texts(text, dataset, validation_text)
 
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
-    from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
     from chameleon_deploy.reference.head import TrainingSettings
+    from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.training import train_checkpoint
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.bundle import ParitySummary
-from chameleon_deploy.console import CheckFailed
+from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[l
     if text:
         texts = read_texts(text)
     else:  # kinds take turns, so that a batch has several clusters
-        texts = [t for group in itertools.zip_longest(*(python_texts(kind)[:100] for kind in KINDS)) for t in group if t]
+        texts = [
+            t for group in itertools.zip_longest(*(python_texts(kind)[:100] for kind in KINDS)) for t in group if t
+        ]
     encoded = [e.ids for e in checkpoint.trunk.tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
     stream = [i for ids in encoded for i in ids]
     positions = checkpoint.trunk.max_positions
@@ -85,13 +87,15 @@ def check_table(checks: list[Check]) -> Table:
 def require_passed(checks: list[Check]) -> None:
     missed = [check.name for check in checks if not check.passed]
     if missed:
-        raise CheckFailed(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")
+        raise CheckFailedError(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")
 
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
-    base: Annotated[str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+    ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,

@@ -12,6 +12,7 @@ import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.random import random_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -36,6 +37,7 @@ def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("mini_lora") / "lora"
     random_checkpoint(path, "mini", "lora")
     checkpoint = load_checkpoint(path)
+    assert isinstance(checkpoint.factors, StaticLoRA)
     checkpoint.factors.lora_B.data *= 30  # as far from the base as a trained one
     return checkpoint
 

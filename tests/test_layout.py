@@ -19,9 +19,13 @@ def test_no_python_in_the_top_level_pipeline_directories(directory: str) -> None
     assert not list((REPOSITORY / directory).rglob("*.py"))
 
 
-@pytest.mark.parametrize("statement", ["import chameleon_deploy", "import chameleon_deploy.runtime, chameleon_deploy.bundle"])
+@pytest.mark.parametrize(
+    "statement", ["import chameleon_deploy", "import chameleon_deploy.runtime, chameleon_deploy.bundle"]
+)
 def test_importing_the_library_loads_nothing_heavy(statement: str) -> None:
-    code = f"{statement}\nimport sys\nprint(sorted({HEAVY!r} & sys.modules.keys()))".replace(f"{HEAVY!r}", f"set({HEAVY!r})")
+    code = f"{statement}\nimport sys\nprint(sorted({HEAVY!r} & sys.modules.keys()))".replace(
+        f"{HEAVY!r}", f"set({HEAVY!r})"
+    )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"
 
@@ -32,7 +36,9 @@ def test_loading_and_generating_loads_nothing_heavy(bundle: Path) -> None:
         "chameleon_deploy.load(sys.argv[1]).generate(['The river'], max_new_tokens=2)\n"
         f"print(sorted(set({HEAVY!r}) & sys.modules.keys()))"
     )
-    output = subprocess.run([sys.executable, "-c", code, str(bundle)], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code, str(bundle)], check=True, capture_output=True, text=True
+    ).stdout
     assert output.strip() == "[]"
 
 

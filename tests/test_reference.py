@@ -121,9 +121,10 @@ def test_peft_with_another_target_is_refused(tmp_path: Path) -> None:
 
 
 def test_authors_state_dict_gives_the_same_factors(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
+    assert isinstance(mini.factors, Hypernetwork)
     state = {"transformer.wte.weight": torch.zeros(2, 2)}  # other tensors of the script are not ours to read
     for index, theirs in enumerate(("0", "3", "6")):
-        layer: Any = mini.factors.layers[index]
+        layer = mini.factors.linears()[index]
         state |= {f"lm_head.hyper_net.{theirs}.{kind}": getattr(layer, kind) for kind in ("weight", "bias")}
     torch.save(state, tmp_path / "model.pt")
     checkpoint = load_checkpoint(tmp_path / "model.pt", base=str(mini_path / "base"))
@@ -193,7 +194,11 @@ def _other_family(path: Path) -> None:
     ],
 )
 def test_bad_checkpoints(
-    damage: Callable[[Path], None], error: type[ChameleonError], message: str, mini_path: Path, copy_of: Callable[[Path], Path]
+    damage: Callable[[Path], None],
+    error: type[ChameleonError],
+    message: str,
+    mini_path: Path,
+    copy_of: Callable[[Path], Path],
 ) -> None:
     path = copy_of(mini_path)
     damage(path)

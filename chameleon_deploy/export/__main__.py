@@ -14,8 +14,12 @@ from chameleon_deploy.bundle import ParitySummary
 def main(
     source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml", help="What to export.")],
     out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-    base: Annotated[str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")] = None,
-    precision: Annotated[Literal["fp32"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")
+    ] = None,
     target: Annotated[Literal["onnx"] | None, typer.Option(help="Graphs to build; onnx unless a recipe says.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,

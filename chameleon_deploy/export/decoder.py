@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.export.weights import WeightsFile, alias, stored_tensor
 from chameleon_deploy.bundle import FloatArray, ModelSpec, StoredTensor
+from chameleon_deploy.export.weights import WeightsFile, alias, stored_tensor
 
 OPSET = 20
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64

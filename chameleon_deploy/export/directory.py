@@ -60,9 +60,17 @@ def _clear(directory: Path) -> None:
 
 def _sync(directory: Path) -> None:
     """Data reaches the disk before the name does, so that a power failure leaves no half-written bundle."""
+    mode = 0o666 & ~_umask()
     for entry in directory.iterdir():
+        entry.chmod(mode)  # safetensors writes files that only their owner can read
         _sync_one(entry)
     _sync_one(directory)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _sync_one(path: Path) -> None:

@@ -93,7 +93,7 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
         decoder, token_embedding = build_decoder(model, weights, trunk.config.layer_norm_epsilon, weights_file)
         graphs["decoder"] = _save_graph(decoder, "decoder", directory)
         if isinstance(checkpoint.factors, Hypernetwork):
-            layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in _linears(checkpoint.factors)]
+            layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
             graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", directory)
         else:
@@ -134,10 +134,6 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
     )  # fmt: skip
 
 
-def _linears(factors: Hypernetwork) -> list[Any]:
-    return list(factors.layers)
-
-
 def _save_graph(graph: ir.Model, name: str, directory: Path) -> GraphSpec:
     ir.save(graph, directory / f"{name}.onnx")
     role: Any = name
@@ -171,4 +167,3 @@ def _file_spec(file: Path) -> FileSpec:
 
 def _json(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
-

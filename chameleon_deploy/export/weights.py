@@ -28,7 +28,9 @@ class WeightsFile:
     def __enter__(self) -> WeightsFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def add(self, name: str, array: FloatArray) -> ir.ExternalTensor:
@@ -53,4 +55,4 @@ def alias(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
 
 def stored_tensor(tensor: ir.ExternalTensor) -> StoredTensor:
     """The same place, in the words of the manifest."""
-    return StoredTensor(str(tensor.location), "float32", tuple(int(n) for n in tensor.shape), int(tensor.offset or 0))
+    return StoredTensor(str(tensor.location), "float32", tuple(tensor.shape.numpy()), int(tensor.offset or 0))

@@ -17,10 +17,10 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
-from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
+from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA
 from chameleon_deploy.reference.model import Trunk, load_trunk
 
 CONFIG_FILE = "chameleon_config.json"
@@ -50,7 +50,7 @@ class Checkpoint:
 
     config: CheckpointConfig
     trunk: Trunk
-    factors: nn.Module
+    factors: HeadFactors
     centroids: Tensor
     digest: str
 
@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
     raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
 
 
-def save_checkpoint(path: Path, config: CheckpointConfig, factors: nn.Module, centroids: Tensor) -> None:
+def save_checkpoint(path: Path, config: CheckpointConfig, factors: HeadFactors, centroids: Tensor) -> None:
     """Write the two checkpoint files into an existing directory, each one whole or not at all."""
     tensors = {_stored_name(name): p.detach().contiguous() for name, p in factors.named_parameters()}
     if len(centroids):
@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, config: CheckpointConfig, factors: nn.Module, ce
     os.replace(partial, path / CONFIG_FILE)
 
 
-def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> nn.Module:
+def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> HeadFactors:
     """A freshly initialised hypernetwork or LoRA pair of the right shape."""
     if config.regime == "chameleon":
         return Hypernetwork(hidden_size, vocab_size, config.rank, config.hidden_sizes)
@@ -147,7 +147,9 @@ def _load_authors_state_dict(path: Path, base: str) -> Checkpoint:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: not a state dict that loads with weights_only=True: {type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path}: not a state dict that loads with weights_only=True: {type(error).__name__}"
+        ) from error
     # The authors' Sequential counts its ReLU and Dropout modules, ours counts Linear modules.
     names = {"0": 0, "3": 1, "6": 2}
     prefix = "lm_head.hyper_net."
@@ -214,7 +216,9 @@ def _read_config(path: Path) -> CheckpointConfig:
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict)
         if raw.get("format") == "chameleon-checkpoint" and raw.get("format_version") != FORMAT_VERSION:
-            raise VersionError(f"{path}: format_version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}")
+            raise VersionError(
+                f"{path}: format_version {raw.get('format_version')!r}, this release reads {FORMAT_VERSION}"
+            )
         config = msgspec.convert(raw, CheckpointConfig)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: {error}") from error

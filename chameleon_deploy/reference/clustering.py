@@ -14,7 +14,8 @@ from chameleon_deploy.errors import InputError
 def embed_text(token_ids: Tensor, token_embedding: Tensor) -> Tensor:
     """e = p / (||p|| + 1e-8), p the mean token embedding.  token_ids int64 [n] -> [hidden]"""
     pooled = token_embedding[token_ids].mean(0)
-    return pooled / (torch.linalg.vector_norm(pooled) + 1e-8)
+    embedding: Tensor = pooled / (torch.linalg.vector_norm(pooled) + 1e-8)
+    return embedding
 
 
 def pooled_token_ids(token_ids: Sequence[int], protocol: str, max_length: int, eos_token_id: int) -> Tensor:
@@ -58,5 +59,7 @@ def fit_centroids(embeddings: Tensor, num_clusters: int, seed: int) -> Tensor:
     centroids = torch.from_numpy(kmeans.cluster_centers_.astype(np.float32))
     sizes = torch.bincount(nearest_centroids(embeddings, centroids), minlength=num_clusters)
     if (sizes == 0).any():
-        raise InputError(f"k-means left {int((sizes == 0).sum())} of {num_clusters} clusters empty: pass fewer --clusters")
+        raise InputError(
+            f"k-means left {int((sizes == 0).sum())} of {num_clusters} clusters empty: pass fewer --clusters"
+        )
     return centroids

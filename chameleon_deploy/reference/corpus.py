@@ -17,7 +17,9 @@ def load_dataset_texts(name: str, split: str) -> list[str]:
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise DependencyError("--dataset needs the `datasets` package: pip install datasets") from error
+        raise DependencyError(
+            "--dataset needs a package: pip install 'chameleon-deploy[datasets]', or pass files with --text"
+        ) from error
     arguments = ("Salesforce/wikitext", "wikitext-2-raw-v1") if name == "wikitext" else (name,)
     try:
         rows = datasets.load_dataset(*arguments, split=split)

@@ -55,7 +55,12 @@ def evaluate(
     ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)
     states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
     loss = validation_loss(
-        checkpoint.factors if adapted else None, trunk.head_weight, config.alpha, states, checkpoint.centroids, batch_size
+        checkpoint.factors if adapted else None,
+        trunk.head_weight,
+        config.alpha,
+        states,
+        checkpoint.centroids,
+        batch_size,
     )
     parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
     return Evaluation(config.regime if adapted else "base", protocol, parameters, loss, len(states.targets))

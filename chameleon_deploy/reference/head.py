@@ -139,7 +139,7 @@ def _backward(
         h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
         logits = (h @ head_weight.T) + alpha * (h @ lora_A.T) @ lora_B.T
         loss = nn.functional.cross_entropy(logits, t, reduction="sum")
-        (loss / len(targets)).backward()  # type: ignore[no-untyped-call]
+        (loss / len(targets)).backward()
         total += loss.item()
     torch.autograd.backward(generated, [leaf.grad[None] for leaf in leaves if leaf.grad is not None])
     return total

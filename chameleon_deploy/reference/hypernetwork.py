@@ -7,6 +7,7 @@ Both give lora_A [rank, hidden] and lora_B [vocab, rank], and the head computes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,19 @@ class Hypernetwork(nn.Module):
         super().__init__()
         self.hidden_size, self.vocab_size, self.rank = hidden_size, vocab_size, rank
         sizes = [hidden_size, *hidden_sizes, num_factors(hidden_size, vocab_size, rank)]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.dropout = nn.Dropout(DROPOUT)
+
+    def linears(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank]."""
         x = conditioning
-        for layer in self.layers[:-1]:
+        *inner, last = self.layers
+        for layer in inner:
             x = self.dropout(torch.relu(layer(x)))
-        flat = self.layers[-1](x)  # [clusters, rank*hidden + vocab*rank]
+        flat = last(x)  # [clusters, rank*hidden + vocab*rank]
         split = self.rank * self.hidden_size
         lora_A = flat[:, :split].unflatten(1, (self.rank, self.hidden_size))
         lora_B = flat[:, split:].unflatten(1, (self.vocab_size, self.rank))
@@ -57,6 +62,9 @@ class StaticLoRA(nn.Module):
         """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank]."""
         n = len(conditioning)
         return self.lora_A.expand(n, -1, -1), self.lora_B.expand(n, -1, -1)
+
+
+HeadFactors = Hypernetwork | StaticLoRA
 
 
 def num_factors(hidden_size: int, vocab_size: int, rank: int) -> int:

@@ -36,7 +36,9 @@ def adapt(
     tenant."""
     config, trunk = checkpoint.config, checkpoint.trunk
     embeddings = embed_texts(rows, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
-    clusters = nearest_centroids(embeddings, checkpoint.centroids) if config.num_clusters else torch.full((len(rows),), -1)
+    clusters = (
+        nearest_centroids(embeddings, checkpoint.centroids) if config.num_clusters else torch.full((len(rows),), -1)
+    )
     if mode in ("none", "static"):
         conditioning, factor_ids = embeddings[:1], torch.zeros(len(rows), dtype=torch.int64)
     elif mode == "centroid":

@@ -1,6 +1,6 @@
 """A checkpoint of random weights in any GPT-2 size, to try export, verify and bench without training.
 
-    python -m chameleon_deploy.reference.random --size small --out models/random-small
+python -m chameleon_deploy.reference.random --size small --out models/random-small
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def random_checkpoint(out: Path, size: str, regime: Regime = "chameleon", num_cl
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
     torch.manual_seed(seed)
     layers, hidden, heads = SIZES[size]
-    dimensions = {"vocab_size": 512, "n_positions": 128} if size == "mini" else {"vocab_size": 50257}
+    dimensions = {"vocab_size": 512, "n_positions": 128} if size == "mini" else {}  # else GPT-2's own
     config = transformers.GPT2Config(
         n_layer=layers, n_embd=hidden, n_head=heads, bos_token_id=0, eos_token_id=0, **dimensions
     )

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from chameleon_deploy import console
 from chameleon_deploy.reference import corpus
 from chameleon_deploy.reference.checkpoint import CheckpointConfig
-from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.head import TrainingSettings
+from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import Report, train_checkpoint
@@ -71,7 +71,7 @@ def train_base(texts: list[str], steps: int, seed: int, out: Path, report: Repor
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         loss = _language_model_loss(model, stream)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import torch
 
-from chameleon_deploy.errors import InputError, OutputExistsError
+from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
@@ -45,10 +47,14 @@ def train_checkpoint(
     work = out.with_name(out.name + ".training")
     if out.exists():
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
-    if work.exists() and not resume:
+    interrupted = work / "settings.json"
+    if interrupted.exists() and not resume:
         raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to go on, or delete it")
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
+    made_of = _fingerprint(config, settings, train_texts, validation_texts)
+    if interrupted.exists() and interrupted.read_text() != made_of:
+        raise InputError(f"{work} was begun with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
 
     def hidden_states(part: str, texts: list[str]) -> HiddenStates:
@@ -59,8 +65,13 @@ def train_checkpoint(
             lambda done: report(f"hidden states ({part})", done, len(ids)),
         )  # fmt: skip
 
-    train, validation = hidden_states("train", train_texts), hidden_states("validation", validation_texts)
-    centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
+    try:
+        train, validation = hidden_states("train", train_texts), hidden_states("validation", validation_texts)
+        centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
+    except ChameleonError:
+        shutil.rmtree(work)
+        raise
+    interrupted.write_text(made_of)  # from here on there is something worth resuming
     torch.manual_seed(settings.seed)
     vocab_size, hidden_size = trunk.head_weight.shape
     factors = build_factors(config, hidden_size, vocab_size)
@@ -78,3 +89,12 @@ def train_checkpoint(
     os.rename(complete, out)
     shutil.rmtree(work)
     return state
+
+
+def _fingerprint(
+    config: CheckpointConfig, settings: TrainingSettings, train_texts: list[str], validation_texts: list[str]
+) -> str:
+    """What must be the same for a training to go on. How long it goes on may change."""
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
+    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode()).hexdigest()
+    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts})

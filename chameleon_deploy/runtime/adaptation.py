@@ -70,7 +70,8 @@ def assign(embeddings: FloatArray, centroids: FloatArray) -> IntArray:
     if not len(centroids):
         return np.full(len(embeddings), -1, np.int64)
     difference = embeddings[:, None].astype(np.float64) - centroids[None].astype(np.float64)
-    return (difference * difference).sum(2).argmin(1).astype(np.int64)
+    nearest: IntArray = (difference * difference).sum(2).argmin(1).astype(np.int64)
+    return nearest
 
 
 def conditioning(
@@ -98,8 +99,8 @@ def conditioning(
 def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) -> None:
     """Raises InputError unless tenants are given exactly in mode `tenant`, one per row."""
     if (mode == "tenant") != (tenants is not None):
-        raise InputError(f"mode {mode!r} with tenants={'given' if tenants is not None else 'None'}: mode 'tenant' needs "
-                         "one tenant per text, other modes take none")  # fmt: skip
+        passed = "no tenants" if tenants is None else "tenants"
+        raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")
     if tenants is not None and len(tenants) != batch:
         raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")
 

@@ -42,7 +42,7 @@ class Decoder:
         last = mask.sum(1) - 1
         logits = np.empty((len(rows), self._model.vocab_size), np.float32)
         cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(*input_ids.shape):
+        for start, stop in self._pieces(len(rows), input_ids.shape[1]):
             position = np.clip(last - start, 0, stop - start - 1)[:, None]
             piece, cache = self._run(input_ids[:, start:stop], mask[:, start:stop], position, adaptation, cache)
             ends_here = (start <= last) & (last < stop)
@@ -59,7 +59,7 @@ class Decoder:
         """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
         input_ids, mask = _pad(rows)
         cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(*input_ids.shape, all_logits=True):
+        for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
             positions = np.tile(np.arange(stop - start), (len(rows), 1))
             logits, cache = self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
             yield start, logits

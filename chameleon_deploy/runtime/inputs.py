@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError, LengthError, TokenError
 
-Texts = Sequence[str] | Sequence[Sequence[int]]
+Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
 
 def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, open_bundle
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, open_bundle
 from chameleon_deploy.errors import InputError, ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
@@ -49,8 +49,7 @@ class Runtime:
         self.bundle = bundle
         self.provider = provider
         self.manifest = bundle.manifest
-        modes = self.manifest.adaptation.modes
-        self.mode: Mode = mode or next(m for m in ("cohort", "request", "static") if m in modes)
+        self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
         try:
             self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
         except Exception as error:  # tokenizers raises Exception itself

@@ -72,6 +72,7 @@ def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
         return np.empty(0, np.float32)
     chosen = logits[np.arange(len(targets)), targets]
     highest = logits.max(1)
-    logits -= highest[:, None]  # in place: these logits have no other reader
-    np.exp(logits, out=logits)
-    return np.asarray(chosen - highest - np.log(logits.sum(1)), np.float32)
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller reports
+        logits -= highest[:, None]  # in place: these logits have no other reader
+        np.exp(logits, out=logits)
+        return np.asarray(chosen - highest - np.log(logits.sum(1)), np.float32)

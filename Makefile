@@ -1,0 +1,22 @@
+# Two commands: `make demo` runs the tiny model from checkpoint to text, `make test` runs every check.
+# Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/ready
+	$(BIN)/python -m chameleon_deploy.demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[cpu,export,dev]'
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,217 @@
+"""A bundle that is not exactly what its manifest says is refused, with the error of that fault."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import chameleon_deploy
+from chameleon_deploy import errors
+from chameleon_deploy.bundle import open_bundle
+
+Damage = Callable[[Path], object]
+
+
+def edit(**changes: Any) -> Damage:
+    """Change manifest fields; a dotted name with __ reaches into nested objects."""
+
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "bundle.json").read_text())
+        for name, value in changes.items():
+            *parents, last = name.split("__")
+            target = manifest
+            for parent in parents:
+                target = target[parent]
+            target[last] = value
+        (path / "bundle.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def reseal(path: Path) -> None:
+    """Make size and digest of every file right again: what remains wrong is the content."""
+    manifest = json.loads((path / "bundle.json").read_text())
+    for name in manifest["files"]:
+        data = (path / name).read_bytes()
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+
+
+def centroids(change: Callable[[Any], Any], name: str = "centroids") -> Damage:
+    def damage(path: Path) -> None:
+        file = path / "centroids.safetensors"
+        save_file({name: np.ascontiguousarray(change(load_file(file)["centroids"]))}, file)
+        reseal(path)
+
+    return damage
+
+
+def overwrite(name: str, content: bytes, seal: bool = True) -> Damage:
+    def damage(path: Path) -> None:
+        (path / name).write_bytes(content)
+        if seal:
+            reseal(path)
+
+    return damage
+
+
+def truncate(name: str, count: int = 1) -> Damage:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-count])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "weights.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "weights.bin").write_bytes(data)
+
+
+def replace_by_link(path: Path) -> None:
+    outside = path.parent / "outside.json"
+    (path / "parity.json").rename(outside)
+    (path / "parity.json").symlink_to(outside)
+
+
+def rename_in_manifest(new: str) -> Damage:
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "bundle.json").read_text())
+        manifest["files"][new] = manifest["files"].pop("parity.json")
+        (path / "bundle.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def drop_field(path: Path) -> None:
+    manifest = json.loads((path / "bundle.json").read_text())
+    del manifest["model"]["hidden_size"]
+    (path / "bundle.json").write_text(json.dumps(manifest))
+
+
+FAULTS: dict[str, tuple[Damage, type[errors.ChameleonError], str]] = {
+    "no manifest": (lambda p: (p / "bundle.json").unlink(), errors.BundleNotFoundError, "not a bundle"),
+    "empty manifest": (overwrite("bundle.json", b"", False), errors.ManifestError, "bundle.json"),
+    "manifest cut off": (truncate("bundle.json", 4), errors.ManifestError, "bundle.json"),
+    "not JSON": (overwrite("bundle.json", b"{]", False), errors.ManifestError, "bundle.json"),
+    "not an object": (overwrite("bundle.json", b"[1]", False), errors.ManifestError, "format"),
+    "not UTF-8": (overwrite("bundle.json", b'{"format": "\xff"}', False), errors.ManifestError, "bundle.json"),
+    "deeply nested": (overwrite("bundle.json", b"[" * 100_000, False), errors.ManifestError, "bundle.json"),
+    "other format": (edit(format="zip"), errors.ManifestError, "format"),
+    "newer version": (edit(format_version=2), errors.VersionError, "format_version 2"),
+    "unknown field": (edit(surprise=1), errors.ManifestError, "surprise"),
+    "missing field": (drop_field, errors.ManifestError, "hidden_size"),
+    "wrong type": (edit(model__hidden_size="64"), errors.ManifestError, "hidden_size"),
+    "zero layers": (edit(model__num_layers=0), errors.ManifestError, "num_layers"),
+    "negative rank": (edit(adaptation__rank=-1), errors.ManifestError, "rank"),
+    "eos outside": (edit(model__eos_token_id=512), errors.ManifestError, "eos_token_id"),
+    "unknown precision": (edit(precision="fp13"), errors.ManifestError, "precision"),
+    "modes do not fit": (edit(adaptation__modes=["none"]), errors.ManifestError, "modes"),
+    "regime does not fit": (edit(adaptation__regime="lora"), errors.ManifestError, "modes"),
+    "no decoder": (edit(graphs={}), errors.ManifestError, "decoder"),
+    "graph file not listed": (edit(graphs__decoder__file="x.onnx"), errors.ManifestError, "x.onnx"),
+    "embedding outside": (edit(token_embedding__offset=10**9), errors.ManifestError, "outside weights.bin"),
+    "embedding before": (edit(token_embedding__offset=-4), errors.ManifestError, "outside weights.bin"),
+    "embedding shape": (edit(token_embedding__shape=[64, 512]), errors.ManifestError, "token_embedding"),
+    "parent path": (rename_in_manifest("../parity.json"), errors.PathError, "../parity.json"),
+    "absolute path": (rename_in_manifest("/etc/passwd"), errors.PathError, "/etc/passwd"),
+    "nested path": (rename_in_manifest("a/b.json"), errors.PathError, "a/b.json"),
+    "dot dot": (rename_in_manifest(".."), errors.PathError, "'..'"),
+    "symlink out": (replace_by_link, errors.PathError, "symbolic link"),
+    "file missing": (lambda p: (p / "parity.json").unlink(), errors.MissingFileError, "parity.json"),
+    "file extra": (lambda p: (p / "notes.txt").write_text("x"), errors.UnknownFileError, "notes.txt"),
+    "directory extra": (lambda p: (p / "sub").mkdir(), errors.UnknownFileError, "sub"),
+    "file truncated": (truncate("weights.bin"), errors.DigestError, "weights.bin"),
+    "byte flipped": (flip_a_byte, errors.DigestError, "SHA-256"),
+    "centroids NaN": (centroids(lambda c: c * np.nan), errors.TensorError, "NaN"),
+    "centroids shape": (centroids(lambda c: c[:, :-1]), errors.TensorError, "centroids is float32"),
+    "centroids dtype": (centroids(lambda c: c.astype(np.float64)), errors.TensorError, "float64"),
+    "centroids name": (centroids(lambda c: c, "means"), errors.TensorError, "means"),
+    "centroids garbage": (overwrite("centroids.safetensors", b"\xff" * 40), errors.TensorError, "centroids"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults(name: str, bundle: Path, copy_of: Callable[[Path], Path]) -> None:
+    damage, error, message = FAULTS[name]
+    path = copy_of(bundle)
+    damage(path)
+    with pytest.raises(errors.ChameleonError, match=message) as raised:
+        open_bundle(path)
+    assert type(raised.value) is error
+    assert str(path) in str(raised.value)
+
+
+def other_model(path: Path) -> None:
+    """A graph whose signature is not the manifest's: the hypernetwork in the decoder's place."""
+    (path / "decoder.onnx").write_bytes((path / "hypernetwork.onnx").read_bytes())
+    reseal(path)
+
+
+def external_data_outside(path: Path) -> None:
+    """A decoder whose weights lie outside the bundle."""
+    (path.parent / "stolen.bin").write_bytes((path / "weights.bin").read_bytes())
+    graph = (path / "decoder.onnx").read_bytes()
+    assert len("../stolen.b") == len("weights.bin")
+    (path.parent / "stolen.b").write_bytes((path / "weights.bin").read_bytes())
+    (path / "decoder.onnx").write_bytes(graph.replace(b"weights.bin", b"../stolen.b"))
+    reseal(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (overwrite("decoder.onnx", b"not a graph"), errors.GraphError, "cannot load"),
+        (other_model, errors.GraphError, "differ from the manifest"),
+        (external_data_outside, errors.GraphError, "cannot load"),
+        (overwrite("tokenizer.json", b"{}"), errors.ManifestError, "tokenizer.json"),
+    ],
+)
+def test_faults_that_show_when_loading(
+    damage: Damage, error: type[errors.ChameleonError], message: str, bundle: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    path = copy_of(bundle)
+    damage(path)
+    with pytest.raises(error, match=message):
+        chameleon_deploy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"lora_A": t["lora_A"][0], "lora_B": t["lora_B"]}, "lora_A is float32"),
+        (lambda t: {"lora_A": t["lora_A"], "lora_B": t["lora_B"] * np.float32("inf")}, "lora_B holds NaN or infinity"),
+        (lambda t: {"lora_A": t["lora_A"]}, "expected"),
+    ],
+)
+def test_faults_of_a_stored_lora(
+    change: Callable[[Any], Any], message: str, lora_bundle: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    path = copy_of(lora_bundle)
+    save_file(change(load_file(path / "lora.safetensors")), path / "lora.safetensors")
+    reseal(path)
+    with pytest.raises(errors.TensorError, match=message):
+        open_bundle(path)
+
+
+def test_every_error_has_its_own_code() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ChameleonError)]
+    assert len({c.code for c in classes}) == len(classes)
+
+
+def test_missing_bundle(tmp_path: Path) -> None:
+    with pytest.raises(errors.BundleNotFoundError, match="not a directory"):
+        open_bundle(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(errors.BundleNotFoundError, match="not a directory"):
+        open_bundle(tmp_path / "file")
+
+
+def test_token_embedding_is_mapped_not_read(bundle: Path) -> None:
+    table = open_bundle(bundle).token_embedding()
+    assert isinstance(table, np.memmap)
+    assert table.shape == (512, 64)

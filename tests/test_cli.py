@@ -1,0 +1,176 @@
+"""The commands as users run them: real processes, exit codes, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chameleon_deploy import Runtime, Sampling
+
+
+def run(*arguments: Any, program: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = [program] if program else [sys.executable, "-m"]
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_generate_prints_json_lines(bundle: Path, runtime: Runtime) -> None:
+    prompts = ["The river", "def f(x):\n    return"]
+    result = run("chameleon_deploy.generate", bundle, "--prompt", prompts[0], "--prompt", prompts[1],
+                 "--max-new-tokens", 5, "--temperature", 0.9, "--seed", 3, "--mode", "request", "--json")  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    expected = runtime.generate(prompts, max_new_tokens=5, mode="request", sampling=Sampling(temperature=0.9, seed=3))
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["token_ids"] for line in lines] == [g.token_ids for g in expected]
+    assert set(lines[0]) == {"token_ids", "text", "cluster_id", "finish_reason"}
+
+
+def test_generate_reads_prompts_from_a_file(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "one"}\n\n{"text": "two\\n\\nlines"}\n')
+    (tmp_path / "p.txt").write_text("first\nparagraph\n\n \nsecond\n")
+    for name in ("p.jsonl", "p.txt"):
+        result = run("chameleon_deploy.generate", bundle, "--prompts", tmp_path / name, "--max-new-tokens", 2)
+        assert result.returncode == 0, result.stderr
+        assert "length" in result.stdout
+
+
+def test_score_prints_json_lines(bundle: Path, runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("The river runs.\n\nx\n")
+    result = run("chameleon_deploy.score", bundle, "--text", tmp_path / "t.txt", "--json")
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    expected = runtime.score(["The river runs.", "x"])[0]
+    assert first["token_ids"] == expected.token_ids
+    assert first["token_logprobs"] == pytest.approx(expected.token_logprobs, abs=1e-5)
+    assert first["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert second["perplexity"] is None or math.isfinite(second["perplexity"])
+
+
+def test_console_script(bundle: Path) -> None:
+    program = str(Path(sys.executable).with_name("chameleon-deploy"))
+    result = run("generate", bundle, "--prompt", "x", "--max-new-tokens", 2, "--json", program=program)
+    assert result.returncode == 0, result.stderr
+    assert run("--help", program=program).returncode == 0
+    assert run("dance", program=program).returncode == 2
+    shown = run("verify", "--help", program=program)
+    assert shown.returncode == 0
+    assert "--reference" in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "export", "verify", "generate", "score", "bench"])
+def test_every_command_has_help(command: str) -> None:
+    result = run(f"chameleon_deploy.{command}", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
+
+
+def bad_calls(bundle: Path, mini: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
+    (tmp / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp / "empty.txt").write_text("\n\n")
+    (tmp / "bad.jsonl").write_text('{"text": 3}\n')
+    (tmp / "short.txt").write_text("a\n\nb\n\nc\n")
+    (tmp / "exists").mkdir()
+    generate, score, train = "chameleon_deploy.generate", "chameleon_deploy.score", "chameleon_deploy.train"
+    return {
+        "no such bundle": ([generate, tmp / "nope", "--prompt", "x"], "[bundle_not_found]"),
+        "not a bundle": ([generate, mini, "--prompt", "x"], "[bundle_not_found]"),
+        "no prompt": ([generate, bundle], "[input_invalid]"),
+        "empty prompt": ([generate, bundle, "--prompt", ""], "[input_invalid]"),
+        "unknown mode": ([generate, bundle, "--prompt", "x", "--mode", "magic"], "[usage]"),
+        "static without factors": ([generate, bundle, "--prompt", "x", "--mode", "static"], "[mode_unavailable]"),
+        "unknown option": ([generate, bundle, "--prompt", "x", "--loud"], "[usage]"),
+        "no arguments": ([generate], "[usage]"),
+        "zero tokens": ([generate, bundle, "--prompt", "x", "--max-new-tokens", 0], "[usage]"),
+        "negative temperature": ([generate, bundle, "--prompt", "x", "--temperature", -1], "[input_invalid]"),
+        "prompt too long": ([generate, bundle, "--prompt", "word " * 500], "[text_too_long]"),
+        "unknown provider": ([generate, bundle, "--prompt", "x", "--provider", "tpu"], "[provider_unavailable]"),
+        "text missing": ([score, bundle, "--text", tmp / "gone.txt"], "[input_invalid]"),
+        "text not UTF-8": ([score, bundle, "--text", tmp / "latin1.txt"], "[input_invalid]"),
+        "text empty": ([score, bundle, "--text", tmp / "empty.txt"], "[input_invalid]"),
+        "text a directory": ([score, bundle, "--text", tmp], "[input_invalid]"),
+        "bad jsonl": ([score, bundle, "--text", tmp / "bad.jsonl"], "[input_invalid]"),
+        "no tenants": ([score, bundle, "--text", tmp / "short.txt", "--mode", "tenant"], "[input_invalid]"),
+        "no such checkpoint": (["chameleon_deploy.export", tmp / "nope", "--out", tmp / "o"], "[checkpoint_invalid]"),
+        "no such recipe": (["chameleon_deploy.export", tmp / "nope.toml", "--out", tmp / "o"], "[recipe_invalid]"),
+        "unknown precision": (["chameleon_deploy.export", mini, "--out", tmp / "o", "--precision", "fp8"], "[usage]"),
+        "output exists": (["chameleon_deploy.export", mini, "--out", tmp / "exists"], "[output_exists]"),
+        "output under a file": (["chameleon_deploy.export", mini, "--out", tmp / "empty.txt" / "o"], "[output_failed]"),
+        "too little to verify on": (
+            ["chameleon_deploy.verify", bundle, "--reference", mini, "--text", tmp / "short.txt"],
+            "[input_invalid]",
+        ),
+        "no text to train on": ([train, "--base", mini / "base", "--out", tmp / "o"], "[input_invalid]"),
+        "texts too few": ([train, "--base", mini / "base", "--out", tmp / "o", "--text", tmp / "latin1.txt"], "UTF-8"),
+        "base missing": ([train, "--base", tmp / "nope", "--out", tmp / "o", "--text", tmp / "short.txt",
+                          "--validation-text", tmp / "short.txt"], "[checkpoint_invalid]"),
+        "nothing to predict": ([train, "--base", mini / "base", "--out", tmp / "o", "--text", tmp / "short.txt",
+                                "--validation-text", tmp / "short.txt"], "[input_invalid]"),
+        "dataset out of reach": ([train, "--base", mini / "base", "--out", tmp / "o", "--dataset", "a/b"], "--text"),
+    }  # fmt: skip
+
+
+NAMES = [
+    "no such bundle", "not a bundle", "no prompt", "empty prompt", "unknown mode", "static without factors",
+    "unknown option", "no arguments", "zero tokens", "negative temperature", "prompt too long", "unknown provider",
+    "text missing", "text not UTF-8", "text empty", "text a directory", "bad jsonl", "no tenants",
+    "no such checkpoint", "no such recipe", "unknown precision", "output exists", "output under a file",
+    "too little to verify on", "no text to train on", "texts too few", "base missing", "nothing to predict",
+    "dataset out of reach",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_line_and_exit_code_2(name: str, bundle: Path, mini_path: Path, tmp_path: Path) -> None:
+    arguments, expected = bad_calls(bundle, mini_path, tmp_path)[name]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    result = run(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert expected in result.stderr
+    assert result.stdout == ""
+    leftovers = {path for path in tmp_path.iterdir() if path not in before}
+    assert not leftovers
+
+
+def test_a_reader_that_goes_away_is_no_error(bundle: Path) -> None:
+    command = f"{sys.executable} -m chameleon_deploy.generate {bundle} --prompt x --json | head -c 1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr
+
+
+def test_train_export_generate_from_the_shell(mini_path: Path, tmp_path: Path) -> None:
+    from chameleon_deploy.reference.python_corpus import python_texts
+
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in python_texts("prose")[:60] + python_texts("changelog")[:60])
+    )
+    trained = run("chameleon_deploy.train", "--base", mini_path / "base", "--text", tmp_path / "text.jsonl",
+                  "--out", tmp_path / "checkpoint", "--epochs", 1, "--clusters", 2, "--max-length", 64)  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "validation loss" in trained.stdout
+    exported = run("chameleon_deploy.export", tmp_path / "checkpoint", "--out", tmp_path / "bundle")
+    assert exported.returncode == 0, exported.stderr
+    assert "verified: " in exported.stdout
+    result = run("chameleon_deploy.generate", tmp_path / "bundle", "--prompt", "The", "--json")
+    assert json.loads(result.stdout)["cluster_id"] in (0, 1)
+
+
+def test_bench_checks_what_it_times(bundle: Path, mini_path: Path, tmp_path: Path) -> None:
+    result = run("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--width", 24,
+                 "--steps", 2, "--rounds", 2, "--json", tmp_path / "bench.json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert {t["name"].split()[0] for t in record["timings"]} == {"scoring", "prefill", "decoding,"}
+    assert all(t["ratio"] > 0 and t["difference"] < 5e-4 for t in record["timings"])
+    other = tmp_path / "other"
+    run("chameleon_deploy.reference.random", "--size", "mini", "--seed", 9, "--out", other)
+    wrong = run("chameleon_deploy.bench", bundle, "--reference", other, "--threads", 1, "--width", 24, "--steps", 2,
+                "--rounds", 1)  # fmt: skip
+    assert wrong.returncode == 1
+    assert "results differ" in wrong.stderr

@@ -1,0 +1,290 @@
+"""The exporter: standard graphs, one copy of the embedding, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+
+import chameleon_deploy
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
+from chameleon_deploy.export.directory import new_directory
+from chameleon_deploy.export.exporter import export_bundle, model_spec
+from chameleon_deploy.export.recipe import read_recipe
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
+from chameleon_deploy.reference.model import trunk_from
+from chameleon_deploy.reference.random import SIZES
+from tests.conftest import REPOSITORY
+
+EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
+
+
+@pytest.mark.parametrize("name", ["decoder", "hypernetwork"])
+def test_graphs_are_standard_onnx(bundle: Path, name: str) -> None:
+    file = bundle / f"{name}.onnx"
+    onnx.checker.check_model(str(file), full_check=True)
+    model = onnx.load(file, load_external_data=False)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    inline = [i for i in model.graph.initializer if i.data_location != onnx.TensorProto.EXTERNAL]
+    assert {i.data_type for i in inline} <= {onnx.TensorProto.INT64}  # shapes; weights are never inline
+
+
+def test_tensor_names_are_the_contract(bundle: Path) -> None:
+    graphs = open_bundle(bundle).manifest.graphs
+    inputs = {spec.name: (spec.dtype, spec.shape) for spec in graphs["decoder"].inputs}
+    assert inputs["lora_A"] == ("float32", ("clusters", "rank", 64))
+    assert inputs["lora_B"] == ("float32", ("clusters", "rank", 512))
+    assert inputs["cluster_ids"] == ("int64", ("batch",))
+    assert inputs["past_key_values.1.value"] == ("float32", ("batch", 4, "past", 16))
+    assert [spec.name for spec in graphs["hypernetwork"].outputs] == ["lora_A", "lora_B"]
+
+
+def test_the_tied_embedding_is_stored_once(bundle: Path, mini: Checkpoint) -> None:
+    table = mini.trunk.token_embedding.numpy().tobytes()
+    assert (bundle / "weights.bin").read_bytes().count(table) == 1
+    numbers = mini.trunk.num_parameters() + open_bundle(bundle).manifest.parameters.hypernetwork
+    assert (bundle / "weights.bin").stat().st_size <= 1.02 * 4 * numbers
+
+
+def test_the_manifest_tells_the_truth(bundle: Path, mini: Checkpoint) -> None:
+    manifest = open_bundle(bundle).manifest
+    assert manifest.parameters.base == mini.trunk.num_parameters()
+    assert manifest.parameters.factors == 4 * (64 + 512)
+    assert not manifest.parity.verified
+    assert json.loads((bundle / "parity.json").read_text()) == {"verified": False}
+
+
+def test_exports_are_reproducible(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
+    export_bundle(mini, tmp_path / "again", None)
+    assert open_bundle(tmp_path / "again").digest == open_bundle(bundle).digest
+
+
+def test_files_are_readable_by_the_service_that_runs_them(bundle: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in bundle.iterdir()} == {0o666 & ~umask}
+
+
+def test_alpha_and_layout_are_folded_in(mini: Checkpoint, tmp_path: Path) -> None:
+    import dataclasses
+
+    import msgspec
+
+    checkpoint = dataclasses.replace(mini, config=msgspec.structs.replace(mini.config, alpha=0.25))
+    export_bundle(checkpoint, tmp_path / "b", None)
+    runtime = chameleon_deploy.load(tmp_path / "b")
+    rows = [[1, 2, 3], [4, 5]]
+    ours, theirs = runtime.adapt(rows, mode="request"), inference.adapt(checkpoint, rows, "request")
+    np.testing.assert_allclose(ours.lora_B, 0.25 * theirs.lora_B.numpy().swapaxes(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_gpt2_size_by_config(size: str, tmp_path: Path) -> None:
+    """Widths, heads and one layer of each size; a small vocabulary keeps it quick."""
+    torch.manual_seed(0)
+    _, hidden, heads = SIZES[size]
+    config = transformers.GPT2Config(n_layer=1, n_embd=hidden, n_head=heads, vocab_size=300, n_positions=96,
+                                     bos_token_id=0, eos_token_id=0)  # fmt: skip
+    tokenizers = __import__("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trunk = trunk_from(transformers.GPT2LMHeadModel(config), tokenizer)
+    checkpoint_config = CheckpointConfig(
+        regime="chameleon", base_model=".", rank=2, hidden_sizes=(8, 4), num_clusters=2
+    )
+    checkpoint = Checkpoint(
+        checkpoint_config, trunk, build_factors(checkpoint_config, hidden, 300).eval().requires_grad_(False),
+        torch.nn.functional.normalize(torch.randn(2, hidden), dim=1), "0" * 64,
+    )  # fmt: skip
+    export_bundle(checkpoint, tmp_path / "b", None)
+    runtime = chameleon_deploy.load(tmp_path / "b", threads=2)
+    rows = [[7] * 96, [5, 9, 200, 3]]
+    theirs = inference.adapt(checkpoint, rows, "cohort")
+    for row, score in enumerate(runtime.score(rows)):
+        logprobs = inference.row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
+        expected = logprobs[:-1].gather(1, torch.tensor(rows[row][1:])[:, None])[:, 0]
+        np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_inner": 100},
+        {"scale_attn_weights": False},
+    ],
+)
+def test_gpt2_variants_that_would_export_wrongly_are_refused(option: dict[str, Any], mini: Checkpoint) -> None:
+    import copy
+    import dataclasses
+
+    trunk = copy.copy(mini.trunk)
+    trunk.causal_lm = copy.copy(trunk.causal_lm)
+    trunk.causal_lm.config = copy.deepcopy(trunk.causal_lm.config)
+    trunk.causal_lm.config.update(option)
+    with pytest.raises(UnsupportedBaseError, match=next(iter(option))):
+        model_spec(dataclasses.replace(mini, trunk=trunk))
+
+
+def test_an_existing_output_is_left_alone(mini_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    result = subprocess.run(
+        [*EXPORT, mini_path, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "exists" in result.stderr
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_killed_at_any_moment_the_output_is_absent_or_complete(mini_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*EXPORT, str(mini_path), "--out", str(out), "--no-verify"]
+    rng = random.Random(0)
+    start = time.monotonic()
+    subprocess.run([*command[:-2], str(tmp_path / "timed"), "--no-verify"], check=True, capture_output=True)
+    whole = time.monotonic() - start
+    for _ in range(6):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # Most of the time goes into imports: aim at the end, where the writing is.
+        time.sleep(whole * rng.uniform(0.7, 1.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            open_bundle(out)
+            out.rename(tmp_path / f"complete{rng.random()}")
+    # What a killed export left behind does not disturb the next one.
+    subprocess.run(command, check=True, capture_output=True)
+    open_bundle(out)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "decoder.onnx", "hypernetwork.onnx", "tokenizer.json", "bundle.json"])
+def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: str) -> None:
+    """The process dies as soon as `file` exists: no output, and the next export succeeds."""
+    child = os.fork()
+    if child == 0:
+        import threading
+
+        def watch() -> None:
+            while not (tmp_path / ".out.partial" / file).exists():
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+        with new_directory(tmp_path / "out") as directory:
+            from chameleon_deploy.export import exporter
+
+            manifest = exporter._write_files(mini, directory)
+            exporter._write_manifest(directory, manifest, {})
+            time.sleep(60)
+        os._exit(1)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / file).exists()
+    export_bundle(mini, tmp_path / "out", None)
+    open_bundle(tmp_path / "out")
+
+
+def test_an_error_leaves_nothing(mini: Checkpoint, tmp_path: Path) -> None:
+    def refuse(path: Path) -> Any:
+        open_bundle(path)  # complete when it is verified
+        raise ValueError("a gate was missed")
+
+    with pytest.raises(ValueError, match="gate"):
+        export_bundle(mini, tmp_path / "out", refuse)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_exports_to_one_output(mini: Checkpoint, tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("x")
+        with pytest.raises(OutputError, match="another process"):
+            export_bundle(mini, tmp_path / "out", None)
+        with pytest.raises(OutputError, match="another process"), new_directory(tmp_path / "out"):
+            pytest.fail("entered")
+    assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="appeared"), new_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def _run_limited(command: list[str], limit: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+
+
+def test_a_file_that_cannot_grow_is_one_line(mini_path: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands in for a full disk where a file system cannot be mounted."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    result = _run_limited([*EXPORT, str(mini_path), "--out", str(tmp_path / "out"), "--no-verify"], limit)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "cannot write" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root; the test above covers the same path")
+def test_a_full_disk_is_one_line(mini_path: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=True)
+    try:
+        result = subprocess.run(
+            [*EXPORT, mini_path, "--out", disk / "out", "--no-verify"], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "No space left" in result.stderr
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "export").glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_of_the_repository_are_valid(recipe: Path) -> None:
+    assert (Path(read_recipe(recipe).checkpoint) / "chameleon_config.json").is_file()
+
+
+def test_a_recipe_is_exported(mini_path: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mini.toml"
+    recipe.write_text(f'checkpoint = "{os.path.relpath(mini_path, tmp_path)}"\nprecision = "fp32"\n')
+    result = subprocess.run(
+        [*EXPORT, recipe, "--out", tmp_path / "b", "--no-verify"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not verified" in result.stdout
+    open_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('checkpoint = "x"\nsurprise = 1', "surprise"), ("checkpoint = ", "bad.toml"), ("", "checkpoint"),
+     ('checkpoint = "x"\nprecision = "fp8"', "fp8")],
+)  # fmt: skip
+def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "bad.toml").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(tmp_path / "bad.toml")

@@ -1,0 +1,304 @@
+"""The runtime against the PyTorch reference: every mode, every batch size, every length."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import chameleon_deploy
+from chameleon_deploy import Runtime, Sampling
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.errors import (
+    ChameleonError,
+    FactorsError,
+    InputError,
+    LengthError,
+    ModeError,
+    NumericError,
+    ProviderError,
+    TokenError,
+)
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime import decoder as decoder_module
+from chameleon_deploy.runtime.adaptation import assign, conditioning
+
+MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
+
+
+def random_rows(seed: int, batch: int, longest: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 512, rng.integers(1, longest + 1)).tolist() for _ in range(batch)]
+
+
+def reference_logprobs(checkpoint: Checkpoint, rows: list[list[int]], mode: str, tenants: Any = None) -> list[Any]:
+    adaptation = inference.adapt(checkpoint, rows, mode, tenants)
+    return [
+        inference.row_logits(checkpoint, ids, adaptation, row)
+        .log_softmax(-1)[:-1]
+        .gather(1, torch.tensor(ids[1:], dtype=torch.int64)[:, None])[:, 0]
+        .numpy()
+        for row, ids in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("batch", "longest"), [(1, 1), (1, 128), (2, 5), (3, 40), (8, 128), (32, 60)])
+def test_scores_equal_the_reference(runtime: Runtime, mini: Checkpoint, mode: Any, batch: int, longest: int) -> None:
+    rows = random_rows(batch * 1000 + longest, batch, longest)
+    if longest == 128:
+        rows[0] = (rows[0] * 128)[:128]  # the model's maximum
+    tenants = [f"tenant {i % 3}" for i in range(batch)] if mode == "tenant" else None
+    scores = runtime.score(rows, mode=mode, tenants=tenants)
+    for ids, score, expected in zip(rows, scores, reference_logprobs(mini, rows, mode, tenants), strict=True):
+        assert score.token_ids == ids
+        assert len(score.token_logprobs) == len(ids) - 1
+        np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_tokens_equal_the_reference(runtime: Runtime, mini: Checkpoint, mode: Any) -> None:
+    rows = random_rows(7, 12, 60)
+    tenants = [i % 2 for i in range(12)] if mode == "tenant" else None
+    generations = runtime.generate(rows, max_new_tokens=16, mode=mode, tenants=tenants)
+    adaptation = inference.adapt(mini, rows, mode, tenants)
+    for row, ids in enumerate(rows):
+        produced = list(ids)
+        for token in generations[row].token_ids:
+            logits = inference.row_logits(mini, produced, adaptation, row)[-1]
+            best, second = logits.topk(2).values.tolist()
+            if best - second <= 1e-3:
+                break  # too close to call: from here on the two texts may part
+            assert token == int(logits.argmax())
+            produced.append(token)
+
+
+def test_lora_bundle_equals_the_reference(lora_runtime: Runtime, mini_lora: Checkpoint) -> None:
+    rows = random_rows(3, 6, 50)
+    assert lora_runtime.mode == "static"
+    scores, base = lora_runtime.score(rows), lora_runtime.score(rows, mode="none")
+    for score, expected in zip(scores, reference_logprobs(mini_lora, rows, "static"), strict=True):
+        np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
+    assert max(abs(a.logprob - b.logprob) for a, b in zip(scores, base, strict=True)) > 0.01
+
+
+def test_callers_factors_are_used(runtime: Runtime, mini: Checkpoint) -> None:
+    rng = np.random.default_rng(0)
+    lora_A, lora_B = (rng.normal(size=(7, n)).astype(np.float32) * 0.2 for n in (64, 512))
+    ids = random_rows(5, 1, 30)[0] + [1, 2]
+    score = runtime.score([ids], mode="static", factors=(lora_A, lora_B))[0]
+    hidden, _ = mini.trunk.hidden_states(torch.tensor([ids]))
+    logits = hidden[0] @ mini.trunk.head_weight.T + hidden[0] @ torch.from_numpy(lora_A.T @ lora_B)
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    np.testing.assert_allclose(score.token_logprobs, expected.numpy(), atol=5e-4)
+
+
+@given(seed=st.integers(0, 10_000), batch=st.integers(1, 20))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_clusters_and_groups_follow_design(runtime: Runtime, mini: Checkpoint, seed: int, batch: int) -> None:
+    rows = random_rows(seed, batch, 20)
+    tenants = [int(t) for t in np.random.default_rng(seed).integers(0, 3, batch)]
+    for mode in ("cohort", "tenant"):
+        given_tenants = tenants if mode == "tenant" else None
+        ours = runtime.adapt(rows, mode=mode, tenants=given_tenants)
+        theirs = inference.adapt(mini, rows, mode, given_tenants)
+        assert ours.cluster_ids.tolist() == theirs.cluster_ids.tolist()
+        assert ours.factor_ids.tolist() == theirs.factor_ids.tolist()
+        assert ours.lora_A.shape == theirs.lora_A.shape
+        np.testing.assert_allclose(ours.lora_A, theirs.lora_A, atol=1e-5)
+        np.testing.assert_allclose(ours.lora_B, theirs.lora_B.swapaxes(1, 2), atol=1e-5)
+
+
+def test_conditioning_is_the_mean_and_is_not_normalised_again() -> None:
+    embeddings = np.array([[1, 0], [0, 1], [0, 1]], np.float32)
+    vectors, ids = conditioning("cohort", embeddings, np.array([4, 2, 4]), None)
+    assert ids.tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(vectors, [[0.5, 0.5], [0, 1]])
+
+
+def test_ties_go_to_the_lowest_cluster() -> None:
+    centroids = np.array([[0, 1], [1, 0], [1, 0]], np.float32)
+    assert assign(np.array([[1, 0]], np.float32), centroids).tolist() == [1]
+    assert assign(np.array([[1, 0]], np.float32), np.empty((0, 2), np.float32)).tolist() == [-1]
+
+
+@pytest.mark.parametrize("mode", ["none", "centroid", "request", "tenant"])
+def test_factors_do_not_depend_on_neighbours(runtime: Runtime, mode: Any) -> None:
+    """Promise F, to the last bit; within the tenant for mode tenant."""
+    rows = random_rows(11, 9, 40)
+    tenants = list(range(9)) if mode == "tenant" else None
+    together = runtime.adapt(rows, mode=mode, tenants=tenants)
+    for row, ids in enumerate(rows):
+        alone = runtime.adapt([ids], mode=mode, tenants=[0] if tenants else None)
+        own = together.factor_ids[row]
+        assert np.array_equal(alone.lora_A[0], together.lora_A[own])
+        assert np.array_equal(alone.lora_B[0], together.lora_B[own])
+
+
+def test_cohort_does_depend_on_neighbours(runtime: Runtime) -> None:
+    """What the documentation warns of is so: the paper's mode mixes callers."""
+    rows = random_rows(12, 16, 40)
+    together = runtime.adapt(rows, mode="cohort")
+    crowded = int(np.argmax(np.bincount(together.factor_ids)[together.factor_ids]))
+    alone = runtime.adapt([rows[crowded]], mode="cohort")
+    assert not np.array_equal(alone.lora_B[0], together.lora_B[together.factor_ids[crowded]])
+
+
+def test_long_batches_are_read_in_pieces(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(13, 5, 100)
+    whole, generated = runtime.score(rows), runtime.generate(rows, max_new_tokens=5)
+    monkeypatch.setattr(decoder_module, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
+    pieces = list(runtime.decoder.all_logits(rows, runtime.adapt(rows)))
+    assert len(pieces) > 10
+    for a, b in zip(whole, runtime.score(rows), strict=True):
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
+    assert [g.token_ids for g in generated] == [g.token_ids for g in runtime.generate(rows, max_new_tokens=5)]
+
+
+def test_texts_and_their_ids_are_the_same(runtime: Runtime) -> None:
+    texts = ["The river runs.", "def f(x):"]
+    ids = [runtime.tokenizer.encode(text).ids for text in texts]
+    assert runtime.score(texts) == runtime.score(ids) == runtime.score([np.array(i) for i in ids])
+
+
+def test_one_runtime_many_threads(runtime: Runtime) -> None:
+    batches = [random_rows(seed, 3, 30) for seed in range(8)]
+    sampling = Sampling(temperature=1.0, seed=4)
+    serial = [
+        runtime.generate(rows, max_new_tokens=6, sampling=sampling, mode=MODES[i % 4]) for i, rows in enumerate(batches)
+    ]
+    results: list[Any] = [None] * 64
+
+    def work(i: int) -> None:
+        results[i] = runtime.generate(batches[i % 8], max_new_tokens=6, sampling=sampling, mode=MODES[i % 8 % 4])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(results[i] == serial[i % 8] for i in range(64))
+
+
+def test_centroid_factors_are_computed_once(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = chameleon_deploy.load(bundle, mode="centroid", threads=1)
+    calls: list[int] = []
+    generate = runtime._generate_factors
+
+    def counted(conditioning: Any) -> Any:
+        calls.append(len(conditioning))
+        return generate(conditioning)
+
+    monkeypatch.setattr(runtime, "_generate_factors", counted)
+    for seed in range(3):
+        runtime.adapt(random_rows(seed, 4, 10))
+    assert not calls  # loading in this mode has done it
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ([], InputError, "batch is empty"),
+        ("text", InputError, "single str"),
+        ([""], InputError, "text 0 is empty"),
+        (["a", [1]], InputError, "mixes"),
+        ([[1], []], InputError, "text 1 is empty"),
+        ([[1.5]], InputError, "text 0 is neither"),
+        ([["a"]], InputError, "text 0 is neither"),
+        (["fine", "a\ud800b"], InputError, "text 1 holds a lone surrogate"),
+        ([[512]], TokenError, "token id 512 is outside the vocabulary of 512"),
+        ([[3, -1]], TokenError, "token id -1"),
+        ([[1] * 129], LengthError, "129 tokens, the model has 128 positions"),
+        (["word " * 400], LengthError, "positions"),
+    ],
+)
+def test_bad_texts(runtime: Runtime, texts: Any, error: type[ChameleonError], message: str) -> None:
+    for method in (runtime.adapt, runtime.score, runtime.generate, runtime.stream):
+        with pytest.raises(error, match=message):
+            method(texts)
+
+
+GOOD = (np.zeros((2, 64), np.float32), np.zeros((2, 512), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ((GOOD[0][:, :-1], GOOD[1]), r"lora_A has shape \(2, 63\)"),
+        ((GOOD[0], GOOD[1].T), "lora_B has shape"),
+        ((GOOD[0][:1], GOOD[1]), "lora_A has rank 1, lora_B has rank 2"),
+        ((GOOD[0][:0], GOOD[1][:0]), "lora_A has shape"),
+        ((GOOD[0].astype(np.float64), GOOD[1]), "lora_A has dtype float64"),
+        ((GOOD[0], GOOD[1] + np.float32("nan")), "lora_B holds NaN"),
+        ((GOOD[0] + np.float32("inf"), GOOD[1]), "lora_A holds NaN or infinity"),
+        ((GOOD[0],), "the pair"),
+        (3, "the pair"),
+    ],
+)
+def test_bad_factors(runtime: Runtime, factors: Any, message: str) -> None:
+    with pytest.raises(FactorsError, match=message):
+        runtime.score([[1, 2]], mode="static", factors=factors)
+
+
+def test_factors_that_overflow_are_an_error(runtime: Runtime) -> None:
+    huge = (np.full((2, 64), 1e30, np.float32), np.full((2, 512), 1e30, np.float32))
+    with pytest.raises(NumericError, match="check the factors"):
+        runtime.score([[1, 2, 3]], mode="static", factors=huge)
+    with pytest.raises(NumericError, match="check the factors"):
+        runtime.generate([[1, 2, 3]], mode="static", factors=huge)
+
+
+def _call(runtime: Runtime, **arguments: Any) -> Any:
+    return runtime.adapt([[1, 2], [3]], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "magic"}, ModeError, "'magic' is not a mode"),
+        ({"mode": "static"}, ModeError, "needs factors"),
+        ({"mode": "cohort", "factors": GOOD}, ModeError, "pass mode='static'"),
+        ({"mode": "tenant"}, InputError, "needs one tenant per text"),
+        ({"mode": "cohort", "tenants": [1, 2]}, InputError, "other modes take none"),
+        ({"mode": "tenant", "tenants": [1]}, InputError, "1 tenants for 2 texts"),
+    ],
+)
+def test_bad_modes(runtime: Runtime, arguments: Any, error: type[ChameleonError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _call(runtime, **arguments)
+
+
+@pytest.mark.parametrize("mode", ["centroid", "request", "cohort", "tenant"])
+def test_a_lora_bundle_has_no_hypernetwork(lora_runtime: Runtime, lora_bundle: Any, mode: Any) -> None:
+    with pytest.raises(ModeError, match="choose one of none, static"):
+        lora_runtime.adapt([[1]], mode=mode, tenants=[1] if mode == "tenant" else None)
+    with pytest.raises(ModeError, match="choose one of none, static"):
+        chameleon_deploy.load(lora_bundle, mode=mode)
+
+
+def test_a_provider_that_cannot_be_had_is_an_error(bundle: Any) -> None:
+    with pytest.raises(ProviderError, match="'cuda' is not available"):
+        chameleon_deploy.load(bundle, provider="cuda")
+    assert chameleon_deploy.load(bundle, provider="auto").provider == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [([], "not installed"), (["onnxruntime", "onnxruntime-gpu"], "overwrite each other: pip uninstall")],
+)
+def test_onnxruntime_wheels(
+    bundle: Any, monkeypatch: pytest.MonkeyPatch, installed: Sequence[str], message: str
+) -> None:
+    from chameleon_deploy.errors import DependencyError
+    from chameleon_deploy.runtime import session
+
+    monkeypatch.setattr(session, "_is_installed", lambda name: name in installed)
+    with pytest.raises(DependencyError, match=message):
+        chameleon_deploy.load(bundle)
