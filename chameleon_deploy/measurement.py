@@ -47,11 +47,13 @@ class Timing:
         return self.reference / self.ours
 
 
-def measure(case: Case, rounds: int, report: Callable[[str, int, int], None]) -> Timing:
+def measure(
+    case: Case, rounds: int, report: Callable[[str, int, int], None], max_extra_rounds: int = MAX_EXTRA_ROUNDS
+) -> Timing:
     """Time both engines in turn, `rounds` times each after one warm-up, more often where the samples scatter."""
     difference = case.difference(case.ours(), case.reference())
     samples: tuple[list[float], list[float]] = ([], [])
-    for attempt in range(1 + MAX_EXTRA_ROUNDS):
+    for attempt in range(1 + max_extra_rounds):
         for done in range(rounds):
             # The order changes every time, so that neither engine always runs on the other's warm caches.
             for engine in ((0, 1), (1, 0))[done % 2]:
