@@ -58,7 +58,7 @@ def _prefill_case(runtime: Runtime, checkpoint: Checkpoint, rows: list[list[int]
     from chameleon_deploy.reference import inference
 
     def ours() -> Any:
-        return runtime.decoder.prefill(rows, runtime.adapt(rows))[0]
+        return runtime.decoder.prefill(rows, runtime.adapt(rows), len(rows[0]))[0]
 
     def reference() -> Any:
         from transformers import DynamicCache
@@ -78,17 +78,19 @@ def _decode_case(runtime: Runtime, checkpoint: Checkpoint, rows: list[list[int]]
     from chameleon_deploy.reference import inference
 
     ours_adaptation, reference_adaptation = runtime.adapt(rows), inference.adapt(checkpoint, rows, runtime.mode)
-    _, prefilled = runtime.decoder.prefill(rows, ours_adaptation)
+    width = len(rows[0])
+    _, cache = runtime.decoder.prefill(rows, ours_adaptation, width + steps)
+    lengths = cache.lengths
     reference_cache = DynamicCache()
     checkpoint.trunk.hidden_states(torch.tensor(rows), None, reference_cache)
     tokens = np.array(rows)[:, :steps]  # fed to both engines, whatever they would choose
 
     def ours() -> Any:
-        cache = prefilled
+        cache.lengths = lengths  # the shared buffer is written over from here
         for step in range(steps):
-            logits, cache = runtime.decoder.step(tokens[:, step], ours_adaptation, cache)
+            logits = runtime.decoder.step(tokens[:, step], ours_adaptation, cache)
             logits.argmax(1)
-        return logits
+        return logits.copy()
 
     def reference() -> Any:
         with torch.no_grad():

@@ -45,15 +45,19 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
 
     name: str
-    dtype: Literal["float32", "float16", "int64"]
+    dtype: Literal["float32", "float16", "int32", "int64"]
     shape: tuple[int | str, ...]
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named graph: what it is for, which providers may run it, and its signature."""
+    """A named graph: what it is for, which providers may run it, and its signature.
+
+    cache  of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer
+    """
 
     file: str
     role: Literal["decoder", "hypernetwork"]
+    cache: Literal["growing", "shared"] | None
     providers: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -137,12 +141,13 @@ class Bundle:
     manifest: Manifest
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
 
-    def graph(self, role: str, provider: str) -> GraphSpec:
-        """The graph of a role for a provider; one made for fewer providers is the more special and wins."""
-        fitting = [g for g in self.manifest.graphs.values() if g.role == role and provider in g.providers]
+    def graph(self, role: str, provider: str) -> str:
+        """Name of the graph of a role for a provider; one made for fewer providers is the more special and wins."""
+        graphs = self.manifest.graphs
+        fitting = [name for name, graph in graphs.items() if graph.role == role and provider in graph.providers]
         if not fitting:
             raise ManifestError(f"{self.path / MANIFEST}: no {role} graph for provider {provider!r}")
-        return min(fitting, key=lambda graph: len(graph.providers))
+        return min(fitting, key=lambda name: len(graphs[name].providers))
 
     def token_embedding(self) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
         """The token embedding [vocab, hidden], memory-mapped."""
@@ -241,6 +246,9 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     for name in sorted(needed - set(manifest.files)):
         raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
     roles = {graph.role for graph in manifest.graphs.values()}
+    for name, graph in manifest.graphs.items():
+        if (graph.cache is None) != (graph.role == "hypernetwork"):
+            raise ManifestError(f"{where}: graphs.{name}.cache does not fit its role {graph.role!r}")
     for role in {"decoder"} | ({"hypernetwork"} if adaptation.regime == "chameleon" else set()):
         if role not in roles:
             raise ManifestError(f"{where}: no graph has the role {role!r}")

@@ -52,17 +52,26 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[l
 def verify_bundle(
     bundle: Path, checkpoint: Checkpoint, text: list[Path] | None, threads: int | None, report: Any
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Run every check. Returns the checks and the content of parity.json."""
-    import chameleon_deploy
-    from chameleon_deploy import parity
+    """Run every check on every decoder graph that this machine can run.
 
-    runtime = chameleon_deploy.load(bundle, threads=threads)
-    rows = verification_rows(checkpoint, text)
-    checks = parity.verify(runtime, checkpoint, rows, report)
+    Returns the checks and the content of parity.json.
+    """
+    from chameleon_deploy import parity
+    from chameleon_deploy.bundle import default_mode, open_bundle
+    from chameleon_deploy.runtime import Runtime
+
+    opened, rows = open_bundle(bundle), verification_rows(checkpoint, text)
+    manifest, own = opened.manifest, opened.graph("decoder", "cpu")
+    checks: list[Check] = []
+    for name, graph in manifest.graphs.items():
+        if graph.role == "decoder" and "cpu" in graph.providers:
+            runtime = Runtime(opened, "cpu", threads=threads, graph=name)
+            checks += parity.verify(runtime, checkpoint, rows, name == own, report)
+            del runtime  # one session's weights at a time
     record = {
         "verified": all(check.passed for check in checks),
-        "mode": runtime.mode,
-        "precision": runtime.manifest.precision,
+        "mode": default_mode(manifest.adaptation),
+        "precision": manifest.precision,
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
@@ -76,16 +85,16 @@ def summary(checks: list[Check]) -> ParitySummary:
 
 
 def check_table(checks: list[Check]) -> Table:
-    table = Table("check", "figure", "limit", "", "note")
+    table = Table("graph", "check", "figure", "limit", "", "note")
     for check in checks:
         limit = "" if check.limit is None else f"{'>=' if check.at_least else '<='} {check.limit:g}"
         mark = "[green]ok[/]" if check.passed else "[red]MISSED[/]"
-        table.add_row(check.name, f"{check.value:.3g}", limit, mark, check.note)
+        table.add_row(check.graph, check.name, f"{check.value:.3g}", limit, mark, check.note)
     return table
 
 
 def require_passed(checks: list[Check]) -> None:
-    missed = [check.name for check in checks if not check.passed]
+    missed = [f"{check.graph}: {check.name}" for check in checks if not check.passed]
     if missed:
         raise CheckFailedError(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")
 

@@ -10,6 +10,7 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
+from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
@@ -59,6 +60,12 @@ def lora_bundle(mini_lora: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def runtime(bundle: Path) -> Runtime:
     return chameleon_deploy.load(bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def portable(bundle: Path) -> Runtime:
+    """The same bundle on the graph that every provider runs."""
+    return Runtime(open_bundle(bundle), "cpu", threads=1, graph="decoder")
 
 
 @pytest.fixture(scope="session")

@@ -148,24 +148,24 @@ def test_faults(name: str, bundle: Path, copy_of: Callable[[Path], Path]) -> Non
 
 def other_model(path: Path) -> None:
     """A graph whose signature is not the manifest's: the hypernetwork in the decoder's place."""
-    (path / "decoder.onnx").write_bytes((path / "hypernetwork.onnx").read_bytes())
+    (path / "decoder_cpu.onnx").write_bytes((path / "hypernetwork.onnx").read_bytes())
     reseal(path)
 
 
 def external_data_outside(path: Path) -> None:
     """A decoder whose weights lie outside the bundle."""
     (path.parent / "stolen.bin").write_bytes((path / "weights.bin").read_bytes())
-    graph = (path / "decoder.onnx").read_bytes()
+    graph = (path / "decoder_cpu.onnx").read_bytes()
     assert len("../stolen.b") == len("weights.bin")
     (path.parent / "stolen.b").write_bytes((path / "weights.bin").read_bytes())
-    (path / "decoder.onnx").write_bytes(graph.replace(b"weights.bin", b"../stolen.b"))
+    (path / "decoder_cpu.onnx").write_bytes(graph.replace(b"weights.bin", b"../stolen.b"))
     reseal(path)
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (overwrite("decoder.onnx", b"not a graph"), errors.GraphError, "cannot load"),
+        (overwrite("decoder_cpu.onnx", b"not a graph"), errors.GraphError, "cannot load"),
         (other_model, errors.GraphError, "differ from the manifest"),
         (external_data_outside, errors.GraphError, "cannot load"),
         (overwrite("tokenizer.json", b"{}"), errors.ManifestError, "tokenizer.json"),

@@ -20,7 +20,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     """Checkpoint, verified bundle, and the export's peak resident memory in bytes."""
     directory = tmp_path_factory.mktemp("small")
     checkpoint, bundle = directory / "checkpoint", directory / "bundle"
-    random = [sys.executable, "-m", "chameleon_deploy.reference.random", "--size", "small", "--out", checkpoint]
+    random = [sys.executable, "-m", "chameleon_deploy.reference.random", "--size", "small", "--out", str(checkpoint)]
     subprocess.run(random, check=True, capture_output=True)
     # A process of its own, so that its peak is nobody else's.
     code = (

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import chameleon_deploy
-from chameleon_deploy import parity
+from chameleon_deploy import Runtime, parity
 from chameleon_deploy.parity import Check
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.verify import verification_rows, verify_bundle
@@ -100,27 +100,37 @@ def test_a_wrong_bundle_is_caught(name: str, bundle: Path, mini: Checkpoint, cop
     assert any(check.startswith(expected) for check in missed(path, mini))
 
 
-def test_a_decoder_that_mixes_rows_is_caught(bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that see each other, and a cache that forgets: faults of a runtime rather than of a bundle."""
-    runtime = chameleon_deploy.load(bundle, threads=1)
-    rows = verification_rows(mini, None)
-    gate = parity.GATES["fp32"]
-    run = runtime.decoder._run
+def test_decoders_that_mix_rows_or_forget_are_caught(
+    portable: Runtime, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of a runtime rather than of a bundle."""
+    rows, gate = verification_rows(mini, None), parity.GATES["fp32"]
+    long_rows = [ids for ids in rows if len(ids) >= 16][:4]
+    decoder: Any = portable.decoder
+    run = decoder._run
 
     def leaky(*arguments: Any) -> Any:
-        logits, cache = run(*arguments)
-        return logits + 1e-3 * logits.mean(axis=0, keepdims=True) * (len(logits) > 1), cache
-
-    monkeypatch.setattr(runtime.decoder, "_run", leaky)
-    assert not all(check.passed for check in parity.check_batching(runtime, rows, gate))
+        logits = run(*arguments)
+        return logits + 1e-3 * logits.mean(axis=0, keepdims=True) * (len(logits) > 1)
 
     def forgetful(ids: Any, mask: Any, positions: Any, adaptation: Any, cache: Any) -> Any:
-        logits, grown = run(ids, mask, positions, adaptation, cache)
-        grown.lengths = grown.lengths - (mask.shape[1] > 1)
-        return logits, grown
+        logits = run(ids, mask, positions, adaptation, cache)
+        cache.lengths = cache.lengths - (mask.shape[1] > 1)
+        return logits
 
-    monkeypatch.setattr(runtime.decoder, "_run", forgetful)
-    long_rows = [ids for ids in rows if len(ids) >= 16][:4]
+    monkeypatch.setattr(decoder, "_run", leaky)
+    assert not all(check.passed for check in parity.check_batching(portable, rows, gate))
+    monkeypatch.setattr(decoder, "_run", forgetful)
+    assert not all(check.passed for check in parity.check_cache(portable, long_rows, gate))
+
+    prefill = runtime.decoder.prefill
+
+    def one_short(*arguments: Any) -> Any:
+        logits, cache = prefill(*arguments)
+        cache.lengths = cache.lengths - 1  # the next token overwrites the last
+        return logits, cache
+
+    monkeypatch.setattr(runtime.decoder, "prefill", one_short)
     assert not all(check.passed for check in parity.check_cache(runtime, long_rows, gate))
 
 

@@ -27,7 +27,7 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime import decoder as decoder_module
+from chameleon_deploy.runtime import growing_cache, shared_cache
 from chameleon_deploy.runtime.adaptation import assign, conditioning
 
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
@@ -151,15 +151,36 @@ def test_cohort_does_depend_on_neighbours(runtime: Runtime) -> None:
     assert not np.array_equal(alone.lora_B[0], together.lora_B[together.factor_ids[crowded]])
 
 
-def test_long_batches_are_read_in_pieces(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(13, 5, 100)
     whole, generated = runtime.score(rows), runtime.generate(rows, max_new_tokens=5)
-    monkeypatch.setattr(decoder_module, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
-    pieces = list(runtime.decoder.all_logits(rows, runtime.adapt(rows)))
-    assert len(pieces) > 10
-    for a, b in zip(whole, runtime.score(rows), strict=True):
+    monkeypatch.setattr(growing_cache, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
+    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 150)  # one or two rows
+    assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows)))) > 10
+    assert len(list(shared_cache._parts(np.array([len(ids) for ids in rows])))) > 2
+    for engine in (portable, runtime):
+        for a, b in zip(whole, engine.score(rows), strict=True):
+            np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
+        again = engine.generate(rows, max_new_tokens=5)
+        assert [g.token_ids for g in generated] == [g.token_ids for g in again]
+
+
+@given(seed=st.integers(0, 10_000), batch=st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_both_decoder_graphs_say_the_same(portable: Runtime, runtime: Runtime, seed: int, batch: int) -> None:
+    rows = random_rows(seed, batch, 60)
+    limits = [1 + (seed + 3 * i) % 9 for i in range(batch)]
+    assert (portable.graph, runtime.graph) == ("decoder", "decoder_cpu")
+    for a, b in zip(portable.score(rows), runtime.score(rows), strict=True):
         np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
-    assert [g.token_ids for g in generated] == [g.token_ids for g in runtime.generate(rows, max_new_tokens=5)]
+    generated = [r.generate(rows, max_new_tokens=limits) for r in (portable, runtime)]
+    assert generated[0] == generated[1]
+
+
+def test_parts_cover_the_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 10)
+    parts = list(shared_cache._parts(np.array([3, 3, 4, 12, 1, 9, 2])))
+    assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
 
 
 def test_texts_and_their_ids_are_the_same(runtime: Runtime) -> None:

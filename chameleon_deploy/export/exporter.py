@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ from chameleon_deploy.errors import UnsupportedBaseError
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.directory import new_directory
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
@@ -91,11 +92,13 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
     weights = {name: tensor.detach().numpy() for name, tensor in trunk.causal_lm.state_dict().items()}
     with WeightsFile(directory / "weights.bin") as weights_file:
         decoder, token_embedding = build_decoder(model, weights, trunk.config.layer_norm_epsilon, weights_file)
-        graphs["decoder"] = _save_graph(decoder, "decoder", directory)
+        graphs["decoder"] = _save_graph(decoder, "decoder", directory, PROVIDERS, "growing")
+        share_cache(decoder, model)
+        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", directory, ("cpu",), "shared")
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
-            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", directory)
+            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", directory, PROVIDERS)
         else:
             pair = checkpoint.factors.lora_A.numpy(), checkpoint.factors.lora_B.numpy()
             lora = {"lora_A": np.ascontiguousarray(pair[0])[None], "lora_B": fold_lora_B(pair[1], config.alpha)[None]}
@@ -134,16 +137,26 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
     )  # fmt: skip
 
 
-def _save_graph(graph: ir.Model, name: str, directory: Path) -> GraphSpec:
+def _save_graph(
+    graph: ir.Model,
+    name: str,
+    directory: Path,
+    providers: tuple[str, ...],
+    cache: Literal["growing", "shared"] | None = None,
+) -> GraphSpec:
     ir.save(graph, directory / f"{name}.onnx")
-    role: Any = name
     return GraphSpec(
-        f"{name}.onnx", role, PROVIDERS, _tensor_specs(graph.graph.inputs), _tensor_specs(graph.graph.outputs)
+        file=f"{name}.onnx",
+        role="decoder" if cache else "hypernetwork",
+        cache=cache,
+        providers=providers,
+        inputs=_tensor_specs(graph.graph.inputs),
+        outputs=_tensor_specs(graph.graph.outputs),
     )
 
 
 def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
-    dtypes: dict[Any, Any] = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
+    dtypes: dict[Any, Any] = {ir.DataType.FLOAT: "float32", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64"}
     return tuple(
         TensorSpec(v.name, dtypes[v.dtype], tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
         for v in values

@@ -1,109 +1,57 @@
-"""The decoder graph with its key-value cache: tokens in, logits out."""
+"""What a decoder does, whichever way its graph keeps the key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.bundle import FloatArray, GraphSpec, ModelSpec
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 
-PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
 
+class Cache(Protocol):
+    """Keys and values of a batch; each decoder has its own kind.
 
-@dataclass
-class Cache:
-    """Keys and values of a batch.
-
-    tensors  OrtValues float32 [batch, heads, past, head_dim], in the order of the graph's inputs
-    mask     int64 [batch, past], 1 where the slot holds a real token
     lengths  int64 [batch], real tokens per row: the next token's position
     """
 
-    tensors: list[Any]
-    mask: IntArray
     lengths: IntArray
 
 
-class Decoder:
-    """One session serves prefill, decoding and scoring. Safe to call from many threads."""
+class Decoder(Protocol):
+    """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread."""
 
-    def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
-        self._session, self._ort_value, self._model = session, ort_value, model
-        self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
+    def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[FloatArray, Any]:
+        """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
 
-    def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> tuple[FloatArray, Cache]:
-        """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache"""
-        input_ids, mask = _pad(rows)
-        last = mask.sum(1) - 1
-        logits = np.empty((len(rows), self._model.vocab_size), np.float32)
-        cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(len(rows), input_ids.shape[1]):
-            position = np.clip(last - start, 0, stop - start - 1)[:, None]
-            piece, cache = self._run(input_ids[:, start:stop], mask[:, start:stop], position, adaptation, cache)
-            ends_here = (start <= last) & (last < stop)
-            logits[ends_here] = piece[ends_here, 0]
-        return logits, cache
+        capacity  how many tokens of a row the cache must be able to hold in the end
+        """
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: Cache) -> tuple[FloatArray, Cache]:
-        """One more token per row.  int64 [batch] -> logits [batch, vocab] and the grown cache"""
-        ones, zeros = np.ones((len(token_ids), 1), np.int64), np.zeros((len(token_ids), 1), np.int64)
-        logits, cache = self._run(token_ids[:, None], ones, zeros, adaptation, cache)
-        return logits[:, 0], cache
+    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: Any) -> FloatArray:
+        """One more token per row.  int64 [batch] -> logits [batch, vocab], valid until the next step
+
+        The cache grows by the token.
+        """
+
+    def keep(self, cache: Any, rows: IntArray) -> Any:
+        """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
         """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
-        input_ids, mask = _pad(rows)
-        cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
-            positions = np.tile(np.arange(stop - start), (len(rows), 1))
-            logits, cache = self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
-            yield start, logits
-
-    def keep(self, cache: Cache, rows: IntArray) -> Cache:
-        """The cache of some rows only: finished rows leave the batch."""
-        tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]
-        return Cache(tensors, cache.mask[rows], cache.lengths[rows])
-
-    def _run(
-        self, input_ids: IntArray, mask: IntArray, logits_positions: IntArray, adaptation: Adaptation, cache: Cache
-    ) -> tuple[FloatArray, Cache]:
-        """input_ids and mask int64 [batch, sequence] -> logits [batch, positions, vocab] and the grown cache"""
-        real = mask.cumsum(1)
-        attention_mask = np.concatenate([cache.mask, mask], axis=1)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": cache.lengths[:, None] + np.maximum(real - 1, 0),
-            "logits_positions": logits_positions,
-            "cluster_ids": adaptation.factor_ids,
-            "lora_A": adaptation.lora_A,
-            "lora_B": adaptation.lora_B,
-        }
-        values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
-        values |= zip(self._past, cache.tensors, strict=True)
-        # OrtValues stay inside ONNX Runtime: the cache is never copied to numpy and back.
-        logits, *tensors = self._session.run_with_ort_values(["logits", *self._present], values)
-        return logits.numpy(), Cache(tensors, attention_mask, cache.lengths + real[:, -1])
-
-    def _empty_cache(self, batch: int) -> Cache:
-        shape = (batch, self._model.num_key_value_heads, 0, self._model.head_dim)
-        empty = self._ort_value.ortvalue_from_numpy(np.empty(shape, np.float32))
-        return Cache([empty] * len(self._past), np.empty((batch, 0), np.int64), np.zeros(batch, np.int64))
-
-    def _pieces(self, batch: int, width: int, all_logits: bool = False) -> Iterator[tuple[int, int]]:
-        """Column ranges whose largest tensor stays within PIECE_BYTES."""
-        per_column = batch * 4 * max(self._model.num_attention_heads * width, self._model.vocab_size * all_logits)
-        step = max(1, PIECE_BYTES // per_column)
-        for start in range(0, width, step):
-            yield start, min(start + step, width)
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
+def make_decoder(session: Any, ort_value: Any, graph: GraphSpec, model: ModelSpec) -> Decoder:
+    """The decoder for a graph's kind of cache, over an open session of it."""
+    from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
+    from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+
+    kind = SharedCacheDecoder if graph.cache == "shared" else GrowingCacheDecoder
+    return kind(session, ort_value, model)
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     """Right-padded ids and their mask, int64 [batch, longest]. The pad id is never attended, any id will do."""
     mask = np.zeros((len(rows), max(map(len, rows))), np.int64)
     input_ids = np.zeros_like(mask)

@@ -92,7 +92,8 @@ def stream_tokens(
     rows: list[Row], decoder: Decoder, adaptation: Adaptation, tokenizer: Any, model: ModelSpec
 ) -> Iterator[Token]:
     """Tokens of all rows, step by step; within a step in the order of the rows."""
-    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation)
+    capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
+    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation, capacity)
     active = np.arange(len(rows))
     while True:
         going, chosen = [], []
@@ -107,4 +108,4 @@ def stream_tokens(
         if len(going) < len(active):
             kept = np.array(going)
             cache, adaptation, active = decoder.keep(cache, kept), adaptation.rows(kept), active[kept]
-        logits, cache = decoder.step(np.array(chosen, np.int64), adaptation, cache)
+        logits = decoder.step(np.array(chosen, np.int64), adaptation, cache)

@@ -14,7 +14,7 @@ from chameleon_deploy.bundle import Bundle, Mode, default_mode, open_bundle
 from chameleon_deploy.errors import InputError, ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.decoder import make_decoder
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.sampling import Sampling
@@ -42,10 +42,18 @@ def load(
 class Runtime:
     """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
 
-    bundle, provider, mode, tokenizer, decoder   what it was loaded from and runs on
+    bundle, provider, mode, graph, tokenizer, decoder   what it was loaded from and runs on
     """
 
-    def __init__(self, bundle: Bundle, provider: str, mode: Mode | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str,
+        mode: Mode | None = None,
+        threads: int | None = None,
+        graph: str | None = None,
+    ) -> None:
+        """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own."""
         self.bundle = bundle
         self.provider = provider
         self.manifest = bundle.manifest
@@ -54,8 +62,10 @@ class Runtime:
             self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
-        self._decoder_session = open_session(bundle, bundle.graph("decoder", provider), threads)
-        self.decoder = Decoder(self._decoder_session, import_onnxruntime().OrtValue, self.manifest.model)
+        self.graph = graph or bundle.graph("decoder", provider)
+        decoder_graph = self.manifest.graphs[self.graph]
+        session = open_session(bundle, decoder_graph, threads)
+        self.decoder = make_decoder(session, import_onnxruntime().OrtValue, decoder_graph, self.manifest.model)
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._hypernetwork: Any = None
@@ -63,7 +73,9 @@ class Runtime:
         if self.manifest.adaptation.regime == "lora":
             self._lora = bundle.lora()
         else:
-            self._hypernetwork = open_session(bundle, bundle.graph("hypernetwork", provider), threads)
+            self._hypernetwork = open_session(
+                bundle, self.manifest.graphs[bundle.graph("hypernetwork", provider)], threads
+            )
         self._centroid_factors: Factors | None = None
         self._check_mode(self.mode)
         if self.mode == "centroid":

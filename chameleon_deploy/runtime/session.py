@@ -71,7 +71,12 @@ def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
     return session
 
 
-_ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+_ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+}
 
 
 def _is_installed(distribution: str) -> bool:

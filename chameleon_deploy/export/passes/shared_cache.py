@@ -1,0 +1,58 @@
+"""Attention over a shared past/present buffer: ONNX Runtime's GroupQueryAttention.
+
+The portable graph concatenates past and present, which copies the whole cache at every step. Here
+each row's keys and values are written into a buffer that is both input and output, at the row's own
+length. Operator: com.microsoft.GroupQueryAttention
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+
+    attention_mask                       goes away
+    seqlens_k              int32 [batch] real tokens of each row after this call, minus one
+    total_sequence_length  int32 []      the largest of them, plus one
+    past_key_values.*, present.*         [batch, heads, capacity, head_dim], bound to the same memory
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.rewriter.pattern import RewriteRule
+
+from chameleon_deploy.bundle import ModelSpec
+
+
+def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
+    """Rewrite a portable decoder in place. Returns how many attentions were rewritten: one per layer."""
+    graph = decoder.graph
+    lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
+    total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
+    heads, dim = model.num_attention_heads, model.head_dim
+
+    def portable(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any) -> Any:
+        def split_heads(part: Any) -> Any:
+            return op.Transpose(op.Reshape(part, [0, 0, heads, dim]), perm=[0, 2, 1, 3])
+
+        q, k, v = op.Split(qkv, axis=2, num_outputs=3, _outputs=3)
+        q = split_heads(q)
+        k = op.Concat(past_key, split_heads(k), axis=2)
+        v = op.Concat(past_value, split_heads(v), axis=2)
+        scores = op.MatMul(op.Mul(q, dim**-0.5), op.Transpose(k, perm=[0, 1, 3, 2]))
+        context = op.MatMul(op.Softmax(op.Add(scores, bias), axis=-1), v)
+        return op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, heads * dim]), k, v
+
+    def shared(op: Any, qkv: Any, past_key: Any, past_value: Any, **_: Any) -> Any:
+        return op.GroupQueryAttention(
+            qkv, None, None, past_key, past_value, lengths, total, num_heads=heads,
+            kv_num_heads=model.num_key_value_heads, _domain="com.microsoft", _outputs=3,
+        )  # fmt: skip
+
+    count = RewriteRule(portable, shared).apply_to_model(decoder)
+    graph.inputs.extend([lengths, total])
+    RemoveUnusedNodesPass()(decoder)
+    graph.inputs.remove(next(value for value in graph.inputs if value.name == "attention_mask"))
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.name and value.name.startswith(("past_key_values.", "present.")):
+            value.shape = ir.Shape(["batch", model.num_key_value_heads, "capacity", dim])
+    decoder.opset_imports["com.microsoft"] = 1
+    return int(count)

@@ -1,0 +1,104 @@
+"""A decoder whose graph concatenates past and present: the portable graph, which every provider runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.runtime.decoder import pad
+
+PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
+
+
+@dataclass
+class GrowingCache:
+    """tensors  OrtValues float32 [batch, heads, past, head_dim], in the order of the graph's inputs
+    mask     int64 [batch, past], 1 where the slot holds a real token
+    lengths  int64 [batch], real tokens per row: the next token's position
+    """
+
+    tensors: list[Any]
+    mask: IntArray
+    lengths: IntArray
+
+
+class GrowingCacheDecoder:
+    """See `Decoder`."""
+
+    def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
+        self._session, self._ort_value, self._model = session, ort_value, model
+        self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+
+    def prefill(
+        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
+    ) -> tuple[FloatArray, GrowingCache]:
+        input_ids, mask = pad(rows)
+        last = mask.sum(1) - 1
+        logits = np.empty((len(rows), self._model.vocab_size), np.float32)
+        cache = self._empty_cache(len(rows))
+        for start, stop in self._pieces(len(rows), input_ids.shape[1]):
+            position = np.clip(last - start, 0, stop - start - 1)[:, None]
+            piece = self._run(input_ids[:, start:stop], mask[:, start:stop], position, adaptation, cache)
+            ends_here = (start <= last) & (last < stop)
+            logits[ends_here] = piece[ends_here, 0]
+        return logits, cache
+
+    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: GrowingCache) -> FloatArray:
+        ones, zeros = np.ones((len(token_ids), 1), np.int64), np.zeros((len(token_ids), 1), np.int64)
+        return self._run(token_ids[:, None], ones, zeros, adaptation, cache)[:, 0]
+
+    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+        input_ids, mask = pad(rows)
+        cache = self._empty_cache(len(rows))
+        for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
+            positions = np.tile(np.arange(stop - start), (len(rows), 1))
+            yield start, self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
+
+    def keep(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
+        tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]
+        return GrowingCache(tensors, cache.mask[rows], cache.lengths[rows])
+
+    def _run(
+        self,
+        input_ids: IntArray,
+        mask: IntArray,
+        logits_positions: IntArray,
+        adaptation: Adaptation,
+        cache: GrowingCache,
+    ) -> FloatArray:
+        """input_ids and mask int64 [batch, sequence] -> logits [batch, positions, vocab]; the cache grows by them"""
+        real = mask.cumsum(1)
+        attention_mask = np.concatenate([cache.mask, mask], axis=1)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": cache.lengths[:, None] + np.maximum(real - 1, 0),
+            "logits_positions": logits_positions,
+            "cluster_ids": adaptation.factor_ids,
+            "lora_A": adaptation.lora_A,
+            "lora_B": adaptation.lora_B,
+        }
+        values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
+        values |= zip(self._past, cache.tensors, strict=True)
+        # OrtValues stay inside ONNX Runtime: the cache is never copied to numpy and back.
+        logits, *cache.tensors = self._session.run_with_ort_values(["logits", *self._present], values)
+        cache.mask, cache.lengths = attention_mask, cache.lengths + real[:, -1]
+        return np.asarray(logits.numpy())
+
+    def _empty_cache(self, batch: int) -> GrowingCache:
+        shape = (batch, self._model.num_key_value_heads, 0, self._model.head_dim)
+        empty = self._ort_value.ortvalue_from_numpy(np.empty(shape, np.float32))
+        return GrowingCache([empty] * len(self._past), np.empty((batch, 0), np.int64), np.zeros(batch, np.int64))
+
+    def _pieces(self, batch: int, width: int, all_logits: bool = False) -> Iterator[tuple[int, int]]:
+        """Column ranges whose largest tensor stays within PIECE_BYTES."""
+        per_column = batch * 4 * max(self._model.num_attention_heads * width, self._model.vocab_size * all_logits)
+        step = max(1, PIECE_BYTES // per_column)
+        for start in range(0, width, step):
+            yield start, min(start + step, width)

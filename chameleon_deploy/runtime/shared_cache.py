@@ -1,0 +1,141 @@
+"""A decoder whose past and present are one buffer, written in place at each row's own length.
+
+Everything that a step reads or writes is bound once per cache: a step fills in a few numbers and runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.runtime.decoder import pad
+
+PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
+
+
+@dataclass
+class SharedCache:
+    """buffers  float32 [batch, heads, capacity, head_dim] of every layer's key and value, in the graph's order
+    lengths  int64 [batch], real tokens per row
+    step     the bound arrays of a decoding step, made when the first is taken
+    """
+
+    buffers: list[FloatArray]
+    lengths: IntArray
+    step: _Call | None = None
+
+
+class _Call:
+    """One shape of call, bound to memory: arrays to fill in, then `run`."""
+
+    def __init__(
+        self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, adaptation: Adaptation,
+        buffers: list[FloatArray],
+    ) -> None:  # fmt: skip
+        self.input_ids = np.zeros((batch, width), np.int64)
+        self.position_ids = np.zeros((batch, width), np.int64)
+        self.logits_positions = np.zeros((batch, positions), np.int64)
+        self.seqlens_k = np.zeros(batch, np.int32)
+        self.total_sequence_length = np.zeros((), np.int32)
+        self.logits = np.empty((batch, positions, decoder.model.vocab_size), np.float32)
+        self._session, self._binding = decoder.session, decoder.session.io_binding()
+        inputs = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "logits_positions": self.logits_positions,
+            "seqlens_k": self.seqlens_k,
+            "total_sequence_length": self.total_sequence_length,
+            "cluster_ids": np.ascontiguousarray(adaptation.factor_ids),
+            "lora_A": adaptation.lora_A,
+            "lora_B": adaptation.lora_B,
+        }
+        # An OrtValue made from a contiguous numpy array is that array's memory; keep them alive together.
+        self._values = {name: decoder.ort_value.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._values["logits"] = decoder.ort_value.ortvalue_from_numpy(self.logits)
+        self._binding.bind_ortvalue_output("logits", self._values["logits"])
+        for past, buffer in zip(decoder.past, buffers, strict=True):
+            value = self._values[past] = decoder.ort_value.ortvalue_from_numpy(buffer)
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(past.replace("past_key_values", "present"), value)
+
+    def run(self) -> FloatArray:
+        """-> logits [batch, positions, vocab]: this call's own array, overwritten by its next run"""
+        self._session.run_with_iobinding(self._binding)
+        return self.logits
+
+
+class SharedCacheDecoder:
+    """See `Decoder`."""
+
+    def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
+        self.session, self.ort_value, self.model = session, ort_value, model
+        self.past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+
+    def prefill(
+        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
+    ) -> tuple[FloatArray, SharedCache]:
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        cache = SharedCache(self._buffers(len(rows), max(capacity, int(lengths.max()))), lengths)
+        logits = np.empty((len(rows), self.model.vocab_size), np.float32)
+        for part in _parts(lengths):
+            # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
+            buffers = [buffer[part] for buffer in cache.buffers]
+            call = self._read(rows[part], adaptation.rows(np.arange(len(rows))[part]), buffers, last_only=True)
+            logits[part] = call.run()[:, 0]
+        return logits, cache
+
+    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
+        call = cache.step
+        if call is None:
+            call = cache.step = _Call(self, len(token_ids), 1, 1, adaptation, cache.buffers)
+        call.input_ids[:, 0] = token_ids
+        call.position_ids[:, 0] = cache.lengths
+        call.seqlens_k[:] = cache.lengths
+        call.total_sequence_length[...] = cache.lengths.max() + 1
+        cache.lengths = cache.lengths + 1
+        return call.run()[:, 0]
+
+    def keep(self, cache: SharedCache, rows: IntArray) -> SharedCache:
+        used = int(cache.lengths.max())
+        for buffer in cache.buffers:
+            buffer[: len(rows), :, :used] = buffer[rows, :, :used]
+        return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows])
+
+    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+        buffers = self._buffers(len(rows), max(map(len, rows)))
+        yield 0, self._read(rows, adaptation, buffers, last_only=False).run()
+
+    def _read(
+        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, buffers: list[FloatArray], last_only: bool
+    ) -> _Call:
+        """A call that reads whole rows into empty buffers."""
+        input_ids, mask = pad(rows)
+        batch, width = input_ids.shape
+        lengths = mask.sum(1)
+        call = _Call(self, batch, width, 1 if last_only else width, adaptation, buffers)
+        call.input_ids[:] = input_ids
+        call.position_ids[:] = np.arange(width)
+        call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)
+        call.seqlens_k[:] = lengths - 1
+        call.total_sequence_length[...] = width
+        return call
+
+    def _buffers(self, batch: int, capacity: int) -> list[FloatArray]:
+        shape = (batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
+        return [np.empty(shape, np.float32) for _ in self.past]
+
+
+def _parts(lengths: IntArray) -> Iterator[slice]:
+    """Consecutive rows whose padded size stays within PREFILL_TOKENS; a longer row goes alone."""
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        if stop == len(lengths) or (stop + 1 - start) * lengths[start : stop + 1].max() > PREFILL_TOKENS:
+            yield slice(start, stop)
+            start = stop
