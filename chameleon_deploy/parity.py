@@ -18,6 +18,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import FloatArray, Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime import Adaptation, Runtime
 
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
@@ -62,7 +63,7 @@ class Check:
 
 
 def verify(
-    runtime: Runtime, checkpoint: Checkpoint, rows: Rows, whole: bool, report: Callable[[str, int, int], None]
+    runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Callable[[str, int, int], None]
 ) -> list[Check]:
     """The checks of one decoder graph on real text.
 
@@ -73,19 +74,19 @@ def verify(
     gate = GATES[runtime.manifest.precision]
     few, long = rows[:8], [ids for ids in rows if len(ids) >= 16][:4]
     steps: list[Callable[[], Iterator[Check]]] = [
-        lambda: check_logits(runtime, checkpoint, rows, gate, 1.0),
-        lambda: check_logits(runtime, checkpoint, rows, gate, 10.0),
+        lambda: check_logits(runtime, reference, rows, gate, 1.0),
+        lambda: check_logits(runtime, reference, rows, gate, 10.0),
         lambda: check_cache(runtime, long, gate),
         lambda: check_batching(runtime, rows, gate),
-        lambda: check_base(runtime, checkpoint, few, gate),
+        lambda: check_base(runtime, reference, few, gate),
         lambda: check_rerun(runtime, few),
-        lambda: check_wrong_factors(runtime, checkpoint, few, gate),
+        lambda: check_wrong_factors(runtime, reference, few, gate),
     ]
     if whole:
         steps += [
-            lambda: check_parameters(runtime, checkpoint),
-            lambda: check_adaptation(runtime, checkpoint, rows),
-            lambda: check_modes(runtime, checkpoint, few),
+            lambda: check_parameters(runtime, reference.checkpoint),
+            lambda: check_adaptation(runtime, reference.checkpoint, rows),
+            lambda: check_modes(runtime, reference, few),
             lambda: check_factors_alone(runtime, few),
         ]
     checks: list[Check] = []
@@ -122,14 +123,14 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
     yield Check("factors, max abs difference", difference, 1e-4)
 
 
-def check_logits(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
+def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
     """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
-    ours, theirs = runtime.adapt(rows), inference.adapt(checkpoint, rows, runtime.mode)
+    ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
     ours = replace(ours, lora_B=ours.lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
     figures = _Figures(gate.top1_gap)
     for row, actual in enumerate(_row_logits(runtime, rows, ours, batch_size=8)):
-        expected = inference.row_logits(checkpoint, rows[row], theirs, row)
+        expected = reference(rows[row], theirs, row)
         figures.add(torch.from_numpy(actual), expected, torch.tensor(rows[row]))
     kl = torch.cat(figures.kl)
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
@@ -206,11 +207,11 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
                 note=f"{len(rows[0])} tokens padded to {len(rows[longest])}")  # fmt: skip
 
 
-def check_base(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:
+def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Mode none, and factors whose alpha is 0, are the frozen base model."""
-    none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(checkpoint, rows, "none")
+    none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(reference.checkpoint, rows, "none")
     ours = list(_row_logits(runtime, rows, none))
-    base = [inference.row_logits(checkpoint, ids, theirs, row).numpy() for row, ids in enumerate(rows)]
+    base = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
     yield Check("mode none against the base model", max(map(_max_abs, ours, base)), gate.max_abs_logit)
     adapted = runtime.adapt(rows)
     silent = replace(adapted, lora_B=np.zeros_like(adapted.lora_B))
@@ -218,22 +219,22 @@ def check_base(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate)
     yield Check("alpha 0 against mode none", difference, 0)
 
 
-def check_modes(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Iterator[Check]:
+def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows) -> Iterator[Check]:
     """Token log-probabilities of every mode that the bundle serves."""
     for mode in runtime.manifest.adaptation.modes:
         tenants = [row % 2 for row in range(len(rows))] if mode == "tenant" else None
         if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":
             # The caller's factors: those that the reference generates for the first text.
-            theirs = inference.adapt(checkpoint, rows[:1], "request")
+            theirs = inference.adapt(reference.checkpoint, rows[:1], "request")
             theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
-            lora_B = checkpoint.config.alpha * theirs.lora_B[0].numpy().T
+            lora_B = reference.checkpoint.config.alpha * theirs.lora_B[0].numpy().T
             scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), lora_B.astype(np.float32)))
         else:
-            theirs = inference.adapt(checkpoint, rows, mode, tenants)
+            theirs = inference.adapt(reference.checkpoint, rows, mode, tenants)
             scores = runtime.score(rows, mode=mode, tenants=tenants)
         difference = 0.0
         for row, ids in enumerate(rows):
-            logprobs = inference.row_logits(checkpoint, ids, theirs, row).log_softmax(-1)[:-1]
+            logprobs = reference(ids, theirs, row).log_softmax(-1)[:-1]
             expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
             difference = max(difference, _max_abs(np.array(scores[row].token_logprobs), expected))
         yield Check(f"mode {mode}: token log-probabilities", difference, 5e-4)
@@ -258,10 +259,10 @@ def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
         yield Check(f"promise F: mode {mode}, factors alone and in a batch", difference, 0)
 
 
-def check_wrong_factors(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:
+def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """The gate notices wrong factors: each mutation must move the logits well beyond it."""
-    right, theirs = runtime.adapt(rows), inference.adapt(checkpoint, rows, runtime.mode)
-    expected = [inference.row_logits(checkpoint, ids, theirs, row).numpy() for row, ids in enumerate(rows)]
+    right, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
+    expected = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
     mutations = {"lora_B of the opposite sign": replace(right, lora_B=-right.lora_B)}
     sets = len(right.lora_A)
     if sets > 1:

@@ -58,15 +58,17 @@ def verify_bundle(
     """
     from chameleon_deploy import parity
     from chameleon_deploy.bundle import default_mode, open_bundle
+    from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime
 
+    reference = RowLogits(checkpoint)
     opened, rows = open_bundle(bundle), verification_rows(checkpoint, text)
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
     checks: list[Check] = []
     for name, graph in manifest.graphs.items():
         if graph.role == "decoder" and "cpu" in graph.providers:
             runtime = Runtime(opened, "cpu", threads=threads, graph=name)
-            checks += parity.verify(runtime, checkpoint, rows, name == own, report)
+            checks += parity.verify(runtime, reference, rows, name == own, report)
             del runtime  # one session's weights at a time
     record = {
         "verified": all(check.passed for check in checks),

@@ -17,6 +17,7 @@ import chameleon_deploy
 from chameleon_deploy import Runtime, parity
 from chameleon_deploy.parity import Check
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.verify import verification_rows, verify_bundle
 from tests.test_bundle import edit, reseal
 
@@ -147,7 +148,7 @@ def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini:
         np.zeros((len(c), 4, n), np.float32) for n in (64, 512)
     )
     gate = parity.GATES["fp32"]
-    checks = list(parity.check_wrong_factors(runtime, silent, verification_rows(mini, None)[:8], gate))
+    checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
     assert checks
     assert not any(check.passed for check in checks)
 

@@ -6,7 +6,7 @@ Written from DESIGN sections 2 and 3, on its own, so that comparing it with the 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,14 +56,30 @@ def adapt(
     return ReferenceAdaptation(embeddings, clusters, lora_A, lora_B, factor_ids)
 
 
-@torch.no_grad()
+@dataclass
+class RowLogits:
+    """Logits [sequence, vocab] of one row of a batch, computed alone: no padding, no cache.
+
+    The trunk does not depend on the factors, so the hidden states of a text are computed once and kept.
+    """
+
+    checkpoint: Checkpoint
+    hidden: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
+        trunk, key = self.checkpoint.trunk, tuple(ids)
+        if key not in self.hidden:
+            self.hidden[key], _ = trunk.hidden_states(torch.tensor([key]))
+        alpha, ids_of_row = self.checkpoint.config.alpha, adaptation.factor_ids[row : row + 1]
+        return adapted_logits(
+            self.hidden[key], trunk.head_weight, adaptation.lora_A, adaptation.lora_B, alpha, ids_of_row
+        )[0]
+
+
 def row_logits(checkpoint: Checkpoint, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
-    """Logits [sequence, vocab] of one row of a batch, computed alone: no padding, no cache."""
-    hidden, _ = checkpoint.trunk.hidden_states(torch.tensor([list(ids)]))
-    ids_of_row = adaptation.factor_ids[row : row + 1]
-    return adapted_logits(
-        hidden, checkpoint.trunk.head_weight, adaptation.lora_A, adaptation.lora_B, checkpoint.config.alpha, ids_of_row
-    )[0]
+    """One call of `RowLogits`."""
+    return RowLogits(checkpoint)(ids, adaptation, row)
 
 
 @torch.no_grad()
