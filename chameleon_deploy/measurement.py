@@ -6,10 +6,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 NOISY = 0.10  # a relative interquartile range beyond this is measured again
 MAX_EXTRA_ROUNDS = 2
@@ -17,55 +19,74 @@ MAX_EXTRA_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One thing done by two engines. `difference` compares what they returned: a fast wrong answer is an error."""
+    """One thing done by several engines; the first is the bundle as users run it, which the others are compared with.
+
+    different  engines that do less by design, so that their results are not compared
+    """
 
     name: str
-    ours: Callable[[], Any]
-    reference: Callable[[], Any]
-    difference: Callable[[Any, Any], float]
+    engines: Mapping[str, Callable[[], Any]]
     units: int  # what one call does that many times, for a figure per unit
     unit: str
+    different: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: medians, with the relative interquartile range of each engine's samples."""
+    """Seconds per call of every engine: medians, with the relative interquartile range of the samples.
+
+    difference  largest absolute difference from the first engine's result: a fast wrong answer is an error
+    """
 
     name: str
-    ours: float
-    reference: float
-    ours_spread: float
-    reference_spread: float
+    seconds: dict[str, float]
+    spread: dict[str, float]
     rounds: int
     difference: float
     units: int
     unit: str
 
     @property
-    def ratio(self) -> float:
-        """How many times faster than the reference."""
-        return self.reference / self.ours
+    def ratios(self) -> dict[str, float]:
+        """How many times faster than each of the others the first engine is."""
+        first, *others = self.seconds
+        return {name: self.seconds[name] / self.seconds[first] for name in others}
 
 
 def measure(
     case: Case, rounds: int, report: Callable[[str, int, int], None], max_extra_rounds: int = MAX_EXTRA_ROUNDS
 ) -> Timing:
-    """Time both engines in turn, `rounds` times each after one warm-up, more often where the samples scatter."""
-    difference = case.difference(case.ours(), case.reference())
-    samples: tuple[list[float], list[float]] = ([], [])
+    """Time all engines in turn, `rounds` times each after one warm-up, more often where the samples scatter."""
+    first, *others = case.engines
+    results = {name: engine() for name, engine in case.engines.items() if name not in case.different}
+    difference = max((_difference(results[first], results[name]) for name in others if name in results), default=0.0)
+    for name in case.different:
+        case.engines[name]()
+    samples: dict[str, list[float]] = {name: [] for name in case.engines}
+    order = list(case.engines)
     for attempt in range(1 + max_extra_rounds):
         for done in range(rounds):
-            # The order changes every time, so that neither engine always runs on the other's warm caches.
-            for engine in ((0, 1), (1, 0))[done % 2]:
+            for name in order:
                 start = time.perf_counter()
-                (case.ours, case.reference)[engine]()
-                samples[engine].append(time.perf_counter() - start)
+                case.engines[name]()
+                samples[name].append(time.perf_counter() - start)
+            order.append(order.pop(0))  # nobody always runs on the same neighbour's caches
             report(case.name, attempt * rounds + done + 1, (attempt + 1) * rounds)
-        if max(map(_spread, samples)) <= NOISY:
+        if max(map(_spread, samples.values())) <= NOISY:
             break
-    ours, reference = map(statistics.median, samples)
-    return Timing(case.name, ours, reference, _spread(samples[0]), _spread(samples[1]), len(samples[0]), difference,
-                  case.units, case.unit)  # fmt: skip
+    return Timing(
+        case.name,
+        {name: statistics.median(values) for name, values in samples.items()},
+        {name: _spread(values) for name, values in samples.items()},
+        len(samples[first]),
+        difference,
+        case.units,
+        case.unit,
+    )
+
+
+def _difference(ours: Any, theirs: Any) -> float:
+    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
 
 
 def _spread(samples: list[float]) -> float:

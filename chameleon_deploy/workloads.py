@@ -1,0 +1,158 @@
+"""What `bench` times: the same work through the bundle, through PyTorch, and through the bundle used otherwise.
+
+bundle                 as users run it: rows of all clusters in one call
+PyTorch eager          the reference
+no adaptation          the bundle in mode none: what the adaptation costs
+one call per cluster   the bundle as the paper does it: what the mixed call saves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from chameleon_deploy.measurement import Case
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.model import adapted_logits
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.runtime import Adaptation, Runtime
+
+Rows = list[list[int]]
+EAGER, PLAIN, SEPARATE = "PyTorch eager", "no adaptation", "one call per cluster"
+
+
+def scoring(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
+    """Log-probabilities of whole texts, clustering and hypernetwork included."""
+
+    def eager() -> Any:
+        logits = _eager_logits(checkpoint, inference.adapt(checkpoint, rows, runtime.mode), torch.tensor(rows))
+        return logits[:, :-1].log_softmax(-1).gather(2, torch.tensor(rows)[:, 1:, None])[..., 0].numpy()
+
+    engines = {
+        "bundle": lambda: _logprobs(runtime.score(rows)),
+        EAGER: eager,
+        PLAIN: lambda: _logprobs(runtime.score(rows, mode="none")),
+    }
+    return Case(f"scoring {len(rows)}x{len(rows[0])}", engines, _tokens(rows), "token", different=(PLAIN,))
+
+
+def prefill(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
+    """Prompts to the logits of the first token, clustering and hypernetwork included."""
+    width = len(rows[0])
+
+    def eager() -> Any:
+        adaptation = inference.adapt(checkpoint, rows, runtime.mode)
+        return _eager_logits(checkpoint, adaptation, torch.tensor(rows), DynamicCache(), last=True)[:, -1].numpy()
+
+    engines = {
+        "bundle": lambda: runtime.decoder.prefill(rows, runtime.adapt(rows), width)[0],
+        EAGER: eager,
+        PLAIN: lambda: runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), width)[0],
+    }
+    return Case(f"prefill {len(rows)}x{width} + first token", engines, _tokens(rows), "token", different=(PLAIN,))
+
+
+def decoding(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -> Case:
+    """Cached steps after the rows; every engine is fed the same tokens, whatever it would choose."""
+    adaptation, none = runtime.adapt(rows), runtime.adapt(rows, mode="none")
+    tokens = np.array(rows)[:, :steps]
+    members = [np.flatnonzero(adaptation.factor_ids == c) for c in range(len(adaptation.lora_A))]
+    separate = [_steps(runtime, [rows[i] for i in m], tokens[m], _own_set(adaptation, m)) for m in members]
+
+    def one_call_per_cluster() -> Any:
+        logits = np.empty((len(rows), runtime.manifest.model.vocab_size), np.float32)
+        for indices, run in zip(members, separate, strict=True):
+            logits[indices] = run()
+        return logits
+
+    engines = {
+        "bundle": _steps(runtime, rows, tokens, adaptation),
+        EAGER: _eager_steps(checkpoint, rows, tokens, inference.adapt(checkpoint, rows, runtime.mode)),
+        PLAIN: _steps(runtime, rows, tokens, none),
+    }
+    if len(members) > 1:
+        engines[SEPARATE] = one_call_per_cluster
+    name = f"decoding, batch {len(rows)}, past {len(rows[0])}, {len(members)} cluster{'s' * (len(members) > 1)}"
+    return Case(name, engines, steps, "step", different=(PLAIN,))
+
+
+def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> Rows:
+    """Stretches of real text of `width` tokens; the kinds take turns, so that a batch has several clusters."""
+    streams = []
+    for kind in KINDS:
+        encoded = checkpoint.trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)
+        if stream := [i for encoding in encoded for i in encoding.ids]:
+            streams.append(stream)
+    rows = []
+    for i in range(batch):
+        stream = streams[i % len(streams)]
+        rows.append([stream[(i * width + j) % len(stream)] for j in range(width)])
+    return rows
+
+
+def _steps(runtime: Runtime, rows: Rows, tokens: Any, adaptation: Adaptation) -> Callable[[], Any]:
+    steps = tokens.shape[1]
+    _, cache = runtime.decoder.prefill(rows, adaptation, len(rows[0]) + steps)
+    lengths = cache.lengths
+
+    def run() -> Any:
+        cache.lengths = lengths  # the shared buffer is written over from here
+        for step in range(steps):
+            logits = runtime.decoder.step(tokens[:, step], adaptation, cache)
+            logits.argmax(1)
+        return logits.copy()
+
+    return run
+
+
+def _eager_steps(
+    checkpoint: Checkpoint, rows: Rows, tokens: Any, adaptation: inference.ReferenceAdaptation
+) -> Callable[[], Any]:
+    steps, cache = tokens.shape[1], DynamicCache()
+    checkpoint.trunk.hidden_states(torch.tensor(rows), None, cache)
+
+    def run() -> Any:
+        for step in range(steps):
+            logits = _eager_logits(checkpoint, adaptation, torch.from_numpy(tokens[:, step : step + 1]), cache)
+            logits.argmax(-1)
+        cache.crop(-steps)
+        return logits[:, -1].numpy()
+
+    return run
+
+
+@torch.no_grad()
+def _eager_logits(
+    checkpoint: Checkpoint,
+    adaptation: inference.ReferenceAdaptation,
+    input_ids: torch.Tensor,
+    cache: Any = None,
+    last: bool = False,
+) -> torch.Tensor:
+    hidden, _ = checkpoint.trunk.hidden_states(input_ids, None, cache)
+    hidden = hidden[:, -1:] if last else hidden
+    alpha, weight = checkpoint.config.alpha, checkpoint.trunk.head_weight
+    return adapted_logits(hidden, weight, adaptation.lora_A, adaptation.lora_B, alpha, adaptation.factor_ids)
+
+
+def _own_set(adaptation: Adaptation, members: Any) -> Adaptation:
+    """Rows of one cluster with that cluster's factors alone."""
+    own = adaptation.rows(members)
+    c = int(own.factor_ids[0])
+    sets = slice(c, c + 1)
+    return Adaptation(
+        own.embeddings, own.cluster_ids, own.lora_A[sets], own.lora_B[sets], np.zeros(len(members), np.int64)
+    )
+
+
+def _logprobs(scores: Any) -> Any:
+    return np.array([score.token_logprobs for score in scores])
+
+
+def _tokens(rows: Rows) -> int:
+    return sum(map(len, rows))
