@@ -24,14 +24,16 @@ std::optional<Match> find_next(std::string_view text, std::size_t start, const s
 }
 
 bool stands_alone(std::string_view text, Span span) {
-  static const Regex word_at_end("\\w\\z"), word_at_start("\\A\\w");
+  // \w as Unicode's regular expressions define it (UTS 18, annex C); PCRE2's own is narrower.
+  static const Regex word_at_start(R"(\A[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}])");
+  static const Regex word_at_end(R"([\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]\z)");
   return !word_at_end.search(text.substr(0, span.start)) && !word_at_start.search(text.substr(span.end));
 }
 
 }  // namespace
 
 std::vector<Piece> split_at(std::string_view text, const std::vector<AddedToken>& tokens) {
-  static const Regex spaces_at_end("\\s*\\z"), spaces_at_start("\\A\\s*");
+  static const Regex spaces_at_end(R"(\p{White_Space}*\z)"), spaces_at_start(R"(\A\p{White_Space}*)");
   std::vector<Piece> pieces;
   std::size_t done = 0;  // everything before it is in pieces
   std::size_t searched = 0;

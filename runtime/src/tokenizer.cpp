@@ -17,8 +17,10 @@ namespace chameleon {
 namespace {
 
 // GPT-2's pattern: contractions, then runs of letters, numbers or anything else with one space in front, then spaces.
+// Its \s is Unicode's White_Space, which PCRE2's own \s is not: that one counts U+180E.
 constexpr std::string_view kWords =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
+    R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
 constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
 

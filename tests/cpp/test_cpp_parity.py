@@ -1,0 +1,148 @@
+"""The C++ runtime against the Python runtime, on the same bundle and the same ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from c_interface import NativeError, NativeRuntime
+
+import chameleon_deploy
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.runtime import Sampling
+
+BATCHES = 1000
+MODES = ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[list[list[int]], dict[str, Any]]:
+    model = runtime.manifest.model
+    lengths = random.integers(1, random.choice([4, 24, 60]), random.integers(1, 9))
+    rows = [random.integers(1, model.vocab_size, length).tolist() for length in lengths]
+    how: dict[str, Any] = {"mode": mode}
+    if mode == "tenant":
+        how["tenants"] = [f"tenant {n}" for n in random.integers(0, 3, len(rows))]
+    if mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5):
+        rank = int(random.integers(1, 6))
+        how["factors"] = (
+            random.standard_normal((rank, model.hidden_size)).astype(np.float32),
+            random.standard_normal((rank, model.vocab_size)).astype(np.float32),
+        )
+    return rows, how
+
+
+def random_sampling(random: np.random.Generator) -> Sampling:
+    return Sampling(
+        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])),
+        top_k=int(random.choice([0, 1, 5, 50])),
+        top_p=float(random.choice([1.0, 0.9, 0.3])),
+        repetition_penalty=float(random.choice([1.0, 1.3])),
+        seed=int(random.integers(0, 2**63)),
+        stop_token_ids=[7, 8] if random.random() < 0.3 else [],
+        stop=["e", "ing"] if random.random() < 0.2 else [],
+    )
+
+
+@pytest.mark.parametrize("regime", ["chameleon", "lora"])
+def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], regime: str) -> None:
+    python = chameleon_deploy.load(mini_bundles[regime])
+    native = NativeRuntime(mini_bundles[regime])
+    modes = [mode for mode in MODES if mode in python.manifest.adaptation.modes]
+    random = np.random.default_rng(5)
+    largest = 0.0
+    for number in range(BATCHES if regime == "chameleon" else BATCHES // 5):
+        rows, how = random_batch(random, python, modes[number % len(modes)])
+        expected, actual = python.adapt(rows, **how), native.adapt(rows, **how)
+        for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
+            assert getattr(expected, name).tobytes() == getattr(actual, name).tobytes(), (number, name)
+        for left, right in zip(python.score(rows, **how), native.score(rows, **how), strict=True):
+            assert (left.token_ids, left.cluster_id) == (right.token_ids, right.cluster_id)
+            # The logits are the graph's own; their log-softmax is float32, and beyond 16 its last bit is more than 1e-6.
+            ours, theirs = (np.array(score.token_logprobs, np.float32) for score in (left, right))
+            difference = np.abs(ours.astype(np.float64) - theirs) / np.maximum(1e-6, np.spacing(np.abs(ours)))
+            largest = max(largest, float(difference.max(initial=0)))
+        sampling = random_sampling(random)
+        greedy = Sampling()
+        for chosen in (greedy, sampling, [random_sampling(random) for _ in rows]):
+            wanted = python.generate(rows, max_new_tokens=8, sampling=chosen, **how)
+            assert native.generate(rows, max_new_tokens=8, sampling=chosen, **how) == wanted, (number, chosen)
+    native.close()
+    assert largest <= 1
+
+
+def test_streamed_text_is_the_same(mini_bundles: dict[str, Path]) -> None:
+    python = chameleon_deploy.load(mini_bundles["chameleon"])
+    native = NativeRuntime(mini_bundles["chameleon"])
+    random = np.random.default_rng(6)
+    for _ in range(50):
+        rows, how = random_batch(random, python, "cohort")
+        sampling = Sampling(temperature=1.5, seed=int(random.integers(2**32)), stop=["er", "e r", "\ufffd"])
+        expected = [
+            (token.row, token.token_id, token.text, token.generation is not None)
+            for token in python.stream(rows, max_new_tokens=30, sampling=sampling, **how)
+        ]
+        actual: list[Any] = []
+        native.generate(rows, max_new_tokens=30, sampling=sampling, **how, on_token=lambda *t: actual.append(t) or True)  # noqa: B023
+        assert actual == expected
+    native.close()
+
+
+def test_a_cancelled_row_leaves_the_others_alone(mini_bundles: dict[str, Path]) -> None:
+    native = NativeRuntime(mini_bundles["chameleon"])
+    rows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    alone = native.generate(rows, max_new_tokens=12, mode="cohort")
+    seen = [0, 0, 0]
+
+    def on_token(row: int, _token_id: int, _text: str, _finished: bool) -> bool:
+        seen[row] += 1
+        return row != 1 or seen[row] < 4
+
+    cancelled = native.generate(rows, max_new_tokens=12, mode="cohort", on_token=on_token)
+    assert cancelled[1].finish_reason == "cancelled"
+    assert cancelled[1].token_ids == alone[1].token_ids[:4]
+    assert [cancelled[0], cancelled[2]] == [alone[0], alone[2]]
+    native.close()
+
+
+@pytest.mark.parametrize(
+    ("texts", "how"),
+    [
+        ([], {}),
+        ([""], {}),
+        (["a", [1]], {}),
+        ([b"\xff"], {}),
+        ([[]], {}),
+        ([[512]], {}),
+        ([[-1]], {}),
+        ([[1] * 129], {}),
+        (["a"], {"mode": "tenant"}),
+        (["a"], {"mode": "cohort", "tenants": ["x"]}),
+        (["a"], {"mode": "static"}),
+        (["a"], {"mode": "nonsense"}),
+        (["a"], {"mode": "cohort", "factors": (np.ones((1, 64), np.float32), np.ones((1, 512), np.float32))}),
+        (["a"], {"mode": "static", "factors": (np.full((1, 64), np.nan, np.float32), np.ones((1, 512), np.float32))}),
+        (["a"], {"mode": "static", "factors": (np.full((1, 64), 3e38, np.float32), np.full((1, 512), 3e38, np.float32))}),
+        (["a"], {"sampling": {"temperature": -1.0}}),
+        (["a"], {"sampling": {"top_p": 1.5}}),
+        (["a"], {"sampling": {"top_k": -1}}),
+        (["a"], {"max_new_tokens": 0}),
+    ],
+)
+def test_a_users_mistake_has_the_same_code(mini_bundles: dict[str, Path], texts: Any, how: dict[str, Any]) -> None:
+    python = chameleon_deploy.load(mini_bundles["chameleon"])
+    native = NativeRuntime(mini_bundles["chameleon"])
+    settings = how.pop("sampling", None)
+    readable = [text.decode(errors="surrogateescape") if isinstance(text, bytes) else text for text in texts]
+    with pytest.raises(ChameleonError) as expected:
+        python.generate(readable, **how, **({"sampling": Sampling(**settings)} if settings else {}))
+    if settings:  # the Python class refuses such a Sampling, so only the C++ side gets one
+        sampling = Sampling()
+        for name, value in settings.items():
+            object.__setattr__(sampling, name, value)
+        how["sampling"] = sampling
+    with pytest.raises(NativeError) as actual:
+        native.generate(texts, **how)
+    assert actual.value.code == expected.value.code
+    native.close()
