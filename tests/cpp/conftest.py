@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from c_interface import LIBRARY
+from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
 

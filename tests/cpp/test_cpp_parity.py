@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from c_interface import NativeError, NativeRuntime
+from tests.cpp.c_interface import NativeError, NativeRuntime
 
 import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError

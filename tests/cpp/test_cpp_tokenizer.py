@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from c_interface import NativeError, NativeRuntime
+from tests.cpp.c_interface import NativeError, NativeRuntime
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chameleon_deploy.bundle import FileSpec, Manifest, file_sha256
