@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "regex.h"
+#include "unicode_regex.h"
 
 namespace chameleon {
 

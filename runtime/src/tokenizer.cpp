@@ -9,7 +9,7 @@
 #include "bpe.h"
 #include "chameleon/error.h"
 #include "json_fields.h"
-#include "regex.h"
+#include "unicode_regex.h"
 #include "utf8.h"
 
 namespace chameleon {
