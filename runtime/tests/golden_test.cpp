@@ -81,19 +81,22 @@ TEST_P(Golden, Agrees) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, Golden, testing::ValuesIn(read_data("golden.json").get<std::vector<Json>>()),
                          [](const auto& info) {
-                           const std::string bundle = info.param.at("bundle"), mode = info.param.at("mode");
+                           const std::string bundle = info.param.at("bundle");
+                           const std::string mode = info.param.at("mode");
                            return bundle + "_" + mode + "_" + std::to_string(info.index);
                          });
 
 TEST(Sampling, Uniform) {
-  for (const Json& expected : read_data("sampling.json").at("uniform")) {
+  const Json cases = read_data("sampling.json");
+  for (const Json& expected : cases.at("uniform")) {
     const std::uint64_t seed = std::stoull(expected.at("seed").get<std::string>());
     EXPECT_EQ(uniform(seed, expected.at("stream"), expected.at("step")), expected.at("u").get<double>());
   }
 }
 
 TEST(Sampling, Choose) {
-  for (const Json& expected : read_data("sampling.json").at("choose")) {
+  const Json cases = read_data("sampling.json");
+  for (const Json& expected : cases.at("choose")) {
     auto logits = expected.at("logits").get<std::vector<float>>();
     const TokenIds seen = expected.at("seen");
     EXPECT_EQ(choose(logits, seen, read_sampling(expected), expected.at("u")),
