@@ -51,27 +51,32 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 }
 
 std::size_t argmax(std::span<const float> values) {
-  constexpr std::size_t kLanes = 16;  // independent maxima, so that the compiler can use vector instructions
-  std::array<float, kLanes> highest;
+  // Plain loops over blocks, which compilers turn into vector instructions: this reads all logits of every step, a
+  // megabyte and more.
+  constexpr std::size_t kBlock = 32;
+  const std::size_t whole = values.size() - values.size() % kBlock;
+  std::array<float, kBlock> highest;
   highest.fill(-std::numeric_limits<float>::infinity());
-  std::array<int, kLanes> has_nan{};
-  std::size_t i = 0;
-  for (; i + kLanes <= values.size(); i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const float value = values[i + lane];
-      highest[lane] = value > highest[lane] ? value : highest[lane];
-      has_nan[lane] |= value != value;
+  int nans = 0;
+  for (const float* block = values.data(); block != values.data() + whole; block += kBlock) {
+    for (std::size_t lane = 0; lane < kBlock; ++lane) {
+      highest[lane] = block[lane] > highest[lane] ? block[lane] : highest[lane];
     }
+    for (std::size_t lane = 0; lane < kBlock; ++lane) nans += block[lane] != block[lane];
   }
-  bool any_nan = std::ranges::any_of(has_nan, [](int lane) { return lane != 0; });
   float best = std::ranges::max(highest);
-  for (; i < values.size(); ++i) {
-    best = std::max(best, values[i]);
-    any_nan |= std::isnan(values[i]);
+  for (const float value : values.subspan(whole)) {
+    best = std::max(best, value);
+    nans += std::isnan(value);
   }
-  const auto found = any_nan ? std::ranges::find_if(values, [](float value) { return std::isnan(value); })
-                             : std::ranges::find(values, best);
-  return static_cast<std::size_t>(found - values.begin());
+  const auto wanted = [&](float value) { return nans > 0 ? value != value : value == best; };
+  std::size_t start = 0;
+  for (int found = 0; start < whole; start += kBlock) {
+    for (std::size_t lane = 0; lane < kBlock; ++lane) found += wanted(values[start + lane]);
+    if (found > 0) break;
+  }
+  return static_cast<std::size_t>(std::find_if(values.begin() + static_cast<std::ptrdiff_t>(start), values.end(), wanted) -
+                                  values.begin());
 }
 
 std::int64_t choose(std::span<float> logits, std::span<const std::int64_t> seen, const Sampling& sampling, double u) {
