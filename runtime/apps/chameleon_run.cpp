@@ -156,11 +156,12 @@ void score(const Arguments& arguments) {
     }
     for (const chameleon::Score& row : runtime.score(texts.subspan(start, count), options)) {
       if (arguments.json) {
-        const Json record = {{"token_ids", row.token_ids},
-                             {"token_logprobs", std::vector<double>(row.token_logprobs.begin(), row.token_logprobs.end())},
-                             {"cluster_id", row.cluster_id},
-                             {"logprob", row.logprob()},
-                             {"perplexity", row.token_logprobs.empty() ? Json() : Json(row.perplexity())}};
+        const Json record = {
+            {"token_ids", row.token_ids},
+            {"token_logprobs", std::vector<double>(row.token_logprobs.begin(), row.token_logprobs.end())},
+            {"cluster_id", row.cluster_id},
+            {"logprob", row.logprob()},
+            {"perplexity", row.token_logprobs.empty() ? Json() : Json(row.perplexity())}};
         std::cout << record.dump() << '\n';
       } else {
         std::cout << "cluster " << row.cluster_id << ", " << row.token_ids.size() << " tokens, log-probability "

@@ -146,7 +146,8 @@ std::pair<FactorSets, std::vector<std::int64_t>> select(const FactorSets& all,
     return chosen;
   };
   std::vector<std::int64_t> factor_ids;
-  for (const std::int64_t id : cluster_ids) factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
+  for (const std::int64_t id : cluster_ids)
+    factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
   const auto count = static_cast<std::int64_t>(present.size());
   if (count == all.count) return {all, std::move(factor_ids)};
   return {make_factor_sets(count, all.rank, copy(all.lora_A), copy(all.lora_B)), std::move(factor_ids)};

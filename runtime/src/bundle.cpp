@@ -21,8 +21,7 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
   std::ranges::sort(entries);  // the first fault is the same one on every machine
   for (const fs::path& entry : entries) {
     if (fs::is_symlink(entry)) {
-      throw PathError(entry.string() +
-                      " is a symbolic link: a bundle holds plain files only; copy the file itself");
+      throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
     }
     const std::string name = entry.filename().string();
     if (name != kManifest && !manifest.files.contains(name)) {
@@ -58,9 +57,9 @@ std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest
 FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
   const std::int64_t rank = manifest.adaptation.rank;
   const fs::path file = path / "lora.safetensors";
-  auto tensors = read_safetensors(MappedFile(file).text(), file.string(),
-                                  {{"lora_A", {1, rank, manifest.model.hidden_size}},
-                                   {"lora_B", {1, rank, manifest.model.vocab_size}}});
+  auto tensors = read_safetensors(
+      MappedFile(file).text(), file.string(),
+      {{"lora_A", {1, rank, manifest.model.hidden_size}}, {"lora_B", {1, rank, manifest.model.vocab_size}}});
   return make_factor_sets(1, rank, std::move(tensors.at("lora_A")), std::move(tensors.at("lora_B")));
 }
 

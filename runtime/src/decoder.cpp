@@ -11,7 +11,10 @@ namespace {
 constexpr std::size_t kPieceBytes = 256 << 20;
 
 Padded pad(Rows rows) {
-  Padded tokens{.batch = rows.size(), .width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size(), .ids = {}, .mask = {}};
+  Padded tokens{.batch = rows.size(),
+                .width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size(),
+                .ids = {},
+                .mask = {}};
   tokens.ids.resize(tokens.batch * tokens.width);  // the pad id is never attended, any id will do
   tokens.mask.resize(tokens.ids.size());
   for (std::size_t row = 0; row < rows.size(); ++row) {
@@ -25,8 +28,10 @@ Padded columns(const Padded& tokens, std::size_t start, std::size_t width) {
   Padded piece{.batch = tokens.batch, .width = width, .ids = {}, .mask = {}};
   for (std::size_t row = 0; row < tokens.batch; ++row) {
     const auto first = static_cast<std::ptrdiff_t>(row * tokens.width + start);
-    piece.ids.insert(piece.ids.end(), tokens.ids.begin() + first, tokens.ids.begin() + first + static_cast<std::ptrdiff_t>(width));
-    piece.mask.insert(piece.mask.end(), tokens.mask.begin() + first, tokens.mask.begin() + first + static_cast<std::ptrdiff_t>(width));
+    piece.ids.insert(piece.ids.end(), tokens.ids.begin() + first,
+                     tokens.ids.begin() + first + static_cast<std::ptrdiff_t>(width));
+    piece.mask.insert(piece.mask.end(), tokens.mask.begin() + first,
+                      tokens.mask.begin() + first + static_cast<std::ptrdiff_t>(width));
   }
   return piece;
 }
@@ -62,8 +67,10 @@ Decoder::Decoder(Ort::Session session, const ModelSpec& model)
   }
   const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
   names_.insert(names_.end(), present.begin(), present.end());
-  std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_), &std::string::c_str);
-  std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(output_names_), &std::string::c_str);
+  std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_),
+                         &std::string::c_str);
+  std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(output_names_),
+                         &std::string::c_str);
 }
 
 std::pair<Logits, Cache> Decoder::prefill(Rows rows, const RowFactors& factors, const Ort::RunOptions& options) const {

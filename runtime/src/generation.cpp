@@ -35,8 +35,8 @@ std::int64_t Row::choose(std::span<float> logits) {
 bool Row::append(std::int64_t token_id, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
   auto& [token_ids, text, cluster_id, reason] = generation_;
   token_ids.push_back(token_id);
-  bool stopped = token_id == eos_token_id || std::ranges::find(sampling_.stop_token_ids, token_id) !=
-                                                 sampling_.stop_token_ids.end();
+  bool stopped = token_id == eos_token_id ||
+                 std::ranges::find(sampling_.stop_token_ids, token_id) != sampling_.stop_token_ids.end();
   if (stopped) {
     text = tokenizer.decode(std::span(token_ids).first(token_ids.size() - 1));
   } else {

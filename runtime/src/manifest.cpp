@@ -160,9 +160,8 @@ static bool fits(const StoredTensor& tensor, std::int64_t size) {
 static void check_consistency(const Manifest& manifest, const std::string& where) {
   const ModelSpec& model = manifest.model;
   const AdaptationSpec& adaptation = manifest.adaptation;
-  for (const std::int64_t dimension :
-       {model.vocab_size, model.hidden_size, model.num_layers, model.num_attention_heads, model.num_key_value_heads,
-        model.head_dim, model.max_positions}) {
+  for (const std::int64_t dimension : {model.vocab_size, model.hidden_size, model.num_layers, model.num_attention_heads,
+                                       model.num_key_value_heads, model.head_dim, model.max_positions}) {
     if (dimension < 1) fail_at(where, "model has a dimension below 1");
   }
   if (adaptation.rank < 1 || adaptation.num_clusters < 0 || adaptation.max_length < 1) {

@@ -34,7 +34,8 @@ void check_mode(Mode mode, const AdaptationSpec& spec) {
   std::string available;
   for (const Mode choice : spec.modes) available += (available.empty() ? "" : ", ") + std::string(to_string(choice));
   throw ModeError("mode '" + std::string(to_string(mode)) + "' cannot be served by this bundle of regime '" +
-                  spec.regime + "' with " + std::to_string(spec.num_clusters) + " clusters: choose one of " + available);
+                  spec.regime + "' with " + std::to_string(spec.num_clusters) + " clusters: choose one of " +
+                  available);
 }
 
 void check_row(std::size_t row, const TokenIds& ids, const ModelSpec& model) {
@@ -129,8 +130,7 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   }
   Adaptation adaptation;
   adaptation.embeddings = embed(rows, bundle);
-  adaptation.cluster_ids =
-      assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
+  adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
   adaptation.factor_ids.assign(rows.size(), 0);
   if (chosen == Mode::none) {
     adaptation.factors = make_factor_sets(1, 1, std::vector<float>(static_cast<std::size_t>(model.hidden_size)),

@@ -75,8 +75,8 @@ std::size_t argmax(std::span<const float> values) {
     for (std::size_t lane = 0; lane < kBlock; ++lane) found += wanted(values[start + lane]);
     if (found > 0) break;
   }
-  return static_cast<std::size_t>(std::find_if(values.begin() + static_cast<std::ptrdiff_t>(start), values.end(), wanted) -
-                                  values.begin());
+  return static_cast<std::size_t>(
+      std::find_if(values.begin() + static_cast<std::ptrdiff_t>(start), values.end(), wanted) - values.begin());
 }
 
 std::int64_t choose(std::span<float> logits, std::span<const std::int64_t> seen, const Sampling& sampling, double u) {

@@ -18,10 +18,14 @@ Signature expected_signature(const std::vector<TensorSpec>& specs) {
 
 std::string dtype_name(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
-    default: return "ONNX type " + std::to_string(type);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return "float32";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return "int64";
+    default:
+      return "ONNX type " + std::to_string(type);
   }
 }
 
@@ -46,7 +50,8 @@ Signature signature_of(const Ort::Session& session, bool inputs) {
   Ort::AllocatorWithDefaultOptions allocator;
   Signature signature;
   for (std::size_t i = 0; i < (inputs ? session.GetInputCount() : session.GetOutputCount()); ++i) {
-    const auto name = inputs ? session.GetInputNameAllocated(i, allocator) : session.GetOutputNameAllocated(i, allocator);
+    const auto name =
+        inputs ? session.GetInputNameAllocated(i, allocator) : session.GetOutputNameAllocated(i, allocator);
     signature[name.get()] = read_type(inputs ? session.GetInputTypeInfo(i) : session.GetOutputTypeInfo(i));
   }
   return signature;
@@ -76,6 +81,8 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
                           const LoadOptions& options) {
   Ort::SessionOptions session_options;
   session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // warnings about initializers help nobody who serves
+  // Its patterns are kept for every combination of input shapes ever seen: a server sees a new one at each length.
+  session_options.DisableMemPattern();
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool costs the decoder more than it saves here.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);

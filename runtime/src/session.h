@@ -13,7 +13,8 @@ namespace chameleon {
 std::string resolve_provider(const std::string& provider);
 
 /// A session of one graph. Throws GraphError when the graph does not load or its signature is not the manifest's.
-Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph, const LoadOptions& options);
+Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
+                          const LoadOptions& options);
 
 /// float32 or int64 values as a tensor, without a copy: they must outlive it, and ONNX Runtime only reads inputs.
 template <class T>

@@ -18,9 +18,8 @@ namespace {
 
 // GPT-2's pattern: contractions, then runs of letters, numbers or anything else with one space in front, then spaces.
 // Its \s is Unicode's White_Space, which PCRE2's own \s is not: that one counts U+180E.
-constexpr std::string_view kWords =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
-    R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
+constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
+                                    R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
 constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
 
@@ -83,7 +82,8 @@ void refuse_options(const Json& json) {
     }
   }
   for (const char* key : {"byte_fallback", "ignore_merges"}) {
-    if (json.at("model").value(key, false)) fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
+    if (json.at("model").value(key, false))
+      fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
   }
   if (!json.at("pre_tokenizer").value("use_regex", true)) fail_at("tokenizer.json", "use_regex=false is not supported");
 }

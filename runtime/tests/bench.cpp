@@ -1,7 +1,7 @@
 // Measures what the issue bounds: decoding speed, the time outside Session::Run, and resident memory.
 //
-//   chameleon_bench decode BUNDLE [batch] [tokens]           one line of JSON: milliseconds per step, and the share outside
-//   chameleon_bench load BUNDLE [packed|mapped]              resident memory after loading, after one step
+//   chameleon_bench decode BUNDLE [batch] [tokens]           one line of JSON: milliseconds per step, and the share
+//   outside chameleon_bench load BUNDLE [packed|mapped]              resident memory after loading, after one step
 //   chameleon_bench soak BUNDLE [threads] [requests]         resident memory after every tenth of the requests
 //
 // Time inside Session::Run is taken by putting a clock around OrtApi::Run in this program's copy of the function table,
@@ -33,8 +33,7 @@ OrtStatusPtr ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* op
                                     const OrtValue* const* inputs, size_t num_inputs, const char* const* output_names,
                                     size_t num_outputs, OrtValue** outputs) noexcept {
   const auto start = Clock::now();
-  OrtStatusPtr status =
-      real_run(session, options, input_names, inputs, num_inputs, output_names, num_outputs, outputs);
+  OrtStatusPtr status = real_run(session, options, input_names, inputs, num_inputs, output_names, num_outputs, outputs);
   inside_run += Clock::now() - start;
   return status;
 }
@@ -68,7 +67,8 @@ double median(std::vector<double> values) {
 std::vector<TokenIds> prompts(std::size_t batch, std::int64_t vocab_size) {
   std::vector<TokenIds> rows(batch);
   for (std::size_t row = 0; row < batch; ++row) {
-    for (std::int64_t i = 0; i < 16; ++i) rows[row].push_back((997 * i + 31 * static_cast<std::int64_t>(row) + 5) % vocab_size);
+    for (std::int64_t i = 0; i < 16; ++i)
+      rows[row].push_back((997 * i + 31 * static_cast<std::int64_t>(row) + 5) % vocab_size);
   }
   return rows;
 }
@@ -110,8 +110,11 @@ void load(const std::string& bundle, bool packed) {
   chameleon::GenerateOptions options;
   options.max_new_tokens = std::int64_t{32};
   runtime.generate(prompts(1, runtime.manifest().model.vocab_size), options);
-  std::cout << Json({{"weights_mib", weights}, {"program_mib", before}, {"loaded_mib", loaded},
-                     {"after_32_tokens_mib", resident_mib()}, {"ratio", resident_mib() / weights},
+  std::cout << Json({{"weights_mib", weights},
+                     {"program_mib", before},
+                     {"loaded_mib", loaded},
+                     {"after_32_tokens_mib", resident_mib()},
+                     {"ratio", resident_mib() / weights},
                      {"peak_mib", resident_mib("VmHWM:")}})
                    .dump()
             << std::endl;
@@ -128,7 +131,9 @@ void soak(const std::string& bundle, std::size_t threads, std::size_t requests) 
       }
     }
     chameleon::GenerateOptions options;
-    options.mode = n % 3 == 0 ? chameleon::Mode::cohort : n % 3 == 1 ? chameleon::Mode::request : chameleon::Mode::centroid;
+    options.mode = n % 3 == 0   ? chameleon::Mode::cohort
+                   : n % 3 == 1 ? chameleon::Mode::request
+                                : chameleon::Mode::centroid;
     options.max_new_tokens = std::int64_t{6};
     options.sampling = chameleon::Sampling{.temperature = n % 2 == 0 ? 0.0 : 1.0, .seed = n};
     std::string text;
@@ -145,12 +150,14 @@ void soak(const std::string& bundle, std::size_t threads, std::size_t requests) 
       pool.emplace_back([&] {
         for (std::size_t n = next++; n < requests; n = next++) {
           if (request(n) != serial[n]) ++wrong;
-          if ((n + 1) % (requests / 10) == 0) resident[std::min<std::size_t>((n + 1) / (requests / 10), 10) - 1] = resident_mib();
+          if ((n + 1) % (requests / 10) == 0)
+            resident[std::min<std::size_t>((n + 1) / (requests / 10), 10) - 1] = resident_mib();
         }
       });
     }
   }
-  std::cout << Json({{"threads", threads}, {"requests", requests}, {"wrong", wrong.load()}, {"resident_mib", resident}}).dump()
+  std::cout << Json({{"threads", threads}, {"requests", requests}, {"wrong", wrong.load()}, {"resident_mib", resident}})
+                   .dump()
             << std::endl;
 }
 

@@ -4,12 +4,12 @@
 
 #include "chameleon.h"
 
-#define CHECK(condition)                                        \
-  do {                                                          \
-    if (!(condition)) {                                         \
-      fprintf(stderr, "line %d: %s\n", __LINE__, #condition);   \
-      return 1;                                                 \
-    }                                                           \
+#define CHECK(condition)                                      \
+  do {                                                        \
+    if (!(condition)) {                                       \
+      fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
+      return 1;                                               \
+    }                                                         \
   } while (0)
 
 static int cancel_after_two(const chameleon_token* token, void* user) {

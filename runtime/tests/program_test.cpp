@@ -23,7 +23,8 @@ Result run(const std::string& arguments) {
   FILE* pipe = popen((std::string(CHAMELEON_RUN) + " " + arguments + " 2>&1").c_str(), "r");
   Result result;
   std::array<char, 4096> buffer;
-  while (const std::size_t count = fread(buffer.data(), 1, buffer.size(), pipe)) result.output.append(buffer.data(), count);
+  while (const std::size_t count = fread(buffer.data(), 1, buffer.size(), pipe))
+    result.output.append(buffer.data(), count);
   result.exit_code = WEXITSTATUS(pclose(pipe));
   return result;
 }
@@ -65,11 +66,16 @@ TEST(Program, GenerateWritesJsonLines) {
 
 TEST(Program, ScoreReadsParagraphsAndJsonLines) {
   const std::string paragraphs = file_with("texts.txt", "\nOne text.\nStill it.\n \t\nAnother.\r\n\r\n\n\nT\n");
-  const std::string json_lines = file_with("texts.jsonl", "{\"text\": \"A\\u2028b\"}\n\n{\"text\": \"c d\", \"x\": 1}\n");
-  const Result result = run("score " + bundle() + " --text " + paragraphs + " --text " + json_lines + " --batch-size 2 --json");
+  const std::string json_lines =
+      file_with("texts.jsonl", "{\"text\": \"A\\u2028b\"}\n\n{\"text\": \"c d\", \"x\": 1}\n");
+  const Result result =
+      run("score " + bundle() + " --text " + paragraphs + " --text " + json_lines + " --batch-size 2 --json");
   ASSERT_EQ(result.exit_code, 0) << result.output;
   const Runtime runtime(bundle());
-  const std::vector<std::string> texts = {"One text.\nStill it.", "Another.", "T", "A\xE2\x80\xA8" "b", "c d"};
+  const std::vector<std::string> texts = {"One text.\nStill it.", "Another.", "T",
+                                          "A\xE2\x80\xA8"
+                                          "b",
+                                          "c d"};
   const auto ids = runtime.encode(texts);
   const auto records = lines(result.output);
   ASSERT_EQ(records.size(), texts.size());

@@ -162,7 +162,8 @@ TEST(Isolation, FactorsDoNotDependOnNeighbours) {
       const std::vector<TokenIds> one = {kRows[row]};
       const Adaptation alone = runtime().adapt(one, {.mode = mode});
       const std::size_t size = alone.factors.lora_B.size();
-      const auto of_row = together.factors.lora_B.subspan(static_cast<std::size_t>(together.factor_ids[row]) * size, size);
+      const auto of_row =
+          together.factors.lora_B.subspan(static_cast<std::size_t>(together.factor_ids[row]) * size, size);
       // Equal to the last bits: the product of one row may be summed in another order than that of many.
       for (std::size_t i = 0; i < size; ++i) ASSERT_NEAR(of_row[i], alone.factors.lora_B[i], 1e-6);
     }

@@ -11,7 +11,8 @@
 
 namespace chameleon {
 
-/// lora_A [count, rank, hidden] and lora_B [count, rank, vocab], alpha in them. Immutable and shared, so copies are cheap.
+/// lora_A [count, rank, hidden] and lora_B [count, rank, vocab], alpha in them. Immutable and shared, so copies are
+/// cheap.
 struct FactorSets {
   std::int64_t count = 0;
   std::int64_t rank = 0;

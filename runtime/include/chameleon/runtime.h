@@ -25,10 +25,10 @@ using TokenIds = std::vector<std::int64_t>;
 using Texts = std::variant<std::span<const std::string>, std::span<const TokenIds>>;
 
 struct LoadOptions {
-  std::string provider = "cpu";   ///< cpu, or auto for the best that this machine has
-  std::optional<Mode> mode{};     ///< where a call names none: by default cohort, or static for a bundle of regime lora
-  std::optional<int> threads{};   ///< of ONNX Runtime, within one operator; by default it chooses
-  bool prepack_weights = true;    ///< false saves about half of the memory; slower in batches, last bits differ
+  std::string provider = "cpu";  ///< cpu, or auto for the best that this machine has
+  std::optional<Mode> mode{};    ///< where a call names none: by default cohort, or static for a bundle of regime lora
+  std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
+  bool prepack_weights = true;   ///< false saves about half of the memory; slower in batches, last bits differ
 };
 
 /// A loaded bundle. It holds no state of a request: one runtime serves any number of threads.

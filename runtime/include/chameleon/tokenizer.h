@@ -15,7 +15,8 @@ namespace chameleon {
 /// Immutable: one tokenizer serves any number of threads.
 class CHAMELEON_EXPORT Tokenizer {
  public:
-  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or uses an option that GPT-2's family has not.
+  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or uses an option that GPT-2's family has
+  /// not.
   explicit Tokenizer(std::string_view json);
   Tokenizer(Tokenizer&&) noexcept;
   ~Tokenizer();
