@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import available_modes
+from chameleon_deploy.bundle import Regime, available_modes
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, uniform
 from tests.shared_data import DATA, case_arguments, good_bundle, hostile_bundle
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
-BUNDLES = {
+BUNDLES: dict[str, tuple[Regime, str, int]] = {
     # name: regime, protocol, layers
     "chameleon_masked": ("chameleon", "masked", 2),
     "chameleon_paper": ("chameleon", "paper", 1),
@@ -125,7 +125,12 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("not_a_bundle", "bundle_not_found", {"do": "delete", "file": "bundle.json"})
     case("missing_file", "file_missing", {"do": "delete", "file": "weights.bin"})
     case("missing_parity", "file_missing", {"do": "delete", "file": "parity.json"})
-    case("directory_for_file", "file_missing", {"do": "delete", "file": "parity.json"}, {"do": "mkdir", "file": "parity.json"})
+    case(
+        "directory_for_file",
+        "file_missing",
+        {"do": "delete", "file": "parity.json"},
+        {"do": "mkdir", "file": "parity.json"},
+    )
     case("extra_file", "file_unknown", written("plugin.so", b"\x7fELF"))
     case("extra_hidden_file", "file_unknown", written(".hidden", b""))
     case("extra_directory", "file_unknown", {"do": "mkdir", "file": "cache"})
@@ -174,7 +179,12 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("role_unknown", "manifest_invalid", manifest("encoder", "graphs", "decoder", "role"))
     case("mode_unknown", "manifest_invalid", manifest(["none", "magic"], "adaptation", "modes"))
     case("modes_do_not_fit", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
-    case("modes_do_not_fit_lora", "manifest_invalid", manifest(["none", "static", "cohort"], "adaptation", "modes"), base="lora_masked")
+    case(
+        "modes_do_not_fit_lora",
+        "manifest_invalid",
+        manifest(["none", "static", "cohort"], "adaptation", "modes"),
+        base="lora_masked",
+    )
     case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
     case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
     case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
@@ -196,8 +206,10 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("embedding_dtype", "manifest_invalid", manifest("float64", "token_embedding", "dtype"))
     # Paths
     entry = {"size": 0, "sha256": "0" * 64}
-    for number, path in enumerate(("../weights.bin", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", "a\nb", "", "é", "a b")):
-        case(f"path_{number}", "path_unsafe", manifest(entry, "files", path))
+    for number, name in enumerate(
+        ("../weights.bin", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", "a\nb", "", "é", "a b")
+    ):
+        case(f"path_{number}", "path_unsafe", manifest(entry, "files", name))
     # Tensors
     good = np.zeros((3, HIDDEN), np.float32)
     nan = good.copy()
@@ -211,23 +223,45 @@ def hostile_cases() -> list[dict[str, Any]]:
     redigest = {"do": "redigest", "file": "centroids.safetensors"}
     case("centroids_empty", "tensor_invalid", written("centroids.safetensors", b""), redigest)
     case("centroids_header_too_long", "tensor_invalid", written("centroids.safetensors", b"\xff" * 8 + b"{}"), redigest)
-    case("centroids_header_not_json", "tensor_invalid", written("centroids.safetensors", b"\x02" + b"\0" * 7 + b"xx"), redigest)
+    case(
+        "centroids_header_not_json",
+        "tensor_invalid",
+        written("centroids.safetensors", b"\x02" + b"\0" * 7 + b"xx"),
+        redigest,
+    )
     header = b'{"centroids":{"dtype":"F32","shape":[3,16],"data_offsets":[0,192]}}'
     length = len(header).to_bytes(8, "little")
     case("centroids_cut", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 100), redigest)
     case("centroids_rest", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 200), redigest)
     lora_A, lora_B = np.zeros((1, 2, HIDDEN), np.float32), np.zeros((1, 2, VOCAB_SIZE), np.float32)
     lora = "lora_masked"
-    case("lora_rank", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A[:, :1], lora_B=lora_B[:, :1]), base=lora)
+    case(
+        "lora_rank",
+        "tensor_invalid",
+        *tensors("lora.safetensors", lora_A=lora_A[:, :1], lora_B=lora_B[:, :1]),
+        base=lora,
+    )
     case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A + np.nan, lora_B=lora_B), base=lora)
     case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
     # Graphs
-    case("not_onnx", "graph_invalid", written("decoder.onnx", b"not a graph"), {"do": "redigest", "file": "decoder.onnx"})
-    case("half_a_graph", "graph_invalid", {"do": "truncate", "file": "decoder.onnx", "size": 3000}, {"do": "redigest", "file": "decoder.onnx"})
-    case("empty_graph", "graph_invalid", written("hypernetwork.onnx", b""), {"do": "redigest", "file": "hypernetwork.onnx"})
+    case(
+        "not_onnx", "graph_invalid", written("decoder.onnx", b"not a graph"), {"do": "redigest", "file": "decoder.onnx"}
+    )
+    case(
+        "half_a_graph",
+        "graph_invalid",
+        {"do": "truncate", "file": "decoder.onnx", "size": 3000},
+        {"do": "redigest", "file": "decoder.onnx"},
+    )
+    case(
+        "empty_graph",
+        "graph_invalid",
+        written("hypernetwork.onnx", b""),
+        {"do": "redigest", "file": "hypernetwork.onnx"},
+    )
     case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder", "file"))
-    case("weights_too_short_for_graph", "graph_invalid", {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN},
-         {"do": "redigest", "file": "weights.bin"})  # fmt: skip
+    embedding_only = {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN}
+    case("weights_too_short_for_graph", "graph_invalid", embedding_only, {"do": "redigest", "file": "weights.bin"})
     case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder", "inputs", "0", "name"))
     case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder", "inputs", "0", "dtype"))
     case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder", "inputs", "0", "shape"))
@@ -235,7 +269,12 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
     # The tokenizer
     for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):
-        case(f"tokenizer_{name}", "manifest_invalid", written("tokenizer.json", content), {"do": "redigest", "file": "tokenizer.json"})
+        case(
+            f"tokenizer_{name}",
+            "manifest_invalid",
+            written("tokenizer.json", content),
+            {"do": "redigest", "file": "tokenizer.json"},
+        )
     for c in cases:
         with tempfile.TemporaryDirectory() as directory:
             path = hostile_bundle(c, Path(directory) / "bundle")
@@ -299,14 +338,19 @@ def golden(runtime: Any, case: dict[str, Any]) -> dict[str, Any]:
 
 def sampling_cases() -> dict[str, list[Any]]:
     random = np.random.default_rng(1)
-    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**64 - 1, 2**31, 2**20)]
+    places: list[Any] = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**64 - 1, 2**31, 2**20)]
     places += [tuple(int(n) for n in random.integers(0, [2**62, 2**20, 2**20])) for _ in range(40)]
     # Numbers beyond 2^53 as text: not every JSON reader keeps them.
-    numbers = [{"seed": str(seed), "stream": stream, "step": step, "u": uniform(seed, stream, step)} for seed, stream, step in places]
+    numbers = [
+        {"seed": str(seed), "stream": stream, "step": step, "u": uniform(seed, stream, step)}
+        for seed, stream, step in places
+    ]
     choices = []
     for _ in range(120):
-        logits = np.round(random.standard_normal(12) * 3, int(random.integers(0, 4))).astype(np.float32)  # ties are likely
-        settings = {
+        logits = np.round(random.standard_normal(12) * 3, int(random.integers(0, 4))).astype(
+            np.float32
+        )  # ties are likely
+        settings: dict[str, Any] = {
             "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
             "top_k": int(random.integers(0, 14)),
             "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
@@ -323,11 +367,15 @@ def tokenizer_cases() -> dict[str, list[Any]]:
     tokenizer = chameleon_deploy.load(good_bundle("chameleon_masked")).tokenizer
     random = np.random.default_rng(2)
     texts = [
-        "", " ", "Hello, world!", "The river runs.", "don't we'll they've I'm it's you're he'd 'S", "  leading", "trailing  ",
-        "a\n\n\nb", "\t\ttabs", "x" * 300, " " * 300, "1234567890 12,345.67", "naïve café", "Ünïcödé", "日本語のテキスト", "Привет",
-        "שלום", "नमस्ते", "👍🏽 👨‍👩‍👧 🇩🇪", "\u0000\u0001\u001f\u007f\u0085", "a\u00a0b\u2003c\u3000d", "\u180e x", "\u200b\ufeff",
-        "<|endoftext|>", "a<|endoftext|>b<|endoftext|>", "<|endoftext|", "\U0010ffff\U000e0001", "\u0e33\u0e4d", "x²½Ⅷ", "_under_score_",
-        "def f(x):\n    return x['key']  # 'tis", "\ufffd", "e\u0301",
+        "", " ", "Hello, world!", "The river runs.", "don't we'll they've I'm it's you're he'd 'S", "  leading",
+        "trailing  ", "a\n\n\nb", "\t\ttabs", "x" * 300, " " * 300, "1234567890 12,345.67", "na\u00efve caf\u00e9",
+        "\u00dcn\u00efc\u00f6d\u00e9", "\u65e5\u672c\u8a9e", "\u041f\u0440\u0438\u0432\u0435\u0442",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea",
+        "\u0000\u0001\u001f\u007f\u0085", "a\u00a0b\u2003c\u3000d", "\u180e x", "\u200b\ufeff", "<|endoftext|>",
+        "a<|endoftext|>b<|endoftext|>", "<|endoftext|", "\U0010ffff\U000e0001", "\u0e33\u0e4d", "x\u00b2\u00bd\u2167",
+        "_under_score_", "def f(x):\n    return x['key']  # 'tis", "\ufffd", "e\u0301",
     ]  # fmt: skip
     for _ in range(100):
         points = random.choice([0x80, 0x250, 0x3000, 0x110000]) * random.random(random.integers(1, 20))
@@ -335,7 +383,17 @@ def tokenizer_cases() -> dict[str, list[Any]]:
     encoded = [{"text": text, "token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in texts]
     ids = [random.integers(0, VOCAB_SIZE + 5, random.integers(0, 9)).tolist() for _ in range(100)]
     decoded = [{"token_ids": row, "text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
-    invalid = [b"\xff", b"a\x80", b"\xc3", b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xf5"]
+    invalid = [
+        b"\xff",
+        b"a\x80",
+        b"\xc3",
+        b"\xc0\x80",
+        b"\xe0\x80\x80",
+        b"\xed\xa0\x80",
+        b"\xf0\x80\x80\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xf5",
+    ]
     return {"encode": encoded, "decode": decoded, "invalid": [base64.b64encode(raw).decode() for raw in invalid]}
 
 

@@ -24,7 +24,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-/// A queue between two threads; `pop` waits, and gives nothing once the queue is closed and empty.
+/// A queue between two threads; `pop` gives nothing once the queue is closed and empty, or is empty and need not wait.
 template <class T>
 class Channel {
  public:
@@ -38,24 +38,16 @@ class Channel {
     closed_ = true;
     changed_.notify_all();
   }
-  std::optional<T> pop() {
+  std::optional<T> pop(bool wait = true) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return closed_ || !items_.empty(); });
-    return take();
-  }
-  std::optional<T> try_pop() {
-    const std::lock_guard lock(mutex_);
-    return take();
-  }
-
- private:
-  std::optional<T> take() {
+    if (wait) changed_.wait(lock, [this] { return closed_ || !items_.empty(); });
     if (items_.empty()) return std::nullopt;
     T item = std::move(items_.front());
     items_.pop_front();
     return item;
   }
 
+ private:
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<T> items_;
@@ -145,7 +137,7 @@ void serve_batches(const chameleon::Runtime& runtime, chameleon::Mode mode, std:
   while (auto first = waiting.pop()) {
     Batch batch = {*first};
     while (batch.size() < max_batch) {
-      auto next = waiting.try_pop();
+      auto next = waiting.pop(false);
       if (!next) break;
       batch.push_back(*next);
     }

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -25,11 +26,9 @@ def python_step(bundle: Path, batch: int) -> float:
     runtime = chameleon_deploy.load(bundle, mode="centroid")
     vocab_size = runtime.manifest.model.vocab_size
     rows = [[(997 * i + 31 * row + 5) % vocab_size for i in range(16)] for row in range(batch)]
-    times = []
-    for token in runtime.stream(rows, max_new_tokens=TOKENS):
-        if token.row == batch - 1:
-            times.append(time.perf_counter())
-    return 1e3 * median(end - start for start, end in zip(times, times[1:], strict=False))
+    tokens = runtime.stream(rows, max_new_tokens=TOKENS)
+    times = [time.perf_counter() for token in tokens if token.row == batch - 1]
+    return 1e3 * median(end - start for start, end in pairwise(times))
 
 
 def main() -> None:
@@ -46,7 +45,13 @@ def main() -> None:
         for _ in range(arguments.rounds):
             this = [sys.executable, "-m", "tests.cpp.bench", str(arguments.bundle), "--python-step", str(batch)]
             python.append(float(subprocess.run(this, check=True, capture_output=True, text=True).stdout))
-            program = [str(BUILD / "tests" / "chameleon_bench"), "decode", str(arguments.bundle), str(batch), str(TOKENS)]
+            program = [
+                str(BUILD / "tests" / "chameleon_bench"),
+                "decode",
+                str(arguments.bundle),
+                str(batch),
+                str(TOKENS),
+            ]
             record = json.loads(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
             native.append(record["ms_per_step"])
             outside.append(record["microseconds_outside_run"])

@@ -93,7 +93,9 @@ class NativeRuntime:
         sets, rank = self._c.chameleon_adaptation_num_factor_sets(handle), self._c.chameleon_adaptation_rank(handle)
 
         def array(name: str, dtype: Any, *shape: int) -> Any:
-            return _copy(getattr(self._c, f"chameleon_adaptation_{name}")(handle), int(np.prod(shape)), dtype).reshape(shape)
+            return _copy(getattr(self._c, f"chameleon_adaptation_{name}")(handle), int(np.prod(shape)), dtype).reshape(
+                shape
+            )
 
         adaptation = Adaptation(
             array("embeddings", np.float32, len(texts), self._hidden_size),
@@ -124,7 +126,7 @@ class NativeRuntime:
         self,
         texts: Any,
         max_new_tokens: int = 20,
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
         on_token: Callable[[int, int, str, bool], bool] | None = None,
         **how: Any,
     ) -> list[Generation]:
@@ -139,8 +141,8 @@ class NativeRuntime:
 
         callback = OnToken(forward) if on_token else OnToken()
         handle = P()
-        self._check(self._c.chameleon_generate(self._handle, c.byref(batch), max_new_tokens, native, len(samplings), callback,
-                                               None, c.byref(handle)))  # fmt: skip
+        arguments = (c.byref(batch), max_new_tokens, native, len(samplings), callback, None, c.byref(handle))
+        self._check(self._c.chameleon_generate(self._handle, *arguments))
         generations = [
             Generation(
                 self._row("generation_token_ids", handle, row, np.int64).tolist(),
@@ -168,7 +170,7 @@ class NativeRuntime:
         self._c.chameleon_free(text)
         return result
 
-    def _row(self, name: str, handle: P, row: int, dtype: Any) -> Any:
+    def _row(self, name: str, handle: Any, row: int, dtype: Any) -> Any:
         count = Z()
         return _copy(getattr(self._c, f"chameleon_{name}")(handle, row, c.byref(count)), count.value, dtype)
 
@@ -196,7 +198,9 @@ class NativeRuntime:
 
     def _check(self, error: int | None) -> None:
         if error:
-            found = NativeError(self._c.chameleon_error_code(error).decode(), self._c.chameleon_error_message(error).decode())
+            found = NativeError(
+                self._c.chameleon_error_code(error).decode(), self._c.chameleon_error_message(error).decode()
+            )
             self._c.chameleon_error_free(error)
             raise found
 

@@ -1,4 +1,4 @@
-"""These tests drive the C++ library, so they are collected where it has been built (`make cpp` builds it, and runs them)."""
+"""These tests drive the C++ library and are collected where it has been built: `make cpp` builds it and runs them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def post(port: int, body: Any) -> tuple[int, list[dict[str, Any]]]:
 
 def test_concurrent_requests_get_their_own_results(port: int) -> None:
     runtime = chameleon_deploy.load(BUNDLE, mode="centroid")
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": prompt, "max_new_tokens": 1 + n % 7, "temperature": float(n % 2), "seed": n}
         for n, prompt in enumerate(["The river", "def f(x):", "import os", "Hello, world!"] * 16)
     ]

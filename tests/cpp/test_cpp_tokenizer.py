@@ -10,18 +10,43 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.cpp.c_interface import NativeError, NativeRuntime
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from chameleon_deploy.bundle import FileSpec, Manifest, file_sha256
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.tiny import train_tokenizer
+from tests.cpp.c_interface import NativeError, NativeRuntime
 
 TEXTS = 100_000
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "\u2019s", "don't", "we'll've", "'"]
 EMOJI = ["👍", "👍🏽", "👨‍👩‍👧‍👦", "🇩🇪", "1️⃣", "❤️", "🏴\U000e0067\U000e0062\U000e007f", "🫨"]
-SPACES = [" ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x1c", "\u200b", "\ufeff"]
-SPECIAL = ["<|endoftext|>", "<|endoftext|", "<|endoftext|><|endoftext|>", "<mask>", " <mask>  ", "word", "aworda", "tok", "tokens"]
+SPACES = [
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\n\n ",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "\u2028",
+    "\x85",
+    "\x1c",
+    "\u200b",
+    "\ufeff",
+]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|endoftext|",
+    "<|endoftext|>" * 2,
+    "<mask>",
+    " <mask>  ",
+    "word",
+    "aworda",
+    "tok",
+    "tokens",
+]
 
 
 def with_tokenizer(bundle: Path, tokenizer: Tokenizer, out: Path) -> Path:
@@ -36,9 +61,11 @@ def with_tokenizer(bundle: Path, tokenizer: Tokenizer, out: Path) -> Path:
 
 
 def make_tokenizer(kind: str) -> Tokenizer:
-    tokenizer = train_tokenizer([text for kind in KINDS for text in python_texts(kind)[:300]], 3000)
+    tokenizer: Tokenizer = train_tokenizer([text for kind in KINDS for text in python_texts(kind)[:300]], 3000)
     if kind == "added":
-        tokenizer.add_tokens([AddedToken("word", single_word=True), AddedToken("tok", normalized=True), "tokens", "é ü"])
+        tokenizer.add_tokens(
+            [AddedToken("word", single_word=True), AddedToken("tok", normalized=True), "tokens", "é ü"]
+        )
         tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
     return tokenizer
 
@@ -131,7 +158,9 @@ def test_invalid_utf8_is_refused(mini_bundles: dict[str, Path], raw: bytes) -> N
         {"model": {"type": "WordPiece"}},
     ],
 )
-def test_a_tokenizer_of_another_kind_is_refused(mini_bundles: dict[str, Path], tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_tokenizer_of_another_kind_is_refused(
+    mini_bundles: dict[str, Path], tmp_path: Path, change: dict[str, object]
+) -> None:
     bundle = with_tokenizer(mini_bundles["chameleon"], make_tokenizer("plain"), tmp_path / "bundle")
     file, manifest_file = bundle / "tokenizer.json", bundle / "bundle.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
