@@ -28,12 +28,12 @@ std::vector<std::vector<std::size_t>> passes(std::span<const TokenIds> rows) {
   return passes;
 }
 
-/// log softmax(logits)[target], in float32 as in Python but for the sum, which costs nothing to carry exactly.
+/// log softmax(logits)[target]; the sum in float64, as in Python.
 float logprob_of(std::span<const float> logits, std::size_t target) {
   const float highest = logits[argmax(logits)];
   double sum = 0;
   for (const float logit : logits) sum += static_cast<double>(std::exp(logit - highest));
-  return logits[target] - highest - std::log(static_cast<float>(sum));
+  return static_cast<float>(static_cast<double>(logits[target]) - static_cast<double>(highest) - std::log(sum));
 }
 
 }  // namespace
