@@ -83,6 +83,7 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // warnings about initializers help nobody who serves
   // Its patterns are kept for every combination of input shapes ever seen: a server sees a new one at each length.
   session_options.DisableMemPattern();
+  if (options.threads.value_or(1) < 1) throw InputError("threads must be at least 1");
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool costs the decoder more than it saves here.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);

@@ -58,6 +58,7 @@ TEST(Bundle, TheGraphForFewerProvidersWins) {
 TEST(Runtime, ModesAndProvidersThatCannotBeHad) {
   EXPECT_THROW(Runtime(good_bundle("lora_masked"), {.mode = Mode::cohort}), ModeError);
   EXPECT_THROW(Runtime(good_bundle("lora_masked"), {.provider = "cuda"}), ProviderError);
+  EXPECT_THROW(Runtime(good_bundle("lora_masked"), {.threads = 0}), InputError);
   EXPECT_THROW(parse_mode("nonsense"), ModeError);
   EXPECT_NO_THROW(Runtime(good_bundle("lora_masked"), {.provider = "auto", .threads = 1}));
 }

@@ -12,64 +12,14 @@ import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import Sampling
 from tests.cpp.c_interface import NativeError, NativeRuntime
+from tests.cpp.parity import largest_difference, random_batch
 
 BATCHES = 1000
-MODES = ("none", "static", "centroid", "request", "cohort", "tenant")
 
 
-def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[list[list[int]], dict[str, Any]]:
-    model = runtime.manifest.model
-    lengths = random.integers(1, random.choice([4, 24, 60]), random.integers(1, 9))
-    rows = [random.integers(1, model.vocab_size, length).tolist() for length in lengths]
-    how: dict[str, Any] = {"mode": mode}
-    if mode == "tenant":
-        how["tenants"] = [f"tenant {n}" for n in random.integers(0, 3, len(rows))]
-    if mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5):
-        rank = int(random.integers(1, 6))
-        how["factors"] = (
-            random.standard_normal((rank, model.hidden_size)).astype(np.float32),
-            random.standard_normal((rank, model.vocab_size)).astype(np.float32),
-        )
-    return rows, how
-
-
-def random_sampling(random: np.random.Generator) -> Sampling:
-    return Sampling(
-        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])),
-        top_k=int(random.choice([0, 1, 5, 50])),
-        top_p=float(random.choice([1.0, 0.9, 0.3])),
-        repetition_penalty=float(random.choice([1.0, 1.3])),
-        seed=int(random.integers(0, 2**63)),
-        stop_token_ids=[7, 8] if random.random() < 0.3 else [],
-        stop=["e", "ing"] if random.random() < 0.2 else [],
-    )
-
-
-@pytest.mark.parametrize("regime", ["chameleon", "lora"])
-def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], regime: str) -> None:
-    python = chameleon_deploy.load(mini_bundles[regime])
-    native = NativeRuntime(mini_bundles[regime])
-    modes = [mode for mode in MODES if mode in python.manifest.adaptation.modes]
-    random = np.random.default_rng(5)
-    largest = 0.0
-    for number in range(BATCHES if regime == "chameleon" else BATCHES // 5):
-        rows, how = random_batch(random, python, modes[number % len(modes)])
-        expected, actual = python.adapt(rows, **how), native.adapt(rows, **how)
-        for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
-            assert getattr(expected, name).tobytes() == getattr(actual, name).tobytes(), (number, name)
-        for left, right in zip(python.score(rows, **how), native.score(rows, **how), strict=True):
-            assert (left.token_ids, left.cluster_id) == (right.token_ids, right.cluster_id)
-            # The logits are the graph's own; their log-softmax is float32, whose last bit beyond 16 is more than 1e-6.
-            ours, theirs = (np.array(score.token_logprobs, np.float32) for score in (left, right))
-            difference = np.abs(ours.astype(np.float64) - theirs) / np.maximum(1e-6, np.spacing(np.abs(ours)))
-            largest = max(largest, float(difference.max(initial=0)))
-        sampling = random_sampling(random)
-        greedy = Sampling()
-        for chosen in (greedy, sampling, [random_sampling(random) for _ in rows]):
-            wanted = python.generate(rows, max_new_tokens=8, sampling=chosen, **how)
-            assert native.generate(rows, max_new_tokens=8, sampling=chosen, **how) == wanted, (number, chosen)
-    native.close()
-    assert largest <= 1
+@pytest.mark.parametrize(("regime", "batches"), [("chameleon", BATCHES), ("lora", BATCHES // 5)])
+def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], regime: str, batches: int) -> None:
+    assert largest_difference(mini_bundles[regime], batches) <= 1
 
 
 def test_streamed_text_is_the_same(mini_bundles: dict[str, Path]) -> None:
