@@ -75,4 +75,5 @@ def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
     with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller reports
         logits -= highest[:, None]  # in place: these logits have no other reader
         np.exp(logits, out=logits)
-        return np.asarray(chosen - highest - np.log(logits.sum(1)), np.float32)
+        # The sum in float64: in float32 its rounding shows in the result, and differs from one library to another.
+    return np.asarray(chosen.astype(np.float64) - highest - np.log(logits.sum(1, dtype=np.float64)), np.float32)

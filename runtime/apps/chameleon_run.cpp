@@ -1,0 +1,195 @@
+// chameleon-run: generate and score from the shell, with the options and JSON lines of the Python commands.
+
+#include <charconv>
+#include <cstdio>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "chameleon/runtime.h"
+#include "texts.h"
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr const char* kHelp = R"(chameleon-run generate BUNDLE --prompt TEXT ... | --prompts FILE [options]
+chameleon-run score    BUNDLE --text FILE ... [options]
+
+  --mode MODE             none, static, centroid, request, cohort or tenant
+  --tenant NAME           mode tenant: one per text, in order
+  --provider NAME         cpu or auto
+  --threads N             of ONNX Runtime
+  --json                  one JSON object per text and line
+generate:
+  --prompt TEXT           a prompt; may be given several times
+  --prompts FILE          prompts from a file: paragraphs, or .jsonl with "text"
+  --max-new-tokens N      (20)
+  --temperature X         0 is greedy (0)
+  --top-k N               0 keeps all (0)
+  --top-p X               1 keeps all (1)
+  --repetition-penalty X  1 leaves the logits alone (1)
+  --seed N                the same seed gives the same tokens (0)
+  --stop TEXT             stop before this string; may be given several times
+score:
+  --text FILE             texts from a file; may be given several times
+  --batch-size N          texts per batch: what cohort and tenant adapt to (32)
+)";
+
+class UsageError : public chameleon::Error {
+ public:
+  explicit UsageError(const std::string& message) : Error("usage", message + " (--help lists the options)") {}
+};
+
+struct Arguments {
+  std::filesystem::path bundle;
+  std::vector<std::string> texts;
+  std::optional<std::vector<std::string>> tenants;
+  chameleon::LoadOptions load;
+  chameleon::Sampling sampling;
+  std::int64_t max_new_tokens = 20;
+  std::int64_t batch_size = 32;
+  bool json = false;
+};
+
+template <class T>
+T number(const std::string& option, const std::string& text, T lowest = std::numeric_limits<T>::lowest()) {
+  T value{};
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (problem != std::errc() || end != text.data() + text.size() || !(value >= lowest)) {
+    throw UsageError("invalid value for " + option + ": '" + text + "'");
+  }
+  return value;
+}
+
+Arguments parse(const std::string& command, const std::vector<std::string>& words) {
+  Arguments parsed;
+  using Handler = std::function<void(const std::string&, const std::string&)>;
+  std::map<std::string, Handler> options = {
+      {"--mode", [&](auto&, auto& text) { parsed.load.mode = chameleon::parse_mode(text); }},
+      {"--tenant",
+       [&](auto&, auto& text) {
+         if (!parsed.tenants) parsed.tenants.emplace();
+         parsed.tenants->push_back(text);
+       }},
+      {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
+      {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
+  };
+  const auto read_more = [&](auto&, auto& path) {
+    for (std::string& text : read_texts(path)) parsed.texts.push_back(std::move(text));
+  };
+  chameleon::Sampling& sampling = parsed.sampling;
+  if (command == "generate") {
+    options.insert({
+        {"--prompt", [&](auto&, auto& text) { parsed.texts.push_back(text); }},
+        {"--prompts", read_more},
+        {"--max-new-tokens",
+         [&](auto& option, auto& text) { parsed.max_new_tokens = number<std::int64_t>(option, text, 1); }},
+        {"--temperature", [&](auto& option, auto& text) { sampling.temperature = number<double>(option, text); }},
+        {"--top-k", [&](auto& option, auto& text) { sampling.top_k = number<std::int64_t>(option, text); }},
+        {"--top-p", [&](auto& option, auto& text) { sampling.top_p = number<double>(option, text); }},
+        {"--repetition-penalty",
+         [&](auto& option, auto& text) { sampling.repetition_penalty = number<double>(option, text); }},
+        {"--seed", [&](auto& option, auto& text) { sampling.seed = number<std::uint64_t>(option, text); }},
+        {"--stop", [&](auto&, auto& text) { sampling.stop.push_back(text); }},
+    });
+  } else {
+    options.insert({
+        {"--text", read_more},
+        {"--batch-size", [&](auto& option, auto& text) { parsed.batch_size = number<std::int64_t>(option, text, 1); }},
+    });
+  }
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::size_t equals = words[i].starts_with("--") ? words[i].find('=') : std::string::npos;
+    const std::string option = words[i].substr(0, equals);
+    if (option == "--json") {
+      parsed.json = true;
+    } else if (const auto found = options.find(option); found != options.end()) {
+      if (equals == std::string::npos && i + 1 == words.size()) throw UsageError(option + " requires an argument");
+      found->second(option, equals == std::string::npos ? words[++i] : words[i].substr(equals + 1));
+    } else if (option.starts_with("--") || !parsed.bundle.empty()) {
+      throw UsageError("no such option or too many arguments: " + words[i]);
+    } else {
+      parsed.bundle = words[i];
+    }
+  }
+  if (parsed.bundle.empty()) throw UsageError("missing argument BUNDLE");
+  if (parsed.texts.empty()) {
+    throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
+                                                      : "nothing to score: pass --text FILE");
+  }
+  return parsed;
+}
+
+void generate(const Arguments& arguments) {
+  const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+  chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
+  options.max_new_tokens = arguments.max_new_tokens;
+  options.sampling = arguments.sampling;
+  for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
+    const std::string_view reason = chameleon::to_string(generation.finish_reason);
+    if (arguments.json) {
+      const Json record = {{"token_ids", generation.token_ids},
+                           {"text", generation.text},
+                           {"cluster_id", generation.cluster_id},
+                           {"finish_reason", reason}};
+      std::cout << record.dump() << '\n';
+    } else {
+      std::cout << "cluster " << generation.cluster_id << ", " << reason << ": " << generation.text << '\n';
+    }
+  }
+}
+
+void score(const Arguments& arguments) {
+  const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+  const auto batch_size = static_cast<std::size_t>(arguments.batch_size);
+  const std::span<const std::string> texts = arguments.texts;
+  for (std::size_t start = 0; start < texts.size(); start += batch_size) {
+    const std::size_t count = std::min(batch_size, texts.size() - start);
+    chameleon::AdaptOptions options;
+    if (arguments.tenants) {
+      const auto first = std::min(start, arguments.tenants->size());
+      const auto last = std::min(start + count, arguments.tenants->size());
+      options.tenants.emplace(arguments.tenants->begin() + static_cast<std::ptrdiff_t>(first),
+                              arguments.tenants->begin() + static_cast<std::ptrdiff_t>(last));
+    }
+    for (const chameleon::Score& row : runtime.score(texts.subspan(start, count), options)) {
+      if (arguments.json) {
+        const Json record = {
+            {"token_ids", row.token_ids},
+            {"token_logprobs", std::vector<double>(row.token_logprobs.begin(), row.token_logprobs.end())},
+            {"cluster_id", row.cluster_id},
+            {"logprob", row.logprob()},
+            {"perplexity", row.token_logprobs.empty() ? Json() : Json(row.perplexity())}};
+        std::cout << record.dump() << '\n';
+      } else {
+        std::cout << "cluster " << row.cluster_id << ", " << row.token_ids.size() << " tokens, log-probability "
+                  << row.logprob() << ", perplexity " << row.perplexity() << '\n';
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> words(argv + 1, argv + argc);
+  if (std::ranges::find(words, "--help") != words.end()) {
+    std::cout << kHelp;
+    return 0;
+  }
+  try {
+    const std::string command = words.empty() ? "" : words.front();
+    if (command != "generate" && command != "score") throw UsageError("expected the command generate or score");
+    words.erase(words.begin());
+    const Arguments arguments = parse(command, words);
+    command == "generate" ? generate(arguments) : score(arguments);
+    return 0;
+  } catch (const chameleon::Error& error) {
+    std::string line = error.what();
+    std::ranges::replace(line, '\n', ' ');
+    std::cerr << "error: " << line << " [" << error.code() << "]\n";
+    return 2;
+  }
+}

@@ -1,0 +1,128 @@
+/* The C interface of the chameleon runtime, for other languages to embed.
+ *
+ * Every function that can fail returns a chameleon_error, NULL when it did its work; the caller frees it. No exception
+ * leaves a function. Text is UTF-8. Handles may be used from many threads at once, and are freed by the caller with
+ * the function named after them; freeing NULL does nothing. Pointers that accessors return belong to the handle.
+ */
+#ifndef CHAMELEON_H
+#define CHAMELEON_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "chameleon/export.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct chameleon_error chameleon_error;
+typedef struct chameleon_runtime chameleon_runtime;
+typedef struct chameleon_adaptation chameleon_adaptation;
+typedef struct chameleon_scores chameleon_scores;
+typedef struct chameleon_generations chameleon_generations;
+
+/* The stable word, such as "input_invalid", the same as in Python. */
+CHAMELEON_EXPORT const char* chameleon_error_code(const chameleon_error* error);
+CHAMELEON_EXPORT const char* chameleon_error_message(const chameleon_error* error);
+CHAMELEON_EXPORT void chameleon_error_free(chameleon_error* error);
+
+typedef struct {
+  const char* provider;    /* "cpu" or "auto"; NULL is "cpu" */
+  const char* mode;        /* where a call names none; NULL is "cohort", or "static" for a bundle of regime lora */
+  int threads;             /* of ONNX Runtime; 0 lets it choose */
+  int keep_weights_mapped; /* 1 saves about half of the memory; slower in batches, last bits differ */
+} chameleon_load_options;
+
+CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,
+                                                 chameleon_runtime** runtime);
+CHAMELEON_EXPORT void chameleon_runtime_free(chameleon_runtime* runtime);
+CHAMELEON_EXPORT int64_t chameleon_vocab_size(const chameleon_runtime* runtime);
+CHAMELEON_EXPORT int64_t chameleon_hidden_size(const chameleon_runtime* runtime);
+
+/* One text: bytes of UTF-8 in `text`, or token ids in `token_ids` where `text` is NULL. */
+typedef struct {
+  const char* text;
+  size_t text_size;
+  const int64_t* token_ids;
+  size_t num_token_ids;
+} chameleon_text;
+
+typedef struct {
+  const chameleon_text* texts;
+  size_t num_texts;
+  const char* mode;           /* NULL takes the runtime's */
+  const char* const* tenants; /* mode tenant: num_texts names; else NULL */
+  int64_t rank;               /* mode static: a caller's factors, else 0 */
+  const float* lora_A;        /* [rank, hidden] */
+  const float* lora_B;        /* [rank, vocab], alpha already in it */
+} chameleon_batch;
+
+CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                                  chameleon_adaptation** adaptation);
+CHAMELEON_EXPORT size_t chameleon_adaptation_num_factor_sets(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT int64_t chameleon_adaptation_rank(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT const float* chameleon_adaptation_embeddings(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT const int64_t* chameleon_adaptation_cluster_ids(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT const int64_t* chameleon_adaptation_factor_ids(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT const float* chameleon_adaptation_lora_A(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT const float* chameleon_adaptation_lora_B(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT void chameleon_adaptation_free(chameleon_adaptation* adaptation);
+
+CHAMELEON_EXPORT chameleon_error* chameleon_score(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                                  chameleon_scores** scores);
+CHAMELEON_EXPORT const int64_t* chameleon_score_token_ids(const chameleon_scores* scores, size_t row, size_t* count);
+CHAMELEON_EXPORT const float* chameleon_score_token_logprobs(const chameleon_scores* scores, size_t row, size_t* count);
+CHAMELEON_EXPORT int64_t chameleon_score_cluster_id(const chameleon_scores* scores, size_t row);
+CHAMELEON_EXPORT void chameleon_scores_free(chameleon_scores* scores);
+
+/* A zeroed struct is greedy: zero stands for "off" in every field but the seed. */
+typedef struct {
+  double temperature;
+  int64_t top_k;
+  double top_p;              /* 0 keeps all */
+  double repetition_penalty; /* 0 leaves the logits alone */
+  uint64_t seed;
+  const int64_t* stop_token_ids;
+  size_t num_stop_token_ids;
+  const char* const* stop;
+  size_t num_stop;
+} chameleon_sampling;
+
+typedef struct {
+  size_t row;
+  int64_t token_id;
+  const char* text; /* text_size bytes, valid during the callback */
+  size_t text_size;
+  int finished;
+} chameleon_token;
+
+/* 0 cancels this row; the others go on. */
+typedef int (*chameleon_on_token)(const chameleon_token* token, void* user);
+
+/* sampling: num_samplings is 1 for all prompts, where row i draws from stream i, or one per prompt, each stream 0. */
+CHAMELEON_EXPORT chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                                     int64_t max_new_tokens, const chameleon_sampling* sampling,
+                                                     size_t num_samplings, chameleon_on_token on_token, void* user,
+                                                     chameleon_generations** generations);
+CHAMELEON_EXPORT const int64_t* chameleon_generation_token_ids(const chameleon_generations* generations, size_t row,
+                                                               size_t* count);
+CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generations* generations, size_t row,
+                                                       size_t* size);
+CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
+/* "stop", "length" or "cancelled". */
+CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
+CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
+
+/* Token ids of one text without the checks of a batch, and back; the caller frees both with chameleon_free. */
+CHAMELEON_EXPORT chameleon_error* chameleon_encode(const chameleon_runtime* runtime, const char* text, size_t text_size,
+                                                   int64_t** token_ids, size_t* count);
+CHAMELEON_EXPORT chameleon_error* chameleon_decode(const chameleon_runtime* runtime, const int64_t* token_ids,
+                                                   size_t count, char** text, size_t* text_size);
+CHAMELEON_EXPORT void chameleon_free(void* memory);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

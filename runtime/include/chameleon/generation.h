@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <stop_token>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "chameleon/adaptation.h"
+#include "chameleon/sampling.h"
+
+namespace chameleon {
+
+enum class FinishReason { stop, length, cancelled };
+
+CHAMELEON_EXPORT std::string_view to_string(FinishReason reason);
+
+/// token_ids are the new ones, a stop token included; text leaves out the stop token or stop string.
+struct Generation {
+  std::vector<std::int64_t> token_ids;
+  std::string text;
+  std::int64_t cluster_id = 0;
+  FinishReason finish_reason = FinishReason::length;
+};
+
+/// One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
+/// Valid during the callback only.
+struct Token {
+  std::size_t row;
+  std::int64_t token_id;
+  std::string_view text;
+  const Generation* generation;  ///< set on a row's last Token
+};
+
+/// Told about every token, within a step in the order of the rows. False cancels this row; the others go on.
+using OnToken = std::function<bool(const Token&)>;
+
+struct GenerateOptions : AdaptOptions {
+  /// At least 1, one number or one per prompt; the model's positions bound it too.
+  std::variant<std::int64_t, std::vector<std::int64_t>> max_new_tokens = std::int64_t{20};
+  /// One Sampling for all, where row i draws from random stream i, or one per prompt, each drawing from stream 0, so
+  /// that a row does not depend on its place in the batch.
+  std::variant<Sampling, std::vector<Sampling>> sampling = Sampling{};
+  OnToken on_token{};
+  std::stop_token stop{};  ///< cancels all rows, even within a long prompt
+};
+
+}  // namespace chameleon

@@ -1,0 +1,112 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "chameleon/export.h"
+
+namespace chameleon {
+
+/// What the factors of a row depend on (DESIGN section 3).
+enum class Mode { none, static_, centroid, request, cohort, tenant };
+
+CHAMELEON_EXPORT std::string_view to_string(Mode mode);
+/// Throws ModeError for a word that names no mode.
+CHAMELEON_EXPORT Mode parse_mode(std::string_view name);
+
+using Dimension = std::variant<std::int64_t, std::string>;  ///< a number, or a symbol such as "batch"
+
+/// An input or output of a graph.
+struct TensorSpec {
+  std::string name;
+  std::string dtype;  ///< float32, float16 or int64
+  std::vector<Dimension> shape;
+};
+
+/// A named graph: what it is for, which providers may run it, and its signature.
+struct GraphSpec {
+  std::string file;
+  std::string role;  ///< decoder or hypernetwork
+  std::vector<std::string> providers;
+  std::vector<TensorSpec> inputs;
+  std::vector<TensorSpec> outputs;
+};
+
+/// A tensor inside a weights file: little-endian, row-major, at a byte offset.
+struct StoredTensor {
+  std::string file;
+  std::string dtype;  ///< float32 or float16
+  std::vector<std::int64_t> shape;
+  std::int64_t offset = 0;
+};
+
+struct FileSpec {
+  std::int64_t size = 0;
+  std::string sha256;
+};
+
+struct ModelSpec {
+  std::string architecture;
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t num_layers = 0;
+  std::int64_t num_attention_heads = 0;
+  std::int64_t num_key_value_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t max_positions = 0;
+  std::int64_t eos_token_id = 0;
+};
+
+/// alpha is recorded, not applied: it is folded into the factors at export.
+struct AdaptationSpec {
+  std::string regime;  ///< chameleon or lora
+  std::int64_t rank = 0;
+  double alpha = 0;
+  std::int64_t num_clusters = 0;
+  std::string protocol;  ///< masked or paper
+  std::int64_t max_length = 0;
+  std::vector<Mode> modes;
+};
+
+/// How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora).
+struct Parameters {
+  std::int64_t base = 0;
+  std::int64_t factors = 0;
+  std::int64_t hypernetwork = 0;
+};
+
+/// verified is false when the export was told not to verify; the figures stand in parity.json.
+struct ParitySummary {
+  bool verified = false;
+  std::int64_t checks = 0;
+  std::optional<double> max_abs_logit_difference;
+};
+
+/// bundle.json.
+struct Manifest {
+  std::string format;
+  std::int64_t format_version = 0;
+  std::string precision;
+  ModelSpec model;
+  AdaptationSpec adaptation;
+  Parameters parameters;
+  std::map<std::string, GraphSpec> graphs;
+  StoredTensor token_embedding;
+  std::map<std::string, FileSpec> files;
+  std::vector<std::string> determinism;
+  ParitySummary parity;
+  std::string checkpoint_digest;
+  std::map<std::string, std::string> tools;
+};
+
+/// Decode and cross-check bundle.json; `where` is named in messages.
+/// Throws ManifestError, VersionError or PathError.
+CHAMELEON_EXPORT Manifest parse_manifest(std::string_view raw, const std::filesystem::path& where);
+
+}  // namespace chameleon

@@ -1,0 +1,63 @@
+/// The C++ runtime of chameleon-deploy: load a bundle, adapt a batch, score it, generate from it.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "chameleon/adaptation.h"
+#include "chameleon/bundle.h"
+#include "chameleon/error.h"
+#include "chameleon/generation.h"
+#include "chameleon/sampling.h"
+#include "chameleon/scoring.h"
+#include "chameleon/tokenizer.h"
+
+namespace chameleon {
+
+using TokenIds = std::vector<std::int64_t>;
+
+/// A batch: texts, or lists of token ids.
+using Texts = std::variant<std::span<const std::string>, std::span<const TokenIds>>;
+
+struct LoadOptions {
+  std::string provider = "cpu";  ///< cpu, or auto for the best that this machine has
+  std::optional<Mode> mode{};    ///< where a call names none: by default cohort, or static for a bundle of regime lora
+  std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
+  bool prepack_weights = true;   ///< false saves about half of the memory; slower in batches, last bits differ
+};
+
+/// A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
+class CHAMELEON_EXPORT Runtime {
+ public:
+  /// Open a bundle and make it ready to run; every file is checked before anything runs. Throws an Error.
+  explicit Runtime(const std::filesystem::path& path, const LoadOptions& options = {});
+  Runtime(Runtime&&) noexcept;
+  ~Runtime();
+
+  /// Embed and cluster a batch and generate its factors.
+  /// Throws InputError, TokenError, LengthError, ModeError or FactorsError.
+  [[nodiscard]] Adaptation adapt(Texts texts, const AdaptOptions& options = {}) const;
+
+  /// Log-probability of every token of every text, given the tokens before it.
+  [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {}) const;
+
+  /// Continue every prompt; the factors of a row stay what its prompt made them. A callback's exception ends the call.
+  std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
+
+  /// Token ids of texts after every check that the calls above make.
+  [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;
+
+  [[nodiscard]] const Manifest& manifest() const;
+  [[nodiscard]] const Tokenizer& tokenizer() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<const Impl> impl_;
+};
+
+}  // namespace chameleon

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "chameleon/export.h"
+
+namespace chameleon {
+
+/// Byte-level BPE as in GPT-2, from the tokenizer.json of Hugging Face `tokenizers`, with the same results.
+/// Immutable: one tokenizer serves any number of threads.
+class CHAMELEON_EXPORT Tokenizer {
+ public:
+  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or uses an option that GPT-2's family has
+  /// not.
+  explicit Tokenizer(std::string_view json);
+  Tokenizer(Tokenizer&&) noexcept;
+  ~Tokenizer();
+
+  /// Token ids of a text; added tokens are recognised, none is put around. Throws InputError for invalid UTF-8.
+  [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text) const;
+
+  /// The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD.
+  [[nodiscard]] std::string decode(std::span<const std::int64_t> ids) const;
+
+  /// The bytes of one token, which may be part of a character; none for special tokens and unknown ids.
+  [[nodiscard]] std::string_view bytes(std::int64_t id) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<const Impl> impl_;
+};
+
+}  // namespace chameleon

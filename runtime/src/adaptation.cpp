@@ -1,0 +1,183 @@
+#include "adaptation.h"
+
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <numeric>
+
+#include "chameleon/error.h"
+
+namespace chameleon {
+
+namespace {
+
+/// The sum in the order of numpy's pairwise summation over a contiguous axis: eight interleaved sums over blocks of at
+/// most 128, longer arrays split in halves of whole eights.
+double pairwise_sum(std::span<const double> values) {
+  const std::size_t size = values.size();
+  if (size < 8) return std::accumulate(values.begin(), values.end(), 0.0);
+  if (size > 128) {
+    const std::size_t half = size / 2 - size / 2 % 8;
+    return pairwise_sum(values.first(half)) + pairwise_sum(values.subspan(half));
+  }
+  double lanes[8];
+  std::copy_n(values.begin(), 8, lanes);
+  std::size_t i = 8;
+  for (; i + 8 <= size; i += 8) {
+    for (std::size_t lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+  }
+  double sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  for (; i < size; ++i) sum += values[i];
+  return sum;
+}
+
+/// sums += count * E[id], E the token embedding in the file's dtype, at any alignment.
+void add_embedding(const Bundle& bundle, std::int64_t id, double count, std::span<double> sums) {
+  const bool half = bundle.manifest.token_embedding.dtype == "float16";
+  const std::size_t item = half ? 2 : 4;
+  const std::byte* row = bundle.embedding.data() + static_cast<std::size_t>(id) * sums.size() * item;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    float value = 0;
+    if (half) {
+      Ort::Float16_t stored;
+      std::memcpy(&stored, row + i * item, item);
+      value = stored.ToFloat();
+    } else {
+      std::memcpy(&value, row + i * item, item);
+    }
+    sums[i] += count * static_cast<double>(value);
+  }
+}
+
+std::span<const float> row_of(std::span<const float> matrix, std::size_t row, std::size_t width) {
+  return matrix.subspan(row * width, width);
+}
+
+}  // namespace
+
+std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle) {
+  const AdaptationSpec& spec = bundle.manifest.adaptation;
+  const auto hidden_size = static_cast<std::size_t>(bundle.manifest.model.hidden_size);
+  std::vector<float> embeddings;
+  embeddings.reserve(rows.size() * hidden_size);
+  std::vector<double> pooled(hidden_size), squares(hidden_size);
+  for (const std::vector<std::int64_t>& ids : rows) {
+    std::ranges::fill(pooled, 0.0);
+    for (const std::int64_t id : ids) add_embedding(bundle, id, 1, pooled);
+    auto count = static_cast<std::int64_t>(ids.size());
+    if (spec.protocol == "paper" && count < spec.max_length) {
+      add_embedding(bundle, bundle.manifest.model.eos_token_id, static_cast<double>(spec.max_length - count), pooled);
+      count = spec.max_length;
+    }
+    for (double& value : pooled) value /= static_cast<double>(count);
+    std::ranges::transform(pooled, squares.begin(), [](double value) { return value * value; });
+    const double length = std::sqrt(pairwise_sum(squares)) + 1e-8;
+    for (const double value : pooled) embeddings.push_back(static_cast<float>(value / length));
+  }
+  return embeddings;
+}
+
+std::vector<std::int64_t> assign(std::span<const float> embeddings, std::span<const float> centroids,
+                                 std::size_t hidden_size) {
+  std::vector<std::int64_t> cluster_ids(embeddings.size() / hidden_size, -1);
+  std::vector<double> squares(hidden_size);
+  for (std::size_t row = 0; row < cluster_ids.size(); ++row) {
+    double nearest = 0;
+    for (std::size_t k = 0; k < centroids.size() / hidden_size; ++k) {
+      std::ranges::transform(row_of(embeddings, row, hidden_size), row_of(centroids, k, hidden_size), squares.begin(),
+                             [](double e, double mu) { return (e - mu) * (e - mu); });
+      const double distance = pairwise_sum(squares);
+      if (k == 0 || distance < nearest) {
+        nearest = distance;
+        cluster_ids[row] = static_cast<std::int64_t>(k);
+      }
+    }
+  }
+  return cluster_ids;
+}
+
+Conditioning conditioning(Mode mode, std::span<const float> embeddings, std::span<const std::int64_t> cluster_ids,
+                          const std::optional<std::vector<std::string>>& tenants) {
+  const std::size_t batch = cluster_ids.size(), hidden_size = embeddings.size() / batch;
+  Conditioning result{{}, std::vector<std::int64_t>(batch)};
+  if (mode == Mode::request) {
+    result.vectors.assign(embeddings.begin(), embeddings.end());
+    std::iota(result.factor_ids.begin(), result.factor_ids.end(), 0);
+    return result;
+  }
+  std::map<std::pair<std::string, std::int64_t>, std::size_t> group_of;
+  std::vector<std::vector<std::size_t>> groups;
+  for (std::size_t row = 0; row < batch; ++row) {
+    const auto [group, is_new] =
+        group_of.try_emplace({tenants ? (*tenants)[row] : std::string(), cluster_ids[row]}, groups.size());
+    if (is_new) groups.emplace_back();
+    groups[group->second].push_back(row);
+    result.factor_ids[row] = static_cast<std::int64_t>(group->second);
+  }
+  std::vector<double> sums(hidden_size);
+  for (const std::vector<std::size_t>& members : groups) {
+    std::ranges::fill(sums, 0.0);
+    for (const std::size_t row : members) {
+      std::ranges::transform(sums, row_of(embeddings, row, hidden_size), sums.begin(), std::plus<double>());
+    }
+    for (const double sum : sums) {
+      result.vectors.push_back(static_cast<float>(sum / static_cast<double>(members.size())));
+    }
+  }
+  return result;
+}
+
+std::pair<FactorSets, std::vector<std::int64_t>> select(const FactorSets& all,
+                                                        std::span<const std::int64_t> cluster_ids) {
+  std::vector<std::int64_t> present(cluster_ids.begin(), cluster_ids.end());
+  std::ranges::sort(present);
+  present.erase(std::ranges::unique(present).begin(), present.end());
+  const auto copy = [&](std::span<const float> sets) {
+    const std::size_t size = sets.size() / static_cast<std::size_t>(all.count);
+    std::vector<float> chosen;
+    chosen.reserve(present.size() * size);
+    for (const std::int64_t id : present) {
+      const auto set = row_of(sets, static_cast<std::size_t>(id), size);
+      chosen.insert(chosen.end(), set.begin(), set.end());
+    }
+    return chosen;
+  };
+  std::vector<std::int64_t> factor_ids;
+  for (const std::int64_t id : cluster_ids)
+    factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
+  const auto count = static_cast<std::int64_t>(present.size());
+  if (count == all.count) return {all, std::move(factor_ids)};
+  return {make_factor_sets(count, all.rank, copy(all.lora_A), copy(all.lora_B)), std::move(factor_ids)};
+}
+
+void check_tenants(Mode mode, const std::optional<std::vector<std::string>>& tenants, std::size_t batch) {
+  if ((mode == Mode::tenant) != tenants.has_value()) {
+    throw InputError("mode '" + std::string(to_string(mode)) + "' with tenants " + (tenants ? "given" : "missing") +
+                     ": mode 'tenant' needs one tenant per text, other modes take none");
+  }
+  if (tenants && tenants->size() != batch) {
+    throw InputError(std::to_string(tenants->size()) + " tenants for " + std::to_string(batch) +
+                     " texts: pass one per text");
+  }
+}
+
+FactorSets check_factors(const Factors& factors, const ModelSpec& model) {
+  const auto copy = [&](const char* name, std::span<const float> values, std::int64_t width) {
+    if (factors.rank < 1 || values.size() / static_cast<std::size_t>(width) != static_cast<std::size_t>(factors.rank) ||
+        values.size() % static_cast<std::size_t>(width) != 0) {
+      throw FactorsError(std::string(name) + " has " + std::to_string(values.size()) + " values, expected rank " +
+                         std::to_string(factors.rank) + " times " + std::to_string(width));
+    }
+    if (!std::ranges::all_of(values, [](float value) { return std::isfinite(value); })) {
+      throw FactorsError(std::string(name) + " holds NaN or infinity");
+    }
+    return std::vector<float>(values.begin(), values.end());
+  };
+  return make_factor_sets(1, factors.rank, copy("lora_A", factors.lora_A, model.hidden_size),
+                          copy("lora_B", factors.lora_B, model.vocab_size));
+}
+
+}  // namespace chameleon

@@ -1,0 +1,111 @@
+#include "chameleon/bundle.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "chameleon/error.h"
+#include "mapped_file.h"
+#include "safetensors.h"
+
+namespace chameleon {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr const char* kManifest = "bundle.json";
+
+void check_listing(const fs::path& path, const Manifest& manifest) {
+  std::vector<fs::path> entries;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path)) entries.push_back(entry.path());
+  std::ranges::sort(entries);  // the first fault is the same one on every machine
+  for (const fs::path& entry : entries) {
+    if (fs::is_symlink(entry)) {
+      throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
+    }
+    const std::string name = entry.filename().string();
+    if (name != kManifest && !manifest.files.contains(name)) {
+      throw UnknownFileError(entry.string() + " is not listed in bundle.json: remove it or export again");
+    }
+  }
+  for (const auto& [name, spec] : manifest.files) {
+    if (!fs::is_regular_file(path / name)) {
+      throw MissingFileError((path / name).string() + " is listed in bundle.json but missing: copy the bundle again");
+    }
+  }
+}
+
+void check_digest(const fs::path& file, const FileSpec& spec) {
+  // Unmapped when hashed: the pages stay in the page cache for ONNX Runtime's own mapping, and count once.
+  const MappedFile mapped(file);
+  if (static_cast<std::int64_t>(mapped.bytes().size()) != spec.size) {
+    throw DigestError(file.string() + ": " + std::to_string(mapped.bytes().size()) + " bytes, bundle.json says " +
+                      std::to_string(spec.size) + ": copy the bundle again");
+  }
+  if (sha256(mapped.bytes()) != spec.sha256) {
+    throw DigestError(file.string() + ": its SHA-256 differs from bundle.json: copy the bundle again");
+  }
+}
+
+std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest) {
+  if (manifest.adaptation.num_clusters == 0) return {};
+  const fs::path file = path / "centroids.safetensors";
+  const std::vector shape = {manifest.adaptation.num_clusters, manifest.model.hidden_size};
+  return read_safetensors(MappedFile(file).text(), file.string(), {{"centroids", shape}}).at("centroids");
+}
+
+FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
+  const std::int64_t rank = manifest.adaptation.rank;
+  const fs::path file = path / "lora.safetensors";
+  auto tensors = read_safetensors(
+      MappedFile(file).text(), file.string(),
+      {{"lora_A", {1, rank, manifest.model.hidden_size}}, {"lora_B", {1, rank, manifest.model.vocab_size}}});
+  return make_factor_sets(1, rank, std::move(tensors.at("lora_A")), std::move(tensors.at("lora_B")));
+}
+
+}  // namespace
+
+FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::vector<float> lora_A,
+                            std::vector<float> lora_B) {
+  using Pair = std::pair<std::vector<float>, std::vector<float>>;
+  const auto owner = std::make_shared<const Pair>(std::move(lora_A), std::move(lora_B));
+  return {count, rank, owner->first, owner->second, owner};
+}
+
+const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider) const {
+  const GraphSpec* best = nullptr;
+  for (const auto& [name, graph] : manifest.graphs) {
+    const bool fits = graph.role == role && std::ranges::find(graph.providers, provider) != graph.providers.end();
+    if (fits && (best == nullptr || graph.providers.size() < best->providers.size())) best = &graph;
+  }
+  if (best == nullptr) {
+    throw ManifestError((path / kManifest).string() + ": no " + std::string(role) + " graph for provider '" +
+                        std::string(provider) + "'");
+  }
+  return *best;
+}
+
+Bundle open_bundle(const fs::path& path) {
+  if (!fs::is_directory(path)) {
+    throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
+  }
+  if (!fs::is_regular_file(path / kManifest)) {
+    throw BundleNotFoundError(path.string() + " has no bundle.json: it is not a bundle");
+  }
+  const MappedFile raw(path / kManifest);
+  Bundle bundle;
+  bundle.path = path;
+  bundle.manifest = parse_manifest(raw.text(), path / kManifest);
+  bundle.digest = sha256(raw.bytes());
+  check_listing(path, bundle.manifest);
+  for (const auto& [name, spec] : bundle.manifest.files) check_digest(path / name, spec);
+  bundle.centroids = read_centroids(path, bundle.manifest);
+  if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
+  const StoredTensor& stored = bundle.manifest.token_embedding;
+  const auto weights = std::make_shared<const MappedFile>(path / stored.file);
+  bundle.embedding = weights->bytes().subspan(static_cast<std::size_t>(stored.offset));
+  bundle.mapping = weights;
+  return bundle;
+}
+
+}  // namespace chameleon

@@ -1,0 +1,227 @@
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "chameleon.h"
+#include "chameleon/runtime.h"
+
+struct chameleon_error {
+  std::string code, message;
+};
+struct chameleon_runtime {
+  chameleon::Runtime value;
+};
+struct chameleon_adaptation {
+  chameleon::Adaptation value;
+};
+struct chameleon_scores {
+  std::vector<chameleon::Score> value;
+};
+struct chameleon_generations {
+  std::vector<chameleon::Generation> value;
+};
+
+namespace {
+
+using namespace chameleon;
+
+chameleon_error out_of_memory{"error", "out of memory"};  // made in time: there may be no memory for it later
+
+/// Run `work` and turn whatever it throws into a status.
+template <class Work>
+chameleon_error* guarded(const Work& work) noexcept {
+  try {
+    try {
+      work();
+      return nullptr;
+    } catch (const Error& error) {
+      return new chameleon_error{error.code(), error.what()};
+    } catch (const std::bad_alloc&) {
+      throw;
+    } catch (const std::exception& error) {
+      return new chameleon_error{"error", error.what()};
+    }
+  } catch (const std::bad_alloc&) {
+    return &out_of_memory;
+  }
+}
+
+/// What a chameleon_batch points to, as the C++ interface takes it.
+struct Batch {
+  std::vector<std::string> strings;
+  std::vector<TokenIds> ids;
+  AdaptOptions options;
+
+  explicit Batch(const chameleon_batch& batch, const ModelSpec& model) {
+    for (std::size_t i = 0; i < batch.num_texts; ++i) {
+      const chameleon_text& text = batch.texts[i];
+      if (text.text != nullptr) {
+        strings.emplace_back(text.text, text.text_size);
+      } else {
+        ids.emplace_back(text.token_ids, text.token_ids + text.num_token_ids);
+      }
+    }
+    if (!strings.empty() && !ids.empty()) throw InputError("the batch mixes texts and token id lists: pass one kind");
+    if (batch.mode != nullptr) options.mode = parse_mode(batch.mode);
+    if (batch.tenants != nullptr) options.tenants.emplace(batch.tenants, batch.tenants + batch.num_texts);
+    if (batch.lora_A == nullptr && batch.lora_B == nullptr) return;
+    if (batch.lora_A == nullptr || batch.lora_B == nullptr || batch.rank < 1) {
+      throw FactorsError("factors must be a rank of at least 1 and both lora_A and lora_B");
+    }
+    const auto rank = static_cast<std::size_t>(batch.rank);
+    options.factors = Factors{batch.rank,
+                              {batch.lora_A, rank * static_cast<std::size_t>(model.hidden_size)},
+                              {batch.lora_B, rank * static_cast<std::size_t>(model.vocab_size)}};
+  }
+
+  [[nodiscard]] Texts texts() const {
+    if (ids.empty()) return std::span(strings);
+    return std::span(ids);
+  }
+};
+
+Sampling read(const chameleon_sampling& given) {
+  Sampling sampling{.temperature = given.temperature, .top_k = given.top_k, .seed = given.seed};
+  if (given.top_p != 0) sampling.top_p = given.top_p;
+  if (given.repetition_penalty != 0) sampling.repetition_penalty = given.repetition_penalty;
+  sampling.stop_token_ids.assign(given.stop_token_ids, given.stop_token_ids + given.num_stop_token_ids);
+  sampling.stop.assign(given.stop, given.stop + given.num_stop);
+  return sampling;
+}
+
+/// A copy that C can free.
+template <class T>
+T* copy_out(const T* values, std::size_t count) {
+  auto* memory = static_cast<T*>(std::malloc(count * sizeof(T) + 1));  // + 1: malloc(0) may give NULL
+  if (memory == nullptr) throw std::bad_alloc();
+  if (count > 0) std::memcpy(memory, values, count * sizeof(T));
+  return memory;
+}
+
+}  // namespace
+
+const char* chameleon_error_code(const chameleon_error* error) { return error->code.c_str(); }
+const char* chameleon_error_message(const chameleon_error* error) { return error->message.c_str(); }
+void chameleon_error_free(chameleon_error* error) {
+  if (error != &out_of_memory) delete error;
+}
+
+chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options, chameleon_runtime** runtime) {
+  return guarded([&] {
+    LoadOptions load;
+    if (options != nullptr) {
+      if (options->provider != nullptr) load.provider = options->provider;
+      if (options->mode != nullptr) load.mode = parse_mode(options->mode);
+      if (options->threads != 0) load.threads = options->threads;
+      load.prepack_weights = options->keep_weights_mapped == 0;
+    }
+    *runtime = new chameleon_runtime{Runtime(path, load)};
+  });
+}
+void chameleon_runtime_free(chameleon_runtime* runtime) { delete runtime; }
+int64_t chameleon_vocab_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.vocab_size; }
+int64_t chameleon_hidden_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.hidden_size; }
+
+chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                 chameleon_adaptation** adaptation) {
+  return guarded([&] {
+    const Batch given(*batch, runtime->value.manifest().model);
+    *adaptation = new chameleon_adaptation{runtime->value.adapt(given.texts(), given.options)};
+  });
+}
+size_t chameleon_adaptation_num_factor_sets(const chameleon_adaptation* adaptation) {
+  return static_cast<size_t>(adaptation->value.factors.count);
+}
+int64_t chameleon_adaptation_rank(const chameleon_adaptation* adaptation) { return adaptation->value.factors.rank; }
+const float* chameleon_adaptation_embeddings(const chameleon_adaptation* adaptation) {
+  return adaptation->value.embeddings.data();
+}
+const int64_t* chameleon_adaptation_cluster_ids(const chameleon_adaptation* adaptation) {
+  return adaptation->value.cluster_ids.data();
+}
+const int64_t* chameleon_adaptation_factor_ids(const chameleon_adaptation* adaptation) {
+  return adaptation->value.factor_ids.data();
+}
+const float* chameleon_adaptation_lora_A(const chameleon_adaptation* adaptation) {
+  return adaptation->value.factors.lora_A.data();
+}
+const float* chameleon_adaptation_lora_B(const chameleon_adaptation* adaptation) {
+  return adaptation->value.factors.lora_B.data();
+}
+void chameleon_adaptation_free(chameleon_adaptation* adaptation) { delete adaptation; }
+
+chameleon_error* chameleon_score(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                 chameleon_scores** scores) {
+  return guarded([&] {
+    const Batch given(*batch, runtime->value.manifest().model);
+    *scores = new chameleon_scores{runtime->value.score(given.texts(), given.options)};
+  });
+}
+const int64_t* chameleon_score_token_ids(const chameleon_scores* scores, size_t row, size_t* count) {
+  *count = scores->value[row].token_ids.size();
+  return scores->value[row].token_ids.data();
+}
+const float* chameleon_score_token_logprobs(const chameleon_scores* scores, size_t row, size_t* count) {
+  *count = scores->value[row].token_logprobs.size();
+  return scores->value[row].token_logprobs.data();
+}
+int64_t chameleon_score_cluster_id(const chameleon_scores* scores, size_t row) { return scores->value[row].cluster_id; }
+void chameleon_scores_free(chameleon_scores* scores) { delete scores; }
+
+chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
+                                    int64_t max_new_tokens, const chameleon_sampling* sampling, size_t num_samplings,
+                                    chameleon_on_token on_token, void* user, chameleon_generations** generations) {
+  return guarded([&] {
+    const Batch given(*batch, runtime->value.manifest().model);
+    GenerateOptions options{given.options};
+    options.max_new_tokens = max_new_tokens;
+    std::vector<Sampling> samplings;
+    for (size_t i = 0; i < num_samplings; ++i) samplings.push_back(read(sampling[i]));
+    if (num_samplings == 1) {
+      options.sampling = samplings.front();
+    } else if (num_samplings > 1) {
+      options.sampling = samplings;
+    }
+    if (on_token != nullptr) {
+      options.on_token = [&](const Token& token) {
+        const chameleon_token seen{token.row, token.token_id, token.text.data(), token.text.size(),
+                                   token.generation != nullptr};
+        return on_token(&seen, user) != 0;
+      };
+    }
+    *generations = new chameleon_generations{runtime->value.generate(given.texts(), options)};
+  });
+}
+const int64_t* chameleon_generation_token_ids(const chameleon_generations* generations, size_t row, size_t* count) {
+  *count = generations->value[row].token_ids.size();
+  return generations->value[row].token_ids.data();
+}
+const char* chameleon_generation_text(const chameleon_generations* generations, size_t row, size_t* size) {
+  *size = generations->value[row].text.size();
+  return generations->value[row].text.data();
+}
+int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row) {
+  return generations->value[row].cluster_id;
+}
+const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row) {
+  return to_string(generations->value[row].finish_reason).data();
+}
+void chameleon_generations_free(chameleon_generations* generations) { delete generations; }
+
+chameleon_error* chameleon_encode(const chameleon_runtime* runtime, const char* text, size_t text_size,
+                                  int64_t** token_ids, size_t* count) {
+  return guarded([&] {
+    const TokenIds ids = runtime->value.tokenizer().encode({text, text_size});
+    *token_ids = copy_out(ids.data(), ids.size());
+    *count = ids.size();
+  });
+}
+chameleon_error* chameleon_decode(const chameleon_runtime* runtime, const int64_t* token_ids, size_t count, char** text,
+                                  size_t* text_size) {
+  return guarded([&] {
+    const std::string decoded = runtime->value.tokenizer().decode({token_ids, count});
+    *text = copy_out(decoded.data(), decoded.size());
+    *text_size = decoded.size();
+  });
+}
+void chameleon_free(void* memory) { std::free(memory); }

@@ -1,0 +1,45 @@
+#pragma once
+
+#include "chameleon/generation.h"
+#include "decoder.h"
+
+namespace chameleon {
+
+/// A row while it is being generated.
+class Row {
+ public:
+  Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
+      std::int64_t cluster_id);
+
+  [[nodiscard]] std::int64_t choose(std::span<float> logits);
+
+  /// Take the chosen token into the text. True when the row is finished.
+  bool append(std::int64_t token_id, const Tokenizer& tokenizer, std::int64_t eos_token_id);
+
+  /// Text that was not given out before and can be now.
+  [[nodiscard]] std::string_view take_text();
+
+  void cancel();
+  [[nodiscard]] Generation& generation() { return generation_; }
+  [[nodiscard]] std::span<const std::int64_t> prompt() const { return prompt_; }
+
+ private:
+  [[nodiscard]] std::size_t held_back() const;
+
+  std::span<const std::int64_t> prompt_;
+  std::size_t limit_;
+  const Sampling& sampling_;
+  std::uint64_t stream_;
+  std::vector<std::int64_t> seen_;  // ascending; kept only where the repetition penalty needs it
+  std::string pending_;             // bytes of a character that is not complete yet
+  std::size_t shown_ = 0;           // bytes of the text that the caller has been given
+  bool finished_ = false;
+  Generation generation_;
+};
+
+/// Sample, stop, drop finished rows, decode one step, again.
+void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
+                   const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
+                   const std::stop_token& stop);
+
+}  // namespace chameleon

@@ -1,0 +1,226 @@
+#include "chameleon/manifest.h"
+
+#include <array>
+#include <set>
+
+#include "chameleon/error.h"
+#include "json_fields.h"
+
+namespace chameleon {
+
+namespace {
+
+constexpr std::array<std::string_view, 6> kModes = {"none", "static", "centroid", "request", "cohort", "tenant"};
+constexpr const char* kFormat = "chameleon-bundle";
+constexpr std::int64_t kFormatVersion = 1;
+
+}  // namespace
+
+Error::~Error() = default;
+
+std::string_view to_string(Mode mode) { return kModes.at(static_cast<std::size_t>(mode)); }
+
+Mode parse_mode(std::string_view name) {
+  const auto found = std::ranges::find(kModes, name);
+  if (found == kModes.end()) {
+    throw ModeError("'" + std::string(name) +
+                    "' is not a mode: choose one of none, static, centroid, request, cohort, tenant");
+  }
+  return static_cast<Mode>(found - kModes.begin());
+}
+
+// One `read` per struct, found by json_fields.h through argument-dependent lookup.
+
+static void read(const Json& json, const std::string& at, Mode& mode) {
+  std::string name;
+  read(json, at, name);
+  try {
+    mode = parse_mode(name);
+  } catch (const ModeError& error) {
+    fail_at(at, error.what());
+  }
+}
+
+static void read(const Json& json, const std::string& at, TensorSpec& spec) {
+  Fields(json, at)
+      .required("name", spec.name)
+      .one_of("dtype", spec.dtype, {"float32", "float16", "int64"})
+      .required("shape", spec.shape)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, GraphSpec& spec) {
+  Fields(json, at)
+      .required("file", spec.file)
+      .one_of("role", spec.role, {"decoder", "hypernetwork"})
+      .required("providers", spec.providers)
+      .required("inputs", spec.inputs)
+      .required("outputs", spec.outputs)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, StoredTensor& tensor) {
+  Fields(json, at)
+      .required("file", tensor.file)
+      .one_of("dtype", tensor.dtype, {"float32", "float16"})
+      .required("shape", tensor.shape)
+      .required("offset", tensor.offset)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, FileSpec& spec) {
+  Fields(json, at).required("size", spec.size).required("sha256", spec.sha256).finish();
+}
+
+static void read(const Json& json, const std::string& at, ModelSpec& model) {
+  Fields(json, at)
+      .required("architecture", model.architecture)
+      .required("vocab_size", model.vocab_size)
+      .required("hidden_size", model.hidden_size)
+      .required("num_layers", model.num_layers)
+      .required("num_attention_heads", model.num_attention_heads)
+      .required("num_key_value_heads", model.num_key_value_heads)
+      .required("head_dim", model.head_dim)
+      .required("max_positions", model.max_positions)
+      .required("eos_token_id", model.eos_token_id)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, AdaptationSpec& spec) {
+  Fields(json, at)
+      .one_of("regime", spec.regime, {"chameleon", "lora"})
+      .required("rank", spec.rank)
+      .required("alpha", spec.alpha)
+      .required("num_clusters", spec.num_clusters)
+      .one_of("protocol", spec.protocol, {"masked", "paper"})
+      .required("max_length", spec.max_length)
+      .required("modes", spec.modes)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, Parameters& parameters) {
+  Fields(json, at)
+      .required("base", parameters.base)
+      .required("factors", parameters.factors)
+      .required("hypernetwork", parameters.hypernetwork)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, ParitySummary& parity) {
+  Fields(json, at)
+      .required("verified", parity.verified)
+      .optional("checks", parity.checks)
+      .optional("max_abs_logit_difference", parity.max_abs_logit_difference)
+      .finish();
+}
+
+static void read(const Json& json, const std::string& at, Manifest& manifest) {
+  Fields(json, at)
+      .required("format", manifest.format)
+      .required("format_version", manifest.format_version)
+      .one_of("precision", manifest.precision, {"fp32", "fp16", "int8"})
+      .required("model", manifest.model)
+      .required("adaptation", manifest.adaptation)
+      .required("parameters", manifest.parameters)
+      .required("graphs", manifest.graphs)
+      .required("token_embedding", manifest.token_embedding)
+      .required("files", manifest.files)
+      .required("determinism", manifest.determinism)
+      .required("parity", manifest.parity)
+      .required("checkpoint_digest", manifest.checkpoint_digest)
+      .required("tools", manifest.tools)
+      .finish();
+  for (const std::string& level : manifest.determinism) {
+    if (level != "F" && level != "R" && level != "B") fail_at(at + ".determinism", "unknown level " + level);
+  }
+}
+
+/// Which modes a bundle can serve: generated factors need a hypernetwork, cohorts need centroids.
+static std::set<Mode> available_modes(const AdaptationSpec& spec) {
+  if (spec.regime == "lora") return {Mode::none, Mode::static_};
+  if (spec.num_clusters == 0) return {Mode::none, Mode::static_, Mode::request};
+  return {Mode::none, Mode::static_, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant};
+}
+
+static bool is_plain_name(std::string_view name) {
+  const auto allowed = [](char c) {
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
+           c == '.';
+  };
+  return !name.empty() && name.front() != '.' && std::ranges::all_of(name, allowed);
+}
+
+/// Whether tensor [vocab, hidden] lies inside a file of `size` bytes; written so that no product overflows.
+static bool fits(const StoredTensor& tensor, std::int64_t size) {
+  const std::int64_t item = tensor.dtype == "float32" ? 4 : 2;
+  if (tensor.offset < 0 || tensor.offset > size) return false;
+  return tensor.shape[0] <= (size - tensor.offset) / item / tensor.shape[1];
+}
+
+static void check_consistency(const Manifest& manifest, const std::string& where) {
+  const ModelSpec& model = manifest.model;
+  const AdaptationSpec& adaptation = manifest.adaptation;
+  for (const std::int64_t dimension : {model.vocab_size, model.hidden_size, model.num_layers, model.num_attention_heads,
+                                       model.num_key_value_heads, model.head_dim, model.max_positions}) {
+    if (dimension < 1) fail_at(where, "model has a dimension below 1");
+  }
+  if (adaptation.rank < 1 || adaptation.num_clusters < 0 || adaptation.max_length < 1) {
+    fail_at(where, "adaptation has a rank, num_clusters or max_length out of range");
+  }
+  if (model.eos_token_id < 0 || model.eos_token_id >= model.vocab_size) {
+    fail_at(where, "model.eos_token_id " + std::to_string(model.eos_token_id) + " is outside the vocabulary");
+  }
+  if (std::set<Mode>(adaptation.modes.begin(), adaptation.modes.end()) != available_modes(adaptation)) {
+    fail_at(where, "adaptation.modes do not fit its regime and num_clusters");
+  }
+  std::set<std::string> needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file};
+  std::set<std::string> roles;
+  for (const auto& [name, graph] : manifest.graphs) {
+    needed.insert(graph.file);
+    roles.insert(graph.role);
+  }
+  if (adaptation.regime == "lora") needed.insert("lora.safetensors");
+  if (adaptation.num_clusters > 0) needed.insert("centroids.safetensors");
+  for (const std::string& name : needed) {
+    if (!manifest.files.contains(name)) fail_at(where, "'" + name + "' is needed but not listed in files");
+  }
+  if (!roles.contains("decoder")) fail_at(where, "no graph has the role 'decoder'");
+  if (adaptation.regime == "chameleon" && !roles.contains("hypernetwork")) {
+    fail_at(where, "no graph has the role 'hypernetwork'");
+  }
+  const StoredTensor& stored = manifest.token_embedding;
+  if (stored.shape != std::vector{model.vocab_size, model.hidden_size}) {
+    fail_at(where, "token_embedding does not have the shape [vocab_size, hidden_size]");
+  }
+  if (!fits(stored, manifest.files.at(stored.file).size)) {
+    fail_at(where, "token_embedding lies outside " + stored.file);
+  }
+}
+
+Manifest parse_manifest(std::string_view raw, const std::filesystem::path& where) {
+  const std::string at = where.string();
+  Manifest manifest;
+  try {
+    const Json head = Json::parse(raw);
+    if (!head.is_object() || head.value("format", Json()) != kFormat) {
+      fail_at(at, std::string("\"format\" is not \"") + kFormat + '"');
+    }
+    if (const Json version = head.value("format_version", Json()); version != kFormatVersion) {
+      throw VersionError(at + ": format_version " + version.dump() + ", this release reads " +
+                         std::to_string(kFormatVersion) +
+                         ": export the checkpoint again or install the matching release");
+    }
+    read(head, at, manifest);
+  } catch (const Json::exception& error) {
+    fail_at(at, error.what());
+  }
+  for (const auto& [name, spec] : manifest.files) {
+    if (!is_plain_name(name)) {
+      throw PathError(at + ": file name '" + name + "' is not a plain name inside the bundle");
+    }
+  }
+  check_consistency(manifest, at);
+  return manifest;
+}
+
+}  // namespace chameleon

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace chameleon {
+
+/// A whole file as read-only memory. Pages are loaded when touched, and shared with every other mapping of the file.
+class MappedFile {
+ public:
+  /// Throws MissingFileError when the file cannot be opened.
+  explicit MappedFile(const std::filesystem::path& path);
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&&) = delete;
+  ~MappedFile();
+
+  [[nodiscard]] std::span<const std::byte> bytes() const { return {data_, size_}; }
+  [[nodiscard]] std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
+
+ private:
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// SHA-256 in lowercase hexadecimal.
+std::string sha256(std::span<const std::byte> bytes);
+
+}  // namespace chameleon

@@ -1,0 +1,225 @@
+#include "chameleon/runtime.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "adaptation.h"
+#include "decoder.h"
+#include "generation.h"
+#include "mapped_file.h"
+#include "scoring.h"
+
+namespace chameleon {
+
+namespace {
+
+Tokenizer load_tokenizer(const Bundle& bundle) {
+  const std::filesystem::path path = bundle.path / "tokenizer.json";
+  try {
+    return Tokenizer(MappedFile(path).text());
+  } catch (const ManifestError& error) {
+    throw ManifestError(path.parent_path().string() + ": " + error.what());
+  }
+}
+
+Mode default_mode(const Manifest& manifest) {
+  for (const Mode mode : {Mode::cohort, Mode::request}) {
+    if (std::ranges::find(manifest.adaptation.modes, mode) != manifest.adaptation.modes.end()) return mode;
+  }
+  return Mode::static_;
+}
+
+void check_mode(Mode mode, const AdaptationSpec& spec) {
+  if (std::ranges::find(spec.modes, mode) != spec.modes.end()) return;
+  std::string available;
+  for (const Mode choice : spec.modes) available += (available.empty() ? "" : ", ") + std::string(to_string(choice));
+  throw ModeError("mode '" + std::string(to_string(mode)) + "' cannot be served by this bundle of regime '" +
+                  spec.regime + "' with " + std::to_string(spec.num_clusters) + " clusters: choose one of " +
+                  available);
+}
+
+void check_row(std::size_t row, const TokenIds& ids, const ModelSpec& model) {
+  const std::string text = "text " + std::to_string(row);
+  if (ids.empty()) throw InputError(text + " is empty: every text needs at least one token");
+  for (const std::int64_t id : ids) {
+    if (id < 0 || id >= model.vocab_size) {
+      throw TokenError(text + ": token id " + std::to_string(id) + " is outside the vocabulary of " +
+                       std::to_string(model.vocab_size));
+    }
+  }
+  if (static_cast<std::int64_t>(ids.size()) > model.max_positions) {
+    throw LengthError(text + " has " + std::to_string(ids.size()) + " tokens, the model has " +
+                      std::to_string(model.max_positions) + " positions");
+  }
+}
+
+/// One value for all rows, or one for each.
+template <class T>
+const T& value_of(const std::variant<T, std::vector<T>>& values, std::size_t row) {
+  const auto* each = std::get_if<std::vector<T>>(&values);
+  return each != nullptr ? each->at(row) : std::get<T>(values);
+}
+
+template <class T>
+void check_count(const std::variant<T, std::vector<T>>& values, std::size_t batch, const char* name) {
+  const auto* each = std::get_if<std::vector<T>>(&values);
+  if (each != nullptr && each->size() != batch) {
+    throw InputError(std::to_string(each->size()) + " values of " + name + " for " + std::to_string(batch) +
+                     " prompts: pass one, or one per prompt");
+  }
+}
+
+}  // namespace
+
+struct Runtime::Impl {
+  Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "chameleon"};
+  Bundle bundle;
+  Tokenizer tokenizer;
+  Mode mode;
+  Decoder decoder;
+  Ort::Session hypernetwork{nullptr};
+  mutable std::once_flag centroid_factors_once;
+  mutable FactorSets centroid_factors;
+
+  Impl(const std::filesystem::path& path, const LoadOptions& options, const std::string& provider);
+  [[nodiscard]] std::vector<TokenIds> encode(const Texts& texts) const;
+  [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
+  [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
+  [[nodiscard]] const FactorSets& factors_of_centroids() const;
+  [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;
+};
+
+Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options, const std::string& provider)
+    : bundle(open_bundle(path)),
+      tokenizer(load_tokenizer(bundle)),
+      mode(options.mode.value_or(default_mode(bundle.manifest))),
+      decoder(open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest.model) {
+  if (bundle.manifest.adaptation.regime == "chameleon") {
+    hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", provider), options);
+  }
+  check_mode(mode, bundle.manifest.adaptation);
+  if (mode == Mode::centroid) (void)factors_of_centroids();
+}
+
+std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
+  std::vector<TokenIds> rows;
+  if (const auto* strings = std::get_if<std::span<const std::string>>(&texts)) {
+    for (const std::string& text : *strings) {
+      try {
+        rows.push_back(tokenizer.encode(text));
+      } catch (const InputError& error) {
+        throw InputError("text " + std::to_string(rows.size()) + ": " + error.what());
+      }
+    }
+  } else {
+    const auto given = std::get<std::span<const TokenIds>>(texts);
+    rows.assign(given.begin(), given.end());
+  }
+  if (rows.empty()) throw InputError("the batch is empty: pass at least one text");
+  for (std::size_t row = 0; row < rows.size(); ++row) check_row(row, rows[row], bundle.manifest.model);
+  return rows;
+}
+
+Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const {
+  const ModelSpec& model = bundle.manifest.model;
+  const Mode chosen = options.mode.value_or(mode);
+  check_mode(chosen, bundle.manifest.adaptation);
+  check_tenants(chosen, options.tenants, rows.size());
+  if (options.factors && chosen != Mode::static_) {
+    throw ModeError("factors were passed in mode '" + std::string(to_string(chosen)) + "': pass mode static with them");
+  }
+  Adaptation adaptation;
+  adaptation.embeddings = embed(rows, bundle);
+  adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
+  adaptation.factor_ids.assign(rows.size(), 0);
+  if (chosen == Mode::none) {
+    adaptation.factors = make_factor_sets(1, 1, std::vector<float>(static_cast<std::size_t>(model.hidden_size)),
+                                          std::vector<float>(static_cast<std::size_t>(model.vocab_size)));
+  } else if (chosen == Mode::static_) {
+    adaptation.factors = static_factors(options.factors);
+  } else if (chosen == Mode::centroid) {
+    std::tie(adaptation.factors, adaptation.factor_ids) = select(factors_of_centroids(), adaptation.cluster_ids);
+  } else {
+    Conditioning fed = conditioning(chosen, adaptation.embeddings, adaptation.cluster_ids, options.tenants);
+    adaptation.factors = generate_factors(fed.vectors);
+    adaptation.factor_ids = std::move(fed.factor_ids);
+  }
+  return adaptation;
+}
+
+FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) const {
+  if (factors) return check_factors(*factors, bundle.manifest.model);
+  if (bundle.lora.count == 0) {
+    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA of its own");
+  }
+  return bundle.lora;
+}
+
+const FactorSets& Runtime::Impl::factors_of_centroids() const {
+  std::call_once(centroid_factors_once, [this] { centroid_factors = generate_factors(bundle.centroids); });
+  return centroid_factors;
+}
+
+/// conditioning [clusters, hidden] -> factor sets in the memory that ONNX Runtime wrote them to.
+FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) const {
+  const ModelSpec& model = bundle.manifest.model;
+  const std::int64_t count = static_cast<std::int64_t>(conditioning.size()) / model.hidden_size;
+  const char* input_names[] = {"conditioning"};
+  const char* output_names[] = {"lora_A", "lora_B"};
+  const Ort::Value inputs[] = {tensor_over<float>(conditioning, {count, model.hidden_size})};
+  const auto outputs = std::make_shared<std::vector<Ort::Value>>();
+  for (std::size_t i = 0; i < std::size(output_names); ++i) outputs->emplace_back(nullptr);
+  run_session(hypernetwork, Ort::RunOptions(), input_names, inputs, output_names, *outputs);
+  const std::int64_t rank = outputs->front().GetTensorTypeAndShapeInfo().GetShape().at(1);
+  const auto values = [&](std::size_t i) {
+    const Ort::Value& output = outputs->at(i);
+    return std::span(output.GetTensorData<float>(), output.GetTensorTypeAndShapeInfo().GetElementCount());
+  };
+  return {count, rank, values(0), values(1), outputs};
+}
+
+Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
+    : impl_(std::make_unique<const Impl>(path, options, resolve_provider(options.provider))) {}
+Runtime::Runtime(Runtime&&) noexcept = default;
+Runtime::~Runtime() = default;
+
+Adaptation Runtime::adapt(Texts texts, const AdaptOptions& options) const {
+  return impl_->adapt(impl_->encode(texts), options);
+}
+
+std::vector<Score> Runtime::score(Texts texts, const AdaptOptions& options) const {
+  const std::vector<TokenIds> rows = impl_->encode(texts);
+  return score_rows(rows, impl_->decoder, impl_->adapt(rows, options));
+}
+
+std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& options) const {
+  const std::vector<TokenIds> prompt_ids = impl_->encode(prompts);
+  check_count(options.max_new_tokens, prompt_ids.size(), "max_new_tokens");
+  check_count(options.sampling, prompt_ids.size(), "sampling");
+  for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
+    check(value_of(options.sampling, i));
+    if (value_of(options.max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
+  }
+  const Adaptation adaptation = impl_->adapt(prompt_ids, options);
+  const ModelSpec& model = manifest().model;
+  const bool single = std::holds_alternative<Sampling>(options.sampling);
+  std::vector<Row> rows;
+  rows.reserve(prompt_ids.size());
+  for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
+    // The last new token is never fed back, so it needs no position.
+    const std::int64_t room = model.max_positions - static_cast<std::int64_t>(prompt_ids[i].size()) + 1;
+    rows.emplace_back(prompt_ids[i], std::min(value_of(options.max_new_tokens, i), room), value_of(options.sampling, i),
+                      single ? i : 0, adaptation.cluster_ids[i]);
+  }
+  generate_rows(rows, impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
+  std::vector<Generation> generations;
+  generations.reserve(rows.size());
+  for (Row& row : rows) generations.push_back(std::move(row.generation()));
+  return generations;
+}
+
+std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
+const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
+const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }
+
+}  // namespace chameleon

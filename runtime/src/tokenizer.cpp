@@ -1,0 +1,215 @@
+#include "chameleon/tokenizer.h"
+
+#include <algorithm>
+#include <array>
+#include <unordered_map>
+#include <utility>
+
+#include "added_tokens.h"
+#include "bpe.h"
+#include "chameleon/error.h"
+#include "json_fields.h"
+#include "unicode_regex.h"
+#include "utf8.h"
+
+namespace chameleon {
+
+namespace {
+
+// GPT-2's pattern: contractions, then runs of letters, numbers or anything else with one space in front, then spaces.
+// Its \s is Unicode's White_Space, which PCRE2's own \s is not: that one counts U+180E.
+constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
+                                    R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
+
+constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
+
+/// GPT-2 writes every byte as a printable character: itself where it is one, else the next from U+0100 on.
+std::array<char32_t, 256> byte_characters() {
+  std::array<char32_t, 256> characters{};
+  char32_t next = 0x100;
+  for (char32_t byte = 0; byte < 256; ++byte) {
+    const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+    characters[byte] = printable ? byte : next++;
+  }
+  return characters;
+}
+
+/// The bytes that a token stands for; a token with a character outside the alphabet stands for its own UTF-8.
+std::string token_bytes(const std::string& token, const std::unordered_map<char32_t, char>& bytes_of) {
+  std::string bytes;
+  for (std::size_t offset = 0; offset < token.size();) {
+    const auto found = bytes_of.find(next_code_point(token, offset));
+    if (found == bytes_of.end()) return token;
+    bytes += found->second;
+  }
+  return bytes;
+}
+
+/// A merge is "left right" in older files and ["left", "right"] in newer ones.
+std::pair<std::string, std::string> read_merge(const Json& json) {
+  std::vector<std::string> parts;
+  if (json.is_array()) {
+    chameleon::read(json, "tokenizer.json: model.merges", parts);
+  } else {
+    std::string line;
+    chameleon::read(json, "tokenizer.json: model.merges", line);
+    const std::size_t space = line.find(' ');
+    if (space != std::string::npos) parts = {line.substr(0, space), line.substr(space + 1)};
+  }
+  if (parts.size() != 2) fail_at("tokenizer.json: model.merges", "a merge is not a pair of tokens");
+  return {parts[0], parts[1]};
+}
+
+void require_type(const Json& json, const char* key, const char* type) {
+  const Json part = json.value(key, Json());
+  if (!part.is_object() || part.value("type", "") != type) {
+    fail_at("tokenizer.json", std::string(key) + " is not of type " + type);
+  }
+}
+
+/// Options that would change token ids and that GPT-2's family leaves off.
+void refuse_options(const Json& json) {
+  require_type(json, "model", "BPE");
+  require_type(json, "pre_tokenizer", "ByteLevel");
+  require_type(json, "decoder", "ByteLevel");
+  for (const char* key : {"normalizer", "truncation", "padding"}) {
+    if (!json.value(key, Json()).is_null()) fail_at("tokenizer.json", std::string(key) + " is not supported");
+  }
+  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+    const Json option = json.at("model").value(key, Json());
+    if (!option.is_null() && option != "" && option != 0) {
+      fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
+    }
+  }
+  for (const char* key : {"byte_fallback", "ignore_merges"}) {
+    if (json.at("model").value(key, false))
+      fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
+  }
+  if (!json.at("pre_tokenizer").value("use_regex", true)) fail_at("tokenizer.json", "use_regex=false is not supported");
+}
+
+}  // namespace
+
+// Not in the unnamed namespace: json_fields.h finds it through its argument.
+static void read(const Json& json, const std::string& at, AddedToken& token) {
+  Fields(json, at)
+      .required("id", token.id)
+      .required("content", token.content)
+      .required("single_word", token.single_word)
+      .required("lstrip", token.lstrip)
+      .required("rstrip", token.rstrip)
+      .required("normalized", token.normalized)
+      .required("special", token.special)
+      .finish();
+  if (token.content.empty()) fail_at(at, "is empty");
+}
+
+struct Tokenizer::Impl {
+  Regex words{kWords};
+  std::vector<AddedToken> plain, normalized;  // the second kind is looked for after the first
+  bool add_prefix_space = false;
+  std::vector<std::string> bytes;  // by id; empty for special tokens
+  std::unique_ptr<const Bpe> bpe;
+
+  explicit Impl(const Json& json);
+  void encode_words(std::string_view text, std::vector<std::int64_t>& ids) const;
+};
+
+Tokenizer::Impl::Impl(const Json& json) {
+  refuse_options(json);
+  add_prefix_space = json.at("pre_tokenizer").value("add_prefix_space", true);
+  std::unordered_map<char32_t, char> bytes_of;
+  const auto characters = byte_characters();
+  for (std::size_t byte = 0; byte < 256; ++byte) bytes_of[characters[byte]] = static_cast<char>(byte);
+
+  std::map<std::string, std::int64_t> vocab;
+  chameleon::read(json.at("model").at("vocab"), "tokenizer.json: model.vocab", vocab);
+  std::vector<AddedToken> added;
+  if (json.contains("added_tokens")) chameleon::read(json.at("added_tokens"), "tokenizer.json: added_tokens", added);
+  const auto store = [&](std::int64_t id, std::string token) {
+    if (id < 0 || id >= kMaxId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
+    if (static_cast<std::size_t>(id) >= bytes.size()) bytes.resize(static_cast<std::size_t>(id) + 1);
+    bytes[static_cast<std::size_t>(id)] = std::move(token);
+  };
+  for (const auto& [token, id] : vocab) store(id, token_bytes(token, bytes_of));
+  for (AddedToken& token : added) {
+    store(token.id, token.special ? "" : token_bytes(token.content, bytes_of));
+    (token.normalized ? normalized : plain).push_back(std::move(token));
+  }
+
+  const auto id_of = [&](const std::string& token) {
+    const auto found = vocab.find(token);
+    return found == vocab.end() ? -1 : static_cast<std::int32_t>(found->second);
+  };
+  std::array<std::int32_t, 256> byte_ids{};
+  for (std::size_t byte = 0; byte < 256; ++byte) {
+    std::string character;
+    append_utf8(character, characters[byte]);
+    byte_ids[byte] = id_of(character);
+  }
+  std::vector<Bpe::Merge> merges;
+  for (const Json& item : json.at("model").at("merges")) {
+    const auto [left, right] = read_merge(item);
+    merges.push_back({id_of(left), id_of(right), id_of(left + right)});
+    if (merges.back().left < 0 || merges.back().right < 0 || merges.back().merged < 0) {
+      fail_at("tokenizer.json: model.merges", "'" + left + " " + right + "' is not in the vocabulary");
+    }
+  }
+  bpe = std::make_unique<const Bpe>(byte_ids, merges);
+}
+
+void Tokenizer::Impl::encode_words(std::string_view text, std::vector<std::int64_t>& ids) const {
+  const std::string prefixed = add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
+  if (!prefixed.empty()) text = prefixed;
+  std::size_t done = 0;
+  while (done < text.size()) {  // the pattern matches at every place: each character is in one of its classes
+    const Span word = words.search(text, done).value();
+    bpe->encode(text.substr(word.start, word.end - word.start), ids);
+    done = word.end;
+  }
+}
+
+Tokenizer::Tokenizer(std::string_view json) {
+  try {
+    impl_ = std::make_unique<const Impl>(Json::parse(json));
+  } catch (const Json::exception& error) {
+    throw ManifestError(std::string("tokenizer.json: ") + error.what());
+  }
+}
+
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer::~Tokenizer() = default;
+
+std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
+  if (const auto offset = find_invalid_utf8(text)) {
+    throw InputError("the text is not UTF-8 at byte " + std::to_string(*offset));
+  }
+  std::vector<std::int64_t> ids;
+  for (const Piece& outer : split_at(text, impl_->plain)) {
+    if (outer.token) {
+      ids.push_back(*outer.token);
+      continue;
+    }
+    for (const Piece& inner : split_at(outer.text, impl_->normalized)) {
+      if (inner.token) {
+        ids.push_back(*inner.token);
+      } else {
+        impl_->encode_words(inner.text, ids);
+      }
+    }
+  }
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const std::int64_t> ids) const {
+  std::string joined;
+  for (const std::int64_t id : ids) joined += bytes(id);
+  return replace_invalid_utf8(joined);
+}
+
+std::string_view Tokenizer::bytes(std::int64_t id) const {
+  if (id < 0 || id >= static_cast<std::int64_t>(impl_->bytes.size())) return {};
+  return impl_->bytes[static_cast<std::size_t>(id)];
+}
+
+}  // namespace chameleon

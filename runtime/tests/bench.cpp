@@ -1,0 +1,181 @@
+// Measures what the issue bounds: decoding speed, the time outside Session::Run, and resident memory.
+//
+//   chameleon_bench decode BUNDLE [batch] [tokens]           one line of JSON: milliseconds per step, and the share
+//   outside chameleon_bench load BUNDLE [packed|mapped]              resident memory after loading, after one step
+//   chameleon_bench soak BUNDLE [threads] [requests]         resident memory after every tenth of the requests
+//
+// Time inside Session::Run is taken by putting a clock around OrtApi::Run in this program's copy of the function table,
+// so the library itself carries no instrument.
+
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "chameleon/runtime.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Json = nlohmann::ordered_json;
+using chameleon::TokenIds;
+
+OrtApi timed_api;
+decltype(OrtApi::Run) real_run;
+thread_local Clock::duration inside_run{};
+
+OrtStatusPtr ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options, const char* const* input_names,
+                                    const OrtValue* const* inputs, size_t num_inputs, const char* const* output_names,
+                                    size_t num_outputs, OrtValue** outputs) noexcept {
+  const auto start = Clock::now();
+  OrtStatusPtr status = real_run(session, options, input_names, inputs, num_inputs, output_names, num_outputs, outputs);
+  inside_run += Clock::now() - start;
+  return status;
+}
+
+void install_timer() {
+  timed_api = Ort::GetApi();
+  real_run = timed_api.Run;
+  timed_api.Run = timed_run;
+  Ort::Global<void>::api_ = &timed_api;
+}
+
+double milliseconds(Clock::duration duration) { return std::chrono::duration<double, std::milli>(duration).count(); }
+
+double resident_mib(const char* field = "VmRSS:") {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    if (word == field) {
+      double kib = 0;
+      status >> kib;
+      return kib / 1024;
+    }
+  }
+  return 0;
+}
+
+double median(std::vector<double> values) {
+  std::ranges::nth_element(values, values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2));
+  return values[values.size() / 2];
+}
+
+std::vector<TokenIds> prompts(std::size_t batch, std::int64_t vocab_size) {
+  std::vector<TokenIds> rows(batch);
+  for (std::size_t row = 0; row < batch; ++row) {
+    for (std::int64_t i = 0; i < 16; ++i)
+      rows[row].push_back((997 * i + 31 * static_cast<std::int64_t>(row) + 5) % vocab_size);
+  }
+  return rows;
+}
+
+void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
+  install_timer();
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid});
+  const auto rows = prompts(batch, runtime.manifest().model.vocab_size);
+  std::vector<double> steps, outside;
+  Clock::time_point last;
+  chameleon::GenerateOptions options;
+  options.max_new_tokens = tokens;
+  options.on_token = [&](const chameleon::Token& token) {
+    if (token.row + 1 < batch) return true;
+    const auto now = Clock::now();
+    if (last != Clock::time_point()) {
+      steps.push_back(milliseconds(now - last));
+      outside.push_back(milliseconds(now - last - inside_run));
+    }
+    inside_run = {};
+    last = now;
+    return true;
+  };
+  runtime.generate(rows, options);
+  std::cout << Json({{"batch", batch},
+                     {"ms_per_step", median(steps)},
+                     {"microseconds_outside_run", median(outside) * 1e3},
+                     {"percent_outside_run", 100 * median(outside) / median(steps)}})
+                   .dump()
+            << std::endl;
+}
+
+void load(const std::string& bundle, bool packed) {
+  const double before = resident_mib();
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .prepack_weights = packed});
+  double weights = 0;
+  for (const auto& [name, file] : runtime.manifest().files) weights += static_cast<double>(file.size) / (1 << 20);
+  const double loaded = resident_mib();
+  chameleon::GenerateOptions options;
+  options.max_new_tokens = std::int64_t{32};
+  runtime.generate(prompts(1, runtime.manifest().model.vocab_size), options);
+  std::cout << Json({{"weights_mib", weights},
+                     {"program_mib", before},
+                     {"loaded_mib", loaded},
+                     {"after_32_tokens_mib", resident_mib()},
+                     {"ratio", resident_mib() / weights},
+                     {"peak_mib", resident_mib("VmHWM:")}})
+                   .dump()
+            << std::endl;
+}
+
+void soak(const std::string& bundle, std::size_t threads, std::size_t requests) {
+  const chameleon::Runtime runtime(bundle, {.threads = 1});
+  const std::int64_t vocab_size = runtime.manifest().model.vocab_size;
+  const auto request = [&](std::size_t n) {
+    std::vector<TokenIds> rows(1 + n % 5);
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      for (std::size_t i = 0; i < 1 + (n * 7 + row * 3) % 24; ++i) {
+        rows[row].push_back(static_cast<std::int64_t>(n * 31 + row * 17 + i * 5) % vocab_size);
+      }
+    }
+    chameleon::GenerateOptions options;
+    options.mode = n % 3 == 0   ? chameleon::Mode::cohort
+                   : n % 3 == 1 ? chameleon::Mode::request
+                                : chameleon::Mode::centroid;
+    options.max_new_tokens = std::int64_t{6};
+    options.sampling = chameleon::Sampling{.temperature = n % 2 == 0 ? 0.0 : 1.0, .seed = n};
+    std::string text;
+    for (const auto& generation : runtime.generate(rows, options)) text += generation.text + '\0';
+    return text;
+  };
+  std::vector<std::string> serial(requests);
+  for (std::size_t n = 0; n < requests; ++n) serial[n] = request(n);
+  std::atomic<std::size_t> next = 0, wrong = 0;
+  std::vector<double> resident(10);
+  {
+    std::vector<std::jthread> pool;
+    for (std::size_t i = 0; i < threads; ++i) {
+      pool.emplace_back([&] {
+        for (std::size_t n = next++; n < requests; n = next++) {
+          if (request(n) != serial[n]) ++wrong;
+          if ((n + 1) % (requests / 10) == 0)
+            resident[std::min<std::size_t>((n + 1) / (requests / 10), 10) - 1] = resident_mib();
+        }
+      });
+    }
+  }
+  std::cout << Json({{"threads", threads}, {"requests", requests}, {"wrong", wrong.load()}, {"resident_mib", resident}})
+                   .dump()
+            << std::endl;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  const auto word = [&](std::size_t i, const char* otherwise) { return i < words.size() ? words[i] : otherwise; };
+  const std::string what = word(0, ""), bundle = word(1, "");
+  if (what == "decode") {
+    decode(bundle, std::stoul(word(2, "1")), std::stol(word(3, "64")));
+  } else if (what == "load") {
+    load(bundle, word(2, "packed") == "packed");
+  } else if (what == "soak") {
+    soak(bundle, std::stoul(word(2, "64")), std::stoul(word(3, "10000")));
+  } else {
+    std::cerr << "usage: chameleon_bench decode|load|soak BUNDLE ...\n";
+    return 2;
+  }
+  return 0;
+}

@@ -1,0 +1,78 @@
+/* The C interface from C: it must compile as C and report errors as values. Prints nothing when all is well. */
+#include <stdio.h>
+#include <string.h>
+
+#include "chameleon.h"
+
+#define CHECK(condition)                                      \
+  do {                                                        \
+    if (!(condition)) {                                       \
+      fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
+      return 1;                                               \
+    }                                                         \
+  } while (0)
+
+static int cancel_after_two(const chameleon_token* token, void* user) {
+  (void)token;
+  return ++*(int*)user < 2;
+}
+
+int main(int argc, char** argv) {
+  chameleon_runtime* runtime = NULL;
+  CHECK(argc == 2);
+
+  chameleon_error* error = chameleon_load("/nowhere", NULL, &runtime);
+  CHECK(error != NULL && runtime == NULL);
+  CHECK(strcmp(chameleon_error_code(error), "bundle_not_found") == 0);
+  CHECK(strstr(chameleon_error_message(error), "/nowhere") != NULL);
+  chameleon_error_free(error);
+  chameleon_error_free(NULL);
+
+  const chameleon_load_options options = {"cpu", "centroid", 1, 1};
+  CHECK(chameleon_load(argv[1], &options, &runtime) == NULL);
+  CHECK(chameleon_vocab_size(runtime) == 320 && chameleon_hidden_size(runtime) == 16);
+
+  const int64_t ids[] = {5, 6, 7};
+  chameleon_text texts[] = {{"The river", 9, NULL, 0}, {NULL, 0, ids, 3}};
+  chameleon_batch batch = {texts, 2, NULL, NULL, 0, NULL, NULL};
+  chameleon_generations* generations = NULL;
+  error = chameleon_generate(runtime, &batch, 4, NULL, 0, NULL, NULL, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0); /* mixed kinds */
+  chameleon_error_free(error);
+
+  batch.num_texts = 1;
+  CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, NULL, NULL, &generations) == NULL);
+  size_t count = 0;
+  CHECK(chameleon_generation_token_ids(generations, 0, &count) != NULL && count == 4);
+  CHECK(strcmp(chameleon_generation_finish_reason(generations, 0), "length") == 0);
+  CHECK(chameleon_generation_cluster_id(generations, 0) >= 0);
+  chameleon_generations_free(generations);
+
+  int calls = 0;
+  CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, cancel_after_two, &calls, &generations) == NULL);
+  CHECK(calls == 2 && strcmp(chameleon_generation_finish_reason(generations, 0), "cancelled") == 0);
+  chameleon_generations_free(generations);
+
+  chameleon_scores* scores = NULL;
+  CHECK(chameleon_score(runtime, &batch, &scores) == NULL);
+  size_t num_logprobs = 0;
+  chameleon_score_token_ids(scores, 0, &count);
+  CHECK(chameleon_score_token_logprobs(scores, 0, &num_logprobs)[0] < 0 && num_logprobs + 1 == count);
+  chameleon_scores_free(scores);
+
+  batch.mode = "nonsense";
+  error = chameleon_score(runtime, &batch, &scores);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "mode_unavailable") == 0);
+  chameleon_error_free(error);
+
+  int64_t* encoded = NULL;
+  char* text = NULL;
+  CHECK(chameleon_encode(runtime, "The river", 9, &encoded, &count) == NULL && count > 0);
+  size_t size = 0;
+  CHECK(chameleon_decode(runtime, encoded, count, &text, &size) == NULL);
+  CHECK(size == 9 && memcmp(text, "The river", 9) == 0);
+  chameleon_free(encoded);
+  chameleon_free(text);
+  chameleon_runtime_free(runtime);
+  return 0;
+}

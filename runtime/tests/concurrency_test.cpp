@@ -1,0 +1,127 @@
+// Many threads on one runtime: results equal the serial ones.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <latch>
+#include <thread>
+
+#include "shared_data.h"
+
+namespace chameleon::test {
+
+namespace {
+
+struct Work {
+  std::vector<TokenIds> rows;
+  GenerateOptions options;
+};
+
+/// Ragged batches in every mode, greedy and sampled.
+std::vector<Work> make_work(const ModelSpec& model) {
+  std::vector<Work> work;
+  for (const Json& golden : read_data("golden.json")) {
+    if (golden.at("bundle") != "chameleon_masked" || !golden.at("rank").is_null()) continue;
+    const GoldenCase given(golden, model);
+    GenerateOptions options{given.options};
+    options.max_new_tokens = std::int64_t{4};
+    work.push_back({given.rows, options});
+    options.sampling = read_sampling(golden.at("sampling"));
+    work.push_back({given.rows, options});
+  }
+  return work;
+}
+
+std::string run(const Runtime& runtime, const Work& work) {
+  Json result;
+  for (const Generation& generation : runtime.generate(work.rows, work.options)) {
+    result.push_back({generation.token_ids, generation.text, generation.cluster_id});
+  }
+  for (const Score& score : runtime.score(work.rows, work.options)) result.push_back(score.token_logprobs);
+  return result.dump();
+}
+
+std::size_t env(const char* name, std::size_t otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::stoul(value) : otherwise;
+}
+
+}  // namespace
+
+TEST(Concurrency, ResultsEqualTheSerialOnes) {
+  const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  const std::vector<Work> work = make_work(runtime.manifest().model);
+  std::vector<std::string> serial;
+  for (const Work& one : work) serial.push_back(run(runtime, one));
+  const std::size_t threads = env("CHAMELEON_THREADS", 16), requests = env("CHAMELEON_REQUESTS", 800);
+  std::atomic<std::size_t> next = 0, wrong = 0;
+  {
+    std::vector<std::jthread> pool;
+    for (std::size_t i = 0; i < threads; ++i) {
+      pool.emplace_back([&] {
+        for (std::size_t n = next++; n < requests; n = next++) {
+          const std::size_t which = n % work.size();
+          if (run(runtime, work[which]) != serial[which]) ++wrong;
+        }
+      });
+    }
+  }
+  EXPECT_EQ(wrong, 0U);
+}
+
+TEST(Concurrency, TheFirstUseOfCentroidFactorsFromManyThreads) {
+  const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  const std::vector<TokenIds> rows = {{5, 6, 7}};
+  constexpr std::ptrdiff_t kThreads = 8;
+  std::latch start(kThreads);
+  std::vector<Adaptation> found(kThreads);
+  {
+    std::vector<std::jthread> pool;
+    for (Adaptation& adaptation : found) {
+      pool.emplace_back([&] {
+        start.arrive_and_wait();
+        adaptation = runtime.adapt(rows, {.mode = Mode::centroid});
+      });
+    }
+  }
+  for (const Adaptation& adaptation : found) {
+    EXPECT_TRUE(std::ranges::equal(adaptation.factors.lora_B, found[0].factors.lora_B));
+  }
+}
+
+TEST(Concurrency, CancelledAndFailingRequestsLeaveOthersAlone) {
+  const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  const std::vector<Work> work = make_work(runtime.manifest().model);
+  std::vector<std::string> serial;
+  for (const Work& one : work) serial.push_back(run(runtime, one));
+  std::atomic<bool> done = false;
+  std::atomic<std::size_t> disturbed = 0;
+  {
+    std::jthread cancelling([&] {
+      while (!done) {
+        std::stop_source source;
+        GenerateOptions options = work[0].options;
+        options.stop = source.get_token();
+        options.max_new_tokens = std::int64_t{40};
+        std::jthread killer([&] { source.request_stop(); });
+        runtime.generate(work[0].rows, options);
+        ++disturbed;
+      }
+    });
+    std::jthread failing([&] {
+      const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
+      GenerateOptions options{{.mode = Mode::static_, .factors = Factors{1, lora_A, lora_B}}};
+      while (!done) {
+        EXPECT_THROW(runtime.generate(work[0].rows, options), NumericError);
+        ++disturbed;
+      }
+    });
+    for (std::size_t round = 0; round < 5; ++round) {
+      for (std::size_t i = 0; i < work.size(); ++i) EXPECT_EQ(run(runtime, work[i]), serial[i]);
+    }
+    done = true;
+  }
+  EXPECT_GT(disturbed, 0U);
+}
+
+}  // namespace chameleon::test

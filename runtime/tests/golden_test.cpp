@@ -1,0 +1,147 @@
+// Results of the Python runtime for ragged batches in every mode.
+
+#include <gtest/gtest.h>
+
+#include <map>
+
+#include "sampling.h"
+#include "shared_data.h"
+
+namespace chameleon::test {
+
+namespace {
+
+// Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
+constexpr float kTolerance = 2e-5F;
+
+const Runtime& runtime_of(const std::string& name) {
+  static std::map<std::string, Runtime> runtimes;
+  auto found = runtimes.find(name);
+  if (found == runtimes.end()) found = runtimes.emplace(name, Runtime(good_bundle(name))).first;
+  return found->second;
+}
+
+void expect_generations(const std::vector<Generation>& actual, const Json& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    EXPECT_EQ(actual[i].token_ids, expected[i].at("token_ids").get<TokenIds>());
+    EXPECT_EQ(actual[i].text, expected[i].at("text").get<std::string>());
+    EXPECT_EQ(actual[i].cluster_id, expected[i].at("cluster_id").get<std::int64_t>());
+    EXPECT_EQ(to_string(actual[i].finish_reason), expected[i].at("finish_reason").get<std::string>());
+  }
+}
+
+}  // namespace
+
+class Golden : public testing::TestWithParam<Json> {};
+
+TEST_P(Golden, Agrees) {
+  const Json& expected = GetParam();
+  const Runtime& runtime = runtime_of(expected.at("bundle"));
+  const GoldenCase given(expected, runtime.manifest().model);
+
+  const Adaptation adaptation = runtime.adapt(given.rows, given.options);
+  EXPECT_EQ(adaptation.cluster_ids, expected.at("cluster_ids").get<TokenIds>());
+  EXPECT_EQ(adaptation.factor_ids, expected.at("factor_ids").get<TokenIds>());
+  std::vector<float> embeddings;
+  for (const Json& row : expected.at("embeddings")) {
+    for (const Json& value : row) embeddings.push_back(value.get<float>());
+  }
+  EXPECT_EQ(adaptation.embeddings, embeddings);
+  const Json& first = expected.at("lora_B_first");
+  ASSERT_EQ(adaptation.factors.count, static_cast<std::int64_t>(first.size()));
+  const std::size_t stride = adaptation.factors.lora_B.size() / first.size();
+  for (std::size_t set = 0; set < first.size(); ++set) {
+    for (std::size_t i = 0; i < first[set].size(); ++i) {
+      EXPECT_NEAR(adaptation.factors.lora_B[set * stride + i], first[set][i].get<float>(), kTolerance);
+    }
+  }
+
+  const std::vector<Score> scores = runtime.score(given.rows, given.options);
+  for (std::size_t row = 0; row < scores.size(); ++row) {
+    const Json& logprobs = expected.at("token_logprobs")[row];
+    ASSERT_EQ(scores[row].token_logprobs.size(), logprobs.size());
+    for (std::size_t i = 0; i < logprobs.size(); ++i) {
+      EXPECT_NEAR(scores[row].token_logprobs[i], logprobs[i].get<float>(), kTolerance);
+    }
+  }
+
+  GenerateOptions options{given.options};
+  options.max_new_tokens = expected.at("max_new_tokens").get<std::int64_t>();
+  expect_generations(runtime.generate(given.rows, options), expected.at("greedy"));
+  options.sampling = read_sampling(expected.at("sampling"));
+  Json stream = Json::array();
+  options.on_token = [&](const Token& token) {
+    stream.push_back({token.row, token.token_id, token.text, token.generation != nullptr});
+    return true;
+  };
+  expect_generations(runtime.generate(given.rows, options), expected.at("sampled"));
+  EXPECT_EQ(stream, expected.at("stream"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Golden, testing::ValuesIn(read_data("golden.json").get<std::vector<Json>>()),
+                         [](const auto& info) {
+                           const std::string bundle = info.param.at("bundle");
+                           const std::string mode = info.param.at("mode");
+                           return bundle + "_" + mode + "_" + std::to_string(info.index);
+                         });
+
+TEST(Sampling, Uniform) {
+  const Json cases = read_data("sampling.json");
+  for (const Json& expected : cases.at("uniform")) {
+    const std::uint64_t seed = std::stoull(expected.at("seed").get<std::string>());
+    EXPECT_EQ(uniform(seed, expected.at("stream"), expected.at("step")), expected.at("u").get<double>());
+  }
+}
+
+TEST(Sampling, Choose) {
+  const Json cases = read_data("sampling.json");
+  for (const Json& expected : cases.at("choose")) {
+    auto logits = expected.at("logits").get<std::vector<float>>();
+    const TokenIds seen = expected.at("seen");
+    EXPECT_EQ(choose(logits, seen, read_sampling(expected), expected.at("u")),
+              expected.at("token_id").get<std::int64_t>())
+        << expected;
+  }
+}
+
+TEST(Sampling, ArgmaxIsNumpys) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const std::size_t size : {1, 2, 15, 16, 17, 40, 1000}) {
+    std::vector<float> values(size, -infinity);
+    EXPECT_EQ(argmax(values), 0U);
+    for (std::size_t at = 0; at < size; ++at) {
+      values.assign(size, 1);
+      values[at] = 2;
+      EXPECT_EQ(argmax(values), at);
+      values.back() = 2;
+      EXPECT_EQ(argmax(values), at);
+      values[at] = nan;
+      EXPECT_EQ(argmax(values), at);
+    }
+  }
+}
+
+TEST(Sampling, LogitsThatAreNotFinite) {
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    std::vector<float> logits = {0, bad, 1};
+    EXPECT_THROW((void)choose(logits, {}, {}, 0), NumericError);
+  }
+}
+
+TEST(Tokenizer, Golden) {
+  const Tokenizer& tokenizer = runtime_of("chameleon_masked").tokenizer();
+  const Json cases = read_data("tokenizer.json");
+  for (const Json& expected : cases.at("encode")) {
+    EXPECT_EQ(tokenizer.encode(expected.at("text").get<std::string>()), expected.at("token_ids").get<TokenIds>());
+  }
+  for (const Json& expected : cases.at("decode")) {
+    EXPECT_EQ(tokenizer.decode(expected.at("token_ids").get<TokenIds>()), expected.at("text").get<std::string>());
+  }
+  for (const Json& invalid : cases.at("invalid")) {
+    EXPECT_THROW((void)tokenizer.encode(from_base64(invalid.get<std::string>())), InputError);
+  }
+}
+
+}  // namespace chameleon::test

@@ -1,0 +1,191 @@
+// What callers may get wrong, cancel or break, and what must not change for the others.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <thread>
+
+#include "shared_data.h"
+
+namespace chameleon::test {
+
+namespace {
+
+const Runtime& runtime() {
+  static const Runtime runtime(good_bundle("chameleon_masked"));
+  return runtime;
+}
+
+const std::vector<TokenIds> kRows = {{5, 6, 7}, {8, 9}, {10, 11, 12, 13}};
+
+GenerateOptions options(Mode mode, std::int64_t max_new_tokens = 16) {
+  GenerateOptions options{{.mode = mode}};
+  options.max_new_tokens = max_new_tokens;
+  return options;
+}
+
+std::vector<TokenIds> token_ids(const std::vector<Generation>& generations) {
+  std::vector<TokenIds> ids;
+  for (const Generation& generation : generations) ids.push_back(generation.token_ids);
+  return ids;
+}
+
+}  // namespace
+
+TEST(Inputs, AreChecked) {
+  const auto adapt = [](std::vector<TokenIds> rows, const AdaptOptions& how = {}) { (void)runtime().adapt(rows, how); };
+  EXPECT_THROW(adapt({}), InputError);
+  EXPECT_THROW(adapt({{}}), InputError);
+  EXPECT_THROW(adapt({{320}}), TokenError);
+  EXPECT_THROW(adapt({{-1}}), TokenError);
+  EXPECT_THROW(adapt({TokenIds(49, 1)}), LengthError);
+  EXPECT_NO_THROW(adapt({TokenIds(48, 1)}));
+  EXPECT_THROW(adapt({{1}}, {.mode = Mode::tenant}), InputError);
+  EXPECT_THROW(adapt({{1}}, {.mode = Mode::cohort, .tenants = {{"a"}}}), InputError);
+  EXPECT_THROW(adapt({{1}}, {.mode = Mode::tenant, .tenants = {{"a", "b"}}}), InputError);
+  EXPECT_THROW(adapt({{1}}, {.mode = Mode::static_}), ModeError);
+  const std::vector<std::string> empty = {""}, invalid = {"ok", "\xff"};
+  EXPECT_THROW((void)runtime().adapt(empty), InputError);
+  EXPECT_THROW((void)runtime().adapt(invalid), InputError);
+}
+
+TEST(Inputs, CallersFactorsAreChecked) {
+  std::vector<float> lora_A(2 * 16, 1), lora_B(2 * 320, 1);
+  const auto adapt = [&](std::int64_t rank, Mode mode = Mode::static_) {
+    (void)runtime().adapt(kRows, {.mode = mode, .factors = Factors{rank, lora_A, lora_B}});
+  };
+  EXPECT_NO_THROW(adapt(2));
+  EXPECT_THROW(adapt(2, Mode::cohort), ModeError);
+  EXPECT_THROW(adapt(1), FactorsError);
+  EXPECT_THROW(adapt(0), FactorsError);
+  lora_B.back() = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(adapt(2), FactorsError);
+}
+
+TEST(Inputs, SamplingIsChecked) {
+  for (const Sampling& sampling :
+       {Sampling{.temperature = -1}, Sampling{.temperature = 1e-6}, Sampling{.temperature = NAN}, Sampling{.top_k = -1},
+        Sampling{.top_p = 0}, Sampling{.top_p = 1.1}, Sampling{.top_p = NAN}, Sampling{.repetition_penalty = 0},
+        Sampling{.repetition_penalty = INFINITY}, Sampling{.stop = {""}}}) {
+    GenerateOptions bad = options(Mode::cohort);
+    bad.sampling = sampling;
+    EXPECT_THROW(runtime().generate(kRows, bad), InputError);
+  }
+  EXPECT_THROW(runtime().generate(kRows, options(Mode::cohort, 0)), InputError);
+  GenerateOptions bad = options(Mode::cohort);
+  bad.sampling = std::vector<Sampling>(2);
+  EXPECT_THROW(runtime().generate(kRows, bad), InputError);
+  bad = options(Mode::cohort);
+  bad.max_new_tokens = std::vector<std::int64_t>{1, 2};
+  EXPECT_THROW(runtime().generate(kRows, bad), InputError);
+}
+
+TEST(Generation, EndsAtTheModelsPositions) {
+  const std::vector<TokenIds> rows = {TokenIds(48, 3), TokenIds(46, 3)};
+  const auto generations = runtime().generate(rows, options(Mode::none, 100));
+  EXPECT_EQ(generations[0].token_ids.size(), 1U);
+  EXPECT_EQ(generations[1].token_ids.size(), 3U);
+  EXPECT_EQ(generations[0].finish_reason, FinishReason::length);
+}
+
+TEST(Generation, CachedStepsEqualReadingAllAtOnce) {
+  const auto generations = runtime().generate(kRows, options(Mode::centroid, 6));
+  for (std::size_t row = 0; row < kRows.size(); ++row) {
+    TokenIds longer = kRows[row];
+    longer.insert(longer.end(), generations[row].token_ids.begin(), generations[row].token_ids.end() - 1);
+    // The factors of a row stay what its prompt made them, so they are passed on.
+    const std::vector<TokenIds> prompt = {kRows[row]}, all = {longer};
+    const FactorSets factors = runtime().adapt(prompt, {.mode = Mode::centroid}).factors;
+    GenerateOptions next = options(Mode::static_, 1);
+    next.factors = Factors{factors.rank, factors.lora_A, factors.lora_B};
+    EXPECT_EQ(runtime().generate(all, next)[0].token_ids[0], generations[row].token_ids.back());
+  }
+}
+
+TEST(Cancellation, OfOneRowLeavesTheOthersAlone) {
+  const auto alone = runtime().generate(kRows, options(Mode::cohort));
+  GenerateOptions cancelling = options(Mode::cohort);
+  std::size_t seen = 0;
+  cancelling.on_token = [&](const Token& token) { return token.row != 1 || ++seen < 4; };
+  const auto cancelled = runtime().generate(kRows, cancelling);
+  EXPECT_EQ(cancelled[1].finish_reason, FinishReason::cancelled);
+  EXPECT_EQ(cancelled[1].token_ids, TokenIds(alone[1].token_ids.begin(), alone[1].token_ids.begin() + 4));
+  EXPECT_EQ(cancelled[0].token_ids, alone[0].token_ids);
+  EXPECT_EQ(cancelled[2].token_ids, alone[2].token_ids);
+}
+
+TEST(Cancellation, BeforeAndDuringACall) {
+  std::stop_source source;
+  GenerateOptions stoppable = options(Mode::cohort);
+  stoppable.stop = source.get_token();
+  std::size_t tokens = 0;
+  stoppable.on_token = [&](const Token&) {
+    if (++tokens == 5) source.request_stop();
+    return true;
+  };
+  const auto alone = runtime().generate(kRows, options(Mode::cohort));
+  const auto generations = runtime().generate(kRows, stoppable);
+  for (std::size_t row = 0; row < kRows.size(); ++row) {
+    EXPECT_EQ(generations[row].finish_reason, FinishReason::cancelled);
+    EXPECT_EQ(generations[row].token_ids, TokenIds(alone[row].token_ids.begin(), alone[row].token_ids.begin() + 2));
+  }
+  for (const Generation& generation : runtime().generate(kRows, stoppable)) {  // stopped before it began
+    EXPECT_TRUE(generation.token_ids.empty());
+    EXPECT_EQ(generation.finish_reason, FinishReason::cancelled);
+  }
+}
+
+TEST(Callbacks, AnExceptionReachesTheCallerAndHarmsNothing) {
+  const auto before = token_ids(runtime().generate(kRows, options(Mode::cohort)));
+  GenerateOptions throwing = options(Mode::cohort);
+  throwing.on_token = [](const Token& token) -> bool {
+    if (token.row == 2) throw std::domain_error("mine");
+    return true;
+  };
+  EXPECT_THROW(runtime().generate(kRows, throwing), std::domain_error);
+  EXPECT_EQ(token_ids(runtime().generate(kRows, options(Mode::cohort))), before);
+}
+
+TEST(Numbers, FactorsThatOverflowAreReported) {
+  const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
+  GenerateOptions overflowing = options(Mode::static_);
+  overflowing.factors = Factors{1, lora_A, lora_B};
+  EXPECT_THROW(runtime().generate(kRows, overflowing), NumericError);
+  EXPECT_THROW((void)runtime().score(kRows, overflowing), NumericError);
+}
+
+TEST(Isolation, FactorsDoNotDependOnNeighbours) {
+  for (const Mode mode : {Mode::centroid, Mode::request}) {
+    const Adaptation together = runtime().adapt(kRows, {.mode = mode});
+    for (std::size_t row = 0; row < kRows.size(); ++row) {
+      const std::vector<TokenIds> one = {kRows[row]};
+      const Adaptation alone = runtime().adapt(one, {.mode = mode});
+      const std::size_t size = alone.factors.lora_B.size();
+      const auto of_row =
+          together.factors.lora_B.subspan(static_cast<std::size_t>(together.factor_ids[row]) * size, size);
+      // Equal to the last bits: the product of one row may be summed in another order than that of many.
+      for (std::size_t i = 0; i < size; ++i) ASSERT_NEAR(of_row[i], alone.factors.lora_B[i], 1e-6);
+    }
+  }
+}
+
+TEST(Prepacking, ChangesNoResultBeyondTheLastBits) {
+  const Runtime mapped(good_bundle("chameleon_masked"), {.prepack_weights = false});
+  const auto packed_scores = runtime().score(kRows), mapped_scores = mapped.score(kRows);
+  for (std::size_t row = 0; row < kRows.size(); ++row) {
+    for (std::size_t i = 0; i < packed_scores[row].token_logprobs.size(); ++i) {
+      EXPECT_NEAR(packed_scores[row].token_logprobs[i], mapped_scores[row].token_logprobs[i], 2e-5);
+    }
+  }
+}
+
+TEST(Score, OfOneTokenPredictsNothing) {
+  const std::vector<TokenIds> rows = {{4}, {4, 5}};
+  const auto scores = runtime().score(rows);
+  EXPECT_TRUE(scores[0].token_logprobs.empty());
+  EXPECT_TRUE(std::isnan(scores[0].perplexity()));
+  EXPECT_FLOAT_EQ(static_cast<float>(scores[1].logprob()), scores[1].token_logprobs[0]);
+}
+
+}  // namespace chameleon::test

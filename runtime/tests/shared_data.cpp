@@ -1,0 +1,124 @@
+#include "shared_data.h"
+
+#include <unistd.h>
+
+#include <fstream>
+
+#include "mapped_file.h"
+
+namespace chameleon::test {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string read_file(const fs::path& path) { return std::string(MappedFile(path).text()); }
+
+void write_file(const fs::path& path, const std::string& content) {
+  // Replaced, not overwritten: the content may come from a mapping of the same file.
+  fs::remove(path);
+  std::ofstream(path, std::ios::binary) << content;
+}
+
+void set(Json& place, const Json& path, std::size_t depth, const Json* value) {
+  const std::string key = path.at(depth);
+  const bool last = depth + 1 == path.size();
+  if (!last) return set(place.is_array() ? place.at(std::stoul(key)) : place.at(key), path, depth + 1, value);
+  if (value == nullptr) {
+    place.is_array() ? place.erase(std::stoul(key)) : static_cast<void>(place.erase(key));
+  } else {
+    (place.is_array() ? place.at(std::stoul(key)) : place[key]) = *value;
+  }
+}
+
+void apply_change(const Json& change, const fs::path& bundle) {
+  const std::string what = change.at("do");
+  const fs::path file = bundle / change.value("file", "bundle.json");
+  if (what == "write") {
+    const std::string piece = from_base64(change.at("base64").get<std::string>());
+    std::string content;
+    for (int i = 0; i < change.at("times").get<int>(); ++i) content += piece;
+    write_file(file, content);
+  } else if (what == "append") {
+    write_file(file, read_file(file) + change.at("text").get<std::string>());
+  } else if (what == "truncate") {
+    fs::resize_file(file, change.at("size").get<std::size_t>());
+  } else if (what == "flip") {
+    std::string content = read_file(file);
+    content.at(change.at("offset").get<std::size_t>()) ^= 1;
+    write_file(file, content);
+  } else if (what == "delete") {
+    fs::remove(file);
+  } else if (what == "mkdir") {
+    fs::create_directory(file);
+  } else if (what == "symlink") {
+    fs::create_symlink(change.at("target").get<std::string>(), file);
+  } else {
+    Json manifest = Json::parse(read_file(bundle / "bundle.json"));
+    if (what == "redigest") {
+      manifest["files"][file.filename().string()] = {{"size", fs::file_size(file)},
+                                                     {"sha256", sha256(MappedFile(file).bytes())}};
+    } else if (what == "set") {
+      set(manifest, change.at("path"), 0, &change.at("value"));
+    } else if (what == "unset") {
+      set(manifest, change.at("path"), 0, nullptr);
+    } else {
+      throw std::invalid_argument(what);
+    }
+    write_file(bundle / "bundle.json", manifest.dump());
+  }
+}
+
+}  // namespace
+
+Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
+fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
+
+std::string from_base64(std::string_view text) {
+  constexpr std::string_view digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string bytes;
+  unsigned int bits = 0, count = 0;
+  for (const char c : text.substr(0, text.find('='))) {
+    bits = bits << 6 | static_cast<unsigned int>(digits.find(c));
+    count += 6;
+    if (count >= 8) bytes += static_cast<char>(bits >> (count -= 8) & 0xFF);
+  }
+  return bytes;
+}
+
+HostileBundle::HostileBundle(const Json& hostile_case) {
+  std::string name = (fs::temp_directory_path() / "chameleon-XXXXXX").string();
+  if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+  path_ = name;
+  fs::copy(good_bundle(hostile_case.at("base").get<std::string>()), path_);
+  for (const Json& change : hostile_case.at("changes")) apply_change(change, path_);
+}
+
+HostileBundle::~HostileBundle() { fs::remove_all(path_); }
+
+GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
+    : rows(golden_case.at("rows").get<std::vector<TokenIds>>()) {
+  options.mode = parse_mode(golden_case.at("mode").get<std::string>());
+  if (!golden_case.at("tenants").is_null()) options.tenants = golden_case.at("tenants").get<std::vector<std::string>>();
+  if (golden_case.at("rank").is_null()) return;
+  const std::int64_t rank = golden_case.at("rank");
+  for (std::int64_t i = 0; i < rank * (model.hidden_size + model.vocab_size); ++i) {
+    factor_values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
+  }
+  const auto split = static_cast<std::size_t>(rank * model.hidden_size);
+  options.factors = Factors{rank, std::span(factor_values).first(split), std::span(factor_values).subspan(split)};
+}
+
+Sampling read_sampling(const Json& json) {
+  Sampling sampling;
+  sampling.temperature = json.at("temperature");
+  sampling.top_k = json.at("top_k");
+  sampling.top_p = json.at("top_p");
+  sampling.repetition_penalty = json.at("repetition_penalty");
+  sampling.seed = json.value("seed", std::uint64_t{0});
+  sampling.stop_token_ids = json.value("stop_token_ids", std::vector<std::int64_t>());
+  sampling.stop = json.value("stop", std::vector<std::string>());
+  return sampling;
+}
+
+}  // namespace chameleon::test

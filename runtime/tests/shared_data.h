@@ -1,0 +1,40 @@
+// Reading tests/data (made by tests/make_data.py); the Python counterpart is tests/shared_data.py.
+#pragma once
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "chameleon/runtime.h"
+
+namespace chameleon::test {
+
+using Json = nlohmann::json;
+
+Json read_data(const std::string& name);
+std::filesystem::path good_bundle(const std::string& name);
+std::string from_base64(std::string_view text);
+
+/// The good bundle of a case after what the case does to it, in a directory that lives as long as this.
+class HostileBundle {
+ public:
+  explicit HostileBundle(const Json& hostile_case);
+  ~HostileBundle();
+  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// The batch of a golden case, and how it is adapted.
+struct GoldenCase {
+  explicit GoldenCase(const Json& golden_case, const ModelSpec& model);
+  std::vector<TokenIds> rows;
+  std::vector<float> factor_values;
+  AdaptOptions options;
+};
+
+Sampling read_sampling(const Json& json);
+
+}  // namespace chameleon::test

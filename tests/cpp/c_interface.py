@@ -1,0 +1,224 @@
+"""runtime/include/chameleon.h through ctypes, with the results in the Python runtime's own classes."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.runtime import Adaptation, Generation, Sampling, Score
+
+ROOT = Path(__file__).parents[2]
+BUILD = Path(os.environ.get("CHAMELEON_BUILD", ROOT / "runtime" / "build" / "release"))
+LIBRARY = BUILD / "libchameleon.so"
+
+P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
+
+
+class LoadOptions(c.Structure):
+    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("keep_weights_mapped", c.c_int))
+
+
+class CText(c.Structure):
+    _fields_ = (("text", c.c_char_p), ("text_size", Z), ("token_ids", c.POINTER(I64)), ("num_token_ids", Z))
+
+
+class CBatch(c.Structure):
+    _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
+                ("rank", I64), ("lora_A", P), ("lora_B", P))  # fmt: skip
+
+
+class CSampling(c.Structure):
+    _fields_ = (("temperature", c.c_double), ("top_k", I64), ("top_p", c.c_double), ("repetition_penalty", c.c_double),
+                ("seed", c.c_uint64), ("stop_token_ids", c.POINTER(I64)), ("num_stop_token_ids", Z),
+                ("stop", c.POINTER(c.c_char_p)), ("num_stop", Z))  # fmt: skip
+
+
+class CToken(c.Structure):
+    _fields_ = (("row", Z), ("token_id", I64), ("text", P), ("text_size", Z), ("finished", c.c_int))
+
+
+OnToken = c.CFUNCTYPE(c.c_int, c.POINTER(CToken), P)
+
+
+class NativeError(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} [{code}]")
+        self.code = code
+
+
+def _load_library() -> Any:
+    library = c.CDLL(str(LIBRARY))
+    for name, result, *arguments in (
+        ("error_code", c.c_char_p, P), ("error_message", c.c_char_p, P), ("error_free", None, P),
+        ("load", P, c.c_char_p, P, P), ("runtime_free", None, P), ("vocab_size", I64, P), ("hidden_size", I64, P),
+        ("adapt", P, P, P, P), ("adaptation_num_factor_sets", Z, P), ("adaptation_rank", I64, P),
+        ("adaptation_embeddings", P, P), ("adaptation_cluster_ids", P, P), ("adaptation_factor_ids", P, P),
+        ("adaptation_lora_A", P, P), ("adaptation_lora_B", P, P), ("adaptation_free", None, P),
+        ("score", P, P, P, P), ("score_token_ids", P, P, Z, P), ("score_token_logprobs", P, P, Z, P),
+        ("score_cluster_id", I64, P, Z), ("scores_free", None, P),
+        ("generate", P, P, P, I64, P, Z, OnToken, P, P), ("generation_token_ids", P, P, Z, P),
+        ("generation_text", P, P, Z, P), ("generation_cluster_id", I64, P, Z),
+        ("generation_finish_reason", c.c_char_p, P, Z), ("generations_free", None, P),
+        ("encode", P, P, c.c_char_p, Z, P, P), ("decode", P, P, P, Z, P, P), ("free", None, P),
+    ):  # fmt: skip
+        function = getattr(library, f"chameleon_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class NativeRuntime:
+    """The same calls as chameleon_deploy.Runtime. Errors are NativeError with the code."""
+
+    def __init__(self, path: Path, mode: str | None = None, threads: int = 0) -> None:
+        self._c = _load_library()
+        self._handle = P()
+        options = LoadOptions(None, mode.encode() if mode else None, threads, 0)
+        self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
+        self._vocab_size = self._c.chameleon_vocab_size(self._handle)
+        self._hidden_size = self._c.chameleon_hidden_size(self._handle)
+
+    def close(self) -> None:
+        self._c.chameleon_runtime_free(self._handle)
+        self._handle = P()
+
+    def adapt(self, texts: Any, **how: Any) -> Adaptation:
+        batch, _keep = self._batch(texts, **how)
+        handle = P()
+        self._check(self._c.chameleon_adapt(self._handle, c.byref(batch), c.byref(handle)))
+        sets, rank = self._c.chameleon_adaptation_num_factor_sets(handle), self._c.chameleon_adaptation_rank(handle)
+
+        def array(name: str, dtype: Any, *shape: int) -> Any:
+            return _copy(getattr(self._c, f"chameleon_adaptation_{name}")(handle), int(np.prod(shape)), dtype).reshape(
+                shape
+            )
+
+        adaptation = Adaptation(
+            array("embeddings", np.float32, len(texts), self._hidden_size),
+            array("cluster_ids", np.int64, len(texts)),
+            array("lora_A", np.float32, sets, rank, self._hidden_size),
+            array("lora_B", np.float32, sets, rank, self._vocab_size),
+            array("factor_ids", np.int64, len(texts)),
+        )
+        self._c.chameleon_adaptation_free(handle)
+        return adaptation
+
+    def score(self, texts: Any, **how: Any) -> list[Score]:
+        batch, _keep = self._batch(texts, **how)
+        handle = P()
+        self._check(self._c.chameleon_score(self._handle, c.byref(batch), c.byref(handle)))
+        scores = [
+            Score(
+                self._row("score_token_ids", handle, row, np.int64).tolist(),
+                self._row("score_token_logprobs", handle, row, np.float32).tolist(),
+                self._c.chameleon_score_cluster_id(handle, row),
+            )
+            for row in range(len(texts))
+        ]
+        self._c.chameleon_scores_free(handle)
+        return scores
+
+    def generate(
+        self,
+        texts: Any,
+        max_new_tokens: int = 20,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
+        on_token: Callable[[int, int, str, bool], bool] | None = None,
+        **how: Any,
+    ) -> list[Generation]:
+        batch, _keep = self._batch(texts, **how)
+        samplings = [sampling] if isinstance(sampling, Sampling) else list(sampling)
+        native, _kept = _samplings(samplings)
+
+        def forward(token: Any, _user: Any) -> int:
+            assert on_token is not None
+            t = token.contents
+            return on_token(t.row, t.token_id, c.string_at(t.text, t.text_size).decode(), bool(t.finished))
+
+        callback = OnToken(forward) if on_token else OnToken()
+        handle = P()
+        arguments = (c.byref(batch), max_new_tokens, native, len(samplings), callback, None, c.byref(handle))
+        self._check(self._c.chameleon_generate(self._handle, *arguments))
+        generations = [
+            Generation(
+                self._row("generation_token_ids", handle, row, np.int64).tolist(),
+                self._row("generation_text", handle, row, np.uint8).tobytes().decode(),
+                self._c.chameleon_generation_cluster_id(handle, row),
+                self._c.chameleon_generation_finish_reason(handle, row).decode(),
+            )
+            for row in range(len(texts))
+        ]
+        self._c.chameleon_generations_free(handle)
+        return generations
+
+    def encode(self, text: bytes) -> list[int]:
+        ids, count = P(), Z()
+        self._check(self._c.chameleon_encode(self._handle, text, len(text), c.byref(ids), c.byref(count)))
+        result: list[int] = _copy(ids.value, count.value, np.int64).tolist()
+        self._c.chameleon_free(ids)
+        return result
+
+    def decode(self, ids: list[int]) -> str:
+        text, size = P(), Z()
+        array = np.asarray(ids, np.int64)
+        self._check(self._c.chameleon_decode(self._handle, array.ctypes.data, len(array), c.byref(text), c.byref(size)))
+        result = c.string_at(text, size.value).decode()
+        self._c.chameleon_free(text)
+        return result
+
+    def _row(self, name: str, handle: Any, row: int, dtype: Any) -> Any:
+        count = Z()
+        return _copy(getattr(self._c, f"chameleon_{name}")(handle, row, c.byref(count)), count.value, dtype)
+
+    def _batch(
+        self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None
+    ) -> tuple[CBatch, Any]:
+        """The batch, and what must live as long as it."""
+        items = (CText * max(len(texts), 1))()
+        keep: list[Any] = []
+        for item, text in zip(items, texts, strict=False):
+            if isinstance(text, str | bytes):
+                raw = text if isinstance(text, bytes) else text.encode()
+                item.text, item.text_size = raw, len(raw)
+            else:
+                ids = (I64 * max(len(text), 1))(*text)
+                keep.append(ids)
+                item.token_ids, item.num_token_ids = ids, len(text)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, 0, None, None)
+        if tenants is not None:
+            batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
+        if factors is not None:
+            keep += [np.ascontiguousarray(factor) for factor in factors]
+            batch.rank, batch.lora_A, batch.lora_B = len(factors[0]), keep[-2].ctypes.data, keep[-1].ctypes.data
+        return batch, keep
+
+    def _check(self, error: int | None) -> None:
+        if error:
+            found = NativeError(
+                self._c.chameleon_error_code(error).decode(), self._c.chameleon_error_message(error).decode()
+            )
+            self._c.chameleon_error_free(error)
+            raise found
+
+
+def _samplings(samplings: list[Sampling]) -> tuple[Any, Any]:
+    native, keep = (CSampling * len(samplings))(), []
+    for item, s in zip(native, samplings, strict=True):
+        ids = (I64 * max(len(s.stop_token_ids), 1))(*s.stop_token_ids)
+        stop = (c.c_char_p * max(len(s.stop), 1))(*(text.encode() for text in s.stop))
+        keep += [ids, stop]
+        item.temperature, item.top_k, item.top_p, item.repetition_penalty = (
+            s.temperature, s.top_k, s.top_p, s.repetition_penalty,
+        )  # fmt: skip
+        item.seed, item.stop_token_ids, item.num_stop_token_ids = s.seed, ids, len(s.stop_token_ids)
+        item.stop, item.num_stop = stop, len(s.stop)
+    return native, keep
+
+
+def _copy(address: int | None, count: int, dtype: Any) -> Any:
+    size = count * np.dtype(dtype).itemsize
+    return np.frombuffer(c.string_at(address, size), dtype) if address and count else np.empty(0, dtype)

@@ -1,0 +1,74 @@
+"""C++ against Python over random ragged batches: `python -m tests.cpp.parity BUNDLE [BATCHES]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import chameleon_deploy
+from chameleon_deploy.runtime import Sampling
+from tests.cpp.c_interface import NativeRuntime
+
+MODES = ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[list[list[int]], dict[str, Any]]:
+    model = runtime.manifest.model
+    lengths = random.integers(1, random.choice([4, 24, 60]), random.integers(1, 9))
+    rows = [random.integers(1, model.vocab_size, length).tolist() for length in lengths]
+    how: dict[str, Any] = {"mode": mode}
+    if mode == "tenant":
+        how["tenants"] = [f"tenant {n}" for n in random.integers(0, 3, len(rows))]
+    if mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5):
+        rank = int(random.integers(1, 6))
+        how["factors"] = (
+            random.standard_normal((rank, model.hidden_size)).astype(np.float32),
+            random.standard_normal((rank, model.vocab_size)).astype(np.float32),
+        )
+    return rows, how
+
+
+def random_sampling(random: np.random.Generator) -> Sampling:
+    return Sampling(
+        temperature=float(random.choice([0.0, 0.5, 1.0, 2.0])),
+        top_k=int(random.choice([0, 1, 5, 50])),
+        top_p=float(random.choice([1.0, 0.9, 0.3])),
+        repetition_penalty=float(random.choice([1.0, 1.3])),
+        seed=int(random.integers(0, 2**63)),
+        stop_token_ids=[7, 8] if random.random() < 0.3 else [],
+        stop=["e", "ing"] if random.random() < 0.2 else [],
+    )
+
+
+def largest_difference(bundle: Path, batches: int) -> float:
+    """Of any log-probability, as a multiple of 1e-6 or, where that is larger, of a unit in its last place.
+
+    Everything else has to be equal: clusters, factors to the last bit, and the tokens and text of three generations
+    per batch, one greedy, one sampled, and one with a setting per row.
+    """
+    python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+    modes = [mode for mode in MODES if mode in python.manifest.adaptation.modes]
+    random = np.random.default_rng(5)
+    largest = 0.0
+    for number in range(batches):
+        rows, how = random_batch(random, python, modes[number % len(modes)])
+        expected, actual = python.adapt(rows, **how), native.adapt(rows, **how)
+        for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
+            assert getattr(expected, name).tobytes() == getattr(actual, name).tobytes(), (number, name)
+        for left, right in zip(python.score(rows, **how), native.score(rows, **how), strict=True):
+            assert (left.token_ids, left.cluster_id) == (right.token_ids, right.cluster_id)
+            ours, theirs = (np.array(score.token_logprobs, np.float32) for score in (left, right))
+            difference = np.abs(ours.astype(np.float64) - theirs) / np.maximum(1e-6, np.spacing(np.abs(ours)))
+            largest = max(largest, float(difference.max(initial=0)))
+        for sampling in (Sampling(), random_sampling(random), [random_sampling(random) for _ in rows]):
+            wanted = python.generate(rows, max_new_tokens=8, sampling=sampling, **how)
+            assert native.generate(rows, max_new_tokens=8, sampling=sampling, **how) == wanted, (number, sampling)
+    native.close()
+    return largest
+
+
+if __name__ == "__main__":
+    print(f"largest difference {largest_difference(Path(sys.argv[1]), int((sys.argv[2:] or ['1000'])[0])):.3f}")

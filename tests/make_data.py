@@ -1,0 +1,401 @@
+"""Writes tests/data, which pytest and the C++ tests read: `python -m tests.make_data`.
+
+    bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
+    hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
+    golden.json      what the Python runtime gives for ragged batches in every mode
+    sampling.json    numbers of `uniform`, and choices of `choose` from short lists of logits
+    tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
+
+The same versions of torch, transformers and ONNX Runtime write the same bytes. Goldens were made by the Python
+runtime and are checked by both; who changes the semantics runs this again and reads the difference.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import chameleon_deploy
+from chameleon_deploy.bundle import Regime, available_modes
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.runtime.sampling import choose, uniform
+from tests.shared_data import DATA, case_arguments, good_bundle, hostile_bundle
+
+VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
+BUNDLES: dict[str, tuple[Regime, str, int]] = {
+    # name: regime, protocol, layers
+    "chameleon_masked": ("chameleon", "masked", 2),
+    "chameleon_paper": ("chameleon", "paper", 1),
+    "lora_masked": ("lora", "masked", 1),
+}
+
+
+def main() -> None:
+    shutil.rmtree(DATA, ignore_errors=True)
+    (DATA / "bundles").mkdir(parents=True)
+    for seed, (name, how) in enumerate(BUNDLES.items()):
+        make_bundle(good_bundle(name), *how, seed=seed)
+    write("hostile.json", hostile_cases())
+    write("golden.json", golden_cases())
+    write("sampling.json", sampling_cases())
+    write("tokenizer.json", tokenizer_cases())
+
+
+def write(name: str, records: Any) -> None:
+    """One record per line, so that a change shows as a few lines."""
+    sections = records.items() if isinstance(records, dict) else [(None, records)]
+    blocks = []
+    for key, lines in sections:
+        body = "[\n" + ",\n".join(json.dumps(line, ensure_ascii=True) for line in lines) + "\n]"
+        blocks.append(body if key is None else f"{json.dumps(key)}: {body}")
+    text = blocks[0] if isinstance(records, list) else "{\n" + ",\n".join(blocks) + "\n}"
+    (DATA / name).write_text(text + "\n")
+
+
+def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -> None:
+    import torch
+    import transformers
+
+    from chameleon_deploy.export.exporter import export_bundle
+    from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, load_checkpoint, save_checkpoint
+    from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
+    from chameleon_deploy.reference.corpus import encode_texts
+    from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+    from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+
+    torch.manual_seed(seed)
+    texts = [text for kind in KINDS for text in python_texts(kind)[:60]]
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=HIDDEN, n_head=HEADS, n_positions=POSITIONS, vocab_size=VOCAB_SIZE, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # the usual start gives logits so close together that a last bit decides
+    checkpoint = CheckpointConfig(
+        regime=regime, base_model="./base", rank=2, alpha=0.5, hidden_sizes=(8, 4) if regime == "chameleon" else (),
+        num_clusters=3, protocol=protocol, max_length=24,
+    )  # fmt: skip
+    ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
+    embeddings = embed_texts(ids, model.transformer.wte.weight.detach(), protocol, checkpoint.max_length, 0)
+    factors = build_factors(checkpoint, HIDDEN, VOCAB_SIZE)
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.mul_(4)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "checkpoint"
+        path.mkdir()
+        save_base(model, tokenizer, path / "base")
+        save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed))
+        export_bundle(load_checkpoint(path), out, None)
+
+
+def hostile_cases() -> list[dict[str, Any]]:
+    """Every case is tried here first: a code that the Python runtime does not give is an error of this script."""
+    cases: list[dict[str, Any]] = []
+
+    def case(name: str, code: str, *changes: dict[str, Any], base: str = "chameleon_masked") -> None:
+        cases.append({"name": name, "base": base, "code": code, "changes": list(changes)})
+
+    def manifest(value: Any, *path: str) -> dict[str, Any]:
+        return {"do": "set", "path": list(path), "value": value}
+
+    def without(*path: str) -> dict[str, Any]:
+        return {"do": "unset", "path": list(path)}
+
+    def written(file: str, content: bytes, times: int = 1) -> dict[str, Any]:
+        return {"do": "write", "file": file, "base64": base64.b64encode(content).decode(), "times": times}
+
+    def tensors(file: str, **arrays: Any) -> list[dict[str, Any]]:
+        from safetensors.numpy import save
+
+        return [written(file, save(arrays)), {"do": "redigest", "file": file}]
+
+    # The directory
+    case("not_a_bundle", "bundle_not_found", {"do": "delete", "file": "bundle.json"})
+    case("missing_file", "file_missing", {"do": "delete", "file": "weights.bin"})
+    case("missing_parity", "file_missing", {"do": "delete", "file": "parity.json"})
+    case(
+        "directory_for_file",
+        "file_missing",
+        {"do": "delete", "file": "parity.json"},
+        {"do": "mkdir", "file": "parity.json"},
+    )
+    case("extra_file", "file_unknown", written("plugin.so", b"\x7fELF"))
+    case("extra_hidden_file", "file_unknown", written(".hidden", b""))
+    case("extra_directory", "file_unknown", {"do": "mkdir", "file": "cache"})
+    case("symlink", "path_unsafe", {"do": "delete", "file": "weights.bin"},
+         {"do": "symlink", "file": "weights.bin", "target": "/etc/hostname"})  # fmt: skip
+    case("symlink_not_listed", "path_unsafe", {"do": "symlink", "file": "extra", "target": "bundle.json"})
+    # Digests
+    for file in ("weights.bin", "decoder.onnx", "tokenizer.json", "centroids.safetensors"):
+        case(f"truncated_{file}", "digest_mismatch", {"do": "truncate", "file": file, "size": 100})
+    case("empty_weights", "digest_mismatch", {"do": "truncate", "file": "weights.bin", "size": 0})
+    case("one_byte_changed", "digest_mismatch", {"do": "flip", "file": "weights.bin", "offset": 1000})
+    case("wrong_size", "digest_mismatch", manifest(1, "files", "parity.json", "size"))
+    case("negative_size", "digest_mismatch", manifest(-1, "files", "parity.json", "size"))
+    case("wrong_digest", "digest_mismatch", manifest("0" * 64, "files", "parity.json", "sha256"))
+    case("uppercase_digest", "digest_mismatch", manifest("A" * 64, "files", "parity.json", "sha256"))
+    # The manifest as JSON
+    case("empty_manifest", "manifest_invalid", written("bundle.json", b""))
+    case("half_a_manifest", "manifest_invalid", {"do": "truncate", "file": "bundle.json", "size": 1500})
+    case("not_utf8", "manifest_invalid", written("bundle.json", b'{"format": "\xff"}'))
+    case("a_list", "manifest_invalid", written("bundle.json", b"[]"))
+    case("null", "manifest_invalid", written("bundle.json", b"null"))
+    case("nested_lists", "manifest_invalid", written("bundle.json", b"[", 100_000))
+    case("nested_objects", "manifest_invalid", written("bundle.json", b'{"a":', 100_000))
+    case("nan", "manifest_invalid", written("bundle.json", b'{"format": NaN}'))
+    case("trailing_text", "manifest_invalid", {"do": "append", "file": "bundle.json", "text": "{}"})
+    case("other_format", "manifest_invalid", manifest("chameleon-checkpoint", "format"))
+    case("no_format", "manifest_invalid", without("format"))
+    for version in (0, 2, 99, "1", None):
+        case(f"version_{version}", "version_unsupported", manifest(version, "format_version"))
+    case("no_version", "version_unsupported", without("format_version"))
+    # Its fields
+    case("unknown_field", "manifest_invalid", manifest(1, "surprise"))
+    case("unknown_model_field", "manifest_invalid", manifest(1, "model", "surprise"))
+    case("unknown_graph_field", "manifest_invalid", manifest("x", "graphs", "decoder", "custom_op_library"))
+    for field in ("model", "adaptation", "graphs", "files", "token_embedding", "parameters", "tools", "parity"):
+        case(f"no_{field}", "manifest_invalid", without(field))
+    case("rank_is_text", "manifest_invalid", manifest("2", "adaptation", "rank"))
+    case("rank_is_float", "manifest_invalid", manifest(2.5, "adaptation", "rank"))
+    case("rank_is_true", "manifest_invalid", manifest(True, "adaptation", "rank"))
+    case("rank_zero", "manifest_invalid", manifest(0, "adaptation", "rank"))
+    case("rank_null", "manifest_invalid", manifest(None, "adaptation", "rank"))
+    case("precision_unknown", "manifest_invalid", manifest("fp8", "precision"))
+    case("regime_unknown", "manifest_invalid", manifest("ia3", "adaptation", "regime"))
+    case("protocol_unknown", "manifest_invalid", manifest("author", "adaptation", "protocol"))
+    case("determinism_unknown", "manifest_invalid", manifest(["F", "Q"], "determinism"))
+    case("role_unknown", "manifest_invalid", manifest("encoder", "graphs", "decoder", "role"))
+    case("mode_unknown", "manifest_invalid", manifest(["none", "magic"], "adaptation", "modes"))
+    case("modes_do_not_fit", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
+    case(
+        "modes_do_not_fit_lora",
+        "manifest_invalid",
+        manifest(["none", "static", "cohort"], "adaptation", "modes"),
+        base="lora_masked",
+    )
+    case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
+    case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
+    case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
+    case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
+    case("layers_zero", "manifest_invalid", manifest(0, "model", "num_layers"))
+    case("vocab_differs", "manifest_invalid", manifest(VOCAB_SIZE + 1, "model", "vocab_size"))
+    case("no_decoder", "manifest_invalid", without("graphs", "decoder"))
+    case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
+    case("no_graph_for_cpu", "manifest_invalid", manifest(["cuda"], "graphs", "decoder", "providers"))
+    case("tokenizer_not_listed", "manifest_invalid", without("files", "tokenizer.json"))
+    case("graph_not_listed", "manifest_invalid", manifest("other.onnx", "graphs", "decoder", "file"))
+    case("centroids_not_listed", "manifest_invalid", without("files", "centroids.safetensors"))
+    case("embedding_shape", "manifest_invalid", manifest([HIDDEN, VOCAB_SIZE], "token_embedding", "shape"))
+    case("embedding_beyond_file", "manifest_invalid", manifest(10**9, "token_embedding", "offset"))
+    case("embedding_far_beyond_file", "manifest_invalid", manifest(2**63 - 1, "token_embedding", "offset"))
+    case("embedding_before_file", "manifest_invalid", manifest(-4, "token_embedding", "offset"))
+    case("embedding_overflows", "manifest_invalid", manifest(2**62, "model", "vocab_size"),
+         manifest([2**62, HIDDEN], "token_embedding", "shape"))  # fmt: skip
+    case("embedding_dtype", "manifest_invalid", manifest("float64", "token_embedding", "dtype"))
+    # Paths
+    entry = {"size": 0, "sha256": "0" * 64}
+    for number, name in enumerate(
+        ("../weights.bin", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", "a\nb", "", "é", "a b")
+    ):
+        case(f"path_{number}", "path_unsafe", manifest(entry, "files", name))
+    # Tensors
+    good = np.zeros((3, HIDDEN), np.float32)
+    nan = good.copy()
+    nan[1, 2] = np.nan
+    case("centroids_shape", "tensor_invalid", *tensors("centroids.safetensors", centroids=good[:2]))
+    case("centroids_dtype", "tensor_invalid", *tensors("centroids.safetensors", centroids=good.astype(np.float64)))
+    case("centroids_nan", "tensor_invalid", *tensors("centroids.safetensors", centroids=nan))
+    case("centroids_infinite", "tensor_invalid", *tensors("centroids.safetensors", centroids=good + np.inf))
+    case("centroids_name", "tensor_invalid", *tensors("centroids.safetensors", means=good))
+    case("centroids_extra", "tensor_invalid", *tensors("centroids.safetensors", centroids=good, more=good))
+    redigest = {"do": "redigest", "file": "centroids.safetensors"}
+    case("centroids_empty", "tensor_invalid", written("centroids.safetensors", b""), redigest)
+    case("centroids_header_too_long", "tensor_invalid", written("centroids.safetensors", b"\xff" * 8 + b"{}"), redigest)
+    case(
+        "centroids_header_not_json",
+        "tensor_invalid",
+        written("centroids.safetensors", b"\x02" + b"\0" * 7 + b"xx"),
+        redigest,
+    )
+    header = b'{"centroids":{"dtype":"F32","shape":[3,16],"data_offsets":[0,192]}}'
+    length = len(header).to_bytes(8, "little")
+    case("centroids_cut", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 100), redigest)
+    case("centroids_rest", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 200), redigest)
+    lora_A, lora_B = np.zeros((1, 2, HIDDEN), np.float32), np.zeros((1, 2, VOCAB_SIZE), np.float32)
+    lora = "lora_masked"
+    case(
+        "lora_rank",
+        "tensor_invalid",
+        *tensors("lora.safetensors", lora_A=lora_A[:, :1], lora_B=lora_B[:, :1]),
+        base=lora,
+    )
+    case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A + np.nan, lora_B=lora_B), base=lora)
+    case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
+    # Graphs
+    case(
+        "not_onnx", "graph_invalid", written("decoder.onnx", b"not a graph"), {"do": "redigest", "file": "decoder.onnx"}
+    )
+    case(
+        "half_a_graph",
+        "graph_invalid",
+        {"do": "truncate", "file": "decoder.onnx", "size": 3000},
+        {"do": "redigest", "file": "decoder.onnx"},
+    )
+    case(
+        "empty_graph",
+        "graph_invalid",
+        written("hypernetwork.onnx", b""),
+        {"do": "redigest", "file": "hypernetwork.onnx"},
+    )
+    case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder", "file"))
+    embedding_only = {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN}
+    case("weights_too_short_for_graph", "graph_invalid", embedding_only, {"do": "redigest", "file": "weights.bin"})
+    case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder", "inputs", "0", "name"))
+    case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder", "inputs", "0", "dtype"))
+    case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder", "inputs", "0", "shape"))
+    case("input_missing", "graph_invalid", without("graphs", "decoder", "inputs", "5"))
+    case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
+    # The tokenizer
+    for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):
+        case(
+            f"tokenizer_{name}",
+            "manifest_invalid",
+            written("tokenizer.json", content),
+            {"do": "redigest", "file": "tokenizer.json"},
+        )
+    for c in cases:
+        with tempfile.TemporaryDirectory() as directory:
+            path = hostile_bundle(c, Path(directory) / "bundle")
+            try:
+                chameleon_deploy.load(path)
+                found = "opened"
+            except ChameleonError as error:
+                found = error.code
+            if found != c["code"]:
+                sys.exit(f"{c['name']}: {found}, expected {c['code']}")
+    return cases
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    cases = []
+    for bundle, (regime, _, _) in BUNDLES.items():
+        runtime = chameleon_deploy.load(good_bundle(bundle))
+        for mode in available_modes(regime, 3):
+            for number in range(4):
+                lengths = [1, 5, 2] if number == 0 else random.integers(1, 30, random.integers(1, 7)).tolist()
+                case: dict[str, Any] = {
+                    "bundle": bundle,
+                    "mode": mode,
+                    "rows": [random.integers(1, VOCAB_SIZE, n).tolist() for n in lengths],
+                    "tenants": [f"t{n}" for n in random.integers(0, 2, len(lengths))] if mode == "tenant" else None,
+                    "rank": 3 if mode == "static" and (regime == "chameleon" or number % 2) else None,
+                    "max_new_tokens": int(random.integers(1, 12)),
+                    "sampling": {
+                        "temperature": float(random.choice([0.7, 1.0, 1.6])),
+                        "top_k": int(random.choice([0, 20])),
+                        "top_p": float(random.choice([1.0, 0.9])),
+                        "repetition_penalty": float(random.choice([1.0, 1.2])),
+                        "seed": int(random.integers(0, 2**63)),
+                        "stop_token_ids": [9],
+                        "stop": ["e", "\u00e9t"],
+                    },
+                }
+                cases.append(case | golden(runtime, case))
+    return cases
+
+
+def golden(runtime: Any, case: dict[str, Any]) -> dict[str, Any]:
+    rows, how = case_arguments(case, runtime.manifest.model)
+    adaptation = runtime.adapt(rows, **how)
+    limit, sampling = case["max_new_tokens"], Sampling(**case["sampling"])
+    return {
+        "cluster_ids": adaptation.cluster_ids.tolist(),
+        "factor_ids": adaptation.factor_ids.tolist(),
+        "embeddings": adaptation.embeddings.tolist(),
+        "lora_B_first": adaptation.lora_B[:, 0, :4].tolist(),
+        "token_logprobs": [score.token_logprobs for score in runtime.score(rows, **how)],
+        "greedy": [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, **how)],
+        "sampled": [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how)],
+        "stream": [
+            [token.row, token.token_id, token.text, token.generation is not None]
+            for token in runtime.stream(rows, max_new_tokens=limit, sampling=sampling, **how)
+        ],
+    }
+
+
+def sampling_cases() -> dict[str, list[Any]]:
+    random = np.random.default_rng(1)
+    places: list[Any] = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2**64 - 1, 2**31, 2**20)]
+    places += [tuple(int(n) for n in random.integers(0, [2**62, 2**20, 2**20])) for _ in range(40)]
+    # Numbers beyond 2^53 as text: not every JSON reader keeps them.
+    numbers = [
+        {"seed": str(seed), "stream": stream, "step": step, "u": uniform(seed, stream, step)}
+        for seed, stream, step in places
+    ]
+    choices = []
+    for _ in range(120):
+        logits = np.round(random.standard_normal(12) * 3, int(random.integers(0, 4))).astype(
+            np.float32
+        )  # ties are likely
+        settings: dict[str, Any] = {
+            "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
+            "top_k": int(random.integers(0, 14)),
+            "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
+            "repetition_penalty": float(random.choice([1.0, 1.5, 0.8])),
+        }
+        seen = sorted({int(n) for n in random.integers(0, 12, 4)})
+        u = float(random.choice([0.0, random.random(), 1 - 2.0**-53]))
+        chosen = choose(logits.copy(), np.array(seen), Sampling(**settings), u)
+        choices.append({"logits": logits.tolist(), "seen": seen, "u": u, **settings, "token_id": chosen})
+    return {"uniform": numbers, "choose": choices}
+
+
+def tokenizer_cases() -> dict[str, list[Any]]:
+    tokenizer = chameleon_deploy.load(good_bundle("chameleon_masked")).tokenizer
+    random = np.random.default_rng(2)
+    texts = [
+        "", " ", "Hello, world!", "The river runs.", "don't we'll they've I'm it's you're he'd 'S", "  leading",
+        "trailing  ", "a\n\n\nb", "\t\ttabs", "x" * 300, " " * 300, "1234567890 12,345.67", "na\u00efve caf\u00e9",
+        "\u00dcn\u00efc\u00f6d\u00e9", "\u65e5\u672c\u8a9e", "\u041f\u0440\u0438\u0432\u0435\u0442",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+        "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea",
+        "\u0000\u0001\u001f\u007f\u0085", "a\u00a0b\u2003c\u3000d", "\u180e x", "\u200b\ufeff", "<|endoftext|>",
+        "a<|endoftext|>b<|endoftext|>", "<|endoftext|", "\U0010ffff\U000e0001", "\u0e33\u0e4d", "x\u00b2\u00bd\u2167",
+        "_under_score_", "def f(x):\n    return x['key']  # 'tis", "\ufffd", "e\u0301",
+    ]  # fmt: skip
+    for _ in range(100):
+        points = random.choice([0x80, 0x250, 0x3000, 0x110000]) * random.random(random.integers(1, 20))
+        texts.append("".join(chr(int(p)) for p in points if not 0xD800 <= p < 0xE000))
+    encoded = [{"text": text, "token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in texts]
+    ids = [random.integers(0, VOCAB_SIZE + 5, random.integers(0, 9)).tolist() for _ in range(100)]
+    decoded = [{"token_ids": row, "text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
+    invalid = [
+        b"\xff",
+        b"a\x80",
+        b"\xc3",
+        b"\xc0\x80",
+        b"\xe0\x80\x80",
+        b"\xed\xa0\x80",
+        b"\xf0\x80\x80\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xf5",
+    ]
+    return {"encode": encoded, "decode": decoded, "invalid": [base64.b64encode(raw).decode() for raw in invalid]}
+
+
+if __name__ == "__main__":
+    main()

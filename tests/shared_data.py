@@ -1,0 +1,86 @@
+"""Reading tests/data (made by tests/make_data.py); the C++ counterpart is runtime/tests/shared_data.h."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.bundle import ModelSpec, file_sha256
+
+DATA = Path(__file__).parent / "data"
+
+
+def read(name: str) -> Any:
+    return json.loads((DATA / name).read_text())
+
+
+def good_bundle(name: str) -> Path:
+    return DATA / "bundles" / name
+
+
+def caller_factors(rank: int, model: ModelSpec) -> tuple[Any, Any]:
+    """lora_A and lora_B that every language computes alike: value i is ((7 i + 3) mod 11 - 5) / 16."""
+    values = (((7 * np.arange(rank * (model.hidden_size + model.vocab_size)) + 3) % 11 - 5) / 16).astype(np.float32)
+    split = rank * model.hidden_size
+    return values[:split].reshape(rank, -1), values[split:].reshape(rank, -1)
+
+
+def case_arguments(case: dict[str, Any], model: ModelSpec) -> tuple[list[list[int]], dict[str, Any]]:
+    """The batch of a golden case, and how it is adapted."""
+    how: dict[str, Any] = {"mode": case["mode"], "tenants": case["tenants"]}
+    if case["rank"]:
+        how["factors"] = caller_factors(case["rank"], model)
+    return case["rows"], how
+
+
+def hostile_bundle(case: dict[str, Any], out: Path) -> Path:
+    """Copy the good bundle of a case and do to it what the case says."""
+    shutil.copytree(good_bundle(case["base"]), out)
+    for change in case["changes"]:
+        _apply(change, out)
+    return out
+
+
+def _apply(change: dict[str, Any], bundle: Path) -> None:
+    manifest = bundle / "bundle.json"
+    file = bundle / change.get("file", "bundle.json")
+    match change["do"]:
+        case "write":
+            file.write_bytes(base64.b64decode(change["base64"]) * change["times"])
+        case "append":
+            file.write_text(file.read_text() + change["text"])
+        case "truncate":
+            file.write_bytes(file.read_bytes()[: change["size"]])
+        case "flip":
+            content = bytearray(file.read_bytes())
+            content[change["offset"]] ^= 1
+            file.write_bytes(content)
+        case "delete":
+            file.unlink()
+        case "mkdir":
+            file.mkdir()
+        case "symlink":
+            file.symlink_to(change["target"])
+        case "redigest":
+            content = json.loads(manifest.read_text())
+            content["files"][file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+            manifest.write_text(json.dumps(content))
+        case "set" | "unset":
+            content = json.loads(manifest.read_text())
+            *parents, last = change["path"]
+            place = content
+            for key in parents:
+                place = place[int(key)] if isinstance(place, list) else place[key]
+            key = int(last) if isinstance(place, list) else last
+            if change["do"] == "set":
+                place[key] = change["value"]
+            else:
+                del place[key]
+            manifest.write_text(json.dumps(content))
+        case unknown:
+            raise ValueError(unknown)

@@ -1,0 +1,78 @@
+"""The Python runtime against tests/data, which the C++ tests read too."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import chameleon_deploy
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.runtime import Runtime, Sampling
+from chameleon_deploy.runtime.sampling import choose, uniform
+from tests.shared_data import case_arguments, good_bundle, hostile_bundle, read
+
+NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked")
+# Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def runtimes() -> dict[str, Runtime]:
+    return {name: chameleon_deploy.load(good_bundle(name)) for name in NAMES}
+
+
+@pytest.mark.parametrize("case", read("hostile.json"), ids=lambda case: case["name"])
+def test_a_hostile_bundle_is_refused_with_its_code(case: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ChameleonError) as error:
+        chameleon_deploy.load(hostile_bundle(case, tmp_path / "bundle"))
+    assert error.value.code == case["code"]
+
+
+@pytest.mark.parametrize("case", read("golden.json"), ids=lambda case: f"{case['bundle']}-{case['mode']}")
+def test_golden(case: dict[str, Any], runtimes: dict[str, Runtime]) -> None:
+    runtime = runtimes[case["bundle"]]
+    rows, how = case_arguments(case, runtime.manifest.model)
+    adaptation = runtime.adapt(rows, **how)
+    assert adaptation.cluster_ids.tolist() == case["cluster_ids"]
+    assert adaptation.factor_ids.tolist() == case["factor_ids"]
+    assert adaptation.embeddings.tolist() == case["embeddings"]
+    np.testing.assert_allclose(adaptation.lora_B[:, 0, :4], case["lora_B_first"], atol=TOLERANCE)
+    for score, logprobs in zip(runtime.score(rows, **how), case["token_logprobs"], strict=True):
+        np.testing.assert_allclose(score.token_logprobs, logprobs, atol=TOLERANCE)
+    limit, sampling = case["max_new_tokens"], Sampling(**case["sampling"])
+    assert [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, **how)] == case["greedy"]
+    sampled = runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how)
+    assert [vars(g) for g in sampled] == case["sampled"]
+    stream = runtime.stream(rows, max_new_tokens=limit, sampling=sampling, **how)
+    assert [[t.row, t.token_id, t.text, t.generation is not None] for t in stream] == case["stream"]
+
+
+def test_uniform() -> None:
+    for case in read("sampling.json")["uniform"]:
+        assert uniform(int(case["seed"]), case["stream"], case["step"]) == case["u"]
+
+
+def test_choose() -> None:
+    for case in read("sampling.json")["choose"]:
+        logits, seen, u, token_id = (case.pop(name) for name in ("logits", "seen", "u", "token_id"))
+        assert choose(np.array(logits, np.float32), np.array(seen), Sampling(**case), u) == token_id
+
+
+def test_tokenizer(runtimes: dict[str, Runtime]) -> None:
+    tokenizer, cases = runtimes["chameleon_masked"].tokenizer, read("tokenizer.json")
+    for case in cases["encode"]:
+        assert tokenizer.encode(case["text"], add_special_tokens=False).ids == case["token_ids"]
+    for case in cases["decode"]:
+        assert tokenizer.decode(case["token_ids"], skip_special_tokens=True) == case["text"]
+
+
+def test_bytes_that_are_no_text_are_refused(runtimes: dict[str, Runtime]) -> None:
+    for raw in read("tokenizer.json")["invalid"]:
+        text = base64.b64decode(raw).decode("utf-8", "surrogateescape")
+        with pytest.raises(ChameleonError) as error:
+            runtimes["chameleon_masked"].generate([text])
+        assert error.value.code == "input_invalid"
