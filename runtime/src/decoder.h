@@ -2,15 +2,17 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 #include "session.h"
 
 namespace chameleon {
 
-/// Keys and values of a batch.
+/// Keys and values of a batch, in buffers that the graph reads and writes in place at each row's own length.
 struct Cache {
-  std::vector<Ort::Value> tensors;    ///< float32 [batch, heads, past, head_dim], in the order of the graph's inputs
-  std::vector<std::int64_t> mask;     ///< [batch, past], 1 where the slot holds a real token
+  /// float32 [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs.
+  std::vector<std::unique_ptr<float[]>> buffers;
+  std::size_t capacity = 0;
   std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
 };
 
@@ -37,38 +39,42 @@ struct RowFactors {
   std::vector<std::int64_t> ids;  ///< [batch]
 };
 
-/// Right-padded ids and their mask, [batch, width].
-struct Padded {
-  std::size_t batch = 0, width = 0;
-  std::vector<std::int64_t> ids, mask;
-};
-
 using Rows = std::span<const std::span<const std::int64_t>>;
 
 /// One session serves prefill, decoding and scoring. Safe to call from many threads.
 class Decoder {
  public:
-  Decoder(Ort::Session session, const ModelSpec& model);
+  /// Throws ManifestError unless the graph's cache is shared: every bundle has such a graph for the CPU.
+  Decoder(const GraphSpec& graph, Ort::Session session, const ModelSpec& model);
 
   /// Read whole prompts.  -> logits after each row's last token, [batch, 1, vocab], and the cache
-  std::pair<Logits, Cache> prefill(Rows rows, const RowFactors& factors, const Ort::RunOptions& options) const;
+  /// capacity: how many tokens of a row the cache must be able to hold in the end
+  std::pair<Logits, Cache> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
+                                   const Ort::RunOptions& options) const;
 
-  /// One more token per row.  -> logits [batch, 1, vocab]; the cache grows
+  /// One more token per row.  -> logits [batch, 1, vocab]; the cache grows by the token
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const Ort::RunOptions& options) const;
 
-  /// Logits of every position, piece by piece, each given to `use` with its first position and their number.
-  void all_logits(Rows rows, const RowFactors& factors,
-                  const std::function<void(std::size_t, std::size_t, Logits&)>& use) const;
+  /// Logits [batch, positions, vocab] of every position.
+  [[nodiscard]] Logits all_logits(Rows rows, const RowFactors& factors) const;
 
-  /// The cache of some rows only: finished rows leave the batch. The one copy of a cache outside the graph.
-  [[nodiscard]] Cache keep(const Cache& cache, std::span<const std::size_t> rows) const;
+  /// Leave only some rows in the cache, in ascending order: finished rows leave the batch.
+  void keep(Cache& cache, std::span<const std::size_t> rows) const;
 
  private:
-  Logits run(const Padded& tokens, std::span<const std::int64_t> logits_positions, const RowFactors& factors,
-             Cache& cache, const Ort::RunOptions& options) const;
-  [[nodiscard]] Cache empty_cache(std::size_t batch) const;
-  [[nodiscard]] std::size_t piece_width(const Padded& tokens, bool all_logits) const;
+  /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
+  struct Call {
+    std::vector<std::int64_t> input_ids, position_ids, logits_positions;
+    std::vector<std::int32_t> seqlens_k;  // real tokens of each row after the call, minus one
+    std::int32_t total_sequence_length;
+  };
+
+  [[nodiscard]] Cache empty_cache(std::size_t batch, std::size_t capacity) const;
+  [[nodiscard]] Logits read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets, bool last_only,
+                            Cache& cache, std::size_t first_row, const Ort::RunOptions& options) const;
+  [[nodiscard]] Logits run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
+                           Cache& cache, std::size_t first_row, const Ort::RunOptions& options) const;
 
   Ort::Session session_;
   ModelSpec model_;

@@ -89,7 +89,9 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
   Ort::RunOptions options;
   const std::stop_callback terminate(stop, [&options] { options.SetTerminate(); });
   try {
-    auto [logits, cache] = decoder.prefill(prompts, factors, options);
+    std::size_t capacity = 0;
+    for (const Row& row : rows) capacity = std::max(capacity, row.capacity());
+    auto [logits, cache] = decoder.prefill(prompts, factors, capacity, options);
     while (!stop.stop_requested()) {
       std::vector<std::size_t> going;
       std::vector<std::int64_t> chosen;
@@ -109,7 +111,7 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
       }
       if (going.empty()) return;
       if (going.size() < active.size()) {
-        cache = decoder.keep(cache, going);
+        decoder.keep(cache, going);
         for (std::size_t i = 0; i < going.size(); ++i) {
           active[i] = active[going[i]];
           factors.ids[i] = factors.ids[going[i]];

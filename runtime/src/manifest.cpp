@@ -44,7 +44,7 @@ static void read(const Json& json, const std::string& at, Mode& mode) {
 static void read(const Json& json, const std::string& at, TensorSpec& spec) {
   Fields(json, at)
       .required("name", spec.name)
-      .one_of("dtype", spec.dtype, {"float32", "float16", "int64"})
+      .one_of("dtype", spec.dtype, {"float32", "float16", "int32", "int64"})
       .required("shape", spec.shape)
       .finish();
 }
@@ -53,6 +53,7 @@ static void read(const Json& json, const std::string& at, GraphSpec& spec) {
   Fields(json, at)
       .required("file", spec.file)
       .one_of("role", spec.role, {"decoder", "hypernetwork"})
+      .required("cache", spec.cache)
       .required("providers", spec.providers)
       .required("inputs", spec.inputs)
       .required("outputs", spec.outputs)
@@ -130,6 +131,11 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
       .required("checkpoint_digest", manifest.checkpoint_digest)
       .required("tools", manifest.tools)
       .finish();
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.cache && *graph.cache != "growing" && *graph.cache != "shared") {
+      fail_at(at + ".graphs." + name, "unknown cache " + *graph.cache);
+    }
+  }
   for (const std::string& level : manifest.determinism) {
     if (level != "F" && level != "R" && level != "B") fail_at(at + ".determinism", "unknown level " + level);
   }
@@ -178,6 +184,9 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   for (const auto& [name, graph] : manifest.graphs) {
     needed.insert(graph.file);
     roles.insert(graph.role);
+    if (graph.cache.has_value() == (graph.role == "hypernetwork")) {
+      fail_at(where, "graphs." + name + ".cache does not fit its role '" + graph.role + "'");
+    }
   }
   if (adaptation.regime == "lora") needed.insert("lora.safetensors");
   if (adaptation.num_clusters > 0) needed.insert("centroids.safetensors");

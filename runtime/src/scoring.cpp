@@ -60,15 +60,13 @@ std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& dec
       factors.ids.push_back(adaptation.factor_ids[row]);
       inputs.push_back(std::span(rows[row]).first(rows[row].size() - 1));
     }
-    decoder.all_logits(inputs, factors, [&](std::size_t start, std::size_t width, Logits& logits) {
-      for (std::size_t i = 0; i < members.size(); ++i) {
-        Score& score = scores[members[i]];
-        for (std::size_t at = start; at < std::min(start + width, inputs[i].size()); ++at) {
-          score.token_logprobs[at] =
-              logprob_of(logits.at(i, at - start), static_cast<std::size_t>(score.token_ids[at + 1]));
-        }
+    Logits logits = decoder.all_logits(inputs, factors);
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      Score& score = scores[members[i]];
+      for (std::size_t at = 0; at < inputs[i].size(); ++at) {
+        score.token_logprobs[at] = logprob_of(logits.at(i, at), static_cast<std::size_t>(score.token_ids[at + 1]));
       }
-    });
+    }
     for (const std::size_t row : members) {
       if (!std::ranges::all_of(scores[row].token_logprobs, [](float value) { return std::isfinite(value); })) {
         throw NumericError("text " + std::to_string(row) +

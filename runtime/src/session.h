@@ -16,14 +16,14 @@ std::string resolve_provider(const std::string& provider);
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
                           const LoadOptions& options);
 
-/// float32 or int64 values as a tensor, without a copy: they must outlive it, and ONNX Runtime only reads inputs.
+/// Values as a tensor, without a copy: they must outlive it. ONNX Runtime reads inputs and writes what is an output.
 template <class T>
 Ort::Value tensor_over(std::span<const T> values, std::initializer_list<std::int64_t> shape) {
   static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(values.data()), values.size(), shape.begin(), shape.size());
 }
 
-/// Session::Run with its errors as GraphError. outputs: empty values that ONNX Runtime allocates.
+/// Session::Run with its errors as GraphError. outputs: tensors to write, or empty values that it allocates.
 void run_session(const Ort::Session& session, const Ort::RunOptions& options, std::span<const char* const> input_names,
                  std::span<const Ort::Value> inputs, std::span<const char* const> output_names,
                  std::span<Ort::Value> outputs);

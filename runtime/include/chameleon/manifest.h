@@ -25,7 +25,7 @@ using Dimension = std::variant<std::int64_t, std::string>;  ///< a number, or a 
 /// An input or output of a graph.
 struct TensorSpec {
   std::string name;
-  std::string dtype;  ///< float32, float16 or int64
+  std::string dtype;  ///< float32, float16, int32 or int64
   std::vector<Dimension> shape;
 };
 
@@ -33,6 +33,8 @@ struct TensorSpec {
 struct GraphSpec {
   std::string file;
   std::string role;  ///< decoder or hypernetwork
+  /// Of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer.
+  std::optional<std::string> cache;
   std::vector<std::string> providers;
   std::vector<TensorSpec> inputs;
   std::vector<TensorSpec> outputs;
