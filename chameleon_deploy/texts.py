@@ -32,7 +32,7 @@ def _read_one(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file first") from error
     if path.suffix == ".jsonl":
-        texts = [_text_of(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        texts = [_text_of(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     else:
         texts = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", content) if block.strip()]
     if not texts:

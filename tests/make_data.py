@@ -191,9 +191,14 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
     case("layers_zero", "manifest_invalid", manifest(0, "model", "num_layers"))
     case("vocab_differs", "manifest_invalid", manifest(VOCAB_SIZE + 1, "model", "vocab_size"))
-    case("no_decoder", "manifest_invalid", without("graphs", "decoder"))
+    case("no_decoder", "manifest_invalid", without("graphs", "decoder"), without("graphs", "decoder_cpu"))
     case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
-    case("no_graph_for_cpu", "manifest_invalid", manifest(["cuda"], "graphs", "decoder", "providers"))
+    for_cuda = [manifest(["cuda"], "graphs", name, "providers") for name in ("decoder", "decoder_cpu")]
+    case("no_graph_for_cpu", "manifest_invalid", *for_cuda)
+    case("cache_unknown", "manifest_invalid", manifest("paged", "graphs", "decoder_cpu", "cache"))
+    case("cache_missing", "manifest_invalid", without("graphs", "decoder_cpu", "cache"))
+    case("cache_does_not_fit", "manifest_invalid", manifest(None, "graphs", "decoder_cpu", "cache"))
+    case("cache_of_a_hypernetwork", "manifest_invalid", manifest("shared", "graphs", "hypernetwork", "cache"))
     case("tokenizer_not_listed", "manifest_invalid", without("files", "tokenizer.json"))
     case("graph_not_listed", "manifest_invalid", manifest("other.onnx", "graphs", "decoder", "file"))
     case("centroids_not_listed", "manifest_invalid", without("files", "centroids.safetensors"))
@@ -245,13 +250,13 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
     # Graphs
     case(
-        "not_onnx", "graph_invalid", written("decoder.onnx", b"not a graph"), {"do": "redigest", "file": "decoder.onnx"}
+        "not_onnx", "graph_invalid", written("decoder_cpu.onnx", b"not a graph"), {"do": "redigest", "file": "decoder_cpu.onnx"}
     )
     case(
         "half_a_graph",
         "graph_invalid",
-        {"do": "truncate", "file": "decoder.onnx", "size": 3000},
-        {"do": "redigest", "file": "decoder.onnx"},
+        {"do": "truncate", "file": "decoder_cpu.onnx", "size": 3000},
+        {"do": "redigest", "file": "decoder_cpu.onnx"},
     )
     case(
         "empty_graph",
@@ -259,13 +264,13 @@ def hostile_cases() -> list[dict[str, Any]]:
         written("hypernetwork.onnx", b""),
         {"do": "redigest", "file": "hypernetwork.onnx"},
     )
-    case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder", "file"))
+    case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder_cpu", "file"))
     embedding_only = {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN}
     case("weights_too_short_for_graph", "graph_invalid", embedding_only, {"do": "redigest", "file": "weights.bin"})
-    case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder", "inputs", "0", "name"))
-    case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder", "inputs", "0", "dtype"))
-    case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder", "inputs", "0", "shape"))
-    case("input_missing", "graph_invalid", without("graphs", "decoder", "inputs", "5"))
+    case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder_cpu", "inputs", "0", "name"))
+    case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder_cpu", "inputs", "0", "dtype"))
+    case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder_cpu", "inputs", "0", "shape"))
+    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "5"))
     case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
     # The tokenizer
     for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):

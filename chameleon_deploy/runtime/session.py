@@ -47,6 +47,8 @@ def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: warnings about initializers help nobody who serves
+    # A pattern per combination of shapes is kept for ever, and every batch has new shapes.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     if graph.role == "hypernetwork":

@@ -22,6 +22,8 @@ class Row {
   void cancel();
   [[nodiscard]] Generation& generation() { return generation_; }
   [[nodiscard]] std::span<const std::int64_t> prompt() const { return prompt_; }
+  /// How many of its tokens a cache must hold: the last new one is never fed back.
+  [[nodiscard]] std::size_t capacity() const { return prompt_.size() + limit_ - 1; }
 
  private:
   [[nodiscard]] std::size_t held_back() const;

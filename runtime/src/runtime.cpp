@@ -93,7 +93,8 @@ Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& option
     : bundle(open_bundle(path)),
       tokenizer(load_tokenizer(bundle)),
       mode(options.mode.value_or(default_mode(bundle.manifest))),
-      decoder(open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest.model) {
+      decoder(bundle.graph("decoder", provider),
+              open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest.model) {
   if (bundle.manifest.adaptation.regime == "chameleon") {
     hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", provider), options);
   }
