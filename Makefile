@@ -1,4 +1,5 @@
-# Two commands: `make demo` runs the tiny model from checkpoint to text, `make test` runs every check.
+# Two commands: `make demo` runs the tiny model from checkpoint to text, `make test` runs every check of the Python side.
+# `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -13,10 +14,13 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+cpp: .venv/ready
+	.ci/cpp
+
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[cpu,export,dev]'
 	touch $@
 
-.PHONY: demo test
+.PHONY: cpp demo test
