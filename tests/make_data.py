@@ -250,7 +250,10 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
     # Graphs
     case(
-        "not_onnx", "graph_invalid", written("decoder_cpu.onnx", b"not a graph"), {"do": "redigest", "file": "decoder_cpu.onnx"}
+        "not_onnx",
+        "graph_invalid",
+        written("decoder_cpu.onnx", b"not a graph"),
+        {"do": "redigest", "file": "decoder_cpu.onnx"},
     )
     case(
         "half_a_graph",
