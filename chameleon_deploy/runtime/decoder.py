@@ -7,21 +7,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, GraphSpec, ModelSpec
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 
 
-class Cache(Protocol):
-    """Keys and values of a batch; each decoder has its own kind.
-
-    lengths  int64 [batch], real tokens per row: the next token's position
-    """
-
-    lengths: IntArray
-
-
 class Decoder(Protocol):
-    """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread."""
+    """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread.
+
+    Each decoder has its own kind of cache; all have `lengths`, int64 [batch]: the real tokens of each row, which is the
+    position of its next one.
+    """
 
     def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[FloatArray, Any]:
         """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
@@ -40,15 +35,6 @@ class Decoder(Protocol):
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
         """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
-
-
-def make_decoder(session: Any, ort_value: Any, graph: GraphSpec, model: ModelSpec) -> Decoder:
-    """The decoder for a graph's kind of cache, over an open session of it."""
-    from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
-    from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-
-    kind = SharedCacheDecoder if graph.cache == "shared" else GrowingCacheDecoder
-    return kind(session, ort_value, model)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:

@@ -14,12 +14,14 @@ from chameleon_deploy.bundle import Bundle, Mode, default_mode, open_bundle
 from chameleon_deploy.errors import InputError, ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
-from chameleon_deploy.runtime.decoder import make_decoder
+from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
+from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.session import import_onnxruntime, open_session, resolve_provider
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 
 
 def load(
@@ -65,7 +67,8 @@ class Runtime:
         self.graph = graph or bundle.graph("decoder", provider)
         decoder_graph = self.manifest.graphs[self.graph]
         session = open_session(bundle, decoder_graph, threads)
-        self.decoder = make_decoder(session, import_onnxruntime().OrtValue, decoder_graph, self.manifest.model)
+        decoder = SharedCacheDecoder if decoder_graph.cache == "shared" else GrowingCacheDecoder
+        self.decoder: Decoder = decoder(session, import_onnxruntime().OrtValue, self.manifest.model)
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._hypernetwork: Any = None
