@@ -12,6 +12,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "train": "train the head of a frozen base model into a checkpoint",
+    "evaluate": "held-out perplexity of checkpoints beside their base",
     "export": "turn a checkpoint into a bundle",
     "verify": "prove a bundle equal to its PyTorch reference",
     "generate": "continue prompts",

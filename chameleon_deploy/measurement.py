@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 
 NOISY = 0.10  # a relative interquartile range beyond this is measured again
 MAX_EXTRA_ROUNDS = 2
+SETTLE_SECONDS = 0.02  # between samples: the last engine's worker threads stop spinning
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,15 @@ def measure(
     for name in case.different:
         case.engines[name]()
     samples: dict[str, list[float]] = {name: [] for name in case.engines}
-    order = list(case.engines)
+    order, shuffle = list(case.engines), random.Random(0)
     for attempt in range(1 + max_extra_rounds):
         for done in range(rounds):
+            shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
             for name in order:
+                time.sleep(SETTLE_SECONDS)
                 start = time.perf_counter()
                 case.engines[name]()
                 samples[name].append(time.perf_counter() - start)
-            order.append(order.pop(0))  # nobody always runs on the same neighbour's caches
             report(case.name, attempt * rounds + done + 1, (attempt + 1) * rounds)
         if max(map(_spread, samples.values())) <= NOISY:
             break

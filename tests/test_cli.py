@@ -62,7 +62,7 @@ def test_console_script(bundle: Path) -> None:
     assert "--reference" in shown.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "export", "verify", "generate", "score", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "verify", "generate", "score", "bench"])
 def test_every_command_has_help(command: str) -> None:
     result = run(f"chameleon_deploy.{command}", "--help")
     assert result.returncode == 0, result.stderr
