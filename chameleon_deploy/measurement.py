@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from chameleon_deploy.ceilings import Ceilings
 
 NOISY = 0.10  # a relative interquartile range beyond this is measured again
 MAX_EXTRA_ROUNDS = 2
@@ -24,12 +27,15 @@ class Case:
     """One thing done by several engines; the first is the bundle as users run it, which the others are compared with.
 
     different  engines that do less by design, so that their results are not compared
+    num_bytes, num_flops  what one call has to read and to compute at the least
     """
 
     name: str
     engines: Mapping[str, Callable[[], Any]]
     units: int  # what one call does that many times, for a figure per unit
     unit: str
+    num_bytes: float
+    num_flops: float
     different: tuple[str, ...] = ()
 
 
@@ -38,6 +44,7 @@ class Timing:
     """Seconds per call of every engine: medians, with the relative interquartile range of the samples.
 
     difference  largest absolute difference from the first engine's result: a fast wrong answer is an error
+    floor       seconds that no engine can beat on this machine
     """
 
     name: str
@@ -45,6 +52,7 @@ class Timing:
     spread: dict[str, float]
     rounds: int
     difference: float
+    floor: float
     units: int
     unit: str
 
@@ -56,7 +64,11 @@ class Timing:
 
 
 def measure(
-    case: Case, rounds: int, report: Callable[[str, int, int], None], max_extra_rounds: int = MAX_EXTRA_ROUNDS
+    case: Case,
+    ceilings: Ceilings,
+    rounds: int,
+    report: Callable[[str, int, int], None],
+    max_extra_rounds: int = MAX_EXTRA_ROUNDS,
 ) -> Timing:
     """Time all engines in turn, `rounds` times each after one warm-up, more often where the samples scatter."""
     first, *others = case.engines
@@ -83,9 +95,20 @@ def measure(
         {name: _spread(values) for name, values in samples.items()},
         len(samples[first]),
         difference,
+        ceilings.floor(case.num_bytes, case.num_flops),
         case.units,
         case.unit,
     )
+
+
+def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
+    """Of one thing alone, after a warm-up."""
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def _difference(ours: Any, theirs: Any) -> float:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from chameleon_deploy.measurement import Case
+from chameleon_deploy.measurement import Case, median_seconds
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.model import adapted_logits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.runtime import Adaptation, Runtime
+from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
+from chameleon_deploy.runtime.adaptation import assign, embed
+from chameleon_deploy.runtime.sampling import choose
 
 Rows = list[list[int]]
 EAGER, PLAIN, SEPARATE = "PyTorch eager", "no adaptation", "one call per cluster"
@@ -38,7 +40,8 @@ def scoring(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
         EAGER: eager,
         PLAIN: lambda: _logprobs(runtime.score(rows, mode="none")),
     }
-    return Case(f"scoring {len(rows)}x{len(rows[0])}", engines, _tokens(rows), "token", different=(PLAIN,))
+    name, (num_bytes, num_flops) = f"scoring {len(rows)}x{len(rows[0])}", _work(runtime, rows, all_logits=True)
+    return Case(name, engines, _tokens(rows), "token", num_bytes, num_flops, different=(PLAIN,))
 
 
 def prefill(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
@@ -54,7 +57,8 @@ def prefill(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
         EAGER: eager,
         PLAIN: lambda: runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), width)[0],
     }
-    return Case(f"prefill {len(rows)}x{width} + first token", engines, _tokens(rows), "token", different=(PLAIN,))
+    name, (num_bytes, num_flops) = f"prefill {len(rows)}x{width} + first token", _work(runtime, rows, all_logits=False)
+    return Case(name, engines, _tokens(rows), "token", num_bytes, num_flops, different=(PLAIN,))
 
 
 def decoding(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -> Case:
@@ -78,7 +82,10 @@ def decoding(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -
     if len(members) > 1:
         engines[SEPARATE] = one_call_per_cluster
     name = f"decoding, batch {len(rows)}, past {len(rows[0])}, {len(members)} cluster{'s' * (len(members) > 1)}"
-    return Case(name, engines, steps, "step", different=(PLAIN,))
+    num_bytes, num_flops = _work(runtime, [[0]] * len(rows), all_logits=True)
+    model = runtime.manifest.model
+    num_bytes += 4 * 2 * model.num_layers * model.num_key_value_heads * model.head_dim * _tokens(rows)  # the cache
+    return Case(name, engines, steps, "step", steps * num_bytes, steps * num_flops, different=(PLAIN,))
 
 
 def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> Rows:
@@ -93,6 +100,17 @@ def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> Rows:
         stream = streams[i % len(streams)]
         rows.append([stream[(i * width + j) % len(stream)] for j in range(width)])
     return rows
+
+
+def _work(runtime: Runtime, rows: Rows, all_logits: bool) -> tuple[float, float]:
+    """Bytes that one pass has to read (every weight once) and the operations of its matrix products.
+
+    Attention scores are left out: at these widths they are a few percent.
+    """
+    model, parameters = runtime.manifest.model, runtime.manifest.parameters
+    head = model.vocab_size * model.hidden_size
+    trunk = parameters.base - head - model.max_positions * model.hidden_size
+    return 4 * (trunk + head), 2 * (trunk * _tokens(rows) + head * (_tokens(rows) if all_logits else len(rows)))
 
 
 def _steps(runtime: Runtime, rows: Rows, tokens: Any, adaptation: Adaptation) -> Callable[[], Any]:
@@ -156,3 +174,26 @@ def _logprobs(scores: Any) -> Any:
 
 def _tokens(rows: Rows) -> int:
     return sum(map(len, rows))
+
+
+def cost_split(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -> dict[str, float]:
+    """Seconds of the parts of one generation: medians of several runs of each part alone."""
+    texts = checkpoint.trunk.tokenizer.decode_batch(rows)
+    spec, model, bundle = runtime.manifest.adaptation, runtime.manifest.model, runtime.bundle
+    table, centroids = bundle.token_embedding(), bundle.centroids()
+    adaptation = runtime.adapt(rows)
+    vectors = adaptation.embeddings[: len(adaptation.lora_A)]
+    logits, _ = runtime.decoder.prefill(rows, adaptation, len(rows[0]))
+    step = _steps(runtime, rows, np.array(rows)[:, :steps], adaptation)
+    parts: dict[str, Callable[[], object]] = {
+        "tokenise": lambda: runtime.tokenizer.encode_batch(texts, add_special_tokens=False),
+        "embed and cluster": lambda: assign(embed(rows, table, spec, model.eos_token_id), centroids),
+        "prefill": lambda: runtime.decoder.prefill(rows, adaptation, len(rows[0])),
+        f"decode, {steps} steps": step,
+        f"choose, {steps} steps": lambda: [
+            choose(row, np.array([0]), Sampling(), 0.0) for _ in range(steps) for row in logits
+        ],
+    }
+    if spec.regime == "chameleon":
+        parts["hypernetwork"] = lambda: runtime._generate_factors(vectors)
+    return {name: median_seconds(part) for name, part in parts.items()}
