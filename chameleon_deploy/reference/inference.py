@@ -1,4 +1,4 @@
-"""The reference at work: adapt a batch in every mode, its logits, greedy generation.
+"""The reference at work: adapt a batch in every mode, and its logits.
 
 Written from DESIGN sections 2 and 3, on its own, so that comparing it with the runtime means something.
 """
@@ -80,23 +80,3 @@ class RowLogits:
 def row_logits(checkpoint: Checkpoint, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
     """One call of `RowLogits`."""
     return RowLogits(checkpoint)(ids, adaptation, row)
-
-
-@torch.no_grad()
-def greedy(
-    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], adaptation: ReferenceAdaptation, max_new_tokens: int
-) -> Tensor:
-    """Greedy tokens [batch, max_new_tokens] of prompts of equal length, with the key-value cache of transformers."""
-    from transformers import DynamicCache
-
-    trunk, alpha = checkpoint.trunk, checkpoint.config.alpha
-    input_ids = torch.tensor([list(ids) for ids in rows])
-    cache, tokens = DynamicCache(), []
-    for _ in range(max_new_tokens):
-        hidden, cache = trunk.hidden_states(input_ids, None, cache)
-        logits = adapted_logits(
-            hidden[:, -1:], trunk.head_weight, adaptation.lora_A, adaptation.lora_B, alpha, adaptation.factor_ids
-        )
-        input_ids = logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(input_ids)
-    return torch.cat(tokens, 1)

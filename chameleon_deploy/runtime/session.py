@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 from chameleon_deploy.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
 
-Provider = Literal["cpu", "auto"]
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
