@@ -156,11 +156,17 @@ def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, mo
     whole, generated = runtime.score(rows), runtime.generate(rows, max_new_tokens=5)
     monkeypatch.setattr(growing_cache, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
     monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 150)  # one or two rows
+    monkeypatch.setattr(shared_cache, "SCORED_POSITIONS", 9)
+    longest = max(rows, key=len)
+    pieces = list(runtime.decoder.all_logits([longest], runtime.adapt([longest])))
+    assert [start for start, _ in pieces] == list(range(0, len(longest), 9))
     assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows)))) > 10
     assert len(list(shared_cache._parts(np.array([len(ids) for ids in rows])))) > 2
     for engine in (portable, runtime):
         for a, b in zip(whole, engine.score(rows), strict=True):
             np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
+        alone = engine.score([longest], mode="none")[0].token_logprobs
+        np.testing.assert_allclose(alone, portable.score([longest, [1]], mode="none")[0].token_logprobs, atol=1e-5)
         again = engine.generate(rows, max_new_tokens=5)
         assert [g.token_ids for g in generated] == [g.token_ids for g in again]
 

@@ -76,4 +76,4 @@ def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
         logits -= highest[:, None]  # in place: these logits have no other reader
         np.exp(logits, out=logits)
         # The sum in float64: in float32 its rounding shows in the result, and differs from one library to another.
-    return np.asarray(chosen.astype(np.float64) - highest - np.log(logits.sum(1, dtype=np.float64)), np.float32)
+        return np.asarray(chosen.astype(np.float64) - highest - np.log(logits.sum(1, dtype=np.float64)), np.float32)

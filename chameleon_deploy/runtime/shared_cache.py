@@ -16,6 +16,7 @@ from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
+SCORED_POSITIONS = 256  # of a long row that is scored alone; bounds its logits
 
 
 @dataclass
@@ -109,22 +110,32 @@ class SharedCacheDecoder:
         return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows])
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
-        buffers = self._buffers(len(rows), max(map(len, rows)))
-        yield 0, self._read(rows, adaptation, buffers, last_only=False).run()
+        width = max(map(len, rows))
+        buffers = self._buffers(len(rows), width)
+        # GroupQueryAttention reads several tokens after a past for a single row only.
+        step = SCORED_POSITIONS if len(rows) == 1 else width
+        for start in range(0, width, step):
+            piece = [ids[start : start + step] for ids in rows]
+            yield start, self._read(piece, adaptation, buffers, last_only=False, start=start).run()
 
     def _read(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, buffers: list[FloatArray], last_only: bool
+        self,
+        rows: Sequence[Sequence[int]],
+        adaptation: Adaptation,
+        buffers: list[FloatArray],
+        last_only: bool,
+        start: int = 0,
     ) -> _Call:
-        """A call that reads whole rows into empty buffers."""
+        """A call that reads rows into buffers that hold `start` tokens already."""
         input_ids, mask = pad(rows)
         batch, width = input_ids.shape
         lengths = mask.sum(1)
         call = _Call(self, batch, width, 1 if last_only else width, adaptation, buffers)
         call.input_ids[:] = input_ids
-        call.position_ids[:] = np.arange(width)
+        call.position_ids[:] = start + np.arange(width)
         call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)
-        call.seqlens_k[:] = lengths - 1
-        call.total_sequence_length[...] = width
+        call.seqlens_k[:] = start + lengths - 1
+        call.total_sequence_length[...] = start + width
         return call
 
     def _buffers(self, batch: int, capacity: int) -> list[FloatArray]:
