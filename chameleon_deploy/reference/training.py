@@ -33,14 +33,12 @@ def train_checkpoint(
     settings: TrainingSettings,
     report: Report,
     resume: bool = False,
-    cache: Path | None = None,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
     Working files (hidden states, the state of the last epoch) stand in `<out>.training` until then.
 
     resume  go on with an interrupted training of the same `out`
-    cache   where the hidden states stay, for several trainings on the same text
 
     Raises OutputExistsError, InputError.
     """
@@ -59,9 +57,8 @@ def train_checkpoint(
 
     def hidden_states(part: str, texts: list[str]) -> HiddenStates:
         ids = encode_texts(texts, trunk.tokenizer, config.protocol, config.max_length)
-        directory = (cache or work) / part
         return cache_hidden_states(
-            trunk, ids, config.protocol, config.max_length, directory,
+            trunk, ids, config.protocol, config.max_length, work / part,
             lambda done: report(f"hidden states ({part})", done, len(ids)),
         )  # fmt: skip
 
