@@ -22,8 +22,8 @@ import transformers
 
 import chameleon_deploy
 from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
-from chameleon_deploy.export.directory import new_directory
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import read_recipe
 from chameleon_deploy.reference import inference

@@ -26,9 +26,9 @@ from chameleon_deploy.bundle import (
     available_modes,
     file_sha256,
 )
+from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import UnsupportedBaseError
 from chameleon_deploy.export.decoder import build_decoder
-from chameleon_deploy.export.directory import new_directory
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.weights import WeightsFile
