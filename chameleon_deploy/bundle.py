@@ -38,6 +38,7 @@ FORMAT_VERSION = 1
 
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
 Regime = Literal["chameleon", "lora"]
+Role = Literal["decoder", "hypernetwork", "chooser", "scorer"]
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -52,11 +53,12 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named graph: what it is for, which providers may run it, and its signature.
 
+    role   chooser and scorer read logits where they are: the highest one's token, a target's log-probability
     cache  of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer
     """
 
     file: str
-    role: Literal["decoder", "hypernetwork"]
+    role: Role
     cache: Literal["growing", "shared"] | None
     providers: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
@@ -146,7 +148,7 @@ class Bundle:
         graphs = self.manifest.graphs
         fitting = [name for name, graph in graphs.items() if graph.role == role and provider in graph.providers]
         if not fitting:
-            raise ManifestError(f"{self.path / MANIFEST}: no {role} graph for provider {provider!r}")
+            raise ManifestError(f"{self.path / MANIFEST}: no {role} graph for provider {provider!r}: export again")
         return min(fitting, key=lambda name: len(graphs[name].providers))
 
     def token_embedding(self) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
@@ -247,7 +249,7 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
     roles = {graph.role for graph in manifest.graphs.values()}
     for name, graph in manifest.graphs.items():
-        if (graph.cache is None) != (graph.role == "hypernetwork"):
+        if (graph.cache is None) == (graph.role == "decoder"):
             raise ManifestError(f"{where}: graphs.{name}.cache does not fit its role {graph.role!r}")
     for role in {"decoder"} | ({"hypernetwork"} if adaptation.regime == "chameleon" else set()):
         if role not in roles:

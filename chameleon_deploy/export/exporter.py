@@ -22,6 +22,7 @@ from chameleon_deploy.bundle import (
     ModelSpec,
     Parameters,
     ParitySummary,
+    Role,
     TensorSpec,
     available_modes,
     file_sha256,
@@ -31,11 +32,13 @@ from chameleon_deploy.errors import UnsupportedBaseError
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.shared_cache import share_cache
+from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
+DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
 
 # Told about a finished bundle before it is published: it returns the summary and the content of
 # parity.json, or raises to refuse the export.
@@ -92,17 +95,19 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
     weights = {name: tensor.detach().numpy() for name, tensor in trunk.causal_lm.state_dict().items()}
     with WeightsFile(directory / "weights.bin") as weights_file:
         decoder, token_embedding = build_decoder(model, weights, trunk.config.layer_norm_epsilon, weights_file)
-        graphs["decoder"] = _save_graph(decoder, "decoder", directory, PROVIDERS, "growing")
+        graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, PROVIDERS, "growing")
         share_cache(decoder, model)
-        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", directory, ("cpu",), "shared")
+        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
-            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", directory, PROVIDERS)
+            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", "hypernetwork", directory, PROVIDERS)
         else:
             pair = checkpoint.factors.lora_A.numpy(), checkpoint.factors.lora_B.numpy()
             lora = {"lora_A": np.ascontiguousarray(pair[0])[None], "lora_B": fold_lora_B(pair[1], config.alpha)[None]}
             save_file(lora, directory / "lora.safetensors")
+    graphs["chooser"] = _save_graph(build_chooser(model), "chooser", "chooser", directory, DEVICES)
+    graphs["scorer"] = _save_graph(build_scorer(model), "scorer", "scorer", directory, DEVICES)
     if config.num_clusters:
         save_file({"centroids": checkpoint.centroids.numpy()}, directory / "centroids.safetensors")
     trunk.tokenizer.save(str(directory / "tokenizer.json"))
@@ -140,6 +145,7 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
 def _save_graph(
     graph: ir.Model,
     name: str,
+    role: Role,
     directory: Path,
     providers: tuple[str, ...],
     cache: Literal["growing", "shared"] | None = None,
@@ -147,7 +153,7 @@ def _save_graph(
     ir.save(graph, directory / f"{name}.onnx")
     return GraphSpec(
         file=f"{name}.onnx",
-        role="decoder" if cache else "hypernetwork",
+        role=role,
         cache=cache,
         providers=providers,
         inputs=_tensor_specs(graph.graph.inputs),

@@ -52,7 +52,7 @@ static void read(const Json& json, const std::string& at, TensorSpec& spec) {
 static void read(const Json& json, const std::string& at, GraphSpec& spec) {
   Fields(json, at)
       .required("file", spec.file)
-      .one_of("role", spec.role, {"decoder", "hypernetwork"})
+      .one_of("role", spec.role, {"decoder", "hypernetwork", "chooser", "scorer"})
       .required("cache", spec.cache)
       .required("providers", spec.providers)
       .required("inputs", spec.inputs)
@@ -184,7 +184,7 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   for (const auto& [name, graph] : manifest.graphs) {
     needed.insert(graph.file);
     roles.insert(graph.role);
-    if (graph.cache.has_value() == (graph.role == "hypernetwork")) {
+    if (graph.cache.has_value() != (graph.role == "decoder")) {
       fail_at(where, "graphs." + name + ".cache does not fit its role '" + graph.role + "'");
     }
   }

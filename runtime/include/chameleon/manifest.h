@@ -32,7 +32,7 @@ struct TensorSpec {
 /// A named graph: what it is for, which providers may run it, and its signature.
 struct GraphSpec {
   std::string file;
-  std::string role;  ///< decoder or hypernetwork
+  std::string role;  ///< decoder, hypernetwork, chooser or scorer
   /// Of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer.
   std::optional<std::string> cache;
   std::vector<std::string> providers;

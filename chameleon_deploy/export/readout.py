@@ -1,0 +1,53 @@
+"""chooser.onnx and scorer.onnx: what is read from logits that stay on a device.
+
+On a GPU the logits of a step are megabytes, and what a caller wants of them is one number per row. These
+two graphs give it, so that nothing else crosses to the host. They have no weights.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.decoder import FLOAT, INT64, OPSET
+
+
+def build_chooser(model: ModelSpec) -> ir.Model:
+    """logits float32 [batch, positions, vocab] -> token_ids int64 [batch, positions]
+
+    The highest logit, ties to the lowest id; -1 where a logit is not finite, which the runtime reports.
+    """
+    graph, builder = _graph("chooser")
+    op = builder.op
+    logits = builder.input("logits", FLOAT, ["batch", "positions", model.vocab_size])
+    best = op.ArgMax(logits, axis=-1, keepdims=0)
+    broken = op.Cast(op.Or(op.IsNaN(logits), op.IsInf(logits)), to=FLOAT)
+    is_broken = op.Greater(op.ReduceMax(broken, op.Constant(value_ints=[-1]), keepdims=0), op.Constant(value_float=0.5))
+    builder.add_output(op.Where(is_broken, op.Constant(value_int=-1), best), "token_ids")
+    return _model(graph, INT64)
+
+
+def build_scorer(model: ModelSpec) -> ir.Model:
+    """logits float32 [batch, positions, vocab], targets int64 [batch, positions] -> logprobs float32 [batch, positions]
+
+    log softmax(logits)[target], in float32.
+    """
+    graph, builder = _graph("scorer")
+    op = builder.op
+    logits = builder.input("logits", FLOAT, ["batch", "positions", model.vocab_size])
+    targets = builder.input("targets", INT64, ["batch", "positions"])
+    axis = op.Constant(value_ints=[-1])
+    chosen = op.GatherElements(op.LogSoftmax(logits, axis=-1), op.Unsqueeze(targets, axis), axis=-1)
+    builder.add_output(op.Squeeze(chosen, axis), "logprobs")
+    return _model(graph, FLOAT)
+
+
+def _graph(name: str) -> tuple[ir.Graph, GraphBuilder]:
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+    return graph, GraphBuilder(graph)
+
+
+def _model(graph: ir.Graph, dtype: ir.DataType) -> ir.Model:
+    graph.outputs[0].shape, graph.outputs[0].type = ir.Shape(["batch", "positions"]), ir.TensorType(dtype)
+    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
