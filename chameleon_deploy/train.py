@@ -13,7 +13,7 @@ from chameleon_deploy.errors import InputError
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model: a Hugging Face GPT-2 directory or hub id.")],
+    base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     text: Annotated[list[Path] | None, typer.Option(help='UTF-8 text files, or .jsonl with a "text" field.')] = None,
     dataset: Annotated[str | None, typer.Option(help="Named dataset instead of files, such as wikitext.")] = None,
@@ -39,6 +39,7 @@ def main(
     train_texts, validation_texts = _texts(text, dataset, validation_text)
 
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
+    from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.head import TrainingSettings
     from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
     from chameleon_deploy.reference.model import load_trunk
@@ -46,7 +47,7 @@ def main(
 
     config = CheckpointConfig(
         regime=regime,
-        base_model=os.path.relpath(base, out) if Path(base).is_dir() else base,
+        base_model=os.path.relpath(base, out) if Path(base).is_dir() or gguf_file(base) else base,
         rank=rank,
         alpha=alpha,
         hidden_sizes=HIDDEN_SIZES if regime == "chameleon" else (),

@@ -35,6 +35,7 @@ from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
@@ -65,15 +66,9 @@ def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None) -> M
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The dimensions of a GPT-2. Raises UnsupportedBaseError for variants whose attention differs."""
     config = checkpoint.trunk.config
-    for option, value in {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-    }.items():
-        if getattr(config, option, value) != value:
-            raise UnsupportedBaseError(f"a GPT-2 with {option}={getattr(config, option)!r} cannot be exported")
+    require_supported(config, checkpoint.config.base_model)
+    if config.model_type != "gpt2" or not config.tie_word_embeddings:
+        raise UnsupportedBaseError(f"a {config.model_type} with {config.tie_word_embeddings=} cannot be exported yet")
     if config.n_inner not in (None, 4 * config.n_embd):
         raise UnsupportedBaseError(f"a GPT-2 with n_inner={config.n_inner} cannot be exported")
     return ModelSpec(

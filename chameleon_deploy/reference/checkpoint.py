@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
+from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA
 from chameleon_deploy.reference.model import Trunk, load_trunk
 
@@ -237,9 +238,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _resolve_base(path: Path, base_model: str) -> str:
-    """A path relative to the checkpoint if such a directory exists, else a hub id."""
+    """A path relative to the checkpoint if there is such a directory or GGUF file, else a hub id."""
     local = path / base_model
-    if local.is_dir():
+    if local.is_dir() or gguf_file(local):
         return str(local)
     if base_model.startswith((".", "/")):
         raise CheckpointError(f"{path}: its base model {base_model!r} is not there; pass --base")

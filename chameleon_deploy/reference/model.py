@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
-
-SUPPORTED_FAMILIES = ("gpt2",)
+from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.gguf import converted, gguf_file
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Trunk:
 
     @property
     def token_embedding(self) -> Tensor:
-        """E [vocab, hidden]: also the head's weight where the two are tied."""
+        """E [vocab, hidden]."""
         return cast(Tensor, self.causal_lm.get_input_embeddings().weight)
 
     @property
@@ -93,9 +93,12 @@ def adapted_logits(
 
 
 def load_trunk(name_or_path: str | Path) -> Trunk:
-    """Load a base model from a directory or a hub id, in float32, frozen and in evaluation mode.
+    """Load a base model in float32, frozen and in evaluation mode.
 
-    Raises UnsupportedBaseError for a family that cannot be exported, CheckpointError when nothing can be loaded.
+    name_or_path  a Hugging Face directory, a GGUF file or the directory of one, or a hub id
+
+    Raises UnsupportedBaseError for a model that cannot be exported, CheckpointError when nothing can be loaded,
+    DependencyError for a GGUF file without the package that reads it, OutputError where it cannot be cached.
     """
     import transformers
 
@@ -103,22 +106,24 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     transformers.logging.disable_progress_bar()
     # Renamed in transformers 5; the old name is what the whole supported range understands.
     warnings.filterwarnings("ignore", message=".*past_key_values.*deprecated", category=FutureWarning)
+    name = str(name_or_path)
+    gguf = gguf_file(name_or_path)
+    where = converted(gguf) if gguf else name_or_path
     try:
-        config = transformers.AutoConfig.from_pretrained(name_or_path)
+        config = transformers.AutoConfig.from_pretrained(where)
     except Exception as error:
-        raise CheckpointError(f"cannot load a base model from {str(name_or_path)!r}: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED_FAMILIES:
-        raise UnsupportedBaseError(
-            f"{str(name_or_path)!r} is a {config.model_type!r} model; supported: {', '.join(SUPPORTED_FAMILIES)}"
-        )
+        raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
+    require_supported(config, name)
     try:
-        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     except Exception as error:
-        raise CheckpointError(f"cannot load a base model from {str(name_or_path)!r}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise CheckpointError(f"{str(name_or_path)!r} has no fast tokenizer: save one as tokenizer.json beside it")
+        raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json beside it")
+    if causal_lm.get_output_embeddings().bias is not None:
+        raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
     return trunk_from(causal_lm, backend)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in any GPT-2 size, to try export, verify and bench without training.
+"""A checkpoint of random weights, a GPT-2 of any size or a Llama, to try export, verify and bench without training.
 
 python -m chameleon_deploy.reference.random --size small --out models/random-small
 """
@@ -6,7 +6,7 @@ python -m chameleon_deploy.reference.random --size small --out models/random-sma
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -20,28 +20,50 @@ from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
-# size: n_layer, n_embd, n_head
+# GPT-2: n_layer, n_embd, n_head
 SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
          "xl": (48, 1600, 25)}  # fmt: skip
 
 
-def random_checkpoint(out: Path, size: str, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0) -> None:
+def base_config(size: str) -> Any:
+    """The Hugging Face configuration of a size: a GPT-2, or one of the Llama family."""
+    import transformers
+
+    if size in SIZES:
+        layers, hidden, heads = SIZES[size]
+        dimensions = {"vocab_size": 512, "n_positions": 128} if size == "mini" else {}  # else GPT-2's own
+        return transformers.GPT2Config(
+            n_layer=layers, n_embd=hidden, n_head=heads, bos_token_id=0, eos_token_id=0, **dimensions
+        )
+    if size == "smollm2-135m":
+        return transformers.LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0,
+            eos_token_id=0,
+        )  # fmt: skip
+    return transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.15,  # the usual 0.02 gives attention at this width nothing to choose between
+    )  # fmt: skip
+
+
+def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0) -> None:
     """Write out/base and the checkpoint around it. The centroids come from real text, the weights from the seed.
+
+    base  a size, or a Hugging Face configuration
 
     Raises OutputExistsError.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if out.exists():
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
     torch.manual_seed(seed)
-    layers, hidden, heads = SIZES[size]
-    dimensions = {"vocab_size": 512, "n_positions": 128} if size == "mini" else {}  # else GPT-2's own
-    config = transformers.GPT2Config(
-        n_layer=layers, n_embd=hidden, n_head=heads, bos_token_id=0, eos_token_id=0, **dimensions
-    )
-    model = transformers.GPT2LMHeadModel(config)
+    config = base_config(base) if isinstance(base, str) else base
+    model = transformers.AutoModelForCausalLM.from_config(config)
     texts = [text for kind in KINDS for text in python_texts(kind)[:200]]
     tokenizer = train_tokenizer(texts, config.vocab_size)
     out.mkdir(parents=True)
@@ -52,17 +74,20 @@ def random_checkpoint(out: Path, size: str, regime: Regime = "chameleon", num_cl
         rank=4,
         hidden_sizes=HIDDEN_SIZES if regime == "chameleon" else (),
         num_clusters=num_clusters,
-        max_length=min(256, config.n_positions),
+        max_length=min(256, config.max_position_embeddings),
     )
-    table = model.transformer.wte.weight.detach()
+    table = model.get_input_embeddings().weight.detach()
     ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
     centroids = fit_centroids(embed_texts(ids, table, "masked", checkpoint.max_length, 0), num_clusters, seed)
-    save_checkpoint(out, checkpoint, build_factors(checkpoint, hidden, config.vocab_size), centroids)
+    save_checkpoint(out, checkpoint, build_factors(checkpoint, config.hidden_size, config.vocab_size), centroids)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
-    size: Annotated[Literal["mini", "small", "medium", "large", "xl"], typer.Option(help="GPT-2 size.")] = "small",
+    size: Annotated[
+        Literal["mini", "small", "medium", "large", "xl", "llama-mini", "smollm2-135m"],
+        typer.Option(help="Of the base model: GPT-2 up to xl, Llama from there."),
+    ] = "small",
     regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="What the factors come from.")] = "chameleon",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

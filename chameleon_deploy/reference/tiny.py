@@ -87,7 +87,7 @@ def save_base(model: Any, tokenizer: Any, out: Path) -> None:
     model.save_pretrained(out)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
-        model_max_length=model.config.n_positions,
+        model_max_length=model.config.max_position_embeddings,
     ).save_pretrained(out)  # fmt: skip
 
 

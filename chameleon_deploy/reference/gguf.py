@@ -1,0 +1,85 @@
+"""Base models from GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+transformers reads them, and takes half a minute for a small one. So a file is converted to Hugging Face
+format once, into the local cache, and every load after that is a load of that directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from importlib import metadata
+from pathlib import Path
+
+from chameleon_deploy.bundle import file_sha256
+from chameleon_deploy.errors import ChameleonError, CheckpointError, DependencyError, UnsupportedBaseError
+from chameleon_deploy.local_cache import find_or_build
+
+
+def gguf_file(name_or_path: str | Path) -> Path | None:
+    """The GGUF file that a base model's name means, or None: the file itself, or the only one of a directory that is
+    not in Hugging Face format.
+
+    Raises CheckpointError when there are several.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
+    return files[0] if files else None
+
+
+def converted(file: Path) -> Path:
+    """The model in Hugging Face format, float32, in the local cache.
+
+    Raises DependencyError without the `gguf` package, CheckpointError, UnsupportedBaseError, OutputError.
+    """
+    key = {"sha256": file_sha256(file), "transformers": metadata.version("transformers")}
+
+    def convert(directory: Path) -> None:
+        try:
+            _convert(file, directory)
+        except (ChameleonError, OSError):
+            raise
+        except Exception as error:  # transformers and gguf raise several unrelated types
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"cannot read {file}: {reason}") from error
+
+    return find_or_build("bases", key, convert)
+
+
+def _convert(file: Path, directory: Path) -> None:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise DependencyError(f"{file} needs a package: pip install 'chameleon-deploy[gguf]'") from error
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    from chameleon_deploy.reference.families import require_supported
+
+    reader = GGUFReader(file)
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):  # transformers would leave it out
+        raise UnsupportedBaseError(f"{file} scales its rotary frequencies by a tensor: pass the Hugging Face directory")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    require_supported(transformers.AutoConfig.from_pretrained(**where), str(file))
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that knows no terminal
+        model = transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
+    if pre_tokenizer and pre_tokenizer.contents() == "smollm":
+        # Each digit is a word, which transformers does not take from the file
+        # (https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/tokenizer.json).
+        backend = tokenizer.backend_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    # By now it is plain float32, but transformers 5 remembers, and would not save it or load it again.
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

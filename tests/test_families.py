@@ -1,0 +1,186 @@
+"""Base models: the families that are supported, what is refused and why, and GGUF files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+
+from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
+from chameleon_deploy.reference.checkpoint import load_checkpoint
+from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.gguf import gguf_file
+from chameleon_deploy.reference.model import load_trunk, trunk_from
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.random import base_config, random_checkpoint
+from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+
+
+def llama(**changes: Any) -> Any:
+    config = base_config("llama-mini")
+    config.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", ["mini", "llama-mini"])
+def test_logits_are_the_head_of_the_hidden_states(size: str, tied: bool) -> None:
+    """With padding and with a cache, against the model's own logits of each text alone."""
+    torch.manual_seed(0)
+    config = base_config(size)
+    config.tie_word_embeddings = tied
+    trunk = trunk_from(transformers.AutoModelForCausalLM.from_config(config), None)
+    assert torch.equal(trunk.token_embedding, trunk.head_weight) == tied
+    texts = [torch.randint(1, 512, (n,)) for n in (9, 4)]
+    ids = torch.stack([torch.cat([text, torch.zeros(9 - len(text), dtype=torch.int64)]) for text in texts])
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    hidden, _ = trunk.hidden_states(ids, mask)
+    for row, text in enumerate(texts):
+        expected = trunk.causal_lm(text[None]).logits[0]
+        torch.testing.assert_close(hidden[row, : len(text)] @ trunk.head_weight.T, expected, rtol=1e-4, atol=1e-4)
+    cache = transformers.DynamicCache()
+    first, cache = trunk.hidden_states(texts[0][None, :5], past_key_values=cache)
+    rest, _ = trunk.hidden_states(texts[0][None, 5:], past_key_values=cache)
+    torch.testing.assert_close(torch.cat([first, rest], 1), trunk.hidden_states(texts[0][None])[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (transformers.Gemma2Config(), "'gemma2' .*final_logit_softcapping=30.0, attn_logit_softcapping=50.0"),
+        (transformers.CohereConfig(), "'cohere' .*logit_scale=0.0625"),
+        (transformers.GraniteConfig(logits_scaling=8.0), "'granite' .*logits_scaling=8.0"),
+        (transformers.MistralConfig(), "'mistral' .*sliding_window=4096"),
+        (transformers.OPTConfig(), "'opt', which cannot be exported; supported families: gpt2, llama"),
+        (llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope_type='dynamic'"),
+        (llama(attention_bias=True), "attention_bias=True"),
+        (llama(mlp_bias=True), "mlp_bias=True"),
+        (llama(hidden_act="gelu"), "hidden_act='gelu'"),
+        (llama(eos_token_id=None), "no eos_token_id"),
+        (transformers.GPT2Config(scale_attn_weights=False), "gpt2 with scale_attn_weights=False"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_an_unsupported_base_is_told_what_is_missing(config: Any, missing: str) -> None:
+    with pytest.raises(UnsupportedBaseError, match=missing):
+        require_supported(config, "some/base")
+
+
+@pytest.mark.parametrize("scaling", [None, "linear", "llama3"])
+def test_supported_rotary_embeddings(scaling: str | None) -> None:
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": scaling, "factor": 2.0, "rope_theta": 1e4} | (llama3 if scaling == "llama3" else {})
+    require_supported(llama(rope_scaling=rope) if scaling else llama(), "x")
+
+
+@pytest.fixture(scope="module")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    random_checkpoint(path / "checkpoint", llama(tie_word_embeddings=False))
+    return path / "checkpoint" / "base"
+
+
+def write_gguf(base: Path, file: Path, pre_tokenizer: str = "smollm", extra_tensor: str | None = None) -> None:
+    """A Hugging Face Llama as llama.cpp converts it: rows of q and k in the order of ggml's rotary embedding."""
+    trunk = load_trunk(base)
+    config, state = trunk.config, trunk.causal_lm.state_dict()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = json.loads(trunk.tokenizer.to_str())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        array = tensor.numpy()
+        for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if kind in name:
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+    if extra_tensor:
+        writer.add_tensor(extra_tensor, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_the_same_base(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    write_gguf(llama_base, tmp_path / "model.gguf")
+    expected = load_trunk(llama_base)
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        trunk = load_trunk(name)
+        assert trunk.num_parameters() == expected.num_parameters()
+        for key, tensor in expected.causal_lm.state_dict().items():
+            assert torch.equal(trunk.causal_lm.state_dict()[key], tensor), key
+        ids = torch.tensor([[5, 6, 7, 8]])
+        torch.testing.assert_close(trunk.hidden_states(ids)[0], expected.hidden_states(ids)[0], rtol=1e-5, atol=1e-5)
+    tokenizer = expected.tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer]
+    )
+    texts = ["a  12", "def f(x):  1", "\u0661\u0662 \u00bd", "<|endoftext|>3 4"]
+    assert [trunk.tokenizer.encode(t).ids for t in texts] == [tokenizer.encode(t).ids for t in texts]
+    assert len(list((tmp_path / "cache" / "bases").glob("*/config.json"))) == 1  # converted once
+
+
+def test_a_checkpoint_finds_its_gguf_base(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    random_checkpoint(tmp_path / "checkpoint", llama(tie_word_embeddings=False))
+    write_gguf(llama_base, tmp_path / "model.gguf", "gpt-2")
+    config = tmp_path / "checkpoint" / "chameleon_config.json"
+    config.write_text(config.read_text().replace('"./base"', '"../model.gguf"'))
+    assert load_checkpoint(tmp_path / "checkpoint").trunk.num_parameters()
+    (tmp_path / "model.gguf").unlink()
+    with pytest.raises(CheckpointError, match="--base"):
+        load_checkpoint(tmp_path / "checkpoint")
+
+
+def test_bad_gguf_files(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "text.gguf").write_text("not a model" * 20)
+    for name in ("empty.gguf", "text.gguf"):
+        with pytest.raises(CheckpointError, match=name):
+            load_trunk(tmp_path / name)
+    with pytest.raises(CheckpointError, match="2 GGUF files"):
+        gguf_file(tmp_path)
+    write_gguf(llama_base, tmp_path / "scaled.gguf", extra_tensor="rope_freqs.weight")
+    with pytest.raises(UnsupportedBaseError, match="rotary frequencies"):
+        load_trunk(tmp_path / "scaled.gguf")
+    assert not list((tmp_path / "cache" / "bases").glob("*/*"))  # nothing half-made is kept
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(base_config("mini"))
+    save_base(model, train_tokenizer([t for kind in KINDS for t in python_texts(kind)[:20]], 512), tmp_path / "base")
+
+    class Biased:
+        bias = torch.zeros(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.GPT2LMHeadModel, "get_output_embeddings", lambda self: Biased())
+        with pytest.raises(UnsupportedBaseError, match="bias"):
+            load_trunk(tmp_path / "base")
