@@ -46,7 +46,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
 
     name: str
-    dtype: Literal["float32", "float16", "int32", "int64"]
+    dtype: Literal["float32", "float16", "bfloat16", "int32", "int64"]
     shape: tuple[int | str, ...]
 
 
@@ -111,6 +111,21 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hypernetwork: int
 
 
+class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
+
+    batch     rows
+    sequence  tokens of a row in one call
+    past      tokens of a row that are in the cache already
+    clusters  factor sets
+    """
+
+    batch: int
+    sequence: int
+    past: int
+    clusters: int
+
+
 class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """verified is false when the export was told not to verify; the figures stand in parity.json."""
 
@@ -122,9 +137,10 @@ class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["chameleon-bundle"]
     format_version: int
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     model: ModelSpec
     adaptation: AdaptationSpec
+    limits: LimitsSpec
     parameters: Parameters
     graphs: dict[str, GraphSpec]
     token_embedding: StoredTensor
@@ -178,6 +194,17 @@ def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
     if not num_clusters:
         return ("none", "static", "request")
     return ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
+    """What is wrong with limits for a model, or None: each is at least 1, and inside the model's positions."""
+    for name in limits.__struct_fields__:
+        if getattr(limits, name) < 1:
+            return f"limits.{name} must be at least 1, not {getattr(limits, name)}"
+    for name, largest in (("sequence", model.max_positions), ("past", model.max_positions - 1)):
+        if getattr(limits, name) > largest:
+            return f"limits.{name} {getattr(limits, name)} is beyond the model's {model.max_positions} positions"
+    return None
 
 
 def default_mode(adaptation: AdaptationSpec) -> Mode:
@@ -241,6 +268,8 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
     if set(adaptation.modes) != set(available_modes(adaptation.regime, adaptation.num_clusters)):
         raise ManifestError(f"{where}: adaptation.modes do not fit its regime and num_clusters")
+    if fault := limits_fault(manifest.limits, model):
+        raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
     needed |= {graph.file for graph in manifest.graphs.values()}
     needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()

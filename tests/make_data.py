@@ -165,7 +165,8 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("unknown_field", "manifest_invalid", manifest(1, "surprise"))
     case("unknown_model_field", "manifest_invalid", manifest(1, "model", "surprise"))
     case("unknown_graph_field", "manifest_invalid", manifest("x", "graphs", "decoder", "custom_op_library"))
-    for field in ("model", "adaptation", "graphs", "files", "token_embedding", "parameters", "tools", "parity"):
+    for field in ("model", "adaptation", "graphs", "files", "token_embedding", "parameters", "limits", "tools",
+                  "parity"):  # fmt: skip
         case(f"no_{field}", "manifest_invalid", without(field))
     case("rank_is_text", "manifest_invalid", manifest("2", "adaptation", "rank"))
     case("rank_is_float", "manifest_invalid", manifest(2.5, "adaptation", "rank"))
@@ -191,6 +192,12 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
     case("layers_zero", "manifest_invalid", manifest(0, "model", "num_layers"))
     case("vocab_differs", "manifest_invalid", manifest(VOCAB_SIZE + 1, "model", "vocab_size"))
+    for limit in ("batch", "sequence", "past", "clusters"):
+        case(f"limit_{limit}_zero", "manifest_invalid", manifest(0, "limits", limit))
+    case("limit_sequence_beyond_positions", "manifest_invalid", manifest(POSITIONS + 1, "limits", "sequence"))
+    case("limit_past_beyond_positions", "manifest_invalid", manifest(POSITIONS, "limits", "past"))
+    case("limit_missing", "manifest_invalid", without("limits", "past"))
+    case("limit_unknown", "manifest_invalid", manifest(1, "limits", "beams"))
     case("no_decoder", "manifest_invalid", without("graphs", "decoder"), without("graphs", "decoder_cpu"))
     case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
     for_cuda = [manifest(["cuda"], "graphs", name, "providers") for name in ("decoder", "decoder_cpu")]

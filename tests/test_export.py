@@ -21,11 +21,11 @@ import torch
 import transformers
 
 import chameleon_deploy
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.bundle import LimitsSpec, open_bundle
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
-from chameleon_deploy.export.recipe import read_recipe
+from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.model import trunk_from
@@ -193,7 +193,8 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
         with new_directory(tmp_path / "out") as directory:
             from chameleon_deploy.export import exporter
 
-            manifest = exporter._write_files(mini, directory)
+            model = model_spec(mini)
+            manifest = exporter._write_files(mini, directory, model, Limits().resolve(model, 4))
             exporter._write_manifest(directory, manifest, {})
             time.sleep(60)
         os._exit(1)
@@ -282,9 +283,31 @@ def test_a_recipe_is_exported(mini_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [('checkpoint = "x"\nsurprise = 1', "surprise"), ("checkpoint = ", "bad.toml"), ("", "checkpoint"),
-     ('checkpoint = "x"\nprecision = "fp8"', "fp8")],
+     ('checkpoint = "x"\nprecision = "fp8"', "fp8"), ('checkpoint = "x"\n[limits]\nbeams = 2', "beams"),
+     ('checkpoint = "x"\n[limits]\nbatch = "8"', "limits.batch")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "bad.toml").write_text(content)
     with pytest.raises(RecipeError, match=message):
         read_recipe(tmp_path / "bad.toml")
+
+
+def test_limits_of_the_recipe_are_in_the_manifest(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
+    assert open_bundle(bundle).manifest.limits == LimitsSpec(batch=32, sequence=128, past=127, clusters=32)
+    (tmp_path / "recipe.toml").write_text('checkpoint = "x"\n[limits]\nbatch = 2\npast = 16\n')
+    manifest = export_bundle(mini, tmp_path / "b", None, read_recipe(tmp_path / "recipe.toml").limits)
+    assert manifest.limits == LimitsSpec(batch=2, sequence=128, past=16, clusters=4)  # all centroids at once
+    assert open_bundle(tmp_path / "b").manifest == manifest
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [(Limits(batch=0), "limits.batch must be at least 1"), (Limits(sequence=129), "limits.sequence 129 is beyond"),
+     (Limits(past=128), "limits.past 128 is beyond"), (Limits(clusters=-1), "limits.clusters must be at least 1")],
+)  # fmt: skip
+def test_limits_are_checked_before_anything_is_written(
+    limits: Limits, message: str, mini: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        export_bundle(mini, tmp_path / "b", None, limits)
+    assert not list(tmp_path.iterdir())

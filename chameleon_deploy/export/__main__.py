@@ -42,7 +42,7 @@ def main(
             require_passed(checks)  # raises: the bundle is not published
             return summary(checks), record
 
-        manifest = export_bundle(checkpoint, out, gates if verify else None)
+        manifest = export_bundle(checkpoint, out, gates if verify else None, recipe.limits)
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity
     console.stdout.print(

@@ -18,6 +18,7 @@ from chameleon_deploy.bundle import (
     AdaptationSpec,
     FileSpec,
     GraphSpec,
+    LimitsSpec,
     Manifest,
     ModelSpec,
     Parameters,
@@ -33,6 +34,7 @@ from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.readout import build_chooser, build_scorer
+from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
@@ -46,15 +48,18 @@ DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
 Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
 
 
-def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None) -> Manifest:
+def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None, limits: Limits = Limits()) -> Manifest:  # noqa: B008
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
     verify  checks the bundle at the path it is given; None records the bundle as not verified
+    limits  the largest call that engines built from it accept
 
-    Raises UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
+    Raises RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
+    model = model_spec(checkpoint)
+    resolved = limits.resolve(model, checkpoint.config.num_clusters)
     with new_directory(out) as directory:
-        manifest = _write_files(checkpoint, directory)
+        manifest = _write_files(checkpoint, directory, model, resolved)
         parity: dict[str, Any] = {"verified": False}
         manifest = _write_manifest(directory, manifest, parity)
         if verify is not None:
@@ -84,8 +89,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     )
 
 
-def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
-    config, trunk, model = checkpoint.config, checkpoint.trunk, model_spec(checkpoint)
+def _write_files(checkpoint: Checkpoint, directory: Path, model: ModelSpec, limits: LimitsSpec) -> Manifest:
+    config, trunk = checkpoint.config, checkpoint.trunk
     graphs: dict[str, GraphSpec] = {}
     weights = {name: tensor.detach().numpy() for name, tensor in trunk.causal_lm.state_dict().items()}
     with WeightsFile(directory / "weights.bin") as weights_file:
@@ -121,6 +126,7 @@ def _write_files(checkpoint: Checkpoint, directory: Path) -> Manifest:
             max_length=config.max_length,
             modes=available_modes(config.regime, config.num_clusters),
         ),
+        limits=limits,
         parameters=Parameters(
             base=trunk.num_parameters(),
             factors=num_factors(model.hidden_size, model.vocab_size, config.rank),

@@ -8,19 +8,49 @@ from typing import Literal
 
 import msgspec
 
+from chameleon_deploy.bundle import LimitsSpec, ModelSpec, limits_fault
 from chameleon_deploy.errors import RecipeError
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The largest call that engines are built for; see LimitsSpec. None takes what `resolve` says.
+
+    batch     32
+    sequence  the model's positions, at most 1,024
+    past      all of the model's positions but one
+    clusters  enough for any batch, and for all centroids at once
+    """
+
+    batch: int = 32
+    sequence: int | None = None
+    past: int | None = None
+    clusters: int | None = None
+
+    def resolve(self, model: ModelSpec, num_clusters: int) -> LimitsSpec:
+        """The numbers for one model. Raises RecipeError for what is below 1 or outside the model's positions."""
+        limits = LimitsSpec(
+            batch=self.batch,
+            sequence=min(model.max_positions, 1024) if self.sequence is None else self.sequence,
+            past=model.max_positions - 1 if self.past is None else self.past,
+            clusters=max(self.batch, num_clusters) if self.clusters is None else self.clusters,
+        )
+        if fault := limits_fault(limits, model):
+            raise RecipeError(f"{fault}: change [limits] in the recipe")
+        return limits
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """checkpoint  a directory relative to the recipe, as for the command line
     base        the base model, where the checkpoint's own reference does not hold
     precision   of the weights
-    target      the graphs to build"""
+    target      the graphs to build
+    limits      the largest call that engines are built for"""
 
     checkpoint: str
     base: str | None = None
     precision: Literal["fp32"] = "fp32"
     target: Literal["onnx"] = "onnx"
+    limits: Limits = Limits()
 
 
 def read_recipe(path: Path) -> Recipe:

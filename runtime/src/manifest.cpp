@@ -44,7 +44,7 @@ static void read(const Json& json, const std::string& at, Mode& mode) {
 static void read(const Json& json, const std::string& at, TensorSpec& spec) {
   Fields(json, at)
       .required("name", spec.name)
-      .one_of("dtype", spec.dtype, {"float32", "float16", "int32", "int64"})
+      .one_of("dtype", spec.dtype, {"float32", "float16", "bfloat16", "int32", "int64"})
       .required("shape", spec.shape)
       .finish();
 }
@@ -99,6 +99,15 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .finish();
 }
 
+static void read(const Json& json, const std::string& at, LimitsSpec& limits) {
+  Fields(json, at)
+      .required("batch", limits.batch)
+      .required("sequence", limits.sequence)
+      .required("past", limits.past)
+      .required("clusters", limits.clusters)
+      .finish();
+}
+
 static void read(const Json& json, const std::string& at, Parameters& parameters) {
   Fields(json, at)
       .required("base", parameters.base)
@@ -119,9 +128,10 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
   Fields(json, at)
       .required("format", manifest.format)
       .required("format_version", manifest.format_version)
-      .one_of("precision", manifest.precision, {"fp32", "fp16", "int8"})
+      .one_of("precision", manifest.precision, {"fp32", "fp16", "bf16", "int8"})
       .required("model", manifest.model)
       .required("adaptation", manifest.adaptation)
+      .required("limits", manifest.limits)
       .required("parameters", manifest.parameters)
       .required("graphs", manifest.graphs)
       .required("token_embedding", manifest.token_embedding)
@@ -178,6 +188,13 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   }
   if (std::set<Mode>(adaptation.modes.begin(), adaptation.modes.end()) != available_modes(adaptation)) {
     fail_at(where, "adaptation.modes do not fit its regime and num_clusters");
+  }
+  const LimitsSpec& limits = manifest.limits;
+  for (const std::int64_t limit : {limits.batch, limits.sequence, limits.past, limits.clusters}) {
+    if (limit < 1) fail_at(where, "limits has a number below 1");
+  }
+  if (limits.sequence > model.max_positions || limits.past > model.max_positions - 1) {
+    fail_at(where, "limits.sequence or limits.past is beyond the model's positions");
   }
   std::set<std::string> needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file};
   std::set<std::string> roles;

@@ -25,7 +25,7 @@ using Dimension = std::variant<std::int64_t, std::string>;  ///< a number, or a 
 /// An input or output of a graph.
 struct TensorSpec {
   std::string name;
-  std::string dtype;  ///< float32, float16, int32 or int64
+  std::string dtype;  ///< float32, float16, bfloat16, int32 or int64
   std::vector<Dimension> shape;
 };
 
@@ -83,6 +83,14 @@ struct Parameters {
   std::int64_t hypernetwork = 0;
 };
 
+/// The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
+struct LimitsSpec {
+  std::int64_t batch = 0;     ///< rows
+  std::int64_t sequence = 0;  ///< tokens of a row in one call
+  std::int64_t past = 0;      ///< tokens of a row that are in the cache already
+  std::int64_t clusters = 0;  ///< factor sets
+};
+
 /// verified is false when the export was told not to verify; the figures stand in parity.json.
 struct ParitySummary {
   bool verified = false;
@@ -97,6 +105,7 @@ struct Manifest {
   std::string precision;
   ModelSpec model;
   AdaptationSpec adaptation;
+  LimitsSpec limits;
   Parameters parameters;
   std::map<std::string, GraphSpec> graphs;
   StoredTensor token_embedding;
