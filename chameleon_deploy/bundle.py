@@ -8,14 +8,10 @@ whatever it does not know, so that a bundle that opens is a bundle that runs.
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
@@ -29,126 +25,39 @@ from chameleon_deploy.errors import (
     PathError,
     TensorError,
     UnknownFileError,
-    VersionError,
+)
+from chameleon_deploy.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    AdaptationSpec,
+    FileSpec,
+    GraphSpec,
+    LimitsSpec,
+    Manifest,
+    Mode,
+    ModelSpec,
+    Parameters,
+    ParitySummary,
+    Regime,
+    Role,
+    StoredTensor,
+    TensorSpec,
+    available_modes,
+    default_mode,
+    limits_fault,
+    parse_manifest,
 )
 
-MANIFEST = "bundle.json"
-FORMAT = "chameleon-bundle"
-FORMAT_VERSION = 1
+# The manifest's types are part of the contract: who needs both takes them from here.
+__all__ = [
+    "Bundle", "FloatArray", "file_sha256", "open_bundle",
+    "FORMAT", "FORMAT_VERSION", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec", "Manifest", "Mode",
+    "ModelSpec", "Parameters", "ParitySummary", "Regime", "Role", "StoredTensor", "TensorSpec", "available_modes",
+    "default_mode", "limits_fault", "parse_manifest",
+]  # fmt: skip
 
-Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
-Regime = Literal["chameleon", "lora"]
-Role = Literal["decoder", "hypernetwork", "chooser", "scorer"]
 FloatArray = npt.NDArray[np.float32]
-
-
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
-
-    name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int32", "int64"]
-    shape: tuple[int | str, ...]
-
-
-class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named graph: what it is for, which providers may run it, and its signature.
-
-    role   chooser and scorer read logits where they are: the highest one's token, a target's log-probability
-    cache  of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer
-    """
-
-    file: str
-    role: Role
-    cache: Literal["growing", "shared"] | None
-    providers: tuple[str, ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor inside a weights file: little-endian, row-major, at a byte offset."""
-
-    file: str
-    dtype: Literal["float32", "float16"]
-    shape: tuple[int, ...]
-    offset: int
-
-
-class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    size: int
-    sha256: str
-
-
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_positions: int
-    eos_token_id: int
-
-
-class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """alpha is recorded, not applied: it is folded into the factors at export."""
-
-    regime: Regime
-    rank: int
-    alpha: float
-    num_clusters: int
-    protocol: Literal["masked", "paper"]
-    max_length: int
-    modes: tuple[Mode, ...]
-
-
-class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora)."""
-
-    base: int
-    factors: int
-    hypernetwork: int
-
-
-class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
-
-    batch     rows
-    sequence  tokens of a row in one call
-    past      tokens of a row that are in the cache already
-    clusters  factor sets
-    """
-
-    batch: int
-    sequence: int
-    past: int
-    clusters: int
-
-
-class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """verified is false when the export was told not to verify; the figures stand in parity.json."""
-
-    verified: bool
-    checks: int = 0
-    max_abs_logit_difference: float | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: Literal["chameleon-bundle"]
-    format_version: int
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
-    model: ModelSpec
-    adaptation: AdaptationSpec
-    limits: LimitsSpec
-    parameters: Parameters
-    graphs: dict[str, GraphSpec]
-    token_embedding: StoredTensor
-    files: dict[str, FileSpec]
-    determinism: tuple[Literal["F", "R", "B"], ...]
-    parity: ParitySummary
-    checkpoint_digest: str
-    tools: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -187,32 +96,6 @@ class Bundle:
         return tensors["lora_A"], tensors["lora_B"]
 
 
-def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
-    """Which modes a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
-    if regime == "lora":
-        return ("none", "static")
-    if not num_clusters:
-        return ("none", "static", "request")
-    return ("none", "static", "centroid", "request", "cohort", "tenant")
-
-
-def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
-    """What is wrong with limits for a model, or None: each is at least 1, and inside the model's positions."""
-    for name in limits.__struct_fields__:
-        if getattr(limits, name) < 1:
-            return f"limits.{name} must be at least 1, not {getattr(limits, name)}"
-    for name, largest in (("sequence", model.max_positions), ("past", model.max_positions - 1)):
-        if getattr(limits, name) > largest:
-            return f"limits.{name} {getattr(limits, name)} is beyond the model's {model.max_positions} positions"
-    return None
-
-
-def default_mode(adaptation: AdaptationSpec) -> Mode:
-    """What the model was trained for, as far as the bundle can serve it."""
-    preferred: tuple[Mode, ...] = ("cohort", "request", "static")
-    return next(mode for mode in preferred if mode in adaptation.modes)
-
-
 def open_bundle(path: Path) -> Bundle:
     """Read the manifest and check every file against it.
 
@@ -233,62 +116,6 @@ def open_bundle(path: Path) -> Bundle:
     if manifest.adaptation.regime == "lora":
         bundle.lora()
     return bundle
-
-
-def parse_manifest(raw: bytes, where: Path) -> Manifest:
-    """Decode and cross-check bundle.json. Raises ManifestError, VersionError or PathError."""
-    try:
-        head = msgspec.json.decode(raw)
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise ManifestError(f'{where}: "format" is not "{FORMAT}"')
-        if head.get("format_version") != FORMAT_VERSION:
-            raise VersionError(
-                f"{where}: format_version {head.get('format_version')!r}, this release reads {FORMAT_VERSION}: "
-                "export the checkpoint again or install the matching release"
-            )
-        manifest = msgspec.convert(head, Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(f"{where}: {error}") from error
-    for name in manifest.files:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-            raise PathError(f"{where}: file name {name!r} is not a plain name inside the bundle")
-    _check_consistency(manifest, where)
-    return manifest
-
-
-def _check_consistency(manifest: Manifest, where: Path) -> None:
-    model, adaptation = manifest.model, manifest.adaptation
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "max_positions"):  # fmt: skip
-        if getattr(model, name) < 1:
-            raise ManifestError(f"{where}: model.{name} must be at least 1")
-    if adaptation.rank < 1 or adaptation.num_clusters < 0 or adaptation.max_length < 1:
-        raise ManifestError(f"{where}: adaptation has a rank, num_clusters or max_length out of range")
-    if not 0 <= model.eos_token_id < model.vocab_size:
-        raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
-    if set(adaptation.modes) != set(available_modes(adaptation.regime, adaptation.num_clusters)):
-        raise ManifestError(f"{where}: adaptation.modes do not fit its regime and num_clusters")
-    if fault := limits_fault(manifest.limits, model):
-        raise ManifestError(f"{where}: {fault}")
-    needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
-    needed |= {graph.file for graph in manifest.graphs.values()}
-    needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()
-    needed |= {"centroids.safetensors"} if adaptation.num_clusters else set()
-    for name in sorted(needed - set(manifest.files)):
-        raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
-    roles = {graph.role for graph in manifest.graphs.values()}
-    for name, graph in manifest.graphs.items():
-        if (graph.cache is None) == (graph.role == "decoder"):
-            raise ManifestError(f"{where}: graphs.{name}.cache does not fit its role {graph.role!r}")
-    for role in {"decoder"} | ({"hypernetwork"} if adaptation.regime == "chameleon" else set()):
-        if role not in roles:
-            raise ManifestError(f"{where}: no graph has the role {role!r}")
-    stored = manifest.token_embedding
-    if stored.shape != (model.vocab_size, model.hidden_size):
-        raise ManifestError(f"{where}: token_embedding has shape {stored.shape}, not [vocab_size, hidden_size]")
-    end = stored.offset + math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
-    if stored.offset < 0 or end > manifest.files[stored.file].size:
-        raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")
 
 
 def _check_listing(path: Path, manifest: Manifest) -> None:
