@@ -123,6 +123,18 @@ class ProviderError(ChameleonError):
     code = "provider_unavailable"
 
 
+class ProfileError(ChameleonError):
+    """A TensorRT optimization profile that contradicts itself or leaves the model's positions."""
+
+    code = "profile_invalid"
+
+
+class EngineError(ChameleonError):
+    """TensorRT cannot read a graph or build an engine from it."""
+
+    code = "engine_failed"
+
+
 class NumericError(ChameleonError):
     """The model produced a value that is not finite."""
 
