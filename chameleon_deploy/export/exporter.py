@@ -29,7 +29,6 @@ from chameleon_deploy.bundle import (
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.errors import UnsupportedBaseError
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -69,32 +68,27 @@ def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None, limi
 
 
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """The dimensions of a GPT-2. Raises UnsupportedBaseError for variants whose attention differs."""
-    config = checkpoint.trunk.config
+    """The dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported wrongly."""
+    trunk, config = checkpoint.trunk, checkpoint.trunk.config
     require_supported(config, checkpoint.config.base_model)
-    if config.model_type != "gpt2" or not config.tie_word_embeddings:
-        raise UnsupportedBaseError(f"a {config.model_type} with {config.tie_word_embeddings=} cannot be exported yet")
-    if config.n_inner not in (None, 4 * config.n_embd):
-        raise UnsupportedBaseError(f"a GPT-2 with n_inner={config.n_inner} cannot be exported")
     return ModelSpec(
-        architecture="gpt2",
+        architecture=config.model_type,
         vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        num_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
-        max_positions=config.n_positions,
-        eos_token_id=checkpoint.trunk.eos_token_id,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        max_positions=trunk.max_positions,
+        eos_token_id=trunk.eos_token_id,
     )
 
 
 def _write_files(checkpoint: Checkpoint, directory: Path, model: ModelSpec, limits: LimitsSpec) -> Manifest:
     config, trunk = checkpoint.config, checkpoint.trunk
     graphs: dict[str, GraphSpec] = {}
-    weights = {name: tensor.detach().numpy() for name, tensor in trunk.causal_lm.state_dict().items()}
     with WeightsFile(directory / "weights.bin") as weights_file:
-        decoder, token_embedding = build_decoder(model, weights, trunk.config.layer_norm_epsilon, weights_file)
+        decoder, token_embedding = build_decoder(model, trunk, weights_file)
         graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, PROVIDERS, "growing")
         share_cache(decoder, model)
         graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.export.decoder import FLOAT, OPSET
+from chameleon_deploy.export.graph import FLOAT, OPSET
 from chameleon_deploy.export.weights import WeightsFile
 
 

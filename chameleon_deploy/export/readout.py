@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.bundle import ModelSpec
-from chameleon_deploy.export.decoder import FLOAT, INT64, OPSET
+from chameleon_deploy.export.graph import FLOAT, INT64, OPSET
 
 
 def build_chooser(model: ModelSpec) -> ir.Model:

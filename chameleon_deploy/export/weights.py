@@ -7,11 +7,14 @@ at an offset (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray, StoredTensor
 
@@ -45,14 +48,38 @@ class WeightsFile:
         )  # fmt: skip
 
 
-def alias(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
-    """A second name for the same bytes of the file."""
+class GraphWeights:
+    """The tensors of a Hugging Face state dict, each written when a graph asks for it: an initializer of its name."""
+
+    def __init__(self, builder: Any, file: WeightsFile, state: Mapping[str, Tensor]) -> None:
+        self._builder, self._file, self._state = builder, file, state
+
+    def __call__(self, name: str) -> ir.Value:
+        """The tensor as it is."""
+        return self.add(name, self._state[name].detach().numpy())
+
+    def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
+        """Linear weights [out, in] as MatMul takes them, [in, out]: one, or several beside each other under a new
+        name."""
+        rows = [self._state[part].detach().numpy() for part in parts or [name]]
+        return self.add(name, np.concatenate(rows).T)
+
+    def add(self, name: str, array: FloatArray) -> ir.Value:
+        """An array under a name of its own."""
+        value: ir.Value = self._builder.initializer(self._file.add(name, array), name)
+        return value
+
+
+def alias(value: ir.Value, name: str) -> ir.ExternalTensor:
+    """A second name for the bytes of an initializer."""
+    tensor = cast(ir.ExternalTensor, value.const_value)
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
         base_dir=tensor.base_dir,
     )  # fmt: skip
 
 
-def stored_tensor(tensor: ir.ExternalTensor) -> StoredTensor:
-    """The same place, in the words of the manifest."""
+def stored_tensor(value: ir.Value) -> StoredTensor:
+    """Where an initializer is, in the words of the manifest."""
+    tensor = cast(ir.ExternalTensor, value.const_value)
     return StoredTensor(str(tensor.location), "float32", tuple(tensor.shape.numpy()), int(tensor.offset or 0))

@@ -45,6 +45,11 @@ class Trunk:
         return cast(Tensor, self.causal_lm.get_output_embeddings().weight)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the token embedding."""
+        return self.head_weight.data_ptr() == self.token_embedding.data_ptr()
+
+    @property
     def eos_token_id(self) -> int:
         eos = self.config.eos_token_id
         return int(eos[0] if isinstance(eos, list) else eos)

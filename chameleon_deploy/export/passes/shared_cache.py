@@ -20,6 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule
 
 from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.attention import attention
+from chameleon_deploy.export.llama import ROTARY_TABLES
 
 
 def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
@@ -27,32 +29,27 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
     graph = decoder.graph
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
-    heads, dim = model.num_attention_heads, model.head_dim
+    # Llama: the operator turns queries and keys itself, by the position that follows from the lengths.
+    tables = [graph.initializers[name] for name in ROTARY_TABLES if name in graph.initializers]
 
     def portable(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any) -> Any:
-        def split_heads(part: Any) -> Any:
-            return op.Transpose(op.Reshape(part, [0, 0, heads, dim]), perm=[0, 2, 1, 3])
+        return attention(op, model, qkv, past_key, past_value, bias)
 
-        q, k, v = op.Split(qkv, axis=2, num_outputs=3, _outputs=3)
-        q = split_heads(q)
-        k = op.Concat(past_key, split_heads(k), axis=2)
-        v = op.Concat(past_value, split_heads(v), axis=2)
-        scores = op.MatMul(op.Mul(q, dim**-0.5), op.Transpose(k, perm=[0, 1, 3, 2]))
-        context = op.MatMul(op.Softmax(op.Add(scores, bias), axis=-1), v)
-        return op.Reshape(op.Transpose(context, perm=[0, 2, 1, 3]), [0, 0, heads * dim]), k, v
+    def portable_rotary(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any, cos: Any, sin: Any) -> Any:
+        return attention(op, model, qkv, past_key, past_value, bias, (cos, sin))
 
     def shared(op: Any, qkv: Any, past_key: Any, past_value: Any, **_: Any) -> Any:
         return op.GroupQueryAttention(
-            qkv, None, None, past_key, past_value, lengths, total, num_heads=heads,
-            kv_num_heads=model.num_key_value_heads, _domain="com.microsoft", _outputs=3,
+            qkv, None, None, past_key, past_value, lengths, total, *tables, num_heads=model.num_attention_heads,
+            kv_num_heads=model.num_key_value_heads, do_rotary=len(tables) // 2, _domain="com.microsoft", _outputs=3,
         )  # fmt: skip
 
-    count = RewriteRule(portable, shared).apply_to_model(decoder)
+    count = RewriteRule(portable_rotary if tables else portable, shared).apply_to_model(decoder)
     graph.inputs.extend([lengths, total])
     RemoveUnusedNodesPass()(decoder)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "attention_mask"))
     for value in [*graph.inputs, *graph.outputs]:
         if value.name and value.name.startswith(("past_key_values.", "present.")):
-            value.shape = ir.Shape(["batch", model.num_key_value_heads, "capacity", dim])
+            value.shape = ir.Shape(["batch", model.num_key_value_heads, "capacity", model.head_dim])
     decoder.opset_imports["com.microsoft"] = 1
     return int(count)

@@ -1,0 +1,27 @@
+"""What every graph is built with: the operator set, element types, constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+OPSET = 20  # standard operators of this version only: NVIDIA's parser builds 18 to 22, and refuses Attention of 23
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+def integer(op: Any, value: int) -> Any:
+    return op.Constant(value_int=value)
+
+
+def integers(op: Any, values: list[int]) -> Any:
+    return op.Constant(value_ints=values)
+
+
+def real(op: Any, value: float) -> Any:
+    return op.Constant(value_float=value)
+
+
+def declare(value: ir.Value, shape: list[int | str]) -> None:
+    """Give a float32 output its shape."""
+    value.shape, value.type = ir.Shape(shape), ir.TensorType(FLOAT)

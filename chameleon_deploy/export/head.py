@@ -1,0 +1,41 @@
+"""The linear head and its low-rank update, with a factor set for each row.
+
+The update of rows with different factor sets takes two plain matrix products: the sets are stacked
+into [clusters*rank, hidden] and [clusters*rank, vocab], and between the two each row keeps its own
+set's columns and zeroes the others. No row copies lora_B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.graph import integer, integers, real
+
+
+def build_head(
+    op: Any,
+    hidden: Any,
+    weight: ir.Value,
+    logits_positions: ir.Value,
+    cluster_ids: ir.Value,
+    lora_A: ir.Value,
+    lora_B: ir.Value,
+    model: ModelSpec,
+) -> Any:
+    """h W^T + (h A^T) B, each row with the factors of its own set.  -> [batch, positions, vocab]"""
+    hidden_size, vocab_size = model.hidden_size, model.vocab_size
+    kept = op.GatherND(hidden, op.Unsqueeze(logits_positions, [2]), batch_dims=1)  # [batch, positions, hidden]
+    h = op.Reshape(kept, [-1, hidden_size])  # one row per position: [n, hidden]
+    base = op.Gemm(h, weight, transB=1)
+    products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, clusters*rank]
+    num_sets, rank = op.Squeeze(op.Shape(lora_A, start=0, end=1)), op.Shape(lora_A, start=1, end=2)
+    sets = op.Unsqueeze(op.Range(integer(op, 0), num_sets, integer(op, 1)), [1])
+    columns = op.Reshape(op.Expand(sets, op.Concat(op.Shape(lora_A, start=0, end=1), rank, axis=0)), [1, -1])
+    rows = op.Expand(op.Unsqueeze(cluster_ids, [1]), op.Shape(logits_positions))
+    own = op.Equal(op.Reshape(rows, [-1, 1]), columns)  # [n, clusters*rank]
+    products = op.Where(own, products, real(op, 0.0))
+    logits = op.Gemm(products, op.Reshape(lora_B, [-1, vocab_size]), base)
+    return op.Reshape(logits, op.Concat(op.Shape(logits_positions), integers(op, [vocab_size]), axis=0))
