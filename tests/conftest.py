@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
+from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.reference.random import random_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,6 +45,36 @@ def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     assert isinstance(checkpoint.factors, StaticLoRA)
     checkpoint.factors.lora_B.data *= 30  # as far from the base as a trained one
     return checkpoint
+
+
+def checkpoint_around(config: Any, num_clusters: int = 2) -> Checkpoint:
+    """A checkpoint of random weights in memory, for a base of any configuration; its tokenizer is empty."""
+    torch.manual_seed(0)
+    trunk = trunk_from(transformers.AutoModelForCausalLM.from_config(config), Tokenizer(models.BPE()))
+    about = CheckpointConfig(regime="chameleon", base_model=".", rank=2, hidden_sizes=(8, 4), num_clusters=num_clusters)
+    factors = build_factors(about, config.hidden_size, config.vocab_size).eval().requires_grad_(False)
+    centroids = torch.nn.functional.normalize(torch.randn(num_clusters, config.hidden_size), dim=1)
+    return Checkpoint(about, trunk, factors, centroids, "0" * 64)
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same around a Llama: 4 query heads on 2 key-value heads, a head of its own."""
+    path = tmp_path_factory.mktemp("llama") / "chameleon"
+    random_checkpoint(path, "llama-mini")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(llama_path: Path) -> Checkpoint:
+    return load_checkpoint(llama_path)
+
+
+@pytest.fixture(scope="session")
+def llama_bundle(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "llama"
+    export_bundle(llama, path, None)
+    return path
 
 
 @pytest.fixture(scope="session")

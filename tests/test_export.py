@@ -27,17 +27,18 @@ from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError,
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
-from chameleon_deploy.reference.model import trunk_from
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.random import SIZES
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, checkpoint_around
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
 
-@pytest.mark.parametrize("name", ["decoder", "hypernetwork"])
-def test_graphs_are_standard_onnx(bundle: Path, name: str) -> None:
-    file = bundle / f"{name}.onnx"
+@pytest.mark.parametrize(
+    ("family", "name"), [("bundle", "decoder"), ("bundle", "hypernetwork"), ("llama_bundle", "decoder")]
+)
+def test_graphs_are_standard_onnx(request: pytest.FixtureRequest, family: str, name: str) -> None:
+    file = request.getfixturevalue(family) / f"{name}.onnx"
     onnx.checker.check_model(str(file), full_check=True)
     model = onnx.load(file, load_external_data=False)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
@@ -62,6 +63,17 @@ def test_the_tied_embedding_is_stored_once(bundle: Path, mini: Checkpoint) -> No
     assert (bundle / "weights.bin").read_bytes().count(table) == 1
     numbers = mini.trunk.num_parameters() + open_bundle(bundle).manifest.parameters.hypernetwork
     assert (bundle / "weights.bin").stat().st_size <= 1.02 * 4 * numbers
+
+
+def test_an_untied_head_is_stored_beside_the_embedding(llama_bundle: Path, llama: Checkpoint) -> None:
+    content = (llama_bundle / "weights.bin").read_bytes()
+    for table in (llama.trunk.token_embedding, llama.trunk.head_weight):
+        assert content.count(table.numpy().tobytes()) == 1
+    manifest = open_bundle(llama_bundle).manifest
+    assert manifest.parameters.base == llama.trunk.num_parameters()
+    rotary = 128 * 16  # cosines and sines of every position
+    numbers = manifest.parameters.base + manifest.parameters.hypernetwork + rotary
+    assert len(content) <= 1.02 * 4 * numbers
 
 
 def test_the_manifest_tells_the_truth(bundle: Path, mini: Checkpoint) -> None:
@@ -96,23 +108,16 @@ def test_alpha_and_layout_are_folded_in(mini: Checkpoint, tmp_path: Path) -> Non
     np.testing.assert_allclose(ours.lora_B, 0.25 * theirs.lora_B.numpy().swapaxes(1, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_gpt2_size_by_config(size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "option"),
+    [*((size, {}) for size in SIZES), ("mini", {"n_inner": 100}), ("mini", {"tie_word_embeddings": False})],
+)
+def test_every_gpt2_size_by_config(size: str, option: dict[str, Any], tmp_path: Path) -> None:
     """Widths, heads and one layer of each size; a small vocabulary keeps it quick."""
-    torch.manual_seed(0)
     _, hidden, heads = SIZES[size]
     config = transformers.GPT2Config(n_layer=1, n_embd=hidden, n_head=heads, vocab_size=300, n_positions=96,
-                                     bos_token_id=0, eos_token_id=0)  # fmt: skip
-    tokenizers = __import__("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trunk = trunk_from(transformers.GPT2LMHeadModel(config), tokenizer)
-    checkpoint_config = CheckpointConfig(
-        regime="chameleon", base_model=".", rank=2, hidden_sizes=(8, 4), num_clusters=2
-    )
-    checkpoint = Checkpoint(
-        checkpoint_config, trunk, build_factors(checkpoint_config, hidden, 300).eval().requires_grad_(False),
-        torch.nn.functional.normalize(torch.randn(2, hidden), dim=1), "0" * 64,
-    )  # fmt: skip
+                                     bos_token_id=0, eos_token_id=0, **option)  # fmt: skip
+    checkpoint = checkpoint_around(config)
     export_bundle(checkpoint, tmp_path / "b", None)
     runtime = chameleon_deploy.load(tmp_path / "b", threads=2)
     rows = [[7] * 96, [5, 9, 200, 3]]
@@ -128,7 +133,6 @@ def test_every_gpt2_size_by_config(size: str, tmp_path: Path) -> None:
     [
         {"activation_function": "relu"},
         {"scale_attn_by_inverse_layer_idx": True},
-        {"n_inner": 100},
         {"scale_attn_weights": False},
     ],
 )

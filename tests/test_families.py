@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.model import load_trunk, trunk_from
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.random import base_config, random_checkpoint
+from chameleon_deploy.reference.random import base_config
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
 
@@ -64,6 +65,7 @@ def test_logits_are_the_head_of_the_hidden_states(size: str, tied: bool) -> None
         (llama(mlp_bias=True), "mlp_bias=True"),
         (llama(hidden_act="gelu"), "hidden_act='gelu'"),
         (llama(eos_token_id=None), "no eos_token_id"),
+        (llama(head_dim=24), "head_dim=24, no multiple of 16"),
         (transformers.GPT2Config(scale_attn_weights=False), "gpt2 with scale_attn_weights=False"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -80,11 +82,9 @@ def test_supported_rotary_embeddings(scaling: str | None) -> None:
     require_supported(llama(rope_scaling=rope) if scaling else llama(), "x")
 
 
-@pytest.fixture(scope="module")
-def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    random_checkpoint(path / "checkpoint", llama(tie_word_embeddings=False))
-    return path / "checkpoint" / "base"
+@pytest.fixture
+def llama_base(llama_path: Path) -> Path:
+    return llama_path / "base"
 
 
 def write_gguf(base: Path, file: Path, pre_tokenizer: str = "smollm", extra_tensor: str | None = None) -> None:
@@ -148,7 +148,7 @@ def test_a_gguf_file_is_the_same_base(llama_base: Path, tmp_path: Path, monkeypa
 
 def test_a_checkpoint_finds_its_gguf_base(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
-    random_checkpoint(tmp_path / "checkpoint", llama(tie_word_embeddings=False))
+    shutil.copytree(llama_base.parent, tmp_path / "checkpoint")
     write_gguf(llama_base, tmp_path / "model.gguf", "gpt-2")
     config = tmp_path / "checkpoint" / "chameleon_config.json"
     config.write_text(config.read_text().replace('"./base"', '"../model.gguf"'))

@@ -31,6 +31,21 @@ def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> 
     assert {"seqlens_k", "total_sequence_length"} <= names
 
 
+def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path) -> None:
+    decoder = ir.load(llama_bundle / "decoder.onnx")
+    assert share_cache(decoder, open_bundle(llama_bundle).manifest.model) == 2
+    attentions = [node for node in decoder.graph if node.op_type == "GroupQueryAttention"]
+    for node in attentions:
+        assert {name: node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads", "do_rotary")} == {
+            "num_heads": 4, "kv_num_heads": 2, "do_rotary": 1
+        }  # fmt: skip
+        assert [value.name for value in node.inputs[-2:] if value] == ["rotary_emb.cos", "rotary_emb.sin"]
+    counts = Counter(node.op_type for node in decoder.graph)
+    for gone in ("Softmax", "And", "Expand", "Transpose"):
+        assert not counts[gone] or gone == "Expand"  # the head has two of its own
+    assert counts["Expand"] == 2
+
+
 def test_every_variant_uses_the_one_weights_file(bundle: Path) -> None:
     places = {}
     for name in ("decoder", "decoder_cpu"):

@@ -48,6 +48,9 @@ def require_supported(config: Any, name: str) -> None:
     ]
     if (rope_type := _rope_type(config)) not in ROPE_TYPES:
         missing.append(f"rope_type={rope_type!r}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if family == "llama" and head_dim % 16:  # what GroupQueryAttention turns by position
+        missing.append(f"head_dim={head_dim}, no multiple of 16")
     if config.eos_token_id is None:
         missing.append("no eos_token_id")
     if family not in SUPPORTED_FAMILIES:
