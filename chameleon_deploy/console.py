@@ -42,6 +42,12 @@ def plain(text: str) -> Text:
     return Text("".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text.expandtabs(4)))
 
 
+def tell_provider(asked: str, taken: str) -> None:
+    """On standard error, what provider `auto` has taken."""
+    if asked == "auto":
+        print(f"provider: {taken}", file=sys.stderr)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Bars on standard error, one for each kind of work: call it with (what, done, total).

@@ -135,6 +135,12 @@ class EngineError(ChameleonError):
     code = "engine_failed"
 
 
+class DeviceError(ChameleonError):
+    """A GPU, or the engine that runs on it, failed: no memory left, or a device that is lost."""
+
+    code = "device_failed"
+
+
 class NumericError(ChameleonError):
     """The model produced a value that is not finite."""
 

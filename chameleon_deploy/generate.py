@@ -33,7 +33,7 @@ def main(
     repetition_penalty: Annotated[float, typer.Option(help="1 leaves the logits alone.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
-    provider: Annotated[str, typer.Option(help="cpu or auto.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
 ) -> None:
@@ -43,6 +43,7 @@ def main(
     texts = [*(prompt or []), *(read_texts([prompts]) if prompts else [])]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()))
     runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
     if as_json:
         for generation in generations:

@@ -23,13 +23,14 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch: what cohort and tenant adapt to.")] = 32,
-    provider: Annotated[str, typer.Option(help="cpu or auto.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per text and line.")] = False,
 ) -> None:
     """Score texts in batches, in the order of the files."""
     texts = read_texts(text)
     runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    console.tell_provider(provider, runtime.provider)
     scores: list[Score] = []
     with console.progress() as report:
         for start in range(0, len(texts), batch_size):

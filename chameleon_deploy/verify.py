@@ -50,9 +50,14 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[l
 
 
 def verify_bundle(
-    bundle: Path, checkpoint: Checkpoint, text: list[Path] | None, threads: int | None, report: Any
+    bundle: Path,
+    checkpoint: Checkpoint,
+    text: list[Path] | None,
+    threads: int | None,
+    report: Any,
+    provider: str = "cpu",
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Run every check on every decoder graph that this machine can run.
+    """Run every check on every decoder graph of the CPU, or on the one of another provider.
 
     Returns the checks and the content of parity.json.
     """
@@ -65,12 +70,20 @@ def verify_bundle(
     opened, rows = open_bundle(bundle), verification_rows(checkpoint, text)
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
     checks: list[Check] = []
-    for name, graph in manifest.graphs.items():
-        if graph.role == "decoder" and "cpu" in graph.providers:
-            runtime = Runtime(opened, "cpu", threads=threads, graph=name)
-            checks += parity.verify(runtime, reference, rows, name == own, report)
-            del runtime  # one session's weights at a time
+    if provider == "cpu":
+        for name, graph in manifest.graphs.items():
+            if graph.role == "decoder" and "cpu" in graph.providers:
+                runtime = Runtime(opened, "cpu", threads=threads, graph=name)
+                checks += parity.verify(runtime, reference, rows, name == own, report)
+                del runtime  # one session's weights at a time
+    else:
+        runtime = Runtime(opened, provider, threads=threads)
+        provider, limits = runtime.provider, manifest.limits
+        most = min(limits.batch, limits.clusters)  # engines take no larger batch, nor a factor set for each of its rows
+        fitting = [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
+        checks = parity.verify(runtime, reference, fitting, True, report)
     record = {
+        "provider": provider,
         "verified": all(check.passed for check in checks),
         "mode": default_mode(manifest.adaptation),
         "precision": manifest.precision,
@@ -108,6 +121,7 @@ def main(
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
@@ -117,7 +131,8 @@ def main(
 
     checkpoint = load_checkpoint(reference, base)
     with console.progress() as report:
-        checks, record = verify_bundle(bundle, checkpoint, text, threads, report)
+        checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider)
+    console.tell_provider(provider, record["provider"])
     if out:
         out.write_text(json.dumps(record, indent=2) + "\n")
     if as_json:

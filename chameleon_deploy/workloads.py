@@ -22,6 +22,7 @@ from chameleon_deploy.reference.model import adapted_logits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
 from chameleon_deploy.runtime.adaptation import assign, embed
+from chameleon_deploy.runtime.decoder import greedy
 from chameleon_deploy.runtime.sampling import choose
 
 Rows = list[list[int]]
@@ -53,9 +54,9 @@ def prefill(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
         return _eager_logits(checkpoint, adaptation, torch.tensor(rows), DynamicCache(), last=True)[:, -1].numpy()
 
     engines = {
-        "bundle": lambda: runtime.decoder.prefill(rows, runtime.adapt(rows), width)[0],
+        "bundle": lambda: np.asarray(runtime.decoder.prefill(rows, runtime.adapt(rows), width)[0]),
         EAGER: eager,
-        PLAIN: lambda: runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), width)[0],
+        PLAIN: lambda: np.asarray(runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), width)[0]),
     }
     name, (num_bytes, num_flops) = f"prefill {len(rows)}x{width} + first token", _work(runtime, rows, all_logits=False)
     return Case(name, engines, _tokens(rows), "token", num_bytes, num_flops, different=(PLAIN,))
@@ -122,8 +123,8 @@ def _steps(runtime: Runtime, rows: Rows, tokens: Any, adaptation: Adaptation) ->
         cache.lengths = lengths  # the shared buffer is written over from here
         for step in range(steps):
             logits = runtime.decoder.step(tokens[:, step], adaptation, cache)
-            logits.argmax(1)
-        return logits.copy()
+            greedy(logits)
+        return np.array(logits)
 
     return run
 
@@ -183,7 +184,7 @@ def cost_split(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int)
     table, centroids = bundle.token_embedding(), bundle.centroids()
     adaptation = runtime.adapt(rows)
     vectors = adaptation.embeddings[: len(adaptation.lora_A)]
-    logits, _ = runtime.decoder.prefill(rows, adaptation, len(rows[0]))
+    logits = np.asarray(runtime.decoder.prefill(rows, adaptation, len(rows[0]))[0])
     step = _steps(runtime, rows, np.array(rows)[:, :steps], adaptation)
     parts: dict[str, Callable[[], object]] = {
         "tokenise": lambda: runtime.tokenizer.encode_batch(texts, add_special_tokens=False),

@@ -22,7 +22,6 @@ from chameleon_deploy.errors import (
     LengthError,
     ModeError,
     NumericError,
-    ProviderError,
     TokenError,
 )
 from chameleon_deploy.reference import inference
@@ -308,12 +307,6 @@ def test_a_lora_bundle_has_no_hypernetwork(lora_runtime: Runtime, lora_bundle: A
         lora_runtime.adapt([[1]], mode=mode, tenants=[1] if mode == "tenant" else None)
     with pytest.raises(ModeError, match="choose one of none, static"):
         chameleon_deploy.load(lora_bundle, mode=mode)
-
-
-def test_a_provider_that_cannot_be_had_is_an_error(bundle: Any) -> None:
-    with pytest.raises(ProviderError, match="'cuda' is not available"):
-        chameleon_deploy.load(bundle, provider="cuda")
-    assert chameleon_deploy.load(bundle, provider="auto").provider == "cpu"
 
 
 @pytest.mark.parametrize(

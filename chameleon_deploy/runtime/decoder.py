@@ -9,22 +9,29 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.runtime.device_logits import DeviceLogits
+
+Logits = FloatArray | DeviceLogits
 
 
 class Decoder(Protocol):
     """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread.
 
     Each decoder has its own kind of cache; all have `lengths`, int64 [batch]: the real tokens of each row, which is the
-    position of its next one.
+    position of its next one. Logits are numpy arrays, or stay on the device until they are asked for.
+
+    max_rows  how many rows one call takes; None is any number
     """
 
-    def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[FloatArray, Any]:
+    max_rows: int | None
+
+    def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[Logits, Any]:
         """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
 
         capacity  how many tokens of a row the cache must be able to hold in the end
         """
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: Any) -> FloatArray:
+    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: Any) -> Logits:
         """One more token per row.  int64 [batch] -> logits [batch, vocab], valid until the next step
 
         The cache grows by the token.
@@ -33,8 +40,13 @@ class Decoder(Protocol):
     def keep(self, cache: Any, rows: IntArray) -> Any:
         """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, Logits]]:
         """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
+
+
+def greedy(logits: Logits) -> IntArray:
+    """The highest logit of each row, found where the logits are.  [batch, vocab] -> int64 [batch]"""
+    return logits.greedy() if isinstance(logits, DeviceLogits) else logits.argmax(1).astype(np.int64)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:

@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.device_logits import DeviceLogits
 from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
 
 FinishReason = Literal["stop", "length"]
@@ -50,6 +51,11 @@ class Row:
         self._decode = DecodeStream(skip_special_tokens=True)
         self._text = ""
         self._shown = 0  # characters of the text that the caller has been given
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the highest of the logits as they are is what `choose` takes."""
+        return self.sampling.temperature == 0.0 and self.sampling.repetition_penalty == 1.0
 
     def choose(self, logits: FloatArray) -> int:
         u = uniform(self.sampling.seed, self.stream, len(self.token_ids))
@@ -97,8 +103,13 @@ def stream_tokens(
     active = np.arange(len(rows))
     while True:
         going, chosen = [], []
-        for i, row in enumerate(active):
-            token = rows[row].append(rows[row].choose(logits[i]), int(row), tokenizer, model.eos_token_id)
+        if isinstance(logits, DeviceLogits) and all(rows[row].is_greedy for row in active):
+            token_ids: Iterator[int] = iter(logits.greedy().tolist())  # nothing but the chosen ids leaves the device
+        else:
+            values = np.asarray(logits)
+            token_ids = (rows[row].choose(values[i]) for i, row in enumerate(active))
+        for i, (row, token_id) in enumerate(zip(active, token_ids, strict=True)):
+            token = rows[row].append(token_id, int(row), tokenizer, model.eos_token_id)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)

@@ -30,6 +30,8 @@ class GrowingCache:
 class GrowingCacheDecoder:
     """See `Decoder`."""
 
+    max_rows: int | None = None
+
     def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
         self._session, self._ort_value, self._model = session, ort_value, model
         self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,14 +15,13 @@ from chameleon_deploy.bundle import Bundle, Mode, default_mode, open_bundle
 from chameleon_deploy.errors import InputError, ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
-from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
 from chameleon_deploy.runtime.inputs import Texts, encode
+from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
-from chameleon_deploy.runtime.session import import_onnxruntime, open_session, resolve_provider
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.session import import_onnxruntime
 
 
 def load(
@@ -30,19 +30,22 @@ def load(
     """Open a bundle and make it ready to run.
 
     path      the directory that export wrote
-    provider  "cpu", or "auto" for the best that this machine has
+    provider  "cpu", "cuda", "tensorrt", or "auto" for the best that this machine has: `Runtime.provider` tells which
     mode      adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
     threads   of ONNX Runtime, within one operator; None lets it choose
 
-    Raises a ChameleonError: every file is checked before anything runs.
+    Raises a ChameleonError: every file is checked before anything runs. A provider that cannot be had is a
+    ProviderError or DependencyError that says what is missing.
     """
-    provider = resolve_provider(provider)
+    check_provider(provider)
     import_onnxruntime()
     return Runtime(open_bundle(Path(path)), provider, mode, threads)
 
 
 class Runtime:
     """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
+
+    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host.
 
     bundle, provider, mode, graph, tokenizer, decoder   what it was loaded from and runs on
     """
@@ -54,31 +57,30 @@ class Runtime:
         mode: Mode | None = None,
         threads: int | None = None,
         graph: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
-        """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own."""
+        """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own.
+
+        backend: one that is open already, of this provider.
+        """
         self.bundle = bundle
-        self.provider = provider
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
         try:
             self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
-        self.graph = graph or bundle.graph("decoder", provider)
-        decoder_graph = self.manifest.graphs[self.graph]
-        session = open_session(bundle, decoder_graph, threads)
-        decoder = SharedCacheDecoder if decoder_graph.cache == "shared" else GrowingCacheDecoder
-        self.decoder: Decoder = decoder(session, import_onnxruntime().OrtValue, self.manifest.model)
+        self.provider = provider
+        if backend is None:
+            self.provider, backend = open_backend(bundle, provider, threads, graph)
+        self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
-        self._hypernetwork: Any = None
-        self._lora: Factors | None = None
-        if self.manifest.adaptation.regime == "lora":
-            self._lora = bundle.lora()
-        else:
-            self._hypernetwork = open_session(
-                bundle, self.manifest.graphs[bundle.graph("hypernetwork", provider)], threads
-            )
+        self._lora = backend.place(bundle.lora()) if self.manifest.adaptation.regime == "lora" else None
+        # In mode none: the decoder takes a pair of factors in any case.
+        shapes = (self.manifest.model.hidden_size, self.manifest.model.vocab_size)
+        lora_A, lora_B = (np.zeros((1, 1, size), np.float32) for size in shapes)
+        self._no_factors = backend.place((lora_A, lora_B))
         self._centroid_factors: Factors | None = None
         self._check_mode(self.mode)
         if self.mode == "centroid":
@@ -101,7 +103,9 @@ class Runtime:
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
-        return self._adapt(self._encode(texts), mode, tenants, factors)
+        adaptation = self._adapt(self._encode(texts), mode, tenants, factors)
+        lora_A, lora_B = (np.asarray(factor, np.float32) for factor in (adaptation.lora_A, adaptation.lora_B))
+        return replace(adaptation, lora_A=lora_A, lora_B=lora_B)
 
     def score(
         self,
@@ -192,8 +196,7 @@ class Runtime:
         cluster_ids = adapting.assign(embeddings, self._centroids)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
-            lora_A = np.zeros((1, 1, model.hidden_size), np.float32)
-            lora_B = np.zeros((1, 1, model.vocab_size), np.float32)
+            lora_A, lora_B = self._no_factors
         elif mode == "static":
             lora_A, lora_B = self._static_factors(factors)
         elif mode == "centroid":
@@ -206,7 +209,7 @@ class Runtime:
 
     def _static_factors(self, factors: Factors | None) -> Factors:
         if factors is not None:
-            return adapting.check_factors(factors, self.manifest.model)
+            return self._backend.place(adapting.check_factors(factors, self.manifest.model))
         if self._lora is None:
             raise ModeError("mode 'static' needs factors=(lora_A, lora_B): this bundle has no trained LoRA of its own")
         return self._lora
@@ -219,8 +222,7 @@ class Runtime:
 
     def _generate_factors(self, conditioning: Any) -> Factors:
         """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, rank, vocab]"""
-        lora_A, lora_B = self._hypernetwork.run(["lora_A", "lora_B"], {"conditioning": conditioning})
-        return lora_A, lora_B
+        return self._backend.generate_factors(conditioning)
 
     def _check_mode(self, mode: str) -> None:
         if mode not in get_args(Mode):

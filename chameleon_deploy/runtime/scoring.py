@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy as np
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.decoder import Decoder, Logits
+from chameleon_deploy.runtime.device_logits import DeviceLogits
 
 BATCH_TOKENS = 1024  # rows times width of one pass; a longer row goes alone
 
@@ -38,13 +39,14 @@ class Score:
 def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation) -> list[Score]:
     """Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory."""
     logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(rows)
-    for members in _passes([len(ids) - 1 for ids in rows]):
+    for members in _passes([len(ids) - 1 for ids in rows], decoder.max_rows or len(rows)):
         adapted = adaptation.rows(members)
         logprobs_of = {int(row): np.empty(len(rows[row]) - 1, np.float32) for row in members}
         for start, logits in decoder.all_logits([rows[row][:-1] for row in members], adapted):
-            for row, row_logits in zip(members, logits, strict=True):
-                targets = np.asarray(rows[row][1:][start : start + len(row_logits)], np.int64)
-                logprobs_of[int(row)][start : start + len(targets)] = _logprobs(row_logits[: len(targets)], targets)
+            piece = slice(start, start + logits.shape[1])
+            targets = [np.asarray(rows[row][1:][piece], np.int64) for row in members]
+            for row, values in zip(members, _read(logits, targets), strict=True):
+                logprobs_of[int(row)][start : start + len(values)] = values
         for row, values in logprobs_of.items():
             if not np.isfinite(values).all():
                 raise NumericError(f"text {row}: the decoder produced logits that are not finite: check the factors")
@@ -55,12 +57,23 @@ def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adap
     ]
 
 
-def _passes(lengths: list[int]) -> list[IntArray]:
+def _read(logits: Logits, targets: list[IntArray]) -> Iterator[FloatArray]:
+    """Log-probabilities of each row's targets, which end where the row does; on the device where the logits are."""
+    if isinstance(logits, DeviceLogits):
+        padded = np.zeros(logits.shape[:2], np.int64)
+        for i, ids in enumerate(targets):
+            padded[i, : len(ids)] = ids
+        yield from (row[: len(ids)] for row, ids in zip(logits.logprobs(padded), targets, strict=True))
+    else:
+        yield from (_logprobs(row[: len(ids)], ids) for row, ids in zip(logits, targets, strict=True))
+
+
+def _passes(lengths: list[int], max_rows: int) -> list[IntArray]:
     """Rows with something to predict, in passes of similar length, so that little is padding."""
     order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: lengths[row])
     passes: list[list[int]] = []
     for row in order:
-        if not passes or (len(passes[-1]) + 1) * lengths[row] > BATCH_TOKENS:
+        if not passes or (len(passes[-1]) + 1) * lengths[row] > BATCH_TOKENS or len(passes[-1]) == max_rows:
             passes.append([])
         passes[-1].append(row)
     return [np.array(members) for members in passes]

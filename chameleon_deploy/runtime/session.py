@@ -8,6 +8,7 @@ from typing import Any
 from chameleon_deploy.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
 
+CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
@@ -29,19 +30,16 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def resolve_provider(provider: str) -> str:
-    """The provider that will run: `auto` takes the best there is, anything else is taken at its word."""
-    if provider == "auto":
-        return "cpu"
-    if provider != "cpu":
-        raise ProviderError(f"provider {provider!r} is not available; this release has: cpu, auto")
-    return provider
+def open_session(
+    bundle: Bundle, graph: GraphSpec, threads: int | None, execution_provider: tuple[str, dict[str, str]] = CPU
+) -> Any:
+    """An InferenceSession of one graph.
 
+    threads             of one operator; None lets ONNX Runtime choose
+    execution_provider  ONNX Runtime's name of it, and its options
 
-def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
-    """An InferenceSession of one graph. threads: of one operator; None lets ONNX Runtime choose.
-
-    Raises GraphError when the graph does not load or its signature is not the manifest's.
+    Raises GraphError when the graph does not load or its signature is not the manifest's, ProviderError when
+    ONNX Runtime would run it on another provider.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -55,9 +53,14 @@ def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
         options.intra_op_num_threads = 1
     path = bundle.path / graph.file
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=[execution_provider])
     except Exception as error:  # onnxruntime raises several unrelated types
         raise GraphError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+    if session.get_providers()[0] != execution_provider[0]:  # it has logged why, and taken the CPU
+        raise ProviderError(
+            f"ONNX Runtime cannot use {execution_provider[0]} and would have run on the CPU: its CUDA or cuDNN "
+            "libraries do not load: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
     for kind, specs, found in (
         ("inputs", graph.inputs, session.get_inputs()),
         ("outputs", graph.outputs, session.get_outputs()),
@@ -73,6 +76,7 @@ def open_session(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
 
 
 _ONNX_TYPES = {
+    "bfloat16": "tensor(bfloat16)",
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
     "int32": "tensor(int32)",

@@ -75,6 +75,8 @@ class _Call:
 class SharedCacheDecoder:
     """See `Decoder`."""
 
+    max_rows: int | None = None
+
     def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
         self.session, self.ort_value, self.model = session, ort_value, model
         self.past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]

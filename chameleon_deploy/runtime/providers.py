@@ -1,0 +1,88 @@
+"""Which provider runs a bundle, and why another cannot: there is no silent fallback.
+
+cpu       ONNX Runtime on the CPU
+cuda      ONNX Runtime's CUDA provider
+tensorrt  TensorRT engines that `export --target tensorrt` built on this machine
+auto      the first of tensorrt, cuda, cpu that this machine has
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chameleon_deploy.bundle import Bundle, Role
+from chameleon_deploy.errors import DependencyError, ProviderError
+from chameleon_deploy.runtime.backend import Backend, CpuBackend, DeviceBackend
+from chameleon_deploy.runtime.cuda import CudaDevice, import_cudart
+from chameleon_deploy.runtime.device_graph import DeviceGraph, SessionGraph
+from chameleon_deploy.runtime.session import import_onnxruntime, open_session
+from chameleon_deploy.runtime.tensorrt import open_engines
+
+PROVIDERS = ("cpu", "cuda", "tensorrt", "auto")
+
+
+def check_provider(provider: str) -> None:
+    """Raises ProviderError for a name that is none of PROVIDERS."""
+    if provider not in PROVIDERS:
+        raise ProviderError(f"provider {provider!r} does not exist: choose one of {', '.join(PROVIDERS)}")
+
+
+def open_backend(
+    bundle: Bundle, provider: str, threads: int | None = None, graph: str | None = None
+) -> tuple[str, Backend]:
+    """The provider that was taken, which tells for `auto`, and what runs on it.
+
+    threads, graph  of the CPU; see `load` and `Runtime`
+
+    Raises ProviderError or DependencyError, which say what is missing, or GraphError.
+    """
+    check_provider(provider)
+    if provider == "auto":
+        for candidate in ("tensorrt", "cuda"):
+            try:
+                return open_backend(bundle, candidate)
+            except (ProviderError, DependencyError):
+                continue
+        provider = "cpu"
+    if provider == "cpu":
+        return provider, CpuBackend(bundle, threads, graph)
+    return provider, open_cuda(bundle) if provider == "cuda" else open_tensorrt(bundle)
+
+
+def open_cuda(bundle: Bundle) -> Backend:
+    """ONNX Runtime on the first visible GPU."""
+    device = CudaDevice(import_cudart())
+    if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
+        raise ProviderError(
+            "this onnxruntime was built without CUDA: pip uninstall onnxruntime, "
+            "then pip install 'chameleon-deploy[gpu]'"
+        )
+    options = {"user_compute_stream": str(device.stream), "use_tf32": "0"}  # the stream that our copies are on
+    graphs = open_sessions(bundle, graph_names(bundle, "cuda"), ("CUDAExecutionProvider", options), "cuda")
+    return DeviceBackend(device, bundle, graphs, None)
+
+
+def open_tensorrt(bundle: Bundle) -> Backend:
+    """TensorRT on the first visible GPU, with engines that have been built for it."""
+    device = CudaDevice(import_cudart())
+    graphs = open_engines(bundle, device, graph_names(bundle, "tensorrt"))
+    return DeviceBackend(device, bundle, graphs, bundle.manifest.limits)
+
+
+def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:
+    """The graphs that a device needs, by role."""
+    roles: tuple[Role, ...] = ("decoder", "hypernetwork", "chooser", "scorer")
+    if bundle.manifest.adaptation.regime == "lora":
+        roles = ("decoder", "chooser", "scorer")
+    return {role: bundle.graph(role, provider) for role in roles}
+
+
+def open_sessions(
+    bundle: Bundle, names: Mapping[Role, str], execution_provider: tuple[str, dict[str, str]], device_type: str
+) -> dict[Role, DeviceGraph]:
+    """Graphs by role, executed by ONNX Runtime. device_type: its name of where the addresses are."""
+    graphs: dict[Role, DeviceGraph] = {}
+    for role, name in names.items():
+        spec = bundle.manifest.graphs[name]
+        graphs[role] = SessionGraph(open_session(bundle, spec, None, execution_provider), spec, device_type)
+    return graphs
