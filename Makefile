@@ -20,7 +20,7 @@ cpp: .venv/ready
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[cpu,export,tensorrt-rtx,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,tensorrt-rtx,dev]'
 	touch $@
 
 .PHONY: cpp demo test

@@ -1,95 +1,105 @@
-"""`python -m chameleon_deploy.bench`: measure a bundle against the PyTorch reference."""
+"""`python -m chameleon_deploy.bench`: measure a bundle against the PyTorch reference and other engines, in one run."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.console import CheckFailedError
-from chameleon_deploy.measurement import MAX_EXTRA_ROUNDS, LoadFigures, Timing, measure, measure_load
+from chameleon_deploy.footprint import Footprint, measure_footprint
+from chameleon_deploy.measurement import MAX_EXTRA_ROUNDS, Timing, measure
 
 if TYPE_CHECKING:
     from chameleon_deploy.ceilings import Ceilings
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
-TOLERANCE = 5e-4  # of logits and log-probabilities, as in `verify`
-
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that one run measured."""
+    """Everything that one run measured.
 
+    machine     the processor and the versions of all engines
+    cost_split  seconds of the parts of one generation, batch 8
+    missing     engines that could not be had here, and why
+    """
+
+    machine: dict[str, str]
+    precision: str
     threads: int
     weights_bytes: int
     ceilings: Ceilings
-    load: LoadFigures
+    footprint: Footprint
     timings: list[Timing]
-    cost_split: dict[str, float]  # seconds of the parts of one generation
+    cost_split: dict[str, float]
+    missing: dict[str, str]
 
-
-def timing_table(timings: list[Timing]) -> Table:
-    """A row per case: the bundle's time, its share of the floor, and how many times faster it is than the others."""
-    others = list(dict.fromkeys(name for timing in timings for name in timing.ratios))
-    table = Table("", "bundle", "of the floor", *(f"x {name}" for name in others), "spread", "rounds", "max difference")
-    table.caption = "x: how many times faster the bundle is than each other engine"
-    for timing in timings:
-        seconds = timing.seconds["bundle"]
-        ratios = (f"{timing.ratios[name]:.3f}" if name in timing.ratios else "" for name in others)
-        table.add_row(
-            timing.name,
-            f"{seconds / timing.units * 1e3:.3f} ms/{timing.unit}",
-            f"{timing.floor / seconds:.0%}",
-            *ratios,
-            f"{max(timing.spread.values()):.0%}",
-            str(timing.rounds),
-            f"{timing.difference:.1e}",
-        )
-    return table
-
-
-def split_table(cost_split: dict[str, float]) -> Table:
-    table = Table("part of one generation, batch 8", "ms", "share")
-    total = sum(cost_split.values())
-    for name, seconds in sorted(cost_split.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}")
-    return table
+    @property
+    def not_compared(self) -> dict[str, str]:
+        """Every engine that is missing, or failed at something, and why."""
+        failed = {
+            f"{name}, {timing.part.name}": reason for timing in self.timings for name, reason in timing.failed.items()
+        }
+        return self.missing | failed
 
 
 def run(
-    bundle: Path, checkpoint: Checkpoint, threads: int, batch_sizes: Sequence[int], width: int, steps: int, rounds: int,
-    report: Any, max_extra_rounds: int = MAX_EXTRA_ROUNDS,
-) -> Benchmark:  # fmt: skip
-    """Load, ceilings, all timings and the cost split, in this order."""
+    bundle: Path,
+    checkpoint: Checkpoint,
+    threads: int,
+    batch_sizes: Sequence[int],
+    width: int,
+    num_tokens: int,
+    rounds: int,
+    report: Callable[[str, int, int], None],
+    max_extra_rounds: int = MAX_EXTRA_ROUNDS,
+    foreign: bool = True,
+) -> Benchmark:
+    """Footprint, ceilings, all timings and the cost split, in this order.
+
+    width, num_tokens  of every prompt, and how many to generate after it
+    foreign            also compare with torch.compile, CTranslate2 and OpenVINO
+    """
     import chameleon_deploy
     from chameleon_deploy import workloads
     from chameleon_deploy.ceilings import measure_ceilings
+    from chameleon_deploy.cost_split import cost_split
+    from chameleon_deploy.machine import describe_machine
+    from chameleon_deploy.peers import open_peers
 
-    loading = measure_load(bundle, threads, min(rounds, 3))
-    ceilings = measure_ceilings(threads)
+    report("footprint", 0, 1)
+    footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
+    report("footprint", 1, 1)
     runtime = chameleon_deploy.load(bundle, threads=threads)
-    width = min(width, runtime.manifest.model.max_positions - steps)
+    ceilings = measure_ceilings(threads, runtime.manifest.precision)
+    width = min(width, runtime.manifest.model.max_positions - num_tokens)
     rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
-    cases = [
-        workloads.scoring(runtime, checkpoint, rows[:8]),
-        workloads.prefill(runtime, checkpoint, rows[:1]),
-        workloads.prefill(runtime, checkpoint, rows[:8]),
-    ]
-    cases += [workloads.decoding(runtime, checkpoint, rows[:batch], steps) for batch in batch_sizes]
+    with TemporaryDirectory() as directory:
+        report("convert for other engines", 0, 1)
+        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), foreign)
+        report("convert for other engines", 1, 1)
+        work = workloads.Workloads(runtime, checkpoint, peers)
+        cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
+        cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
+        timings = [timing for case in cases for timing in measure(case, ceilings, rounds, report, max_extra_rounds)]
     return Benchmark(
+        machine=describe_machine(),
+        precision=runtime.manifest.precision,
         threads=threads,
-        weights_bytes=runtime.manifest.files[runtime.manifest.token_embedding.file].size,
+        weights_bytes=sum(spec.size for name, spec in runtime.manifest.files.items() if name.endswith(".bin")),
         ceilings=ceilings,
-        load=loading,
-        timings=[measure(case, ceilings, rounds, report, max_extra_rounds) for case in cases],
-        cost_split=workloads.cost_split(runtime, checkpoint, rows[:8], steps),
+        footprint=footprint,
+        timings=timings,
+        cost_split=cost_split(runtime, runtime.tokenizer.decode_batch(rows[:8]), num_tokens),
+        missing=missing,
     )
 
 
@@ -99,37 +109,55 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of both engines; all cores unless given.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to decode at.")] = None,
-    width: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Decoding steps per sample.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every engine; all cores unless given.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to generate at.")] = None,
+    width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 33,
     rounds: Annotated[int, typer.Option(min=1, help="Samples per engine, doubled or tripled where they scatter.")] = 7,
+    smoke: Annotated[bool, typer.Option(help="Few and short samples without foreign engines, for CI.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file.")] = None,
 ) -> None:
-    """Time a bundle, its reference and the bundle used otherwise in turn. Exit 1 when results differ."""
+    """Time a bundle, its reference and other engines in turn. Exit 1 when a result is wrong."""
+    from chameleon_deploy import bench_report
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
+    page = bench_report.new_page(bundle) if html_file else None  # first, in case that plots cannot be drawn
     checkpoint = load_checkpoint(reference, base)
     threads = threads or os.cpu_count() or 1
+    batch_sizes = batch or ([1, 8] if smoke else [1, 8, 32])
+    if smoke:
+        width, tokens, rounds = min(width, 32), min(tokens, 9), min(rounds, 3)
     with console.progress() as report:
-        measured = run(bundle, checkpoint, threads, batch or [1, 8, 32], width, steps, rounds, report)
-    console.stdout.print(timing_table(measured.timings))
-    console.stdout.print(split_table(measured.cost_split))
-    load, ceilings = measured.load, measured.ceilings
-    console.stdout.print(
-        f"{threads} threads, ceilings {ceilings.bytes_per_second / 1e9:.1f} GB/s reading and "
-        f"{ceilings.flops_per_second / 1e9:.0f} GFLOP/s. Loading in a fresh process: {load.seconds:.2f} s, "
-        f"{load.resident / 1e6:.0f} MB resident ({load.resident / measured.weights_bytes:.2f} x the weights), "
-        f"{load.resident_after_generating / 1e6:.0f} MB after generating, peak {load.peak / 1e6:.0f} MB"
-    )
+        measured = run(bundle, checkpoint, threads, batch_sizes, width, tokens, rounds, report,
+                       0 if smoke else MAX_EXTRA_ROUNDS, foreign=not smoke)  # fmt: skip
+    print_tables(measured)
     if json_file:
-        record = asdict(measured)
-        for timing, entry in zip(measured.timings, record["timings"], strict=True):
-            entry["ratios"] = timing.ratios
-        json_file.write_text(json.dumps(record, indent=2) + "\n")
-    wrong = [t.name for t in measured.timings if not t.difference <= TOLERANCE]
+        json_file.write_text(json.dumps(asdict(measured), indent=2) + "\n")
+    if page and html_file:
+        bench_report.fill(page, measured)
+        page.write(html_file)
+    wrong = [
+        f"{timing.part.name}: {name} deviates by {timing.deviations[name]:.2g}, allowed is {timing.bounds[name]:g}"
+        for timing in measured.timings
+        for name in timing.wrong
+    ]
     if wrong:
-        raise CheckFailedError(f"results differ by more than {TOLERANCE:g}: {', '.join(wrong)}")
+        raise CheckFailedError("results differ from the reference: " + "; ".join(wrong))
+
+
+def print_tables(measured: Benchmark) -> None:
+    from chameleon_deploy import bench_report
+
+    for grid in (bench_report.timing_grid(measured), bench_report.split_grid(measured),
+                 bench_report.missing_grid(measured)):  # fmt: skip
+        if grid.rows:
+            table = Table(*grid.headers, caption=grid.caption)
+            for row in grid.rows:
+                table.add_row(*row)
+            console.stdout.print(table)
+    for line in bench_report.summary(measured):
+        console.stdout.print(line)
 
 
 if __name__ == "__main__":

@@ -21,34 +21,52 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bytes_per_second of reading memory, flops_per_second of a float32 matrix product: the best of several rounds,
-    and of PyTorch and ONNX Runtime, whose kernels differ by a factor of two on some processors."""
+    """The best of several rounds of reading memory and of a large matrix product.
+
+    bytes_per_second
+    operations_per_second  multiplications and additions of float32, in an int8 bundle of unsigned by signed 8 bits;
+                           the best of PyTorch and ONNX Runtime, whose kernels differ by a factor of two on some
+                           processors
+    """
 
     bytes_per_second: float
-    flops_per_second: float
+    operations_per_second: float
+    operations: str  # what was counted: "float32" or "int8"
 
-    def floor(self, num_bytes: float, num_flops: float) -> float:
+    def floor(self, num_bytes: float, num_operations: float) -> float:
         """Seconds that no engine can beat which reads these bytes and computes these products."""
-        return max(num_bytes / self.bytes_per_second, num_flops / self.flops_per_second)
+        return max(num_bytes / self.bytes_per_second, num_operations / self.operations_per_second)
 
 
-def measure_ceilings(threads: int) -> Ceilings:
-    """Both ceilings with `threads` threads."""
+def measure_ceilings(threads: int, precision: str) -> Ceilings:
+    """Both ceilings with `threads` threads, for a bundle of this precision. Half precisions have no kernels of their
+    own in ONNX Runtime on a CPU, so float32 is their ceiling."""
     torch.set_num_threads(threads)
     values = torch.ones(READ_BYTES // 4)
-    left, right = torch.rand(MATRIX, MATRIX), torch.rand(MATRIX, MATRIX)
-    session, fed = _matmul_session(right.numpy(), threads), {"x": left.numpy()}
-    product = min(_best(lambda: left @ right), _best(lambda: session.run(None, fed)))
-    return Ceilings(READ_BYTES / _best(lambda: values.sum()), 2 * MATRIX**3 / product)
+    reading = READ_BYTES / _best(lambda: values.sum())
+    generator = np.random.default_rng(0)
+    if precision == "int8":
+        left8 = generator.integers(0, 255, (MATRIX, MATRIX), np.uint8)
+        right8 = generator.integers(-127, 127, (MATRIX, MATRIX), np.int8)
+        session8 = _matmul_session("MatMulInteger", right8, ir.DataType.UINT8, ir.DataType.INT32, threads)
+        return Ceilings(reading, 2 * MATRIX**3 / _best(lambda: session8.run(None, {"x": left8})), "int8")
+    left, right = (generator.random((MATRIX, MATRIX), np.float32) for _ in range(2))
+    torch_left, torch_right = torch.from_numpy(left), torch.from_numpy(right)
+    session = _matmul_session("MatMul", right, ir.DataType.FLOAT, ir.DataType.FLOAT, threads)
+    product = min(_best(lambda: torch_left @ torch_right), _best(lambda: session.run(None, {"x": left})))
+    return Ceilings(reading, 2 * MATRIX**3 / product, "float32")
 
 
-def _matmul_session(weight: npt.NDArray[np.float32], threads: int) -> Any:
+def _matmul_session(
+    operator: str, weight: npt.NDArray[Any], left: ir.DataType, product: ir.DataType, threads: int
+) -> Any:
     """One product with a constant matrix, which ONNX Runtime repacks when it loads, as it does a model's."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20}, name="matmul")
     builder = GraphBuilder(graph)
-    x = builder.input("x", ir.DataType.FLOAT, list(weight.shape))
-    builder.add_output(builder.op.MatMul(x, builder.initializer(ir.tensor(weight, name="weight"))), "y")
-    graph.outputs[0].type, graph.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(weight.shape)
+    x = builder.input("x", left, list(weight.shape))
+    matrix = builder.initializer(ir.tensor(weight, name="weight"))
+    builder.add_output(getattr(builder.op, operator)(x, matrix), "y")
+    graph.outputs[0].type, graph.outputs[0].shape = ir.TensorType(product), ir.Shape(weight.shape)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()

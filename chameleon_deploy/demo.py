@@ -66,12 +66,13 @@ def main(
         console.stdout.print(_perplexities(runtimes, checkpoints, report))
 
     _heading("4. Speed", f"{threads} threads, interleaved, medians")
-    from chameleon_deploy.bench import run, timing_table
+    from chameleon_deploy.bench import print_tables, run
 
     with console.progress() as report:
-        measured = run(out / "chameleon", checkpoints["chameleon"], threads, [1, 8], 128, 16, 7, report, 0)
-    console.stdout.print(timing_table(measured.timings))
-    console.stdout.print(f"loaded in {measured.load.seconds:.2f} s, {measured.load.resident / 1e6:.0f} MB resident")
+        measured = run(
+            out / "chameleon", checkpoints["chameleon"], threads, [1, 8], 64, 17, 7, report, 0, foreign=False
+        )
+    print_tables(measured)
     console.stdout.print(f"\nBundles are in {out}. The demo took {time.perf_counter() - started:.0f} s.")
 
 

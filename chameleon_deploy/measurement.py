@@ -1,66 +1,90 @@
-"""Interleaved timing: machines are noisy, so a figure is a ratio of medians taken in one run."""
+"""Interleaved timing: machines are noisy, so a figure is a median of ratios, each taken within one round of one run."""
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from chameleon_deploy.ceilings import Ceilings
 
-NOISY = 0.10  # a relative interquartile range beyond this is measured again
-MAX_EXTRA_ROUNDS = 2
-SETTLE_SECONDS = 0.02  # between samples: the last engine's worker threads stop spinning
+NOISY = 0.10  # ratios whose relative interquartile range is beyond this are taken again
+MAX_EXTRA_ROUNDS = 2  # so many times as many rounds at most
+RETRIES = 2  # of a sample during which others used the processors
+SETTLE_SECONDS = 0.5  # at most, between samples, until the last engine's worker threads stop spinning
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of work that has a row of its own in the results.
+
+    units  how often it does `unit`, for a figure per unit
+    num_bytes, num_operations  what it has to read and to multiply and add at the least
+    """
+
+    name: str
+    units: int
+    unit: str
+    num_bytes: float
+    num_operations: float
+
+
+@dataclass(frozen=True)
+class Engine:
+    """run does the whole work, calls its argument with a part's name whenever a stretch of that part ends, and
+    returns a result, whose deviation from the reference may be `bound` at most."""
+
+    run: Callable[[Callable[[str], None]], Any]
+    deviation: Callable[[Any], float]
+    bound: float
 
 
 @dataclass(frozen=True)
 class Case:
     """One thing done by several engines; the first is the bundle as users run it, which the others are compared with.
 
-    different  engines that do less by design, so that their results are not compared
-    num_bytes, num_flops  what one call has to read and to compute at the least
+    parts  by the names that engines call them; `whole` is the time from beginning to end
     """
 
-    name: str
-    engines: Mapping[str, Callable[[], Any]]
-    units: int  # what one call does that many times, for a figure per unit
-    unit: str
-    num_bytes: float
-    num_flops: float
-    different: tuple[str, ...] = ()
+    whole: Part
+    engines: Mapping[str, Engine]
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of every engine: medians, with the relative interquartile range of the samples.
+    """Seconds of every engine for one part: medians over the rounds.
 
-    difference  largest absolute difference from the first engine's result: a fast wrong answer is an error
+    ratios      how many times faster the first engine is than each other: medians of the ratios within each round
+    spread      relative interquartile range of those ratios; of the seconds for the first engine
+    deviations  of every engine's result from the reference, and its bounds: a fast wrong answer is an error
+    disturbed   how many of all samples were taken while others used the processors, in spite of retries
+    failed      engines that could not run, and why
     floor       seconds that no engine can beat on this machine
     """
 
-    name: str
+    part: Part
     seconds: dict[str, float]
+    ratios: dict[str, float]
     spread: dict[str, float]
     rounds: int
-    difference: float
+    retries: int
+    disturbed: int
+    deviations: dict[str, float]
+    bounds: dict[str, float]
+    failed: dict[str, str]
     floor: float
-    units: int
-    unit: str
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """How many times faster than each of the others the first engine is."""
-        first, *others = self.seconds
-        return {name: self.seconds[name] / self.seconds[first] for name in others}
+    def wrong(self) -> list[str]:
+        return [name for name, deviation in self.deviations.items() if not deviation <= self.bounds[name]]
 
 
 def measure(
@@ -69,36 +93,63 @@ def measure(
     rounds: int,
     report: Callable[[str, int, int], None],
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
-) -> Timing:
-    """Time all engines in turn, `rounds` times each after one warm-up, more often where the samples scatter."""
+) -> list[Timing]:
+    """Time all engines in turn, `rounds` times each after two warm-ups, more often where the ratios scatter.
+
+    -> the whole, then its parts. An engine that raises is reported as failed; the first one's error is raised.
+    """
     first, *others = case.engines
-    results = {name: engine() for name, engine in case.engines.items() if name not in case.different}
-    difference = max((_difference(results[first], results[name]) for name in others if name in results), default=0.0)
-    for name in case.different:
-        case.engines[name]()
-    samples: dict[str, list[float]] = {name: [] for name in case.engines}
-    order, shuffle = list(case.engines), random.Random(0)
+    deviations, failed = {}, {}
+    for done, (name, engine) in enumerate(case.engines.items()):
+        report(f"{case.whole.name}: warm-up", done, len(case.engines))
+        try:
+            deviations[name] = engine.deviation(engine.run(_no_lap))
+            engine.run(_no_lap)
+        except Exception as error:  # whatever a foreign engine raises
+            if name == first:
+                raise
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
+    order, shuffle = list(deviations), random.Random(0)
+    samples: list[dict[str, _Sample]] = []  # of each round, by engine
+    retries = 0
     for attempt in range(1 + max_extra_rounds):
-        for done in range(rounds):
+        for _ in range(rounds):
             shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
+            taken = {}
             for name in order:
-                time.sleep(SETTLE_SECONDS)
-                start = time.perf_counter()
-                case.engines[name]()
-                samples[name].append(time.perf_counter() - start)
-            report(case.name, attempt * rounds + done + 1, (attempt + 1) * rounds)
-        if max(map(_spread, samples.values())) <= NOISY:
+                taken[name], thrown_away = _undisturbed_sample(case.engines[name])
+                retries += thrown_away
+            samples.append(taken)
+            report(case.whole.name, len(samples), (attempt + 1) * rounds)
+        if all(
+            _spread(_ratios(samples, first, name, part)) <= NOISY
+            for name in others
+            if name not in failed
+            for part in [None, *case.parts]
+        ):
             break
-    return Timing(
-        case.name,
-        {name: statistics.median(values) for name, values in samples.items()},
-        {name: _spread(values) for name, values in samples.items()},
-        len(samples[first]),
-        difference,
-        ceilings.floor(case.num_bytes, case.num_flops),
-        case.units,
-        case.unit,
-    )
+    disturbed = sum(sample.disturbed for taken in samples for sample in taken.values())
+    bounds = {name: case.engines[name].bound for name in deviations}
+
+    def timing(key: str | None, part: Part) -> Timing:
+        seconds = {name: [taken[name].seconds[key] for taken in samples] for name in deviations}
+        ratios = {name: _ratios(samples, first, name, key) for name in others if name in deviations}
+        return Timing(
+            part,
+            {name: statistics.median(values) for name, values in seconds.items()},
+            {name: statistics.median(values) for name, values in ratios.items()},
+            {first: _spread(seconds[first])} | {name: _spread(values) for name, values in ratios.items()},
+            len(samples),
+            retries,
+            disturbed,
+            deviations,
+            bounds,
+            failed,
+            ceilings.floor(part.num_bytes, part.num_operations),
+        )
+
+    return [timing(None, case.whole), *(timing(name, part) for name, part in case.parts.items())]
 
 
 def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
@@ -111,49 +162,87 @@ def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
     return statistics.median(seconds[1:])
 
 
-def _difference(ours: Any, theirs: Any) -> float:
-    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
+@dataclass(frozen=True)
+class _Sample:
+    """seconds of every part, and of the whole under None."""
+
+    seconds: dict[str | None, float]
+    disturbed: bool
 
 
-def _spread(samples: list[float]) -> float:
-    if len(samples) < 4:
-        return 0.0
-    low, _, high = statistics.quantiles(samples, n=4)
-    return (high - low) / statistics.median(samples)
+def _sample(engine: Engine) -> _Sample:
+    _settle()
+    parts: dict[str | None, float] = {}
+    before = _Processors.now()
+    start = last = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        parts[part] = parts.get(part, 0.0) + now - last
+        last = now
+
+    engine.run(lap)
+    whole = time.perf_counter() - start
+    # The kernel counts in hundredths of a second, so a short sample gets some leeway.
+    return _Sample(parts | {None: whole}, _Processors.now().lost_since(before) > 0.03 + 0.05 * whole)
 
 
-_LOAD = """
-import sys, time
-start = time.perf_counter()
-import chameleon_deploy
-runtime = chameleon_deploy.load(sys.argv[1], threads=int(sys.argv[2]))
-seconds = time.perf_counter() - start
-def memory(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-loaded = memory("VmRSS")
-runtime.generate([[1] * 64], max_new_tokens=4)
-print(seconds, loaded, memory("VmRSS"), memory("VmHWM"))
-"""
+def _undisturbed_sample(engine: Engine) -> tuple[_Sample, int]:
+    """A sample, and how many had to be thrown away for it."""
+    retries = 0
+    while (sample := _sample(engine)).disturbed and retries < RETRIES:
+        retries += 1
+    return sample, retries
 
 
 @dataclass(frozen=True)
-class LoadFigures:
-    """seconds from importing to a loaded runtime in a fresh process; resident bytes after it, after a short
-    generation, and at most."""
+class _Processors:
+    """Seconds of processor time so far: used by all, by this process, stolen from this machine by others on its host,
+    and waited for by this process's threads while they were ready to run."""
 
-    seconds: float
-    resident: int
-    resident_after_generating: int
-    peak: int
+    used: float
+    own: float
+    stolen: float
+    waited: float
+
+    @classmethod
+    def now(cls) -> _Processors:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        tick, own, waited = os.sysconf("SC_CLK_TCK"), os.times(), 0
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                waited += int((task / "schedstat").read_text().split()[1])
+        return cls((user + nice + system + irq + softirq) / tick, own.user + own.system, steal / tick, waited / 1e9)
+
+    def lost_since(self, before: _Processors) -> float:
+        """What others took from this process: a thread that waited for one of its own is no loss, nor is an idle
+        processor that another one used."""
+        by_others = (self.used - before.used) - (self.own - before.own)
+        return self.stolen - before.stolen + min(by_others, self.waited - before.waited)
 
 
-def measure_load(bundle: Path, threads: int, rounds: int) -> LoadFigures:
-    """Load the bundle in `rounds` fresh processes and give the median of each figure."""
-    runs = []
-    for _ in range(rounds):
-        output = subprocess.run(  # noqa: S603  (our own interpreter and code)
-            [sys.executable, "-c", _LOAD, str(bundle), str(threads)], check=True, capture_output=True, text=True
-        ).stdout
-        runs.append([float(figure) for figure in output.split()])
-    seconds, *sizes = (statistics.median(column) for column in zip(*runs, strict=True))
-    return LoadFigures(seconds, *map(int, sizes))
+def _settle() -> None:
+    """Wait until this process's threads are idle."""
+    deadline = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - used < 0.002:
+            return
+
+
+def _ratios(samples: Iterable[Mapping[str, _Sample]], first: str, other: str, part: str | None) -> list[float]:
+    return [taken[other].seconds[part] / taken[first].seconds[part] for taken in samples]
+
+
+def _spread(values: list[float]) -> float:
+    """Relative interquartile range; of fewer than four values, from the least to the largest."""
+    low, high = min(values), max(values)
+    if len(values) >= 4:
+        low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / statistics.median(values)
+
+
+def _no_lap(part: str) -> None:
+    pass

@@ -1,95 +1,125 @@
-"""What `bench` times: the same work through the bundle, through PyTorch, and through the bundle used otherwise.
-
-bundle                 as users run it: rows of all clusters in one call
-PyTorch eager          the reference
-no adaptation          the bundle in mode none: what the adaptation costs
-one call per cluster   the bundle as the paper does it: what the mixed call saves
-"""
+"""What `bench` times: the same work by the bundle and by its peers, and what the reference says of their results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import DynamicCache
+import onnx_ir as ir
 
-from chameleon_deploy.measurement import Case, median_seconds
+from chameleon_deploy.measurement import Case, Engine, Part
+from chameleon_deploy.peers import DECODE, ONE_CALL_PER_CLUSTER, PREFILL, Peer, Rows
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.model import adapted_logits
+from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
-from chameleon_deploy.runtime.adaptation import assign, embed
-from chameleon_deploy.runtime.decoder import greedy
-from chameleon_deploy.runtime.sampling import choose
+from chameleon_deploy.runtime import Runtime
 
-Rows = list[list[int]]
-EAGER, PLAIN, SEPARATE = "PyTorch eager", "no adaptation", "one call per cluster"
+# Of log-probabilities: the largest difference in fp32, elsewhere the root of the mean square.
+BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.1}
 
 
-def scoring(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
-    """Log-probabilities of whole texts, clustering and hypernetwork included."""
+class Workloads:
+    """Cases for one bundle and its peers, on texts of one length.
 
-    def eager() -> Any:
-        logits = _eager_logits(checkpoint, inference.adapt(checkpoint, rows, runtime.mode), torch.tensor(rows))
-        return logits[:, :-1].log_softmax(-1).gather(2, torch.tensor(rows)[:, 1:, None])[..., 0].numpy()
+    peers  the first is the bundle as users run it
+    """
 
-    engines = {
-        "bundle": lambda: _logprobs(runtime.score(rows)),
-        EAGER: eager,
-        PLAIN: lambda: _logprobs(runtime.score(rows, mode="none")),
-    }
-    name, (num_bytes, num_flops) = f"scoring {len(rows)}x{len(rows[0])}", _work(runtime, rows, all_logits=True)
-    return Case(name, engines, _tokens(rows), "token", num_bytes, num_flops, different=(PLAIN,))
+    def __init__(self, runtime: Runtime, checkpoint: Checkpoint, peers: Sequence[Peer]) -> None:
+        self._runtime, self._checkpoint, self._peers = runtime, checkpoint, peers
+        self._row_logits = RowLogits(checkpoint)
+        self._weights = _Weights(runtime)
+
+    def scoring(self, rows: Rows) -> Case:
+        """Log-probabilities of whole texts, clustering and hypernetwork included."""
+
+        def engine(peer: Peer) -> Engine:
+            return Engine(
+                lambda lap: peer.score(rows),
+                lambda scores: _deviation(peer, scores - self._expected_scores(rows, peer)),
+                BOUNDS[peer.precision],
+            )
+
+        tokens = sum(map(len, rows))
+        whole = Part(f"scoring {_shape(rows)}", tokens, "token", *self._weights.work(tokens, tokens))
+        return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.name != ONE_CALL_PER_CLUSTER})
+
+    def generation(self, rows: Rows, num_tokens: int) -> Case:
+        """Prompts to their first tokens, clustering and hypernetwork included, and on by cached steps."""
+        batch, width, steps = len(rows), len(rows[0]), num_tokens - 1
+        clusters = len(set(self._runtime.adapt(rows).factor_ids.tolist()))
+        mixed = f", {clusters} cluster{'s' * (clusters > 1)}"
+        prefill = self._weights.work(batch * width, batch)
+        decode = self._weights.work(steps * batch, steps * batch, passes=steps, cached=steps * batch * width)
+        both = prefill[0] + decode[0], prefill[1] + decode[1]
+        return Case(
+            Part(f"prefill {_shape(rows)} + {num_tokens} tokens{mixed}", batch * num_tokens, "token", *both),
+            self._generating(lambda: rows, num_tokens, separate=clusters > 1),
+            {
+                PREFILL: Part(f"prefill {_shape(rows)} + first token", batch * width, "token", *prefill),
+                DECODE: Part(f"decode, batch {batch}, past {width}{mixed}", steps, "step", *decode),
+            },
+        )
+
+    def first_token(self, ids: Sequence[int]) -> Case:
+        """One text in, its first token out: tokenising included."""
+        tokenizer = self._runtime.tokenizer
+        text = tokenizer.decode(ids)
+
+        def encode() -> Rows:
+            return [encoding.ids for encoding in tokenizer.encode_batch([text], add_special_tokens=False)]
+
+        width = len(encode()[0])
+        whole = Part(f"time to first token, text of {width} tokens", 1, "text", *self._weights.work(width, 1))
+        return Case(whole, self._generating(encode, 1, separate=False))
+
+    def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Engine]:
+        def engine(peer: Peer) -> Engine:
+            return Engine(
+                lambda lap: peer.generate(rows(), num_tokens, lap),
+                lambda chosen: _deviation(peer, self._regrets(rows(), chosen, peer)),
+                2 * BOUNDS[peer.precision],  # two logits, each with its own deviation
+            )
+
+        return {peer.name: engine(peer) for peer in self._peers if separate or peer.name != ONE_CALL_PER_CLUSTER}
+
+    def _expected_scores(self, rows: Rows, peer: Peer) -> Any:
+        return np.array(
+            [
+                logits[:-1].log_softmax(-1).numpy()[np.arange(len(ids) - 1), ids[1:]]
+                for ids, logits in zip(rows, self._reference(rows, rows, peer), strict=True)
+            ]
+        )
+
+    def _regrets(self, rows: Rows, chosen: Any, peer: Peer) -> Any:
+        """By how much the reference's logit of each chosen token falls short of its best, the end of text aside."""
+        if chosen.shape[0] != len(rows):
+            raise ValueError(f"{chosen.shape[0]} rows for {len(rows)} prompts")
+        num_tokens = chosen.shape[1]
+        whole = [[*ids, *tokens[:-1]] for ids, tokens in zip(rows, chosen.tolist(), strict=True)]
+        regrets = np.empty(chosen.shape, np.float32)
+        for row, logits in enumerate(self._reference(rows, whole, peer)):
+            asked = logits[-num_tokens:].numpy().copy()
+            of_chosen = asked[np.arange(num_tokens), chosen[row]]
+            asked[:, self._runtime.manifest.model.eos_token_id] = -np.inf
+            regrets[row] = np.maximum(asked.max(1) - of_chosen, 0)
+        return regrets
+
+    def _reference(self, prompts: Rows, rows: Rows, peer: Peer) -> Any:
+        """Logits [length, vocab] of every row, with the factors that the prompts give, one row at a time."""
+        mode = self._runtime.mode if peer.adapts else "none"
+        adaptation = inference.adapt(self._checkpoint, prompts, mode)
+        return (self._row_logits(ids, adaptation, row) for row, ids in enumerate(rows))
 
 
-def prefill(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> Case:
-    """Prompts to the logits of the first token, clustering and hypernetwork included."""
-    width = len(rows[0])
-
-    def eager() -> Any:
-        adaptation = inference.adapt(checkpoint, rows, runtime.mode)
-        return _eager_logits(checkpoint, adaptation, torch.tensor(rows), DynamicCache(), last=True)[:, -1].numpy()
-
-    engines = {
-        "bundle": lambda: np.asarray(runtime.decoder.prefill(rows, runtime.adapt(rows), width)[0]),
-        EAGER: eager,
-        PLAIN: lambda: np.asarray(runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), width)[0]),
-    }
-    name, (num_bytes, num_flops) = f"prefill {len(rows)}x{width} + first token", _work(runtime, rows, all_logits=False)
-    return Case(name, engines, _tokens(rows), "token", num_bytes, num_flops, different=(PLAIN,))
+def _deviation(peer: Peer, errors: Any) -> float:
+    if peer.precision == "fp32":
+        return float(np.abs(errors).max())
+    return float(np.sqrt(np.square(errors, dtype=np.float64).mean()))
 
 
-def decoding(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -> Case:
-    """Cached steps after the rows; every engine is fed the same tokens, whatever it would choose."""
-    adaptation, none = runtime.adapt(rows), runtime.adapt(rows, mode="none")
-    tokens = np.array(rows)[:, :steps]
-    members = [np.flatnonzero(adaptation.factor_ids == c) for c in range(len(adaptation.lora_A))]
-    separate = [_steps(runtime, [rows[i] for i in m], tokens[m], _own_set(adaptation, m)) for m in members]
-
-    def one_call_per_cluster() -> Any:
-        logits = np.empty((len(rows), runtime.manifest.model.vocab_size), np.float32)
-        for indices, run in zip(members, separate, strict=True):
-            logits[indices] = run()
-        return logits
-
-    engines = {
-        "bundle": _steps(runtime, rows, tokens, adaptation),
-        EAGER: _eager_steps(checkpoint, rows, tokens, inference.adapt(checkpoint, rows, runtime.mode)),
-        PLAIN: _steps(runtime, rows, tokens, none),
-    }
-    if len(members) > 1:
-        engines[SEPARATE] = one_call_per_cluster
-    name = f"decoding, batch {len(rows)}, past {len(rows[0])}, {len(members)} cluster{'s' * (len(members) > 1)}"
-    num_bytes, num_flops = _work(runtime, [[0]] * len(rows), all_logits=True)
-    model = runtime.manifest.model
-    num_bytes += 4 * 2 * model.num_layers * model.num_key_value_heads * model.head_dim * _tokens(rows)  # the cache
-    return Case(name, engines, steps, "step", steps * num_bytes, steps * num_flops, different=(PLAIN,))
-
-
-def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> Rows:
+def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> list[list[int]]:
     """Stretches of real text of `width` tokens; the kinds take turns, so that a batch has several clusters."""
     streams = []
     for kind in KINDS:
@@ -103,98 +133,32 @@ def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> Rows:
     return rows
 
 
-def _work(runtime: Runtime, rows: Rows, all_logits: bool) -> tuple[float, float]:
-    """Bytes that one pass has to read (every weight once) and the operations of its matrix products.
+class _Weights:
+    """The matrices that the decoder's graph multiplies by, in bytes and numbers: what the floor is made of."""
 
-    Attention scores are left out: at these widths they are a few percent.
-    """
-    model, parameters = runtime.manifest.model, runtime.manifest.parameters
-    head = model.vocab_size * model.hidden_size
-    trunk = parameters.base - head - model.max_positions * model.hidden_size
-    return 4 * (trunk + head), 2 * (trunk * _tokens(rows) + head * (_tokens(rows) if all_logits else len(rows)))
+    def __init__(self, runtime: Runtime) -> None:
+        model, spec = runtime.manifest.model, runtime.manifest.graphs[runtime.graph]
+        cached = next(tensor for tensor in spec.inputs if tensor.name.startswith("past_key_values."))
+        item = 2 if cached.dtype.endswith("16") else 4
+        self.cache_bytes = item * 2 * model.num_layers * model.num_key_value_heads * model.head_dim  # of a token
+        self.bytes = self.trunk = self.head = 0
+        for value in ir.load(runtime.bundle.path / spec.file).graph.initializers.values():
+            matrix = value.const_value
+            if matrix is None or len(matrix.shape) < 2 or all(node.op_type == "Gather" for node, _ in value.uses()):
+                continue  # norms and biases are small, and of an embedding only the rows looked up are read
+            self.bytes += matrix.nbytes
+            if model.vocab_size in matrix.shape:
+                self.head += matrix.size
+            else:
+                self.trunk += matrix.size
 
+    def work(self, tokens: int, logits: int, passes: int = 1, cached: int = 0) -> tuple[float, float]:
+        """Bytes to read and operations to do, for so many tokens, rows of logits, and tokens read from the cache.
 
-def _steps(runtime: Runtime, rows: Rows, tokens: Any, adaptation: Adaptation) -> Callable[[], Any]:
-    steps = tokens.shape[1]
-    _, cache = runtime.decoder.prefill(rows, adaptation, len(rows[0]) + steps)
-    lengths = cache.lengths
-
-    def run() -> Any:
-        cache.lengths = lengths  # the shared buffer is written over from here
-        for step in range(steps):
-            logits = runtime.decoder.step(tokens[:, step], adaptation, cache)
-            greedy(logits)
-        return np.array(logits)
-
-    return run
-
-
-def _eager_steps(
-    checkpoint: Checkpoint, rows: Rows, tokens: Any, adaptation: inference.ReferenceAdaptation
-) -> Callable[[], Any]:
-    steps, cache = tokens.shape[1], DynamicCache()
-    checkpoint.trunk.hidden_states(torch.tensor(rows), None, cache)
-
-    def run() -> Any:
-        for step in range(steps):
-            logits = _eager_logits(checkpoint, adaptation, torch.from_numpy(tokens[:, step : step + 1]), cache)
-            logits.argmax(-1)
-        cache.crop(-steps)
-        return logits[:, -1].numpy()
-
-    return run
+        Attention scores are left out: at these lengths they are a few percent.
+        """
+        return passes * self.bytes + cached * self.cache_bytes, 2 * (self.trunk * tokens + self.head * logits)
 
 
-@torch.no_grad()
-def _eager_logits(
-    checkpoint: Checkpoint,
-    adaptation: inference.ReferenceAdaptation,
-    input_ids: torch.Tensor,
-    cache: Any = None,
-    last: bool = False,
-) -> torch.Tensor:
-    hidden, _ = checkpoint.trunk.hidden_states(input_ids, None, cache)
-    hidden = hidden[:, -1:] if last else hidden
-    alpha, weight = checkpoint.config.alpha, checkpoint.trunk.head_weight
-    return adapted_logits(hidden, weight, adaptation.lora_A, adaptation.lora_B, alpha, adaptation.factor_ids)
-
-
-def _own_set(adaptation: Adaptation, members: Any) -> Adaptation:
-    """Rows of one cluster with that cluster's factors alone."""
-    own = adaptation.rows(members)
-    c = int(own.factor_ids[0])
-    sets = slice(c, c + 1)
-    return Adaptation(
-        own.embeddings, own.cluster_ids, own.lora_A[sets], own.lora_B[sets], np.zeros(len(members), np.int64)
-    )
-
-
-def _logprobs(scores: Any) -> Any:
-    return np.array([score.token_logprobs for score in scores])
-
-
-def _tokens(rows: Rows) -> int:
-    return sum(map(len, rows))
-
-
-def cost_split(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, steps: int) -> dict[str, float]:
-    """Seconds of the parts of one generation: medians of several runs of each part alone."""
-    texts = checkpoint.trunk.tokenizer.decode_batch(rows)
-    spec, model, bundle = runtime.manifest.adaptation, runtime.manifest.model, runtime.bundle
-    table, centroids = bundle.token_embedding(), bundle.centroids()
-    adaptation = runtime.adapt(rows)
-    vectors = adaptation.embeddings[: len(adaptation.lora_A)]
-    logits = np.asarray(runtime.decoder.prefill(rows, adaptation, len(rows[0]))[0])
-    step = _steps(runtime, rows, np.array(rows)[:, :steps], adaptation)
-    parts: dict[str, Callable[[], object]] = {
-        "tokenise": lambda: runtime.tokenizer.encode_batch(texts, add_special_tokens=False),
-        "embed and cluster": lambda: assign(embed(rows, table, spec, model.eos_token_id), centroids),
-        "prefill": lambda: runtime.decoder.prefill(rows, adaptation, len(rows[0])),
-        f"decode, {steps} steps": step,
-        f"choose, {steps} steps": lambda: [
-            choose(row, np.array([0]), Sampling(), 0.0) for _ in range(steps) for row in logits
-        ],
-    }
-    if spec.regime == "chameleon":
-        parts["hypernetwork"] = lambda: runtime._generate_factors(vectors)
-    return {name: median_seconds(part) for name, part in parts.items()}
+def _shape(rows: Rows) -> str:
+    return f"{len(rows)}x{len(rows[0])}"

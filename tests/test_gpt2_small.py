@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.measurement import measure_load
+from chameleon_deploy.footprint import measure_footprint
 
 pytestmark = pytest.mark.gpt2_small
 
@@ -54,7 +54,7 @@ def test_the_bundle_is_no_larger_than_its_weights(small: tuple[Path, Path, int])
 
 
 def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int]) -> None:
-    figures = measure_load(small[1], threads=2, rounds=1)
+    figures = measure_footprint(small[1], threads=2, rounds=1)
     weights = (small[1] / "weights.bin").stat().st_size
     assert figures.resident <= 1.35 * weights
     assert figures.resident_after_generating <= 1.35 * weights
