@@ -122,12 +122,15 @@ def target_device(tensorrt: Any) -> Device:
 
 
 def compute_capabilities(tensorrt: Any) -> dict[str, Any]:
-    """Of TensorRT for RTX: the devices it builds for ahead of time, "8.9": ComputeCapability.SM89; else none."""
+    """Of TensorRT for RTX: the devices it builds for ahead of time, "8.9": ComputeCapability.SM89; else none.
+
+    Without Turing, 7.5, for which it has no float32 matrix products.
+    """
     if not is_rtx(tensorrt):
         return {}
     members = tensorrt.ComputeCapability.__members__.items()
-    found = {name.removeprefix("SM"): member for name, member in members if name.startswith("SM")}
-    return {f"{sm[:-1]}.{sm[-1]}": found[sm] for sm in sorted(found, key=int)}
+    found = {int(name.removeprefix("SM")): member for name, member in members if name.startswith("SM")}
+    return {f"{sm // 10}.{sm % 10}": found[sm] for sm in sorted(found) if sm >= 80}
 
 
 def engine_graphs(manifest: Manifest) -> tuple[str, ...]:

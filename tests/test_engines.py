@@ -68,7 +68,7 @@ def test_ahead_of_time_the_device_is_every_target_of_rtx() -> None:
     if _has_driver():
         pytest.skip("this machine has an NVIDIA driver")
     device = engines.target_device(engines.import_tensorrt())
-    assert device == Device("any", "7.5,8.0,8.6,8.9,12.0,12.1", "none")
+    assert device == Device("any", "8.0,8.6,8.9,12.0,12.1", "none")
     with pytest.raises(ProviderError, match="no NVIDIA driver"):
         engines.target_device(TENSORRT)
 

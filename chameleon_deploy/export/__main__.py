@@ -8,29 +8,47 @@ from typing import Annotated, Any, Literal
 import typer
 
 from chameleon_deploy import console
-from chameleon_deploy.bundle import ParitySummary
+from chameleon_deploy.bundle import MANIFEST, ParitySummary
+from chameleon_deploy.engines import import_tensorrt, target_device
+from chameleon_deploy.errors import InputError
 
 
 def main(
-    source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml", help="What to export.")],
-    out: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml|BUNDLE", help="What to export.")],
+    out: Annotated[Path | None, typer.Option(help="Bundle directory to write.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
     precision: Annotated[
         Literal["fp32"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")
     ] = None,
-    target: Annotated[Literal["onnx"] | None, typer.Option(help="Graphs to build; onnx unless a recipe says.")] = None,
+    target: Annotated[
+        Literal["onnx", "tensorrt"] | None,
+        typer.Option(help="tensorrt also builds engines into the local cache; onnx unless a recipe says."),
+    ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
-    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or what a recipe names."""
+    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or what a recipe names.
+
+    With --target tensorrt a finished bundle is taken too: its engines are built.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        if target != "tensorrt" or out is not None:
+            raise InputError(f"{source} is a bundle already: pass it with --target tensorrt alone to build its engines")
+        build_engines(Path(source))
+        return
+    if out is None:
+        raise typer.BadParameter("--out is missing: name the bundle directory to write")
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.verify import check_table, require_passed, summary, verify_bundle
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
+    target = target or recipe.target
+    if target == "tensorrt":
+        target_device(import_tensorrt())  # what is missing is said before the work begins
     checkpoint = load_checkpoint(Path(recipe.checkpoint), base or recipe.base)
 
     with console.progress() as report:
@@ -53,6 +71,21 @@ def main(
         f"verified: {parity.checks} checks, largest logit difference {parity.max_abs_logit_difference:.2g}"
         if parity.verified
         else "not verified (--no-verify)"
+    )
+    if target == "tensorrt":
+        build_engines(out)
+
+
+def build_engines(bundle: Path) -> None:
+    """Build what is not in the local cache yet, and say where it is."""
+    from chameleon_deploy.export import tensorrt
+
+    with console.progress() as report:
+        path, device = tensorrt.build_engines(bundle, report)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    console.stdout.print(
+        f"{path}: {size / 1e6:.1f} MB, engines for {device.name} (compute capability {device.compute_capability})",
+        soft_wrap=True,  # a path is copied whole
     )
 
 

@@ -43,13 +43,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """checkpoint  a directory relative to the recipe, as for the command line
     base        the base model, where the checkpoint's own reference does not hold
     precision   of the weights
-    target      the graphs to build
+    target      the graphs to build; tensorrt also builds engines into the local cache
     limits      the largest call that engines are built for"""
 
     checkpoint: str
     base: str | None = None
     precision: Literal["fp32"] = "fp32"
-    target: Literal["onnx"] = "onnx"
+    target: Literal["onnx", "tensorrt"] = "onnx"
     limits: Limits = Limits()
 
 

@@ -1,0 +1,248 @@
+"""Every exported graph becomes a TensorRT engine, and what cannot become one is refused with our message.
+
+TensorRT for RTX parses and builds without a GPU; what it builds cannot run here.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from chameleon_deploy import engines, local_cache
+from chameleon_deploy.bundle import TensorSpec, open_bundle
+from chameleon_deploy.engines import Device, engine_graphs
+from chameleon_deploy.errors import EngineError, OutputError, ProfileError
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.export.recipe import Limits
+from chameleon_deploy.export.tensorrt import build_engine, build_engines
+from chameleon_deploy.profiles import Profile, Range, profiles
+from chameleon_deploy.reference.checkpoint import Checkpoint
+
+TENSORRT = engines.import_tensorrt()
+EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
+
+
+def ignore(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return engines.target_device(TENSORRT)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_graph_of_a_bundle_becomes_an_engine(bundle: Path, device: Device) -> None:
+    told: list[tuple[str, int, int]] = []
+    path, built_for = build_engines(bundle, lambda *progress: told.append(progress))
+    names = engine_graphs(open_bundle(bundle).manifest)
+    assert set(names) == {"decoder", "hypernetwork", "chooser", "scorer"}
+    assert {file.name for file in path.iterdir()} == {"entry.json", *(f"{name}.engine" for name in names)}
+    assert built_for == device
+    assert engines.find_engines(open_bundle(bundle), TENSORRT, device) == path
+    for name in names:
+        steps = [done for what, done, total in told if what == f"engine {name}" and total == 1000]
+        assert steps == sorted(steps)
+        assert steps[-1] == 1000
+
+
+def test_engines_are_built_once(bundle: Path) -> None:
+    path, _ = build_engines(bundle, ignore)
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert build_engines(bundle, ignore)[0] == path
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["tampered", "cut", "of another machine"])
+def test_engines_that_are_not_what_was_built_are_built_again(bundle: Path, damage: str) -> None:
+    path, _ = build_engines(bundle, ignore)
+    engine, entry = path / "chooser.engine", path / "entry.json"
+    whole = engine.read_bytes()
+    match damage:
+        case "tampered":
+            engine.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        case "cut":
+            engine.write_bytes(whole[:1000])
+        case _:
+            entry.write_text(entry.read_text().replace('"device": "any"', '"device": "NVIDIA L4"'))
+    assert local_cache.find("engines", engines.engine_key(*_key_of(bundle))) is None
+    assert build_engines(bundle, ignore)[0] == path
+    assert local_cache.find("engines", engines.engine_key(*_key_of(bundle))) == path
+    assert engine.stat().st_size == len(whole)
+
+
+def _key_of(bundle: Path) -> Any:
+    return open_bundle(bundle), TENSORRT, engines.target_device(TENSORRT)
+
+
+def test_other_limits_give_other_engines(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
+    export_bundle(mini, tmp_path / "b", None, Limits(batch=2, sequence=16, past=32, clusters=1))
+    assert build_engines(tmp_path / "b", ignore)[0] != build_engines(bundle, ignore)[0]
+
+
+def test_tf32_is_off_and_the_network_strongly_typed(
+    bundle: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    build = TENSORRT.Builder.build_serialized_network
+
+    def watched(builder: Any, network: Any, config: Any) -> Any:
+        strongly_typed = network.get_flag(TENSORRT.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        seen.append((config.get_flag(TENSORRT.BuilderFlag.TF32), strongly_typed))
+        return build(builder, network, config)
+
+    monkeypatch.setattr(TENSORRT.Builder, "build_serialized_network", watched)
+    _build(bundle / "hypernetwork.onnx", bundle, "hypernetwork", device)
+    assert seen == [(False, True)]
+
+
+def _build(file: Path, bundle: Path, like: str, device: Device) -> memoryview:
+    """An engine of a file, with the inputs and profiles of one of the bundle's graphs."""
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graphs[like]
+    return build_engine(TENSORRT, device, file, graph.inputs, profiles(manifest, graph), ignore)
+
+
+def _unknown_operator(decoder: onnx.ModelProto) -> None:
+    node = next(node for node in decoder.graph.node if node.op_type == "Gelu")
+    node.op_type, node.domain = "FastGelu", "com.example"
+    decoder.opset_import.append(helper.make_opsetid("com.example", 1))
+
+
+def _attention_of_opset_23(decoder: onnx.ModelProto) -> None:
+    node = next(node for node in decoder.graph.node if node.op_type == "Softmax")
+    node.op_type, node.input[:] = "Attention", [node.input[0]] * 3
+    del node.attribute[:]
+    decoder.opset_import[0].version = 23
+
+
+def _missing_tensor(decoder: onnx.ModelProto) -> None:
+    next(node for node in decoder.graph.node if node.op_type == "Softmax").input[0] = "nowhere"
+
+
+def _other_input(decoder: onnx.ModelProto) -> None:
+    decoder.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_unknown_operator, "cannot read it: operator FastGelu at node "),
+        (_attention_of_opset_23, "cannot build an engine from it: .*Attention"),
+        (_missing_tensor, "cannot read it: "),
+        (_other_input, r"differ from the manifest at 'input_ids': \(1, -1\), not \(-1, -1\)"),
+    ],
+)
+def test_a_graph_that_tensorrt_cannot_take_is_refused(
+    damage: Callable[[Any], None],
+    message: str,
+    bundle: Path,
+    device: Device,
+    copy_of: Callable[[Path], Path],
+) -> None:
+    file = copy_of(bundle) / "decoder.onnx"
+    decoder = onnx.load(file, load_external_data=False)
+    damage(decoder)
+    onnx.save(decoder, file)
+    with pytest.raises(EngineError, match=message) as raised:
+        _build(file, bundle, "decoder", device)
+    assert str(file) in str(raised.value)
+    assert "tensorrt_rtx" in str(raised.value) or "manifest" in str(raised.value)
+
+
+def test_a_file_that_is_no_graph_and_one_without_its_weights_are_refused(
+    bundle: Path, device: Device, tmp_path: Path
+) -> None:
+    (tmp_path / "decoder.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"cannot read it: .*parse the ONNX model"):
+        _build(tmp_path / "decoder.onnx", bundle, "decoder", device)
+    (tmp_path / "decoder.onnx").write_bytes((bundle / "decoder.onnx").read_bytes())
+    with pytest.raises(EngineError, match=r"cannot read it: .*transformer\.wte\.weight"):
+        _build(tmp_path / "decoder.onnx", bundle, "decoder", device)
+
+
+def _scale(path: Path, dtype: int = TensorProto.FLOAT) -> tuple[Path, list[TensorSpec]]:
+    """A graph that multiplies x [batch, 4] by a constant."""
+    x, y = (helper.make_tensor_value_info(name, dtype, ["batch", 4]) for name in ("x", "y"))
+    weight = helper.make_tensor("w", dtype, [4], np.ones(4))
+    graph = helper.make_graph([helper.make_node("Mul", ["x", "w"], ["y"])], "scale", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path / "scale.onnx")
+    return path / "scale.onnx", [TensorSpec("x", "float32", ("batch", 4))]
+
+
+@pytest.mark.parametrize("ranges", [Range(2, 1, 4), Range(1, 8, 4), Range(-2, 1, 4)])
+def test_tensorrt_would_refuse_wrong_profiles_too(ranges: Range, device: Device, tmp_path: Path) -> None:
+    """check_profile stands before this; here is what would happen without it."""
+    file, inputs = _scale(tmp_path)
+    assert build_engine(TENSORRT, device, file, inputs, [Profile("good", {"batch": Range(1, 2, 4)})], ignore)
+    with pytest.raises(ProfileError, match="TensorRT refuses the profile bad: batch"):
+        build_engine(TENSORRT, device, file, inputs, [Profile("bad", {"batch": ranges})], ignore)
+
+
+def test_a_build_that_fails_says_why(device: Device, tmp_path: Path) -> None:
+    file, inputs = _scale(tmp_path)
+    with pytest.raises(EngineError, match=r"scale\.onnx: tensorrt_rtx .* cannot build an engine from it: .*profile"):
+        build_engine(TENSORRT, device, file, inputs, [], ignore)
+
+
+def test_ctrl_c_ends_a_build(bundle: Path, device: Device) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done > 100:
+            signal.raise_signal(signal.SIGINT)
+
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graphs["decoder"]
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(TENSORRT, device, bundle / graph.file, graph.inputs, profiles(manifest, graph), interrupt)
+
+
+def test_the_command_writes_a_bundle_and_builds_its_engines(mini_path: Path, tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "b"
+    command: list[Any] = [*EXPORT, mini_path, "--out", out, "--target", "tensorrt", "--no-verify"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "engines for any (compute capability 8.0" in result.stdout
+    assert not [file for file in out.iterdir() if file.suffix == ".engine"]
+    (entry,) = [path for path in (cache / "engines").iterdir() if path.is_dir()]
+    again = subprocess.run([*EXPORT, out, "--target", "tensorrt"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert str(entry) in again.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--target", "onnx"], ["--target", "tensorrt", "--out", "elsewhere"]])
+def test_a_bundle_is_exported_no_second_time(bundle: Path, options: list[str]) -> None:
+    result = subprocess.run([*EXPORT, bundle, *options], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "is a bundle already" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_one_process_builds_while_the_others_wait(bundle: Path, cache: Path) -> None:
+    command: list[Any] = [*EXPORT, bundle, "--target", "tensorrt"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len({output.split(":")[0] for output in outputs}) == 1
+    assert len([path for path in (cache / "engines").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="CHAMELEON_DEPLOY_CACHE"):
+        build_engines(bundle, ignore)
