@@ -56,11 +56,12 @@ class Checkpoint:
     digest: str
 
 
-def load_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = None) -> Checkpoint:
     """Load any of the three kinds of checkpoint.
 
-    path  a checkpoint directory, a PEFT LoRA directory, or a state-dict file of the authors' script
-    base  the base model, where the input does not name one or its path has moved
+    path   a checkpoint directory, a PEFT LoRA directory, or a state-dict file of the authors' script
+    base   the base model, where the input does not name one or its path has moved
+    trunk  the base model of one of our own checkpoints, where it is loaded already
 
     Raises CheckpointError, VersionError, TensorError or UnsupportedBaseError.
     """
@@ -69,7 +70,7 @@ def load_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
     if path.is_file():
         return _load_authors_state_dict(path, base or "gpt2")
     if (path / CONFIG_FILE).is_file():
-        return _load_own(path, base)
+        return _load_own(path, base, trunk)
     if (path / "adapter_config.json").is_file():
         return _load_peft(path, base)
     raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
@@ -99,10 +100,10 @@ def _stored_name(parameter: str) -> str:
     return parameter.replace("layers.", "hypernetwork.", 1) if parameter.startswith("layers.") else parameter
 
 
-def _load_own(path: Path, base: str | None) -> Checkpoint:
+def _load_own(path: Path, base: str | None, trunk: Trunk | None) -> Checkpoint:
     config = _read_config(path / CONFIG_FILE)
     tensors = _read_tensors(path / TENSOR_FILE)
-    trunk = load_trunk(base or _resolve_base(path, config.base_model))
+    trunk = trunk or load_trunk(base or _resolve_base(path, config.base_model))
     centroids = tensors.pop("centroids", torch.empty(0, trunk.config.hidden_size))
     if tuple(centroids.shape) != (config.num_clusters, trunk.config.hidden_size):
         raise TensorError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,13 +32,23 @@ def load_dataset_texts(name: str, split: str) -> list[str]:
         ) from error
 
 
-def split_texts(texts: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
-    """Training and held-out texts. A text's side depends on its content alone, so equal texts never straddle."""
+def split_texts(texts: Sequence[str], held_out: float, salt: str = "") -> tuple[list[str], list[str]]:
+    """Training and held-out texts. A text's side depends on its content alone, so equal texts never straddle.
+
+    salt  a second split of one side needs another, or it would find that side's texts all on one side again
+    """
     sides: tuple[list[str], list[str]] = ([], [])
     for text in texts:
-        share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        share = int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:8], "big") / 2**64
         sides[share < held_out].append(text)
     return sides
+
+
+def sample_texts(texts: Sequence[str], count: int | None, seed: int) -> list[str]:
+    """`count` of the texts, drawn by the seed, in their order; None or more than there are: all."""
+    if count is None or count >= len(texts):
+        return list(texts)
+    return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), count))]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, protocol: str, max_length: int) -> list[list[int]]:

@@ -14,25 +14,28 @@ import torch
 
 from chameleon_deploy.reference.checkpoint import Checkpoint, Protocol
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
+from chameleon_deploy.reference.conditioning import Conditioning, cohort_mean, members_of
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.head import cohort_losses, cohorts
-from chameleon_deploy.reference.hidden_states import cache_hidden_states
-from chameleon_deploy.reference.hypernetwork import num_parameters
+from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.hypernetwork import HeadFactors, num_parameters
 
 BOOTSTRAP_SAMPLES = 2000
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What one regime scores under one protocol.
 
+    regime       "bundle" is the checkpoint's export, scored by the runtime
     parameters   what the regime adds to the frozen base, or the base itself
     nll          float64 [texts], negative log-likelihood of each text's scored positions, in nats
     positions    int64 [texts], how many positions that were
     cluster_ids  int64 [texts]
     """
 
-    regime: Literal["base", "lora", "chameleon"]
+    regime: Literal["base", "lora", "chameleon", "bundle"]
     protocol: Protocol
     parameters: int
     nll: npt.NDArray[np.float64]
@@ -68,7 +71,8 @@ def evaluate(
     """Score held-out texts with a checkpoint, or with its frozen base (adapted=False).
 
     Cohorts are drawn per cluster, in the order of the texts, at most batch_size together: as in training.
-    protocol  None takes the checkpoint's own
+    protocol  whose loss: None takes the checkpoint's own. Texts are embedded by the checkpoint's own in any case,
+              since its hypernetwork knows no other embeddings
     cache     a directory for the hidden states
 
     Raises InputError when no text has two tokens.
@@ -77,42 +81,78 @@ def evaluate(
     protocol = protocol or config.protocol
     ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)
     states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
-    clusters = _clusters(checkpoint, states.embeddings)
-    nll = np.zeros(len(ids))
+    embeddings = _embeddings(checkpoint, ids)
+    clusters = _clusters(checkpoint, embeddings)
+    cohorts = cohort_mean(embeddings, clusters, batch_size)
     factors = checkpoint.factors if adapted else None
-    for rows in cohorts([(clusters == k).nonzero().flatten() for k in clusters.unique()], batch_size):
-        hidden, targets = states.batch(rows)
-        losses = cohort_losses(factors, states.embeddings[rows], hidden, targets, trunk.head_weight, config.alpha)
-        lengths = [int(states.offsets[row + 1] - states.offsets[row]) for row in rows]
-        nll[rows] = [float(part.double().sum()) for part in losses.split(lengths)]
+    nll = score_texts(factors, config.alpha, trunk.head_weight, states, cohorts, batch_size)
     parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
     regime = config.regime if adapted else "base"
     return Evaluation(regime, protocol, parameters, nll, np.diff(states.offsets), clusters.numpy())
 
 
+def score_texts(
+    factors: HeadFactors | None,
+    alpha: float,
+    head_weight: torch.Tensor,
+    states: HiddenStates,
+    conditioning: Conditioning,
+    batch_size: int = 32,
+) -> FloatArray:
+    """Negative log-likelihood of each text's stored positions, in nats, float64 [texts]; factors None: the base."""
+    nll = np.zeros(len(states))
+    for vector, rows in conditioning.rows(batch_size):
+        hidden, targets = states.batch(rows)
+        losses = cohort_losses(factors, vector, hidden, targets, head_weight, alpha)
+        lengths = [int(states.offsets[row + 1] - states.offsets[row]) for row in rows]
+        nll[rows] = [float(part.double().sum()) for part in losses.split(lengths)]
+    return nll
+
+
 def bootstrap_gain(ours: Evaluation, base: Evaluation, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the relative change of perplexity from base to ours, resampling whole texts in pairs.
+    """`bootstrap_change` from base to ours."""
+    return bootstrap_change(ours.nll, base.nll, base.positions, seed)
+
+
+def bootstrap_change(
+    nll: FloatArray, base_nll: FloatArray, positions: npt.NDArray[np.int64], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the relative change of perplexity, resampling whole texts in pairs.  All [texts].
 
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: percentile interval.
     """
     random = np.random.default_rng(seed)
     changes = np.empty(BOOTSTRAP_SAMPLES)
     for i in range(BOOTSTRAP_SAMPLES):
-        rows = random.integers(0, len(base.nll), len(base.nll))
-        changes[i] = math.expm1((ours.nll[rows].sum() - base.nll[rows].sum()) / base.positions[rows].sum())
+        rows = random.integers(0, len(base_nll), len(base_nll))
+        changes[i] = math.expm1((nll[rows].sum() - base_nll[rows].sum()) / positions[rows].sum())
     low, high = np.quantile(changes, (0.025, 0.975))
     return float(low), float(high)
+
+
+def seed_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
+    """95 % Student interval of the mean over seeds [seeds]; None for a single seed, which says nothing of spread."""
+    from scipy import stats
+
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+    return float(sample.mean() - half), float(sample.mean() + half)
 
 
 def cohort_rows(
     checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The same cohorts for another engine: token ids of the texts, and the rows of each cohort."""
+    """The cohorts of protocol `masked` for another engine: token ids of the texts, and the rows of each cohort."""
+    ids = encode_texts(texts, checkpoint.trunk.tokenizer, "masked", checkpoint.config.max_length)
+    clusters = _clusters(checkpoint, _embeddings(checkpoint, ids))
+    return ids, list(cohorts(members_of(clusters, int(clusters.max()) + 1), batch_size))
+
+
+def _embeddings(checkpoint: Checkpoint, ids: Sequence[Sequence[int]]) -> torch.Tensor:
     config, trunk = checkpoint.config, checkpoint.trunk
-    ids = encode_texts(texts, trunk.tokenizer, config.protocol, config.max_length)
-    embeddings = embed_texts(ids, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
-    clusters = _clusters(checkpoint, embeddings)
-    return ids, list(cohorts([(clusters == k).nonzero().flatten() for k in clusters.unique()], batch_size))
+    return embed_texts(ids, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
 
 
 def _clusters(checkpoint: Checkpoint, embeddings: torch.Tensor) -> torch.Tensor:

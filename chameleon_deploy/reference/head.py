@@ -54,11 +54,15 @@ def train_head(
     settings: TrainingSettings,
     state_dir: Path,
     on_epoch: Callable[[TrainingState], None] = lambda state: None,
+    constant: Tensor | None = None,
 ) -> TrainingState:
     """Train `factors` in place and leave the parameters of the best epoch in it.
 
     Progress is saved in state_dir after every epoch; called again on the same state_dir, training
     goes on there and ends with the same parameters as an uninterrupted run.
+
+    constant  [hidden], what every batch is conditioned on in place of its own mean: the control that has the
+              hypernetwork's capacity and nothing to adapt to
     """
     optimizer = torch.optim.AdamW(factors.parameters(), lr=settings.lr)
     state = _restore(factors, optimizer, state_dir) or TrainingState()
@@ -71,12 +75,12 @@ def train_head(
         total, count = 0.0, 0
         for rows in _shuffled_batches(train_clusters, settings.batch_size):
             hidden, targets = train.batch(rows)
-            conditioning = train.embeddings[rows].mean(0, keepdim=True)
+            conditioning = (train.embeddings[rows].mean(0) if constant is None else constant)[None]
             optimizer.zero_grad()
             total += _backward(factors, conditioning, hidden, targets, head_weight, alpha)
             count += len(targets)
             optimizer.step()
-        loss = validation_loss(factors, head_weight, alpha, validation, centroids, settings.batch_size)
+        loss = validation_loss(factors, head_weight, alpha, validation, centroids, settings.batch_size, constant)
         state.history.append({"epoch": state.epoch, "train_loss": total / count, "validation_loss": loss})
         if loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
@@ -95,6 +99,7 @@ def validation_loss(
     states: HiddenStates,
     centroids: Tensor,
     batch_size: int,
+    constant: Tensor | None = None,
 ) -> float:
     """Mean cross-entropy over all stored positions, cohorts drawn per cluster as in training. None: the base model."""
     total = 0.0
@@ -102,30 +107,33 @@ def validation_loss(
         factors.eval()
     for rows in cohorts(_clusters(states, centroids), batch_size):
         hidden, targets = states.batch(rows)
-        total += float(cohort_losses(factors, states.embeddings[rows], hidden, targets, head_weight, alpha).sum())
+        conditioning = states.embeddings[rows].mean(0) if constant is None else constant
+        total += float(cohort_losses(factors, conditioning, hidden, targets, head_weight, alpha).sum())
     return total / len(states.targets)
 
 
 @torch.no_grad()
 def cohort_losses(
     factors: nn.Module | None,
-    embeddings: Tensor,
+    conditioning: Tensor,
     hidden: Tensor,
     targets: Tensor,
     head_weight: Tensor,
     alpha: float,
 ) -> Tensor:
-    """Cross-entropy [positions] of one cohort, conditioned on the mean of its embeddings [texts, hidden]."""
-    losses = []
-    if factors is not None:
-        lora_A, lora_B = (f[0] for f in factors(embeddings.mean(0, keepdim=True)))
+    """Cross-entropy [positions] of one cohort whose factors come from one conditioning vector [hidden]. None: the base
+    model."""
+    if factors is None:
+        lora_A, lora_B = torch.zeros(1, head_weight.shape[1]), torch.zeros(len(head_weight), 1)
+    else:
+        lora_A, lora_B = (f[0] for f in factors(conditioning[None]))
+    losses = torch.empty(len(targets))
+    buffer = torch.empty(min(CHUNK_POSITIONS, len(targets)), len(head_weight))
     for start in range(0, len(targets), CHUNK_POSITIONS):
         h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
-        logits = h @ head_weight.T
-        if factors is not None:
-            logits += alpha * (h @ lora_A.T) @ lora_B.T
-        losses.append(nn.functional.cross_entropy(logits, t, reduction="none"))
-    return torch.cat(losses)
+        logprobs = _logprobs(h, h @ lora_A.T, lora_B, head_weight, alpha, buffer)
+        losses[start : start + len(t)] = -logprobs.gather(1, t[:, None])[:, 0]
+    return losses
 
 
 def _backward(

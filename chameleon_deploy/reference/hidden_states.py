@@ -65,6 +65,7 @@ def cache_hidden_states(
     file = directory / "hidden_states.npy"
     key_file = directory / "hidden_states.json"
     if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
+        key_file.unlink(missing_ok=True)  # a kill must not leave the old key beside new states
         _compute(trunk, texts, protocol, max_length, offsets, file, report, batch_size)
         key_file.write_text(json.dumps({"key": key}))
     embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)

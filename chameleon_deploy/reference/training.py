@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
@@ -69,18 +70,38 @@ def train_checkpoint(
         shutil.rmtree(work)
         raise
     interrupted.write_text(made_of)  # from here on there is something worth resuming
+    return train_on_states(trunk, config, train, validation, centroids, out, settings, report)
+
+
+def train_on_states(
+    trunk: Trunk,
+    config: CheckpointConfig,
+    train: HiddenStates,
+    validation: HiddenStates,
+    centroids: Tensor,
+    out: Path,
+    settings: TrainingSettings,
+    report: Report,
+    constant: Tensor | None = None,
+) -> TrainingState:
+    """The part of `train_checkpoint` after the trunk's work is done; it goes on where `<out>.training` has a state.
+
+    centroids  [K, hidden], what batches are drawn by
+    constant   see `train_head`; it then is the checkpoint's only centroid, so that mode `centroid` is what was trained
+    """
+    work = out.with_name(out.name + ".training")
+    work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     vocab_size, hidden_size = trunk.head_weight.shape
     factors = build_factors(config, hidden_size, vocab_size)
     state = train_head(
         factors, trunk.head_weight, config.alpha, train, validation, centroids, settings, work,
-        lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs),
+        lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
     )  # fmt: skip
-
     complete = work / "checkpoint"
     shutil.rmtree(complete, ignore_errors=True)
     complete.mkdir()
-    save_checkpoint(complete, config, factors, centroids)
+    save_checkpoint(complete, config, factors, centroids if constant is None else constant[None])
     record = {"settings": asdict(settings), **asdict(state)}
     (complete / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     os.rename(complete, out)
