@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from chameleon_deploy.measurement import Case, Engine, Part
-from chameleon_deploy.peers import DECODE, ONE_CALL_PER_CLUSTER, PREFILL, Peer, Rows
+from chameleon_deploy.peers import DECODE, PREFILL, Peer, Rows
+from chameleon_deploy.peers.bundle import OneCallPerCluster
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -43,7 +44,7 @@ class Workloads:
 
         tokens = sum(map(len, rows))
         whole = Part(f"scoring {_shape(rows)}", tokens, "token", *self._weights.work(tokens, tokens))
-        return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.name != ONE_CALL_PER_CLUSTER})
+        return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.scores})
 
     def generation(self, rows: Rows, num_tokens: int) -> Case:
         """Prompts to their first tokens, clustering and hypernetwork included, and on by cached steps."""
@@ -75,6 +76,8 @@ class Workloads:
         return Case(whole, self._generating(encode, 1, separate=False))
 
     def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Engine]:
+        """separate: whether there are clusters to call one by one."""
+
         def engine(peer: Peer) -> Engine:
             return Engine(
                 lambda lap: peer.generate(rows(), num_tokens, lap),
@@ -82,7 +85,11 @@ class Workloads:
                 2 * BOUNDS[peer.precision],  # two logits, each with its own deviation
             )
 
-        return {peer.name: engine(peer) for peer in self._peers if separate or peer.name != ONE_CALL_PER_CLUSTER}
+        return {
+            peer.name: engine(peer)
+            for peer in self._peers
+            if peer.generates and (separate or not isinstance(peer, OneCallPerCluster))
+        }
 
     def _expected_scores(self, rows: Rows, peer: Peer) -> Any:
         return np.array(

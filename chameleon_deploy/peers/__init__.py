@@ -20,15 +20,18 @@ Rows = Sequence[Sequence[int]]
 Lap = Callable[[str], None]  # called with the name of the part of the work that ends now
 
 PREFILL, DECODE = "prefill", "decode"  # the parts of a generation: up to the first tokens, and all others
-ONE_CALL_PER_CLUSTER = "one call per cluster"
 
 
 class Peer(Protocol):
-    """adapts  whether it applies the factors; one that does not is compared with the frozen base model"""
+    """adapts             whether it applies the factors; one that does not is compared with the frozen base model
+    scores, generates  what it is compared in
+    """
 
     name: str
     precision: str
     adapts: bool
+    scores: bool
+    generates: bool
 
     def score(self, rows: Rows) -> Any:
         """Rows of one length.  -> log-probability of every token after the first, [batch, length - 1]"""
@@ -45,15 +48,15 @@ def open_peers(
     directory  an empty one, for converted models
     foreign    also those that take half a minute to convert or to compile
     """
-    from chameleon_deploy.peers.bundle import Bundle, OneCallPerCluster, WithoutLoRA
+    from chameleon_deploy.peers.bundle import Bundle, FullLogits, OneCallPerCluster
     from chameleon_deploy.peers.ctranslate2 import CTranslate2
     from chameleon_deploy.peers.openvino import OpenVINO
     from chameleon_deploy.peers.pytorch import PyTorch
+    from chameleon_deploy.peers.without_lora import WithoutLoRA
 
     trunk, precision = checkpoint.trunk, runtime.manifest.precision
     openers: dict[str, Callable[[], Peer]] = {
         "without LoRA": lambda: WithoutLoRA(runtime, threads),
-        ONE_CALL_PER_CLUSTER: lambda: OneCallPerCluster(runtime),
         "PyTorch eager": lambda: PyTorch(checkpoint, runtime.mode, compiled=False),
     }
     if foreign:
@@ -62,7 +65,7 @@ def open_peers(
             f"CTranslate2 {precision}": lambda: CTranslate2(trunk, precision, threads, directory),
             f"OpenVINO {precision}": lambda: OpenVINO(trunk, precision, threads),
         }
-    peers: list[Peer] = [Bundle(runtime)]
+    peers: list[Peer] = [Bundle(runtime), FullLogits(runtime), OneCallPerCluster(runtime)]
     missing = {}
     for name, opener in openers.items():
         try:

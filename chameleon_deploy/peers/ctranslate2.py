@@ -18,7 +18,7 @@ COMPUTE_TYPES: dict[str, str] = {"fp32": "float32", "int8": "int8"}
 class CTranslate2:
     """See `Peer`."""
 
-    adapts = False
+    adapts, scores, generates = False, True, True
 
     def __init__(self, trunk: Trunk, precision: str, threads: int, directory: Path) -> None:
         """Convert the model into `directory` and load it.

@@ -22,7 +22,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
 class OpenVINO:
     """See `Peer`. fp32: everything in float32. int8: weights by NNCF, one scale per channel, the rest as it comes."""
 
-    adapts = False
+    adapts, scores, generates = False, True, True
 
     def __init__(self, trunk: Trunk, precision: str, threads: int) -> None:
         """Convert the model and compile it.

@@ -19,7 +19,7 @@ class PyTorch:
     """See `Peer`. Adapts every batch anew, as the bundle does."""
 
     precision: str = "fp32"
-    adapts = True
+    adapts = scores = generates = True
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, compiled: bool) -> None:
         self.name = "torch.compile" if compiled else "PyTorch eager"
