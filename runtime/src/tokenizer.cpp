@@ -21,6 +21,9 @@ namespace {
 constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
                                     R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
+// What Digits splits off: `tokenizers` goes by Unicode 17, which has thirteen numbers more than the Unicode 16 of PCRE2.
+constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
+
 constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
 
 /// GPT-2 writes every byte as a printable character: itself where it is one, else the next from U+0100 on.
@@ -70,7 +73,6 @@ void require_type(const Json& json, const char* key, const char* type) {
 /// Options that would change token ids and that GPT-2's family leaves off.
 void refuse_options(const Json& json) {
   require_type(json, "model", "BPE");
-  require_type(json, "pre_tokenizer", "ByteLevel");
   require_type(json, "decoder", "ByteLevel");
   for (const char* key : {"normalizer", "truncation", "padding"}) {
     if (!json.value(key, Json()).is_null()) fail_at("tokenizer.json", std::string(key) + " is not supported");
@@ -85,7 +87,32 @@ void refuse_options(const Json& json) {
     if (json.at("model").value(key, false))
       fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
   }
-  if (!json.at("pre_tokenizer").value("use_regex", true)) fail_at("tokenizer.json", "use_regex=false is not supported");
+}
+
+/// How a text is cut into words: ByteLevel alone, as in GPT-2, or after Digits, as in SmolLM.
+struct WordRules {
+  bool split_digits = false;  ///< each digit is a word
+  bool add_prefix_space = false;
+};
+
+WordRules read_word_rules(const Json& json) {
+  WordRules rules;
+  Json byte_level = json.value("pre_tokenizer", Json());
+  if (byte_level.is_object() && byte_level.value("type", "") == "Sequence") {
+    const Json steps = byte_level.value("pretokenizers", Json());
+    if (!steps.is_array() || steps.size() != 2 || steps[0].value("type", "") != "Digits" ||
+        !steps[0].value("individual_digits", false)) {
+      fail_at("tokenizer.json", "pre_tokenizer is a Sequence other than Digits (individual_digits) and ByteLevel");
+    }
+    rules.split_digits = true;
+    byte_level = steps[1];
+  }
+  if (!byte_level.is_object() || byte_level.value("type", "") != "ByteLevel") {
+    fail_at("tokenizer.json", "pre_tokenizer is neither ByteLevel nor Digits and ByteLevel");
+  }
+  if (!byte_level.value("use_regex", true)) fail_at("tokenizer.json", "use_regex=false is not supported");
+  rules.add_prefix_space = byte_level.value("add_prefix_space", true);
+  return rules;
 }
 
 }  // namespace
@@ -105,19 +132,20 @@ static void read(const Json& json, const std::string& at, AddedToken& token) {
 }
 
 struct Tokenizer::Impl {
-  Regex words{kWords};
+  Regex words{kWords}, digit{kDigit};
   std::vector<AddedToken> plain, normalized;  // the second kind is looked for after the first
-  bool add_prefix_space = false;
+  WordRules rules;
   std::vector<std::string> bytes;  // by id; empty for special tokens
   std::unique_ptr<const Bpe> bpe;
 
   explicit Impl(const Json& json);
+  void encode_text(std::string_view text, std::vector<std::int64_t>& ids) const;
   void encode_words(std::string_view text, std::vector<std::int64_t>& ids) const;
 };
 
 Tokenizer::Impl::Impl(const Json& json) {
   refuse_options(json);
-  add_prefix_space = json.at("pre_tokenizer").value("add_prefix_space", true);
+  rules = read_word_rules(json);
   std::unordered_map<char32_t, char> bytes_of;
   const auto characters = byte_characters();
   for (std::size_t byte = 0; byte < 256; ++byte) bytes_of[characters[byte]] = static_cast<char>(byte);
@@ -158,8 +186,22 @@ Tokenizer::Impl::Impl(const Json& json) {
   bpe = std::make_unique<const Bpe>(byte_ids, merges);
 }
 
+/// A text between added tokens.
+void Tokenizer::Impl::encode_text(std::string_view text, std::vector<std::int64_t>& ids) const {
+  if (!rules.split_digits) return encode_words(text, ids);
+  std::size_t done = 0;
+  while (const std::optional<Span> found = digit.search(text, done)) {
+    encode_words(text.substr(done, found->start - done), ids);
+    encode_words(text.substr(found->start, found->end - found->start), ids);
+    done = found->end;
+  }
+  encode_words(text.substr(done), ids);
+}
+
+/// What Digits leaves in one piece: its words, each merged on its own.
 void Tokenizer::Impl::encode_words(std::string_view text, std::vector<std::int64_t>& ids) const {
-  const std::string prefixed = add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
+  if (text.empty()) return;
+  const std::string prefixed = rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
   if (!prefixed.empty()) text = prefixed;
   std::size_t done = 0;
   while (done < text.size()) {  // the pattern matches at every place: each character is in one of its classes
@@ -194,7 +236,7 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
       if (inner.token) {
         ids.push_back(*inner.token);
       } else {
-        impl_->encode_words(inner.text, ids);
+        impl_->encode_text(inner.text, ids);
       }
     }
   }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chameleon_deploy.bundle import Regime
 from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
@@ -15,16 +16,19 @@ collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Random two-layer models of both regimes."""
+    """Random two-layer models: a GPT-2 in both regimes, and a Llama."""
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.random import random_checkpoint
 
     directory = tmp_path_factory.mktemp("mini")
     bundles = {}
-    for regime in ("chameleon", "lora"):
-        checkpoint, bundles[regime] = directory / f"checkpoint-{regime}", directory / regime
-        random_checkpoint(checkpoint, "mini", regime)
-        export_bundle(load_checkpoint(checkpoint), bundles[regime], None)
+    kinds: dict[str, tuple[str, Regime]] = {
+        "chameleon": ("mini", "chameleon"), "lora": ("mini", "lora"), "llama": ("llama-mini", "chameleon")
+    }  # fmt: skip
+    for name, (size, regime) in kinds.items():
+        checkpoint, bundles[name] = directory / f"checkpoint-{name}", directory / name
+        random_checkpoint(checkpoint, size, regime)
+        export_bundle(load_checkpoint(checkpoint), bundles[name], None)
     yield bundles
     shutil.rmtree(directory)

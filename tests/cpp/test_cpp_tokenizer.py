@@ -18,6 +18,7 @@ from chameleon_deploy.reference.tiny import train_tokenizer
 from tests.cpp.c_interface import NativeError, NativeRuntime
 
 TEXTS = 100_000
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "\u2019s", "don't", "we'll've", "'"]
 EMOJI = ["👍", "👍🏽", "👨‍👩‍👧‍👦", "🇩🇪", "1️⃣", "❤️", "🏴\U000e0067\U000e0062\U000e007f", "🫨"]
 SPACES = [
@@ -67,7 +68,16 @@ def make_tokenizer(kind: str) -> Tokenizer:
             [AddedToken("word", single_word=True), AddedToken("tok", normalized=True), "tokens", "é ü"]
         )
         tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
+    if kind.startswith("digits"):
+        tokenizer.pre_tokenizer = digits_apart(add_prefix_space=kind == "digits after a space")
     return tokenizer
+
+
+def digits_apart(add_prefix_space: bool = False) -> pre_tokenizers.PreTokenizer:
+    """As in SmolLM."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)]
+    )
 
 
 def random_text(random: np.random.Generator, prose: list[str]) -> str:
@@ -99,7 +109,7 @@ def random_text(random: np.random.Generator, prose: list[str]) -> str:
     return "".join(parts)
 
 
-@pytest.mark.parametrize("kind", ["plain", "added"])
+@pytest.mark.parametrize("kind", ["plain", "added", "digits", "digits after a space"])
 def test_encode_and_decode_agree(mini_bundles: dict[str, Path], tmp_path: Path, kind: str) -> None:
     expected = make_tokenizer(kind)
     native = NativeRuntime(with_tokenizer(mini_bundles["chameleon"], expected, tmp_path / "bundle"))
@@ -128,9 +138,12 @@ def splitting_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def test_every_code_point_is_split_alike(mini_bundles: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("digits", [False, True])
+def test_every_code_point_is_split_alike(mini_bundles: dict[str, Path], tmp_path: Path, digits: bool) -> None:
     """Letters, numbers, spaces and others of every plane, between a letter, a digit, a space and a mark."""
     expected = splitting_tokenizer()
+    if digits:
+        expected.pre_tokenizer = digits_apart()
     native = NativeRuntime(with_tokenizer(mini_bundles["chameleon"], expected, tmp_path / "bundle"))
     points = [p for p in range(sys.maxunicode + 1) if not 0xD800 <= p < 0xE000]
     texts = ["".join(f"a{chr(p)}1a {chr(p)}!a" for p in points[i : i + 16]) for i in range(0, len(points), 16)]
@@ -154,6 +167,16 @@ def test_invalid_utf8_is_refused(mini_bundles: dict[str, Path], raw: bytes) -> N
         {"normalizer": {"type": "NFC"}},
         {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
         {"pre_tokenizer": {"type": "Whitespace"}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": False}, LEVEL],
+            }
+        },
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, LEVEL]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [LEVEL]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": "Digits"}},
+        {"pre_tokenizer": LEVEL | {"use_regex": False}},
         {"decoder": None},
         {"model": {"type": "WordPiece"}},
     ],

@@ -11,7 +11,7 @@
 
 namespace chameleon {
 
-/// Byte-level BPE as in GPT-2, from the tokenizer.json of Hugging Face `tokenizers`, with the same results.
+/// Byte-level BPE as in GPT-2, or as in SmolLM, where each digit is a word; from the tokenizer.json of Hugging Face `tokenizers`, with the same results.
 /// Immutable: one tokenizer serves any number of threads.
 class CHAMELEON_EXPORT Tokenizer {
  public:
