@@ -121,12 +121,12 @@ def bootstrap_change(
 
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: percentile interval.
     """
-    random = np.random.default_rng(seed)
-    changes = np.empty(BOOTSTRAP_SAMPLES)
-    for i in range(BOOTSTRAP_SAMPLES):
-        rows = random.integers(0, len(base_nll), len(base_nll))
-        changes[i] = math.expm1((nll[rows].sum() - base_nll[rows].sum()) / positions[rows].sum())
-    low, high = np.quantile(changes, (0.025, 0.975))
+    random, difference = np.random.default_rng(seed), nll - base_nll
+    changes: list[FloatArray] = []
+    for _ in range(0, BOOTSTRAP_SAMPLES, 100):  # a hundred samples at a time: memory stays bounded
+        rows = random.integers(0, len(difference), (100, len(difference)))
+        changes.append(np.expm1(difference[rows].sum(1) / positions[rows].sum(1)))
+    low, high = np.quantile(np.concatenate(changes), (0.025, 0.975))
     return float(low), float(high)
 
 
