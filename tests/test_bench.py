@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import subprocess
@@ -29,11 +31,35 @@ from chameleon_deploy.peers.pytorch import PyTorch
 from chameleon_deploy.peers.without_lora import WithoutLoRA, remove_lora
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.workloads import BOUNDS, Workloads, text_rows
+from tests.conftest import REPOSITORY
 from tests.test_cli import run
 from tests.test_report import Page
 
 CEILINGS = Ceilings(1e9, 1e9, "float32")
 PART = Part("work", 10, "unit", 1e7, 2e7)
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def process_time(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measurement, "time", clock)
+    return clock
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -46,10 +72,10 @@ def busy(seconds: float) -> None:
         pass
 
 
-def engine(first: float, second: float, deviation: float = 0.0) -> Engine:
+def engine(clock: Clock, first: float, second: float, deviation: float = 0.0) -> Engine:
     def work(lap: Callable[[str], None]) -> None:
         for part, seconds in (("a", first), ("b", second), ("a", first)):
-            time.sleep(seconds)
+            clock.sleep(seconds)
             lap(part)
 
     return Engine(work, lambda _: deviation, 0.5)
@@ -60,26 +86,42 @@ def measured(engines: dict[str, Engine]) -> list[Timing]:
     return measure(Case(PART, engines, parts), CEILINGS, 3, silent, 0)
 
 
-def test_the_whole_and_its_parts_are_timed() -> None:
-    whole, a, b = measured({"bundle": engine(0.01, 0.04), "slow": engine(0.02, 0.04)})
+def test_the_whole_and_its_parts_are_timed(clock: Clock) -> None:
+    whole, a, b = measured({"bundle": engine(clock, 1, 4), "slow": engine(clock, 2, 4)})
     assert [whole.part.name, a.part.name, b.part.name] == ["work", "a", "b"]
-    assert a.seconds["bundle"] == pytest.approx(0.02, rel=0.3)  # two stretches together
-    assert whole.seconds["slow"] == pytest.approx(0.08, rel=0.3)
-    assert a.ratios["slow"] == pytest.approx(2, rel=0.3)
-    assert b.ratios["slow"] == pytest.approx(1, rel=0.3)
+    assert a.seconds == pytest.approx({"bundle": 2, "slow": 4})  # two stretches together
+    assert whole.seconds == pytest.approx({"bundle": 6, "slow": 8})
+    assert [t.ratios["slow"] for t in (whole, a, b)] == pytest.approx([4 / 3, 2, 1])
+    assert whole.spread == pytest.approx({"bundle": 0, "slow": 0}, abs=1e-9)
     assert whole.floor == 0.02  # the larger of 10 ms of reading and 20 ms of computing
     assert whole.rounds == 3
 
 
-def test_a_wrong_answer_and_a_failure_are_told_apart() -> None:
+def test_ratios_are_taken_within_a_round(clock: Clock) -> None:
+    """A machine that slows down in the middle changes the seconds, and not the ratio."""
+    speed = {"now": 1.0}
+
+    def work(seconds: float) -> Engine:
+        return Engine(lambda lap: clock.sleep(seconds * speed["now"]), lambda _: 0.0, 0.5)
+
+    def slower(what: str, done: int, total: int) -> None:
+        speed["now"] *= 1.5
+
+    (timing,) = measure(Case(PART, {"bundle": work(1), "other": work(3)}), CEILINGS, 5, slower, 0)
+    assert timing.ratios["other"] == pytest.approx(3)
+    assert timing.spread["other"] == pytest.approx(0, abs=1e-9)
+    assert timing.spread["bundle"] > 0.5
+
+
+def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
     def fails(lap: Callable[[str], None]) -> None:
         raise RuntimeError("no such\nkernel")
 
     timings = measured(
         {
-            "bundle": engine(0, 0),
-            "wrong": engine(0, 0, deviation=0.6),
-            "not a number": engine(0, 0, deviation=float("nan")),
+            "bundle": engine(clock, 1, 1),
+            "wrong": engine(clock, 1, 1, deviation=0.6),
+            "not a number": engine(clock, 1, 1, deviation=float("nan")),
             "broken": Engine(fails, lambda _: 0.0, 0.5),
         }
     )
@@ -88,17 +130,13 @@ def test_a_wrong_answer_and_a_failure_are_told_apart() -> None:
         assert timing.failed == {"broken": "RuntimeError: no such kernel"}
         assert "broken" not in timing.ratios
     with pytest.raises(RuntimeError):  # without the bundle there is nothing to compare
-        measured({"broken": Engine(fails, lambda _: 0.0, 0.5), "other": engine(0, 0)})
+        measured({"broken": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
 
 
-def test_scattered_ratios_are_measured_again() -> None:
-    seconds = iter([0.0, 0.0, *([0.001, 0.03] * 50)])
-
-    def scattered(lap: Callable[[str], None]) -> None:
-        time.sleep(next(seconds))
-
-    engines = {"bundle": engine(0.005, 0), "scattered": Engine(scattered, lambda _: 0.0, 0.5)}
-    (timing,) = measure(Case(PART, engines), CEILINGS, 4, silent, 2)
+def test_scattered_ratios_are_measured_again(clock: Clock) -> None:
+    seconds = itertools.cycle([1, 4])
+    scattered = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
+    (timing,) = measure(Case(PART, {"bundle": engine(clock, 1, 1), "scattered": scattered}), CEILINGS, 4, silent, 2)
     assert timing.rounds == 12
     assert timing.spread["scattered"] > measurement.NOISY
 
@@ -258,3 +296,29 @@ def test_a_fast_wrong_answer_is_an_error(bundle: Path, mini_path: Path, copy_of:
                  "--rounds", 1)  # fmt: skip
     assert result.returncode == 1
     assert "scoring 8x32: bundle deviates by" in result.stderr
+
+
+def test_the_documented_table_comes_from_the_json(smoke: tuple[str, dict[str, Any], str], tmp_path: Path) -> None:
+    """The names in docs/performance_table.py are those that `bench` gives at full size."""
+    _, record, _ = smoke
+    names = {"8x32 + 9": "8x128 + 33", "8x32": "8x128"}
+    text = json.dumps(record)
+    for small, full in names.items():
+        text = text.replace(small, full)
+    full_size = json.loads(text)
+    batch_32 = copy.deepcopy(full_size["timings"][-1])
+    batch_32["part"]["name"] = "decode, batch 32, past 128, 4 clusters"
+    full_size["timings"].append(batch_32)
+    for timing in full_size["timings"]:
+        timing["ratios"] |= {"CTranslate2 fp32": 1.25, "OpenVINO fp32": 1.5}
+    (tmp_path / "fp32.json").write_text(json.dumps(full_size))
+    command = [sys.executable, str(REPOSITORY / "docs" / "performance_table.py"), str(tmp_path / "fp32.json")]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    documented = (REPOSITORY / "docs" / "performance.md").read_text()
+    lines = table.splitlines()[2:]
+    assert len(lines) == 16
+    for line in lines:
+        name, measured, asked = (cell.strip() for cell in line.strip("|").split("|"))
+        assert measured
+        assert "1.25" in measured or "x best" not in name
+        assert f"| {asked} |" in documented

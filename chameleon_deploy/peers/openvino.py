@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -133,7 +134,9 @@ def _stateful_model(trunk: Trunk) -> Any:
         torch.arange(width),
         *(torch.zeros(batch, heads, past, dim) for _ in names),
     )
-    model = openvino.convert_model(_WithPast(trunk.causal_lm).eval(), example_input=example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tracing, which is meant
+        model = openvino.convert_model(_WithPast(trunk.causal_lm).eval(), example_input=example)
     for node, name in zip(model.inputs, [*INPUTS, *(f"past.{name}" for name in names)], strict=True):
         node.get_tensor().set_names({name})
         shape = [-1] if name == "logits_positions" else [-1, -1] if name in INPUTS else [-1, heads, -1, dim]
