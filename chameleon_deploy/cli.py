@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "score": "log-probability and perplexity of texts",
     "bench": "measure a bundle against the PyTorch reference",
+    "gpu_check": "verify and measure bundles on this machine's GPU",
 }
 
 

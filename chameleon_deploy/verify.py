@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from chameleon_deploy import console
-from chameleon_deploy.bundle import ParitySummary
+from chameleon_deploy.bundle import LimitsSpec, ParitySummary
 from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import InputError
 
@@ -49,6 +49,12 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[l
     return [ids[:n] for ids, n in zip(encoded, lengths, strict=False)] + [stream[:positions]]
 
 
+def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
+    """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
+    most = min(limits.batch, limits.clusters, len(rows))
+    return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
+
+
 def verify_bundle(
     bundle: Path,
     checkpoint: Checkpoint,
@@ -78,10 +84,8 @@ def verify_bundle(
                 del runtime  # one session's weights at a time
     else:
         runtime = Runtime(opened, provider, threads=threads)
-        provider, limits = runtime.provider, manifest.limits
-        most = min(limits.batch, limits.clusters)  # engines take no larger batch, nor a factor set for each of its rows
-        fitting = [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
-        checks = parity.verify(runtime, reference, fitting, True, report)
+        provider = runtime.provider
+        checks = parity.verify(runtime, reference, rows_within(rows, manifest.limits), True, report)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),

@@ -130,7 +130,9 @@ class FakeEngine:
     def __init__(
         self, onnx_file: Path, profiles: Sequence[Mapping[str, Sequence[tuple[int, ...]]]], cudart: FakeCudart
     ) -> None:
-        self.session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = {node.name: node for node in self.session.get_outputs()}
         self.profiles, self.cudart = profiles, cudart

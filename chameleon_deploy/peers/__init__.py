@@ -2,6 +2,7 @@
 
 bundle.py       the bundle as users run it, without LoRA in its graph, and one call per cluster
 pytorch.py      the reference, eager and compiled
+pytorch_gpu.py  the same on a GPU, for `gpu_check`
 ctranslate2.py  the frozen base model only: it does not adapt
 openvino.py     the frozen base model only: it does not adapt
 """

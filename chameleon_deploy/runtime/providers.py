@@ -78,11 +78,15 @@ def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:
 
 
 def open_sessions(
-    bundle: Bundle, names: Mapping[Role, str], execution_provider: tuple[str, dict[str, str]], device_type: str
+    bundle: Bundle,
+    names: Mapping[Role, str],
+    execution_provider: tuple[str, dict[str, str]],
+    device_type: str,
+    threads: int | None = None,
 ) -> dict[Role, DeviceGraph]:
     """Graphs by role, executed by ONNX Runtime. device_type: its name of where the addresses are."""
     graphs: dict[Role, DeviceGraph] = {}
     for role, name in names.items():
         spec = bundle.manifest.graphs[name]
-        graphs[role] = SessionGraph(open_session(bundle, spec, None, execution_provider), spec, device_type)
+        graphs[role] = SessionGraph(open_session(bundle, spec, threads, execution_provider), spec, device_type)
     return graphs

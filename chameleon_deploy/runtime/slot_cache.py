@@ -109,9 +109,8 @@ class SlotCacheDecoder:
             slots = self._slots(width, longest)
             past = self._zeros(present.shape[1], slots)
             self._copy_slots(past, 0, present, 0, min(width, slots))
-            cache = SlotCache(
-                past, self._mask(lengths, slots), width, width, lengths, lengths, capacity, longest, factors
-            )
+            opened = self.device.upload(_mask(lengths, width, width, slots), "int64")
+            cache = SlotCache(past, opened, width, width, lengths, lengths, capacity, longest, factors)
             flat = logits.view((batch, self._model.vocab_size))
             return DeviceLogits(flat, self._chooser, self._scorer), cache
 
@@ -211,14 +210,10 @@ class SlotCacheDecoder:
         """More slots; or, where the engine allows no more, close the gaps of the rows if there are any."""
         slots, used = self._slots(cache.width, cache.longest), int(cache.lengths.max())
         if slots > cache.slots:
-            past, mask = self._zeros(cache.past.shape[1], slots), self._mask(cache.packed, slots)
+            past = self._zeros(cache.past.shape[1], slots)
             self._copy_slots(past, 0, cache.past, 0, cache.slots)
-            item = ITEM_SIZES["int64"]
-            self.device.copy(
-                mask.address, (slots + 1) * item, cache.mask.address, (cache.slots + 1) * item, cache.slots * item,
-                len(cache.lengths),
-            )  # fmt: skip
-            cache.past, cache.mask, cache.step = past, mask, None
+            opened = _mask(cache.packed, cache.start, cache.width, slots)
+            cache.past, cache.mask, cache.step = past, self.device.upload(opened, "int64"), None
         elif used < cache.width:
             past = self._zeros(cache.past.shape[1], slots)
             self._copy_slots(past, 0, cache.past, 0, cache.start)
@@ -229,14 +224,9 @@ class SlotCacheDecoder:
                     offset = (layer * cache.past.shape[1] + row * heads) * pitch
                     to, at = offset + end * self._slot_bytes, offset + cache.start * self._slot_bytes
                     self.device.copy(past.address + to, pitch, cache.past.address + at, pitch, recent, heads)
-            cache.past, cache.mask, cache.step = past, self._mask(cache.lengths, slots), None
+            opened = _mask(cache.lengths, used, used, slots)
+            cache.past, cache.mask, cache.step = past, self.device.upload(opened, "int64"), None
             cache.packed, cache.width, cache.start = cache.lengths, used, used
-
-    def _mask(self, lengths: IntArray, slots: int) -> DeviceArray:
-        """int64 [batch, slots + 1] of rows without gaps; the last column is the new token's."""
-        mask = (np.arange(slots + 1) < lengths[:, None]).astype(np.int64)
-        mask[:, -1] = 1
-        return self.device.upload(mask, "int64")
 
     def _open_slot(self, cache: SlotCache) -> None:
         """Set the mask of the slot that has just been filled, from the column that is always set."""
@@ -290,6 +280,13 @@ class SlotCacheDecoder:
                     f"{name} {number}: the engines of this bundle take {limit}; export it again with a larger "
                     f"`{name}` under [limits] of its recipe"
                 )
+
+
+def _mask(packed: IntArray, start: int, width: int, slots: int) -> IntArray:
+    """int64 [batch, slots + 1]: each row up to its gap and from `start` on; the last column is the new token's."""
+    slot = np.arange(slots + 1)
+    mask: IntArray = ((slot < packed[:, None]) | ((slot >= start) & (slot < width)) | (slot == slots)).astype(np.int64)
+    return mask
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,0 +1,157 @@
+"""gpu_check without a GPU: what it refuses, and its whole path on this machine's memory instead of a GPU's."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from chameleon_deploy import gpu_check, gpu_costs, parity, verify, workloads
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.errors import ProviderError
+from chameleon_deploy.peers.pytorch_gpu import PyTorchGPU
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.inference import RowLogits
+from tests.fake_cuda import FakeCudart
+from tests.test_device import with_engines, with_sessions
+from tests.test_providers import needs_no_gpu
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_is_one_line(bundle: Path, mini_path: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "chameleon_deploy.gpu_check", bundle, "--reference", mini_path, "--json",
+         tmp_path / "figures.json"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no NVIDIA driver")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "figures.json").exists()
+
+
+OPENERS: dict[str, Any] = {
+    "tensorrt": lambda bundle: with_engines(bundle, FakeCudart()),
+    "cuda": lambda bundle: with_sessions(bundle, FakeCudart()),
+}
+
+
+def check(bundle: Path, checkpoint: Checkpoint, deadline: float = math.inf, openers: Any = OPENERS) -> Any:
+    opened, reference = open_bundle(bundle), RowLogits(checkpoint)
+    return gpu_check.check_bundle(opened, checkpoint, reference, openers, "cpu", False, deadline, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that need no corpus to be read: what the real ones are is tested elsewhere."""
+    rows = [[(7 * i + j * j) % 512 for j in range(40)] for i in range(32)]
+    monkeypatch.setattr(verify, "verification_rows", lambda *_: rows)
+    monkeypatch.setattr(workloads, "text_rows", lambda _, batch, width: [ids[:width] for ids in rows[:batch]])
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "BATCH_SIZES", (1, 3))
+    monkeypatch.setattr(gpu_check, "WIDTH", 12)
+    monkeypatch.setattr(gpu_check, "NUM_TOKENS", 5)
+    monkeypatch.setattr(gpu_check, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_costs, "ROUNDS", 1)
+    bandwidth = gpu_costs.measure_bandwidth
+    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: bandwidth(runtime, 2**16))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_it_verifies_and_measures_every_backend(
+    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+
+    def checks(runtime: Any, *_: Any) -> list[parity.Check]:  # the real one on these runtimes: test_device.py
+        verified.append(runtime.provider)
+        return [parity.Check("a gate", 0.5, 1.0)]
+
+    monkeypatch.setattr(parity, "verify", checks)
+    figures = check(bundle, mini)
+    assert verified == ["tensorrt", "cuda"]
+    assert figures.missed == figures.skipped == []
+    kinds = [timing.part.name.split()[0] for timing in figures.timings]
+    assert kinds == ["prefill", "prefill", "decode,"] * 2 + ["scoring"]
+    engines = {"tensorrt", "cuda", "no adaptation", "PyTorch eager"}
+    for timing in figures.timings:
+        assert set(timing.seconds) == set(timing.deviations) == engines
+        assert timing.floor > 0
+    assert figures.bytes_per_second > 0
+    assert figures.bytes_per_step == {name: {"to device": 512, "to host": 3 * 8} for name in OPENERS}
+    parts = {"embed and cluster, on the host", "hypernetwork", "decoder, prefill", "decoder, decode"}
+    assert set(figures.cost_split["cuda"]) >= parts
+    content = json.loads(json.dumps(gpu_check.record({"name": "a GPU"}, [figures]), allow_nan=False))
+    assert content["bundles"][0]["checks"]["cuda"][0]["passed"] is True
+    assert content["bundles"][0]["timings"][0]["ratios"]["PyTorch eager"] > 0
+    assert len(list(gpu_check.tables(figures))) == 3
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_missed_gate_and_a_wrong_result_are_told(
+    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(mini, config=msgspec.structs.replace(mini.config, alpha=-3.0))  # of another export
+    monkeypatch.setattr(parity, "verify", lambda *_: [parity.Check("a gate", 2.0, 1.0)])
+    figures = check(bundle, other, openers={"cuda": OPENERS["cuda"]})
+    assert f"{bundle}, cuda: a gate" in figures.missed
+    assert any("the results of cuda are wrong" in line for line in figures.missed)
+    assert not any("PyTorch eager" in line for line in figures.missed)
+
+
+def test_pytorch_on_a_device_is_the_reference(mini: Checkpoint) -> None:
+    """The yardstick itself, and compiled: the same code as on a GPU, with PyTorch's compiler for processors."""
+    rows = [[(7 * i + j * j) % 512 for j in range(20)] for i in range(2)]
+    eager, compiled = (PyTorchGPU(mini, "cohort", "fp32", "cpu", is_compiled) for is_compiled in (False, True))
+    for _ in range(2):  # the second time in the caches of the first
+        laps: list[str] = []
+        chosen = eager.generate(rows, 5, laps.append)
+        assert laps == ["prefill", "decode"]
+        adaptation = inference.adapt(mini, rows, "cohort")
+        for row, ids in enumerate(rows):
+            logits = inference.row_logits(mini, [*ids, *chosen[row, :-1].tolist()], adaptation, row)
+            assert logits[-5:].argmax(1).tolist() == chosen[row].tolist()
+        assert (compiled.generate(rows, 5, laps.append) == chosen).all()
+
+
+def test_what_does_not_fit_into_the_time_is_listed(bundle: Path, mini: Checkpoint, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: 1.0)
+    figures = check(bundle, mini, deadline=time.monotonic())
+    assert figures.timings == []
+    assert figures.checks == {}
+    assert len(figures.skipped) == 2 + 4 + 2
+    assert figures.skipped[0] == "verifying tensorrt: out of time"
+
+
+def test_a_provider_that_cannot_be_had_is_told(bundle: Path, mini: Checkpoint, monkeypatch: Any) -> None:
+    def unavailable(_: Any) -> Any:
+        raise ProviderError("no engines")
+
+    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: 1.0)
+    figures = check(bundle, mini, 0.0, {"tensorrt": unavailable, "cuda": OPENERS["cuda"]})
+    assert figures.unavailable == {"tensorrt": "no engines"}
+    with pytest.raises(ProviderError, match="tensorrt: no engines"):
+        check(bundle, mini, 0.0, {"tensorrt": unavailable})
+
+
+@pytest.mark.usefixtures("_quick")
+def test_pytorch_that_fails_is_left_out(bundle: Path, mini: Checkpoint, monkeypatch: Any) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(parity, "verify", lambda *_: [])
+    monkeypatch.setattr(PyTorchGPU, "score", broken)
+    figures = check(bundle, mini, openers={"cuda": OPENERS["cuda"]})
+    assert figures.skipped == ["scoring: PyTorch eager: RuntimeError: out of memory"]
+    assert list(figures.timings[-1].seconds) == ["cuda", "no adaptation"]
