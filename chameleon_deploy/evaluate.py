@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -53,6 +53,10 @@ def main(
     validation_texts: Annotated[
         int | None, typer.Option(min=1, help="Score a sample of so many.", rich_help_panel=_TABLE)
     ] = None,
+    recipe: Annotated[
+        Literal["paper", "residual"],
+        typer.Option(help="How hypernetworks come to be; --rank and the rest are told apart.", rich_help_panel=_TABLE),
+    ] = "paper",
     rank: Annotated[int, typer.Option(min=1, rich_help_panel=_TABLE)] = 4,
     alpha: Annotated[float, typer.Option(rich_help_panel=_TABLE)] = 1.0,
     clusters: Annotated[int, typer.Option(min=2, help="Number of k-means clusters.", rich_help_panel=_TABLE)] = 8,
@@ -73,8 +77,8 @@ def main(
         from chameleon_deploy.reference.variants import Experiment
 
         settings = Experiment(
-            rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length, epochs=epochs, batch_size=batch_size,
-            lr=lr, patience=patience, seed=seed,
+            recipe=recipe, rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length, epochs=epochs,
+            batch_size=batch_size, lr=lr, patience=patience, seed=seed,
         )  # fmt: skip
         from chameleon_deploy.comparison import run_comparison
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,14 +25,18 @@ def main(
     protocol: Annotated[
         Literal["masked", "paper"], typer.Option(help="Next token over real tokens, or the paper's scripts' loss.")
     ] = "masked",
-    rank: Annotated[int, typer.Option(min=1)] = 4,
+    recipe: Annotated[
+        Literal["paper", "residual"],
+        typer.Option(help="What the options below are when left out, and how the hypernetwork starts."),
+    ] = "paper",
+    rank: Annotated[int | None, typer.Option(min=1)] = None,
     alpha: Annotated[float, typer.Option()] = 1.0,
-    clusters: Annotated[int, typer.Option(min=1, help="Number of k-means clusters.")] = 8,
+    clusters: Annotated[int | None, typer.Option(min=1, help="Number of k-means clusters.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    lr: Annotated[float, typer.Option(min=0)] = 5e-4,
-    patience: Annotated[int, typer.Option(min=1, help="Epochs without improvement before stopping.")] = 2,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    lr: Annotated[float | None, typer.Option(min=0)] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Epochs without improvement before stopping.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
 ) -> None:
@@ -40,22 +45,31 @@ def main(
 
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
     from chameleon_deploy.reference.gguf import gguf_file
-    from chameleon_deploy.reference.head import TrainingSettings
-    from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
     from chameleon_deploy.reference.model import load_trunk
+    from chameleon_deploy.reference.recipes import RECIPES
     from chameleon_deploy.reference.training import train_checkpoint
 
+    chosen = RECIPES[recipe]
+    clusters = clusters or chosen.num_clusters
     config = CheckpointConfig(
         regime=regime,
         base_model=os.path.relpath(base, out) if Path(base).is_dir() or gguf_file(base) else base,
-        rank=rank,
+        rank=rank or chosen.rank,
         alpha=alpha,
-        hidden_sizes=HIDDEN_SIZES if regime == "chameleon" else (),
+        hidden_sizes=chosen.hidden_sizes(clusters) if regime == "chameleon" else (),
         num_clusters=clusters,
         protocol=protocol,
         max_length=max_length,
     )
-    settings = TrainingSettings(epochs, batch_size, lr, patience, seed)
+    usual = chosen.settings
+    settings = replace(
+        usual,
+        epochs=epochs or usual.epochs,
+        batch_size=batch_size or usual.batch_size,
+        lr=usual.lr if lr is None else lr,
+        patience=patience or usual.patience,
+        seed=seed,
+    )
     trunk = load_trunk(base)
     with console.progress() as report:
         state = train_checkpoint(trunk, config, train_texts, validation_texts, out, settings, report, resume)

@@ -147,7 +147,7 @@ def test_chunked_gradients_are_the_whole_gradient(monkeypatch: pytest.MonkeyPatc
     whole = [p.grad.clone() for p in hypernetwork.parameters() if p.grad is not None]
     hypernetwork.zero_grad()
     monkeypatch.setattr(head, "CHUNK_POSITIONS", 3)
-    head._backward(hypernetwork, u, h, targets, W, 0.7)
+    head._backward(hypernetwork, u, h, targets, W, 0.7, len(targets))
     for expected, p in zip(whole, hypernetwork.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 

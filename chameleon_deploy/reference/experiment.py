@@ -31,9 +31,9 @@ from chameleon_deploy.reference.checkpoint import Protocol, load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts, split_texts
 from chameleon_deploy.reference.evaluation import FloatArray, score_texts
-from chameleon_deploy.reference.head import TrainingSettings
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.recipes import RECIPES
 from chameleon_deploy.reference.training import Report, train_on_states
 from chameleon_deploy.reference.variants import (
     VARIANTS,
@@ -176,7 +176,11 @@ def _train_and_score(
     if not path.exists():
         base = os.path.relpath(base_model, path) if Path(base_model).exists() else base_model
         config = checkpoint_config(variant, settings, trunk, base, protocol)
-        training = TrainingSettings(settings.epochs, settings.batch_size, settings.lr, settings.patience, seed)
+        training = replace(
+            RECIPES[settings.recipe].settings,
+            epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, patience=settings.patience,
+            seed=seed,
+        )  # fmt: skip
         vector = side.train.embeddings.mean(0) if variant.constant else None
         train_on_states(trunk, config, side.train, side.stopping, side.centroids, path, training, report, vector)
     if not scores.exists():

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class TrainingSettings:
     lr: float = 5e-4
     patience: int = 2  # epochs without a better validation loss before stopping
     seed: int = 0
+    cohorts_per_step: int = 1  # batches, of whatever clusters, that one step of the optimiser sees
+    recipe: Literal["paper", "residual"] = "paper"  # how a hypernetwork comes to be: reference/recipes.py
 
 
 @dataclass
@@ -73,12 +76,16 @@ def train_head(
         torch.manual_seed(settings.seed * 100_003 + state.epoch)
         factors.train()
         total, count = 0.0, 0
-        for rows in _shuffled_batches(train_clusters, settings.batch_size):
-            hidden, targets = train.batch(rows)
-            conditioning = (train.embeddings[rows].mean(0) if constant is None else constant)[None]
+        batches = _shuffled_batches(train_clusters, settings.batch_size)
+        for start in range(0, len(batches), settings.cohorts_per_step):
+            step = batches[start : start + settings.cohorts_per_step]
+            positions = sum(train.num_positions(rows) for rows in step)
             optimizer.zero_grad()
-            total += _backward(factors, conditioning, hidden, targets, head_weight, alpha)
-            count += len(targets)
+            for rows in step:
+                hidden, targets = train.batch(rows)
+                conditioning = (train.embeddings[rows].mean(0) if constant is None else constant)[None]
+                total += _backward(factors, conditioning, hidden, targets, head_weight, alpha, positions)
+            count += positions
             optimizer.step()
         loss = validation_loss(factors, head_weight, alpha, validation, centroids, settings.batch_size, constant)
         state.history.append({"epoch": state.epoch, "train_loss": total / count, "validation_loss": loss})
@@ -137,13 +144,19 @@ def cohort_losses(
 
 
 def _backward(
-    factors: nn.Module, conditioning: Tensor, hidden: Tensor, targets: Tensor, head_weight: Tensor, alpha: float
+    factors: nn.Module,
+    conditioning: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    head_weight: Tensor,
+    alpha: float,
+    positions: int,
 ) -> float:
-    """Accumulate the gradient of the mean loss; return the summed loss."""
+    """Accumulate the gradient of the loss per position of a step of `positions`; return these targets' summed loss."""
     generated = factors(conditioning)
     lora_A, lora_B = (f[0].detach() for f in generated)
     grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    scale, total = alpha / len(targets), 0.0
+    scale, total = alpha / positions, 0.0
     buffer = torch.empty(min(CHUNK_POSITIONS, len(targets)), len(head_weight))
     for start in range(0, len(targets), CHUNK_POSITIONS):
         h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]

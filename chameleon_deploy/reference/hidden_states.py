@@ -37,6 +37,9 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def num_positions(self, rows: Sequence[int]) -> int:
+        return int(sum(self.offsets[row + 1] - self.offsets[row] for row in rows))
+
     def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [positions, hidden] and targets [positions] of some texts, one after the other."""
         spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]

@@ -20,7 +20,9 @@ from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.head import TrainingSettings, TrainingState, train_head
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.residual import add_residual
 
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
@@ -51,6 +53,9 @@ def train_checkpoint(
         raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to go on, or delete it")
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
+    sizes = (config.num_clusters, config.num_clusters)
+    if _is_counted(config, settings) and (config.rank < 2 or config.hidden_sizes != sizes):
+        raise InputError("the recipe residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
     made_of = _fingerprint(config, settings, train_texts, validation_texts)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was begun with other texts or settings: repeat them to resume, or delete it")
@@ -93,20 +98,37 @@ def train_on_states(
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     vocab_size, hidden_size = trunk.head_weight.shape
-    factors = build_factors(config, hidden_size, vocab_size)
+    counted = _is_counted(config, settings)
+    factors = (
+        StaticLoRA(hidden_size, vocab_size, config.rank - 1)
+        if counted
+        else build_factors(config, hidden_size, vocab_size)
+    )
     state = train_head(
         factors, trunk.head_weight, config.alpha, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
     )  # fmt: skip
+    served = centroids if constant is None else constant[None]
+    record: dict[str, object] = {"settings": asdict(settings)}
+    if counted and isinstance(factors, StaticLoRA):
+        factors, losses = add_residual(
+            factors, trunk.head_weight, config.alpha, train, validation, served, settings.batch_size
+        )
+        record["validation_loss_by_pseudo_count"] = {str(count): loss for count, loss in losses.items()}
+        state.best_loss = min(losses.values())
     complete = work / "checkpoint"
     shutil.rmtree(complete, ignore_errors=True)
     complete.mkdir()
-    save_checkpoint(complete, config, factors, centroids if constant is None else constant[None])
-    record = {"settings": asdict(settings), **asdict(state)}
-    (complete / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    save_checkpoint(complete, config, factors, served)
+    (complete / "training.json").write_text(json.dumps(record | asdict(state), indent=2) + "\n")
     os.rename(complete, out)
     shutil.rmtree(work)
     return state
+
+
+def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
+    """Whether the hypernetwork is put together from a trained LoRA and counts: reference/residual.py."""
+    return settings.recipe == "residual" and config.regime == "chameleon"
 
 
 def _fingerprint(

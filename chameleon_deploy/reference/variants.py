@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Literal
 
 import msgspec
 from torch import Tensor
@@ -12,8 +13,9 @@ from chameleon_deploy.reference import conditioning
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, Protocol, Regime
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.conditioning import Conditioning
-from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES, num_factors
+from chameleon_deploy.reference.hypernetwork import num_factors
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.recipes import RECIPES
 
 COHORT_SIZES = (4, 32)  # a cohort of one is mode request
 
@@ -39,6 +41,7 @@ VARIANTS = (
 class Experiment(msgspec.Struct, frozen=True, kw_only=True):
     """The settings; the defaults are the paper's, where it gives one."""
 
+    recipe: Literal["paper", "residual"] = "paper"  # of the hypernetworks: reference/recipes.py
     rank: int = 4
     alpha: float = 1.0
     num_clusters: int = 8
@@ -58,11 +61,19 @@ def checkpoint_config(
         base_model=base_model,
         rank=large_rank(trunk, settings) if variant.large else settings.rank,
         alpha=settings.alpha,
-        hidden_sizes=HIDDEN_SIZES if variant.regime == "chameleon" else (),
-        num_clusters=1 if variant.constant else settings.num_clusters,
+        hidden_sizes=hidden_sizes(variant, settings) if variant.regime == "chameleon" else (),
+        num_clusters=num_clusters(variant, settings),
         protocol=protocol,
         max_length=settings.max_length,
     )
+
+
+def num_clusters(variant: Variant, settings: Experiment) -> int:
+    return 1 if variant.constant else settings.num_clusters
+
+
+def hidden_sizes(variant: Variant, settings: Experiment) -> tuple[int, ...]:
+    return RECIPES[settings.recipe].hidden_sizes(num_clusters(variant, settings))
 
 
 def large_rank(trunk: Trunk, settings: Experiment) -> int:
@@ -74,7 +85,7 @@ def large_rank(trunk: Trunk, settings: Experiment) -> int:
 def num_parameters(trunk: Trunk, settings: Experiment, variant: Variant) -> int:
     vocab_size, hidden_size = trunk.head_weight.shape
     if variant.regime == "chameleon":
-        sizes = [hidden_size, *HIDDEN_SIZES, num_factors(hidden_size, vocab_size, settings.rank)]
+        sizes = [hidden_size, *hidden_sizes(variant, settings), num_factors(hidden_size, vocab_size, settings.rank)]
         return sum((i + 1) * o for i, o in pairwise(sizes))
     return num_factors(hidden_size, vocab_size, large_rank(trunk, settings) if variant.large else settings.rank)
 
