@@ -22,6 +22,8 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime import Adaptation, Runtime
 
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
+# Tokens of a row where 32 rows, or two very unequal ones, run in one call: GPT-2's logits of 512 positions are 103 MB.
+BATCHED, PADDED_TO = 16, 256
 Rows = Sequence[Sequence[int]]
 
 
@@ -131,13 +133,17 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
     ours = replace(ours, lora_B=ours.lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
     figures = _Figures(gate.top1_gap)
-    for row, actual in enumerate(_row_logits(runtime, rows, ours, batch_size=8)):
-        expected = reference(rows[row], theirs, row)
-        figures.add(torch.from_numpy(actual), expected, torch.tensor(rows[row]))
+    for row, start, actual in _logits_pieces(runtime, rows, ours, batch_size=8):
+        stop = start + len(actual)
+        expected = reference(rows[row], theirs, row, slice(start, stop))
+        figures.add(
+            torch.from_numpy(actual), expected, torch.tensor(rows[row][start + 1 : stop + 1], dtype=torch.int64)
+        )
     kl = torch.cat(figures.kl)
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
     name = f"x{scale:g} factors:"
-    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit, note=f"{len(kl)} positions")
+    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit,
+                note=f"{len(kl)} positions, up to {max(map(len, rows))} of a text")  # fmt: skip
     yield Check(f"{name} top-1 agreement", figures.agreed / max(figures.clear, 1), gate.top1_agreement, at_least=True,
                 note=f"{figures.clear} positions with a gap over {gate.top1_gap:g}")  # fmt: skip
     yield Check(f"{name} KL, mean", abs(float(kl.mean())), gate.kl_mean)
@@ -156,9 +162,9 @@ class _Figures:
         self.kl: list[Tensor] = []
         self.nll = [0.0, 0.0]  # actual, expected
 
-    def add(self, actual: Tensor, expected: Tensor, ids: Tensor) -> None:
-        """Logits [sequence, vocab] of one text and its ids [sequence]."""
-        for start in range(0, len(ids), 64):
+    def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
+        """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
+        for start in range(0, len(actual), 64):
             part = slice(start, start + 64)
             self.max_abs = max(self.max_abs, _max_abs(actual[part].numpy(), expected[part].numpy()))
             top = expected[part].topk(2).values
@@ -167,7 +173,7 @@ class _Figures:
             self.clear += int(sure.sum())
             q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
             self.kl.append((p.exp() * (p - q)).sum(-1))
-            targets = ids[start + 1 : start + 65, None]
+            targets = following[part, None]
             self.targets += len(targets)
             for i, logprobs in enumerate((q, p)):
                 self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
@@ -193,6 +199,8 @@ def check_cache(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
     adaptation = runtime.adapt(rows)
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
     alone = [next(_row_logits(runtime, [ids], adaptation.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
     by_size: dict[int, float] = {}
     for size in BATCH_SIZES[1:]:
@@ -204,10 +212,9 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
     backwards = list(_row_logits(runtime, rows[:8][::-1], adaptation.rows(np.arange(8)[::-1])))
     yield Check("row order, max abs difference", max(map(_max_abs, alone, backwards[::-1])), _rounding(gate))
-    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-    padded = next(_row_logits(runtime, [rows[0], rows[longest]], adaptation.rows(np.array([0, longest]))))
+    padded = next(_row_logits(runtime, [rows[0], wide], adaptation.rows(np.array([0, longest]))))
     yield Check("padding, max abs difference", _max_abs(alone[0], padded), _rounding(gate),
-                note=f"{len(rows[0])} tokens padded to {len(rows[longest])}")  # fmt: skip
+                note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
@@ -277,15 +284,31 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate
         yield Check(f"caught: {name}", difference, limit, at_least=True, note="differs from the reference, as it must")
 
 
-def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation, batch_size: int = 32) -> Iterator[FloatArray]:
-    """Logits [sequence, vocab] of every row, computed batch_size rows at a time."""
+def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation) -> Iterator[FloatArray]:
+    """Logits [sequence, vocab] of every row of a batch."""
+    pieces: list[list[FloatArray]] = [[] for _ in rows]
+    for row, _, logits in _logits_pieces(runtime, rows, adaptation, len(rows)):
+        pieces[row].append(logits.copy())
+    for row, parts in enumerate(pieces):
+        yield np.concatenate(parts) if len(parts) > 1 else parts[0]
+        pieces[row] = []
+
+
+def _logits_pieces(
+    runtime: Runtime, rows: Rows, adaptation: Adaptation, batch_size: int
+) -> Iterator[tuple[int, int, FloatArray]]:
+    """Row, first position and logits [positions, vocab] of every piece of every row, batch_size rows at a time.
+
+    A text of thousands of positions is never held whole: its logits would be gigabytes.
+    """
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         adapted = adaptation.rows(np.arange(first, first + len(batch)))
-        pieces = [np.asarray(logits) for _, logits in runtime.decoder.all_logits(batch, adapted)]
-        whole = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
-        for ids, logits in zip(batch, whole, strict=True):
-            yield logits[: len(ids)].copy()
+        for start, piece in runtime.decoder.all_logits(batch, adapted):
+            logits = np.asarray(piece)
+            for i, ids in enumerate(batch):
+                if len(ids) > start:
+                    yield first + i, start, logits[i, : len(ids) - start]
 
 
 def _rounding(gate: Gate) -> float:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
 NUM_ROWS, MAX_TOKENS = 32, 48
+LONGEST = 2048  # tokens of the one long text; a model with more positions is checked up to here
 
 
 def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[list[int]]:
-    """32 ragged texts of 1 to 48 tokens and one as long as the model's positions, from files or from Python's own docs.
+    """32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048), from files or from
+    Python's own docs.
 
     Raises InputError when the files hold too little.
     """
@@ -39,7 +41,7 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None) -> list[l
         ]
     encoded = [e.ids for e in checkpoint.trunk.tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
     stream = [i for ids in encoded for i in ids]
-    positions = checkpoint.trunk.max_positions
+    positions = min(checkpoint.trunk.max_positions, LONGEST)
     if len(encoded) < NUM_ROWS or len(stream) < positions:
         raise InputError(
             f"verification needs at least {NUM_ROWS} texts and {positions} tokens, got {len(encoded)} and {len(stream)}"
@@ -62,8 +64,11 @@ def verify_bundle(
     threads: int | None,
     report: Any,
     provider: str = "cpu",
+    keep_trunk: bool = True,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Run every check on every decoder graph of the CPU, or on the one of another provider.
+
+    keep_trunk  False lets go of the reference's layers before a session takes as much memory for the bundle's
 
     Returns the checks and the content of parity.json.
     """
@@ -75,6 +80,13 @@ def verify_bundle(
     reference = RowLogits(checkpoint)
     opened, rows = open_bundle(bundle), verification_rows(checkpoint, text)
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
+    if provider != "cpu":
+        rows = rows_within(rows, manifest.limits)
+    for done, ids in enumerate(rows):
+        report("verify: reference", done, len(rows))
+        reference.read(ids)
+    if not keep_trunk:
+        checkpoint.trunk.drop_layers()
     checks: list[Check] = []
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
@@ -85,7 +97,7 @@ def verify_bundle(
     else:
         runtime = Runtime(opened, provider, threads=threads)
         provider = runtime.provider
-        checks = parity.verify(runtime, reference, rows_within(rows, manifest.limits), True, report)
+        checks = parity.verify(runtime, reference, rows, True, report)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),
@@ -135,7 +147,7 @@ def main(
 
     checkpoint = load_checkpoint(reference, base)
     with console.progress() as report:
-        checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider)
+        checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider, keep_trunk=False)
     console.tell_provider(provider, record["provider"])
     if out:
         out.write_text(json.dumps(record, indent=2) + "\n")

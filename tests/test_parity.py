@@ -163,7 +163,7 @@ def test_kl_and_top1_are_computed_right() -> None:
     figures = parity._Figures(top1_gap=0.1)
     expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.05, 0.0]])
     actual = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    figures.add(actual, expected, torch.tensor([0, 2]))
+    figures.add(actual, expected, torch.tensor([2]))
     p, q = expected[0].softmax(0), actual[0].softmax(0)
     assert figures.kl[0][0].item() == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)
     assert (figures.agreed, figures.clear, figures.max_abs) == (0, 1, 2.0)

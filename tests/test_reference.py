@@ -23,6 +23,8 @@ from chameleon_deploy.reference import clustering, inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
 from chameleon_deploy.reference.model import adapted_logits, trunk_from
+from chameleon_deploy.reference.random import base_config
+from tests.conftest import checkpoint_around
 
 
 def test_the_three_counts_of_the_paper() -> None:
@@ -54,6 +56,23 @@ def test_adapted_logits_follow_the_formula() -> None:
     for row, c in enumerate(ids):
         expected = h[row] @ W.T + 0.5 * (h[row] @ A[c].T) @ B[c].T
         torch.testing.assert_close(logits[row], expected)
+
+
+@pytest.mark.parametrize("size", ["mini", "llama-mini"])
+def test_dropping_the_layers_keeps_the_head(size: str) -> None:
+    checkpoint = checkpoint_around(base_config(size))
+    trunk, logits = checkpoint.trunk, inference.RowLogits(checkpoint)
+    adaptation = inference.adapt(checkpoint, [[5, 6, 7]], "request")
+    before = logits([5, 6, 7], adaptation, 0)
+    parameters, tied = trunk.num_parameters(), trunk.is_tied
+    trunk.drop_layers()
+    assert (trunk.num_parameters(), trunk.is_tied) == (parameters, tied)
+    assert torch.equal(logits([5, 6, 7], adaptation, 0), before)
+    torch.testing.assert_close(logits([5, 6, 7], adaptation, 0, slice(1, 3)), before[1:])
+    kept = {id(trunk.token_embedding), id(trunk.head_weight)}
+    assert {p.is_meta for p in trunk.causal_lm.parameters() if id(p) not in kept} == {True}
+    with pytest.raises(RuntimeError):
+        trunk.hidden_states(torch.tensor([[1, 2]]))
 
 
 def test_text_embedding_has_length_one_and_ignores_order() -> None:

@@ -54,7 +54,7 @@ def main(
     with console.progress() as report:
 
         def gates(directory: Path) -> tuple[ParitySummary, dict[str, Any]]:
-            checks, record = verify_bundle(directory, checkpoint, text, None, report)
+            checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False)
             if not record["verified"]:
                 console.stderr.print(check_table(checks))
             require_passed(checks)  # raises: the bundle is not published

@@ -58,22 +58,31 @@ def adapt(
 
 @dataclass
 class RowLogits:
-    """Logits [sequence, vocab] of one row of a batch, computed alone: no padding, no cache.
+    """Logits [positions, vocab] of one row of a batch, computed alone: no padding, no cache.
 
-    The trunk does not depend on the factors, so the hidden states of a text are computed once and kept.
+    The trunk does not depend on the factors, so the hidden states of a text are computed once and kept. The logits
+    of a long text are large: take a slice of its positions at a time.
     """
 
     checkpoint: Checkpoint
     hidden: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def __call__(self, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
-        trunk, key = self.checkpoint.trunk, tuple(ids)
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Hidden states [1, sequence, hidden] of a text."""
+        key = tuple(ids)
         if key not in self.hidden:
-            self.hidden[key], _ = trunk.hidden_states(torch.tensor([key]))
+            self.hidden[key], _ = self.checkpoint.trunk.hidden_states(torch.tensor([key]))
+        return self.hidden[key]
+
+    @torch.no_grad()
+    def __call__(
+        self, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int, positions: slice = slice(None)
+    ) -> Tensor:
         alpha, ids_of_row = self.checkpoint.config.alpha, adaptation.factor_ids[row : row + 1]
+        head_weight = self.checkpoint.trunk.head_weight
         return adapted_logits(
-            self.hidden[key], trunk.head_weight, adaptation.lora_A, adaptation.lora_B, alpha, ids_of_row
+            self.read(ids)[:, positions], head_weight, adaptation.lora_A, adaptation.lora_B, alpha, ids_of_row
         )[0]
 
 

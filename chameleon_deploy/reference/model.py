@@ -62,6 +62,19 @@ class Trunk:
         """Each tensor once, tied weights included once: 124,439,808 for GPT-2 small."""
         return sum(p.numel() for p in self.causal_lm.parameters())
 
+    def drop_layers(self) -> None:
+        """Let go of every weight but the embedding's and the head's, which are copied out of the file that they were
+        mapped from. `hidden_states` cannot be called any more."""
+        kept = {id(module): module for module in (self.causal_lm.get_input_embeddings(),
+                                                  self.causal_lm.get_output_embeddings())}  # fmt: skip
+        copies: dict[int, Tensor] = {}  # tied weights stay one
+        for module in kept.values():
+            parameter = module.weight
+            parameter.data = copies.setdefault(parameter.data_ptr(), parameter.detach().clone())
+        for module in self.causal_lm.base_model.children():
+            if id(module) not in kept:
+                module.to("meta")
+
     @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
