@@ -70,7 +70,7 @@ class _WatchedSession:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._session, name)
-        if name not in ("run", "run_with_iobinding"):
+        if name not in ("run", "run_with_iobinding", "run_with_ort_values"):
             return found
 
         def timed(*arguments: Any) -> Any:

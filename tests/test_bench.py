@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from chameleon_deploy import Runtime, measurement
+from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.ceilings import Ceilings, measure_ceilings
 from chameleon_deploy.cost_split import cost_split
 from chameleon_deploy.measurement import Case, Engine, Part, Timing, measure
@@ -178,7 +179,7 @@ def rows(mini: Checkpoint) -> Rows:
 def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peer]:
     directory = tmp_path_factory.mktemp("converted")
     peers: list[Peer] = [
-        Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime), WithoutLoRA(runtime, 1),
+        Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime), WithoutLoRA(runtime),
         PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
         CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1),
         OpenVINO(mini.trunk, "int8", 1),
@@ -240,7 +241,9 @@ def test_a_graph_without_lora_has_nothing_left_of_it(graph: str, bundle: Path) -
         remove_lora(model.graph)
 
 
-def test_the_cost_split_is_a_whole(runtime: Runtime) -> None:
+@pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
+def test_the_cost_split_is_a_whole(graph: str, bundle: Path) -> None:
+    runtime = Runtime(open_bundle(bundle), "cpu", threads=1, graph=graph)
     parts = cost_split(runtime, ["The river runs.", "def area(r):"], 4)
     assert set(parts) == {"tokenise", "embed and cluster", "hypernetwork", "decoder, prefill", "decoder, 3 steps",
                           "sampling", "copies and the rest"}  # fmt: skip

@@ -57,7 +57,7 @@ def open_peers(
 
     trunk, precision = checkpoint.trunk, runtime.manifest.precision
     openers: dict[str, Callable[[], Peer]] = {
-        "without LoRA": lambda: WithoutLoRA(runtime, threads),
+        "without LoRA": lambda: WithoutLoRA(runtime),
         "PyTorch eager": lambda: PyTorch(checkpoint, runtime.mode, compiled=False),
     }
     if foreign:

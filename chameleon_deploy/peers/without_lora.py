@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -18,17 +19,17 @@ class WithoutLoRA(Bundle):
 
     adapts = False
 
-    def __init__(self, runtime: Runtime, threads: int) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
         if runtime.provider != "cpu":
             raise ValueError(f"not done for provider {runtime.provider!r}")
-        spec = runtime.manifest.graphs[runtime.graph]
-        model = ir.load(runtime.bundle.path / spec.file)
+        model = ir.load(runtime.bundle.path / runtime.manifest.graphs[runtime.graph].file)
         remove_lora(model.graph)
         plain = copy.copy(runtime)
         plain.mode = "none"
-        plain.decoder = type(runtime.decoder)(_session(model, runtime, threads), import_onnxruntime().OrtValue,
-                                              runtime.manifest.model)  # type: ignore[call-arg]  # fmt: skip
+        decoder: Any = copy.copy(runtime.decoder)
+        decoder.session = _session(model, decoder.session.get_session_options(), runtime.bundle.path)
+        plain.decoder = decoder
         super().__init__(plain, "without LoRA")
 
 
@@ -55,9 +56,9 @@ def remove_lora(graph: ir.Graph) -> None:
     raise ValueError("the graph has no sum of logits and update")
 
 
-def _session(model: ir.Model, runtime: Runtime, threads: int) -> Any:
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.enable_mem_pattern, options.intra_op_num_threads = 3, False, threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(runtime.bundle.path))
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+def _session(model: ir.Model, options: Any, weights: Path) -> Any:
+    """A session of a graph in memory, its external data in the directory `weights`."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    return import_onnxruntime().InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

@@ -33,7 +33,7 @@ class GrowingCacheDecoder:
     max_rows: int | None = None
 
     def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
-        self._session, self._ort_value, self._model = session, ort_value, model
+        self.session, self._ort_value, self._model = session, ort_value, model
         self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
 
@@ -89,7 +89,7 @@ class GrowingCacheDecoder:
         values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
         values |= zip(self._past, cache.tensors, strict=True)
         # OrtValues stay inside ONNX Runtime: the cache is never copied to numpy and back.
-        logits, *cache.tensors = self._session.run_with_ort_values(["logits", *self._present], values)
+        logits, *cache.tensors = self.session.run_with_ort_values(["logits", *self._present], values)
         cache.mask, cache.lengths = attention_mask, cache.lengths + real[:, -1]
         return np.asarray(logits.numpy())
 
