@@ -39,6 +39,7 @@ from chameleon_deploy.manifest import (
     ModelSpec,
     Parameters,
     ParitySummary,
+    Precision,
     Regime,
     Role,
     StoredTensor,
@@ -53,8 +54,8 @@ from chameleon_deploy.manifest import (
 __all__ = [
     "Bundle", "FloatArray", "file_sha256", "open_bundle",
     "FORMAT", "FORMAT_VERSION", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec", "Manifest", "Mode",
-    "ModelSpec", "Parameters", "ParitySummary", "Regime", "Role", "StoredTensor", "TensorSpec", "available_modes",
-    "default_mode", "limits_fault", "parse_manifest",
+    "ModelSpec", "Parameters", "ParitySummary", "Precision", "Regime", "Role", "StoredTensor", "TensorSpec",
+    "available_modes", "default_mode", "limits_fault", "parse_manifest",
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]

@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
 Regime = Literal["chameleon", "lora"]
 Role = Literal["decoder", "hypernetwork", "chooser", "scorer"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,7 +117,7 @@ class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["chameleon-bundle"]
     format_version: int
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Precision
     model: ModelSpec
     adaptation: AdaptationSpec
     limits: LimitsSpec

@@ -70,27 +70,29 @@ def verify(
 ) -> list[Check]:
     """The checks of one decoder graph on real text.
 
-    rows    at least 32 lists of token ids, ragged
+    rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
     report  told of progress as (what, done, total)
     """
     precision = runtime.manifest.precision
     gate = TENSORRT_FP32 if (runtime.provider, precision) == ("tensorrt", "fp32") else GATES[precision]
+    everything, rows = rows, rows[:33]
     few, long = rows[:8], [ids for ids in rows if len(ids) >= 16][:4]
     steps: list[Callable[[], Iterator[Check]]] = [
-        lambda: check_logits(runtime, reference, rows, gate, 1.0),
-        lambda: check_logits(runtime, reference, rows, gate, 10.0),
+        lambda: check_logits(runtime, reference, everything, gate, 1.0),
+        lambda: check_logits(runtime, reference, everything, gate, 10.0),
         lambda: check_cache(runtime, long, gate),
         lambda: check_batching(runtime, rows, gate),
         lambda: check_base(runtime, reference, few, gate),
         lambda: check_rerun(runtime, few),
+        lambda: check_neighbours(runtime, few),
         lambda: check_wrong_factors(runtime, reference, few, gate),
     ]
     if whole:
         steps += [
             lambda: check_parameters(runtime, reference.checkpoint),
             lambda: check_adaptation(runtime, reference.checkpoint, rows),
-            lambda: check_modes(runtime, reference, few),
+            lambda: check_modes(runtime, reference, few, gate),
             lambda: check_factors_alone(runtime, few),
         ]
     checks: list[Check] = []
@@ -229,7 +231,7 @@ def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -
     yield Check("alpha 0 against mode none", difference, 0)
 
 
-def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows) -> Iterator[Check]:
+def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Token log-probabilities of every mode that the bundle serves."""
     for mode in runtime.manifest.adaptation.modes:
         tenants = [row % 2 for row in range(len(rows))] if mode == "tenant" else None
@@ -247,7 +249,7 @@ def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows) -> Iterator[
             logprobs = reference(ids, theirs, row).log_softmax(-1)[:-1]
             expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
             difference = max(difference, _max_abs(np.array(scores[row].token_logprobs), expected))
-        yield Check(f"mode {mode}: token log-probabilities", difference, 5e-4)
+        yield Check(f"mode {mode}: token log-probabilities", difference, gate.max_abs_logit)
 
 
 def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
@@ -255,6 +257,18 @@ def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     adaptation = runtime.adapt(rows)
     first, second = (list(_row_logits(runtime, rows, adaptation)) for _ in range(2))
     yield Check("promise R: rerun, max abs difference", max(map(_max_abs, first, second)), 0)
+
+
+def check_neighbours(runtime: Runtime, rows: Rows) -> Iterator[Check]:
+    """In calls of one shape a row's logits are the same bits whatever text its neighbours hold."""
+    length = min(8, runtime.manifest.model.max_positions)
+    first = next(ids for ids in rows if len(ids) >= length)[:length]
+    edited = [(i * 7919 + 1) % runtime.manifest.model.vocab_size for i in range(length)]
+    adaptation = runtime.adapt([first], mode="none")
+    both = replace(adaptation, factor_ids=np.zeros(2, np.int64), cluster_ids=np.repeat(adaptation.cluster_ids, 2),
+                   embeddings=np.repeat(adaptation.embeddings, 2, axis=0))  # fmt: skip
+    logits = [next(_row_logits(runtime, [first, other], both)) for other in (first, edited)]
+    yield Check("a neighbour's text: max abs difference", _max_abs(*logits), 0)
 
 
 def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:

@@ -198,7 +198,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
             from chameleon_deploy.export import exporter
 
             model = model_spec(mini)
-            manifest = exporter._write_files(mini, directory, model, Limits().resolve(model, 4))
+            manifest = exporter._write_files(mini, directory, model, Limits().resolve(model, 4), "fp32")
             exporter._write_manifest(directory, manifest, {})
             time.sleep(60)
         os._exit(1)

@@ -154,13 +154,13 @@ def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, mo
     rows = random_rows(13, 5, 100)
     whole, generated = runtime.score(rows), runtime.generate(rows, max_new_tokens=5)
     monkeypatch.setattr(growing_cache, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
-    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 150)  # one or two rows
+    monkeypatch.setattr(runtime.decoder, "prefill_tokens", 150)  # one or two rows
     monkeypatch.setattr(shared_cache, "SCORED_POSITIONS", 9)
     longest = max(rows, key=len)
     pieces = list(runtime.decoder.all_logits([longest], runtime.adapt([longest])))
     assert [start for start, _ in pieces] == list(range(0, len(longest), 9))
     assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows)))) > 10
-    assert len(list(shared_cache._parts(np.array([len(ids) for ids in rows])))) > 2
+    assert len(list(shared_cache._parts(np.array([len(ids) for ids in rows]), 150))) > 2
     for engine in (portable, runtime):
         for a, b in zip(whole, engine.score(rows), strict=True):
             np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
@@ -182,9 +182,8 @@ def test_both_decoder_graphs_say_the_same(portable: Runtime, runtime: Runtime, s
     assert generated[0] == generated[1]
 
 
-def test_parts_cover_the_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 10)
-    parts = list(shared_cache._parts(np.array([3, 3, 4, 12, 1, 9, 2])))
+def test_parts_cover_the_rows_in_order() -> None:
+    parts = list(shared_cache._parts(np.array([3, 3, 4, 12, 1, 9, 2]), 10))
     assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
 
 

@@ -20,7 +20,7 @@ def main(
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
     precision: Annotated[
-        Literal["fp32"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")
+        Literal["fp32", "int8"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")
     ] = None,
     target: Annotated[
         Literal["onnx", "tensorrt"] | None,
@@ -60,7 +60,9 @@ def main(
             require_passed(checks)  # raises: the bundle is not published
             return summary(checks), record
 
-        manifest = export_bundle(checkpoint, out, gates if verify else None, recipe.limits)
+        manifest = export_bundle(
+            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision
+        )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity
     console.stdout.print(

@@ -28,11 +28,10 @@ FAMILIES: dict[str, tuple[str, BuildTrunk]] = {
 }
 
 
-def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> tuple[ir.Model, StoredTensor]:
+def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
     """Write the weights and build the graph around them.
 
     model  dimensions of the trunk
-    Returns the graph and the place of the token embedding.
 
     Inputs:
         input_ids, position_ids           int64 [batch, sequence]
@@ -76,7 +75,12 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
         for kind, value in zip(("key", "value"), key_value, strict=True):
             builder.add_output(value, f"present.{i}.{kind}")
             declare(graph.outputs[-1], [B, H, "total", D])
-    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy"), stored_tensor(token_embedding)
+    return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
+
+
+def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
+    """Where a decoder's token embedding is stored."""
+    return stored_tensor(decoder.graph.initializers[FAMILIES[model.architecture][0]])
 
 
 def _tied_head(builder: Any, token_embedding: ir.Value) -> ir.Value:

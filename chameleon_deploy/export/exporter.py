@@ -23,14 +23,17 @@ from chameleon_deploy.bundle import (
     ModelSpec,
     Parameters,
     ParitySummary,
+    Precision,
     Role,
     TensorSpec,
     available_modes,
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.passes.int8_rows import quantize_rows
+from chameleon_deploy.export.passes.int8_weights import quantize_weights
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
@@ -38,6 +41,7 @@ from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
+from chameleon_deploy.reference.model import Trunk
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
 DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
@@ -47,18 +51,25 @@ DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
 Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
 
 
-def export_bundle(checkpoint: Checkpoint, out: Path, verify: Verify | None, limits: Limits = Limits()) -> Manifest:  # noqa: B008
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    verify: Verify | None,
+    limits: Limits = Limits(),  # noqa: B008  (immutable)
+    precision: Precision = "fp32",
+) -> Manifest:
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
-    verify  checks the bundle at the path it is given; None records the bundle as not verified
-    limits  the largest call that engines built from it accept
+    verify     checks the bundle at the path it is given; None records the bundle as not verified
+    limits     the largest call that engines built from it accept
+    precision  of the matrices that are multiplied; what is looked up stays float32: clusters do not depend on it
 
     Raises RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
     model = model_spec(checkpoint)
     resolved = limits.resolve(model, checkpoint.config.num_clusters)
     with new_directory(out) as directory:
-        manifest = _write_files(checkpoint, directory, model, resolved)
+        manifest = _write_files(checkpoint, directory, model, resolved, precision)
         parity: dict[str, Any] = {"verified": False}
         manifest = _write_manifest(directory, manifest, parity)
         if verify is not None:
@@ -84,13 +95,18 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     )
 
 
-def _write_files(checkpoint: Checkpoint, directory: Path, model: ModelSpec, limits: LimitsSpec) -> Manifest:
+def _write_files(
+    checkpoint: Checkpoint, directory: Path, model: ModelSpec, limits: LimitsSpec, precision: Precision
+) -> Manifest:
     config, trunk = checkpoint.config, checkpoint.trunk
     graphs: dict[str, GraphSpec] = {}
     with WeightsFile(directory / "weights.bin") as weights_file:
-        decoder, token_embedding = build_decoder(model, trunk, weights_file)
+        decoder = _build_decoder(model, trunk, precision, weights_file)
+        token_embedding = token_embedding_of(decoder, model)
         graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, PROVIDERS, "growing")
         share_cache(decoder, model)
+        if precision == "int8":
+            quantize_rows(decoder)
         graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
@@ -109,7 +125,7 @@ def _write_files(checkpoint: Checkpoint, directory: Path, model: ModelSpec, limi
     return Manifest(
         format="chameleon-bundle",
         format_version=FORMAT_VERSION,
-        precision="fp32",
+        precision=precision,
         model=model,
         adaptation=AdaptationSpec(
             regime=config.regime,
@@ -135,6 +151,19 @@ def _write_files(checkpoint: Checkpoint, directory: Path, model: ModelSpec, limi
         tools={name: metadata.version(name) for name in ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch",
                                                          "transformers")},
     )  # fmt: skip
+
+
+def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights_file: WeightsFile) -> ir.Model:
+    """The portable decoder with its weights in weights_file, in the precision asked for."""
+    if precision == "fp32":
+        return build_decoder(model, trunk, weights_file)
+    floats = weights_file.path.with_name("float32.bin")
+    with WeightsFile(floats) as floats_file:
+        decoder = build_decoder(model, trunk, floats_file)
+    quantize_weights(decoder, weights_file)
+    weights_file.take(decoder.graph)
+    floats.unlink()
+    return decoder
 
 
 def _save_graph(

@@ -48,7 +48,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     checkpoint: str
     base: str | None = None
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "int8"] = "fp32"
     target: Literal["onnx", "tensorrt"] = "onnx"
     limits: Limits = Limits()
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
@@ -36,16 +37,30 @@ class WeightsFile:
     ) -> None:
         self._file.close()
 
-    def add(self, name: str, array: FloatArray) -> ir.ExternalTensor:
-        """Write float32 values and return the tensor that graphs refer to."""
+    def add(self, name: str, array: npt.NDArray[Any]) -> ir.ExternalTensor:
+        """Write an array, little-endian, and return the tensor that graphs refer to."""
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(np.ascontiguousarray(array, dtype="<f4").data)
+        self._file.write(np.ascontiguousarray(array).data.cast("B"))
         self._file.flush()  # onnx_ir may map the file before it is closed
         return ir.ExternalTensor(
-            self.path.name, offset, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name,
-            base_dir=self.path.parent,
+            self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape),
+            name=name, base_dir=self.path.parent,
         )  # fmt: skip
+
+    def take(self, graph: ir.Graph) -> None:
+        """Copy what a graph has in another file into this one, so that the other can go.
+
+        Aliases stay aliases: bytes that two initializers share are copied once.
+        """
+        copies: dict[int | None, ir.ExternalTensor] = {}
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or tensor.location == self.path.name:
+                continue
+            if tensor.offset not in copies:
+                copies[tensor.offset] = self.add(str(value.name), tensor.numpy())
+            value.const_value = _renamed(copies[tensor.offset], str(value.name))
 
 
 class GraphWeights:
@@ -72,7 +87,10 @@ class GraphWeights:
 
 def alias(value: ir.Value, name: str) -> ir.ExternalTensor:
     """A second name for the bytes of an initializer."""
-    tensor = cast(ir.ExternalTensor, value.const_value)
+    return _renamed(cast(ir.ExternalTensor, value.const_value), name)
+
+
+def _renamed(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
         base_dir=tensor.base_dir,

@@ -43,7 +43,7 @@ class CpuBackend:
         ort_value, model = import_onnxruntime().OrtValue, bundle.manifest.model
         self.decoder: Decoder
         if graphs[self.graph].cache == "shared":
-            self.decoder = SharedCacheDecoder(session, ort_value, model)
+            self.decoder = SharedCacheDecoder(session, ort_value, bundle.manifest)
         else:
             self.decoder = GrowingCacheDecoder(session, ort_value, model)
         self._hypernetwork: Any = None

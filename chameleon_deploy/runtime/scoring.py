@@ -14,7 +14,7 @@ from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import Decoder, Logits
 from chameleon_deploy.runtime.device_logits import DeviceLogits
 
-BATCH_TOKENS = 1024  # rows times width of one pass; a longer row goes alone
+BATCH_TOKENS = 256  # rows times width of one pass; a longer row goes alone. Larger ones are no faster
 
 
 @dataclass(frozen=True)

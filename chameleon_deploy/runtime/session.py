@@ -46,6 +46,8 @@ def open_session(
     options.log_severity_level = 3  # errors: warnings about initializers help nobody who serves
     # A pattern per combination of shapes is kept for ever, and every batch has new shapes.
     options.enable_mem_pattern = False
+    # Where weights alone are int8, ONNX Runtime would quantise the activations too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if graph.role == "hypernetwork":

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.bundle import FloatArray, Manifest
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
+INT8_TOKENS = 128  # the same for int8, whose digits then stay in the processor's cache
 SCORED_POSITIONS = 256  # of a long row that is scored alone; bounds its logits
 
 
@@ -77,8 +78,9 @@ class SharedCacheDecoder:
 
     max_rows: int | None = None
 
-    def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
-        self.session, self.ort_value, self.model = session, ort_value, model
+    def __init__(self, session: Any, ort_value: Any, manifest: Manifest) -> None:
+        self.session, self.ort_value, self.model = session, ort_value, manifest.model
+        self.prefill_tokens = INT8_TOKENS if manifest.precision == "int8" else PREFILL_TOKENS
         self.past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
 
     def prefill(
@@ -87,11 +89,12 @@ class SharedCacheDecoder:
         lengths = np.array([len(ids) for ids in rows], np.int64)
         cache = SharedCache(self._buffers(len(rows), max(capacity, int(lengths.max()))), lengths)
         logits = np.empty((len(rows), self.model.vocab_size), np.float32)
-        for part in _parts(lengths):
+        for part in _parts(lengths, self.prefill_tokens):
             # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
-            call = self._read(rows[part], adaptation.rows(np.arange(len(rows))[part]), buffers, last_only=True)
-            logits[part] = call.run()[:, 0]
+            adapted = adaptation.rows(np.arange(len(rows))[part])
+            for start, piece in self._pieces(rows[part], self.prefill_tokens):
+                logits[part] = self._read(piece, adapted, buffers, last_only=True, start=start).run()[:, 0]
         return logits, cache
 
     def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
@@ -112,13 +115,20 @@ class SharedCacheDecoder:
         return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows])
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
-        width = max(map(len, rows))
-        buffers = self._buffers(len(rows), width)
-        # GroupQueryAttention reads several tokens after a past for a single row only.
-        step = SCORED_POSITIONS if len(rows) == 1 else width
-        for start in range(0, width, step):
-            piece = [ids[start : start + step] for ids in rows]
+        buffers = self._buffers(len(rows), max(map(len, rows)))
+        for start, piece in self._pieces(rows, SCORED_POSITIONS):
             yield start, self._read(piece, adaptation, buffers, last_only=False, start=start).run()
+
+    def _pieces(self, rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+        """A single row in pieces of so many tokens, with the position of the first; several rows whole.
+
+        GroupQueryAttention reads several tokens after a past for a single row only.
+        """
+        if len(rows) > 1:
+            yield 0, rows
+        else:
+            for start in range(0, len(rows[0]), tokens):
+                yield start, [rows[0][start : start + tokens]]
 
     def _read(
         self,
@@ -145,10 +155,10 @@ class SharedCacheDecoder:
         return [np.empty(shape, np.float32) for _ in self.past]
 
 
-def _parts(lengths: IntArray) -> Iterator[slice]:
-    """Consecutive rows whose padded size stays within PREFILL_TOKENS; a longer row goes alone."""
+def _parts(lengths: IntArray, tokens: int) -> Iterator[slice]:
+    """Consecutive rows whose padded size stays within so many tokens; a longer row goes alone."""
     start = 0
     for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or (stop + 1 - start) * lengths[start : stop + 1].max() > PREFILL_TOKENS:
+        if stop == len(lengths) or (stop + 1 - start) * lengths[start : stop + 1].max() > tokens:
             yield slice(start, stop)
             start = stop

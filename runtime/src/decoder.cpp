@@ -7,24 +7,26 @@ namespace chameleon {
 
 namespace {
 
-// Rows times width of one call when reading prompts; bounds activations, costs nothing at this size.
-constexpr std::size_t kPrefillTokens = 2048;
+// Rows times width of one call when reading prompts: bounds activations, costs nothing at this size; in int8, whose
+// digits then stay in the processor's cache, it is smaller.
+constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 128;
 
-/// How many of the next rows fit into one call; a row that is longer than the bound goes alone.
-std::size_t part_size(Rows rows) {
+/// How many of the next rows fit into one call of so many tokens; a row that is longer goes alone.
+std::size_t part_size(Rows rows, std::size_t tokens) {
   std::size_t width = 0;
   for (std::size_t count = 0; count < rows.size(); ++count) {
     width = std::max(width, rows[count].size());
-    if (count > 0 && (count + 1) * width > kPrefillTokens) return count;
+    if (count > 0 && (count + 1) * width > tokens) return count;
   }
   return rows.size();
 }
 
 }  // namespace
 
-Decoder::Decoder(const GraphSpec& graph, Ort::Session session, const ModelSpec& model)
+Decoder::Decoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest)
     : session_(std::move(session)),
-      model_(model),
+      model_(manifest.model),
+      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens),
       names_{"input_ids",      "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
              "cluster_ids", "lora_A",       "lora_B"} {
   if (graph.cache != "shared") {
@@ -55,7 +57,7 @@ std::pair<Logits, Cache> Decoder::prefill(Rows rows, const RowFactors& factors, 
   Logits logits(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
   const std::span ids(factors.ids);
   for (std::size_t first = 0; first < rows.size();) {
-    const std::size_t count = part_size(rows.subspan(first));
+    const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
     Logits part = read(rows.subspan(first, count), ids.subspan(first, count), factors.sets, true, cache, first, options);
     for (std::size_t row = 0; row < count; ++row) std::ranges::copy(part.at(row), logits.at(first + row).begin());
     first += count;

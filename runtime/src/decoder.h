@@ -45,7 +45,7 @@ using Rows = std::span<const std::span<const std::int64_t>>;
 class Decoder {
  public:
   /// Throws ManifestError unless the graph's cache is shared: every bundle has such a graph for the CPU.
-  Decoder(const GraphSpec& graph, Ort::Session session, const ModelSpec& model);
+  Decoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest);
 
   /// Read whole prompts.  -> logits after each row's last token, [batch, 1, vocab], and the cache
   /// capacity: how many tokens of a row the cache must be able to hold in the end
@@ -78,6 +78,7 @@ class Decoder {
 
   Ort::Session session_;
   ModelSpec model_;
+  std::size_t prefill_tokens_;
   std::vector<std::string> names_;  // owns what the next two point to
   std::vector<const char*> input_names_, output_names_;
 };

@@ -94,7 +94,7 @@ Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& option
       tokenizer(load_tokenizer(bundle)),
       mode(options.mode.value_or(default_mode(bundle.manifest))),
       decoder(bundle.graph("decoder", provider),
-              open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest.model) {
+              open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest) {
   if (bundle.manifest.adaptation.regime == "chameleon") {
     hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", provider), options);
   }

@@ -1,0 +1,184 @@
+"""int8 bundles: what is quantised, that no row enters another, and the gates on a trained model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.extra.numpy
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnxscript import GraphBuilder
+
+import chameleon_deploy
+from chameleon_deploy import parity
+from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.export.passes.int8_rows import quantize_rows
+from chameleon_deploy.export.passes.int8_weights import quantize
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.verify import verification_rows, verify_bundle
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return load_checkpoint(REPOSITORY / "models/tiny/chameleon")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "tiny"
+    export_bundle(tiny, path, None, precision="int8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "llama"
+    export_bundle(llama, path, None, precision="int8")
+    return path
+
+
+matrices = hypothesis.extra.numpy.arrays(
+    np.float32, (7, 3), elements=hypothesis.strategies.floats(-100, 100, width=32)
+)  # fmt: skip
+
+
+@hypothesis.given(matrix=matrices)
+def test_weights_are_within_half_a_step_of_their_channel(matrix: FloatArray) -> None:
+    int8, scale = quantize(matrix)
+    assert int8.dtype == np.int8
+    assert int8.min() >= -127
+    assert (np.abs(int8 * scale.astype(np.float64) - matrix) <= scale * 0.501).all()
+
+
+def _product(kind: str, weight: FloatArray) -> Any:
+    """A session of x [n, in] -> y [n, out] with int8 weights: our rows, or ONNX Runtime's one scale for all."""
+    int8, scale = quantize(weight)
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name=kind))
+    op, graph = builder.op, builder.graph
+    x = builder.input("x", ir.DataType.FLOAT, ["n", len(weight)])
+    w, s = builder.initializer(ir.tensor(int8), "w"), builder.initializer(ir.tensor(scale), "s")
+    if kind == "rows":
+        y = op.MatMul(x, op.DequantizeLinear(w, s, axis=1))
+    else:
+        y = op.DynamicQuantizeMatMul(x, w, s, _domain="com.microsoft")
+    builder.add_output(y, "y")
+    graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Model(graph, ir_version=10)
+    if kind == "rows":
+        assert quantize_rows(model) == 1
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("kind", "leaks"), [("rows", False), ("dynamic", True)])
+@pytest.mark.parametrize("n", [2, 8, 300])
+def test_editing_a_row_changes_no_bit_of_another(kind: str, leaks: bool, n: int) -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((768, 96), dtype=np.float32)
+    session = _product(kind, weight)
+    x = random.standard_normal((n, 768), dtype=np.float32)
+    edited = x.copy()
+    edited[0] *= 50
+    before, after = (session.run(None, {"x": rows})[0] for rows in (x, edited))
+    assert (np.abs(before[1:] - after[1:]).max() > 0.01) == leaks
+    assert leaks or before[1:].tobytes() == after[1:].tobytes()
+
+
+def test_two_digits_lose_next_to_nothing() -> None:
+    """A row with an outlier of 1,000 times the rest, as real activations have: one digit would keep 6 % of a step."""
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((256, 32), dtype=np.float32)
+    x = random.standard_normal((4, 256), dtype=np.float32)
+    x[:, 7] *= 1000
+    int8, scale = quantize(weight)
+    exact = x.astype(np.float64) @ (int8 * scale.astype(np.float64))
+    error = np.abs(_product("rows", weight).run(None, {"x": x})[0] - exact).max()
+    one_digit = np.rint(x / np.abs(x).max(1, keepdims=True) * 127) * np.abs(x).max(1, keepdims=True) / 127
+    assert error < 0.02 * np.abs(one_digit @ (int8 * scale) - exact).max()
+
+
+def test_a_row_of_zeros() -> None:
+    x = np.zeros((2, 16), np.float32)
+    x[1] = 1
+    y = _product("rows", np.ones((16, 4), np.float32)).run(None, {"x": x})[0]
+    assert (y[0] == 0).all()
+    assert np.allclose(y[1], 16)
+
+
+@pytest.mark.parametrize(("fixture", "products"), [("int8_bundle", 5 * 4 + 1), ("llama_int8", 2 * 4 + 1)])
+def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureRequest) -> None:
+    opened = open_bundle(request.getfixturevalue(fixture))
+    assert opened.manifest.precision == "int8"
+    portable, cpu = (ir.load(opened.path / f"{name}.onnx") for name in ("decoder", "decoder_cpu"))
+    assert Counter(node.op_type for node in portable.graph)["DequantizeLinear"] == products
+    assert {node.domain for node in portable.graph} == {""}
+    assert set(portable.opset_imports) == {""}
+    assert Counter(node.op_type for node in cpu.graph)["MatMulIntegerToFloat"] == products
+    model = opened.manifest.model
+    for graph in (portable.graph, cpu.graph):
+        matrices = {
+            str(value.name)
+            for value in graph.initializers.values()
+            if value.dtype == ir.DataType.FLOAT and value.shape and value.shape.rank() == 2
+        }
+        # What is looked up stays float32, the embeddings and tables of positions, and nothing else does.
+        assert all(any(part in name for part in ("embed", ".wte.", ".wpe.", "rotary")) for name in matrices), matrices
+    assert opened.token_embedding().dtype == np.float32
+    assert opened.manifest.token_embedding.shape == (model.vocab_size, model.hidden_size)
+    assert {file.name for file in opened.path.iterdir()} == {*opened.manifest.files, "bundle.json"}
+
+
+def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Path) -> None:
+    checks, record = verify_bundle(int8_bundle, tiny, None, 2, lambda *_: None)
+    assert record["precision"] == "int8"
+    missed = [check for check in checks if not check.passed]
+    assert not missed
+    assert {check.graph for check in checks} == {"decoder", "decoder_cpu"}
+
+
+def test_clusters_do_not_depend_on_the_precision(tiny: Checkpoint, int8_bundle: Path, tmp_path: Path) -> None:
+    export_bundle(tiny, tmp_path / "fp32", None)
+    rows = verification_rows(tiny, None)
+    exact, reduced = (chameleon_deploy.load(path).adapt(rows) for path in (tmp_path / "fp32", int8_bundle))
+    for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
+        assert getattr(exact, name).tobytes() == getattr(reduced, name).tobytes()
+
+
+@pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
+def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest) -> None:
+    runtime = chameleon_deploy.load(request.getfixturevalue(fixture), mode="centroid", threads=2)
+    vocab_size = runtime.manifest.model.vocab_size
+    random = np.random.default_rng(3)
+    row = random.integers(0, vocab_size, 40).tolist()
+    scores, steps = [], []
+    for _ in range(3):
+        other = random.integers(0, vocab_size, 40).tolist()
+        scores.append(runtime.score([row, other])[0].token_logprobs)
+        adaptation = runtime.adapt([row, other], mode="none")
+        _, cache = runtime.decoder.prefill([row, other], adaptation, 50)
+        steps.append(
+            [np.asarray(runtime.decoder.step(np.array([5, 9]), adaptation, cache))[0].tobytes() for _ in range(4)]
+        )
+    assert scores[0] == scores[1] == scores[2]
+    assert steps[0] == steps[1] == steps[2]
+
+
+def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(matrix: FloatArray) -> Any:
+        int8, scale = quantize(matrix)
+        return int8, scale * np.float32(1.02)
+
+    monkeypatch.setattr("chameleon_deploy.export.passes.int8_weights.quantize", wrong)
+    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    rows = verification_rows(tiny, None)
+    checks = parity.check_logits(runtime, RowLogits(tiny), rows, parity.GATES["int8"], 1.0)
+    assert any(not check.passed for check in checks)
