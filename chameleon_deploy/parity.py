@@ -42,6 +42,7 @@ class Gate:
 GATES = {
     "fp32": Gate(5e-4, 1.0, 1e-3, 1e-7, 1e-5, 1e-4),
     "fp16": Gate(None, 0.997, 1e-2, 1e-4, 5e-3, 1e-3),
+    "bf16": Gate(None, 0.995, 1e-1, 5e-4, 1e-2, 5e-3),
     "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2),
 }
 TENSORRT_FP32 = Gate(1e-3, 0.9999, 1e-3, 1e-6, 1e-4, 2e-4)  # its kernels sum in other orders

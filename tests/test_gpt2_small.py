@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +63,28 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
     weights = (small[1] / "weights.bin").stat().st_size
     assert figures.resident <= 1.35 * weights
     assert figures.resident_after_generating <= 1.35 * weights
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_engines_of_every_precision(small: tuple[Path, Path, int], precision: str, tmp_path: Path) -> None:
+    """TensorRT for RTX builds them without a GPU, inside the memory that the export may take."""
+    checkpoint, bundle, _ = small
+    export: list[Any] = [sys.executable, "-m", "chameleon_deploy.export"]
+    if precision == "fp32":
+        command = [*export, bundle]
+    else:
+        command = [*export, checkpoint, "--out", tmp_path / "bundle", "--precision", precision, "--no-verify"]
+    program = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    environment = {**os.environ, "CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", program, *command, "--target", "tensorrt"],
+        env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(result.stdout.splitlines()[-1]) * 1024 <= 4 * 2**30
+    (engine,) = (tmp_path / "cache").rglob("decoder.engine")
+    assert engine.stat().st_size > 200e6
+    shutil.rmtree(tmp_path)

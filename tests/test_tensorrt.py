@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from chameleon_deploy import engines, local_cache
-from chameleon_deploy.bundle import TensorSpec, open_bundle
+from chameleon_deploy.bundle import Precision, TensorSpec, open_bundle
 from chameleon_deploy.engines import Device, engine_graphs
 from chameleon_deploy.errors import EngineError, OutputError, ProfileError
 from chameleon_deploy.export.exporter import export_bundle
@@ -58,6 +58,16 @@ def test_every_graph_of_a_bundle_becomes_an_engine(bundle: Path, device: Device)
         steps = [done for what, done, total in told if what == f"engine {name}" and total == 1000]
         assert steps == sorted(steps)
         assert steps[-1] == 1000
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_every_precision_of_both_families(
+    family: str, precision: Precision, mini: Checkpoint, llama: Checkpoint, tmp_path: Path
+) -> None:
+    export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", None, precision=precision)
+    path, _ = build_engines(tmp_path / "b", ignore)
+    assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "scorer"}
 
 
 def test_engines_are_built_once(bundle: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from chameleon_deploy import console
-from chameleon_deploy.bundle import MANIFEST, ParitySummary
+from chameleon_deploy.bundle import MANIFEST, ParitySummary, Precision
 from chameleon_deploy.engines import import_tensorrt, target_device
 from chameleon_deploy.errors import InputError
 
@@ -19,9 +19,7 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
-    precision: Annotated[
-        Literal["fp32", "int8"] | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")
-    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")] = None,
     target: Annotated[
         Literal["onnx", "tensorrt"] | None,
         typer.Option(help="tensorrt also builds engines into the local cache; onnx unless a recipe says."),

@@ -32,6 +32,7 @@ from chameleon_deploy.bundle import (
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import quantize_weights
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -45,6 +46,14 @@ from chameleon_deploy.reference.model import Trunk
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
 DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
+
+DTYPES: dict[Any, Any] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+}
 
 # Told about a finished bundle before it is published: it returns the summary and the content of
 # parity.json, or raises to refuse the export.
@@ -103,11 +112,10 @@ def _write_files(
     with WeightsFile(directory / "weights.bin") as weights_file:
         decoder = _build_decoder(model, trunk, precision, weights_file)
         token_embedding = token_embedding_of(decoder, model)
-        graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, PROVIDERS, "growing")
-        share_cache(decoder, model)
-        if precision == "int8":
-            quantize_rows(decoder)
-        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
+        providers = DEVICES if precision in HALVES else PROVIDERS
+        graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, providers, "growing")
+        cache = _make_cpu_variant(decoder, model, precision)
+        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), cache)
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
@@ -160,10 +168,24 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
     floats = weights_file.path.with_name("float32.bin")
     with WeightsFile(floats) as floats_file:
         decoder = build_decoder(model, trunk, floats_file)
-    quantize_weights(decoder, weights_file)
+    if precision == "int8":
+        quantize_weights(decoder, weights_file)
+    else:
+        halve_products(decoder, HALVES[precision], weights_file)
     weights_file.take(decoder.graph)
     floats.unlink()
     return decoder
+
+
+def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision) -> Literal["growing", "shared"]:
+    """Rewrite the portable decoder in place. Returns what its cache then is."""
+    if precision in HALVES:
+        float_products(decoder)
+        return "growing"
+    share_cache(decoder, model)
+    if precision == "int8":
+        quantize_rows(decoder)
+    return "shared"
 
 
 def _save_graph(
@@ -186,9 +208,8 @@ def _save_graph(
 
 
 def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
-    dtypes: dict[Any, Any] = {ir.DataType.FLOAT: "float32", ir.DataType.INT32: "int32", ir.DataType.INT64: "int64"}
     return tuple(
-        TensorSpec(v.name, dtypes[v.dtype], tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
+        TensorSpec(v.name, DTYPES[v.dtype], tuple(d if isinstance(d, int) else str(d.value) for d in v.shape))
         for v in values
     )
 

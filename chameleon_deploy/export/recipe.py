@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from chameleon_deploy.bundle import LimitsSpec, ModelSpec, limits_fault
+from chameleon_deploy.bundle import LimitsSpec, ModelSpec, Precision, limits_fault
 from chameleon_deploy.errors import RecipeError
 
 
@@ -48,7 +48,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     checkpoint: str
     base: str | None = None
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Precision = "fp32"
     target: Literal["onnx", "tensorrt"] = "onnx"
     limits: Limits = Limits()
 

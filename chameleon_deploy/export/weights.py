@@ -41,7 +41,7 @@ class WeightsFile:
         """Write an array, little-endian, and return the tensor that graphs refer to."""
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(np.ascontiguousarray(array).data.cast("B"))
+        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
         self._file.flush()  # onnx_ir may map the file before it is closed
         return ir.ExternalTensor(
             self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape),

@@ -30,7 +30,8 @@ Decoder::Decoder(const GraphSpec& graph, Ort::Session session, const Manifest& m
       names_{"input_ids",      "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
              "cluster_ids", "lora_A",       "lora_B"} {
   if (graph.cache != "shared") {
-    throw ManifestError(graph.file + " has a growing cache, which this runtime does not drive: export again");
+    throw ManifestError(graph.file + " has a growing cache, which this runtime does not drive: export with --precision fp32 "
+                        "or int8");
   }
   constexpr std::string_view past = "past_key_values";
   Ort::AllocatorWithDefaultOptions allocator;

@@ -10,6 +10,9 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import load_checkpoint
+from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.runtime import Sampling
 from tests.cpp.c_interface import NativeError, NativeRuntime
 from tests.cpp.parity import largest_difference, random_batch
@@ -20,6 +23,15 @@ BATCHES = 1000
 @pytest.mark.parametrize(("kind", "batches"), [("chameleon", BATCHES), ("lora", BATCHES // 5), ("llama", BATCHES // 5)])
 def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], kind: str, batches: int) -> None:
     assert largest_difference(mini_bundles[kind], batches) <= 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_bundle_of_16_bits_is_refused(precision: Any, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini")
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None, precision=precision)
+    with pytest.raises(NativeError, match="--precision fp32") as error:
+        NativeRuntime(tmp_path / "bundle")
+    assert error.value.code == "manifest_invalid"
 
 
 def test_streamed_text_is_the_same(mini_bundles: dict[str, Path]) -> None:

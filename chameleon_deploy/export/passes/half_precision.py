@@ -1,0 +1,137 @@
+"""Products in 16 bits: float16 or bfloat16, for TensorRT and for ONNX Runtime on CUDA.
+
+Every product of the trunk multiplies 16-bit tensors; the rest of the graph (layer norms, softmax, residuals,
+activation functions, the low-rank update) is float32. So is the sum of the head: its operands are rounded to 16
+bits, its logits are not. The key-value cache is 16 bits, since what it holds enters nothing but products. What is
+looked up rather than multiplied (embeddings) stays float32.
+
+`float_products` makes the variant for ONNX Runtime on the CPU, which has no kernels for 16 bits: the same numbers
+rounded at the same places, multiplied and kept in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from chameleon_deploy.errors import TensorError
+from chameleon_deploy.export.graph import FLOAT
+from chameleon_deploy.export.weights import WeightsFile
+
+HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+LAYOUT = ("Transpose", "Reshape", "Unsqueeze", "Expand")  # move numbers, whatever their type
+
+
+def halve_products(decoder: ir.Model, half: ir.DataType, weights_file: WeightsFile) -> int:
+    """Rewrite a portable decoder in place, its 16-bit matrices going to weights_file. Returns how many products.
+
+    Raises TensorError for a weight that float16 cannot hold.
+    """
+    graph = decoder.graph
+    _set_cache(graph, half)
+    count = 0
+    for node in list(graph):
+        _pass_type_on(node, half)
+        # The low-rank update is made of Gemm too, but its matrices are inputs.
+        is_head = node.op_type == "Gemm" and _stored(node.inputs[1]) is not None
+        if not is_head and node.op_type != "MatMul":
+            continue
+        count += 1
+        for index in (0, 1):
+            if weight := _stored(node.inputs[index]):
+                rounded: ir.Value | None = _half_weight(graph, weight, half, weights_file)
+            else:
+                rounded = _cast(graph, node, node.inputs[index], half)
+            node.replace_input_with(index, _cast(graph, node, rounded, FLOAT) if is_head else rounded)
+        if not is_head:
+            _cast_output(graph, node, half, FLOAT)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
+    return count
+
+
+def float_products(decoder: ir.Model) -> int:
+    """Rewrite a decoder of `halve_products` in place, for the CPU. Returns how many products."""
+    graph = decoder.graph
+    half = next(value.dtype for value in graph.inputs if _is_past(value) and value.dtype is not None)
+    _set_cache(graph, FLOAT)
+    count = 0
+    for node in list(graph):
+        _pass_type_on(node, FLOAT)
+        if node.op_type == "MatMul":
+            count += 1
+            for index, operand in enumerate(node.inputs):
+                node.replace_input_with(index, _cast(graph, node, operand, FLOAT))
+            _cast_output(graph, node, FLOAT, half)
+    return count
+
+
+def _is_past(value: ir.Value) -> bool:
+    return str(value.name).startswith("past_key_values.")
+
+
+def _set_cache(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Past and present get a type; what is appended is rounded to 16 bits in any case."""
+    for past in filter(_is_past, graph.inputs):
+        past.dtype = dtype
+        (append,) = (node for node, _ in past.uses() if node.op_type == "Concat")
+        append.replace_input_with(1, _cast(graph, append, append.inputs[1], dtype))
+        append.outputs[0].dtype = dtype
+
+
+def _pass_type_on(node: ir.Node, dtype: ir.DataType) -> None:
+    """Keys and values keep the cache's type on their way into a product."""
+    if node.op_type in LAYOUT and _comes_from_cache(node):
+        node.outputs[0].dtype = dtype
+
+
+def _comes_from_cache(node: ir.Node | None) -> bool:
+    if node is not None and node.op_type == "Concat":
+        return node.inputs[0] is not None and _is_past(node.inputs[0])
+    return node is not None and node.op_type in LAYOUT and _comes_from_cache(_producer(node.inputs[0]))
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
+
+
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    tensor = value.const_value if value is not None else None
+    return tensor if isinstance(tensor, ir.ExternalTensor) else None
+
+
+def _half_weight(graph: ir.Graph, weight: ir.TensorProtocol, half: ir.DataType, weights_file: WeightsFile) -> ir.Value:
+    """The rounded copy of a stored matrix, an initializer of its own."""
+    name = f"{weight.name}.{half.short_name()}"
+    with np.errstate(over="ignore"):
+        rounded = weight.numpy().astype(half.numpy())
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise TensorError(f"{weight.name} holds values that float16 cannot: export with --precision bf16")
+    tensor = weights_file.add(name, rounded)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(half))
+    graph.register_initializer(value)
+    return value
+
+
+def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
+    """A value as another type, cast in front of a node unless it has that type."""
+    if value is None or value.dtype == dtype:
+        return value
+    tape = Tape()
+    cast = tape.op("Cast", [value], {"to": dtype})
+    cast.dtype, cast.shape = dtype, value.shape
+    graph.insert_before(before, tape.nodes)
+    return cast
+
+
+def _cast_output(graph: ir.Graph, node: ir.Node, computed: ir.DataType, dtype: ir.DataType) -> None:
+    """A node computes in one type, and those who read it get another."""
+    output, uses = node.outputs[0], list(node.outputs[0].uses())
+    output.dtype = computed
+    tape = Tape()
+    cast = tape.op("Cast", [output], {"to": dtype})
+    cast.dtype, cast.shape = dtype, output.shape
+    graph.insert_after(node, tape.nodes)
+    for user, index in uses:
+        user.replace_input_with(index, cast)
