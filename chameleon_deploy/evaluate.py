@@ -216,7 +216,7 @@ def _evaluate_bundle(
 
 def _require_equal(bundle: Path, reference: float, ours: float) -> None:
     from chameleon_deploy.bundle import open_bundle
-    from chameleon_deploy.parity import GATES
+    from chameleon_deploy.gates import GATES
 
     difference, limit = abs(ours / reference - 1), GATES[open_bundle(bundle).manifest.precision].perplexity
     console.stderr.print(f"bundle and reference differ by {difference:.1e} in perplexity, limit {limit:g}")

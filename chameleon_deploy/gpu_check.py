@@ -24,8 +24,8 @@ from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import DependencyError, ProviderError
 
 if TYPE_CHECKING:
+    from chameleon_deploy.gates import Check
     from chameleon_deploy.measurement import Case, Timing
-    from chameleon_deploy.parity import Check
     from chameleon_deploy.peers import Peer
     from chameleon_deploy.reference.checkpoint import Checkpoint
     from chameleon_deploy.runtime import Runtime

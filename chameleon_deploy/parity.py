@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.gates import GATES, TENSORRT_FP32, Check, Gate
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -25,46 +26,6 @@ BATCH_SIZES = (1, 2, 3, 4, 8, 32)
 # Tokens of a row where 32 rows, or two very unequal ones, run in one call: GPT-2's logits of 512 positions are 103 MB.
 BATCHED, PADDED_TO = 16, 256
 Rows = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Limits of one precision; None is reported and not limited."""
-
-    max_abs_logit: float | None
-    top1_agreement: float  # share of positions, where the reference's top-1 gap exceeds top1_gap
-    top1_gap: float
-    kl_mean: float
-    kl_p999: float
-    perplexity: float  # relative
-    rounding: float  # how far two orders of the same sums may lie apart in a logit
-
-
-GATES = {
-    "fp32": Gate(5e-4, 1.0, 1e-3, 1e-7, 1e-5, 1e-4, 5e-4),
-    "fp16": Gate(None, 0.997, 1e-2, 1e-4, 5e-3, 1e-3, 5e-2),
-    "bf16": Gate(None, 0.995, 1e-1, 5e-4, 1e-2, 5e-3, 3e-1),
-    "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2, 5e-2),
-}
-TENSORRT_FP32 = Gate(1e-3, 0.9999, 1e-3, 1e-6, 1e-4, 2e-4, 1e-3)  # its kernels sum in other orders
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure against its limit; `at_least` turns the comparison round, limit None is information."""
-
-    name: str
-    value: float
-    limit: float | None
-    at_least: bool = False
-    note: str = ""
-    graph: str = ""  # the decoder graph that it was measured on
-
-    @property
-    def passed(self) -> bool:
-        if self.limit is None:
-            return True
-        return self.value >= self.limit if self.at_least else self.value <= self.limit  # NaN passes neither
 
 
 def verify(

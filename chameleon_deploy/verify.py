@@ -17,7 +17,7 @@ from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from chameleon_deploy.parity import Check
+    from chameleon_deploy.gates import Check
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
 NUM_ROWS, MAX_TOKENS = 32, 48

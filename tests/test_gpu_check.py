@@ -17,6 +17,7 @@ import pytest
 from chameleon_deploy import gpu_check, gpu_costs, parity, verify, workloads
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import ProviderError
+from chameleon_deploy.gates import Check
 from chameleon_deploy.peers.pytorch_gpu import PyTorchGPU
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -74,9 +75,9 @@ def test_it_verifies_and_measures_every_backend(
 ) -> None:
     verified: list[str] = []
 
-    def checks(runtime: Any, *_: Any) -> list[parity.Check]:  # the real one on these runtimes: test_device.py
+    def checks(runtime: Any, *_: Any) -> list[Check]:  # the real one on these runtimes: test_device.py
         verified.append(runtime.provider)
-        return [parity.Check("a gate", 0.5, 1.0)]
+        return [Check("a gate", 0.5, 1.0)]
 
     monkeypatch.setattr(parity, "verify", checks)
     figures = check(bundle, mini)
@@ -103,7 +104,7 @@ def test_a_missed_gate_and_a_wrong_result_are_told(
     bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = replace(mini, config=msgspec.structs.replace(mini.config, alpha=-3.0))  # of another export
-    monkeypatch.setattr(parity, "verify", lambda *_: [parity.Check("a gate", 2.0, 1.0)])
+    monkeypatch.setattr(parity, "verify", lambda *_: [Check("a gate", 2.0, 1.0)])
     figures = check(bundle, other, openers={"cuda": OPENERS["cuda"]})
     assert f"{bundle}, cuda: a gate" in figures.missed
     assert any("the results of cuda are wrong" in line for line in figures.missed)

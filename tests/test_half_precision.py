@@ -18,7 +18,8 @@ from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export import exporter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.passes.half_precision import HALVES
-from chameleon_deploy.parity import GATES, check_logits
+from chameleon_deploy.gates import GATES
+from chameleon_deploy.parity import check_logits
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.session import import_onnxruntime

@@ -20,6 +20,7 @@ from chameleon_deploy.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import quantize
+from chameleon_deploy.gates import GATES
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime import Runtime
@@ -180,5 +181,5 @@ def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeyp
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
     rows = verification_rows(tiny, None)
-    checks = parity.check_logits(runtime, RowLogits(tiny), rows, parity.GATES["int8"], 1.0)
+    checks = parity.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
     assert any(not check.passed for check in checks)

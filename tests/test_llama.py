@@ -15,7 +15,8 @@ from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.export import attention
 from chameleon_deploy.export import llama as llama_graph
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.parity import GATES, check_logits
+from chameleon_deploy.gates import GATES
+from chameleon_deploy.parity import check_logits
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits

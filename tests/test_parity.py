@@ -15,7 +15,7 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime, parity
-from chameleon_deploy.parity import Check
+from chameleon_deploy.gates import GATES, Check
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.verify import verification_rows, verify_bundle
@@ -105,7 +105,7 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     portable: Runtime, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faults of a runtime rather than of a bundle."""
-    rows, gate = verification_rows(mini, None), parity.GATES["fp32"]
+    rows, gate = verification_rows(mini, None), GATES["fp32"]
     long_rows = [ids for ids in rows if len(ids) >= 16][:4]
     decoder: Any = portable.decoder
     run = decoder._run
@@ -147,7 +147,7 @@ def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini:
     runtime._generate_factors = lambda c: tuple(  # type: ignore[method-assign,assignment,return-value]
         np.zeros((len(c), 4, n), np.float32) for n in (64, 512)
     )
-    gate = parity.GATES["fp32"]
+    gate = GATES["fp32"]
     checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
     assert checks
     assert not any(check.passed for check in checks)
