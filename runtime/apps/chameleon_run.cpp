@@ -19,7 +19,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
-  --provider NAME         cpu or auto
+  --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             of ONNX Runtime
   --json                  one JSON object per text and line
 generate:
@@ -122,8 +122,7 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
   return parsed;
 }
 
-void generate(const Arguments& arguments) {
-  const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
   options.max_new_tokens = arguments.max_new_tokens;
   options.sampling = arguments.sampling;
@@ -141,8 +140,7 @@ void generate(const Arguments& arguments) {
   }
 }
 
-void score(const Arguments& arguments) {
-  const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   const auto batch_size = static_cast<std::size_t>(arguments.batch_size);
   const std::span<const std::string> texts = arguments.texts;
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
@@ -184,7 +182,9 @@ int main(int argc, char** argv) {
     if (command != "generate" && command != "score") throw UsageError("expected the command generate or score");
     words.erase(words.begin());
     const Arguments arguments = parse(command, words);
-    command == "generate" ? generate(arguments) : score(arguments);
+    const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+    if (arguments.load.provider == "auto") std::cerr << "provider: " << runtime.provider() << '\n';
+    command == "generate" ? generate(runtime, arguments) : score(runtime, arguments);
     return 0;
   } catch (const chameleon::Error& error) {
     std::string line = error.what();

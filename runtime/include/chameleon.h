@@ -28,7 +28,7 @@ CHAMELEON_EXPORT const char* chameleon_error_message(const chameleon_error* erro
 CHAMELEON_EXPORT void chameleon_error_free(chameleon_error* error);
 
 typedef struct {
-  const char* provider;    /* "cpu" or "auto"; NULL is "cpu" */
+  const char* provider;    /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
   const char* mode;        /* where a call names none; NULL is "cohort", or "static" for a bundle of regime lora */
   int threads;             /* of ONNX Runtime; 0 lets it choose */
   int keep_weights_mapped; /* 1 saves about half of the memory; slower in batches, last bits differ */

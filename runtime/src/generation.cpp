@@ -86,12 +86,10 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
   RowFactors factors{adaptation.factors, adaptation.factor_ids};
   std::vector<std::span<const std::int64_t>> prompts;
   for (const Row& row : rows) prompts.push_back(row.prompt());
-  Ort::RunOptions options;
-  const std::stop_callback terminate(stop, [&options] { options.SetTerminate(); });
   try {
     std::size_t capacity = 0;
     for (const Row& row : rows) capacity = std::max(capacity, row.capacity());
-    auto [logits, cache] = decoder.prefill(prompts, factors, capacity, options);
+    auto [logits, cache] = decoder.prefill(prompts, factors, capacity, stop);
     while (!stop.stop_requested()) {
       std::vector<std::size_t> going;
       std::vector<std::int64_t> chosen;
@@ -111,7 +109,7 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
       }
       if (going.empty()) return;
       if (going.size() < active.size()) {
-        decoder.keep(cache, going);
+        decoder.keep(*cache, going);
         for (std::size_t i = 0; i < going.size(); ++i) {
           active[i] = active[going[i]];
           factors.ids[i] = factors.ids[going[i]];
@@ -119,7 +117,7 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
         active.resize(going.size());
         factors.ids.resize(going.size());
       }
-      logits = decoder.step(chosen, factors, cache, options);
+      logits = decoder.step(chosen, factors, *cache, stop);
     }
   } catch (const GraphError&) {
     if (!stop.stop_requested()) throw;  // else it is how ONNX Runtime reports that it was told to stop

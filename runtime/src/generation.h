@@ -1,6 +1,6 @@
 #pragma once
 
-#include "chameleon/generation.h"
+#include "chameleon/runtime.h"
 #include "decoder.h"
 
 namespace chameleon {

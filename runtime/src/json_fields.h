@@ -66,6 +66,9 @@ void read(const Json& json, const std::string& at, std::map<std::string, T>& val
   for (const auto& [key, item] : json.items()) read(item, at + "." + key, values[key]);
 }
 
+struct FileSpec;
+void read(const Json& json, const std::string& at, FileSpec& spec);  // manifest.cpp
+
 /// The fields of one object. Call `required` or `optional` for each, then `finish`.
 class Fields {
  public:

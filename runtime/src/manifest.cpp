@@ -69,7 +69,7 @@ static void read(const Json& json, const std::string& at, StoredTensor& tensor) 
       .finish();
 }
 
-static void read(const Json& json, const std::string& at, FileSpec& spec) {
+void read(const Json& json, const std::string& at, FileSpec& spec) {
   Fields(json, at).required("size", spec.size).required("sha256", spec.sha256).finish();
 }
 

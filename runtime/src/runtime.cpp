@@ -8,6 +8,10 @@
 #include "generation.h"
 #include "mapped_file.h"
 #include "scoring.h"
+#include "shared_cache.h"
+#ifdef CHAMELEON_WITH_TENSORRT
+#include "tensorrt.h"
+#endif
 
 namespace chameleon {
 
@@ -76,12 +80,14 @@ struct Runtime::Impl {
   Bundle bundle;
   Tokenizer tokenizer;
   Mode mode;
-  Decoder decoder;
+  std::string provider;  // the one that was taken
+  std::unique_ptr<const Decoder> decoder;
   Ort::Session hypernetwork{nullptr};
   mutable std::once_flag centroid_factors_once;
   mutable FactorSets centroid_factors;
 
-  Impl(const std::filesystem::path& path, const LoadOptions& options, const std::string& provider);
+  Impl(const std::filesystem::path& path, const LoadOptions& options);
+  void open_decoder(const LoadOptions& options);
   [[nodiscard]] std::vector<TokenIds> encode(const Texts& texts) const;
   [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
   [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
@@ -89,17 +95,34 @@ struct Runtime::Impl {
   [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;
 };
 
-Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options, const std::string& provider)
+Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options)
     : bundle(open_bundle(path)),
       tokenizer(load_tokenizer(bundle)),
-      mode(options.mode.value_or(default_mode(bundle.manifest))),
-      decoder(bundle.graph("decoder", provider),
-              open_session(env, bundle, bundle.graph("decoder", provider), options), bundle.manifest) {
+      mode(options.mode.value_or(default_mode(bundle.manifest))) {
+  open_decoder(options);
   if (bundle.manifest.adaptation.regime == "chameleon") {
-    hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", provider), options);
+    hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", "cpu"), options);  // whoever decodes
   }
   check_mode(mode, bundle.manifest.adaptation);
   if (mode == Mode::centroid) (void)factors_of_centroids();
+}
+
+void Runtime::Impl::open_decoder(const LoadOptions& options) {
+#ifdef CHAMELEON_WITH_TENSORRT
+  if (options.provider == "tensorrt" || options.provider == "auto") {
+    try {
+      decoder = open_tensorrt(bundle);
+      provider = "tensorrt";
+      return;
+    } catch (const ProviderError&) {
+      if (options.provider == "tensorrt") throw;
+    }
+  }
+#endif
+  provider = "cpu";
+  const GraphSpec& graph = bundle.graph("decoder", provider);
+  decoder =
+      std::make_unique<const SharedCacheDecoder>(graph, open_session(env, bundle, graph, options), bundle.manifest);
 }
 
 std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
@@ -180,7 +203,7 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
-    : impl_(std::make_unique<const Impl>(path, options, resolve_provider(options.provider))) {}
+    : impl_((check_provider(options.provider), std::make_unique<const Impl>(path, options))) {}
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime::~Runtime() = default;
 
@@ -188,9 +211,9 @@ Adaptation Runtime::adapt(Texts texts, const AdaptOptions& options) const {
   return impl_->adapt(impl_->encode(texts), options);
 }
 
-std::vector<Score> Runtime::score(Texts texts, const AdaptOptions& options) const {
+std::vector<Score> Runtime::score(Texts texts, const AdaptOptions& options, const std::stop_token& stop) const {
   const std::vector<TokenIds> rows = impl_->encode(texts);
-  return score_rows(rows, impl_->decoder, impl_->adapt(rows, options));
+  return score_rows(rows, *impl_->decoder, impl_->adapt(rows, options), stop);
 }
 
 std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& options) const {
@@ -212,7 +235,8 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
     rows.emplace_back(prompt_ids[i], std::min(value_of(options.max_new_tokens, i), room), value_of(options.sampling, i),
                       single ? i : 0, adaptation.cluster_ids[i]);
   }
-  generate_rows(rows, impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
+  generate_rows(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
+                options.stop);
   std::vector<Generation> generations;
   generations.reserve(rows.size());
   for (Row& row : rows) generations.push_back(std::move(row.generation()));
@@ -220,6 +244,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
 }
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
+const std::string& Runtime::provider() const { return impl_->provider; }
 const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
 const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }
 

@@ -1,12 +1,13 @@
 #pragma once
 
-#include "chameleon/scoring.h"
+#include "chameleon/runtime.h"
 #include "decoder.h"
 
 namespace chameleon {
 
 /// Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory.
-/// Throws NumericError.
-std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& decoder, const Adaptation& adaptation);
+/// Throws NumericError, or CancelledError when the stop is requested.
+std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& decoder, const Adaptation& adaptation,
+                              const std::stop_token& stop);
 
 }  // namespace chameleon

@@ -72,11 +72,13 @@ void check_signature(const Signature& expected, const Signature& actual, const s
 
 }  // namespace
 
-std::string resolve_provider(const std::string& provider) {
-  if (provider != "cpu" && provider != "auto") {
-    throw ProviderError("provider '" + provider + "' is not available; this release has: cpu, auto");
-  }
-  return "cpu";
+void check_provider(const std::string& provider) {
+  if (provider == "cpu" || provider == "auto") return;
+#ifdef CHAMELEON_WITH_TENSORRT
+  if (provider == "tensorrt") return;
+#endif
+  throw ProviderError("provider '" + provider + "' is not available; this build has: cpu, auto" +
+                      (provider == "tensorrt" ? "; configure it with -DCHAMELEON_TENSORRT_ROOT=" : ""));
 }
 
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,

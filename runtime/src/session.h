@@ -9,8 +9,8 @@
 
 namespace chameleon {
 
-/// The provider that will run. Throws ProviderError.
-std::string resolve_provider(const std::string& provider);
+/// Throws ProviderError for a provider that this build does not have.
+void check_provider(const std::string& provider);
 
 /// A session of one graph. Throws GraphError when the graph does not load or its signature is not the manifest's.
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,

@@ -64,6 +64,15 @@ TEST(Program, GenerateWritesJsonLines) {
   }
 }
 
+TEST(Program, SaysWhichProviderItTook) {
+  const Result taken = run("generate " + bundle() + " --prompt x --provider auto --json");
+  EXPECT_EQ(taken.exit_code, 0) << taken.output;
+  EXPECT_NE(taken.output.find("provider: "), std::string::npos) << taken.output;
+  const Result missing = run("generate " + bundle() + " --prompt x --provider cuda");
+  EXPECT_EQ(missing.exit_code, 2);
+  EXPECT_NE(missing.output.find("provider_unavailable"), std::string::npos) << missing.output;
+}
+
 TEST(Program, ScoreReadsParagraphsAndJsonLines) {
   const std::string paragraphs = file_with("texts.txt", "\nOne text.\nStill it.\n \t\nAnother.\r\n\r\n\n\nT\n");
   const std::string json_lines =

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <thread>
@@ -134,6 +135,21 @@ TEST(Cancellation, BeforeAndDuringACall) {
     EXPECT_TRUE(generation.token_ids.empty());
     EXPECT_EQ(generation.finish_reason, FinishReason::cancelled);
   }
+}
+
+TEST(Cancellation, OfScoringIsAnErrorOfItsOwn) {
+  const auto before = runtime().score(kRows);
+  std::stop_source stopped;
+  stopped.request_stop();
+  EXPECT_THROW((void)runtime().score(kRows, {}, stopped.get_token()), CancelledError);
+  const std::vector<TokenIds> many(20'000, TokenIds(40, 1));  // seconds of work
+  std::stop_source source;
+  std::jthread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    source.request_stop();
+  });
+  EXPECT_THROW((void)runtime().score(many, {}, source.get_token()), CancelledError);
+  EXPECT_EQ(runtime().score(kRows)[0].token_logprobs, before[0].token_logprobs);
 }
 
 TEST(Callbacks, AnExceptionReachesTheCallerAndHarmsNothing) {

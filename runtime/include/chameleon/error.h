@@ -52,6 +52,7 @@ using ModeError = CodedError<"mode_unavailable">;
 using FactorsError = CodedError<"factors_invalid">;
 using ProviderError = CodedError<"provider_unavailable">;
 using DeviceError = CodedError<"device_failed">;
+using CancelledError = CodedError<"cancelled">;
 using NumericError = CodedError<"not_finite">;
 
 }  // namespace chameleon

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stop_token>
 #include <string>
 #include <variant>
 #include <vector>
@@ -25,7 +26,7 @@ using TokenIds = std::vector<std::int64_t>;
 using Texts = std::variant<std::span<const std::string>, std::span<const TokenIds>>;
 
 struct LoadOptions {
-  std::string provider = "cpu";  ///< cpu, or auto for the best that this machine has
+  std::string provider = "cpu";  ///< cpu, tensorrt in a build that has it, or auto for the best of them
   std::optional<Mode> mode{};    ///< where a call names none: by default cohort, or static for a bundle of regime lora
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
   bool prepack_weights = true;   ///< false saves about half of the memory; slower in batches, last bits differ
@@ -44,7 +45,9 @@ class CHAMELEON_EXPORT Runtime {
   [[nodiscard]] Adaptation adapt(Texts texts, const AdaptOptions& options = {}) const;
 
   /// Log-probability of every token of every text, given the tokens before it.
-  [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {}) const;
+  /// stop: ends the call, whose results are then lost. Throws CancelledError.
+  [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {},
+                                         const std::stop_token& stop = {}) const;
 
   /// Continue every prompt; the factors of a row stay what its prompt made them. A callback's exception ends the call.
   std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
@@ -52,6 +55,8 @@ class CHAMELEON_EXPORT Runtime {
   /// Token ids of texts after every check that the calls above make.
   [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;
 
+  /// What runs the decoder: cpu or tensorrt; it tells what `auto` has taken.
+  [[nodiscard]] const std::string& provider() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;
 

@@ -1,4 +1,4 @@
-#include "decoder.h"
+#include "shared_cache.h"
 
 #include <algorithm>
 #include <cstring>
@@ -21,16 +21,25 @@ std::size_t part_size(Rows rows, std::size_t tokens) {
   return rows.size();
 }
 
+/// In the memory that ONNX Runtime wrote them to.
+Logits logits_of(Ort::Value value) {
+  const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
+  const auto owner = std::make_shared<Ort::Value>(std::move(value));
+  return {owner->GetTensorMutableData<float>(), static_cast<std::size_t>(shape.at(1)),
+          static_cast<std::size_t>(shape.at(2)), owner};
+}
+
 }  // namespace
 
-Decoder::Decoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest)
+SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest)
     : session_(std::move(session)),
       model_(manifest.model),
       prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens),
-      names_{"input_ids",      "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
-             "cluster_ids", "lora_A",       "lora_B"} {
+      names_{"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length", "cluster_ids",
+             "lora_A",    "lora_B"} {
   if (graph.cache != "shared") {
-    throw ManifestError(graph.file + " has a growing cache, which this runtime does not drive: export with --precision fp32 "
+    throw ManifestError(graph.file +
+                        " has a growing cache, which this runtime does not drive: export with --precision fp32 "
                         "or int8");
   }
   constexpr std::string_view past = "past_key_values";
@@ -50,43 +59,46 @@ Decoder::Decoder(const GraphSpec& graph, Ort::Session session, const Manifest& m
                          &std::string::c_str);
 }
 
-std::pair<Logits, Cache> Decoder::prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
-                                          const Ort::RunOptions& options) const {
+std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows, const RowFactors& factors,
+                                                                      std::size_t capacity,
+                                                                      const std::stop_token& stop) const {
   for (const auto& row : rows) capacity = std::max(capacity, row.size());
-  Cache cache = empty_cache(rows.size(), capacity);
+  auto cache = empty_cache(rows.size(), capacity);
   const std::int64_t shape[] = {static_cast<std::int64_t>(rows.size()), 1, model_.vocab_size};
-  Logits logits(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
+  Logits logits =
+      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
   const std::span ids(factors.ids);
   for (std::size_t first = 0; first < rows.size();) {
     const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
-    Logits part = read(rows.subspan(first, count), ids.subspan(first, count), factors.sets, true, cache, first, options);
+    Logits part = read(rows.subspan(first, count), ids.subspan(first, count), factors.sets, true, *cache, first, stop);
     for (std::size_t row = 0; row < count; ++row) std::ranges::copy(part.at(row), logits.at(first + row).begin());
     first += count;
   }
   return {std::move(logits), std::move(cache)};
 }
 
-Logits Decoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
-                     const Ort::RunOptions& options) const {
+Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& any_cache,
+                                const std::stop_token& stop) const {
+  auto& cache = dynamic_cast<Buffers&>(any_cache);
   const Call call{.input_ids = {token_ids.begin(), token_ids.end()},
                   .position_ids = cache.lengths,
                   .logits_positions = std::vector<std::int64_t>(token_ids.size(), 0),
                   .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
                   .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
-  Logits logits = run(call, factors.ids, factors.sets, cache, 0, options);
+  Logits logits = run(call, factors.ids, factors.sets, cache, 0, stop);
   for (std::int64_t& length : cache.lengths) ++length;
   return logits;
 }
 
-Logits Decoder::all_logits(Rows rows, const RowFactors& factors) const {
-  Cache cache = empty_cache(rows.size(), std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size());
-  return read(rows, factors.ids, factors.sets, false, cache, 0, Ort::RunOptions());
+Logits SharedCacheDecoder::all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const {
+  auto cache = empty_cache(rows.size(), std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size());
+  return read(rows, factors.ids, factors.sets, false, *cache, 0, stop);
 }
 
-void Decoder::keep(Cache& cache, std::span<const std::size_t> rows) const {
-  const std::size_t row_size =
-      static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * cache.capacity;
-  for (auto& buffer : cache.buffers) {
+void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {
+  auto& cache = dynamic_cast<Buffers&>(any_cache);
+  const std::size_t row_size = static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * cache.capacity;
+  for (auto& buffer : cache.values) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       if (i != rows[i]) std::memcpy(&buffer[i * row_size], &buffer[rows[i] * row_size], row_size * sizeof(float));
     }
@@ -96,8 +108,9 @@ void Decoder::keep(Cache& cache, std::span<const std::size_t> rows) const {
 }
 
 /// A call that reads whole rows into an empty stretch of the cache, beginning at its row first_row.
-Logits Decoder::read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets, bool last_only,
-                     Cache& cache, std::size_t first_row, const Ort::RunOptions& options) const {
+Logits SharedCacheDecoder::read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
+                                bool last_only, Buffers& cache, std::size_t first_row,
+                                const std::stop_token& stop) const {
   const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
   Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // the pad id is never attended: any will do
             .position_ids = std::vector<std::int64_t>(rows.size() * width),
@@ -113,11 +126,11 @@ Logits Decoder::read(Rows rows, std::span<const std::int64_t> factor_ids, const 
     cache.lengths[first_row + row] = length;
   }
   if (!last_only) call.logits_positions = call.position_ids;
-  return run(call, factor_ids, sets, cache, first_row, options);
+  return run(call, factor_ids, sets, cache, first_row, stop);
 }
 
-Logits Decoder::run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets, Cache& cache,
-                    std::size_t first_row, const Ort::RunOptions& options) const {
+Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
+                               Buffers& cache, std::size_t first_row, const std::stop_token& stop) const {
   const auto batch = static_cast<std::int64_t>(call.seqlens_k.size());
   const auto columns = [batch](std::span<const std::int64_t> values) {
     return static_cast<std::int64_t>(values.size()) / batch;
@@ -135,22 +148,27 @@ Logits Decoder::run(const Call& call, std::span<const std::int64_t> factor_ids, 
   outputs.emplace_back(nullptr);
   const auto capacity = static_cast<std::int64_t>(cache.capacity);
   const auto row_size = static_cast<std::size_t>(model_.num_key_value_heads * capacity * model_.head_dim);
-  for (const auto& buffer : cache.buffers) {
+  for (const auto& buffer : cache.values) {
     // Past and present are the same memory: the graph writes where it reads.
     const std::span<const float> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
     for (auto* values : {&inputs, &outputs}) {
       values->push_back(tensor_over(rows, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
     }
   }
+  const Ort::RunOptions options;
+  const std::stop_callback terminate(stop, [&options] { const_cast<Ort::RunOptions&>(options).SetTerminate(); });
   run_session(session_, options, input_names_, inputs, output_names_, outputs);
-  return Logits(std::move(outputs.front()));
+  return logits_of(std::move(outputs.front()));
 }
 
-Cache Decoder::empty_cache(std::size_t batch, std::size_t capacity) const {
-  Cache cache{.buffers = {}, .capacity = capacity, .lengths = std::vector<std::int64_t>(batch, 0)};
+std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
+                                                                             std::size_t capacity) const {
+  auto cache = std::make_unique<Buffers>();
+  cache->capacity = capacity;
+  cache->lengths.assign(batch, 0);
   const auto size = batch * static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity;
   for (std::size_t i = 1; i < output_names_.size(); ++i) {
-    cache.buffers.push_back(std::make_unique_for_overwrite<float[]>(size));
+    cache->values.push_back(std::make_unique_for_overwrite<float[]>(size));
   }
   return cache;
 }

@@ -1,0 +1,73 @@
+#include "engines.h"
+
+#include <cstdlib>
+
+#include "chameleon/error.h"
+#include "json_fields.h"
+#include "mapped_file.h"
+
+namespace chameleon {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+using Key = std::map<std::string, std::string>;
+
+/// $CHAMELEON_DEPLOY_CACHE, else $XDG_CACHE_HOME/chameleon-deploy, else in ~/.cache: as in Python.
+fs::path cache_root() {
+  const auto variable = [](const char* name) -> std::string {
+    const char* value = std::getenv(name);
+    return value != nullptr ? value : "";
+  };
+  if (const std::string chosen = variable("CHAMELEON_DEPLOY_CACHE"); !chosen.empty()) return chosen;
+  const std::string cache = variable("XDG_CACHE_HOME");
+  return (cache.empty() ? fs::path(variable("HOME")) / ".cache" : fs::path(cache)) / "chameleon-deploy";
+}
+
+/// The key of an entry whose every file has its size and digest; empty for anything else.
+Key intact_key(const fs::path& path) {
+  Key key;
+  std::map<std::string, FileSpec> files;
+  Fields(Json::parse(MappedFile(path / "entry.json").text()), path.string())
+      .required("key", key)
+      .required("files", files)
+      .finish();
+  for (const auto& [name, spec] : files) {
+    if (!fs::is_regular_file(fs::symlink_status(path / name))) return {};
+    const MappedFile file(path / name);
+    if (static_cast<std::int64_t>(file.bytes().size()) != spec.size || sha256(file.bytes()) != spec.sha256) return {};
+  }
+  for (const fs::directory_entry& file : fs::directory_iterator(path)) {
+    const std::string name = file.path().filename().string();
+    if (name != "entry.json" && !files.contains(name)) return {};
+  }
+  return key;
+}
+
+}  // namespace
+
+fs::path find_engines(const Bundle& bundle, const EngineTarget& target) {
+  const Key expected = {{"bundle", bundle.digest}, {"builder", target.builder},
+                        {"device", target.device}, {"compute_capability", target.compute_capability},
+                        {"driver", target.driver}, {"precision", bundle.manifest.precision}};
+  const fs::path engines = cache_root() / "engines";
+  std::error_code missing;
+  for (const fs::directory_entry& entry : fs::directory_iterator(engines, missing)) {
+    if (!fs::is_regular_file(entry.path() / "entry.json")) continue;
+    Key key;
+    try {
+      key = intact_key(entry.path());
+    } catch (const std::exception&) {
+      continue;  // damaged: as good as not there
+    }
+    // The profiles are in the key too; they follow from the bundle.
+    std::erase_if(key, [](const auto& field) { return field.first.starts_with("profiles."); });
+    if (key == expected) return entry.path();
+  }
+  throw ProviderError("no TensorRT engines for " + bundle.path.string() + " on " + target.device + " with " +
+                      target.builder + ": build them with `python -m chameleon_deploy.export " + bundle.path.string() +
+                      " --target tensorrt`");
+}
+
+}  // namespace chameleon

@@ -1,0 +1,53 @@
+// A decoder on ONNX Runtime whose past and present are one buffer, written in place at each row's own length.
+#pragma once
+
+#include <limits>
+
+#include "decoder.h"
+#include "session.h"
+
+namespace chameleon {
+
+/// See Decoder. One session serves everything.
+class SharedCacheDecoder final : public Decoder {
+ public:
+  /// Throws ManifestError unless the graph's cache is shared: every bundle has such a graph for the CPU.
+  SharedCacheDecoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest);
+
+  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
+                                                    const std::stop_token& stop) const override;
+  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
+              const std::stop_token& stop) const override;
+  [[nodiscard]] Logits all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const override;
+  void keep(Cache& cache, std::span<const std::size_t> rows) const override;
+  [[nodiscard]] std::size_t max_rows() const override { return std::numeric_limits<std::size_t>::max(); }
+
+ private:
+  struct Buffers final : Cache {
+    /// float32 [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs.
+    std::vector<std::unique_ptr<float[]>> values;
+    std::size_t capacity = 0;
+    std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
+  };
+
+  /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
+  struct Call {
+    std::vector<std::int64_t> input_ids, position_ids, logits_positions;
+    std::vector<std::int32_t> seqlens_k;  // real tokens of each row after the call, minus one
+    std::int32_t total_sequence_length;
+  };
+
+  [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
+  [[nodiscard]] Logits read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets, bool last_only,
+                            Buffers& cache, std::size_t first_row, const std::stop_token& stop) const;
+  [[nodiscard]] Logits run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
+                           Buffers& cache, std::size_t first_row, const std::stop_token& stop) const;
+
+  Ort::Session session_;
+  ModelSpec model_;
+  std::size_t prefill_tokens_;
+  std::vector<std::string> names_;  // owns what the next two point to
+  std::vector<const char*> input_names_, output_names_;
+};
+
+}  // namespace chameleon
