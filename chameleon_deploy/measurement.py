@@ -96,6 +96,8 @@ def measure(
 ) -> list[Timing]:
     """Time all engines in turn, `rounds` times each after two warm-ups, more often where the ratios scatter.
 
+    With max_extra_rounds 0 nothing is taken again, disturbed samples neither: a quick look is to stay quick.
+
     -> the whole, then its parts. An engine that raises is reported as failed; the first one's error is raised.
     """
     first, *others = case.engines
@@ -118,7 +120,7 @@ def measure(
             shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
             taken = {}
             for name in order:
-                taken[name], thrown_away = _undisturbed_sample(case.engines[name])
+                taken[name], thrown_away = _undisturbed_sample(case.engines[name], RETRIES if max_extra_rounds else 0)
                 retries += thrown_away
             samples.append(taken)
             report(case.whole.name, len(samples), (attempt + 1) * rounds)
@@ -188,10 +190,10 @@ def _sample(engine: Engine) -> _Sample:
     return _Sample(parts | {None: whole}, _Processors.now().lost_since(before) > 0.03 + 0.05 * whole)
 
 
-def _undisturbed_sample(engine: Engine) -> tuple[_Sample, int]:
+def _undisturbed_sample(engine: Engine, max_retries: int) -> tuple[_Sample, int]:
     """A sample, and how many had to be thrown away for it."""
     retries = 0
-    while (sample := _sample(engine)).disturbed and retries < RETRIES:
+    while (sample := _sample(engine)).disturbed and retries < max_retries:
         retries += 1
     return sample, retries
 

@@ -154,13 +154,15 @@ def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
         for other in others:
             assert other.stdout is not None
             other.stdout.readline()
-        (timing,) = measure(Case(PART, {"bundle": steady}), CEILINGS, 1, silent, 0)
+        (timing,) = measure(Case(PART, {"bundle": steady}), CEILINGS, 1, silent, 1)
+        (quick,) = measure(Case(PART, {"bundle": steady}), CEILINGS, 1, silent, 0)
     finally:
         for other in others:
             other.kill()
             other.communicate()
     assert timing.retries == measurement.RETRIES
     assert timing.disturbed == 1
+    assert (quick.retries, quick.disturbed) == (0, 1)
 
 
 def test_ceilings_are_plausible() -> None:
