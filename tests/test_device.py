@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from chameleon_deploy import Runtime, Sampling, parity
 from chameleon_deploy.bundle import Bundle, LimitsSpec, Role, open_bundle
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, LengthError, NumericError
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.profiles import profiles
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -27,6 +28,7 @@ from chameleon_deploy.runtime.device_graph import DeviceGraph
 from chameleon_deploy.runtime.session import CPU
 from chameleon_deploy.runtime.tensorrt import EngineGraph
 from tests.fake_cuda import FAKE_TENSORRT, FakeCudart, FakeEngine
+from tests.test_providers import needs_no_gpu
 from tests.test_runtime import random_rows
 
 
@@ -93,6 +95,17 @@ def test_it_passes_the_gates(opened: Bundle, mini: Checkpoint) -> None:
 def test_a_lora_bundle(lora_bundle: Path, lora_runtime: Runtime) -> None:
     ours, rows = with_engines(open_bundle(lora_bundle), FakeCudart()), random_rows(1, 4, 30)
     assert ours.generate(rows) == lora_runtime.generate(rows)
+
+
+def test_a_cache_of_half_precision(mini: Checkpoint, tmp_path: Path) -> None:
+    """Slots are counted in bytes; logits differ from the CPU's by what float16 rounds."""
+    export_bundle(mini, tmp_path / "fp16", None, precision="fp16")
+    opened = open_bundle(tmp_path / "fp16")
+    ours, theirs, rows = with_engines(opened, FakeCudart()), Runtime(opened, "cpu", threads=1), random_rows(1, 5, 60)
+    for a, b in zip(ours.score(rows), theirs.score(rows), strict=True):
+        np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=5e-3)
+    for ours_row, theirs_row in zip(ours.generate(rows), theirs.generate(rows), strict=True):
+        assert ours_row.token_ids[:4] == theirs_row.token_ids[:4]
 
 
 def test_callers_factors(on_device: Runtime, runtime: Runtime) -> None:
@@ -282,3 +295,33 @@ def test_bfloat16_is_rounded_to_nearest() -> None:
     import torch
 
     np.testing.assert_array_equal(stored, torch.from_numpy(values).bfloat16().float().numpy())
+
+
+@needs_no_gpu
+def test_the_real_bindings_take_our_arguments() -> None:
+    """Without a driver every call of cuda-python comes back with a status; a wrong argument would be a TypeError."""
+    from cuda.bindings import runtime as cudart
+
+    device = CudaDevice(FakeCudart())
+    array = device.zeros((2, 2), "float32")
+    device._cudart = cudart
+    calls: list[Any] = [
+        lambda: device.empty((2, 2), "float32"),
+        lambda: device.zeros((2, 2), "float32"),
+        lambda: device.write(array, np.zeros((2, 2))),
+        lambda: device.read(array),
+        lambda: device.copy(array.address, 8, array.address, 8, 8, 2),
+        device.synchronize,
+        lambda: device.capture(lambda: None),
+        lambda: CudaDevice(cudart),
+        lambda: device._call("cudaMemsetAsync", array.address, 0, 4, device.stream),
+        lambda: device._call("cudaGraphInstantiate", cudart.cudaGraph_t(0), 0),
+        lambda: device._call("cudaGraphDestroy", cudart.cudaGraph_t(0)),
+        lambda: device._call("cudaGraphLaunch", cudart.cudaGraphExec_t(0), device.stream),
+        lambda: device._call("cudaGraphExecDestroy", cudart.cudaGraphExec_t(0)),
+        lambda: device._call("cudaFree", array.address),
+    ]
+    for call in calls:
+        with pytest.raises(DeviceError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice|cudaErrorSystem"):
+            call()
+    device._cudart = FakeCudart()
