@@ -37,6 +37,7 @@ from chameleon_deploy.reference.experiment import Scored, run_experiment
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.variants import VARIANTS, Experiment
+from tests.conftest import nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:18]]
 # A rate at which conditioning soon matters.
@@ -122,7 +123,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(
     assert kills
     last = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
     printed = [json.loads(line) for line in last.stdout.splitlines()]
-    assert printed == json.loads(json.dumps([dataclasses.asdict(f) for f in finished[1]]))
+    assert printed == nearly(json.loads(json.dumps([dataclasses.asdict(f) for f in finished[1]])))
 
 
 def _files(work: Path) -> list[Path]:
