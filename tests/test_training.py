@@ -22,6 +22,7 @@ from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
+from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
 TRAIN, HELD_OUT = corpus.split_texts(TEXTS, 0.2)
@@ -197,7 +198,6 @@ def test_cohort_rows_cover_every_text_once(mini: Checkpoint) -> None:
 def test_tiny_model_beats_the_baselines(tmp_path: Path) -> None:
     """The trained checkpoint in models/tiny, on text that it never saw."""
     from chameleon_deploy.reference.tiny import VOCAB_SIZE, corpus_split
-    from tests.conftest import REPOSITORY
 
     checkpoint = load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
     train, held_out = corpus_split()
