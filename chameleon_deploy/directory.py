@@ -24,16 +24,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     if os.path.lexists(out):
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
     partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OutputError(f"cannot write {partial}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process is writing {out}: wait for it or choose another --out") from error
+    with locked_directory(partial, f"another process is writing {out}: wait for it or choose another --out"):
         _clear(partial)
         try:
             yield partial
@@ -46,6 +37,28 @@ def new_directory(out: Path) -> Iterator[Path]:
             raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked_directory(path: Path, busy: str) -> Iterator[None]:
+    """Make a directory, and hold it so that one process at a time works there; the lock ends with the process.
+
+    busy  what to say when another process has it
+
+    Raises OutputError.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise OutputError(busy) from error
+    try:
+        yield
     finally:
         os.close(lock)
 

@@ -10,7 +10,6 @@ Everything that is finished stays in the work directory, so a run that was kille
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from chameleon_deploy.errors import InputError, OutputError
+from chameleon_deploy.directory import locked_directory
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference import conditioning
 from chameleon_deploy.reference.checkpoint import Protocol, load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
@@ -235,22 +235,11 @@ def _collect(
 @contextmanager
 def _work_directory(work: Path, made_of: str) -> Iterator[None]:
     """One process at a time works there, and on one experiment only."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OutputError(f"cannot write {work}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process is at work in {work}: wait for it or choose another --work") from error
+    with locked_directory(work, f"another process is at work in {work}: wait for it or choose another --work"):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")
         yield
-    finally:
-        os.close(lock)
 
 
 def _write_whole(file: Path, text: str) -> None:

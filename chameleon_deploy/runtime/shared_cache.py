@@ -93,7 +93,7 @@ class SharedCacheDecoder:
             # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
             adapted = adaptation.rows(np.arange(len(rows))[part])
-            for start, piece in self._pieces(rows[part], self.prefill_tokens):
+            for start, piece in _pieces(rows[part], self.prefill_tokens):
                 logits[part] = self._read(piece, adapted, buffers, last_only=True, start=start).run()[:, 0]
         return logits, cache
 
@@ -116,19 +116,8 @@ class SharedCacheDecoder:
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
         buffers = self._buffers(len(rows), max(map(len, rows)))
-        for start, piece in self._pieces(rows, SCORED_POSITIONS):
+        for start, piece in _pieces(rows, SCORED_POSITIONS):
             yield start, self._read(piece, adaptation, buffers, last_only=False, start=start).run()
-
-    def _pieces(self, rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-        """A single row in pieces of so many tokens, with the position of the first; several rows whole.
-
-        GroupQueryAttention reads several tokens after a past for a single row only.
-        """
-        if len(rows) > 1:
-            yield 0, rows
-        else:
-            for start in range(0, len(rows[0]), tokens):
-                yield start, [rows[0][start : start + tokens]]
 
     def _read(
         self,
@@ -162,3 +151,15 @@ def _parts(lengths: IntArray, tokens: int) -> Iterator[slice]:
         if stop == len(lengths) or (stop + 1 - start) * lengths[start : stop + 1].max() > tokens:
             yield slice(start, stop)
             start = stop
+
+
+def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+    """A single row in pieces of so many tokens, with the position of the first; several rows whole.
+
+    GroupQueryAttention reads several tokens after a past for a single row only.
+    """
+    if len(rows) > 1:
+        yield 0, rows
+    else:
+        for start in range(0, len(rows[0]), tokens):
+            yield start, [rows[0][start : start + tokens]]
