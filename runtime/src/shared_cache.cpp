@@ -34,9 +34,7 @@ Logits logits_of(Ort::Value value) {
 SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest)
     : session_(std::move(session)),
       model_(manifest.model),
-      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens),
-      names_{"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length", "cluster_ids",
-             "lora_A",    "lora_B"} {
+      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens) {
   if (graph.cache != "shared") {
     throw ManifestError(graph.file +
                         " has a growing cache, which this runtime does not drive: export with --precision fp32 "
@@ -44,15 +42,20 @@ SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session sess
   }
   constexpr std::string_view past = "past_key_values";
   Ort::AllocatorWithDefaultOptions allocator;
-  std::vector<std::string> present = {"logits"};
+  std::vector<std::string> outputs;
   for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
     const std::string name = session_.GetInputNameAllocated(i, allocator).get();
     if (!name.starts_with(past)) continue;
     names_.push_back(name);
-    present.push_back("present" + name.substr(past.size()));
+    outputs.push_back("present" + name.substr(past.size()));
   }
+  for (const char* name : {"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
+                           "cluster_ids", "lora_A", "lora_B"}) {
+    names_.emplace_back(name);
+  }
+  outputs.emplace_back("logits");
   const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
-  names_.insert(names_.end(), present.begin(), present.end());
+  names_.insert(names_.end(), outputs.begin(), outputs.end());
   std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_),
                          &std::string::c_str);
   std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(output_names_),
@@ -135,8 +138,25 @@ Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> f
   const auto columns = [batch](std::span<const std::int64_t> values) {
     return static_cast<std::int64_t>(values.size()) / batch;
   };
-  std::vector<Ort::Value> inputs, outputs;
-  inputs.reserve(input_names_.size());
+  auto& inputs = cache.inputs;
+  auto& outputs = cache.outputs;
+  if (cache.batch != batch || cache.first_row != first_row) {
+    inputs.clear();
+    outputs.clear();
+    const auto capacity = static_cast<std::int64_t>(cache.capacity);
+    const auto row_size = static_cast<std::size_t>(model_.num_key_value_heads * capacity * model_.head_dim);
+    for (const auto& buffer : cache.values) {
+      // Past and present are the same memory: the graph writes where it reads.
+      const std::span<const float> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
+      for (auto* values : {&inputs, &outputs}) {
+        values->push_back(tensor_over(rows, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
+      }
+    }
+    cache.first_row = first_row;
+    cache.batch = batch;
+  }
+  inputs.resize(cache.values.size());
+  outputs.resize(cache.values.size());
   inputs.push_back(tensor_over<std::int64_t>(call.input_ids, {batch, columns(call.input_ids)}));
   inputs.push_back(tensor_over<std::int64_t>(call.position_ids, {batch, columns(call.position_ids)}));
   inputs.push_back(tensor_over<std::int64_t>(call.logits_positions, {batch, columns(call.logits_positions)}));
@@ -146,19 +166,10 @@ Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> f
   inputs.push_back(tensor_over<float>(sets.lora_A, {sets.count, sets.rank, model_.hidden_size}));
   inputs.push_back(tensor_over<float>(sets.lora_B, {sets.count, sets.rank, model_.vocab_size}));
   outputs.emplace_back(nullptr);
-  const auto capacity = static_cast<std::int64_t>(cache.capacity);
-  const auto row_size = static_cast<std::size_t>(model_.num_key_value_heads * capacity * model_.head_dim);
-  for (const auto& buffer : cache.values) {
-    // Past and present are the same memory: the graph writes where it reads.
-    const std::span<const float> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
-    for (auto* values : {&inputs, &outputs}) {
-      values->push_back(tensor_over(rows, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
-    }
-  }
   const Ort::RunOptions options;
   const std::stop_callback terminate(stop, [&options] { const_cast<Ort::RunOptions&>(options).SetTerminate(); });
   run_session(session_, options, input_names_, inputs, output_names_, outputs);
-  return logits_of(std::move(outputs.front()));
+  return logits_of(std::move(outputs.back()));
 }
 
 std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
@@ -167,7 +178,7 @@ std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std
   cache->capacity = capacity;
   cache->lengths.assign(batch, 0);
   const auto size = batch * static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity;
-  for (std::size_t i = 1; i < output_names_.size(); ++i) {
+  for (std::size_t i = 0; i + 1 < output_names_.size(); ++i) {
     cache->values.push_back(std::make_unique_for_overwrite<float[]>(size));
   }
   return cache;

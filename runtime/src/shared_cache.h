@@ -28,6 +28,11 @@ class SharedCacheDecoder final : public Decoder {
     std::vector<std::unique_ptr<float[]>> values;
     std::size_t capacity = 0;
     std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
+    /// Of the last call. Those over `values` stand until a call is over other rows: they are most of the tensors, and
+    /// to make them anew costs 20 us per step.
+    std::vector<Ort::Value> inputs, outputs;
+    std::size_t first_row = 0;
+    std::int64_t batch = 0;
   };
 
   /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
