@@ -6,9 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import onnx_ir as ir
+import pytest
 
 from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.shared_cache import share_cache
+from chameleon_deploy.export.passes.update_first import update_first
 
 
 def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> None:
@@ -53,3 +56,21 @@ def test_every_variant_uses_the_one_weights_file(bundle: Path) -> None:
         external = [v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         places[name] = {(t.name, t.location, t.offset, t.length) for t in external}
     assert places["decoder"] == places["decoder_cpu"]
+
+
+def test_the_update_comes_first_and_the_logits_are_flat(bundle: Path) -> None:
+    model = open_bundle(bundle).manifest.model
+    decoder = ir.load(bundle / "decoder.onnx")
+    reshapes = sum(node.op_type == "Reshape" for node in decoder.graph)
+    assert update_first(decoder) == 1
+    assert update_first(decoder) == 0
+    flatten_logits(decoder)
+    logits = decoder.graph.outputs[0]
+    assert (logits.name, logits.shape) == ("logits", ir.Shape(["batch*positions", model.vocab_size]))
+    head = logits.producer()
+    assert head is not None
+    assert head.op_type == "Gemm"
+    assert [value is not None and value.is_initializer() for value in head.inputs] == [False, True, False]
+    assert sum(node.op_type == "Reshape" for node in decoder.graph) == reshapes - 1
+    with pytest.raises(ValueError, match="Reshape"):
+        flatten_logits(decoder)

@@ -32,10 +32,12 @@ from chameleon_deploy.bundle import (
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import quantize_weights
 from chameleon_deploy.export.passes.shared_cache import share_cache
+from chameleon_deploy.export.passes.update_first import update_first
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
@@ -185,6 +187,9 @@ def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision)
     share_cache(decoder, model)
     if precision == "int8":
         quantize_rows(decoder)
+    else:
+        update_first(decoder)
+    flatten_logits(decoder)
     return "shared"
 
 

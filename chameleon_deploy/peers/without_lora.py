@@ -43,10 +43,15 @@ def remove_lora(graph: ir.Graph) -> None:
     from_b = {values["lora_B"]}
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
+        if node.op_type == "Gemm" and len(inputs) == 3 and inputs[2] in from_b:
+            node.resize_inputs(2)
+            RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+            return
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
         if from_b.intersection(inputs) and node.op_type in ("Add", "Gemm") and plain:
             (base,) = plain
-            ir.convenience.replace_all_uses_with(node.outputs[0], base)
+            ir.convenience.replace_all_uses_with(node.outputs[0], base, replace_graph_outputs=True)
+            base.name = node.outputs[0].name  # "logits", where the sum was the graph's output
             RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
             return
         if adapted.intersection(inputs):

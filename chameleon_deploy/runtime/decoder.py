@@ -41,7 +41,10 @@ class Decoder(Protocol):
         """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, Logits]]:
-        """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
+        """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab]).
+
+        Each is valid until the next is asked for.
+        """
 
 
 def greedy(logits: Logits) -> IntArray:

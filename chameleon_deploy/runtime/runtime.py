@@ -71,6 +71,7 @@ class Runtime:
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
         self.provider = provider
+        self._threads = threads or len(os.sched_getaffinity(0))
         if backend is None:
             self.provider, backend = open_backend(bundle, provider, threads, graph)
         self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
@@ -117,7 +118,7 @@ class Runtime:
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
         rows = self._encode(texts)
-        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
+        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors), self._threads)
 
     def generate(
         self,

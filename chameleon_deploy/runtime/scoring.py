@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from chameleon_deploy.runtime.decoder import Decoder, Logits
 from chameleon_deploy.runtime.device_logits import DeviceLogits
 
 BATCH_TOKENS = 256  # rows times width of one pass; a longer row goes alone. Larger ones are no faster
+SOFTMAX_POSITIONS = 8  # at a time, whose logits stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,22 @@ class Score:
         return math.exp(-self.logprob / len(self.token_logprobs)) if self.token_logprobs else math.nan
 
 
-def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation) -> list[Score]:
-    """Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory."""
+def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation, threads: int) -> list[Score]:
+    """Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory.
+
+    threads  how many take the softmax of a pass
+    """
+    with ThreadPoolExecutor(threads) as executor:
+        logprobs = _logprobs_of_rows(rows, decoder, adaptation, executor)
+    return [
+        Score(list(ids), values.tolist(), int(cluster_id))
+        for ids, values, cluster_id in zip(rows, logprobs, adaptation.cluster_ids, strict=True)
+    ]
+
+
+def _logprobs_of_rows(
+    rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation, executor: Executor
+) -> list[FloatArray]:
     logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(rows)
     for members in _passes([len(ids) - 1 for ids in rows], decoder.max_rows or len(rows)):
         adapted = adaptation.rows(members)
@@ -45,19 +61,16 @@ def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adap
         for start, logits in decoder.all_logits([rows[row][:-1] for row in members], adapted):
             piece = slice(start, start + logits.shape[1])
             targets = [np.asarray(rows[row][1:][piece], np.int64) for row in members]
-            for row, values in zip(members, _read(logits, targets), strict=True):
+            for row, values in zip(members, _read(logits, targets, executor), strict=True):
                 logprobs_of[int(row)][start : start + len(values)] = values
         for row, values in logprobs_of.items():
             if not np.isfinite(values).all():
                 raise NumericError(f"text {row}: the decoder produced logits that are not finite: check the factors")
             logprobs[row] = values
-    return [
-        Score(list(ids), values.tolist(), int(cluster_id))
-        for ids, values, cluster_id in zip(rows, logprobs, adaptation.cluster_ids, strict=True)
-    ]
+    return logprobs
 
 
-def _read(logits: Logits, targets: list[IntArray]) -> Iterator[FloatArray]:
+def _read(logits: Logits, targets: list[IntArray], executor: Executor) -> Iterator[FloatArray]:
     """Log-probabilities of each row's targets, which end where the row does; on the device where the logits are."""
     if isinstance(logits, DeviceLogits):
         padded = np.zeros(logits.shape[:2], np.int64)
@@ -65,7 +78,10 @@ def _read(logits: Logits, targets: list[IntArray]) -> Iterator[FloatArray]:
             padded[i, : len(ids)] = ids
         yield from (row[: len(ids)] for row, ids in zip(logits.logprobs(padded), targets, strict=True))
     else:
-        yield from (_logprobs(row[: len(ids)], ids) for row, ids in zip(logits, targets, strict=True))
+        for row, ids in zip(logits, targets, strict=True):
+            pieces = [slice(start, start + SOFTMAX_POSITIONS) for start in range(0, len(ids), SOFTMAX_POSITIONS)]
+            found = executor.map(_logprobs, (row[: len(ids)][p] for p in pieces), (ids[p] for p in pieces))
+            yield np.concatenate([np.empty(0, np.float32), *found])
 
 
 def _passes(lengths: list[int], max_rows: int) -> list[IntArray]:
@@ -81,8 +97,6 @@ def _passes(lengths: list[int], max_rows: int) -> list[IntArray]:
 
 def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
     """log softmax(logits)[target].  [n, vocab], [n] -> [n]"""
-    if not len(targets):
-        return np.empty(0, np.float32)
     chosen = logits[np.arange(len(targets)), targets]
     highest = logits.max(1)
     with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller reports

@@ -21,12 +21,11 @@ std::size_t part_size(Rows rows, std::size_t tokens) {
   return rows.size();
 }
 
-/// In the memory that ONNX Runtime wrote them to.
-Logits logits_of(Ort::Value value) {
+/// [batch * positions, vocab] in the memory that ONNX Runtime wrote them to.
+Logits logits_of(Ort::Value value, std::size_t positions) {
   const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
   const auto owner = std::make_shared<Ort::Value>(std::move(value));
-  return {owner->GetTensorMutableData<float>(), static_cast<std::size_t>(shape.at(1)),
-          static_cast<std::size_t>(shape.at(2)), owner};
+  return {owner->GetTensorMutableData<float>(), positions, static_cast<std::size_t>(shape.at(1)), owner};
 }
 
 }  // namespace
@@ -67,9 +66,9 @@ std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows,
                                                                       const std::stop_token& stop) const {
   for (const auto& row : rows) capacity = std::max(capacity, row.size());
   auto cache = empty_cache(rows.size(), capacity);
-  const std::int64_t shape[] = {static_cast<std::int64_t>(rows.size()), 1, model_.vocab_size};
+  const std::int64_t shape[] = {static_cast<std::int64_t>(rows.size()), model_.vocab_size};
   Logits logits =
-      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
+      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)), 1);
   const std::span ids(factors.ids);
   for (std::size_t first = 0; first < rows.size();) {
     const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
@@ -169,7 +168,7 @@ Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> f
   const Ort::RunOptions options;
   const std::stop_callback terminate(stop, [&options] { const_cast<Ort::RunOptions&>(options).SetTerminate(); });
   run_session(session_, options, input_names_, inputs, output_names_, outputs);
-  return logits_of(std::move(outputs.back()));
+  return logits_of(std::move(outputs.back()), call.logits_positions.size() / static_cast<std::size_t>(batch));
 }
 
 std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
