@@ -80,7 +80,8 @@ class FullLogits(Bundle):
 
     def score(self, rows: Rows) -> Any:
         pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows))
-        logits, *others = (np.asarray(piece) for _, piece in pieces)
+        # The pieces of a single row share their memory; several rows come whole, and a copy would be another's cost.
+        logits, *others = (np.array(piece) if len(rows) == 1 else np.asarray(piece) for _, piece in pieces)
         if others:
             logits = np.concatenate([logits, *others], axis=1)
         chosen = np.take_along_axis(logits, np.array(rows)[:, 1:, None], 2)[..., 0]
