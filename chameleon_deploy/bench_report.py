@@ -82,8 +82,10 @@ def summary(measured: Benchmark) -> Iterator[str]:
     yield (
         f"Loading in a fresh process: {footprint.seconds:.2f} s, {footprint.resident / 1e6:.0f} MB resident "
         f"({footprint.resident / measured.weights_bytes:.2f} x the weights), {footprint.private / 2**20:.0f} MiB of it "
-        f"private to a further worker. Peak with a generation of batch 8: {footprint.peak / 2**20:.0f} MiB, scoring "
-        f"{footprint.peak_scoring / 2**20:.0f} MiB, with full logits {footprint.peak_full_logits / 2**20:.0f} MiB."
+        f"private to a further worker, {footprint.shared_private / 2**20:.0f} MiB where workers share the weights "
+        f"({footprint.shared_seconds:.2f} s to load). Peak with a generation of batch 8: "
+        f"{footprint.peak / 2**20:.0f} MiB, scoring {footprint.peak_scoring / 2**20:.0f} MiB, "
+        f"with full logits {footprint.peak_full_logits / 2**20:.0f} MiB."
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _WORKER = """
 import sys, time
 start = time.perf_counter()
 import chameleon_deploy
 path, work, threads, batch, width, new_tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
-runtime = chameleon_deploy.load(path, threads=threads)
+runtime = chameleon_deploy.load(path, threads=threads, share_weights=work == "share weights")
 seconds = time.perf_counter() - start
 def memory(file, *keys):
     return sum(int(line.split()[1]) * 1024 for line in open(f"/proc/self/{file}") if line.startswith(keys))
@@ -34,9 +36,10 @@ sys.stdin.read()  # stay until told to go
 
 @dataclass(frozen=True)
 class Footprint:
-    """seconds   from the first import to a loaded runtime, files checked, and whatever the local cache keeps in place
+    """seconds   from the first import to a loaded runtime, files checked
     resident  bytes after it; resident_after_generating after a generation; peak at most
     private   bytes of a further worker process after loading, which it shares with nobody
+    shared_seconds, shared_private  the same two of a further worker where all of them share the weights
     peak_scoring, peak_full_logits  at most when it scores instead, as it does and with all logits in memory
     """
 
@@ -45,6 +48,8 @@ class Footprint:
     private: int
     resident_after_generating: int
     peak: int
+    shared_seconds: float
+    shared_private: int
     peak_scoring: int
     peak_full_logits: int
 
@@ -52,34 +57,51 @@ class Footprint:
 def measure_footprint(
     bundle: Path, threads: int, rounds: int, batch: int = 1, width: int = 64, new_tokens: int = 4
 ) -> Footprint:
-    """Medians over `rounds` processes, each of which loads and generates batch x (width + new_tokens) tokens; two more
-    load and score.
+    """Medians over `rounds` processes, each of which loads and generates batch x (width + new_tokens) tokens, and over
+    as many that load and share the weights; two more load and score.
 
-    All of them start while another worker has the bundle loaded, which also has filled the local cache.
+    All of them start while another worker of their kind has the bundle loaded. The local cache is a temporary one.
     """
-    first = _start(bundle, "load", threads, 0, 0, 0)
-    try:
-        _figures(first)
 
-        def medians(work: str, count: int) -> list[float]:
-            runs = []
-            for _ in range(count):
-                worker = _start(bundle, work, threads, batch, width, new_tokens)
-                runs.append(_figures(worker))
-                worker.communicate("")
-            return [statistics.median(column) for column in zip(*runs, strict=True)]
+    def medians(work: str, count: int) -> list[float]:
+        runs = []
+        for _ in range(count):
+            worker = _start(bundle, work, cache, threads, batch, width, new_tokens)
+            runs.append(_figures(worker))
+            worker.communicate("")
+        return [statistics.median(column) for column in zip(*runs, strict=True)]
 
-        seconds, *sizes = medians("generate", rounds)
-        peaks = [medians(work, 1)[-1] for work in ("score", "score with full logits")]
-    finally:
-        first.communicate("")
-    return Footprint(seconds, *map(int, [*sizes, *peaks]))
+    with TemporaryDirectory() as cache:
+        first = _start(bundle, "load", cache, threads, 0, 0, 0)
+        try:
+            _figures(first)
+            seconds, resident, private, resident_after_generating, peak = medians("generate", rounds)
+            peak_scoring, peak_full_logits = (medians(work, 1)[-1] for work in ("score", "score with full logits"))
+        finally:
+            first.communicate("")
+        first = _start(bundle, "share weights", cache, threads, 0, 0, 0)
+        try:
+            _figures(first)
+            shared_seconds, _, shared_private, *_ = medians("share weights", rounds)
+        finally:
+            first.communicate("")
+    return Footprint(
+        seconds=seconds,
+        resident=int(resident),
+        private=int(private),
+        resident_after_generating=int(resident_after_generating),
+        peak=int(peak),
+        shared_seconds=shared_seconds,
+        shared_private=int(shared_private),
+        peak_scoring=int(peak_scoring),
+        peak_full_logits=int(peak_full_logits),
+    )
 
 
-def _start(bundle: Path, work: str, *numbers: int) -> subprocess.Popen[str]:
+def _start(bundle: Path, work: str, cache: str, *numbers: int) -> subprocess.Popen[str]:
     return subprocess.Popen(  # noqa: S603  (our own interpreter and code)
         [sys.executable, "-c", _WORKER, str(bundle), work, *map(str, numbers)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "CHAMELEON_DEPLOY_CACHE": cache},
     )  # fmt: skip
 
 

@@ -13,17 +13,28 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 
 def describe_machine() -> dict[str, str]:
     """The processor, what it can multiply with, the system, and the version of every installed engine."""
-    processor = {"model name": platform.machine(), "flags": ""}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in processor:
-            processor[key.strip()] = value.strip()
-    flags = set(processor["flags"].split())
+    processor = _processor()
+    flags = set(processor.get("flags", "").split())
     machine = {
-        "processor": processor["model name"],
+        "processor": processor.get("model name", platform.machine()),
         "instructions": " ".join(flag for flag in FLAGS if flag in flags),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
     installed = {str(distribution.name) for distribution in metadata.distributions()}
     return machine | {name: metadata.version(name) for name in ENGINES if name in installed}
+
+
+def describe_processor() -> str:
+    """What decides which kernels an engine takes: the processor's model and everything that it can do."""
+    processor = _processor()
+    return " ".join([platform.machine(), *(processor.get(key, "") for key in _IDENTITY)])
+
+
+_IDENTITY = ("model name", "CPU part", "flags", "Features")  # the second and the last on ARM
+
+
+def _processor() -> dict[str, str]:
+    """The lines of /proc/cpuinfo on the first core."""
+    first = Path("/proc/cpuinfo").read_text().strip().split("\n\n")[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

@@ -63,6 +63,8 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
     weights = (small[1] / "weights.bin").stat().st_size
     assert figures.resident <= 1.35 * weights
     assert figures.resident_after_generating <= 1.35 * weights
+    assert figures.private > weights  # what sharing is for
+    assert figures.shared_private <= 60 * 2**20
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])

@@ -35,11 +35,11 @@ class Backend(Protocol):
 class CpuBackend:
     """ONNX Runtime on the CPU. See `Backend`."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, graph: str | None) -> None:
-        """graph: which of the decoder graphs, where it is not to be the provider's own."""
+    def __init__(self, bundle: Bundle, threads: int | None, graph: str | None, share_weights: bool) -> None:
+        """graph: which of the decoder graphs, where it is not to be the provider's own. share_weights: see `load`."""
         graphs = bundle.manifest.graphs
         self.graph = graph or bundle.graph("decoder", "cpu")
-        session = open_session(bundle, graphs[self.graph], threads)
+        session = open_session(bundle, graphs[self.graph], threads, share_weights=share_weights)
         ort_value, model = import_onnxruntime().OrtValue, bundle.manifest.model
         self.decoder: Decoder
         if graphs[self.graph].cache == "shared":
@@ -48,7 +48,8 @@ class CpuBackend:
             self.decoder = GrowingCacheDecoder(session, ort_value, model)
         self._hypernetwork: Any = None
         if bundle.manifest.adaptation.regime == "chameleon":
-            self._hypernetwork = open_session(bundle, graphs[bundle.graph("hypernetwork", "cpu")], threads)
+            name = bundle.graph("hypernetwork", "cpu")
+            self._hypernetwork = open_session(bundle, graphs[name], threads, share_weights=share_weights)
 
     def generate_factors(self, conditioning: FloatArray) -> Factors:
         lora_A, lora_B = self._hypernetwork.run(["lora_A", "lora_B"], {"conditioning": conditioning})

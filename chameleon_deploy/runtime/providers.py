@@ -28,15 +28,21 @@ def check_provider(provider: str) -> None:
 
 
 def open_backend(
-    bundle: Bundle, provider: str, threads: int | None = None, graph: str | None = None
+    bundle: Bundle,
+    provider: str,
+    threads: int | None = None,
+    graph: str | None = None,
+    share_weights: bool = False,
 ) -> tuple[str, Backend]:
     """The provider that was taken, which tells for `auto`, and what runs on it.
 
-    threads, graph  of the CPU; see `load` and `Runtime`
+    threads, graph, share_weights  of the CPU; see `load` and `Runtime`
 
     Raises ProviderError or DependencyError, which say what is missing, or GraphError.
     """
     check_provider(provider)
+    if share_weights and provider in ("cuda", "tensorrt"):
+        raise ProviderError(f"share_weights is about main memory, provider {provider!r} keeps weights on the device")
     if provider == "auto":
         for candidate in ("tensorrt", "cuda"):
             try:
@@ -45,7 +51,7 @@ def open_backend(
                 continue
         provider = "cpu"
     if provider == "cpu":
-        return provider, CpuBackend(bundle, threads, graph)
+        return provider, CpuBackend(bundle, threads, graph, share_weights)
     return provider, open_cuda(bundle) if provider == "cuda" else open_tensorrt(bundle)
 
 

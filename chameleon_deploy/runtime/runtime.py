@@ -25,21 +25,27 @@ from chameleon_deploy.runtime.session import import_onnxruntime
 
 
 def load(
-    path: str | os.PathLike[str], provider: str = "cpu", mode: Mode | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    provider: str = "cpu",
+    mode: Mode | None = None,
+    threads: int | None = None,
+    share_weights: bool = False,
 ) -> Runtime:
     """Open a bundle and make it ready to run.
 
-    path      the directory that export wrote
-    provider  "cpu", "cuda", "tensorrt", or "auto" for the best that this machine has: `Runtime.provider` tells which
-    mode      adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
-    threads   of ONNX Runtime, within one operator; None lets it choose
+    path           the directory that export wrote
+    provider       "cpu", "cuda", "tensorrt", or "auto" for the best of this machine, which `Runtime.provider` tells
+    mode           adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
+    threads        of ONNX Runtime, within one operator; None lets it choose
+    share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
+                   processes which load the bundle this way keep one copy. The first of them writes the file.
 
     Raises a ChameleonError: every file is checked before anything runs. A provider that cannot be had is a
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
     import_onnxruntime()
-    return Runtime(open_bundle(Path(path)), provider, mode, threads)
+    return Runtime(open_bundle(Path(path)), provider, mode, threads, share_weights=share_weights)
 
 
 class Runtime:
@@ -58,10 +64,11 @@ class Runtime:
         threads: int | None = None,
         graph: str | None = None,
         backend: Backend | None = None,
+        share_weights: bool = False,
     ) -> None:
         """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own.
 
-        backend: one that is open already, of this provider.
+        backend: one that is open already, of this provider. share_weights: see `load`.
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -73,7 +80,7 @@ class Runtime:
         self.provider = provider
         self._threads = threads or len(os.sched_getaffinity(0))
         if backend is None:
-            self.provider, backend = open_backend(bundle, provider, threads, graph)
+            self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)
         self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
