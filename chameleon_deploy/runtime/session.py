@@ -57,8 +57,6 @@ def open_session(
         path = _prepacked_graph(bundle, graph, threads)
         # The graph was optimised before it was saved. Once more would undo the layout of its weights.
         options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    else:
-        options.add_session_config_entry("session.prepack.enable_parallel", "1")  # a third off the time to load
     session = _create_session(path, options, execution_provider)
     if session.get_providers()[0] != execution_provider[0]:  # it has logged why, and taken the CPU
         raise ProviderError(

@@ -91,11 +91,7 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool costs the decoder more than it saves here.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);
-  if (!options.prepack_weights) {
-    session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
-  } else {  // a third off the time to load; unknown to older versions, which ignore it
-    session_options.AddConfigEntry("session.prepack.enable_parallel", "1");
-  }
+  if (!options.prepack_weights) session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
   const std::string path = (bundle.path / graph.file).string();
   try {
     Ort::Session session(env, path.c_str(), session_options);
