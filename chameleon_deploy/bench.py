@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from chameleon_deploy import console
+from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.footprint import Footprint, measure_footprint
 from chameleon_deploy.measurement import MAX_EXTRA_ROUNDS, Timing, measure
@@ -75,12 +76,12 @@ def run(
     from chameleon_deploy.machine import describe_machine
     from chameleon_deploy.peers import open_peers
 
+    width = min(width, open_bundle(bundle).manifest.model.max_positions - num_tokens)
     report("footprint", 0, 1)
     footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
     report("footprint", 1, 1)
     runtime = chameleon_deploy.load(bundle, threads=threads)
     ceilings = measure_ceilings(threads, runtime.manifest.precision)
-    width = min(width, runtime.manifest.model.max_positions - num_tokens)
     rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
     with TemporaryDirectory() as directory:
         report("convert for other engines", 0, 1)

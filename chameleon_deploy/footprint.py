@@ -6,6 +6,8 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,19 +74,11 @@ def measure_footprint(
         return [statistics.median(column) for column in zip(*runs, strict=True)]
 
     with TemporaryDirectory() as cache:
-        first = _start(bundle, "load", cache, threads, 0, 0, 0)
-        try:
-            _figures(first)
+        with _another(bundle, "load", cache, threads):
             seconds, resident, private, resident_after_generating, peak = medians("generate", rounds)
             peak_scoring, peak_full_logits = (medians(work, 1)[-1] for work in ("score", "score with full logits"))
-        finally:
-            first.communicate("")
-        first = _start(bundle, "share weights", cache, threads, 0, 0, 0)
-        try:
-            _figures(first)
+        with _another(bundle, "share weights", cache, threads):
             shared_seconds, _, shared_private, *_ = medians("share weights", rounds)
-        finally:
-            first.communicate("")
     return Footprint(
         seconds=seconds,
         resident=int(resident),
@@ -96,6 +90,17 @@ def measure_footprint(
         peak_scoring=int(peak_scoring),
         peak_full_logits=int(peak_full_logits),
     )
+
+
+@contextmanager
+def _another(bundle: Path, work: str, cache: str, threads: int) -> Iterator[None]:
+    """While a worker has the bundle loaded and does nothing."""
+    worker = _start(bundle, work, cache, threads, 0, 0, 0)
+    try:
+        _figures(worker)
+        yield
+    finally:
+        worker.communicate("")
 
 
 def _start(bundle: Path, work: str, cache: str, *numbers: int) -> subprocess.Popen[str]:

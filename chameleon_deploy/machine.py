@@ -9,6 +9,7 @@ from pathlib import Path
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "ctranslate2", "openvino", "nncf", "numpy")
 # Of the many flags of a processor, those that decide which kernels a matrix product gets.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
+IDENTITY = ("model name", "CPU part", "flags", "Features")  # of a processor; the second and the last on ARM
 
 
 def describe_machine() -> dict[str, str]:
@@ -28,10 +29,7 @@ def describe_machine() -> dict[str, str]:
 def describe_processor() -> str:
     """What decides which kernels an engine takes: the processor's model and everything that it can do."""
     processor = _processor()
-    return " ".join([platform.machine(), *(processor.get(key, "") for key in _IDENTITY)])
-
-
-_IDENTITY = ("model name", "CPU part", "flags", "Features")  # the second and the last on ARM
+    return " ".join([platform.machine(), *(processor.get(key, "") for key in IDENTITY)])
 
 
 def _processor() -> dict[str, str]:

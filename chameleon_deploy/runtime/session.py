@@ -55,7 +55,7 @@ def open_session(
     path = bundle.path / graph.file
     if share_weights:
         path = _prepacked_graph(bundle, graph, threads)
-        # The graph was optimised before it was saved. Once more would undo the layout of its weights.
+        # It was optimised before it was saved, and its packed weights belong to its nodes as they are.
         options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     session = _create_session(path, options, execution_provider)
     if session.get_providers()[0] != execution_provider[0]:  # it has logged why, and taken the CPU
