@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,23 @@ def require_driver() -> None:
         raise ProviderError(f"no NVIDIA driver: {error}: install one, or use provider 'cpu'") from error
 
 
+@contextmanager
+def collecting_nothing() -> Iterator[None]:
+    """Puts off Python's collection of reference cycles while TensorRT works.
+
+    TensorRT logs, through Python, under a lock that letting go of a builder takes. A builder in a cycle, where
+    the traceback of an exception leaves it, that is collected during such a message waits for its own thread for ever.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@collecting_nothing()
 def create_runtime(tensorrt: Any, logger: Any) -> Any:
     """A tensorrt.Runtime. Raises ProviderError without a driver."""
     require_driver()

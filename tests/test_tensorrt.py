@@ -25,6 +25,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.tensorrt import build_engine, build_engines
 from chameleon_deploy.profiles import Profile, Range, profiles
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.conftest import REPOSITORY
 
 TENSORRT = engines.import_tensorrt()
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
@@ -192,6 +193,38 @@ def test_a_build_that_fails_says_why(device: Device, tmp_path: Path) -> None:
     file, inputs = _scale(tmp_path)
     with pytest.raises(EngineError, match=r"scale\.onnx: tensorrt_rtx .* cannot build an engine from it: .*profile"):
         build_engine(TENSORRT, device, file, inputs, [], ignore)
+
+
+def test_a_builder_in_a_reference_cycle_blocks_no_later_build(tmp_path: Path) -> None:
+    """The traceback of a failed build leaves its builder in one, and Python may collect it wherever it runs."""
+    script = """
+import gc, sys
+from pathlib import Path
+from chameleon_deploy.export import tensorrt
+from tests.test_tensorrt import TENSORRT, EngineError, _scale, engines, ignore
+
+class Collecting(TENSORRT.ILogger):
+    errors = []
+
+    def log(self, severity, message):
+        if gc.isenabled():
+            gc.collect()
+
+gc.disable()  # until the build
+cycle = [TENSORRT.Builder(engines.make_logger(TENSORRT))]
+cycle.append(cycle)
+del cycle
+tensorrt.make_logger = lambda _: Collecting()
+file, inputs = _scale(Path(sys.argv[1]))
+gc.enable()
+try:
+    tensorrt.build_engine(TENSORRT, engines.target_device(TENSORRT), file, inputs, [], ignore)
+except EngineError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=REPOSITORY)
+    assert "cannot build an engine" in done.stdout
 
 
 def test_ctrl_c_ends_a_build(bundle: Path, device: Device) -> None:

@@ -16,6 +16,7 @@ from chameleon_deploy.engines import (
     AHEAD_OF_TIME,
     KIND,
     Device,
+    collecting_nothing,
     compute_capabilities,
     engine_file,
     engine_graphs,
@@ -55,6 +56,7 @@ def build_engines(path: Path, report: Report) -> tuple[Path, Device]:
     return local_cache.find_or_build(KIND, engine_key(bundle, tensorrt, device), build), device
 
 
+@collecting_nothing()
 def build_engine(
     tensorrt: Any,
     device: Device,
