@@ -19,7 +19,7 @@ from chameleon_deploy import parity
 from chameleon_deploy.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
-from chameleon_deploy.export.passes.int8_weights import quantize
+from chameleon_deploy.export.passes.int8_weights import block_of, hadamard, quantize, rotate_channels
 from chameleon_deploy.gates import GATES
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -60,26 +60,55 @@ def test_weights_are_within_half_a_step_of_their_channel(matrix: FloatArray) -> 
     assert (np.abs(int8 * scale.astype(np.float64) - matrix) <= scale * 0.501).all()
 
 
+@pytest.mark.parametrize(("channels", "block"), [(768, 64), (3072, 64), (64, 64), (48, 16), (100, 4), (7, 1)])
+def test_rotated_channels_give_the_same_product(channels: int, block: int) -> None:
+    random = np.random.default_rng(2)
+    assert block_of(channels) == block
+    H = hadamard(block)
+    assert np.allclose(H @ H, np.eye(block), atol=1e-6)
+    x, matrix = random.standard_normal((3, channels)), random.standard_normal((channels, 5)).astype(np.float32)
+    rotated = (x.reshape(3, -1, block) @ H).reshape(3, channels)
+    assert np.allclose(rotated @ rotate_channels(matrix, block), x @ matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_rotated_an_outlier_hides_nothing_beside_it() -> None:
+    """One digit for a row with one channel 50 times the rest, as they come out of real layers."""
+    random = np.random.default_rng(3)
+    x, matrix = random.standard_normal((64, 768)), random.standard_normal((768, 32)).astype(np.float32)
+    x[:, 5] *= 50
+    rotated = (x.reshape(64, -1, 64) @ hadamard(64)).reshape(x.shape)
+
+    def one_digit(x: FloatArray) -> FloatArray:
+        step = np.abs(x).max(1, keepdims=True) / 127
+        return np.rint(x / step) * step
+
+    without = np.abs(one_digit(x) @ matrix - x @ matrix).mean()
+    error = np.abs(one_digit(rotated) @ rotate_channels(matrix, 64) - x @ matrix).mean()
+    assert error < without / 4
+
+
 def _product(kind: str, weight: FloatArray) -> Any:
-    """A session of x [n, in] -> y [n, out] with int8 weights: our rows, or ONNX Runtime's one scale for all."""
+    """A session of x [n, in] -> y [n, out] with int8 weights: our rows, as those of the first layer or of another,
+    or ONNX Runtime's one scale for all."""
     int8, scale = quantize(weight)
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name=kind))
     op, graph = builder.op, builder.graph
     x = builder.input("x", ir.DataType.FLOAT, ["n", len(weight)])
-    w, s = builder.initializer(ir.tensor(int8), "w"), builder.initializer(ir.tensor(scale), "s")
-    if kind == "rows":
+    name = "model.layers.0.w" if kind == "rows of the first layer" else "model.layers.1.w"
+    w, s = builder.initializer(ir.tensor(int8), name), builder.initializer(ir.tensor(scale), "s")
+    if kind != "dynamic":
         y = op.MatMul(x, op.DequantizeLinear(w, s, axis=1))
     else:
         y = op.DynamicQuantizeMatMul(x, w, s, _domain="com.microsoft")
     builder.add_output(y, "y")
     graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(graph, ir_version=10)
-    if kind == "rows":
+    if kind != "dynamic":
         assert quantize_rows(model) == 1
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("kind", "leaks"), [("rows", False), ("dynamic", True)])
+@pytest.mark.parametrize(("kind", "leaks"), [("rows", False), ("rows of the first layer", False), ("dynamic", True)])
 @pytest.mark.parametrize("n", [2, 8, 300])
 def test_editing_a_row_changes_no_bit_of_another(kind: str, leaks: bool, n: int) -> None:
     random = np.random.default_rng(0)
@@ -101,15 +130,16 @@ def test_two_digits_lose_next_to_nothing() -> None:
     x[:, 7] *= 1000
     int8, scale = quantize(weight)
     exact = x.astype(np.float64) @ (int8 * scale.astype(np.float64))
-    error = np.abs(_product("rows", weight).run(None, {"x": x})[0] - exact).max()
+    error = np.abs(_product("rows of the first layer", weight).run(None, {"x": x})[0] - exact).max()
     one_digit = np.rint(x / np.abs(x).max(1, keepdims=True) * 127) * np.abs(x).max(1, keepdims=True) / 127
     assert error < 0.02 * np.abs(one_digit @ (int8 * scale) - exact).max()
 
 
-def test_a_row_of_zeros() -> None:
+@pytest.mark.parametrize("kind", ["rows", "rows of the first layer"])
+def test_a_row_of_zeros(kind: str) -> None:
     x = np.zeros((2, 16), np.float32)
     x[1] = 1
-    y = _product("rows", np.ones((16, 4), np.float32)).run(None, {"x": x})[0]
+    y = _product(kind, np.ones((16, 4), np.float32)).run(None, {"x": x})[0]
     assert (y[0] == 0).all()
     assert np.allclose(y[1], 16)
 
@@ -130,8 +160,9 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
             for value in graph.initializers.values()
             if value.dtype == ir.DataType.FLOAT and value.shape and value.shape.rank() == 2
         }
-        # What is looked up stays float32, the embeddings and tables of positions, and nothing else does.
-        assert all(any(part in name for part in ("embed", ".wte.", ".wpe.", "rotary")) for name in matrices), matrices
+        # What is looked up stays float32, the embeddings and tables of positions, and the rotation of activations.
+        float32 = ("embed", ".wte.", ".wpe.", "rotary", "int8_weights.rotation_")
+        assert all(any(part in name for part in float32) for name in matrices), matrices
     assert opened.token_embedding().dtype == np.float32
     assert opened.manifest.token_embedding.shape == (model.vocab_size, model.hidden_size)
     assert {file.name for file in opened.path.iterdir()} == {*opened.manifest.files, "bundle.json"}

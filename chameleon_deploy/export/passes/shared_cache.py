@@ -9,12 +9,16 @@ length. Operator: com.microsoft.GroupQueryAttention
     seqlens_k              int32 [batch] real tokens of each row after this call, minus one
     total_sequence_length  int32 []      the largest of them, plus one
     past_key_values.*, present.*         [batch, heads, capacity, head_dim], bound to the same memory
+
+A sink of no weight (head_sink, added to the sum of a softmax) changes nothing but the kernel: with one ONNX
+Runtime multiplies whole matrices instead of tiles, which takes half the time at every length of prompt.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule
@@ -32,6 +36,13 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
     # Llama: the operator turns queries and keys itself, by the position that follows from the lengths.
     tables = [graph.initializers[name] for name in ROTARY_TABLES if name in graph.initializers]
 
+    lowest = np.full(model.num_attention_heads, np.finfo(np.float32).min, np.float32)
+    sink = ir.Value(
+        name="shared_cache.head_sink", const_value=ir.tensor(lowest), shape=ir.Shape(lowest.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )  # fmt: skip
+    graph.register_initializer(sink)
+
     def portable(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any) -> Any:
         return attention(op, model, qkv, past_key, past_value, bias)
 
@@ -40,8 +51,9 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
 
     def shared(op: Any, qkv: Any, past_key: Any, past_value: Any, **_: Any) -> Any:
         return op.GroupQueryAttention(
-            qkv, None, None, past_key, past_value, lengths, total, *tables, num_heads=model.num_attention_heads,
-            kv_num_heads=model.num_key_value_heads, do_rotary=len(tables) // 2, _domain="com.microsoft", _outputs=3,
+            qkv, None, None, past_key, past_value, lengths, total, *(tables or [None, None]), None, None, sink,
+            num_heads=model.num_attention_heads, kv_num_heads=model.num_key_value_heads, do_rotary=len(tables) // 2,
+            _domain="com.microsoft", _outputs=3,
         )  # fmt: skip
 
     count = RewriteRule(portable_rotary if tables else portable, shared).apply_to_model(decoder)
