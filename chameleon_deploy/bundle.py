@@ -8,7 +8,9 @@ whatever it does not know, so that a bundle that opens is a bundle that runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,7 @@ from chameleon_deploy.manifest import (
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
-    "Bundle", "FloatArray", "file_sha256", "open_bundle",
+    "Bundle", "FloatArray", "file_sha256", "open_bundle", "opening_bundle",
     "FORMAT", "FORMAT_VERSION", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec", "Manifest", "Mode",
     "ModelSpec", "Parameters", "ParitySummary", "Precision", "Regime", "Role", "StoredTensor", "TensorSpec",
     "available_modes", "default_mode", "limits_fault", "parse_manifest",
@@ -63,7 +65,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: every check below has passed."""
+    """An opened bundle: every check of `open_bundle` has passed."""
 
     path: Path
     manifest: Manifest
@@ -103,6 +105,17 @@ def open_bundle(path: Path) -> Bundle:
     Raises BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError,
     DigestError or TensorError.
     """
+    with opening_bundle(path) as bundle:
+        return bundle
+
+
+@contextmanager
+def opening_bundle(path: Path) -> Iterator[Bundle]:
+    """A bundle whose weights' digest is computed while the body opens sessions on it, which takes as long.
+
+    Everything else is checked before the body. Leaving it raises DigestError for weights that are not the
+    manifest's, whatever the body came to, so that nothing made in it may be used before. Raises as `open_bundle`.
+    """
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
@@ -111,12 +124,21 @@ def open_bundle(path: Path) -> Bundle:
     manifest = parse_manifest(raw, path / MANIFEST)
     _check_listing(path, manifest)
     for name, spec in manifest.files.items():
-        _check_digest(path / name, spec)
-    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest())
-    bundle.centroids()
-    if manifest.adaptation.regime == "lora":
-        bundle.lora()
-    return bundle
+        _check_size(path / name, spec)
+    weights = manifest.token_embedding.file
+    with ThreadPoolExecutor(1) as thread:
+        checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
+        try:
+            for name, spec in manifest.files.items():
+                if name != weights:
+                    _check_digest(path / name, spec)
+            bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest())
+            bundle.centroids()
+            if manifest.adaptation.regime == "lora":
+                bundle.lora()
+            yield bundle
+        finally:
+            checked.result()
 
 
 def _check_listing(path: Path, manifest: Manifest) -> None:
@@ -130,10 +152,13 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
             raise MissingFileError(f"{path / name} is listed in {MANIFEST} but missing: copy the bundle again")
 
 
-def _check_digest(file: Path, spec: FileSpec) -> None:
+def _check_size(file: Path, spec: FileSpec) -> None:
     size = file.stat().st_size
     if size != spec.size:
         raise DigestError(f"{file}: {size} bytes, {MANIFEST} says {spec.size}: copy the bundle again")
+
+
+def _check_digest(file: Path, spec: FileSpec) -> None:
     if file_sha256(file) != spec.sha256:
         raise DigestError(f"{file}: its SHA-256 differs from {MANIFEST}: copy the bundle again")
 

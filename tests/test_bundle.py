@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import errors
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.bundle import open_bundle, opening_bundle
 
 Damage = Callable[[Path], object]
 
@@ -147,6 +147,18 @@ def test_faults(name: str, bundle: Path, copy_of: Callable[[Path], Path]) -> Non
         open_bundle(path)
     assert type(raised.value) is error
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("body_fails", [False, True])
+def test_weights_that_differ_are_refused_whatever_was_made_of_them(
+    body_fails: bool, bundle: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    """Their digest is computed beside the body: nothing made in it gets out, and the digest is the error to read."""
+    path = copy_of(bundle)
+    flip_a_byte(path)
+    with pytest.raises(errors.DigestError, match="SHA-256"), opening_bundle(path):
+        if body_fails:
+            raise errors.GraphError("cannot load")
 
 
 def other_model(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, open_bundle
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
 from chameleon_deploy.errors import InputError, ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
@@ -45,7 +45,8 @@ def load(
     """
     check_provider(provider)
     import_onnxruntime()
-    return Runtime(open_bundle(Path(path)), provider, mode, threads, share_weights=share_weights)
+    with opening_bundle(Path(path)) as bundle:
+        return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
 
 
 class Runtime:

@@ -17,7 +17,7 @@ from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
-INT8_TOKENS = 128  # the same for int8, whose digits then stay in the processor's cache
+INT8_TOKENS = 256  # the same for int8, whose digits then stay in the processor's cache
 SCORED_POSITIONS = 256  # of a long row that is scored alone; bounds its logits
 
 

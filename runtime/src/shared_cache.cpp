@@ -9,7 +9,7 @@ namespace {
 
 // Rows times width of one call when reading prompts: bounds activations, costs nothing at this size; in int8, whose
 // digits then stay in the processor's cache, it is smaller.
-constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 128;
+constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 
 /// How many of the next rows fit into one call of so many tokens; a row that is longer goes alone.
 std::size_t part_size(Rows rows, std::size_t tokens) {

@@ -88,13 +88,14 @@ def block_of(channels: int) -> int:
 
 def hadamard(block: int) -> FloatArray:
     """float32 [block, block] of entries +-block^-1/2 (Sylvester's construction), symmetric and its own inverse."""
-    matrix = np.ones((1, 1))
+    matrix: FloatArray = np.ones((1, 1), np.float32)
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(block)).astype(np.float32)
+    matrix /= np.sqrt(np.float32(block))
+    return matrix
 
 
 def rotate_channels(matrix: FloatArray, block: int) -> FloatArray:
     """float32 [in, out] -> H matrix: what a product with rotated activations needs."""
-    blocks = matrix.reshape(-1, block, matrix.shape[1])
-    return np.matmul(hadamard(block), blocks).reshape(matrix.shape)
+    blocks: FloatArray = np.matmul(hadamard(block), matrix.reshape(-1, block, matrix.shape[1]))
+    return blocks.reshape(matrix.shape)

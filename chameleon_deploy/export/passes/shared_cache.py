@@ -34,7 +34,9 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
     # Llama: the operator turns queries and keys itself, by the position that follows from the lengths.
-    tables = [graph.initializers[name] for name in ROTARY_TABLES if name in graph.initializers]
+    tables: list[ir.Value | None]
+    tables = [graph.initializers[name] for name in ROTARY_TABLES if name in graph.initializers] or [None, None]
+    rotary = tables[0] is not None
 
     lowest = np.full(model.num_attention_heads, np.finfo(np.float32).min, np.float32)
     sink = ir.Value(
@@ -51,12 +53,12 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
 
     def shared(op: Any, qkv: Any, past_key: Any, past_value: Any, **_: Any) -> Any:
         return op.GroupQueryAttention(
-            qkv, None, None, past_key, past_value, lengths, total, *(tables or [None, None]), None, None, sink,
-            num_heads=model.num_attention_heads, kv_num_heads=model.num_key_value_heads, do_rotary=len(tables) // 2,
+            qkv, None, None, past_key, past_value, lengths, total, *tables, None, None, sink,
+            num_heads=model.num_attention_heads, kv_num_heads=model.num_key_value_heads, do_rotary=int(rotary),
             _domain="com.microsoft", _outputs=3,
         )  # fmt: skip
 
-    count = RewriteRule(portable_rotary if tables else portable, shared).apply_to_model(decoder)
+    count = RewriteRule(portable_rotary if rotary else portable, shared).apply_to_model(decoder)
     graph.inputs.extend([lengths, total])
     RemoveUnusedNodesPass()(decoder)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "attention_mask"))
