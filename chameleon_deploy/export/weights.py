@@ -7,6 +7,8 @@ at an offset (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import FloatArray, StoredTensor
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+MADV_PAGEOUT = 21  # of Linux, which Python's mmap module does not name
 
 
 class WeightsFile:
@@ -71,18 +74,34 @@ class GraphWeights:
 
     def __call__(self, name: str) -> ir.Value:
         """The tensor as it is."""
-        return self.add(name, self._state[name].detach().numpy())
+        value = self.add(name, self._state[name].detach().numpy())
+        page_out(self._state[name])
+        return value
 
     def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
         """Linear weights [out, in] as MatMul takes them, [in, out]: one, or several beside each other under a new
         name."""
-        rows = [self._state[part].detach().numpy() for part in parts or [name]]
-        return self.add(name, np.concatenate(rows).T)
+        tensors = [self._state[part].detach() for part in parts or [name]]
+        value = self.add(name, np.concatenate([tensor.numpy() for tensor in tensors]).T)
+        for tensor in tensors:
+            page_out(tensor)
+        return value
 
     def add(self, name: str, array: FloatArray) -> ir.Value:
         """An array under a name of its own."""
         value: ir.Value = self._builder.initializer(self._file.add(name, array), name)
         return value
+
+
+def page_out(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is mapped from a file, which is read again when it is needed again.
+
+    What is not mapped stays as it is. A hint: a system without it keeps more memory (madvise(2), MADV_PAGEOUT).
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
 def alias(value: ir.Value, name: str) -> ir.ExternalTensor:

@@ -159,8 +159,9 @@ class SharedCacheDecoder:
         return call
 
     def _buffers(self, batch: int, capacity: int) -> list[FloatArray]:
-        shape = (batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
-        return [np.empty(shape, np.float32) for _ in self.past]
+        # One array: numpy asks for huge pages where it is large, and its first write takes a tenth less of a prompt.
+        shape = (len(self.past), batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
+        return list(np.empty(shape, np.float32))
 
 
 def _parts(lengths: IntArray, tokens: int) -> Iterator[slice]:
