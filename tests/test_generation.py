@@ -143,6 +143,25 @@ def test_bad_arguments(runtime: Runtime, arguments: Any, message: str) -> None:
         runtime.stream([[1], [2]], **arguments)
 
 
+def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtime: Runtime) -> None:
+    rows = random_rows(9, 3, 20)
+    adaptation = runtime.adapt(rows)
+
+    def new_cache() -> Any:
+        return runtime.decoder.prefill(rows, adaptation, 30)[1]
+
+    first, second = new_cache(), new_cache()
+    assert not np.shares_memory(first.memory.values, second.memory.values)
+    memory = first.memory.values
+    kept = runtime.decoder.keep(first, np.array([1]))
+    del first
+    third = new_cache()
+    assert not np.shares_memory(third.memory.values, memory)  # a row of it goes on
+    del kept
+    assert np.shares_memory(new_cache().memory.values, memory)
+    del second, third
+
+
 def test_a_batch_of_64_ragged_rows(runtime: Runtime) -> None:
     rows = random_rows(64, 64, 120)
     generations = runtime.generate(rows, max_new_tokens=4, mode="request")
