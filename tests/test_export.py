@@ -19,6 +19,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy.bundle import LimitsSpec, open_bundle
@@ -26,6 +27,7 @@ from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
+from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.random import SIZES
@@ -46,6 +48,19 @@ def test_graphs_are_standard_onnx(request: pytest.FixtureRequest, family: str, n
     assert not model.functions
     inline = [i for i in model.graph.initializer if i.data_location != onnx.TensorProto.EXTERNAL]
     assert {i.data_type for i in inline} <= {onnx.TensorProto.INT64}  # shapes; weights are never inline
+
+
+def test_paging_out_changes_no_value(tmp_path: Path) -> None:
+    """Whether a tensor is mapped from a file or nobody else has what it holds."""
+    values = torch.randn(1 << 20)
+    expected = values.clone()
+    page_out(values)
+    assert torch.equal(values, expected)
+    save_file({"values": values}, tmp_path / "values.safetensors")
+    mapped = load_file(tmp_path / "values.safetensors")["values"]
+    page_out(mapped)
+    page_out(mapped[5:9])  # less than a page
+    assert torch.equal(mapped, expected)
 
 
 def test_tensor_names_are_the_contract(bundle: Path) -> None:
