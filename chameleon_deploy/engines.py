@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 import ctypes
-import gc
+import functools
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from chameleon_deploy import local_cache
 from chameleon_deploy.bundle import Bundle, Manifest
 from chameleon_deploy.errors import DependencyError, ProviderError
 from chameleon_deploy.profiles import profiles
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KIND = "engines"  # of the local cache's entries
 LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the first that is installed; the second is TensorRT for RTX
@@ -69,23 +72,25 @@ def require_driver() -> None:
         raise ProviderError(f"no NVIDIA driver: {error}: install one, or use provider 'cpu'") from error
 
 
-@contextmanager
-def collecting_nothing() -> Iterator[None]:
-    """Puts off Python's collection of reference cycles while TensorRT works.
+def released_on_error(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose exceptions let go of its TensorRT objects at once.
 
-    TensorRT logs, through Python, under a lock that letting go of a builder takes. A builder in a cycle, where
-    the traceback of an exception leaves it, that is collected during such a message waits for its own thread for ever.
+    A traceback keeps what its frames held, often in a cycle with whoever caught the exception. TensorRT's objects must
+    not wait there for Python's collector: it starts anywhere, also in a message that TensorRT logs under the lock that
+    letting go of a builder takes, and follows no order. That blocked the process for ever, or ended it.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+
+    @functools.wraps(function)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    return wrapped
 
 
-@collecting_nothing()
 def create_runtime(tensorrt: Any, logger: Any) -> Any:
     """A tensorrt.Runtime. Raises ProviderError without a driver."""
     require_driver()

@@ -16,13 +16,13 @@ from chameleon_deploy.engines import (
     AHEAD_OF_TIME,
     KIND,
     Device,
-    collecting_nothing,
     compute_capabilities,
     engine_file,
     engine_graphs,
     engine_key,
     import_tensorrt,
     make_logger,
+    released_on_error,
     target_device,
 )
 from chameleon_deploy.errors import EngineError, ProfileError
@@ -56,7 +56,7 @@ def build_engines(path: Path, report: Report) -> tuple[Path, Device]:
     return local_cache.find_or_build(KIND, engine_key(bundle, tensorrt, device), build), device
 
 
-@collecting_nothing()
+@released_on_error
 def build_engine(
     tensorrt: Any,
     device: Device,

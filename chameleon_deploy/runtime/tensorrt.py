@@ -16,6 +16,7 @@ from chameleon_deploy.runtime.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device_graph import Bound, DeviceGraph, check_tensors
 
 
+@engines.released_on_error
 def open_engines(bundle: Bundle, device: CudaDevice, names: Mapping[Role, str]) -> dict[Role, DeviceGraph]:
     """The engines that `export --target tensorrt` built on this machine. names: of the graphs, by role.
 
