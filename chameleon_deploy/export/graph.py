@@ -25,3 +25,13 @@ def real(op: Any, value: float) -> Any:
 def declare(value: ir.Value, shape: list[int | str]) -> None:
     """Give a float32 output its shape."""
     value.shape, value.type = ir.Shape(shape), ir.TensorType(FLOAT)
+
+
+def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """A numpy array or scalar, stored in the graph itself."""
+    value = ir.Value(
+        name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+    )  # fmt: skip
+    graph.register_initializer(value)
+    return value

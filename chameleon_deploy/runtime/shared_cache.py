@@ -29,13 +29,13 @@ class _Memory:
 
     def __init__(self, spare: list[FloatArray], size: int, kept: int | None = None) -> None:
         """kept: the most that is given back; the system gets what is larger"""
+        self._spare, self._kept = spare, kept
         try:
             self.values = spare.pop()
         except IndexError:  # the first call, or others have it
             self.values = np.empty(0, np.float32)
         if self.values.size < size:
             self.values = np.empty(size, np.float32)
-        self._spare, self._kept = spare, kept
 
     def __del__(self) -> None:
         if self._kept is None or self.values.size <= self._kept:

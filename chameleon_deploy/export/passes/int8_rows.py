@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
+from chameleon_deploy.export.graph import constant
+
 STEPS = 127  # on either side of zero
 ZERO_POINT = 128
 FINER = 255  # the second digit spans half a step of the first on either side
@@ -29,20 +31,12 @@ FIRST_LAYER = (".h.0.", ".layers.0.")  # in the names of its weights, GPT-2's an
 def quantize_rows(decoder: ir.Model) -> int:
     """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten."""
 
-    def constant(name: str, array: Any) -> ir.Value:
-        value = ir.Value(
-            name=f"int8_rows.{name}", const_value=ir.tensor(array), shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        )  # fmt: skip
-        decoder.graph.register_initializer(value)
-        return value
-
-    last_axis = constant("last_axis", np.array([-1]))
-    smallest = constant("smallest", np.float32(1e-30))  # a row of zeros has nothing to divide by
-    step = constant("step", np.float32(1 / STEPS))
-    fine_step = constant("fine_step", np.float32(1 / STEPS / FINER))
-    fine = constant("fine", np.float32(1 / FINER))
-    zero_point = constant("zero_point", np.uint8(ZERO_POINT))
+    last_axis = constant(decoder.graph, "int8_rows.last_axis", np.array([-1]))
+    smallest = constant(decoder.graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
+    step = constant(decoder.graph, "int8_rows.step", np.float32(1 / STEPS))
+    fine_step = constant(decoder.graph, "int8_rows.fine_step", np.float32(1 / STEPS / FINER))
+    fine = constant(decoder.graph, "int8_rows.fine", np.float32(1 / FINER))
+    zero_point = constant(decoder.graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
 
     def product(op: Any, digits: Any, weight: Any, scale: Any) -> Any:
         return op.MatMulIntegerToFloat(digits, weight, step, scale, zero_point, _domain="com.microsoft")

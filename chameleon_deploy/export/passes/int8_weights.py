@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
 from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.export.graph import constant, integers
 from chameleon_deploy.export.weights import WeightsFile
 
 LARGEST = 127  # -128 is not used: the scale is the same on both sides of zero
@@ -34,12 +35,7 @@ def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
 
     def rotation(block: int) -> ir.Value:
         if block not in rotations:
-            tensor = ir.tensor(hadamard(block), name=f"int8_weights.rotation_{block}")
-            rotations[block] = ir.Value(
-                name=tensor.name, const_value=tensor, shape=ir.Shape((block, block)),
-                type=ir.TensorType(ir.DataType.FLOAT),
-            )  # fmt: skip
-            decoder.graph.register_initializer(rotations[block])
+            rotations[block] = constant(decoder.graph, f"int8_weights.rotation_{block}", hadamard(block))
         return rotations[block]
 
     def product(op: Any, x: Any, weight: Any, transpose: bool) -> Any:
@@ -51,7 +47,7 @@ def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
             op.initializer(weights_file.add(name, array), name)
             for name, array in zip(names, quantize(rotate_channels(matrix, block)), strict=True)
         ]
-        blocks = op.MatMul(op.Reshape(x, op.Constant(value_ints=[-1, block])), rotation(block))
+        blocks = op.MatMul(op.Reshape(x, integers(op, [-1, block])), rotation(block))
         return op.MatMul(op.Reshape(blocks, op.Shape(x)), op.DequantizeLinear(*stored, axis=1))
 
     def is_stored(context: Any, weight: Any, **_: Any) -> bool:
@@ -76,8 +72,8 @@ def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
 
 def quantize(matrix: FloatArray) -> tuple[Any, FloatArray]:
     """float32 [in, out] -> int8 [in, out], float32 scale [out]: matrix is nearly int8 * scale"""
-    highest = np.abs(matrix).max(0)
-    scale = np.where(highest > 0, highest, 1).astype(np.float32) / np.float32(LARGEST)
+    scale = np.abs(matrix).max(0) / np.float32(LARGEST)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))  # zeros, or next to: they become zeros
     return np.rint(matrix / scale).astype(np.int8), scale
 
 

@@ -25,6 +25,7 @@ from onnxscript.rewriter.pattern import RewriteRule
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention
+from chameleon_deploy.export.graph import constant
 from chameleon_deploy.export.llama import ROTARY_TABLES
 
 
@@ -39,11 +40,7 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
     rotary = tables[0] is not None
 
     lowest = np.full(model.num_attention_heads, np.finfo(np.float32).min, np.float32)
-    sink = ir.Value(
-        name="shared_cache.head_sink", const_value=ir.tensor(lowest), shape=ir.Shape(lowest.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
-    )  # fmt: skip
-    graph.register_initializer(sink)
+    sink = constant(graph, "shared_cache.head_sink", lowest)
 
     def portable(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any) -> Any:
         return attention(op, model, qkv, past_key, past_value, bias)
