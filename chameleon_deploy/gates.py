@@ -22,7 +22,7 @@ GATES = {
     "fp32": Gate(5e-4, 1.0, 1e-3, 1e-7, 1e-5, 1e-4, 5e-4),
     "fp16": Gate(None, 0.997, 1e-2, 1e-4, 5e-3, 1e-3, 5e-2),
     "bf16": Gate(None, 0.995, 1e-1, 5e-4, 1e-2, 5e-3, 3e-1),
-    "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2, 3e-1),  # a last bit can decide how an activation is rounded
+    "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2, 3e-1),  # a last bit can decide how a value is rounded
 }
 TENSORRT_FP32 = Gate(1e-3, 0.9999, 1e-3, 1e-6, 1e-4, 2e-4, 1e-3)  # its kernels sum in other orders
 

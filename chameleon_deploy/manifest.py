@@ -26,7 +26,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int32", "int64"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
     shape: tuple[int | str, ...]
 
 

@@ -40,11 +40,11 @@ def verify(
     precision = runtime.manifest.precision
     gate = TENSORRT_FP32 if (runtime.provider, precision) == ("tensorrt", "fp32") else GATES[precision]
     everything, rows = rows, rows[:33]
-    few, long = rows[:8], [ids for ids in rows if len(ids) >= 16][:4]
+    few, long = rows[:8], sorted(everything, key=len)[-8:]
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: check_logits(runtime, reference, everything, gate, 1.0),
         lambda: check_logits(runtime, reference, everything, gate, 10.0),
-        lambda: check_cache(runtime, long, gate),
+        lambda: check_cache(runtime, reference, long, gate),
         lambda: check_batching(runtime, rows, gate),
         lambda: check_base(runtime, reference, few, gate),
         lambda: check_rerun(runtime, few),
@@ -144,21 +144,27 @@ class _Figures:
                 self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
 
 
-def check_cache(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
-    """Decoding token by token from the middle of a text gives what reading it whole gives."""
-    adaptation = runtime.adapt(rows)
-    full = list(_row_logits(runtime, rows, adaptation))
-    length = min(len(ids) for ids in rows)
+def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """Decoding token by token from the middle of a text gives what reading it whole gives, and what the reference
+    gives."""
+    ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
+    length = min(map(len, rows))
+    whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
-    logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], adaptation, length)
-    difference = 0.0
+    logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
+    difference, figures = 0.0, _Figures(gate.top1_gap)
     for position in range(start, length + 1):
-        values = np.asarray(logits)
-        difference = max(difference, *(_max_abs(values[i], full[i][position - 1]) for i in range(len(rows))))
+        actual = np.asarray(logits)
+        at = slice(position - 1, position)
+        difference = max(difference, _max_abs(actual, np.concatenate([row[at] for row in whole])))
+        expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
+        figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
         if position < length:
-            tokens = np.array([ids[position] for ids in rows])
-            logits = runtime.decoder.step(tokens, adaptation, cache)
-    yield Check("cached decoding, max abs difference", difference, gate.rounding)
+            logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
+    kl = torch.cat(figures.kl)
+    yield Check("cached decoding, max abs difference", difference, gate.rounding, note=f"{len(kl)} positions")
+    yield Check("cached decoding: KL, mean", abs(float(kl.mean())), gate.kl_mean)
+    yield Check("cached decoding: KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:

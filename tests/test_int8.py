@@ -17,6 +17,7 @@ from onnxscript import GraphBuilder
 import chameleon_deploy
 from chameleon_deploy import parity
 from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.export.calibration import highest_keys_and_values
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import block_of, hadamard, quantize, rotate_channels
@@ -152,10 +153,17 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
     assert set(portable.opset_imports) == {""}
     assert Counter(node.op_type for node in cpu.graph)["MatMulIntegerToFloat"] == products
     model = opened.manifest.model
-    for graph in (portable.graph, cpu.graph):
+    assert Counter(node.op_type for node in cpu.graph)["If"] == model.num_layers
+    for name, dtype in (("decoder", "float32"), ("decoder_cpu", "int8")):
+        graph = opened.manifest.graphs[name]
+        cached = [
+            spec.dtype for spec in (*graph.inputs, *graph.outputs) if "past_key" in spec.name or "present" in spec.name
+        ]
+        assert cached == [dtype] * 4 * model.num_layers
+    for portable_or_cpu in (portable.graph, cpu.graph):
         matrices = {
             str(value.name)
-            for value in graph.initializers.values()
+            for value in portable_or_cpu.initializers.values()
             if value.dtype == ir.DataType.FLOAT and value.shape and value.shape.rank() == 2
         }
         # What is looked up stays float32, the embeddings and tables of positions, and the rotation of activations.
@@ -199,6 +207,58 @@ def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest
         )
     assert scores[0] == scores[1] == scores[2]
     assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
+def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Read whole, in two pieces, and token by token: what is written into the buffer is the same."""
+    runtime = chameleon_deploy.load(request.getfixturevalue(fixture), threads=2)
+    decoder: Any = runtime.decoder
+    ids = np.random.default_rng(4).integers(0, runtime.manifest.model.vocab_size, 40).tolist()
+    adaptation = runtime.adapt([ids], mode="none")
+    caches = []
+    for tokens, first in ((256, 40), (16, 40), (256, 1)):
+        decoder.prefill_tokens = tokens
+        logits, cache = decoder.prefill([ids[:first]], adaptation, 50)
+        for token in ids[first:]:
+            logits = decoder.step(np.array([token]), adaptation, cache)
+        caches.append(([buffer[:, :, :40].copy() for buffer in cache.buffers], np.array(logits)))
+    (whole, expected), *others = caches
+    assert all(buffer.dtype == np.int8 and np.abs(buffer).max() > 50 for buffer in whole)
+    for buffers, logits in others:
+        for ours, theirs in zip(buffers, whole, strict=True):
+            # A last bit of a sum can round a number the other way, which goes on from layer to layer.
+            assert (ours != theirs).mean() < 0.15
+            assert np.abs(ours.astype(int) - theirs).max() <= 3
+        assert np.abs(logits - expected).max() < GATES["int8"].rounding
+
+
+def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
+    """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
+    model = open_bundle(int8_bundle).manifest.model
+    highest = highest_keys_and_values(tiny.trunk)
+    assert highest.shape == (model.num_layers, 2, model.num_key_value_heads, model.head_dim)
+    runtime = chameleon_deploy.load(int8_bundle, threads=2)
+    rows = verification_rows(tiny, None, more=True)
+    _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), 300)
+    seen: Any = cache
+    for buffer in seen.buffers:
+        used = np.concatenate([row[:, : len(ids)] for row, ids in zip(buffer, rows, strict=True)], axis=1)
+        assert (np.abs(used.astype(int)) >= 127).mean() < 1e-3
+        assert np.median(np.abs(used.astype(int)).max(1)) > 80
+
+
+@pytest.mark.parametrize("factor", [0.2, 20])
+def test_the_gates_catch_a_cache_that_is_cut_off_or_coarse(
+    factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    highest = highest_keys_and_values(tiny.trunk) * np.float32(factor)
+    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_keys_and_values", lambda _: highest)
+    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
+    checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
+    assert [check.passed for check in checks if "KL" in check.name] == [False, False]
 
 
 def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

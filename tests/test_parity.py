@@ -122,7 +122,7 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     monkeypatch.setattr(decoder, "_run", leaky)
     assert not all(check.passed for check in parity.check_batching(portable, rows, gate))
     monkeypatch.setattr(decoder, "_run", forgetful)
-    assert not all(check.passed for check in parity.check_cache(portable, long_rows, gate))
+    assert not all(check.passed for check in parity.check_cache(portable, RowLogits(mini), long_rows, gate))
 
     prefill = runtime.decoder.prefill
 
@@ -132,7 +132,7 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
         return logits, cache
 
     monkeypatch.setattr(runtime.decoder, "prefill", one_short)
-    assert not all(check.passed for check in parity.check_cache(runtime, long_rows, gate))
+    assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
 def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini: Checkpoint) -> None:

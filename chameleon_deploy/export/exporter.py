@@ -30,10 +30,12 @@ from chameleon_deploy.bundle import (
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
+from chameleon_deploy.export.calibration import highest_keys_and_values
 from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
+from chameleon_deploy.export.passes.int8_cache import quantize_cache
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import quantize_weights
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -53,6 +55,7 @@ DTYPES: dict[Any, Any] = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT8: "int8",
     ir.DataType.INT32: "int32",
     ir.DataType.INT64: "int64",
 }
@@ -116,7 +119,7 @@ def _write_files(
         token_embedding = token_embedding_of(decoder, model)
         providers = DEVICES if precision in HALVES else PROVIDERS
         graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, providers, "growing")
-        cache = _make_cpu_variant(decoder, model, precision)
+        cache = _make_cpu_variant(decoder, model, trunk, precision)
         graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), cache)
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
@@ -171,7 +174,7 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
     with WeightsFile(floats) as floats_file:
         decoder = build_decoder(model, trunk, floats_file)
     if precision == "int8":
-        quantize_weights(decoder, weights_file)
+        quantize_weights(decoder, model, weights_file)
     else:
         halve_products(decoder, HALVES[precision], weights_file)
     weights_file.take(decoder.graph)
@@ -179,13 +182,16 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
     return decoder
 
 
-def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision) -> Literal["growing", "shared"]:
+def _make_cpu_variant(
+    decoder: ir.Model, model: ModelSpec, trunk: Trunk, precision: Precision
+) -> Literal["growing", "shared"]:
     """Rewrite the portable decoder in place. Returns what its cache then is."""
     if precision in HALVES:
         float_products(decoder)
         return "growing"
     share_cache(decoder, model)
     if precision == "int8":
+        quantize_cache(decoder, model, highest_keys_and_values(trunk))
         quantize_rows(decoder)
     else:
         update_first(decoder)

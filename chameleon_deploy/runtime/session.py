@@ -126,6 +126,7 @@ _ONNX_TYPES = {
     "bfloat16": "tensor(bfloat16)",
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
     "int32": "tensor(int32)",
     "int64": "tensor(int64)",
 }

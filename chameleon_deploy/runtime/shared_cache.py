@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, Manifest
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad
+
+Array = npt.NDArray[Any]
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
 INT8_TOKENS = 256  # the same for int8, whose digits then stay in the processor's cache
@@ -22,20 +25,20 @@ SCORED_POSITIONS = 256  # of a long row that is scored alone; bounds its logits
 
 
 class _Memory:
-    """float32 [at least size], from `spare` where there is enough; the last reference to this gives it back.
+    """[at least size] of one dtype, from `spare` where there is enough; the last reference to this gives it back.
 
     New memory costs time when it is first written: a tenth of scoring, 2 to 4 % of a prompt in int8.
     """
 
-    def __init__(self, spare: list[FloatArray], size: int, kept: int | None = None) -> None:
+    def __init__(self, spare: list[Array], size: int, dtype: Any = np.float32, kept: int | None = None) -> None:
         """kept: the most that is given back; the system gets what is larger"""
         self._spare, self._kept = spare, kept
         try:
             self.values = spare.pop()
         except IndexError:  # the first call, or others have it
-            self.values = np.empty(0, np.float32)
+            self.values = np.empty(0, dtype)
         if self.values.size < size:
-            self.values = np.empty(size, np.float32)
+            self.values = np.empty(size, dtype)
 
     def __del__(self) -> None:
         if self._kept is None or self.values.size <= self._kept:
@@ -44,13 +47,13 @@ class _Memory:
 
 @dataclass
 class SharedCache:
-    """buffers  float32 [batch, heads, capacity, head_dim] of every layer's key and value, in the graph's order
+    """buffers  float32 or int8 [batch, heads, capacity, head_dim] of every layer's key and value, in the graph's order
     lengths  int64 [batch], real tokens per row
     memory   what the buffers lie in
     step     the bound arrays of a decoding step, made when the first is taken
     """
 
-    buffers: list[FloatArray]
+    buffers: list[Array]
     lengths: IntArray
     memory: _Memory
     step: _Call | None = None
@@ -61,7 +64,7 @@ class _Call:
 
     def __init__(
         self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, adaptation: Adaptation,
-        buffers: list[FloatArray], logits: FloatArray | None = None,
+        buffers: list[Array], logits: FloatArray | None = None,
     ) -> None:  # fmt: skip
         """logits: where to write them, else into new memory"""
         self.input_ids = np.zeros((batch, width), np.int64)
@@ -108,9 +111,11 @@ class SharedCacheDecoder:
     def __init__(self, session: Any, ort_value: Any, manifest: Manifest) -> None:
         self.session, self.ort_value, self.model = session, ort_value, manifest.model
         self.prefill_tokens = INT8_TOKENS if manifest.precision == "int8" else PREFILL_TOKENS
-        self._spare_logits: list[FloatArray] = []  # of a piece that was scored
-        self._spare_buffers: list[FloatArray] = []
-        self.past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+        self._spare_logits: list[Array] = []  # of a piece that was scored
+        self._spare_buffers: list[Array] = []
+        past = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+        self.past = [node.name for node in past]
+        self._buffer_dtype = np.int8 if past[0].type == "tensor(int8)" else np.float32
 
     def prefill(
         self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
@@ -148,7 +153,7 @@ class SharedCacheDecoder:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
         pieces = list(_pieces(rows, SCORED_POSITIONS))
         size = max(len(piece) * max(map(len, piece)) for _, piece in pieces) * self.model.vocab_size
-        logits = _Memory(self._spare_logits, size, SCORED_POSITIONS * self.model.vocab_size)
+        logits = _Memory(self._spare_logits, size, kept=SCORED_POSITIONS * self.model.vocab_size)
         for start, piece in pieces:
             call = self._read(piece, adaptation, buffers, last_only=False, start=start, logits=logits.values)
             yield start, call.run()
@@ -158,7 +163,7 @@ class SharedCacheDecoder:
         self,
         rows: Sequence[Sequence[int]],
         adaptation: Adaptation,
-        buffers: list[FloatArray],
+        buffers: list[Array],
         last_only: bool,
         start: int = 0,
         logits: FloatArray | None = None,
@@ -175,9 +180,9 @@ class SharedCacheDecoder:
         call.total_sequence_length[...] = start + width
         return call
 
-    def _buffers(self, batch: int, capacity: int) -> tuple[_Memory, list[FloatArray]]:
+    def _buffers(self, batch: int, capacity: int) -> tuple[_Memory, list[Array]]:
         shape = (len(self.past), batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
-        memory = _Memory(self._spare_buffers, math.prod(shape))
+        memory = _Memory(self._spare_buffers, math.prod(shape), self._buffer_dtype)
         return memory, list(memory.values[: math.prod(shape)].reshape(shape))
 
 

@@ -44,7 +44,7 @@ static void read(const Json& json, const std::string& at, Mode& mode) {
 static void read(const Json& json, const std::string& at, TensorSpec& spec) {
   Fields(json, at)
       .required("name", spec.name)
-      .one_of("dtype", spec.dtype, {"float32", "float16", "bfloat16", "int32", "int64"})
+      .one_of("dtype", spec.dtype, {"float32", "float16", "bfloat16", "int8", "int32", "int64"})
       .required("shape", spec.shape)
       .finish();
 }

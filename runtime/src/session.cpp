@@ -22,6 +22,8 @@ std::string dtype_name(ONNXTensorElementDataType type) {
       return "float32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
       return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return "int8";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
       return "int32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:

@@ -23,6 +23,13 @@ Ort::Value tensor_over(std::span<const T> values, std::initializer_list<std::int
   return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(values.data()), values.size(), shape.begin(), shape.size());
 }
 
+/// The same for values whose type is only known when the program runs.
+inline Ort::Value tensor_over(std::span<std::byte> values, ONNXTensorElementDataType type,
+                              std::initializer_list<std::int64_t> shape) {
+  static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape.begin(), shape.size(), type);
+}
+
 /// Session::Run with its errors as GraphError. outputs: tensors to write, or empty values that it allocates.
 void run_session(const Ort::Session& session, const Ort::RunOptions& options, std::span<const char* const> input_names,
                  std::span<const Ort::Value> inputs, std::span<const char* const> output_names,

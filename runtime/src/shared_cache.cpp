@@ -46,8 +46,10 @@ SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session sess
     const std::string name = session_.GetInputNameAllocated(i, allocator).get();
     if (!name.starts_with(past)) continue;
     names_.push_back(name);
+    cache_type_ = session_.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType();
     outputs.push_back("present" + name.substr(past.size()));
   }
+  cache_item_size_ = cache_type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? sizeof(std::int8_t) : sizeof(float);
   for (const char* name : {"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
                            "cluster_ids", "lora_A", "lora_B"}) {
     names_.emplace_back(name);
@@ -99,10 +101,10 @@ Logits SharedCacheDecoder::all_logits(Rows rows, const RowFactors& factors, cons
 
 void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {
   auto& cache = dynamic_cast<Buffers&>(any_cache);
-  const std::size_t row_size = static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * cache.capacity;
+  const std::size_t row_size = row_bytes(cache.capacity);
   for (auto& buffer : cache.values) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      if (i != rows[i]) std::memcpy(&buffer[i * row_size], &buffer[rows[i] * row_size], row_size * sizeof(float));
+      if (i != rows[i]) std::memcpy(&buffer[i * row_size], &buffer[rows[i] * row_size], row_size);
     }
   }
   for (std::size_t i = 0; i < rows.size(); ++i) cache.lengths[i] = cache.lengths[rows[i]];
@@ -143,12 +145,13 @@ Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> f
     inputs.clear();
     outputs.clear();
     const auto capacity = static_cast<std::int64_t>(cache.capacity);
-    const auto row_size = static_cast<std::size_t>(model_.num_key_value_heads * capacity * model_.head_dim);
+    const std::size_t row_size = row_bytes(cache.capacity);
     for (const auto& buffer : cache.values) {
       // Past and present are the same memory: the graph writes where it reads.
-      const std::span<const float> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
+      const std::span<std::byte> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
       for (auto* values : {&inputs, &outputs}) {
-        values->push_back(tensor_over(rows, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
+        values->push_back(
+            tensor_over(rows, cache_type_, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
       }
     }
     cache.first_row = first_row;
@@ -176,11 +179,14 @@ std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std
   auto cache = std::make_unique<Buffers>();
   cache->capacity = capacity;
   cache->lengths.assign(batch, 0);
-  const auto size = batch * static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity;
   for (std::size_t i = 0; i + 1 < output_names_.size(); ++i) {
-    cache->values.push_back(std::make_unique_for_overwrite<float[]>(size));
+    cache->values.push_back(std::make_unique_for_overwrite<std::byte[]>(batch * row_bytes(capacity)));
   }
   return cache;
+}
+
+std::size_t SharedCacheDecoder::row_bytes(std::size_t capacity) const {
+  return static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity * cache_item_size_;
 }
 
 }  // namespace chameleon

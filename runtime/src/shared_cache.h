@@ -24,8 +24,9 @@ class SharedCacheDecoder final : public Decoder {
 
  private:
   struct Buffers final : Cache {
-    /// float32 [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs.
-    std::vector<std::unique_ptr<float[]>> values;
+    /// [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs: float32, or
+    /// int8 in an int8 bundle.
+    std::vector<std::unique_ptr<std::byte[]>> values;
     std::size_t capacity = 0;
     std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
     /// Of the last call. Those over `values` stand until a call is over other rows: they are most of the tensors, and
@@ -42,6 +43,8 @@ class SharedCacheDecoder final : public Decoder {
     std::int32_t total_sequence_length;
   };
 
+  /// Of one row in one buffer.
+  [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
   [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
   [[nodiscard]] Logits read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets, bool last_only,
                             Buffers& cache, std::size_t first_row, const std::stop_token& stop) const;
@@ -51,6 +54,8 @@ class SharedCacheDecoder final : public Decoder {
   Ort::Session session_;
   ModelSpec model_;
   std::size_t prefill_tokens_;
+  ONNXTensorElementDataType cache_type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  std::size_t cache_item_size_ = sizeof(float);  // bytes
   std::vector<std::string> names_;  // owns what the next two point to
   std::vector<const char*> input_names_, output_names_;
 };

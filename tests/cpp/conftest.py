@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy.bundle import Regime
+from chameleon_deploy.bundle import Precision, Regime
 from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
@@ -16,19 +16,23 @@ collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Random two-layer models: a GPT-2 in both regimes, and a Llama."""
+    """Random two-layer models: a GPT-2 in both regimes, and a Llama, in float32 and in int8."""
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.random import random_checkpoint
 
     directory = tmp_path_factory.mktemp("mini")
     bundles = {}
-    kinds: dict[str, tuple[str, Regime]] = {
-        "chameleon": ("mini", "chameleon"), "lora": ("mini", "lora"), "llama": ("llama-mini", "chameleon")
-    }  # fmt: skip
-    for name, (size, regime) in kinds.items():
+    kinds: dict[str, tuple[str, Regime, Precision]] = {
+        "chameleon": ("mini", "chameleon", "fp32"),
+        "lora": ("mini", "lora", "fp32"),
+        "llama": ("llama-mini", "chameleon", "fp32"),
+        "int8": ("mini", "chameleon", "int8"),
+        "llama-int8": ("llama-mini", "lora", "int8"),
+    }
+    for name, (size, regime, precision) in kinds.items():
         checkpoint, bundles[name] = directory / f"checkpoint-{name}", directory / name
         random_checkpoint(checkpoint, size, regime)
-        export_bundle(load_checkpoint(checkpoint), bundles[name], None)
+        export_bundle(load_checkpoint(checkpoint), bundles[name], None, precision=precision)
     yield bundles
     shutil.rmtree(directory)

@@ -20,7 +20,10 @@ from tests.cpp.parity import largest_difference, random_batch
 BATCHES = 1000
 
 
-@pytest.mark.parametrize(("kind", "batches"), [("chameleon", BATCHES), ("lora", BATCHES // 5), ("llama", BATCHES // 5)])
+@pytest.mark.parametrize(
+    ("kind", "batches"),
+    [("chameleon", BATCHES), *((kind, BATCHES // 5) for kind in ("lora", "llama", "int8", "llama-int8"))],
+)
 def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], kind: str, batches: int) -> None:
     assert largest_difference(mini_bundles[kind], batches) <= 1
 

@@ -6,6 +6,7 @@ identity: it spreads an outlier, which would set the step of everything beside i
 block. That makes the weights' own error smaller, and one digit of 8 bits enough for activations (int8_rows.py).
 Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (https://arxiv.org/abs/2404.00456),
 which rotates all channels at once; blocks of 64 do as well here, and are a product that costs next to nothing.
+What attention gives is rotated before it is there: the matrix that makes values makes them rotated, head by head.
 
 The graph stays portable: DequantizeLinear is a standard operator
 (https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and TensorRT takes int8 in no other form.
@@ -21,15 +22,18 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.graph import constant, integers
 from chameleon_deploy.export.weights import WeightsFile
 
 LARGEST = 127  # -128 is not used: the scale is the same on both sides of zero
 LARGEST_BLOCK = 64  # channels rotated together
+# Names end so, GPT-2's and Llama's: what makes queries, keys and values, and what takes the values.
+VALUES_FROM = ("attn.c_attn.weight", "attn.c_attn.bias", "attn.qkv_proj.weight")
+VALUES_TO = ("attn.c_proj.weight", "attn.o_proj.weight")
 
 
-def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
+def quantize_weights(decoder: ir.Model, model: ModelSpec, weights_file: WeightsFile) -> int:
     """Rewrite a portable decoder in place, its int8 matrices going to weights_file. Returns how many there are."""
     rotations: dict[int, ir.Value] = {}
 
@@ -41,14 +45,19 @@ def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
     def product(op: Any, x: Any, weight: Any, transpose: bool) -> Any:
         matrix = weight.const_value.numpy()
         matrix = matrix.T if transpose else matrix
-        block = block_of(len(matrix))
+        if weight.name.endswith(VALUES_FROM):
+            matrix = rotate_values(matrix, model)
+        comes_rotated = weight.name.endswith(VALUES_TO)
+        block = block_of(model.head_dim if comes_rotated else len(matrix))
         names = f"{weight.name}.int8", f"{weight.name}.scale"
         stored = [
             op.initializer(weights_file.add(name, array), name)
             for name, array in zip(names, quantize(rotate_channels(matrix, block)), strict=True)
         ]
-        blocks = op.MatMul(op.Reshape(x, integers(op, [-1, block])), rotation(block))
-        return op.MatMul(op.Reshape(blocks, op.Shape(x)), op.DequantizeLinear(*stored, axis=1))
+        if not comes_rotated:
+            blocks = op.MatMul(op.Reshape(x, integers(op, [-1, block])), rotation(block))
+            x = op.Reshape(blocks, op.Shape(x))
+        return op.MatMul(x, op.DequantizeLinear(*stored, axis=1))
 
     def is_stored(context: Any, weight: Any, **_: Any) -> bool:
         return isinstance(weight.const_value, ir.ExternalTensor)
@@ -67,6 +76,9 @@ def quantize_weights(decoder: ir.Model, weights_file: WeightsFile) -> int:
     ]
     count = RewriteRuleSet(rules).apply_to_model(decoder)
     RemoveUnusedNodesPass()(decoder)
+    for name, value in decoder.graph.initializers.items():
+        if name.endswith(VALUES_FROM) and value.const_value is not None:  # the biases: the matrices are gone
+            value.const_value = weights_file.add(name, rotate_values(value.const_value.numpy(), model))
     return int(count)
 
 
@@ -91,7 +103,19 @@ def hadamard(block: int) -> FloatArray:
     return matrix
 
 
+def rotate(x: FloatArray, block: int) -> FloatArray:
+    """float32 [..., channels] -> x H"""
+    rotated: FloatArray = x.reshape(*x.shape[:-1], -1, block) @ hadamard(block)
+    return rotated.reshape(x.shape)
+
+
 def rotate_channels(matrix: FloatArray, block: int) -> FloatArray:
     """float32 [in, out] -> H matrix: what a product with rotated activations needs."""
     blocks: FloatArray = np.matmul(hadamard(block), matrix.reshape(-1, block, matrix.shape[1]))
     return blocks.reshape(matrix.shape)
+
+
+def rotate_values(qkv: FloatArray, model: ModelSpec) -> FloatArray:
+    """float32 [..., queries, keys and values of all heads] -> the same with every head's values rotated."""
+    num_values = model.num_key_value_heads * model.head_dim
+    return np.concatenate([qkv[..., :-num_values], rotate(qkv[..., -num_values:], block_of(model.head_dim))], axis=-1)
