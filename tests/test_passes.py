@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
+from chameleon_deploy.export.passes.int8_cache import quantize_cache
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.update_first import update_first
 
@@ -47,6 +49,38 @@ def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path) -> No
     for gone in ("Softmax", "And", "Expand", "Transpose"):
         assert not counts[gone] or gone == "Expand"  # the head has two of its own
     assert counts["Expand"] == 2
+
+
+@pytest.mark.parametrize("name", ["bundle", "llama_bundle"])
+def test_quantize_cache_gives_every_attention_two_branches(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    decoder, model = ir.load(path / "decoder.onnx"), open_bundle(path).manifest.model
+    share_cache(decoder, model)
+    before = Counter(node.op_type for node in decoder.graph)
+    highest = np.ones((model.num_layers, 2, model.num_key_value_heads, model.head_dim), np.float32)
+    assert quantize_cache(decoder, model, highest) == model.num_layers
+    after = Counter(node.op_type for node in decoder.graph)
+    assert after - before == Counter(
+        If=model.num_layers, Shape=1, Cast=1, Constant=2, Reshape=1, Sub=1, Squeeze=1, Equal=1
+    )
+    assert before - after == Counter(GroupQueryAttention=model.num_layers)
+    for node in decoder.graph:
+        if node.op_type == "If":
+            step, prompt = (node.attributes[branch].as_graph() for branch in ("then_branch", "else_branch"))
+            (attention,) = step
+            assert attention.attributes["k_quant_type"].as_string() == "PER_CHANNEL"
+            assert [value.name.split(".")[-1] for value in attention.inputs[-2:] if value and value.name] == [
+                "of_heads"
+            ] * 2
+            assert Counter(inner.op_type for inner in prompt)["GroupQueryAttention"] == 1
+    cached = [
+        v
+        for v in (*decoder.graph.inputs, *decoder.graph.outputs)
+        if v.name and v.name.startswith(("past_", "present."))
+    ]
+    assert {value.dtype for value in cached} == {ir.DataType.INT8}
+    names = [value.name for node in ir.traversal.RecursiveGraphIterator(decoder.graph) for value in node.outputs]
+    assert len(names) == len(set(names))
 
 
 def test_every_variant_uses_the_one_weights_file(bundle: Path) -> None:

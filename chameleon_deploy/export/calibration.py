@@ -41,7 +41,8 @@ def highest_keys_and_values(trunk: Trunk) -> FloatArray:
         highest.append([[_highest(key.numpy()), _highest(rotate(value.numpy(), block_of(value.shape[-1])))]
                         for key, value, *_ in cache])  # fmt: skip
     largest = np.array(highest, np.float32).max(0) * np.float32(MARGIN)
-    return np.maximum(largest, np.float32(1e-6))  # a channel that is never used
+    usable: FloatArray = np.maximum(largest, np.float32(1e-6))  # a channel that is never used is zero
+    return usable
 
 
 def _highest(x: FloatArray) -> FloatArray:

@@ -3,7 +3,7 @@
 # Headers come from -DONNXRUNTIME_ROOT= or from Debian's libonnxruntime-dev. The library comes, in this order, from
 #   1. -DONNXRUNTIME_ROOT=  an unpacked release, with include/ and lib/, or the directory of an installed wheel
 #   2. the pip wheel `onnxruntime` or `onnxruntime-gpu` of the Python interpreter (-DPython3_EXECUTABLE=)
-#   3. the system's libonnxruntime; exported graphs need 1.23, and Debian 13 has 1.21
+#   3. the system's libonnxruntime; exported graphs need 1.23, in int8 1.27, and Debian 13 has 1.21
 #
 # A wheel holds libonnxruntime.so.1.x only, under the soname libonnxruntime.so.1. A link of that name in the build tree
 # (and, on install, beside libchameleon) is what the loader finds through the rpath.
