@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
@@ -246,6 +247,27 @@ def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_b
         used = np.concatenate([row[:, : len(ids)] for row, ids in zip(buffer, rows, strict=True)], axis=1)
         assert (np.abs(used.astype(int)) >= 127).mean() < 1e-3
         assert np.median(np.abs(used.astype(int)).max(1)) > 80
+
+
+def _difference(path: Path, checkpoint: Checkpoint) -> float:
+    """Of the bundle's logits from the reference's, beside the standard deviation of those."""
+    runtime = Runtime(open_bundle(path), "cpu", threads=1, mode="none")
+    ids = np.random.default_rng(5).integers(0, runtime.manifest.model.vocab_size, 60).tolist()
+    adaptation = runtime.adapt([ids], mode="none")
+    (_, logits), *_ = runtime.decoder.all_logits([ids], adaptation)
+    hidden, _ = checkpoint.trunk.hidden_states(torch.tensor([ids]))
+    expected = (hidden[0] @ checkpoint.trunk.head_weight.T).numpy()
+    return float(np.abs(np.asarray(logits)[0] - expected).max() / expected.std())
+
+
+def test_values_come_rotated_and_are_taken_so(
+    llama: Checkpoint, llama_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Llama with fewer key-value heads than heads; and that one without the other is seen."""
+    right = _difference(llama_int8, llama)
+    monkeypatch.setattr("chameleon_deploy.export.passes.int8_weights.rotate_values", lambda qkv, _: qkv)
+    export_bundle(llama, tmp_path / "wrong", None, precision="int8")
+    assert right < 0.5 < 5 < _difference(tmp_path / "wrong", llama)
 
 
 @pytest.mark.parametrize("factor", [0.2, 20])

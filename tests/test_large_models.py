@@ -1,4 +1,4 @@
-"""GPT-2 medium, large and XL with random weights, weights.bin of 1.4 to 6.3 GB: `pytest -m large_models -k medium`.
+"""GPT-2 medium, large and XL with random weights, weights.bin of 1.4 to 6.3 GB: `pytest -m large_models -k '[medium]'`.
 
 Not part of CI. Medium takes 3 to 4 minutes and 4 GB; by its weights large needs twice that and XL four times.
 """
