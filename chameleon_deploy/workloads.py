@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime import Runtime
 
+CANDIDATES = 4  # times as many texts as are needed, to choose from by their clusters
 # Of log-probabilities: the largest difference in fp32, elsewhere the root of the mean square.
 BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.1}
 
@@ -127,14 +129,26 @@ def _deviation(peer: Peer, errors: Any) -> float:
 
 
 def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> list[list[int]]:
-    """Stretches of real text of `width` tokens; the kinds take turns, so that a batch has several clusters."""
+    """Stretches of real text of `width` tokens. Clusters take turns, so that a batch has as many as it has room for."""
+    stretches = _stretches(checkpoint, CANDIDATES * batch, width)
+    of_cluster: dict[int, list[list[int]]] = {}
+    for ids, cluster in zip(
+        stretches, inference.adapt(checkpoint, stretches, "none").cluster_ids.tolist(), strict=True
+    ):
+        of_cluster.setdefault(cluster, []).append(ids)
+    turns = itertools.zip_longest(*of_cluster.values())
+    return [ids for turn in turns for ids in turn if ids is not None][:batch]
+
+
+def _stretches(checkpoint: Checkpoint, count: int, width: int) -> list[list[int]]:
+    """Kinds of text take turns."""
     streams = []
     for kind in KINDS:
         encoded = checkpoint.trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)
         if stream := [i for encoding in encoded for i in encoding.ids]:
             streams.append(stream)
     rows = []
-    for i in range(batch):
+    for i in range(count):
         stream = streams[i % len(streams)]
         rows.append([stream[(i * width + j) % len(stream)] for j in range(width)])
     return rows
@@ -146,7 +160,7 @@ class _Weights:
     def __init__(self, runtime: Runtime) -> None:
         model, spec = runtime.manifest.model, runtime.manifest.graphs[runtime.graph]
         cached = next(tensor for tensor in spec.inputs if tensor.name.startswith("past_key_values."))
-        item = 2 if cached.dtype.endswith("16") else 4
+        item = {"int8": 1, "float16": 2, "bfloat16": 2}.get(cached.dtype, 4)
         self.cache_bytes = item * 2 * model.num_layers * model.num_key_value_heads * model.head_dim  # of a token
         self.bytes = self.trunk = self.head = 0
         for value in ir.load(runtime.bundle.path / spec.file).graph.initializers.values():

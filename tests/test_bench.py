@@ -30,6 +30,7 @@ from chameleon_deploy.peers.ctranslate2 import CTranslate2
 from chameleon_deploy.peers.openvino import OpenVINO
 from chameleon_deploy.peers.pytorch import PyTorch
 from chameleon_deploy.peers.without_lora import WithoutLoRA, remove_lora
+from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.workloads import BOUNDS, Workloads, text_rows
 from tests.conftest import REPOSITORY
@@ -175,6 +176,11 @@ def test_ceilings_are_plausible() -> None:
 @pytest.fixture(scope="module")
 def rows(mini: Checkpoint) -> Rows:
     return text_rows(mini, 6, 24)
+
+
+def test_clusters_take_turns_in_the_texts(mini: Checkpoint) -> None:
+    found = [len(set(inference.adapt(mini, text_rows(mini, n, 24), "none").cluster_ids.tolist())) for n in (1, 2, 8)]
+    assert found == [1, 2, mini.config.num_clusters]
 
 
 @pytest.fixture(scope="module")

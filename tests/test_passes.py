@@ -13,7 +13,7 @@ from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.int8_cache import quantize_cache
 from chameleon_deploy.export.passes.shared_cache import share_cache
-from chameleon_deploy.export.passes.update_first import update_first
+from chameleon_deploy.export.passes.sum_update import sum_update
 
 
 def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> None:
@@ -92,19 +92,18 @@ def test_every_variant_uses_the_one_weights_file(bundle: Path) -> None:
     assert places["decoder"] == places["decoder_cpu"]
 
 
-def test_the_update_comes_first_and_the_logits_are_flat(bundle: Path) -> None:
+def test_the_update_is_summed_and_the_logits_are_flat(bundle: Path) -> None:
     model = open_bundle(bundle).manifest.model
     decoder = ir.load(bundle / "decoder.onnx")
     reshapes = sum(node.op_type == "Reshape" for node in decoder.graph)
-    assert update_first(decoder) == 1
-    assert update_first(decoder) == 0
+    assert sum_update(decoder) == 1
+    assert sum_update(decoder) == 0
     flatten_logits(decoder)
     logits = decoder.graph.outputs[0]
     assert (logits.name, logits.shape) == ("logits", ir.Shape(["batch*positions", model.vocab_size]))
-    head = logits.producer()
-    assert head is not None
-    assert head.op_type == "Gemm"
-    assert [value is not None and value.is_initializer() for value in head.inputs] == [False, True, False]
+    total = logits.producer()
+    assert total is not None
+    assert [total.op_type, *(value.producer().op_type for value in total.inputs)] == ["Add", "Gemm", "Squeeze"]
     assert sum(node.op_type == "Reshape" for node in decoder.graph) == reshapes - 1
     with pytest.raises(ValueError, match="Reshape"):
         flatten_logits(decoder)

@@ -39,7 +39,7 @@ from chameleon_deploy.export.passes.int8_cache import quantize_cache
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
 from chameleon_deploy.export.passes.int8_weights import quantize_weights
 from chameleon_deploy.export.passes.shared_cache import share_cache
-from chameleon_deploy.export.passes.update_first import update_first
+from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
@@ -193,8 +193,7 @@ def _make_cpu_variant(
     if precision == "int8":
         quantize_cache(decoder, model, highest_keys_and_values(trunk))
         quantize_rows(decoder)
-    else:
-        update_first(decoder)
+    sum_update(decoder)
     flatten_logits(decoder)
     return "shared"
 

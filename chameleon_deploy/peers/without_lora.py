@@ -43,10 +43,6 @@ def remove_lora(graph: ir.Graph) -> None:
     from_b = {values["lora_B"]}
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
-        if node.op_type == "Gemm" and len(inputs) == 3 and inputs[2] in from_b:
-            node.resize_inputs(2)
-            RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
-            return
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
         if from_b.intersection(inputs) and node.op_type in ("Add", "Gemm") and plain:
             (base,) = plain
