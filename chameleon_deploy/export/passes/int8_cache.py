@@ -14,7 +14,8 @@ outputs are bound to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,27 @@ LARGEST = 127
 MICROSOFT = "com.microsoft"
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all layers use: where new tokens start and end in the buffers, int64 [1], whether they are a single one, and
+    the scale and zero point of numbers that were divided by their own scales before."""
+
+    position_ids: ir.Value
+    start: ir.Value
+    end: ir.Value
+    is_step: ir.Value
+    one: ir.Value
+    zero_point: ir.Value
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Of keys and of values, as buffers take them, [1, heads, 1, head_dim], and as projections do, [channels]."""
+
+    of_heads: list[ir.Value]
+    of_channels: list[ir.Value]
+
+
 def quantize_cache(decoder: ir.Model, model: ModelSpec, highest: FloatArray) -> int:
     """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten.
 
@@ -38,82 +60,75 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec, highest: FloatArray) -> 
     for value in [*graph.inputs, *graph.outputs]:
         if value.name and value.name.startswith(("past_key_values.", "present.")):
             value.type = ir.TensorType(ir.DataType.INT8)
-    named = {value.name: value for value in graph.inputs}
     attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
-    ahead = _build(graph, "int8_cache", partial(_where, named["input_ids"], named["total_sequence_length"]))
-    start, total, is_step = ahead.outputs
-    nodes = list(ahead)
-    ahead.outputs.clear()
-    ahead.remove(nodes)
-    graph.insert_before(graph[0], nodes)
-    one = constant(graph, "int8_cache.one", np.float32(1))
-    zero_point = constant(graph, "int8_cache.zero_point", np.int8(0))
-
+    shared = _shared(graph)
     for layer, attention in enumerate(attentions):
         name = f"int8_cache.{layer}"
-        scales = highest[layer] / np.float32(LARGEST)
-        of_heads = [constant(graph, f"{name}.{i}.of_heads", scales[i][None, :, None]) for i in range(2)]
-        of_channels = [constant(graph, f"{name}.{i}.of_channels", scales[i].reshape(-1)) for i in range(2)]
-        step = partial(_step, attention, of_heads)
-        prompt = partial(
-            _prompt, attention, model, named["position_ids"], of_heads, of_channels, one, zero_point, start, total
+        pair = highest[layer] / np.float32(LARGEST)
+        scales = _Scales(
+            [constant(graph, f"{name}.{i}.of_heads", pair[i][None, :, None]) for i in range(2)],
+            [constant(graph, f"{name}.{i}.of_channels", pair[i].reshape(-1)) for i in range(2)],
         )
         branches = {
-            "then_branch": _build(graph, f"{name}.step", step),
-            "else_branch": _build(graph, f"{name}.prompt", prompt),
+            "then_branch": _build(graph, f"{name}.step", partial(_step, attention, scales)),
+            "else_branch": _build(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, scales)),
         }
-        either = ir.node("If", [is_step], branches, num_outputs=3)
+        either = ir.node("If", [shared.is_step], branches, num_outputs=3)
         ir.convenience.replace_nodes_and_values(
             graph, attention, [attention], [either], attention.outputs, either.outputs
         )
     return len(attentions)
 
 
-def _where(input_ids: ir.Value, total_sequence_length: ir.Value, op: Any) -> tuple[Any, Any, Any]:
-    """Where new tokens start and end in the buffer, int64 [1], and whether they are a single one."""
-    sequence = op.Shape(input_ids, start=1, end=2)
-    total = op.Reshape(op.Cast(total_sequence_length, to=ir.DataType.INT64), integers(op, [1]))
-    return op.Sub(total, sequence), total, op.Equal(op.Squeeze(sequence), integer(op, 1))
+def _shared(graph: ir.Graph) -> _Shared:
+    named = {value.name: value for value in graph.inputs}
+
+    def where(op: Any) -> tuple[Any, Any, Any]:
+        sequence = op.Shape(named["input_ids"], start=1, end=2)
+        end = op.Reshape(op.Cast(named["total_sequence_length"], to=ir.DataType.INT64), integers(op, [1]))
+        return op.Sub(end, sequence), end, op.Equal(op.Squeeze(sequence), integer(op, 1))
+
+    ahead = _build(graph, "int8_cache", where)
+    start, end, is_step = ahead.outputs
+    nodes = list(ahead)
+    ahead.outputs.clear()
+    ahead.remove(nodes)
+    graph.insert_before(graph[0], nodes)
+    one = constant(graph, "int8_cache.one", np.float32(1))
+    zero_point = constant(graph, "int8_cache.zero_point", np.int8(0))
+    return _Shared(named["position_ids"], start, end, is_step, one, zero_point)
 
 
-def _step(attention: ir.Node, of_heads: Sequence[ir.Value], op: Any) -> Any:
+def _step(attention: ir.Node, scales: _Scales, op: Any) -> Any:
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
     per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     return op.GroupQueryAttention(
-        *attention.inputs, *of_heads, **attributes, **per_channel, _domain=MICROSOFT, _outputs=3
+        *attention.inputs, *scales.of_heads, **attributes, **per_channel, _domain=MICROSOFT, _outputs=3
     )
 
 
-def _prompt(
-    attention: ir.Node,
-    model: ModelSpec,
-    position_ids: ir.Value,
-    of_heads: Sequence[ir.Value],
-    of_channels: Sequence[ir.Value],
-    one: ir.Value,
-    zero_point: ir.Value,
-    start: ir.Value,
-    total: ir.Value,
-    op: Any,
-) -> Any:
+def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, scales: _Scales, op: Any) -> Any:
     qkv, _, _, *buffers, lengths, total_length, cos, sin, _, _, sink = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     q, k, v = op.Split(qkv, integers(op, [heads * dim, key_heads * dim, key_heads * dim]), axis=2, _outputs=3)
     if cos is not None:
-        q, k = (op.RotaryEmbedding(x, position_ids, cos, sin, _domain=MICROSOFT) for x in (q, k))
+        q, k = (op.RotaryEmbedding(x, shared.position_ids, cos, sin, _domain=MICROSOFT) for x in (q, k))
     # The operators that take a scale for each channel are many times slower than a product and one scale for all.
-    new = [op.QuantizeLinear(op.Div(x, s), one, zero_point) for x, s in zip((k, v), of_channels, strict=True)]
-    k, v = (op.Mul(op.Cast(x, to=FLOAT), s) for x, s in zip(new, of_channels, strict=True))
+    new = [
+        op.QuantizeLinear(op.Div(x, scale), shared.one, shared.zero_point)
+        for x, scale in zip((k, v), scales.of_channels, strict=True)
+    ]
+    k, v = (op.Mul(op.Cast(x, to=FLOAT), scale) for x, scale in zip(new, scales.of_channels, strict=True))
     zero, tokens = integers(op, [0]), integers(op, [2])  # the axis of a buffer
-    before = [op.Slice(x, zero, start, tokens) for x in buffers]
-    past = [op.Mul(op.Cast(x, to=FLOAT), s) for x, s in zip(before, of_heads, strict=True)]
+    before = [op.Slice(x, zero, shared.start, tokens) for x in buffers]
+    past = [op.Mul(op.Cast(x, to=FLOAT), scale) for x, scale in zip(before, scales.of_heads, strict=True)]
     context = op.GroupQueryAttention(
         q, k, v, *past, lengths, total_length, None, None, None, None, sink,
         num_heads=heads, kv_num_heads=key_heads, _domain=MICROSOFT, _outputs=3,
     )[0]  # fmt: skip
-    capacity = op.Shape(buffers[0], start=2, end=3)
     by_head = [op.Transpose(op.Reshape(x, integers(op, [0, 0, key_heads, dim])), perm=[0, 2, 1, 3]) for x in new]
-    after = [op.Slice(x, total, capacity, tokens) for x in buffers]
+    capacity = op.Shape(buffers[0], start=2, end=3)
+    after = [op.Slice(x, shared.end, capacity, tokens) for x in buffers]
     return context, *(op.Concat(*parts, axis=2) for parts in zip(before, by_head, after, strict=True))
 
 
