@@ -12,6 +12,7 @@ depends on the Python version; a text's side of the split (`corpus.split_texts`)
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sysconfig
 import tokenize
@@ -27,9 +28,14 @@ def python_texts(kind: str) -> list[str]:
 
     Raises KeyError for an unknown kind.
     """
+    return list(_texts(kind))
+
+
+@functools.cache  # seconds of parsing, which nothing changes while the process runs
+def _texts(kind: str) -> tuple[str, ...]:
     sources = {"prose": _prose, "code": _code, "docstring": _docstrings, "changelog": _changelogs}
     pieces = (piece for source in sources[kind]() for piece in _pieces(source))
-    return list(dict.fromkeys(pieces))
+    return tuple(dict.fromkeys(pieces))
 
 
 def _library() -> Path:

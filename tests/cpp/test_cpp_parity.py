@@ -22,7 +22,7 @@ BATCHES = 1000
 
 @pytest.mark.parametrize(
     ("kind", "batches"),
-    [("chameleon", BATCHES), *((kind, BATCHES // 5) for kind in ("lora", "llama", "int8", "llama-int8"))],
+    [("chameleon", BATCHES), ("lora", 200), ("llama", 200), ("int8", 60), ("llama-int8", 40)],
 )
 def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], kind: str, batches: int) -> None:
     assert largest_difference(mini_bundles[kind], batches) <= 1
