@@ -145,8 +145,7 @@ class _Figures:
 
 
 def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
-    """Decoding token by token from the middle of a text gives what reading it whole gives, and what the reference
-    gives."""
+    """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
     ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
     length = min(map(len, rows))
     whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))

@@ -17,6 +17,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.cuda import ITEM_SIZES
 
 CANDIDATES = 4  # times as many texts as are needed, to choose from by their clusters
 # Of log-probabilities: the largest difference in fp32, elsewhere the root of the mean square.
@@ -160,8 +161,9 @@ class _Weights:
     def __init__(self, runtime: Runtime) -> None:
         model, spec = runtime.manifest.model, runtime.manifest.graphs[runtime.graph]
         cached = next(tensor for tensor in spec.inputs if tensor.name.startswith("past_key_values."))
-        item = {"int8": 1, "float16": 2, "bfloat16": 2}.get(cached.dtype, 4)
-        self.cache_bytes = item * 2 * model.num_layers * model.num_key_value_heads * model.head_dim  # of a token
+        self.cache_bytes = (
+            ITEM_SIZES[cached.dtype] * 2 * model.num_layers * model.num_key_value_heads * model.head_dim
+        )  # of a token
         self.bytes = self.trunk = self.head = 0
         for value in ir.load(runtime.bundle.path / spec.file).graph.initializers.values():
             matrix = value.const_value

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from chameleon_deploy.engines import require_driver
 from chameleon_deploy.errors import DependencyError, DeviceError, ProviderError
 
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}  # bytes
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4, "int64": 8}  # bytes
 
 
 def import_cudart() -> Any:

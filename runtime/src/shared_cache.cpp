@@ -49,7 +49,6 @@ SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session sess
     cache_type_ = session_.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType();
     outputs.push_back("present" + name.substr(past.size()));
   }
-  cache_item_size_ = cache_type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? sizeof(std::int8_t) : sizeof(float);
   for (const char* name : {"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
                            "cluster_ids", "lora_A", "lora_B"}) {
     names_.emplace_back(name);
@@ -186,7 +185,8 @@ std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std
 }
 
 std::size_t SharedCacheDecoder::row_bytes(std::size_t capacity) const {
-  return static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity * cache_item_size_;
+  const std::size_t item = cache_type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? sizeof(std::int8_t) : sizeof(float);
+  return static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity * item;
 }
 
 }  // namespace chameleon

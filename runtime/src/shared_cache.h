@@ -55,7 +55,6 @@ class SharedCacheDecoder final : public Decoder {
   ModelSpec model_;
   std::size_t prefill_tokens_;
   ONNXTensorElementDataType cache_type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  std::size_t cache_item_size_ = sizeof(float);  // bytes
   std::vector<std::string> names_;  // owns what the next two point to
   std::vector<const char*> input_names_, output_names_;
 };
