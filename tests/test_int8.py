@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from onnxscript import GraphBuilder
 import chameleon_deploy
 from chameleon_deploy import parity
 from chameleon_deploy.bundle import FloatArray, open_bundle
-from chameleon_deploy.export.calibration import highest_keys_and_values
-from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.export.calibration import highest_of_layers
+from chameleon_deploy.export.exporter import export_bundle, model_spec
+from chameleon_deploy.export.gptq import round_weights
+from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
-from chameleon_deploy.export.passes.int8_weights import block_of, hadamard, quantize, rotate_channels
+from chameleon_deploy.export.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.gates import GATES
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -56,21 +59,68 @@ matrices = hypothesis.extra.numpy.arrays(
 
 @hypothesis.given(matrix=matrices)
 def test_weights_are_within_half_a_step_of_their_channel(matrix: FloatArray) -> None:
-    int8, scale = quantize(matrix)
+    int8, scale = _nearest(matrix)
     assert int8.dtype == np.int8
     assert int8.min() >= -127
     assert (np.abs(int8 * scale.astype(np.float64) - matrix) <= scale * 0.501).all()
 
 
-@pytest.mark.parametrize(("channels", "block"), [(768, 64), (3072, 64), (64, 64), (48, 16), (100, 4), (7, 1)])
-def test_rotated_channels_give_the_same_product(channels: int, block: int) -> None:
-    random = np.random.default_rng(2)
+def _nearest(matrix: FloatArray) -> Any:
+    """int8 and scale of a matrix whose activations have nothing to do with each other: each weight rounded alone."""
+    int8, scale = round_weights(torch.from_numpy(matrix), [torch.eye(len(matrix))])
+    return int8.numpy(), scale.numpy()
+
+
+def test_errors_of_weights_cancel_on_activations_that_go_together() -> None:
+    """Two groups of channels, as 768 are three; and channels that never occur, whose products are zero."""
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(500, 8, generator=generator)
+    x = torch.cat([common @ torch.randn(8, 40, generator=generator), torch.zeros(500, 2)], 1)
+    x[:, :40] += 0.05 * torch.randn(500, 40, generator=generator)
+    matrix = torch.randn(42, 16, generator=generator)
+    parts = x.split(21, 1)
+    int8, scale = round_weights(matrix, [part.T @ part for part in parts])
+    nearest, same_scale = round_weights(matrix, [torch.eye(21)] * 2)
+    assert torch.equal(scale, same_scale)
+    assert torch.equal(int8[40:], nearest[40:])
+
+    def error(digits: torch.Tensor) -> float:
+        return float((x @ (digits * scale - matrix)).square().mean())
+
+    assert error(int8) < error(nearest) / 4
+
+
+@pytest.mark.parametrize(("channels", "block"), [(768, 64), (3072, 64), (64, 64), (48, 16), (32, 16), (100, 4), (7, 1)])
+def test_a_rotation_is_its_own_inverse_and_leaves_a_layer_norm_what_it_is(channels: int, block: int) -> None:
+    x = 3 + torch.randn(5, channels, generator=torch.Generator().manual_seed(2))
     assert block_of(channels) == block
-    H = hadamard(block)
-    assert np.allclose(H @ H, np.eye(block), atol=1e-6)
-    x, matrix = random.standard_normal((3, channels)), random.standard_normal((channels, 5)).astype(np.float32)
-    rotated = (x.reshape(3, -1, block) @ H).reshape(3, channels)
-    assert np.allclose(rotated @ rotate_channels(matrix, block), x @ matrix, rtol=1e-4, atol=1e-4)
+    assert hadamard(block).abs().allclose(torch.tensor(block**-0.5))
+    assert rotate(rotate(x)).allclose(x, atol=1e-5)
+    layer_norm = torch.nn.LayerNorm(channels)
+    assert layer_norm(rotate(x)).allclose(rotate(layer_norm(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mini", "llama"])
+def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    """Also on a Llama with fewer key-value heads than heads. What norms, keys and values are is within 127."""
+    checkpoint: Checkpoint = request.getfixturevalue(name)
+    trunk, model = copy.deepcopy(checkpoint.trunk), model_spec(checkpoint)
+    with torch.no_grad():
+        for weights in trunk.causal_lm.parameters():  # norms of new models have no weights to speak of
+            if weights.dim() == 1:
+                weights.add_(torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.5)
+    ids = torch.from_numpy(np.random.default_rng(6).integers(0, model.vocab_size, (3, 40)))
+    expected, _ = trunk.hidden_states(ids)
+    rotated = rotate_trunk(trunk, model)
+    assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
+    highest = highest_of_layers(rotated, model)
+    scale_trunk(rotated, model, highest)
+    assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
+    assert torch.equal(rotated.token_embedding, trunk.token_embedding)
+    for seen in highest_of_layers(rotated, model):
+        for value in (seen.norm_1, seen.norm_2, seen.values):
+            assert torch.allclose(value, torch.tensor(127.0), rtol=1e-3)
+        assert seen.keys.max() < 127.1
 
 
 def test_rotated_an_outlier_hides_nothing_beside_it() -> None:
@@ -78,24 +128,30 @@ def test_rotated_an_outlier_hides_nothing_beside_it() -> None:
     random = np.random.default_rng(3)
     x, matrix = (random.standard_normal(shape, dtype=np.float32) for shape in ((64, 768), (768, 32)))
     x[:, 5] *= 50
-    rotated = (x.reshape(64, -1, 64) @ hadamard(64)).reshape(x.shape)
+    rotated, rotated_matrix = rotate(torch.from_numpy(x)).numpy(), rotate(torch.from_numpy(matrix.T)).numpy().T
 
     def error(x: FloatArray, matrix: FloatArray) -> float:
         step = np.abs(x).max(1, keepdims=True) / 127
         return float(np.abs((np.rint(x / step) * step - x) @ matrix).mean())
 
-    assert error(rotated, rotate_channels(matrix, 64)) < error(x, matrix) / 4
+    assert error(rotated, rotated_matrix) < error(x, matrix) / 4
+
+
+KINDS = {  # of products: the name of a matrix
+    "rows": "model.layers.1.mlp.down_proj.weight.int8",
+    "rows of the first layer": "model.layers.0.mlp.down_proj.weight.int8",
+    "after a norm": "model.layers.1.mlp.gate_up_proj.weight.int8",
+    "after a norm of the first layer": "model.layers.0.mlp.gate_up_proj.weight.int8",
+}
 
 
 def _product(kind: str, weight: FloatArray) -> Any:
-    """A session of x [n, in] -> y [n, out] with int8 weights: our rows, as those of the first layer or of another,
-    or ONNX Runtime's one scale for all."""
-    int8, scale = quantize(weight)
+    """A session of x [n, in] -> y [n, out] with int8 weights: ours, or ONNX Runtime's one scale for all."""
+    int8, scale = _nearest(weight)
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name=kind))
     op, graph = builder.op, builder.graph
     x = builder.input("x", ir.DataType.FLOAT, ["n", len(weight)])
-    name = "model.layers.0.w" if kind == "rows of the first layer" else "model.layers.1.w"
-    w, s = builder.initializer(ir.tensor(int8), name), builder.initializer(ir.tensor(scale), "s")
+    w, s = builder.initializer(ir.tensor(int8), KINDS.get(kind, "w")), builder.initializer(ir.tensor(scale), "s")
     if kind != "dynamic":
         y = op.MatMul(x, op.DequantizeLinear(w, s, axis=1))
     else:
@@ -108,7 +164,7 @@ def _product(kind: str, weight: FloatArray) -> Any:
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("kind", "leaks"), [("rows", False), ("rows of the first layer", False), ("dynamic", True)])
+@pytest.mark.parametrize(("kind", "leaks"), [*((kind, False) for kind in KINDS), ("dynamic", True)])
 @pytest.mark.parametrize("n", [2, 8, 300])
 def test_editing_a_row_changes_no_bit_of_another(kind: str, leaks: bool, n: int) -> None:
     random = np.random.default_rng(0)
@@ -128,14 +184,14 @@ def test_two_digits_lose_next_to_nothing() -> None:
     weight = random.standard_normal((256, 32), dtype=np.float32)
     x = random.standard_normal((4, 256), dtype=np.float32)
     x[:, 7] *= 1000
-    int8, scale = quantize(weight)
+    int8, scale = _nearest(weight)
     exact = x.astype(np.float64) @ (int8 * scale.astype(np.float64))
     error = np.abs(_product("rows of the first layer", weight).run(None, {"x": x})[0] - exact).max()
     one_digit = np.rint(x / np.abs(x).max(1, keepdims=True) * 127) * np.abs(x).max(1, keepdims=True) / 127
     assert error < 0.02 * np.abs(one_digit @ (int8 * scale) - exact).max()
 
 
-@pytest.mark.parametrize("kind", ["rows", "rows of the first layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_zeros(kind: str) -> None:
     x = np.zeros((2, 16), np.float32)
     x[1] = 1
@@ -236,9 +292,6 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
 
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
     """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
-    model = open_bundle(int8_bundle).manifest.model
-    highest = highest_keys_and_values(tiny.trunk)
-    assert highest.shape == (model.num_layers, 2, model.num_key_value_heads, model.head_dim)
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
     rows = verification_rows(tiny, None, more=True)
     _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), 300)
@@ -260,22 +313,31 @@ def _difference(path: Path, checkpoint: Checkpoint) -> float:
     return float(np.abs(np.asarray(logits)[0] - expected).max() / expected.std())
 
 
-def test_values_come_rotated_and_are_taken_so(
-    llama: Checkpoint, llama_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["mini", "llama"])
+def test_both_ends_of_the_residual_stream_are_rotated(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a Llama with fewer key-value heads than heads; and that one without the other is seen."""
-    right = _difference(llama_int8, llama)
-    monkeypatch.setattr("chameleon_deploy.export.passes.int8_weights.rotate_values", lambda qkv, _: qkv)
-    export_bundle(llama, tmp_path / "wrong", None, precision="int8")
-    assert right < 0.5 < 5 < _difference(tmp_path / "wrong", llama)
+    """And a graph in which they are not is seen."""
+    checkpoint = request.getfixturevalue(name)
+    export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
+    monkeypatch.setattr("chameleon_deploy.export.exporter.rotate_residual", lambda *_: None)
+    export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
+    assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
 
 
 @pytest.mark.parametrize("factor", [0.2, 20])
-def test_the_gates_catch_a_cache_that_is_cut_off_or_coarse(
-    factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", [("keys", "values"), ("norm_1", "norm_2")])
+def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
+    what: tuple[str, str], factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    highest = highest_keys_and_values(tiny.trunk) * np.float32(factor)
-    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_keys_and_values", lambda _: highest)
+    def wrong(*args: Any) -> Any:
+        layers = highest_of_layers(*args)
+        for layer in layers:
+            for name in what:
+                getattr(layer, name).mul_(factor)
+        return layers
+
+    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
@@ -284,11 +346,11 @@ def test_the_gates_catch_a_cache_that_is_cut_off_or_coarse(
 
 
 def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(matrix: FloatArray) -> Any:
-        int8, scale = quantize(matrix)
-        return int8, scale * np.float32(1.02)
+    def wrong(*args: Any) -> Any:
+        int8, scale = round_weights(*args)
+        return int8, scale * 1.02
 
-    monkeypatch.setattr("chameleon_deploy.export.passes.int8_weights.quantize", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.passes.int8_weights.round_weights", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
     rows = verification_rows(tiny, None)

@@ -21,10 +21,10 @@ from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, st
 from chameleon_deploy.reference.model import Trunk
 
 HEAD = "lm_head.weight"
-# By ModelSpec.architecture: the name of the token embedding, and what builds the rest.
-FAMILIES: dict[str, tuple[str, BuildTrunk]] = {
-    "gpt2": (gpt2.TOKEN_EMBEDDING, gpt2.build_trunk),
-    "llama": (llama.TOKEN_EMBEDDING, llama.build_trunk),
+# By ModelSpec.architecture: the names of the token embedding and of the last norm, and what builds the trunk.
+FAMILIES: dict[str, tuple[str, str, BuildTrunk]] = {
+    "gpt2": (gpt2.TOKEN_EMBEDDING, gpt2.LAST_NORM, gpt2.build_trunk),
+    "llama": (llama.TOKEN_EMBEDDING, llama.LAST_NORM, llama.build_trunk),
 }
 
 
@@ -62,7 +62,7 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
 
     past = [(cached(i, "key"), cached(i, "value")) for i in range(model.num_layers)]
 
-    name, build_trunk = FAMILIES[model.architecture]
+    name, _, build_trunk = FAMILIES[model.architecture]
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
     token_embedding = weights(name)
     hidden, present = build_trunk(

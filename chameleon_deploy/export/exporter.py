@@ -30,18 +30,19 @@ from chameleon_deploy.bundle import (
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.export.calibration import highest_keys_and_values
+from chameleon_deploy.export.calibration import activations_of, highest_of_layers
 from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.int8_cache import quantize_cache
 from chameleon_deploy.export.passes.int8_rows import quantize_rows
-from chameleon_deploy.export.passes.int8_weights import quantize_weights
+from chameleon_deploy.export.passes.int8_weights import quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
+from chameleon_deploy.export.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
@@ -119,7 +120,7 @@ def _write_files(
         token_embedding = token_embedding_of(decoder, model)
         providers = DEVICES if precision in HALVES else PROVIDERS
         graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, providers, "growing")
-        cache = _make_cpu_variant(decoder, model, trunk, precision)
+        cache = _make_cpu_variant(decoder, model, precision)
         graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), cache)
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
@@ -172,26 +173,28 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
         return build_decoder(model, trunk, weights_file)
     floats = weights_file.path.with_name("float32.bin")
     with WeightsFile(floats) as floats_file:
-        decoder = build_decoder(model, trunk, floats_file)
-    if precision == "int8":
-        quantize_weights(decoder, model, weights_file)
-    else:
-        halve_products(decoder, HALVES[precision], weights_file)
+        if precision == "int8":
+            trunk = rotate_trunk(trunk, model)
+            scale_trunk(trunk, model, highest_of_layers(trunk, model))
+            decoder = build_decoder(model, trunk, floats_file)
+            rotate_residual(decoder, model)
+            quantize_weights(decoder, activations_of(trunk), weights_file)
+        else:
+            decoder = build_decoder(model, trunk, floats_file)
+            halve_products(decoder, HALVES[precision], weights_file)
     weights_file.take(decoder.graph)
     floats.unlink()
     return decoder
 
 
-def _make_cpu_variant(
-    decoder: ir.Model, model: ModelSpec, trunk: Trunk, precision: Precision
-) -> Literal["growing", "shared"]:
+def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision) -> Literal["growing", "shared"]:
     """Rewrite the portable decoder in place. Returns what its cache then is."""
     if precision in HALVES:
         float_products(decoder)
         return "growing"
     share_cache(decoder, model)
     if precision == "int8":
-        quantize_cache(decoder, model, highest_keys_and_values(trunk))
+        quantize_cache(decoder, model)
         quantize_rows(decoder)
     sum_update(decoder)
     flatten_logits(decoder)

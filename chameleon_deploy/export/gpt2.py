@@ -13,6 +13,7 @@ from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
 TOKEN_EMBEDDING = "transformer.wte.weight"  # noqa: S105, the name of a tensor
+LAST_NORM = "transformer.ln_f"
 
 
 def build_trunk(
@@ -40,4 +41,4 @@ def build_trunk(
         x = op.Add(x, linear(context, f"{layer}.attn.c_proj"))
         inner = linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")
         x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), f"{layer}.mlp.c_proj"))
-    return norm(x, "transformer.ln_f"), present
+    return norm(x, LAST_NORM), present

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
+from onnxscript import GraphBuilder
 
 OPSET = 20  # standard operators of this version only: NVIDIA's parser builds 18 to 22, and refuses Attention of 23
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -35,3 +37,25 @@ def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     )  # fmt: skip
     graph.register_initializer(value)
     return value
+
+
+def subgraph(graph: ir.Graph, name: str, build: Callable[[Any], Any]) -> ir.Graph:
+    """A graph without inputs, which may use every value of `graph` and has no name that another has.
+
+    build  from an operator builder to outputs
+    """
+    built = ir.Graph([], [], nodes=[], opset_imports=graph.opset_imports, name=name)
+    built.outputs.extend(build(GraphBuilder(built).op))
+    for node in built:
+        node.name = f"{name}.{node.name}"
+        for value in node.outputs:
+            value.name = f"{name}.{value.name}"
+    return built
+
+
+def take_nodes(built: ir.Graph) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The nodes and outputs of a subgraph, to be inserted where they are needed."""
+    nodes, outputs = list(built), list(built.outputs)
+    built.outputs.clear()
+    built.remove(nodes)
+    return nodes, outputs

@@ -18,6 +18,7 @@ from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
 TOKEN_EMBEDDING = "model.embed_tokens.weight"  # noqa: S105, the name of a tensor
+LAST_NORM = "model.norm"
 ROTARY_TABLES = ("rotary_emb.cos", "rotary_emb.sin")
 
 
@@ -51,7 +52,7 @@ def build_trunk(
         gate, up = op.Split(gate_up, [inner_size, inner_size], axis=2, _outputs=2)
         inner = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)  # SwiGLU (https://arxiv.org/abs/2002.05202)
         x = op.Add(x, op.MatMul(inner, weights.side_by_side(f"{layer}.mlp.down_proj.weight")))
-    return norm(x, "model.norm"), present
+    return norm(x, LAST_NORM), present
 
 
 def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:

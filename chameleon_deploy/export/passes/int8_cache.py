@@ -1,7 +1,7 @@
 """A shared key-value buffer in 8 bits: a quarter of the memory, and half the time that a step spends on attention.
 
-One scale for every channel of keys and of values, found before (calibration.py) and fixed: no row enters another's.
-What is beyond a scale is cut off.
+Keys and values come in steps of the buffer (rotation.py), which are fixed: no row enters another's. What is beyond 127
+is cut off.
 
     past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
 
@@ -14,26 +14,23 @@ outputs are bound to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.export.graph import FLOAT, constant, integer, integers
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.graph import FLOAT, constant, integer, integers, subgraph, take_nodes
 
-LARGEST = 127
 MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class _Shared:
     """What all layers use: where new tokens start and end in the buffers, int64 [1], whether they are a single one, and
-    the scale and zero point of numbers that were divided by their own scales before."""
+    the scale and zero point of numbers that come in steps of the buffer."""
 
     position_ids: ir.Value
     start: ir.Value
@@ -43,19 +40,8 @@ class _Shared:
     zero_point: ir.Value
 
 
-@dataclass(frozen=True)
-class _Scales:
-    """Of keys and of values, as buffers take them, [1, heads, 1, head_dim], and as projections do, [channels]."""
-
-    of_heads: list[ir.Value]
-    of_channels: list[ir.Value]
-
-
-def quantize_cache(decoder: ir.Model, model: ModelSpec, highest: FloatArray) -> int:
-    """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten.
-
-    highest  float32 [layers, 2, key-value heads, head_dim]: what 127 stands for in each channel of keys and of values
-    """
+def quantize_cache(decoder: ir.Model, model: ModelSpec) -> int:
+    """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten."""
     graph = decoder.graph
     for value in [*graph.inputs, *graph.outputs]:
         if value.name and value.name.startswith(("past_key_values.", "present.")):
@@ -64,14 +50,9 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec, highest: FloatArray) -> 
     shared = _shared(graph)
     for layer, attention in enumerate(attentions):
         name = f"int8_cache.{layer}"
-        pair = highest[layer] / np.float32(LARGEST)
-        scales = _Scales(
-            [constant(graph, f"{name}.{i}.of_heads", pair[i][None, :, None]) for i in range(2)],
-            [constant(graph, f"{name}.{i}.of_channels", pair[i].reshape(-1)) for i in range(2)],
-        )
         branches = {
-            "then_branch": _build(graph, f"{name}.step", partial(_step, attention, scales)),
-            "else_branch": _build(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, scales)),
+            "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, shared)),
+            "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared)),
         }
         either = ir.node("If", [shared.is_step], branches, num_outputs=3)
         ir.convenience.replace_nodes_and_values(
@@ -88,40 +69,32 @@ def _shared(graph: ir.Graph) -> _Shared:
         end = op.Reshape(op.Cast(named["total_sequence_length"], to=ir.DataType.INT64), integers(op, [1]))
         return op.Sub(end, sequence), end, op.Equal(op.Squeeze(sequence), integer(op, 1))
 
-    ahead = _build(graph, "int8_cache", where)
-    start, end, is_step = ahead.outputs
-    nodes = list(ahead)
-    ahead.outputs.clear()
-    ahead.remove(nodes)
+    ahead = subgraph(graph, "int8_cache", where)
+    nodes, (start, end, is_step) = take_nodes(ahead)
     graph.insert_before(graph[0], nodes)
     one = constant(graph, "int8_cache.one", np.float32(1))
     zero_point = constant(graph, "int8_cache.zero_point", np.int8(0))
     return _Shared(named["position_ids"], start, end, is_step, one, zero_point)
 
 
-def _step(attention: ir.Node, scales: _Scales, op: Any) -> Any:
+def _step(attention: ir.Node, shared: _Shared, op: Any) -> Any:
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
-    per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    quantised = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
     return op.GroupQueryAttention(
-        *attention.inputs, *scales.of_heads, **attributes, **per_channel, _domain=MICROSOFT, _outputs=3
+        *attention.inputs, shared.one, shared.one, **attributes, **quantised, _domain=MICROSOFT, _outputs=3
     )
 
 
-def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, scales: _Scales, op: Any) -> Any:
+def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, op: Any) -> Any:
     qkv, _, _, *buffers, lengths, total_length, cos, sin, _, _, sink = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     q, k, v = op.Split(qkv, integers(op, [heads * dim, key_heads * dim, key_heads * dim]), axis=2, _outputs=3)
     if cos is not None:
         q, k = (op.RotaryEmbedding(x, shared.position_ids, cos, sin, _domain=MICROSOFT) for x in (q, k))
-    # The operators that take a scale for each channel are many times slower than a product and one scale for all.
-    new = [
-        op.QuantizeLinear(op.Div(x, scale), shared.one, shared.zero_point)
-        for x, scale in zip((k, v), scales.of_channels, strict=True)
-    ]
-    k, v = (op.Mul(op.Cast(x, to=FLOAT), scale) for x, scale in zip(new, scales.of_channels, strict=True))
+    new = [op.QuantizeLinear(x, shared.one, shared.zero_point) for x in (k, v)]
     zero, tokens = integers(op, [0]), integers(op, [2])  # the axis of a buffer
     before = [op.Slice(x, zero, shared.start, tokens) for x in buffers]
-    past = [op.Mul(op.Cast(x, to=FLOAT), scale) for x, scale in zip(before, scales.of_heads, strict=True)]
+    k, v, *past = (op.Cast(x, to=FLOAT) for x in (*new, *before))
     context = op.GroupQueryAttention(
         q, k, v, *past, lengths, total_length, None, None, None, None, sink,
         num_heads=heads, kv_num_heads=key_heads, _domain=MICROSOFT, _outputs=3,
@@ -130,14 +103,3 @@ def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, scales: _Scal
     capacity = op.Shape(buffers[0], start=2, end=3)
     after = [op.Slice(x, shared.end, capacity, tokens) for x in buffers]
     return context, *(op.Concat(*parts, axis=2) for parts in zip(before, by_head, after, strict=True))
-
-
-def _build(graph: ir.Graph, name: str, build: Callable[[Any], Any]) -> ir.Graph:
-    """A graph without inputs, which may use every value of `graph` and has no name that another has."""
-    built = ir.Graph([], [], nodes=[], opset_imports=graph.opset_imports, name=name)
-    built.outputs.extend(build(GraphBuilder(built).op))
-    for node in built:
-        node.name = f"{name}.{node.name}"
-        for value in node.outputs:
-            value.name = f"{name}.{value.name}"
-    return built
