@@ -41,27 +41,25 @@ def quantize_rows(decoder: ir.Model) -> int:
     graph = decoder.graph
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
-    own_step = constant(graph, "int8_rows.own_step", np.float32(1 / STEPS))
+    part = constant(graph, "int8_rows.part", np.float32(1 / STEPS))
     one = constant(graph, "int8_rows.one", np.float32(1))
     finer = constant(graph, "int8_rows.finer", np.float32(FINER))
     zero_point = constant(graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
 
-    def one_digit(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-        """x in steps"""
-        digits = op.QuantizeLinear(x, one, zero_point)
-        return op.MatMulIntegerToFloat(digits, weight, one, scale, zero_point, None, bias, _domain="com.microsoft")
+    def one_digit(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, step: Any = one) -> Any:
+        digits = op.QuantizeLinear(x, step, zero_point)
+        return op.MatMulIntegerToFloat(digits, weight, step, scale, zero_point, None, bias, _domain="com.microsoft")
 
-    def two_digits(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-        """x in steps"""
-        rest = op.Sub(x, op.DequantizeLinear(op.QuantizeLinear(x, one, zero_point), one, zero_point))
-        both = one_digit(op, op.Concat(x, op.Mul(rest, finer), axis=0), weight, scale)
+    def two_digits(op: Any, x: Any, weight: Any, scale: Any, step: Any = one) -> Any:
+        rest = op.Sub(x, op.DequantizeLinear(op.QuantizeLinear(x, step, zero_point), step, zero_point))
+        both = one_digit(op, op.Concat(x, op.Mul(rest, finer), axis=0), weight, scale, step=step)
         coarse, fine = op.Split(both, axis=0, num_outputs=2, _outputs=2)
         return op.Add(coarse, op.Div(fine, finer))
 
-    def in_own_steps(digits: Callable[..., Any]) -> Callable[..., Any]:
+    def by_row(digits: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-            own = op.Mul(op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest), own_step)  # [..., 1]
-            return op.Mul(digits(op, op.Div(x, own), weight, scale), own)
+            highest = op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest)  # [..., 1]
+            return op.Mul(digits(op, op.Div(x, highest), weight, scale, step=part), highest)
 
         return product
 
@@ -88,7 +86,7 @@ def quantize_rows(decoder: ir.Model) -> int:
         RewriteRule(with_bias, one_digit, has_bias),
         RewriteRule(weight_only, two_digits, is_first_after_norm),
         RewriteRule(weight_only, one_digit, is_after_norm),
-        RewriteRule(weight_only, in_own_steps(two_digits), is_first),
-        RewriteRule(weight_only, in_own_steps(one_digit)),
+        RewriteRule(weight_only, by_row(two_digits), is_first),
+        RewriteRule(weight_only, by_row(one_digit)),
     ]
     return int(RewriteRuleSet(rules).apply_to_model(decoder))
