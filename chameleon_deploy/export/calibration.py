@@ -124,7 +124,7 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _texts(trunk: Trunk) -> Iterator[Tensor]:
-    """int64 [texts, tokens]: long ones and beginnings, read and drawn."""
+    """int64 [texts, tokens]: long ones, each alone, whose keys and values are large; and beginnings; read and drawn."""
     long, long_drawn, longest = LONG
     count, width = BEGINNINGS
     width = min(width, trunk.max_positions)
@@ -134,7 +134,7 @@ def _texts(trunk: Trunk) -> Iterator[Tensor]:
     begun = np.array([ids[:width] for ids in encoded if len(ids) >= width][:count])
     length = min(trunk.max_positions, longest, read.size)
     long = min(long, read.size // length)
-    drawn = np.random.default_rng(0).integers(0, trunk.config.vocab_size, (long_drawn, length))
+    drawn = np.random.default_rng(0).integers(0, trunk.config.vocab_size, (long_drawn, 1, length))
     drawn_begun = np.random.default_rng(1).integers(0, trunk.config.vocab_size, begun.shape)
-    for rows in (read[: long * length].reshape(long, length), drawn, begun, drawn_begun):
+    for rows in (*read[: long * length].reshape(long, 1, length), *drawn, begun, drawn_begun):
         yield torch.from_numpy(rows)
