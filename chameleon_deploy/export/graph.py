@@ -1,4 +1,4 @@
-"""What every graph is built with: the operator set, element types, constants."""
+"""What every graph is built with: the operator set, element types, constants, parts."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from chameleon_deploy.export.decoder import FAMILIES
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -62,8 +63,8 @@ def layers_of(trunk: Trunk) -> Iterator[Layer]:
 
 def last_norm(trunk: Trunk) -> nn.Module:
     """What gives the final hidden states."""
-    base = trunk.causal_lm.base_model
-    norm: nn.Module = base.ln_f if trunk.config.model_type == "gpt2" else base.norm
+    _, name, _ = FAMILIES[trunk.config.model_type]
+    norm: nn.Module = trunk.causal_lm.get_submodule(name)
     return norm
 
 

@@ -31,7 +31,7 @@ from chameleon_deploy.export.graph import constant
 
 ZERO_POINT = 128
 FINER = 255  # the second digit spans half a step of the first on either side
-# In the names of weights, GPT-2's and Llama's: of what reads a norm, which come last, and of the first layer.
+# How the names of matrices after a norm end, and what the names of the first layer hold, GPT-2's and Llama's.
 AFTER_NORM = ("c_attn.weight", "c_fc.weight", "qkv_proj.weight", "gate_up_proj.weight", HEAD)
 FIRST_LAYER = (".h.0.", ".layers.0.")
 
