@@ -46,6 +46,7 @@ def verify(
         lambda: check_logits(runtime, reference, everything, gate, 10.0),
         lambda: check_cache(runtime, reference, long, gate),
         lambda: check_batching(runtime, rows, gate),
+        lambda: check_scores(runtime, few, gate),
         lambda: check_base(runtime, reference, few, gate),
         lambda: check_rerun(runtime, few),
         lambda: check_neighbours(runtime, few),
@@ -185,6 +186,18 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     padded = next(_row_logits(runtime, [rows[0], wide], adaptation.rows(np.array([0, longest]))))
     yield Check("padding, max abs difference", _max_abs(alone[0], padded), gate.rounding,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
+
+
+def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """Scores, which have a graph of their own, are what the decoder's logits say."""
+    difference = 0.0
+    for ids, score, logits in zip(
+        rows, runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows)), strict=True
+    ):
+        logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        difference = max(difference, _max_abs(np.array(score.token_logprobs), expected.numpy()))
+    yield Check("scores against logits, max abs difference", difference, gate.rounding)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:

@@ -25,6 +25,7 @@ import numpy as np
 import chameleon_deploy
 from chameleon_deploy.bundle import Regime, available_modes
 from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, uniform
 from tests.shared_data import DATA, case_arguments, good_bundle, hostile_bundle
@@ -39,6 +40,7 @@ BUNDLES: dict[str, tuple[Regime, str, int]] = {
 
 
 def main() -> None:
+    tiled_scorer.TILE = 128  # of a vocabulary of 320, so that bundles have several tiles and an uneven one
     shutil.rmtree(DATA, ignore_errors=True)
     (DATA / "bundles").mkdir(parents=True)
     for seed, (name, how) in enumerate(BUNDLES.items()):

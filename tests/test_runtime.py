@@ -26,8 +26,9 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime import growing_cache, shared_cache
+from chameleon_deploy.runtime import growing_cache, shared_cache, tiled_scorer
 from chameleon_deploy.runtime.adaptation import assign, conditioning
+from chameleon_deploy.runtime.decoder import parts
 
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
 
@@ -155,12 +156,13 @@ def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, mo
     whole, generated = runtime.score(rows), runtime.generate(rows, max_new_tokens=5)
     monkeypatch.setattr(growing_cache, "PIECE_BYTES", 5 * 4 * 512 * 7)  # seven columns of logits
     monkeypatch.setattr(runtime.decoder, "prefill_tokens", 150)  # one or two rows
-    monkeypatch.setattr(shared_cache, "SCORED_POSITIONS", 9)
+    monkeypatch.setattr(shared_cache, "SCORED_TOKENS", 9)
+    monkeypatch.setattr(tiled_scorer, "POSITIONS", 7)
     longest = max(rows, key=len)
     pieces = list(runtime.decoder.all_logits([longest], runtime.adapt([longest])))
     assert [start for start, _ in pieces] == list(range(0, len(longest), 9))
     assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows)))) > 10
-    assert len(list(shared_cache._parts(np.array([len(ids) for ids in rows]), 150))) > 2
+    assert len(list(parts(np.array([len(ids) for ids in rows]), 150))) > 2
     for engine in (portable, runtime):
         for a, b in zip(whole, engine.score(rows), strict=True):
             np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
@@ -183,8 +185,9 @@ def test_both_decoder_graphs_say_the_same(portable: Runtime, runtime: Runtime, s
 
 
 def test_parts_cover_the_rows_in_order() -> None:
-    parts = list(shared_cache._parts(np.array([3, 3, 4, 12, 1, 9, 2]), 10))
-    assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+    lengths = np.array([3, 3, 4, 12, 1, 9, 2])
+    assert [(p.start, p.stop) for p in parts(lengths, 10)] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+    assert [(p.start, p.stop) for p in parts(lengths, 100, max_rows=3)] == [(0, 3), (3, 6), (6, 7)]
 
 
 def test_texts_and_their_ids_are_the_same(runtime: Runtime) -> None:

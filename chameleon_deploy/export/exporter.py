@@ -43,6 +43,7 @@ from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
@@ -120,8 +121,13 @@ def _write_files(
         token_embedding = token_embedding_of(decoder, model)
         providers = DEVICES if precision in HALVES else PROVIDERS
         graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, providers, "growing")
-        cache = _make_cpu_variant(decoder, model, precision)
-        graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), cache)
+        if precision in HALVES:
+            float_products(decoder)
+            graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "growing")
+        else:
+            scorer = _make_cpu_variant(decoder, model, precision, weights_file)
+            graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
+            graphs["scorer_cpu"] = _save_graph(scorer, "scorer_cpu", "scorer", directory, ("cpu",))
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
@@ -187,18 +193,18 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
     return decoder
 
 
-def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision) -> Literal["growing", "shared"]:
-    """Rewrite the portable decoder in place. Returns what its cache then is."""
-    if precision in HALVES:
-        float_products(decoder)
-        return "growing"
+def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> ir.Model:
+    """Rewrite the portable decoder in place for a shared cache. Returns the scorer that goes with it."""
     share_cache(decoder, model)
     if precision == "int8":
         quantize_cache(decoder, model)
         quantize_rows(decoder)
-    sum_update(decoder)
+    give_hidden_states(decoder, model)
+    scorer = build_tiled_scorer(decoder, model, weights_file)
+    for graph in (decoder, scorer):
+        sum_update(graph)
     flatten_logits(decoder)
-    return "shared"
+    return scorer
 
 
 def _save_graph(

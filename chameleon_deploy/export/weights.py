@@ -109,6 +109,17 @@ def alias(value: ir.Value, name: str) -> ir.ExternalTensor:
     return _renamed(cast(ir.ExternalTensor, value.const_value), name)
 
 
+def rows_of(value: ir.Value, name: str, rows: slice) -> ir.ExternalTensor:
+    """The bytes of some rows of an initializer, under a name of their own."""
+    tensor = cast(ir.ExternalTensor, value.const_value)
+    part = tensor.numpy()[rows]
+    offset = (tensor.offset or 0) + rows.start * (tensor.nbytes // tensor.shape.numpy()[0])
+    return ir.ExternalTensor(
+        tensor.location, offset, part.nbytes, tensor.dtype, shape=ir.Shape(part.shape), name=name,
+        base_dir=tensor.base_dir,
+    )  # fmt: skip
+
+
 def _renamed(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,

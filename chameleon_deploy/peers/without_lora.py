@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from chameleon_deploy.bundle import Bundle as BundleFiles
 from chameleon_deploy.peers.bundle import Bundle
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.session import import_onnxruntime
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 
 
 class WithoutLoRA(Bundle):
@@ -21,23 +22,23 @@ class WithoutLoRA(Bundle):
 
     def __init__(self, runtime: Runtime) -> None:
         """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
-        if runtime.provider != "cpu":
-            raise ValueError(f"not done for provider {runtime.provider!r}")
-        model = ir.load(runtime.bundle.path / runtime.manifest.graphs[runtime.graph].file)
-        remove_lora(model.graph)
-        plain = copy.copy(runtime)
-        plain.mode = "none"
         decoder: Any = copy.copy(runtime.decoder)
-        decoder.session = _session(model, decoder.session.get_session_options(), runtime.bundle.path)
-        plain.decoder = decoder
+        if not isinstance(decoder, SharedCacheDecoder):
+            raise ValueError(f"not done for provider {runtime.provider!r}")
+        plain = copy.copy(runtime)
+        plain.mode, plain.decoder = "none", decoder
+        decoder.session = _session(runtime.bundle, runtime.graph, decoder.session)
+        decoder.scorer = copy.copy(decoder.scorer)
+        decoder.scorer.session = _session(runtime.bundle, runtime.bundle.graph("scorer", "cpu"), decoder.scorer.session)
         super().__init__(plain, "without LoRA")
 
 
 def remove_lora(graph: ir.Graph) -> None:
-    """Replace base + update by base, in place. The inputs stay, and nothing reads them.
+    """Replace every base + update by base, in place. The inputs stay, and nothing reads them.
 
     Raises ValueError when no node adds what lora_B gives to something else.
     """
+    found = False
     values = {value.name: value for value in graph.inputs}
     adapted = {values["lora_A"], values["lora_B"], values["cluster_ids"]}
     from_b = {values["lora_B"]}
@@ -48,18 +49,23 @@ def remove_lora(graph: ir.Graph) -> None:
             (base,) = plain
             ir.convenience.replace_all_uses_with(node.outputs[0], base, replace_graph_outputs=True)
             base.name = node.outputs[0].name  # "logits", where the sum was the graph's output
-            RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
-            return
+            found = True
+            continue
         if adapted.intersection(inputs):
             adapted.update(node.outputs)
         if from_b.intersection(inputs):
             from_b.update(node.outputs)
-    raise ValueError("the graph has no sum of logits and update")
+    if not found:
+        raise ValueError("the graph has no sum of logits and update")
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
 
 
-def _session(model: ir.Model, options: Any, weights: Path) -> Any:
-    """A session of a graph in memory, its external data in the directory `weights`."""
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+def _session(bundle: BundleFiles, graph: str, like: Any) -> Any:
+    """A session of one of a bundle's graphs with the update taken out, with the options of another session."""
+    model = ir.load(bundle.path / bundle.manifest.graphs[graph].file)
+    remove_lora(model.graph)
+    options = like.get_session_options()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     return import_onnxruntime().InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
@@ -14,6 +15,7 @@ from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
 from chameleon_deploy.runtime.session import import_onnxruntime, open_session
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slot_cache import SlotCacheDecoder
+from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class Backend(Protocol):
@@ -43,9 +45,12 @@ class CpuBackend:
         ort_value, model = import_onnxruntime().OrtValue, bundle.manifest.model
         self.decoder: Decoder
         if graphs[self.graph].cache == "shared":
-            self.decoder = SharedCacheDecoder(session, ort_value, bundle.manifest)
+            scorer = open_session(bundle, graphs[bundle.graph("scorer", "cpu")], threads)
+            self.decoder = SharedCacheDecoder(
+                session, TiledScorer(scorer, model.hidden_size), ort_value, bundle.manifest
+            )
         else:
-            self.decoder = GrowingCacheDecoder(session, ort_value, model)
+            self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or len(os.sched_getaffinity(0)))
         self._hypernetwork: Any = None
         if bundle.manifest.adaptation.regime == "chameleon":
             name = bundle.graph("hypernetwork", "cpu")

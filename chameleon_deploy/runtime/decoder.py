@@ -41,15 +41,32 @@ class Decoder(Protocol):
         """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, Logits]]:
-        """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab]).
+        """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
 
-        Each is valid until the next is asked for.
+    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
+        """Of every row the log-probability of each token after the first, float32 [length - 1].
+
+        rows  of at least two tokens. Those of similar length are best beside each other, where they share a call
         """
 
 
 def greedy(logits: Logits) -> IntArray:
     """The highest logit of each row, found where the logits are.  [batch, vocab] -> int64 [batch]"""
     return logits.greedy() if isinstance(logits, DeviceLogits) else logits.argmax(1).astype(np.int64)
+
+
+def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterator[slice]:
+    """Consecutive rows whose padded size stays within so many tokens; a longer row goes alone."""
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        size = stop + 1 - start
+        if (
+            stop == len(lengths)
+            or size * lengths[start : stop + 1].max() > tokens
+            or (max_rows is not None and size > max_rows)
+        ):
+            yield slice(start, stop)
+            start = stop
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:

@@ -11,6 +11,7 @@ import numpy as np
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
 PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
 
@@ -32,8 +33,9 @@ class GrowingCacheDecoder:
 
     max_rows: int | None = None
 
-    def __init__(self, session: Any, ort_value: Any, model: ModelSpec) -> None:
-        self.session, self._ort_value, self._model = session, ort_value, model
+    def __init__(self, session: Any, ort_value: Any, model: ModelSpec, threads: int) -> None:
+        """threads: how many take the softmax of scored logits"""
+        self.session, self._ort_value, self._model, self._threads = session, ort_value, model, threads
         self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
 
@@ -61,6 +63,9 @@ class GrowingCacheDecoder:
         for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
             positions = np.tile(np.arange(stop - start), (len(rows), 1))
             yield start, self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
+
+    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
+        return logprobs_of_logits(self, rows, adaptation, self._threads)
 
     def keep(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
         tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]

@@ -21,7 +21,6 @@ from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
-from chameleon_deploy.runtime.session import import_onnxruntime
 
 
 def load(
@@ -44,7 +43,6 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    import_onnxruntime()
     with opening_bundle(Path(path)) as bundle:
         return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
 
@@ -79,7 +77,6 @@ class Runtime:
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
         self.provider = provider
-        self._threads = threads or len(os.sched_getaffinity(0))
         if backend is None:
             self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)
         self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
@@ -126,7 +123,7 @@ class Runtime:
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
         rows = self._encode(texts)
-        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors), self._threads)
+        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
     def generate(
         self,

@@ -86,6 +86,11 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if graph.role == "scorer":
+        # Packed weights would be a copy of the head's matrix; as they are they stay in the file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "hypernetwork":
         # A second spinning thread pool costs the decoder more than it saves here.
         options.intra_op_num_threads = 1

@@ -8,31 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, Manifest
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
-from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.decoder import pad, parts
+from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 Array = npt.NDArray[Any]
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
 INT8_TOKENS = 256  # the same for int8, whose digits then stay in the processor's cache
-SCORED_POSITIONS = 256  # of a long row that is scored alone; bounds its logits
+SCORED_TOKENS = 256  # the same where hidden states or logits of all positions are asked for
 
 
 class _Memory:
     """[at least size] of one dtype, from `spare` where there is enough; the last reference to this gives it back.
 
-    New memory costs time when it is first written: a tenth of scoring, 2 to 4 % of a prompt in int8.
+    New memory costs time when it is first written: 2 to 4 % of a prompt in int8.
     """
 
-    def __init__(self, spare: list[Array], size: int, dtype: Any = np.float32, kept: int | None = None) -> None:
-        """kept: the most that is given back; the system gets what is larger"""
-        self._spare, self._kept = spare, kept
+    def __init__(self, spare: list[Array], size: int, dtype: Any) -> None:
+        self._spare = spare
         try:
             self.values = spare.pop()
         except IndexError:  # the first call, or others have it
@@ -41,8 +41,7 @@ class _Memory:
             self.values = np.empty(size, dtype)
 
     def __del__(self) -> None:
-        if self._kept is None or self.values.size <= self._kept:
-            self._spare[:] = [self.values]
+        self._spare[:] = [self.values]
 
 
 @dataclass
@@ -60,20 +59,23 @@ class SharedCache:
 
 
 class _Call:
-    """One shape of call, bound to memory: arrays to fill in, then `run`."""
+    """One shape of call, bound to memory: arrays to fill in, then `run`.
+
+    hidden_states  float32 [batch, width, hidden], where they are asked for
+    """
 
     def __init__(
         self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, adaptation: Adaptation,
-        buffers: list[Array], logits: FloatArray | None = None,
+        buffers: list[Array],
     ) -> None:  # fmt: skip
-        """logits: where to write them, else into new memory"""
+        """positions: of a row that get logits. Where none do, hidden states of all of them are what the call gives."""
         self.input_ids = np.zeros((batch, width), np.int64)
         self.position_ids = np.zeros((batch, width), np.int64)
         self.logits_positions = np.zeros((batch, positions), np.int64)
         self.seqlens_k = np.zeros(batch, np.int32)
         self.total_sequence_length = np.zeros((), np.int32)
-        shape = (batch, positions, decoder.model.vocab_size)
-        self.logits = np.empty(shape, np.float32) if logits is None else logits[: math.prod(shape)].reshape(shape)
+        self.logits = np.empty((batch, positions, decoder.model.vocab_size), np.float32)
+        self.hidden_states = np.empty((batch, 0 if positions else width, decoder.model.hidden_size), np.float32)
         self._session, self._binding = decoder.session, decoder.session.io_binding()
         inputs = {
             "input_ids": self.input_ids,
@@ -90,8 +92,9 @@ class _Call:
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
         flat = self.logits.reshape(-1, decoder.model.vocab_size)  # the same memory
-        self._values["logits"] = decoder.ort_value.ortvalue_from_numpy(flat)
-        self._binding.bind_ortvalue_output("logits", self._values["logits"])
+        name, array = ("logits", flat) if positions else ("hidden_states", self.hidden_states)
+        self._values[name] = decoder.ort_value.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_output(name, self._values[name])
         for past, buffer in zip(decoder.past, buffers, strict=True):
             value = self._values[past] = decoder.ort_value.ortvalue_from_numpy(buffer)
             self._binding.bind_ortvalue_input(past, value)
@@ -108,10 +111,9 @@ class SharedCacheDecoder:
 
     max_rows: int | None = None
 
-    def __init__(self, session: Any, ort_value: Any, manifest: Manifest) -> None:
-        self.session, self.ort_value, self.model = session, ort_value, manifest.model
+    def __init__(self, session: Any, scorer: TiledScorer, ort_value: Any, manifest: Manifest) -> None:
+        self.session, self.scorer, self.ort_value, self.model = session, scorer, ort_value, manifest.model
         self.prefill_tokens = INT8_TOKENS if manifest.precision == "int8" else PREFILL_TOKENS
-        self._spare_logits: list[Array] = []  # of a piece that was scored
         self._spare_buffers: list[Array] = []
         past = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self.past = [node.name for node in past]
@@ -124,12 +126,12 @@ class SharedCacheDecoder:
         memory, buffers = self._buffers(len(rows), max(capacity, int(lengths.max())))
         cache = SharedCache(buffers, lengths, memory)
         logits = np.empty((len(rows), self.model.vocab_size), np.float32)
-        for part in _parts(lengths, self.prefill_tokens):
+        for part in parts(lengths, self.prefill_tokens):
             # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
             adapted = adaptation.rows(np.arange(len(rows))[part])
             for start, piece in _pieces(rows[part], self.prefill_tokens):
-                logits[part] = self._read(piece, adapted, buffers, last_only=True, start=start).run()[:, 0]
+                logits[part] = self._read(piece, adapted, buffers, "last", start).run()[:, 0]
         return logits, cache
 
     def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
@@ -151,31 +153,48 @@ class SharedCacheDecoder:
 
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
-        pieces = list(_pieces(rows, SCORED_POSITIONS))
-        size = max(len(piece) * max(map(len, piece)) for _, piece in pieces) * self.model.vocab_size
-        logits = _Memory(self._spare_logits, size, kept=SCORED_POSITIONS * self.model.vocab_size)
-        for start, piece in pieces:
-            call = self._read(piece, adaptation, buffers, last_only=False, start=start, logits=logits.values)
-            yield start, call.run()
-        del memory, logits  # held until here: the calls write where they point
+        for start, piece in _pieces(rows, SCORED_TOKENS):
+            yield start, self._read(piece, adaptation, buffers, "all", start).run()
+        del memory  # held until here: the calls write where it points
+
+    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
+        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], adaptation), adaptation)
+
+    def _hidden_states(
+        self, rows: Sequence[Sequence[int]], adaptation: Adaptation
+    ) -> Iterator[tuple[int, int, FloatArray]]:
+        """Of every position: (row, first position, float32 [n, hidden])."""
+        lengths = np.array([len(ids) for ids in rows])
+        for part in parts(lengths, SCORED_TOKENS):
+            members, adapted = np.arange(len(rows))[part], adaptation.rows(np.arange(len(rows))[part])
+            memory, buffers = self._buffers(len(members), int(lengths[part].max()))
+            for start, piece in _pieces(rows[part], SCORED_TOKENS):
+                call = self._read(piece, adapted, buffers, "none", start)
+                call.run()
+                for row, ids, states in zip(members.tolist(), piece, call.hidden_states, strict=True):
+                    yield row, start, states[: len(ids)]
+            del memory
 
     def _read(
         self,
         rows: Sequence[Sequence[int]],
         adaptation: Adaptation,
         buffers: list[Array],
-        last_only: bool,
-        start: int = 0,
-        logits: FloatArray | None = None,
+        logits: Literal["last", "all", "none"],
+        start: int,
     ) -> _Call:
-        """A call that reads rows into buffers that hold `start` tokens already."""
+        """A call that reads rows into buffers that hold `start` tokens already.
+
+        logits  which positions get them
+        """
         input_ids, mask = pad(rows)
         batch, width = input_ids.shape
         lengths = mask.sum(1)
-        call = _Call(self, batch, width, 1 if last_only else width, adaptation, buffers, logits)
+        positions = {"last": lengths[:, None] - 1, "all": np.arange(width)[None], "none": np.empty((1, 0), np.int64)}
+        call = _Call(self, batch, width, positions[logits].shape[1], adaptation, buffers)
         call.input_ids[:] = input_ids
         call.position_ids[:] = start + np.arange(width)
-        call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)
+        call.logits_positions[:] = positions[logits]
         call.seqlens_k[:] = start + lengths - 1
         call.total_sequence_length[...] = start + width
         return call
@@ -184,15 +203,6 @@ class SharedCacheDecoder:
         shape = (len(self.past), batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
         memory = _Memory(self._spare_buffers, math.prod(shape), self._buffer_dtype)
         return memory, list(memory.values[: math.prod(shape)].reshape(shape))
-
-
-def _parts(lengths: IntArray, tokens: int) -> Iterator[slice]:
-    """Consecutive rows whose padded size stays within so many tokens; a longer row goes alone."""
-    start = 0
-    for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or (stop + 1 - start) * lengths[start : stop + 1].max() > tokens:
-            yield slice(start, stop)
-            start = stop
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

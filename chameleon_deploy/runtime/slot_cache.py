@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chameleon_deploy.bundle import LimitsSpec, ModelSpec
+from chameleon_deploy.bundle import FloatArray, LimitsSpec, ModelSpec
 from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors, IntArray
 from chameleon_deploy.runtime.cuda import ITEM_SIZES, CudaDevice, DeviceArray
 from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.device_graph import Bound, DeviceGraph
 from chameleon_deploy.runtime.device_logits import DeviceLogits
+from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
 SLOTS = 128  # by how many the cache grows
 LOGITS_BYTES = 2**30  # of one piece of `all_logits`
@@ -156,6 +157,9 @@ class SlotCacheDecoder:
                 factors, present = self._place(adaptation), self._buffer(self._rows(batch), width)
                 logits = self._read(input_ids, mask, positions, adaptation.factor_ids, factors, present)
             yield start, DeviceLogits(logits, self._chooser, self._scorer)
+
+    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
+        return logprobs_of_logits(self, rows, adaptation)
 
     def place(self, factors: Factors) -> tuple[DeviceArray, DeviceArray]:
         """lora_A and lora_B where the decoder reads them; those that are there already stay."""

@@ -1,0 +1,120 @@
+"""scorer_cpu.onnx: log-probabilities of given tokens from hidden states, one tile of the vocabulary after the other.
+
+The logits of 1,024 positions of GPT-2 are 206 MB, and an update, its sum and a softmax each go through all of them. The
+logits of a tile stay in the processor's cache until they are summed up, and no more than a tile of them ever exists.
+
+The graph is the head of decoder_cpu.onnx with its matrix in tiles: the same products in the same precision. Where the
+matrix is [vocab, hidden] a tile is part of the bytes that are stored already; where it is [hidden, vocab], in int8, it
+is stored once more, tile by tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import GraphBuilder
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers
+from chameleon_deploy.export.head import CLUSTER_IDS, HIDDEN_STATES
+from chameleon_deploy.export.weights import WeightsFile, rows_of
+
+TILE = 2048  # tokens: the logits of 512 positions take 4 MB
+
+
+def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
+    """Rewrite a decoder in place. One more output: hidden_states float32 [batch, sequence, hidden], behind the last
+    norm."""
+    gather = _value(decoder.graph, HIDDEN_STATES).producer()
+    hidden = cast(ir.Value, gather.inputs[0]) if gather else _value(decoder.graph, HIDDEN_STATES)
+    _declare(hidden, "hidden_states", FLOAT, ["batch", "sequence", model.hidden_size])
+    decoder.graph.outputs.append(hidden)
+
+
+def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: WeightsFile) -> ir.Model:
+    """The scorer that goes with a decoder.
+
+    weights_file  takes the tiles of a matrix [hidden, vocab]
+
+    Inputs:
+        hidden_states   float32 [positions, hidden], of the decoder
+        targets         int64 [positions]
+        cluster_ids     int64 [positions], the factor set of each position
+        lora_A, lora_B  float32 [clusters, rank, hidden], [clusters, rank, vocab]
+    Outputs:
+        logprobs        float32 [positions], log softmax(logits)[target]
+
+    Raises ValueError when the decoder's logits are not Gemm(products, lora_B, base), in a Reshape.
+    """
+    reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
+    if reshape is None or (logits := reshape.inputs[0]) is None:
+        raise ValueError("the decoder's logits do not come from a Reshape")
+    inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, CLUSTER_IDS, "lora_A", "lora_B")]
+    graph = ir.convenience.extract(decoder.graph, inputs, [logits])
+    graph.name = "scorer"
+    _declare(graph.inputs[0], "hidden_states", FLOAT, ["positions", model.hidden_size])
+    _declare(graph.inputs[1], "cluster_ids", INT64, ["positions"])
+    builder = GraphBuilder(graph)
+    targets = builder.input("targets", INT64, ["positions"])
+    graph.outputs[0] = _logprobs(builder, targets, model.vocab_size, weights_file)
+    _declare(graph.outputs[0], "logprobs", FLOAT, ["positions"])
+    scorer = ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
+    RemoveUnusedNodesPass()(scorer)
+    return scorer
+
+
+def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: WeightsFile) -> Any:
+    """Instead of the logits [positions, vocab] that a graph gives."""
+    op = builder.op
+    update = builder.graph.outputs[0].producer()
+    products, lora_B, base = update.inputs if update and update.op_type == "Gemm" else (None, None, None)
+    product = base.producer() if base else None
+    if product is None:
+        raise ValueError("the decoder's logits are not a product and its update")
+    attributes = {name: attribute.value for name, attribute in product.attributes.items()}
+    sizes = [min(TILE, vocab_size - start) for start in range(0, vocab_size, TILE)]
+    parts_of_B = op.Split(lora_B, integers(op, sizes), axis=1, _outputs=[f"lora_B.{i}" for i in range(len(sizes))])
+    parts_of_B = [parts_of_B] if len(sizes) == 1 else parts_of_B
+    column = integers(op, [1])
+    wanted = op.Unsqueeze(targets, column)  # [positions, 1]
+    place = op.Mod(wanted, integer(op, TILE))  # inside its tile
+    logits_there, logprobs_there = [], []  # [positions, 1] of each tile, at that place
+    for i, size in enumerate(sizes):
+        tokens = slice(i * TILE, i * TILE + size)
+        inputs = [_tile(builder, value, tokens, vocab_size, weights_file) for value in product.inputs]
+        base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
+        logits = op.Gemm(products, parts_of_B[i], base)
+        if size < TILE:
+            place = op.Min(place, integer(op, size - 1))  # of a target elsewhere, which may be further inside its own
+        logits_there.append(op.GatherElements(logits, place, axis=1))
+        logprobs_there.append(op.GatherElements(op.LogSoftmax(logits, axis=1), place, axis=1))
+    there = op.Concat(*logits_there, axis=1)  # [positions, tiles]
+    sums = op.Sub(there, op.Concat(*logprobs_there, axis=1))  # of each tile: log sum exp
+    chosen = op.GatherElements(there, op.Div(wanted, integer(op, TILE)), axis=1)
+    return op.Squeeze(op.Sub(chosen, op.ReduceLogSumExp(sums, column)), column)
+
+
+def _tile(
+    builder: Any, value: ir.Value | None, tokens: slice, vocab_size: int, weights_file: WeightsFile
+) -> ir.Value | None:
+    """What belongs to some tokens of a weight that has the vocabulary for an axis; another value as it is."""
+    tensor = value.const_value if value else None
+    if value is None or not isinstance(tensor, ir.ExternalTensor) or vocab_size not in tensor.shape:
+        return value
+    name = f"{value.name}.{tokens.start}"
+    if tensor.shape[0] == vocab_size:
+        part = rows_of(value, name, tokens)
+    else:
+        part = weights_file.add(name, tensor.numpy()[:, tokens])
+    tile: ir.Value = builder.initializer(part, name)
+    return tile
+
+
+def _value(graph: ir.Graph, name: str) -> ir.Value:
+    return ir.convenience.create_value_mapping(graph)[name]
+
+
+def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
