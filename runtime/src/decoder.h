@@ -56,14 +56,19 @@ class Decoder {
   virtual Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
                       const std::stop_token& stop) const = 0;
 
-  /// Logits [batch, positions, vocab] of every position.
-  [[nodiscard]] virtual Logits all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const = 0;
+  /// Of every row the log-probability of each token after the first.
+  /// rows: of at least two tokens. Those of similar length are best beside each other, where they share a call
+  [[nodiscard]] virtual std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
+                                                                       const std::stop_token& stop) const = 0;
 
   /// Leave only some rows in the cache, in ascending order: finished rows leave the batch.
   virtual void keep(Cache& cache, std::span<const std::size_t> rows) const = 0;
-
-  /// How many rows one call takes.
-  [[nodiscard]] virtual std::size_t max_rows() const = 0;
 };
+
+/// What a decoder reads of rows that are scored: the last token predicts nothing.
+std::vector<std::span<const std::int64_t>> without_last(Rows rows);
+
+/// How many of the next rows fit into one call of so many tokens, padding included; a row that is longer goes alone.
+std::size_t part_size(Rows rows, std::size_t tokens);
 
 }  // namespace chameleon

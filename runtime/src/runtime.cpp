@@ -121,8 +121,14 @@ void Runtime::Impl::open_decoder(const LoadOptions& options) {
 #endif
   provider = "cpu";
   const GraphSpec& graph = bundle.graph("decoder", provider);
-  decoder =
-      std::make_unique<const SharedCacheDecoder>(graph, open_session(env, bundle, graph, options), bundle.manifest);
+  if (graph.cache != "shared") {
+    throw ManifestError(graph.file +
+                        " has a growing cache, which this runtime does not drive: export with --precision fp32 "
+                        "or int8");
+  }
+  TiledScorer scorer(open_session(env, bundle, bundle.graph("scorer", provider), options), bundle.manifest.model);
+  decoder = std::make_unique<const SharedCacheDecoder>(open_session(env, bundle, graph, options), std::move(scorer),
+                                                       bundle.manifest);
 }
 
 std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
@@ -193,7 +199,7 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
   const Ort::Value inputs[] = {tensor_over<float>(conditioning, {count, model.hidden_size})};
   const auto outputs = std::make_shared<std::vector<Ort::Value>>();
   for (std::size_t i = 0; i < std::size(output_names); ++i) outputs->emplace_back(nullptr);
-  run_session(hypernetwork, Ort::RunOptions(), input_names, inputs, output_names, *outputs);
+  run_session(hypernetwork, {}, input_names, inputs, output_names, *outputs);
   const std::int64_t rank = outputs->front().GetTensorTypeAndShapeInfo().GetShape().at(1);
   const auto values = [&](std::size_t i) {
     const Ort::Value& output = outputs->at(i);

@@ -93,7 +93,12 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool costs the decoder more than it saves here.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);
-  if (!options.prepack_weights) session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
+  // Decoder and scorer take turns: threads that spin on after a call take the processors from the other's.
+  session_options.AddConfigEntry(kOrtSessionOptionsConfigForceSpinningStop, "1");
+  // A scorer's packed weights would be a copy of the head's matrix; as they are they stay in the file.
+  if (!options.prepack_weights || graph.role == "scorer") {
+    session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
+  }
   const std::string path = (bundle.path / graph.file).string();
   try {
     Ort::Session session(env, path.c_str(), session_options);
@@ -105,9 +110,11 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   }
 }
 
-void run_session(const Ort::Session& session, const Ort::RunOptions& options, std::span<const char* const> input_names,
+void run_session(const Ort::Session& session, const std::stop_token& stop, std::span<const char* const> input_names,
                  std::span<const Ort::Value> inputs, std::span<const char* const> output_names,
                  std::span<Ort::Value> outputs) {
+  Ort::RunOptions options;
+  const std::stop_callback terminate(stop, [&options] { options.SetTerminate(); });
   try {
     // Run is thread-safe; only the C++ wrapper of it is not marked const.
     const_cast<Ort::Session&>(session).Run(options, input_names.data(), inputs.data(), inputs.size(),

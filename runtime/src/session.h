@@ -3,6 +3,7 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include <stop_token>
 #include <string>
 
 #include "chameleon/runtime.h"
@@ -30,8 +31,9 @@ inline Ort::Value tensor_over(std::span<std::byte> values, ONNXTensorElementData
   return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape.begin(), shape.size(), type);
 }
 
-/// Session::Run with its errors as GraphError. outputs: tensors to write, or empty values that it allocates.
-void run_session(const Ort::Session& session, const Ort::RunOptions& options, std::span<const char* const> input_names,
+/// Session::Run with its errors as GraphError, one of which a stop that is requested meanwhile is.
+/// outputs: tensors to write, or empty values that it allocates
+void run_session(const Ort::Session& session, const std::stop_token& stop, std::span<const char* const> input_names,
                  std::span<const Ort::Value> inputs, std::span<const char* const> output_names,
                  std::span<Ort::Value> outputs);
 

@@ -11,34 +11,26 @@ namespace {
 // digits then stay in the processor's cache, it is smaller.
 constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 
-/// How many of the next rows fit into one call of so many tokens; a row that is longer goes alone.
-std::size_t part_size(Rows rows, std::size_t tokens) {
-  std::size_t width = 0;
-  for (std::size_t count = 0; count < rows.size(); ++count) {
-    width = std::max(width, rows[count].size());
-    if (count > 0 && (count + 1) * width > tokens) return count;
-  }
-  return rows.size();
-}
+// The same where hidden states of all positions are asked for.
+constexpr std::size_t kScoredTokens = 256;
 
-/// [batch * positions, vocab] in the memory that ONNX Runtime wrote them to.
-Logits logits_of(Ort::Value value, std::size_t positions) {
+// What a call can give beside the cache: logits of some positions, or the hidden states of all.
+constexpr const char *kLogits = "logits", *kHiddenStates = "hidden_states";
+
+/// [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
+Logits logits_of(Ort::Value value) {
   const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
   const auto owner = std::make_shared<Ort::Value>(std::move(value));
-  return {owner->GetTensorMutableData<float>(), positions, static_cast<std::size_t>(shape.at(1)), owner};
+  return {owner->GetTensorMutableData<float>(), 1, static_cast<std::size_t>(shape.at(1)), owner};
 }
 
 }  // namespace
 
-SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest)
+SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest)
     : session_(std::move(session)),
+      scorer_(std::move(scorer)),
       model_(manifest.model),
       prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens) {
-  if (graph.cache != "shared") {
-    throw ManifestError(graph.file +
-                        " has a growing cache, which this runtime does not drive: export with --precision fp32 "
-                        "or int8");
-  }
   constexpr std::string_view past = "past_key_values";
   Ort::AllocatorWithDefaultOptions allocator;
   std::vector<std::string> outputs;
@@ -53,12 +45,11 @@ SharedCacheDecoder::SharedCacheDecoder(const GraphSpec& graph, Ort::Session sess
                            "cluster_ids", "lora_A", "lora_B"}) {
     names_.emplace_back(name);
   }
-  outputs.emplace_back("logits");
   const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
   names_.insert(names_.end(), outputs.begin(), outputs.end());
   std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_),
                          &std::string::c_str);
-  std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(output_names_),
+  std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(present_names_),
                          &std::string::c_str);
 }
 
@@ -69,11 +60,12 @@ std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows,
   auto cache = empty_cache(rows.size(), capacity);
   const std::int64_t shape[] = {static_cast<std::int64_t>(rows.size()), model_.vocab_size};
   Logits logits =
-      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)), 1);
+      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
   const std::span ids(factors.ids);
   for (std::size_t first = 0; first < rows.size();) {
     const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
-    Logits part = read(rows.subspan(first, count), ids.subspan(first, count), factors.sets, true, *cache, first, stop);
+    Logits part = logits_of(
+        read(kLogits, rows.subspan(first, count), ids.subspan(first, count), factors.sets, *cache, first, stop));
     for (std::size_t row = 0; row < count; ++row) std::ranges::copy(part.at(row), logits.at(first + row).begin());
     first += count;
   }
@@ -88,14 +80,30 @@ Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const R
                   .logits_positions = std::vector<std::int64_t>(token_ids.size(), 0),
                   .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
                   .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
-  Logits logits = run(call, factors.ids, factors.sets, cache, 0, stop);
+  Logits logits = logits_of(run(kLogits, call, factors.ids, factors.sets, cache, 0, stop));
   for (std::int64_t& length : cache.lengths) ++length;
   return logits;
 }
 
-Logits SharedCacheDecoder::all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const {
-  auto cache = empty_cache(rows.size(), std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size());
-  return read(rows, factors.ids, factors.sets, false, *cache, 0, stop);
+std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, const RowFactors& factors,
+                                                                   const std::stop_token& stop) const {
+  TiledScorer::Batch batch(scorer_, rows, factors, stop);
+  const std::vector inputs = without_last(rows);
+  for (std::size_t first = 0; first < rows.size();) {
+    const std::size_t count = part_size(Rows(inputs).subspan(first), kScoredTokens);
+    const Rows members = Rows(inputs).subspan(first, count);
+    const std::size_t width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
+    const auto cache = empty_cache(count, width);
+    const Ort::Value states =
+        read(kHiddenStates, members, std::span(factors.ids).subspan(first, count), factors.sets, *cache, 0, stop);
+    const auto hidden_size = static_cast<std::size_t>(model_.hidden_size);
+    for (std::size_t row = 0; row < count; ++row) {
+      batch.add(first + row,
+                {states.GetTensorData<float>() + row * width * hidden_size, members[row].size() * hidden_size});
+    }
+    first += count;
+  }
+  return batch.finish();
 }
 
 void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {
@@ -111,9 +119,9 @@ void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> row
 }
 
 /// A call that reads whole rows into an empty stretch of the cache, beginning at its row first_row.
-Logits SharedCacheDecoder::read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
-                                bool last_only, Buffers& cache, std::size_t first_row,
-                                const std::stop_token& stop) const {
+Ort::Value SharedCacheDecoder::read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
+                                    const FactorSets& sets, Buffers& cache, std::size_t first_row,
+                                    const std::stop_token& stop) const {
   const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
   Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // the pad id is never attended: any will do
             .position_ids = std::vector<std::int64_t>(rows.size() * width),
@@ -124,16 +132,16 @@ Logits SharedCacheDecoder::read(Rows rows, std::span<const std::int64_t> factor_
     std::ranges::copy(rows[row], call.input_ids.begin() + static_cast<std::ptrdiff_t>(row * width));
     for (std::size_t i = 0; i < width; ++i) call.position_ids[row * width + i] = static_cast<std::int64_t>(i);
     const auto length = static_cast<std::int64_t>(rows[row].size());
-    if (last_only) call.logits_positions.push_back(length - 1);
+    if (output == kLogits) call.logits_positions.push_back(length - 1);
     call.seqlens_k.push_back(static_cast<std::int32_t>(length - 1));
     cache.lengths[first_row + row] = length;
   }
-  if (!last_only) call.logits_positions = call.position_ids;
-  return run(call, factor_ids, sets, cache, first_row, stop);
+  return run(output, call, factor_ids, sets, cache, first_row, stop);
 }
 
-Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
-                               Buffers& cache, std::size_t first_row, const std::stop_token& stop) const {
+Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
+                                   const FactorSets& sets, Buffers& cache, std::size_t first_row,
+                                   const std::stop_token& stop) const {
   const auto batch = static_cast<std::int64_t>(call.seqlens_k.size());
   const auto columns = [batch](std::span<const std::int64_t> values) {
     return static_cast<std::int64_t>(values.size()) / batch;
@@ -167,10 +175,10 @@ Logits SharedCacheDecoder::run(const Call& call, std::span<const std::int64_t> f
   inputs.push_back(tensor_over<float>(sets.lora_A, {sets.count, sets.rank, model_.hidden_size}));
   inputs.push_back(tensor_over<float>(sets.lora_B, {sets.count, sets.rank, model_.vocab_size}));
   outputs.emplace_back(nullptr);
-  const Ort::RunOptions options;
-  const std::stop_callback terminate(stop, [&options] { const_cast<Ort::RunOptions&>(options).SetTerminate(); });
-  run_session(session_, options, input_names_, inputs, output_names_, outputs);
-  return logits_of(std::move(outputs.back()), call.logits_positions.size() / static_cast<std::size_t>(batch));
+  std::vector<const char*> output_names = present_names_;
+  output_names.push_back(output);
+  run_session(session_, stop, input_names_, inputs, output_names, outputs);
+  return std::move(outputs.back());
 }
 
 std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
@@ -178,7 +186,7 @@ std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std
   auto cache = std::make_unique<Buffers>();
   cache->capacity = capacity;
   cache->lengths.assign(batch, 0);
-  for (std::size_t i = 0; i + 1 < output_names_.size(); ++i) {
+  for (std::size_t i = 0; i < present_names_.size(); ++i) {
     cache->values.push_back(std::make_unique_for_overwrite<std::byte[]>(batch * row_bytes(capacity)));
   }
   return cache;

@@ -1,31 +1,29 @@
 // A decoder on ONNX Runtime whose past and present are one buffer, written in place at each row's own length.
 #pragma once
 
-#include <limits>
-
 #include "decoder.h"
 #include "session.h"
+#include "tiled_scorer.h"
 
 namespace chameleon {
 
-/// See Decoder. One session serves everything.
+/// See Decoder. One session serves prompts, steps and the hidden states that are scored.
 class SharedCacheDecoder final : public Decoder {
  public:
-  /// Throws ManifestError unless the graph's cache is shared: every bundle has such a graph for the CPU.
-  SharedCacheDecoder(const GraphSpec& graph, Ort::Session session, const Manifest& manifest);
+  SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest);
 
   std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
                                                     const std::stop_token& stop) const override;
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const std::stop_token& stop) const override;
-  [[nodiscard]] Logits all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const override;
+  [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
+                                                               const std::stop_token& stop) const override;
   void keep(Cache& cache, std::span<const std::size_t> rows) const override;
-  [[nodiscard]] std::size_t max_rows() const override { return std::numeric_limits<std::size_t>::max(); }
 
  private:
   struct Buffers final : Cache {
-    /// [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs: float32, or
-    /// int8 in an int8 bundle.
+    /// [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs: float32,
+    /// or int8 in an int8 bundle.
     std::vector<std::unique_ptr<std::byte[]>> values;
     std::size_t capacity = 0;
     std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
@@ -46,17 +44,21 @@ class SharedCacheDecoder final : public Decoder {
   /// Of one row in one buffer.
   [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
   [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
-  [[nodiscard]] Logits read(Rows rows, std::span<const std::int64_t> factor_ids, const FactorSets& sets, bool last_only,
-                            Buffers& cache, std::size_t first_row, const std::stop_token& stop) const;
-  [[nodiscard]] Logits run(const Call& call, std::span<const std::int64_t> factor_ids, const FactorSets& sets,
-                           Buffers& cache, std::size_t first_row, const std::stop_token& stop) const;
+  /// `output` of a call, kLogits or kHiddenStates.
+  [[nodiscard]] Ort::Value read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
+                                const FactorSets& sets, Buffers& cache, std::size_t first_row,
+                                const std::stop_token& stop) const;
+  [[nodiscard]] Ort::Value run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
+                               const FactorSets& sets, Buffers& cache, std::size_t first_row,
+                               const std::stop_token& stop) const;
 
   Ort::Session session_;
+  TiledScorer scorer_;
   ModelSpec model_;
   std::size_t prefill_tokens_;
   ONNXTensorElementDataType cache_type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   std::vector<std::string> names_;  // owns what the next two point to
-  std::vector<const char*> input_names_, output_names_;
+  std::vector<const char*> input_names_, present_names_;
 };
 
 }  // namespace chameleon

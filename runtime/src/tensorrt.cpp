@@ -10,6 +10,7 @@
 
 #include "chameleon/error.h"
 #include "engines.h"
+#include "logits_scorer.h"
 #include "mapped_file.h"
 
 namespace chameleon {
@@ -91,9 +92,9 @@ class TensorRTDecoder final : public Decoder {
                                                     const std::stop_token& stop) const override;
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const std::stop_token& stop) const override;
-  [[nodiscard]] Logits all_logits(Rows rows, const RowFactors& factors, const std::stop_token& stop) const override;
+  [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
+                                                               const std::stop_token& stop) const override;
   void keep(Cache& cache, std::span<const std::size_t> rows) const override;
-  [[nodiscard]] std::size_t max_rows() const override { return static_cast<std::size_t>(limits_.batch); }
 
  private:
   using Numbers = std::vector<std::int64_t>;
@@ -198,13 +199,17 @@ Logits TensorRTDecoder::step(std::span<const std::int64_t> token_ids, const RowF
   return run(kDecode, std::move(numbers), 1, 1, factors.sets, cache);
 }
 
-Logits TensorRTDecoder::all_logits(Rows rows, const RowFactors& factors, const std::stop_token& /*stop*/) const {
-  const auto width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
-  check_limits(rows, factors.sets, width);
-  const std::size_t stretch = (rows.size() * row_bytes(width) + kAlignment - 1) / kAlignment * kAlignment;
-  const std::lock_guard lock(mutex_);
-  TwoBuffers cache(past_.size(), stretch, width, factors.sets);
-  return read(rows, factors, false, cache);
+std::vector<std::vector<float>> TensorRTDecoder::token_logprobs(Rows rows, const RowFactors& factors,
+                                                                const std::stop_token& stop) const {
+  const auto all_logits = [this](Rows members, const RowFactors& own) {
+    const auto width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
+    check_limits(members, own.sets, width);
+    const std::size_t stretch = (members.size() * row_bytes(width) + kAlignment - 1) / kAlignment * kAlignment;
+    const std::lock_guard lock(mutex_);
+    TwoBuffers cache(past_.size(), stretch, width, own.sets);
+    return read(members, own, false, cache);
+  };
+  return logprobs_of_logits(rows, factors, static_cast<std::size_t>(limits_.batch), stop, all_logits);
 }
 
 void TensorRTDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {

@@ -2,11 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <limits>
 #include <thread>
 
+#include "logits_scorer.h"
 #include "shared_data.h"
 
 namespace chameleon::test {
@@ -193,6 +195,57 @@ TEST(Prepacking, ChangesNoResultBeyondTheLastBits) {
     for (std::size_t i = 0; i < packed_scores[row].token_logprobs.size(); ++i) {
       EXPECT_NEAR(packed_scores[row].token_logprobs[i], mapped_scores[row].token_logprobs[i], 2e-5);
     }
+  }
+}
+
+TEST(Score, OfABatchThatTakesSeveralCallsIsThatOfEachText) {
+  std::vector<TokenIds> rows;  // 24 texts, 944 positions: more than a call of the scorer takes, and one text in both
+  for (std::int64_t row = 0; row < 24; ++row) {
+    TokenIds& ids = rows.emplace_back();
+    for (std::int64_t i = 0; i < 29 + row % 20; ++i) ids.push_back((row * 37 + i * 101) % 320);
+  }
+  const AdaptOptions request{.mode = Mode::request};  // in which a text's factors are its own
+  const auto together = runtime().score(rows, request);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const std::vector<TokenIds> one = {rows[row]};
+    const auto alone = runtime().score(one, request);
+    ASSERT_EQ(together[row].token_logprobs.size(), rows[row].size() - 1);
+    for (std::size_t i = 0; i + 1 < rows[row].size(); ++i) {
+      const float expected = alone[0].token_logprobs[i];
+      EXPECT_NEAR(together[row].token_logprobs[i], expected, 2e-5F + 1e-6F * std::abs(expected));
+    }
+  }
+}
+
+TEST(Score, FromLogits) {
+  const std::vector<TokenIds> texts = {{3, 1, 2}, {0, 2}, {1, 1, 1, 1}};
+  const std::vector<std::span<const std::int64_t>> rows(texts.begin(), texts.end());
+  std::vector<std::vector<std::int64_t>> calls;
+  // The logit of token t after token id of a text with factor set f is t * id + f * f * t.
+  const auto all_logits = [&](Rows members, const RowFactors& factors) {
+    calls.push_back(factors.ids);
+    const auto width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
+    auto values = std::make_shared<std::vector<float>>(members.size() * width * 4);
+    for (std::size_t row = 0; row < members.size(); ++row) {
+      for (std::size_t i = 0; i < members[row].size(); ++i) {
+        for (std::size_t t = 0; t < 4; ++t) {
+          const auto slope = static_cast<float>(members[row][i] + factors.ids[row] * factors.ids[row]);
+          (*values)[(row * width + i) * 4 + t] = static_cast<float>(t) * slope;
+        }
+      }
+    }
+    return Logits(values->data(), width, 4, values);
+  };
+  const auto logprobs = logprobs_of_logits(rows, {{}, {0, 1, 0}}, 2, {}, all_logits);
+  EXPECT_EQ(calls, (std::vector<std::vector<std::int64_t>>{{0, 1}, {0}}));
+  const auto expected = [](float target, float slope) {
+    return target * slope - std::log(1 + std::exp(slope) + std::exp(2 * slope) + std::exp(3 * slope));
+  };
+  const std::vector<std::vector<float>> all = {
+      {expected(1, 3), expected(2, 1)}, {expected(2, 1)}, {expected(1, 1), expected(1, 1), expected(1, 1)}};
+  for (std::size_t row = 0; row < all.size(); ++row) {
+    ASSERT_EQ(logprobs[row].size(), all[row].size());
+    for (std::size_t i = 0; i < all[row].size(); ++i) EXPECT_NEAR(logprobs[row][i], all[row][i], 1e-6);
   }
 }
 
