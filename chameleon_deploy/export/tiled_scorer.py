@@ -54,6 +54,8 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
     inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, CLUSTER_IDS, "lora_A", "lora_B")]
     graph = ir.convenience.extract(decoder.graph, inputs, [logits])
     graph.name = "scorer"
+    for name in sorted(graph.initializers):  # which come in another order each time; an export is always the same bytes
+        graph.initializers[name] = graph.initializers.pop(name)
     _declare(graph.inputs[0], "hidden_states", FLOAT, ["positions", model.hidden_size])
     _declare(graph.inputs[1], "cluster_ids", INT64, ["positions"])
     builder = GraphBuilder(graph)
