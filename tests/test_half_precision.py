@@ -105,7 +105,7 @@ def test_the_variant_for_the_cpu_rounds_where_the_decoder_does(halves: dict[Any,
     shape = (2, model.num_key_value_heads, 0, model.head_dim)
     names = [spec.name for spec in bundle.manifest.graphs["decoder"].inputs if spec.name.startswith("past")]
     caches = [{name: np.empty(shape, dtype) for name in names} for dtype in (half, np.float32)]
-    past = 0
+    past, differences = 0, []
     for width in (7, 1):
         positions = np.tile(np.arange(width), (2, 1))
         feeds = {
@@ -119,12 +119,15 @@ def test_the_variant_for_the_cpu_rounds_where_the_decoder_does(halves: dict[Any,
         }
         expected: list[Any] = list(evaluator.run(None, {**feeds, **caches[0]}))
         actual = session.run(None, {**feeds, **caches[1]})
-        np.testing.assert_allclose(actual[0], expected[0], atol=1e-4)
+        differences += np.abs(actual[0] - expected[0]).max(2).ravel().tolist()
         for ours, theirs in zip(actual[1:], expected[1:], strict=True):
-            # A sum in another order may fall on the other side of a rounding.
-            np.testing.assert_allclose(ours, theirs.astype(np.float32), rtol=float(np.finfo(np.float32).eps) * 2**16)
+            np.testing.assert_allclose(ours, theirs.astype(np.float32), rtol=2**-7, atol=0.02)
         caches = [dict(zip(names, present, strict=True)) for present in (expected[1:], actual[1:])]
         past += width
+    # A sum in another order may fall on the other side of a rounding, which the rest of its position then shows; where
+    # the variant rounded elsewhere, every position would.
+    assert np.quantile(differences, 0.75) < 1e-4
+    assert max(differences) < 0.1
 
 
 @pytest.fixture(scope="module")

@@ -46,9 +46,7 @@ class CpuBackend:
         self.decoder: Decoder
         if graphs[self.graph].cache == "shared":
             scorer = open_session(bundle, graphs[bundle.graph("scorer", "cpu")], threads)
-            self.decoder = SharedCacheDecoder(
-                session, TiledScorer(scorer, model.hidden_size), ort_value, bundle.manifest
-            )
+            self.decoder = SharedCacheDecoder(session, TiledScorer(scorer), ort_value, bundle.manifest)
         else:
             self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or len(os.sched_getaffinity(0)))
         self._hypernetwork: Any = None

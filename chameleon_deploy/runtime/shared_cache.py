@@ -16,7 +16,7 @@ import numpy.typing as npt
 from chameleon_deploy.bundle import FloatArray, Manifest
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import pad, parts
-from chameleon_deploy.runtime.tiled_scorer import TiledScorer
+from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
 Array = npt.NDArray[Any]
 
@@ -160,10 +160,8 @@ class SharedCacheDecoder:
     def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
         return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], adaptation), adaptation)
 
-    def _hidden_states(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation
-    ) -> Iterator[tuple[int, int, FloatArray]]:
-        """Of every position: (row, first position, float32 [n, hidden])."""
+    def _hidden_states(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[Piece]:
+        """Of every position."""
         lengths = np.array([len(ids) for ids in rows])
         for part in parts(lengths, SCORED_TOKENS):
             members, adapted = np.arange(len(rows))[part], adaptation.rows(np.arange(len(rows))[part])

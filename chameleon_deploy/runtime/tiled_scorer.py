@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from chameleon_deploy.runtime.adaptation import Adaptation
 # Of one call: fewer read the head's weights more often, of more a tile's logits leave the processor's cache.
 POSITIONS = 512
 
+Piece = tuple[int, int, FloatArray]  # a row, the first of some of its positions, their hidden states [n, hidden]
+
 
 class TiledScorer:
     """Positions of all rows go through the head together, as many as a call takes.
@@ -20,50 +22,44 @@ class TiledScorer:
     session  of scorer_cpu.onnx
     """
 
-    def __init__(self, session: Any, hidden_size: int) -> None:
-        self.session, self._hidden_size = session, hidden_size
+    def __init__(self, session: Any) -> None:
+        self.session = session
 
     def logprobs(
-        self,
-        rows: Sequence[Sequence[int]],
-        hidden_states: Iterable[tuple[int, int, FloatArray]],
-        adaptation: Adaptation,
+        self, rows: Sequence[Sequence[int]], pieces: Iterable[Piece], adaptation: Adaptation
     ) -> list[FloatArray]:
-        """Of every row the log-probability of each token after the first.
+        """Of every row the log-probability of each token after the first, float32 [length - 1].
 
-        hidden_states  of every position but the last of every row: (row, first position, float32 [n, hidden])
+        pieces  every position of every row but its last, in any pieces
         """
         logprobs = [np.empty(len(ids) - 1, np.float32) for ids in rows]
-        waiting = np.empty((POSITIONS, self._hidden_size), np.float32)
-        places: list[tuple[int, int, int]] = []  # what waits: row, first position, how many
-        count = 0
-
-        def score() -> None:
-            nonlocal count
-            targets = [rows[row][start + 1 : start + 1 + n] for row, start, n in places]
-            cluster_ids = np.repeat(adaptation.factor_ids[[row for row, *_ in places]], [n for *_, n in places])
+        for call in _calls(pieces):
+            counts = [len(states) for _, _, states in call]
+            targets = [rows[row][start + 1 : start + 1 + n] for (row, start, _), n in zip(call, counts, strict=True)]
             inputs = {
-                "hidden_states": waiting[:count],
+                "hidden_states": np.concatenate([states for _, _, states in call]),
                 "targets": np.concatenate([np.asarray(ids, np.int64) for ids in targets]),
-                "cluster_ids": cluster_ids,
+                "cluster_ids": np.repeat(adaptation.factor_ids[[row for row, _, _ in call]], counts),
                 "lora_A": adaptation.lora_A,
                 "lora_B": adaptation.lora_B,
             }
             (found,) = self.session.run(["logprobs"], inputs)
-            ends = np.cumsum([n for *_, n in places])[:-1]
-            for (row, start, n), values in zip(places, np.split(found, ends), strict=True):
-                logprobs[row][start : start + n] = values
-            places.clear()
-            count = 0
-
-        for row, start, states in hidden_states:
-            while len(states):
-                n = min(len(states), POSITIONS - count)
-                waiting[count : count + n] = states[:n]
-                places.append((row, start, n))
-                count, start, states = count + n, start + n, states[n:]
-                if count == POSITIONS:
-                    score()
-        if count:
-            score()
+            for (row, start, _), values in zip(call, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+                logprobs[row][start : start + len(values)] = values
         return logprobs
+
+
+def _calls(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of POSITIONS positions together, cut where need be; the last of what is left."""
+    call: list[Piece] = []
+    room = POSITIONS
+    for row, start, states in pieces:
+        while len(states):
+            part = states[:room]
+            call.append((row, start, part))
+            start, states, room = start + len(part), states[len(part) :], room - len(part)
+            if not room:
+                yield call
+                call, room = [], POSITIONS
+    if call:
+        yield call
