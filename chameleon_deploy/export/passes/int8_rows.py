@@ -59,7 +59,7 @@ def quantize_rows(decoder: ir.Model) -> int:
     def by_row(digits: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
             highest = op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest)  # [..., 1]
-            return op.Mul(digits(op, op.Div(x, highest), weight, scale, step=part), highest)
+            return op.Mul(digits(op, op.Mul(x, op.Reciprocal(highest)), weight, scale, step=part), highest)
 
         return product
 
