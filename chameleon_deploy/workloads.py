@@ -164,23 +164,32 @@ class _Weights:
         self.cache_bytes = (
             ITEM_SIZES[cached.dtype] * 2 * model.num_layers * model.num_key_value_heads * model.head_dim
         )  # of a token
-        self.bytes = self.trunk = self.head = 0
-        for value in ir.load(runtime.bundle.path / spec.file).graph.initializers.values():
-            matrix = value.const_value
-            if matrix is None or len(matrix.shape) < 2 or all(node.op_type == "Gather" for node, _ in value.uses()):
+        self.bytes = self.of_tokens = self.of_positions = 0
+        graph = ir.load(runtime.bundle.path / spec.file).graph
+        chosen = {value for value in graph.inputs if value.name == "logits_positions"}  # and what comes of them
+        for node in graph:
+            if chosen.intersection(node.inputs):
+                chosen.update(node.outputs)
+        for value in graph.initializers.values():
+            matrix, takers = value.const_value, list(value.consumers())
+            if all(node.op_type == "DequantizeLinear" for node in takers):
+                takers = [taker for node in takers for taker in node.outputs[0].consumers()]
+            if matrix is None or len(matrix.shape) < 2 or all(node.op_type == "Gather" for node in takers):
                 continue  # norms and biases are small, and of an embedding only the rows looked up are read
             self.bytes += matrix.nbytes
-            if model.vocab_size in matrix.shape:
-                self.head += matrix.size
+            if all(chosen.intersection(node.inputs) for node in takers):
+                self.of_positions += matrix.size
             else:
-                self.trunk += matrix.size
+                self.of_tokens += matrix.size
 
-    def work(self, tokens: int, logits: int, passes: int = 1, cached: int = 0) -> tuple[float, float]:
-        """Bytes to read and operations to do, for so many tokens, rows of logits, and tokens read from the cache.
+    def work(self, tokens: int, positions: int, passes: int = 1, cached: int = 0) -> tuple[float, float]:
+        """Bytes to read and operations to do, for so many tokens, positions that get logits (behind the last attention
+        others are of no use), and tokens read from the cache.
 
         Attention scores are left out: at these lengths they are a few percent.
         """
-        return passes * self.bytes + cached * self.cache_bytes, 2 * (self.trunk * tokens + self.head * logits)
+        operations = 2 * (self.of_tokens * tokens + self.of_positions * positions)
+        return passes * self.bytes + cached * self.cache_bytes, operations
 
 
 def _shape(rows: Rows) -> str:

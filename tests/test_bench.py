@@ -32,7 +32,7 @@ from chameleon_deploy.peers.pytorch import PyTorch
 from chameleon_deploy.peers.without_lora import WithoutLoRA, remove_lora
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.workloads import BOUNDS, Workloads, text_rows
+from chameleon_deploy.workloads import BOUNDS, Workloads, _Weights, text_rows
 from tests.conftest import REPOSITORY
 from tests.test_cli import run
 from tests.test_report import Page
@@ -247,6 +247,18 @@ def test_a_graph_without_lora_has_nothing_left_of_it(graph: str, bundle: Path) -
     assert len(list(model.graph)) < before - 5
     with pytest.raises(ValueError, match="no sum"):
         remove_lora(model.graph)
+
+
+@pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
+@pytest.mark.parametrize(("fixture", "last_layer"), [("bundle", 9 * 64 * 64), ("llama_bundle", 64 * 64 + 3 * 64 * 160)])
+def test_behind_the_last_attention_only_positions_with_logits_count(
+    graph: str, fixture: str, last_layer: int, request: pytest.FixtureRequest
+) -> None:
+    """In the graph too: its products are found by what their inputs come from."""
+    runtime = Runtime(open_bundle(request.getfixturevalue(fixture)), "cpu", threads=1, graph=graph)
+    weights = _Weights(runtime)
+    assert weights.of_positions == 512 * 64 + last_layer
+    assert weights.work(tokens=5, positions=2)[1] == 2 * (5 * weights.of_tokens + 2 * weights.of_positions)
 
 
 @pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])

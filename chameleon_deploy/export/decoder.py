@@ -66,10 +66,15 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
     token_embedding = weights(name)
     hidden, present = build_trunk(
-        op, weights, token_embedding, TrunkInputs(input_ids, position_ids, attention_mask, past), model, trunk
+        op,
+        weights,
+        token_embedding,
+        TrunkInputs(input_ids, position_ids, attention_mask, logits_positions, past),
+        model,
+        trunk,
     )
     head = _tied_head(builder, token_embedding) if trunk.is_tied else weights(HEAD)
-    builder.add_output(build_head(op, hidden, head, logits_positions, cluster_ids, lora_A, lora_B, model), "logits")
+    builder.add_output(build_head(op, hidden, head, cluster_ids, lora_A, lora_B, model), "logits")
     declare(graph.outputs[-1], [B, "positions", model.vocab_size])
     for i, key_value in enumerate(present):
         for kind, value in zip(("key", "value"), key_value, strict=True):

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
-from chameleon_deploy.export.trunk import TrunkInputs, TrunkOutputs
+from chameleon_deploy.export.trunk import TrunkInputs, TrunkOutputs, at_positions
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
@@ -38,6 +38,8 @@ def build_trunk(
         qkv = linear(norm(x, f"{layer}.ln_1"), f"{layer}.attn.c_attn")
         context, key, value = attention(op, model, qkv, *past, bias)
         present.append((key, value))
+        if past is inputs.past[-1]:
+            x, context = (at_positions(op, value, inputs.logits_positions) for value in (x, context))
         x = op.Add(x, linear(context, f"{layer}.attn.c_proj"))
         inner = linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")
         x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), f"{layer}.mlp.c_proj"))

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
-# What passes find a head by: the hidden states of the positions that get logits, and the factor set of each position.
+# What passes find a head by: its hidden states [batch, positions, hidden], and the factor set of each position.
 HIDDEN_STATES, CLUSTER_IDS = "head.hidden_states", "head.cluster_ids"
 
 
@@ -22,25 +22,24 @@ def build_head(
     op: Any,
     hidden: Any,
     weight: ir.Value,
-    logits_positions: ir.Value,
     cluster_ids: ir.Value,
     lora_A: ir.Value,
     lora_B: ir.Value,
     model: ModelSpec,
 ) -> Any:
-    """h W^T + (h A^T) B, each row with the factors of its own set.  -> [batch, positions, vocab]"""
+    """h W^T + (h A^T) B, each row with the factors of its own set.  [batch, positions, hidden] -> [.., vocab]"""
     hidden_size, vocab_size = model.hidden_size, model.vocab_size
-    kept = op.GatherND(hidden, op.Unsqueeze(logits_positions, [2]), batch_dims=1)  # [batch, positions, hidden]
-    kept.name = HIDDEN_STATES
-    h = op.Reshape(kept, [-1, hidden_size])  # one row per position: [n, hidden]
+    hidden.name = HIDDEN_STATES
+    h = op.Reshape(hidden, [-1, hidden_size])  # one row per position: [n, hidden]
     base = op.Gemm(h, weight, transB=1)
     products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, clusters*rank]
     num_sets, rank = op.Squeeze(op.Shape(lora_A, start=0, end=1)), op.Shape(lora_A, start=1, end=2)
     sets = op.Unsqueeze(op.Range(integer(op, 0), num_sets, integer(op, 1)), [1])
     columns = op.Reshape(op.Expand(sets, op.Concat(op.Shape(lora_A, start=0, end=1), rank, axis=0)), [1, -1])
-    rows = op.Expand(op.Unsqueeze(cluster_ids, [1]), op.Shape(logits_positions))
+    positions = op.Shape(hidden, start=0, end=2)
+    rows = op.Expand(op.Unsqueeze(cluster_ids, [1]), positions)
     rows.name = CLUSTER_IDS
     own = op.Equal(op.Reshape(rows, [-1, 1]), columns)  # [n, clusters*rank]
     products = op.Where(own, products, real(op, 0.0))
     logits = op.Gemm(products, op.Reshape(lora_B, [-1, vocab_size]), base)
-    return op.Reshape(logits, op.Concat(op.Shape(logits_positions), integers(op, [vocab_size]), axis=0))
+    return op.Reshape(logits, op.Concat(positions, integers(op, [vocab_size]), axis=0))

@@ -13,7 +13,7 @@ import torch
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
 from chameleon_deploy.export.graph import integers, real
-from chameleon_deploy.export.trunk import TrunkInputs, TrunkOutputs
+from chameleon_deploy.export.trunk import TrunkInputs, TrunkOutputs, at_positions
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
@@ -45,6 +45,8 @@ def build_trunk(
         qkv = op.MatMul(normed, weights.side_by_side(f"{layer}.self_attn.qkv_proj.weight", parts))
         context, key, value = attention(op, model, qkv, *past, bias, (cos, sin))
         present.append((key, value))
+        if past is inputs.past[-1]:
+            x, context = (at_positions(op, value, inputs.logits_positions) for value in (x, context))
         x = op.Add(x, op.MatMul(context, weights.side_by_side(f"{layer}.self_attn.o_proj.weight")))
         normed = norm(x, f"{layer}.post_attention_layernorm")
         parts = [f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]

@@ -10,14 +10,14 @@ is stored once more, tile by tile.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.bundle import ModelSpec
-from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers
+from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, subgraph, take_nodes
 from chameleon_deploy.export.head import CLUSTER_IDS, HIDDEN_STATES
 from chameleon_deploy.export.weights import WeightsFile, rows_of
 
@@ -25,12 +25,25 @@ TILE = 2048  # tokens: the logits of 512 positions take 4 MB
 
 
 def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
-    """Rewrite a decoder in place. One more output: hidden_states float32 [batch, sequence, hidden], behind the last
-    norm."""
-    gather = _value(decoder.graph, HIDDEN_STATES).producer()
-    hidden = cast(ir.Value, gather.inputs[0]) if gather else _value(decoder.graph, HIDDEN_STATES)
-    _declare(hidden, "hidden_states", FLOAT, ["batch", "sequence", model.hidden_size])
-    decoder.graph.outputs.append(hidden)
+    """Rewrite a decoder in place: hidden states are an output, and logits are formed of some of them.
+
+    hidden_states  float32 [batch, positions, hidden], of logits_positions
+    num_logits     int64 [1], how many of them get logits: the first
+    """
+    graph = decoder.graph
+    hidden = _value(graph, HIDDEN_STATES)
+    takers = list(hidden.uses())
+    _declare(hidden, "hidden_states", FLOAT, ["batch", "positions", model.hidden_size])
+    num_logits = ir.Value()
+    _declare(num_logits, "num_logits", INT64, [1])
+    part = subgraph(graph, "head", lambda op: [op.Slice(hidden, integers(op, [0]), num_logits, integers(op, [1]))])
+    nodes, (first,) = take_nodes(part)
+    graph.insert_after(_producer(hidden), nodes)
+    for node, index in takers:
+        node.replace_input_with(index, first)
+    first.name = HIDDEN_STATES
+    graph.inputs.append(num_logits)
+    graph.outputs.append(hidden)
 
 
 def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: WeightsFile) -> ir.Model:
@@ -112,6 +125,12 @@ def _tile(
         part = weights_file.add(name, tensor.numpy()[:, tokens])
     tile: ir.Value = builder.initializer(part, name)
     return tile
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    if (node := value.producer()) is None:
+        raise ValueError(f"no operator gives {value.name}")
+    return node
 
 
 def _value(graph: ir.Graph, name: str) -> ir.Value:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,26 +61,28 @@ class SharedCache:
 class _Call:
     """One shape of call, bound to memory: arrays to fill in, then `run`.
 
-    hidden_states  float32 [batch, width, hidden], where they are asked for
+    logits         float32 [batch, num_logits, vocab]
+    hidden_states  float32 [batch, positions, hidden], where there are no logits
     """
 
     def __init__(
-        self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, adaptation: Adaptation,
-        buffers: list[Array],
+        self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, num_logits: int,
+        adaptation: Adaptation, buffers: list[Array],
     ) -> None:  # fmt: skip
-        """positions: of a row that get logits. Where none do, hidden states of all of them are what the call gives."""
+        """positions: of a row that get hidden states; num_logits: of those get logits, or none"""
         self.input_ids = np.zeros((batch, width), np.int64)
         self.position_ids = np.zeros((batch, width), np.int64)
         self.logits_positions = np.zeros((batch, positions), np.int64)
         self.seqlens_k = np.zeros(batch, np.int32)
         self.total_sequence_length = np.zeros((), np.int32)
-        self.logits = np.empty((batch, positions, decoder.model.vocab_size), np.float32)
-        self.hidden_states = np.empty((batch, 0 if positions else width, decoder.model.hidden_size), np.float32)
+        self.logits = np.empty((batch, num_logits, decoder.model.vocab_size), np.float32)
+        self.hidden_states = np.empty((batch, 0 if num_logits else positions, decoder.model.hidden_size), np.float32)
         self._session, self._binding = decoder.session, decoder.session.io_binding()
         inputs = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "logits_positions": self.logits_positions,
+            "num_logits": np.array([num_logits], np.int64),
             "seqlens_k": self.seqlens_k,
             "total_sequence_length": self.total_sequence_length,
             "cluster_ids": np.ascontiguousarray(adaptation.factor_ids),
@@ -92,7 +94,7 @@ class _Call:
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
         flat = self.logits.reshape(-1, decoder.model.vocab_size)  # the same memory
-        name, array = ("logits", flat) if positions else ("hidden_states", self.hidden_states)
+        name, array = ("logits", flat) if num_logits else ("hidden_states", self.hidden_states)
         self._values[name] = decoder.ort_value.ortvalue_from_numpy(array)
         self._binding.bind_ortvalue_output(name, self._values[name])
         for past, buffer in zip(decoder.past, buffers, strict=True):
@@ -131,13 +133,13 @@ class SharedCacheDecoder:
             buffers = [buffer[part] for buffer in cache.buffers]
             adapted = adaptation.rows(np.arange(len(rows))[part])
             for start, piece in _pieces(rows[part], self.prefill_tokens):
-                logits[part] = self._read(piece, adapted, buffers, "last", start).run()[:, 0]
+                logits[part] = self._read(piece, adapted, buffers, start, last_only=True).run()[:, 0]
         return logits, cache
 
     def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
         call = cache.step
         if call is None:
-            call = cache.step = _Call(self, len(token_ids), 1, 1, adaptation, cache.buffers)
+            call = cache.step = _Call(self, len(token_ids), 1, 1, 1, adaptation, cache.buffers)
         call.input_ids[:, 0] = token_ids
         call.position_ids[:, 0] = cache.lengths
         call.seqlens_k[:] = cache.lengths
@@ -154,7 +156,7 @@ class SharedCacheDecoder:
     def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
         for start, piece in _pieces(rows, SCORED_TOKENS):
-            yield start, self._read(piece, adaptation, buffers, "all", start).run()
+            yield start, self._read(piece, adaptation, buffers, start).run()
         del memory  # held until here: the calls write where it points
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
@@ -167,7 +169,7 @@ class SharedCacheDecoder:
             members, adapted = np.arange(len(rows))[part], adaptation.rows(np.arange(len(rows))[part])
             memory, buffers = self._buffers(len(members), int(lengths[part].max()))
             for start, piece in _pieces(rows[part], SCORED_TOKENS):
-                call = self._read(piece, adapted, buffers, "none", start)
+                call = self._read(piece, adapted, buffers, start, logits=False)
                 call.run()
                 for row, ids, states in zip(members.tolist(), piece, call.hidden_states, strict=True):
                     yield row, start, states[: len(ids)]
@@ -178,21 +180,20 @@ class SharedCacheDecoder:
         rows: Sequence[Sequence[int]],
         adaptation: Adaptation,
         buffers: list[Array],
-        logits: Literal["last", "all", "none"],
         start: int,
+        last_only: bool = False,
+        logits: bool = True,
     ) -> _Call:
-        """A call that reads rows into buffers that hold `start` tokens already.
-
-        logits  which positions get them
-        """
+        """A call that reads rows into buffers that hold `start` tokens already, and gives logits or else hidden states
+        of each row's last position only, or of all."""
         input_ids, mask = pad(rows)
         batch, width = input_ids.shape
         lengths = mask.sum(1)
-        positions = {"last": lengths[:, None] - 1, "all": np.arange(width)[None], "none": np.empty((1, 0), np.int64)}
-        call = _Call(self, batch, width, positions[logits].shape[1], adaptation, buffers)
+        positions = 1 if last_only else width
+        call = _Call(self, batch, width, positions, positions if logits else 0, adaptation, buffers)
         call.input_ids[:] = input_ids
         call.position_ids[:] = start + np.arange(width)
-        call.logits_positions[:] = positions[logits]
+        call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)
         call.seqlens_k[:] = start + lengths - 1
         call.total_sequence_length[...] = start + width
         return call

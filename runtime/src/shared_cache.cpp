@@ -14,7 +14,7 @@ constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 // The same where hidden states of all positions are asked for.
 constexpr std::size_t kScoredTokens = 256;
 
-// What a call can give beside the cache: logits of some positions, or the hidden states of all.
+// What a call gives beside the cache: logits after each row's last token, or hidden states of all.
 constexpr const char *kLogits = "logits", *kHiddenStates = "hidden_states";
 
 /// [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
@@ -41,8 +41,8 @@ SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer,
     cache_type_ = session_.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType();
     outputs.push_back("present" + name.substr(past.size()));
   }
-  for (const char* name : {"input_ids", "position_ids", "logits_positions", "seqlens_k", "total_sequence_length",
-                           "cluster_ids", "lora_A", "lora_B"}) {
+  for (const char* name : {"input_ids", "position_ids", "logits_positions", "num_logits", "seqlens_k",
+                           "total_sequence_length", "cluster_ids", "lora_A", "lora_B"}) {
     names_.emplace_back(name);
   }
   const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
@@ -78,6 +78,7 @@ Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const R
   const Call call{.input_ids = {token_ids.begin(), token_ids.end()},
                   .position_ids = cache.lengths,
                   .logits_positions = std::vector<std::int64_t>(token_ids.size(), 0),
+                  .num_logits = 1,
                   .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
                   .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
   Logits logits = logits_of(run(kLogits, call, factors.ids, factors.sets, cache, 0, stop));
@@ -126,6 +127,7 @@ Ort::Value SharedCacheDecoder::read(const char* output, Rows rows, std::span<con
   Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // the pad id is never attended: any will do
             .position_ids = std::vector<std::int64_t>(rows.size() * width),
             .logits_positions = {},
+            .num_logits = output == kLogits ? 1 : 0,
             .seqlens_k = {},
             .total_sequence_length = static_cast<std::int32_t>(width)};
   for (std::size_t row = 0; row < rows.size(); ++row) {
@@ -136,6 +138,7 @@ Ort::Value SharedCacheDecoder::read(const char* output, Rows rows, std::span<con
     call.seqlens_k.push_back(static_cast<std::int32_t>(length - 1));
     cache.lengths[first_row + row] = length;
   }
+  if (output == kHiddenStates) call.logits_positions = call.position_ids;
   return run(output, call, factor_ids, sets, cache, first_row, stop);
 }
 
@@ -169,6 +172,7 @@ Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::sp
   inputs.push_back(tensor_over<std::int64_t>(call.input_ids, {batch, columns(call.input_ids)}));
   inputs.push_back(tensor_over<std::int64_t>(call.position_ids, {batch, columns(call.position_ids)}));
   inputs.push_back(tensor_over<std::int64_t>(call.logits_positions, {batch, columns(call.logits_positions)}));
+  inputs.push_back(tensor_over<std::int64_t>(std::span(&call.num_logits, 1), {1}));
   inputs.push_back(tensor_over<std::int32_t>(call.seqlens_k, {batch}));
   inputs.push_back(tensor_over<std::int32_t>(std::span(&call.total_sequence_length, 1), {}));
   inputs.push_back(tensor_over<std::int64_t>(factor_ids, {batch}));

@@ -37,6 +37,7 @@ class SharedCacheDecoder final : public Decoder {
   /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
   struct Call {
     std::vector<std::int64_t> input_ids, position_ids, logits_positions;
+    std::int64_t num_logits;              // of the positions of a row; of the others there are hidden states alone
     std::vector<std::int32_t> seqlens_k;  // real tokens of each row after the call, minus one
     std::int32_t total_sequence_length;
   };
