@@ -202,6 +202,7 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("limit_unknown", "manifest_invalid", manifest(1, "limits", "beams"))
     case("no_decoder", "manifest_invalid", without("graphs", "decoder"), without("graphs", "decoder_cpu"))
     case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
+    case("no_scorer", "manifest_invalid", without("graphs", "scorer_cpu"))  # as bundles of earlier versions
     for_cuda = [manifest(["cuda"], "graphs", name, "providers") for name in ("decoder", "decoder_cpu")]
     case("no_graph_for_cpu", "manifest_invalid", *for_cuda)
     case("cache_unknown", "manifest_invalid", manifest("paged", "graphs", "decoder_cpu", "cache"))

@@ -89,6 +89,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     if product is None:
         raise ValueError("the decoder's logits are not a product and its update")
     attributes = {name: attribute.value for name, attribute in product.attributes.items()}
+    matrix_axis = 0 if attributes.get("transB") else 1  # the vocabulary's
     sizes = [min(TILE, vocab_size - start) for start in range(0, vocab_size, TILE)]
     parts_of_B = op.Split(lora_B, integers(op, sizes), axis=1, _outputs=[f"lora_B.{i}" for i in range(len(sizes))])
     parts_of_B = [parts_of_B] if len(sizes) == 1 else parts_of_B
@@ -98,7 +99,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     logits_there, logprobs_there = [], []  # [positions, 1] of each tile, at that place
     for i, size in enumerate(sizes):
         tokens = slice(i * TILE, i * TILE + size)
-        inputs = [_tile(builder, value, tokens, vocab_size, weights_file) for value in product.inputs]
+        inputs = [_tile(builder, value, tokens, matrix_axis, weights_file) for value in product.inputs]
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
         logits = op.Gemm(products, parts_of_B[i], base)
         if size < TILE:
@@ -112,14 +113,14 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
 
 
 def _tile(
-    builder: Any, value: ir.Value | None, tokens: slice, vocab_size: int, weights_file: WeightsFile
+    builder: Any, value: ir.Value | None, tokens: slice, matrix_axis: int, weights_file: WeightsFile
 ) -> ir.Value | None:
-    """What belongs to some tokens of a weight that has the vocabulary for an axis; another value as it is."""
+    """What belongs to some tokens of the matrix, or of the scales of its columns; another value as it is."""
     tensor = value.const_value if value else None
-    if value is None or not isinstance(tensor, ir.ExternalTensor) or vocab_size not in tensor.shape:
+    if value is None or not isinstance(tensor, ir.ExternalTensor):
         return value
     name = f"{value.name}.{tokens.start}"
-    if tensor.shape[0] == vocab_size:
+    if matrix_axis == 0 or tensor.shape.rank() == 1:
         part = rows_of(value, name, tokens)
     else:
         part = weights_file.add(name, tensor.numpy()[:, tokens])
