@@ -86,8 +86,9 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long
+    # they wait for the next step of a generation.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     if graph.role == "scorer":
         # Packed weights would be a copy of the head's matrix; as they are they stay in the file.
         options.add_session_config_entry("session.disable_prepacking", "1")
