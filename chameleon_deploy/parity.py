@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray, Mode
 from chameleon_deploy.gates import GATES, TENSORRT_FP32, Check, Gate
+from chameleon_deploy.logit_figures import LogitFigures, max_abs
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -77,7 +76,7 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
     """Embeddings, clusters and generated factors."""
     mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
     ours, theirs = runtime.adapt(rows, mode=mode), inference.adapt(checkpoint, rows, mode)
-    yield Check("embeddings, max abs difference", _max_abs(ours.embeddings, theirs.embeddings.numpy()), 1e-5)
+    yield Check("embeddings, max abs difference", max_abs(ours.embeddings, theirs.embeddings.numpy()), 1e-5)
     if len(checkpoint.centroids) > 1:
         distances = torch.cdist(theirs.embeddings.double(), checkpoint.centroids.double()).square()
         nearest = distances.topk(2, largest=False).values
@@ -87,7 +86,7 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
     expected_B = checkpoint.config.alpha * theirs.lora_B.numpy().swapaxes(1, 2)
     ids, their_ids = ours.factor_ids, theirs.factor_ids.numpy()
     difference = max(
-        max(_max_abs(ours.lora_A[i], theirs.lora_A.numpy()[j]), _max_abs(ours.lora_B[i], expected_B[j]))
+        max(max_abs(ours.lora_A[i], theirs.lora_A.numpy()[j]), max_abs(ours.lora_B[i], expected_B[j]))
         for i, j in zip(ids, their_ids, strict=True)
     )
     yield Check("factors, max abs difference", difference, 1e-4)
@@ -98,7 +97,7 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
     ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
     ours = replace(ours, lora_B=ours.lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
-    figures = _Figures(gate.top1_gap)
+    figures = LogitFigures(gate.top1_gap)
     for row, start, actual in _logits_pieces(runtime, rows, ours, batch_size=8):
         stop = start + len(actual)
         expected = reference(rows[row], theirs, row, slice(start, stop))
@@ -118,33 +117,6 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
                 note=f"reference {perplexities[1]:.4f}")  # fmt: skip
 
 
-class _Figures:
-    """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large."""
-
-    def __init__(self, top1_gap: float) -> None:
-        self.top1_gap = top1_gap
-        self.max_abs = 0.0
-        self.agreed = self.clear = self.targets = 0
-        self.kl: list[Tensor] = []
-        self.nll = [0.0, 0.0]  # actual, expected
-
-    def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
-        """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
-        for start in range(0, len(actual), 64):
-            part = slice(start, start + 64)
-            self.max_abs = max(self.max_abs, _max_abs(actual[part].numpy(), expected[part].numpy()))
-            top = expected[part].topk(2).values
-            sure = top[:, 0] - top[:, 1] > self.top1_gap
-            self.agreed += int((actual[part].argmax(1) == expected[part].argmax(1))[sure].sum())
-            self.clear += int(sure.sum())
-            q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
-            self.kl.append((p.exp() * (p - q)).sum(-1))
-            targets = following[part, None]
-            self.targets += len(targets)
-            for i, logprobs in enumerate((q, p)):
-                self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
-
-
 def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
     ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
@@ -152,11 +124,11 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
     whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
     logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
-    difference, figures = 0.0, _Figures(gate.top1_gap)
+    difference, figures = 0.0, LogitFigures(gate.top1_gap)
     for position in range(start, length + 1):
         actual = np.asarray(logits)
         at = slice(position - 1, position)
-        difference = max(difference, _max_abs(actual, np.concatenate([row[at] for row in whole])))
+        difference = max(difference, max_abs(actual, np.concatenate([row[at] for row in whole])))
         expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
         figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
         if position < length:
@@ -177,14 +149,14 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     for size in BATCH_SIZES[1:]:
         members = rows[:size]
         batch = _row_logits(runtime, members, adaptation.rows(np.arange(len(members))))
-        by_size[size] = max(_max_abs(a, b) for a, b in zip(alone, batch, strict=False))
+        by_size[size] = max(max_abs(a, b) for a, b in zip(alone, batch, strict=False))
     worst = max(by_size, key=lambda size: by_size[size])
     yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], gate.rounding,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
     backwards = list(_row_logits(runtime, rows[:8][::-1], adaptation.rows(np.arange(8)[::-1])))
-    yield Check("row order, max abs difference", max(map(_max_abs, alone, backwards[::-1])), gate.rounding)
+    yield Check("row order, max abs difference", max(map(max_abs, alone, backwards[::-1])), gate.rounding)
     padded = next(_row_logits(runtime, [rows[0], wide], adaptation.rows(np.array([0, longest]))))
-    yield Check("padding, max abs difference", _max_abs(alone[0], padded), gate.rounding,
+    yield Check("padding, max abs difference", max_abs(alone[0], padded), gate.rounding,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
@@ -196,7 +168,7 @@ def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     ):
         logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        difference = max(difference, _max_abs(np.array(score.token_logprobs), expected.numpy()))
+        difference = max(difference, max_abs(np.array(score.token_logprobs), expected.numpy()))
     yield Check("scores against logits, max abs difference", difference, gate.rounding)
 
 
@@ -205,10 +177,10 @@ def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -
     none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(reference.checkpoint, rows, "none")
     ours = list(_row_logits(runtime, rows, none))
     base = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
-    yield Check("mode none against the base model", max(map(_max_abs, ours, base)), gate.max_abs_logit)
+    yield Check("mode none against the base model", max(map(max_abs, ours, base)), gate.max_abs_logit)
     adapted = runtime.adapt(rows)
     silent = replace(adapted, lora_B=np.zeros_like(adapted.lora_B))
-    difference = max(map(_max_abs, ours, _row_logits(runtime, rows, silent)))
+    difference = max(map(max_abs, ours, _row_logits(runtime, rows, silent)))
     yield Check("alpha 0 against mode none", difference, 0)
 
 
@@ -229,7 +201,7 @@ def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
         for row, ids in enumerate(rows):
             logprobs = reference(ids, theirs, row).log_softmax(-1)[:-1]
             expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-            difference = max(difference, _max_abs(np.array(scores[row].token_logprobs), expected))
+            difference = max(difference, max_abs(np.array(scores[row].token_logprobs), expected))
         yield Check(f"mode {mode}: token log-probabilities", difference, gate.max_abs_logit)
 
 
@@ -237,7 +209,7 @@ def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     """Promise R: a rerun gives the same bits."""
     adaptation = runtime.adapt(rows)
     first, second = (list(_row_logits(runtime, rows, adaptation)) for _ in range(2))
-    yield Check("promise R: rerun, max abs difference", max(map(_max_abs, first, second)), 0)
+    yield Check("promise R: rerun, max abs difference", max(map(max_abs, first, second)), 0)
 
 
 def check_neighbours(runtime: Runtime, rows: Rows) -> Iterator[Check]:
@@ -249,7 +221,7 @@ def check_neighbours(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     both = replace(adaptation, factor_ids=np.zeros(2, np.int64), cluster_ids=np.repeat(adaptation.cluster_ids, 2),
                    embeddings=np.repeat(adaptation.embeddings, 2, axis=0))  # fmt: skip
     logits = [next(_row_logits(runtime, [first, other], both)) for other in (first, edited)]
-    yield Check("a neighbour's text: max abs difference", _max_abs(*logits), 0)
+    yield Check("a neighbour's text: max abs difference", max_abs(*logits), 0)
 
 
 def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
@@ -259,8 +231,8 @@ def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
         together, difference = runtime.adapt(rows, mode=mode), 0.0
         for row, ids in enumerate(rows):
             alone, own = runtime.adapt([ids], mode=mode), together.factor_ids[row]
-            difference = max(difference, _max_abs(alone.lora_A[0], together.lora_A[own]),
-                             _max_abs(alone.lora_B[0], together.lora_B[own]))  # fmt: skip
+            difference = max(difference, max_abs(alone.lora_A[0], together.lora_A[own]),
+                             max_abs(alone.lora_B[0], together.lora_B[own]))  # fmt: skip
         yield Check(f"promise F: mode {mode}, factors alone and in a batch", difference, 0)
 
 
@@ -274,9 +246,9 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate
         mutations["A and B of another cluster"] = replace(right, factor_ids=(right.factor_ids + 1) % sets)
         mutations["B of another cluster"] = replace(right, lora_B=np.roll(right.lora_B, 1, axis=0))
     # Where the gate sets no limit on logits, it is what the right factors give here.
-    usual = gate.max_abs_logit or max(map(_max_abs, _row_logits(runtime, rows, right), expected))
+    usual = gate.max_abs_logit or max(map(max_abs, _row_logits(runtime, rows, right), expected))
     for name, wrong in mutations.items():
-        difference = max(map(_max_abs, _row_logits(runtime, rows, wrong), expected))
+        difference = max(map(max_abs, _row_logits(runtime, rows, wrong), expected))
         yield Check(
             f"caught: {name}", difference, 2 * usual, at_least=True, note="differs from the reference, as it must"
         )
@@ -307,7 +279,3 @@ def _logits_pieces(
             for i, ids in enumerate(batch):
                 if len(ids) > start:
                     yield first + i, start, logits[i, : len(ids) - start]
-
-
-def _max_abs(a: Any, b: Any) -> float:
-    return float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))

@@ -16,6 +16,7 @@ import torch
 import chameleon_deploy
 from chameleon_deploy import Runtime, parity
 from chameleon_deploy.gates import GATES, Check
+from chameleon_deploy.logit_figures import LogitFigures
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.verify import verification_rows, verify_bundle
@@ -160,7 +161,7 @@ def test_nan_passes_no_check() -> None:
 
 
 def test_kl_and_top1_are_computed_right() -> None:
-    figures = parity._Figures(top1_gap=0.1)
+    figures = LogitFigures(top1_gap=0.1)
     expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.05, 0.0]])
     actual = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     figures.add(actual, expected, torch.tensor([2]))

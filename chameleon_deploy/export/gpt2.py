@@ -39,7 +39,7 @@ def build_trunk(
         context, key, value = attention(op, model, qkv, *past, bias)
         present.append((key, value))
         if past is inputs.past[-1]:
-            x, context = (at_positions(op, value, inputs.logits_positions) for value in (x, context))
+            x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
         x = op.Add(x, linear(context, f"{layer}.attn.c_proj"))
         inner = linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")
         x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), f"{layer}.mlp.c_proj"))

@@ -46,7 +46,7 @@ def build_trunk(
         context, key, value = attention(op, model, qkv, *past, bias, (cos, sin))
         present.append((key, value))
         if past is inputs.past[-1]:
-            x, context = (at_positions(op, value, inputs.logits_positions) for value in (x, context))
+            x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
         x = op.Add(x, op.MatMul(context, weights.side_by_side(f"{layer}.self_attn.o_proj.weight")))
         normed = norm(x, f"{layer}.post_attention_layernorm")
         parts = [f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -13,6 +13,7 @@ from chameleon_deploy.peers.bundle import Bundle
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.session import import_onnxruntime
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class WithoutLoRA(Bundle):
@@ -22,14 +23,14 @@ class WithoutLoRA(Bundle):
 
     def __init__(self, runtime: Runtime) -> None:
         """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
-        decoder: Any = copy.copy(runtime.decoder)
-        if not isinstance(decoder, SharedCacheDecoder):
+        if runtime.provider != "cpu":
             raise ValueError(f"not done for provider {runtime.provider!r}")
-        plain = copy.copy(runtime)
+        plain, decoder = copy.copy(runtime), cast(Any, copy.copy(runtime.decoder))
         plain.mode, plain.decoder = "none", decoder
         decoder.session = _session(runtime.bundle, runtime.graph, decoder.session)
-        decoder.scorer = copy.copy(decoder.scorer)
-        decoder.scorer.session = _session(runtime.bundle, runtime.bundle.graph("scorer", "cpu"), decoder.scorer.session)
+        if isinstance(decoder, SharedCacheDecoder):
+            scorer = runtime.bundle.graph("scorer", "cpu")
+            decoder.scorer = TiledScorer(_session(runtime.bundle, scorer, decoder.scorer.session))
         super().__init__(plain, "without LoRA")
 
 

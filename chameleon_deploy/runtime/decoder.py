@@ -19,11 +19,7 @@ class Decoder(Protocol):
 
     Each decoder has its own kind of cache; all have `lengths`, int64 [batch]: the real tokens of each row, which is the
     position of its next one. Logits are numpy arrays, or stay on the device until they are asked for.
-
-    max_rows  how many rows one call takes; None is any number
     """
-
-    max_rows: int | None
 
     def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[Logits, Any]:
         """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache

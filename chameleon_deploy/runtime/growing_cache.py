@@ -31,8 +31,6 @@ class GrowingCache:
 class GrowingCacheDecoder:
     """See `Decoder`."""
 
-    max_rows: int | None = None
-
     def __init__(self, session: Any, ort_value: Any, model: ModelSpec, threads: int) -> None:
         """threads: how many take the softmax of scored logits"""
         self.session, self._ort_value, self._model, self._threads = session, ort_value, model, threads
@@ -65,7 +63,7 @@ class GrowingCacheDecoder:
             yield start, self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return logprobs_of_logits(self, rows, adaptation, self._threads)
+        return logprobs_of_logits(self, rows, adaptation, threads=self._threads)
 
     def keep(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
         tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]

@@ -17,16 +17,21 @@ SOFTMAX_POSITIONS = 8  # at a time, whose logits stay in the processor's cache
 
 
 def logprobs_of_logits(
-    decoder: Decoder, rows: Sequence[Sequence[int]], adaptation: Adaptation, threads: int = 1
+    decoder: Decoder,
+    rows: Sequence[Sequence[int]],
+    adaptation: Adaptation,
+    max_rows: int | None = None,
+    threads: int = 1,
 ) -> list[FloatArray]:
     """See `Decoder.token_logprobs`.
 
-    threads  how many take the softmax of logits that are not on a device
+    max_rows  of one call; None is any number
+    threads   how many take the softmax of logits that are not on a device
     """
     logprobs = [np.empty(len(ids) - 1, np.float32) for ids in rows]
     lengths = np.array([len(values) for values in logprobs])
     with ThreadPoolExecutor(threads) as executor:
-        for part in parts(lengths, BATCH_TOKENS, decoder.max_rows):
+        for part in parts(lengths, BATCH_TOKENS, max_rows):
             adapted = adaptation.rows(np.arange(len(rows))[part])
             for start, logits in decoder.all_logits([ids[:-1] for ids in rows[part]], adapted):
                 piece = slice(start, start + logits.shape[1])

@@ -111,8 +111,6 @@ class _Call:
 class SharedCacheDecoder:
     """See `Decoder`."""
 
-    max_rows: int | None = None
-
     def __init__(self, session: Any, scorer: TiledScorer, ort_value: Any, manifest: Manifest) -> None:
         self.session, self.scorer, self.ort_value, self.model = session, scorer, ort_value, manifest.model
         self.prefill_tokens = INT8_TOKENS if manifest.precision == "int8" else PREFILL_TOKENS

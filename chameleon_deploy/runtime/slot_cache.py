@@ -87,7 +87,7 @@ class SlotCacheDecoder:
         limits: LimitsSpec | None,
     ) -> None:
         """limits: of engines with fixed profiles; None where any shape runs."""
-        self.device, self.max_rows = device, limits.batch if limits else None
+        self.device = device
         self._decoder, self._chooser, self._scorer = decoder, chooser, scorer
         self._model, self._limits = model, limits
         self._past = [spec.name for spec in decoder.spec.inputs if spec.name.startswith("past_key_values.")]
@@ -159,7 +159,7 @@ class SlotCacheDecoder:
             yield start, DeviceLogits(logits, self._chooser, self._scorer)
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return logprobs_of_logits(self, rows, adaptation)
+        return logprobs_of_logits(self, rows, adaptation, max_rows=self._limits.batch if self._limits else None)
 
     def place(self, factors: Factors) -> tuple[DeviceArray, DeviceArray]:
         """lora_A and lora_B where the decoder reads them; those that are there already stay."""

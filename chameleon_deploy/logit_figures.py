@@ -1,0 +1,40 @@
+"""How far two models' logits lie apart: what the numeric gates limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+class LogitFigures:
+    """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large."""
+
+    def __init__(self, top1_gap: float) -> None:
+        self.top1_gap = top1_gap
+        self.max_abs = 0.0
+        self.agreed = self.clear = self.targets = 0
+        self.kl: list[Tensor] = []
+        self.nll = [0.0, 0.0]  # actual, expected
+
+    def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
+        """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
+        for start in range(0, len(actual), 64):
+            part = slice(start, start + 64)
+            self.max_abs = max(self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy()))
+            top = expected[part].topk(2).values
+            sure = top[:, 0] - top[:, 1] > self.top1_gap
+            self.agreed += int((actual[part].argmax(1) == expected[part].argmax(1))[sure].sum())
+            self.clear += int(sure.sum())
+            q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
+            self.kl.append((p.exp() * (p - q)).sum(-1))
+            targets = following[part, None]
+            self.targets += len(targets)
+            for i, logprobs in enumerate((q, p)):
+                self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
+
+
+def max_abs(a: Any, b: Any) -> float:
+    """The largest difference, 0 of nothing."""
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))
