@@ -29,6 +29,7 @@ class Benchmark:
     """Everything that one run measured.
 
     machine     the processor and the versions of all engines
+    ceilings    of every round of every timing
     cost_split  seconds of the parts of one generation, batch 8
     missing     engines that could not be had here, and why
     """
@@ -37,7 +38,7 @@ class Benchmark:
     precision: str
     threads: int
     weights_bytes: int
-    ceilings: Ceilings
+    ceilings: list[Ceilings]
     footprint: Footprint
     timings: list[Timing]
     cost_split: dict[str, float]
@@ -64,14 +65,14 @@ def run(
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
     foreign: bool = True,
 ) -> Benchmark:
-    """Footprint, ceilings, all timings and the cost split, in this order.
+    """Footprint, all timings and the cost split, in this order.
 
     width, num_tokens  of every prompt, and how many to generate after it
     foreign            also compare with torch.compile, CTranslate2 and OpenVINO
     """
     import chameleon_deploy
     from chameleon_deploy import workloads
-    from chameleon_deploy.ceilings import measure_ceilings
+    from chameleon_deploy.ceilings import open_ceilings
     from chameleon_deploy.cost_split import cost_split
     from chameleon_deploy.machine import describe_machine
     from chameleon_deploy.peers import open_peers
@@ -81,7 +82,13 @@ def run(
     footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
     report("footprint", 1, 1)
     runtime = chameleon_deploy.load(bundle, threads=threads)
-    ceilings = measure_ceilings(threads, runtime.manifest.precision)
+    measure_ceilings = open_ceilings(threads, runtime.manifest.precision)
+    ceilings: list[Ceilings] = []
+
+    def now() -> Ceilings:
+        ceilings.append(measure_ceilings())
+        return ceilings[-1]
+
     rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
     with TemporaryDirectory() as directory:
         report("convert for other engines", 0, 1)
@@ -90,7 +97,7 @@ def run(
         work = workloads.Workloads(runtime, checkpoint, peers)
         cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
         cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
-        timings = [timing for case in cases for timing in measure(case, ceilings, rounds, report, max_extra_rounds)]
+        timings = [timing for case in cases for timing in measure(case, now, rounds, report, max_extra_rounds)]
     return Benchmark(
         machine=describe_machine(),
         precision=runtime.manifest.precision,

@@ -26,7 +26,7 @@ def timing_grid(measured: Benchmark) -> Grid:
         [
             timing.part.name,
             f"{_bundle(timing) / timing.part.units * 1e3:.3f} ms/{timing.part.unit}",
-            f"{timing.floor / _bundle(timing):.0%}",
+            f"{timing.share:.0%}",
             *(f"{timing.ratios[name]:.3f}" if name in timing.ratios else "" for name in others),
             f"{max(timing.spread.values()):.0%}",
             f"{timing.rounds}, {timing.retries}, {timing.disturbed}",
@@ -74,10 +74,12 @@ def missing_grid(measured: Benchmark) -> Grid:
 def summary(measured: Benchmark) -> Iterator[str]:
     """What needs no table, a sentence each."""
     footprint, ceilings = measured.footprint, measured.ceilings
+    reading = sorted(found.bytes_per_second / 1e9 for found in ceilings)
+    operations = sorted(found.operations_per_second / 1e9 for found in ceilings)
     yield (
-        f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}. Ceilings: "
-        f"{ceilings.bytes_per_second / 1e9:.1f} GB/s reading, {ceilings.operations_per_second / 1e9:.0f} "
-        f"G operations/s of {ceilings.operations}."
+        f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}. Ceilings of its "
+        f"{len(ceilings)} rounds: {reading[0]:.1f} to {reading[-1]:.1f} GB/s reading, {operations[0]:.0f} to "
+        f"{operations[-1]:.0f} G operations/s of {ceilings[0].operations}."
     )
     yield (
         f"Loading in a fresh process: {footprint.seconds:.2f} s, {footprint.resident / 1e6:.0f} MB resident "
@@ -110,7 +112,7 @@ def fill(page: Report, measured: Benchmark) -> None:
     page.section("Distance to the floor")
     for line in summary(measured):
         page.text(line)
-    _plot_bars(page, {t.part.name: t.floor / _bundle(t) for t in measured.timings}, "Share of the floor: what no "
+    _plot_bars(page, {t.part.name: t.share for t in measured.timings}, "Share of the floor: what no "
                "engine can beat that reads the weights once and computes the matrix products")  # fmt: skip
     page.section("Where the time of one generation goes")
     page.table(*split_grid(measured))

@@ -126,7 +126,7 @@ def check_bundle(
     works["scoring"] = partial(workloads.scoring, texts[:8])
     for name, work in works.items():
         if in_time(name):
-            timings = measure(work(), ceilings, ROUNDS, report, max_extra_rounds=1)
+            timings = measure(work(), lambda: ceilings, ROUNDS, report, max_extra_rounds=1)
             figures.timings += timings
             figures.skipped += [f"{name}: {peer}: {reason}" for peer, reason in timings[0].failed.items()]
     for provider, runtime in runtimes.items():
@@ -167,14 +167,13 @@ def tables(figures: BundleFigures) -> Iterator[Table]:
     timings = Table("", *engines, "of the floor", "spread",
                     title=f"{figures.bundle}, {figures.precision}: milliseconds per step or token")  # fmt: skip
     for timing in figures.timings:
-        first, *_ = timing.seconds
         cells = [
             f"{timing.seconds[name] / timing.part.units * 1e3:.4f} ({timing.ratios.get(name, 1.0):.2f})"
             if name in timing.seconds
             else ""
             for name in engines
         ]
-        timings.add_row(timing.part.name, *cells, f"{timing.floor / timing.seconds[first]:.0%}",
+        timings.add_row(timing.part.name, *cells, f"{timing.share:.0%}",
                         f"{max(timing.spread.values()):.0%}")  # fmt: skip
     timings.caption = (
         f"in brackets: how many times faster the first is; floor: reading at {figures.bytes_per_second / 1e9:.0f} GB/s"

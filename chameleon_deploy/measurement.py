@@ -67,7 +67,8 @@ class Timing:
     deviations  of every engine's result from the reference, and its bounds: a fast wrong answer is an error
     disturbed   how many of all samples were taken while others used the processors, in spite of retries
     failed      engines that could not run, and why
-    floor       seconds that no engine can beat on this machine
+    floor       seconds that no engine can beat on this machine, by ceilings measured in every round: their median
+    share       of the first engine's seconds that the floor is: the median of the shares within each round
     """
 
     part: Part
@@ -81,6 +82,7 @@ class Timing:
     bounds: dict[str, float]
     failed: dict[str, str]
     floor: float
+    share: float
 
     @property
     def wrong(self) -> list[str]:
@@ -89,7 +91,7 @@ class Timing:
 
 def measure(
     case: Case,
-    ceilings: Ceilings,
+    ceilings: Callable[[], Ceilings],
     rounds: int,
     report: Callable[[str, int, int], None],
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
@@ -114,6 +116,7 @@ def measure(
     report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
     order, shuffle = list(deviations), random.Random(0)
     samples: list[dict[str, _Sample]] = []  # of each round, by engine
+    reached: list[Ceilings] = []  # of each round, beside the first engine
     retries = 0
     for attempt in range(1 + max_extra_rounds):
         for _ in range(rounds):
@@ -122,6 +125,9 @@ def measure(
             for name in order:
                 taken[name], thrown_away = _undisturbed_sample(case.engines[name], RETRIES if max_extra_rounds else 0)
                 retries += thrown_away
+                if name == first:
+                    _settle()
+                    reached.append(ceilings())
             samples.append(taken)
             report(case.whole.name, len(samples), (attempt + 1) * rounds)
         if all(
@@ -137,6 +143,7 @@ def measure(
     def timing(key: str | None, part: Part) -> Timing:
         seconds = {name: [taken[name].seconds[key] for taken in samples] for name in deviations}
         ratios = {name: _ratios(samples, first, name, key) for name in others if name in deviations}
+        floors = [found.floor(part.num_bytes, part.num_operations) for found in reached]
         return Timing(
             part,
             {name: statistics.median(values) for name, values in seconds.items()},
@@ -148,7 +155,8 @@ def measure(
             deviations,
             bounds,
             failed,
-            ceilings.floor(part.num_bytes, part.num_operations),
+            statistics.median(floors),
+            statistics.median(floor / own for floor, own in zip(floors, seconds[first], strict=True)),
         )
 
     return [timing(None, case.whole), *(timing(name, part) for name, part in case.parts.items())]

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from chameleon_deploy import Runtime, measurement
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.ceilings import Ceilings, measure_ceilings
+from chameleon_deploy.ceilings import Ceilings, open_ceilings
 from chameleon_deploy.cost_split import cost_split
 from chameleon_deploy.measurement import Case, Engine, Part, Timing, measure
 from chameleon_deploy.peers import Peer, Rows
@@ -37,7 +37,6 @@ from tests.conftest import REPOSITORY
 from tests.test_cli import run
 from tests.test_report import Page
 
-CEILINGS = Ceilings(1e9, 1e9, "float32")
 PART = Part("work", 10, "unit", 1e7, 2e7)
 
 
@@ -64,6 +63,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def steady() -> Ceilings:
+    return Ceilings(1e9, 1e9, "float32")
+
+
 def silent(what: str, done: int, total: int) -> None:
     pass
 
@@ -85,7 +88,7 @@ def engine(clock: Clock, first: float, second: float, deviation: float = 0.0) ->
 
 def measured(engines: dict[str, Engine]) -> list[Timing]:
     parts = {"a": replace(PART, name="a"), "b": replace(PART, name="b")}
-    return measure(Case(PART, engines, parts), CEILINGS, 3, silent, 0)
+    return measure(Case(PART, engines, parts), steady, 3, silent, 0)
 
 
 def test_the_whole_and_its_parts_are_timed(clock: Clock) -> None:
@@ -109,10 +112,26 @@ def test_ratios_are_taken_within_a_round(clock: Clock) -> None:
     def slower(what: str, done: int, total: int) -> None:
         speed["now"] *= 1.5
 
-    (timing,) = measure(Case(PART, {"bundle": work(1), "other": work(3)}), CEILINGS, 5, slower, 0)
+    (timing,) = measure(Case(PART, {"bundle": work(1), "other": work(3)}), steady, 5, slower, 0)
     assert timing.ratios["other"] == pytest.approx(3)
     assert timing.spread["other"] == pytest.approx(0, abs=1e-9)
     assert timing.spread["bundle"] > 0.5
+
+
+def test_the_share_share_is_taken_within_a_round(clock: Clock) -> None:
+    """A machine that becomes faster lowers the floor, and changes no engine's distance to it."""
+    speed = {"now": 1.0}
+
+    def faster(what: str, done: int, total: int) -> None:
+        speed["now"] *= 1.5
+
+    def ceilings() -> Ceilings:
+        return Ceilings(1e9 * speed["now"], 1e9 * speed["now"], "float32")
+
+    work = Engine(lambda lap: clock.sleep(0.08 / speed["now"]), lambda _: 0.0, 0.5)
+    (timing,) = measure(Case(PART, {"bundle": work}), ceilings, 5, faster, 0)
+    assert timing.share == pytest.approx(0.25)
+    assert timing.floor < 0.02  # of the round in the middle
 
 
 def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
@@ -138,13 +157,13 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
 def test_scattered_ratios_are_measured_again(clock: Clock) -> None:
     seconds = itertools.cycle([1, 4])
     scattered = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
-    (timing,) = measure(Case(PART, {"bundle": engine(clock, 1, 1), "scattered": scattered}), CEILINGS, 4, silent, 2)
+    (timing,) = measure(Case(PART, {"bundle": engine(clock, 1, 1), "scattered": scattered}), steady, 4, silent, 2)
     assert timing.rounds == 12
     assert timing.spread["scattered"] > measurement.NOISY
 
 
 def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
-    steady = Engine(lambda lap: busy(0.3), lambda _: 0.0, 0.5)
+    work = Engine(lambda lap: busy(0.3), lambda _: 0.0, 0.5)
     others = [
         subprocess.Popen(
             [sys.executable, "-c", "print('begun', flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
@@ -155,8 +174,8 @@ def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
         for other in others:
             assert other.stdout is not None
             other.stdout.readline()
-        (timing,) = measure(Case(PART, {"bundle": steady}), CEILINGS, 1, silent, 1)
-        (quick,) = measure(Case(PART, {"bundle": steady}), CEILINGS, 1, silent, 0)
+        (timing,) = measure(Case(PART, {"bundle": work}), steady, 1, silent, 1)
+        (quick,) = measure(Case(PART, {"bundle": work}), steady, 1, silent, 0)
     finally:
         for other in others:
             other.kill()
@@ -168,7 +187,7 @@ def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
 
 def test_ceilings_are_plausible() -> None:
     for precision in ("fp32", "int8"):
-        ceilings = measure_ceilings(1, precision)
+        ceilings = open_ceilings(1, precision)()
         assert 1e8 < ceilings.bytes_per_second < 1e13
         assert 1e8 < ceilings.operations_per_second < 1e15
 
@@ -292,6 +311,7 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
         assert all(ratio > 0 for ratio in timing["ratios"].values())
         assert set(timing["deviations"]) == set(timing["seconds"])
         assert timing["floor"] > 0
+        assert timing["share"] > 0
     assert "one call per cluster" in record["timings"][-1]["ratios"]
     footprint = record["footprint"]
     assert 0 < footprint["private"] < footprint["resident"] <= footprint["peak"]
