@@ -1,4 +1,8 @@
-"""Interleaved timing: machines are noisy, so a figure is a median of ratios, each taken within one round of one run."""
+"""Interleaved timing: machines are noisy, so a figure is a median of ratios, each of two samples that were neighbours.
+
+A virtual machine becomes a tenth faster or slower within seconds, by what its host does; two samples in a row mostly
+see the same machine.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +66,7 @@ class Case:
 class Timing:
     """Seconds of every engine for one part: medians over the rounds.
 
-    ratios      how many times faster the first engine is than each other: medians of the ratios within each round
+    ratios      how many times faster the first engine is than each other: medians of the ratios of neighbours
     spread      relative interquartile range of those ratios; of the seconds for the first engine
     deviations  of every engine's result from the reference, and its bounds: a fast wrong answer is an error
     disturbed   how many of all samples were taken while others used the processors, in spite of retries
@@ -96,13 +100,71 @@ def measure(
     report: Callable[[str, int, int], None],
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
 ) -> list[Timing]:
-    """Time all engines in turn, `rounds` times each after two warm-ups, more often where the ratios scatter.
+    """Time all engines in turn, each beside the first, `rounds` times after two warm-ups, more often where the ratios
+    scatter.
 
     With max_extra_rounds 0 nothing is taken again, disturbed samples neither: a quick look is to stay quick.
 
     -> the whole, then its parts. An engine that raises is reported as failed; the first one's error is raised.
     """
-    first, *others = case.engines
+    first, *_ = case.engines
+    deviations, failed = _warm_up(case, report)
+    order, shuffle = [name for name in deviations if name != first], random.Random(0)
+    own: list[_Sample] = []  # of the first engine beside the ceilings, of each round
+    reached: list[Ceilings] = []
+    pairs: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in order}  # of the first engine and another
+    retries = 0
+
+    def take(name: str) -> _Sample:
+        nonlocal retries
+        sample, thrown_away = _undisturbed_sample(case.engines[name], RETRIES if max_extra_rounds else 0)
+        retries += thrown_away
+        return sample
+
+    for attempt in range(1 + max_extra_rounds):
+        for _ in range(rounds):
+            own.append(take(first))
+            _settle()
+            reached.append(ceilings())
+            shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
+            for name in order:
+                pair = [first, name]
+                shuffle.shuffle(pair)
+                taken = {engine: take(engine) for engine in pair}
+                pairs[name].append((taken[first], taken[name]))
+            report(case.whole.name, len(own), (attempt + 1) * rounds)
+        if all(_spread(_ratios(taken, part)) <= NOISY for taken in pairs.values() for part in [None, *case.parts]):
+            break
+    samples = {first: own + [sample for taken in pairs.values() for sample, _ in taken]}
+    samples |= {name: [sample for _, sample in taken] for name, taken in pairs.items()}
+    disturbed = sum(sample.disturbed for taken in samples.values() for sample in taken)
+    bounds = {name: case.engines[name].bound for name in deviations}
+
+    def timing(key: str | None, part: Part) -> Timing:
+        seconds = {name: [sample.seconds[key] for sample in taken] for name, taken in samples.items()}
+        ratios = {name: _ratios(taken, key) for name, taken in pairs.items()}
+        floors = [found.floor(part.num_bytes, part.num_operations) for found in reached]
+        return Timing(
+            part,
+            {name: statistics.median(values) for name, values in seconds.items()},
+            {name: statistics.median(values) for name, values in ratios.items()},
+            {first: _spread(seconds[first])} | {name: _spread(values) for name, values in ratios.items()},
+            len(own),
+            retries,
+            disturbed,
+            deviations,
+            bounds,
+            failed,
+            statistics.median(floors),
+            statistics.median(floor / sample.seconds[key] for floor, sample in zip(floors, own, strict=True)),
+        )
+
+    return [timing(None, case.whole), *(timing(name, part) for name, part in case.parts.items())]
+
+
+def _warm_up(case: Case, report: Callable[[str, int, int], None]) -> tuple[dict[str, float], dict[str, str]]:
+    """Run every engine twice.  -> deviations of those that could, reasons of those that could not"""
+    first, *_ = case.engines
     deviations, failed = {}, {}
     for done, (name, engine) in enumerate(case.engines.items()):
         report(f"{case.whole.name}: warm-up", done, len(case.engines))
@@ -114,52 +176,7 @@ def measure(
                 raise
             failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
-    order, shuffle = list(deviations), random.Random(0)
-    samples: list[dict[str, _Sample]] = []  # of each round, by engine
-    reached: list[Ceilings] = []  # of each round, beside the first engine
-    retries = 0
-    for attempt in range(1 + max_extra_rounds):
-        for _ in range(rounds):
-            shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
-            taken = {}
-            for name in order:
-                taken[name], thrown_away = _undisturbed_sample(case.engines[name], RETRIES if max_extra_rounds else 0)
-                retries += thrown_away
-                if name == first:
-                    _settle()
-                    reached.append(ceilings())
-            samples.append(taken)
-            report(case.whole.name, len(samples), (attempt + 1) * rounds)
-        if all(
-            _spread(_ratios(samples, first, name, part)) <= NOISY
-            for name in others
-            if name not in failed
-            for part in [None, *case.parts]
-        ):
-            break
-    disturbed = sum(sample.disturbed for taken in samples for sample in taken.values())
-    bounds = {name: case.engines[name].bound for name in deviations}
-
-    def timing(key: str | None, part: Part) -> Timing:
-        seconds = {name: [taken[name].seconds[key] for taken in samples] for name in deviations}
-        ratios = {name: _ratios(samples, first, name, key) for name in others if name in deviations}
-        floors = [found.floor(part.num_bytes, part.num_operations) for found in reached]
-        return Timing(
-            part,
-            {name: statistics.median(values) for name, values in seconds.items()},
-            {name: statistics.median(values) for name, values in ratios.items()},
-            {first: _spread(seconds[first])} | {name: _spread(values) for name, values in ratios.items()},
-            len(samples),
-            retries,
-            disturbed,
-            deviations,
-            bounds,
-            failed,
-            statistics.median(floors),
-            statistics.median(floor / own for floor, own in zip(floors, seconds[first], strict=True)),
-        )
-
-    return [timing(None, case.whole), *(timing(name, part) for name, part in case.parts.items())]
+    return deviations, failed
 
 
 def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
@@ -242,8 +259,8 @@ def _settle() -> None:
             return
 
 
-def _ratios(samples: Iterable[Mapping[str, _Sample]], first: str, other: str, part: str | None) -> list[float]:
-    return [taken[other].seconds[part] / taken[first].seconds[part] for taken in samples]
+def _ratios(pairs: Iterable[tuple[_Sample, _Sample]], part: str | None) -> list[float]:
+    return [other.seconds[part] / first.seconds[part] for first, other in pairs]
 
 
 def _spread(values: list[float]) -> float:
