@@ -36,7 +36,7 @@ def timing_grid(measured: Benchmark) -> Grid:
     ]
     headers = ["", "bundle", "of the floor", *(f"x {name}" for name in others), "spread",
                "rounds, retries, disturbed", "worst deviation"]  # fmt: skip
-    return Grid(headers, rows, "x: how many times faster the bundle is; medians of ratios taken within one round")
+    return Grid(headers, rows, "x: how many times faster the bundle is; medians of ratios of two samples in a row")
 
 
 def spread_grid(measured: Benchmark) -> Grid:
