@@ -1,7 +1,7 @@
 """What this machine can do at most, measured: the floor that a benchmark's times stand on.
 
-A virtual machine's ceilings move while it runs: two threads of one read 48 or 84 GB/s, by where its host had placed
-them, and changed within seconds. So they are measured in every round.
+A virtual machine's ceilings move while it runs: two threads of one read 48 or 84 GB/s, and changed over within
+seconds. So they are measured in every round.
 """
 
 from __future__ import annotations
