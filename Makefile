@@ -12,8 +12,8 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/test_tensorrt.py
-	$(BIN)/python -m pytest tests/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
+	$(BIN)/python -m pytest --ignore tests/export/test_tensorrt.py
+	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
 
 cpp: .venv/ready
 	.ci/cpp

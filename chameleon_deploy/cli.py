@@ -6,7 +6,7 @@ generate` works where only the runtime is installed.
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 from typing import NoReturn
 
@@ -32,11 +32,9 @@ def main() -> NoReturn:
     if name not in COMMANDS:
         print(f"error: {name!r} is not one of {', '.join(COMMANDS)} [usage]", file=sys.stderr)
         sys.exit(2)
-    from chameleon_deploy import console
-
     sys.argv[:2] = [f"chameleon-deploy {name}"]
-    package = "chameleon_deploy.export.__main__" if name == "export" else f"chameleon_deploy.{name}"
-    console.run(importlib.import_module(package).main)
+    runpy.run_module(f"chameleon_deploy.{name}", run_name="__main__")
+    sys.exit(0)
 
 
 if __name__ == "__main__":

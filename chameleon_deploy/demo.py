@@ -33,7 +33,8 @@ def main(
     with console.stderr.status("importing PyTorch and transformers"):
         from chameleon_deploy.export.exporter import export_bundle
         from chameleon_deploy.reference.checkpoint import load_checkpoint
-        from chameleon_deploy.verify import check_table, require_passed, summary, verify_bundle
+        from chameleon_deploy.verify.report import check_table, require_passed
+        from chameleon_deploy.verify.run import summary, verify_bundle
 
     out = models / "demo"
     shutil.rmtree(out, ignore_errors=True)
@@ -66,7 +67,8 @@ def main(
         console.stdout.print(_perplexities(runtimes, checkpoints, report))
 
     _heading("4. Speed", f"{threads} threads, interleaved, medians")
-    from chameleon_deploy.bench import print_tables, run
+    from chameleon_deploy.bench.report import print_tables
+    from chameleon_deploy.bench.run import run
 
     with console.progress() as report:
         measured = run(
@@ -77,7 +79,7 @@ def main(
 
 
 def _perplexities(runtimes: Any, checkpoints: Any, report: Any) -> Table:
-    from chameleon_deploy.reference.evaluation import evaluate
+    from chameleon_deploy.evaluate.scoring import evaluate
     from chameleon_deploy.reference.tiny import corpus_split
 
     _, held_out = corpus_split()
@@ -98,7 +100,7 @@ def _perplexities(runtimes: Any, checkpoints: Any, report: Any) -> Table:
 
 
 def _perplexity(runtime: Any, checkpoint: Any, texts: list[str], mode: str) -> float:
-    from chameleon_deploy.reference.evaluation import cohort_rows
+    from chameleon_deploy.evaluate.scoring import cohort_rows
 
     ids, cohorts = cohort_rows(checkpoint, texts)
     logprobs = [

@@ -24,11 +24,11 @@ from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import DependencyError, ProviderError
 
 if TYPE_CHECKING:
-    from chameleon_deploy.gates import Check
-    from chameleon_deploy.measurement import Case, Timing
-    from chameleon_deploy.peers import Peer
+    from chameleon_deploy.bench.peers import Peer
+    from chameleon_deploy.bench.timing import Case, Timing
     from chameleon_deploy.reference.checkpoint import Checkpoint
     from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.verify.gates import Check
 
 Report = Callable[[str, int, int], None]
 Open = Callable[[Bundle], "Runtime"]
@@ -85,11 +85,12 @@ def check_bundle(
     compiled      whether torch.compile is compared too
     deadline      time.monotonic() after which nothing more is begun; it is listed as skipped
     """
-    from chameleon_deploy import gpu_costs, parity
-    from chameleon_deploy.ceilings import Ceilings
-    from chameleon_deploy.measurement import measure
-    from chameleon_deploy.verify import rows_within, verification_rows
-    from chameleon_deploy.workloads import Workloads, text_rows
+    from chameleon_deploy.bench import gpu_costs
+    from chameleon_deploy.bench.ceilings import Ceilings
+    from chameleon_deploy.bench.timing import measure
+    from chameleon_deploy.bench.workloads import Workloads, text_rows
+    from chameleon_deploy.verify import checks as parity
+    from chameleon_deploy.verify.run import rows_within, verification_rows
 
     manifest = bundle.manifest
     limits, figures = manifest.limits, BundleFigures(str(bundle.path), manifest.precision)
@@ -143,8 +144,8 @@ def _peers(
     """Every provider, the first without adaptation, and PyTorch."""
     import copy
 
-    from chameleon_deploy.peers.bundle import Bundle as BundlePeer
-    from chameleon_deploy.peers.pytorch_gpu import PyTorchGPU
+    from chameleon_deploy.bench.peers.bundle import Bundle as BundlePeer
+    from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
 
     first = next(iter(runtimes.values()))
     plain = copy.copy(first)
@@ -200,7 +201,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Verify and measure bundles, one of each precision, on this machine's GPU. Exit 1 when a gate is missed."""
-    from chameleon_deploy.runtime.cuda import import_cudart
+    from chameleon_deploy.runtime.device.cuda import import_cudart
 
     deadline = time.monotonic() + seconds
     import_cudart()  # raises, in one line, what is missing

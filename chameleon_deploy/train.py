@@ -46,7 +46,7 @@ def main(
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
-    from chameleon_deploy.reference.recipes import RECIPES
+    from chameleon_deploy.reference.presets import RECIPES
     from chameleon_deploy.reference.training import train_checkpoint
 
     chosen = RECIPES[recipe]

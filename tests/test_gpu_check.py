@@ -14,17 +14,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from chameleon_deploy import gpu_check, gpu_costs, parity, verify, workloads
+from chameleon_deploy import gpu_check
+from chameleon_deploy.bench import gpu_costs, workloads
+from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import ProviderError
-from chameleon_deploy.gates import Check
-from chameleon_deploy.peers.pytorch_gpu import PyTorchGPU
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import run as verify
+from chameleon_deploy.verify.gates import Check
 from tests.fake_cuda import FakeCudart
-from tests.test_device import with_engines, with_sessions
-from tests.test_providers import needs_no_gpu
+from tests.runtime.test_device import with_engines, with_sessions
+from tests.runtime.test_providers import needs_no_gpu
 
 
 @needs_no_gpu

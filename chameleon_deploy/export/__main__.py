@@ -41,7 +41,8 @@ def main(
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.checkpoint import load_checkpoint
-    from chameleon_deploy.verify import check_table, require_passed, summary, verify_bundle
+    from chameleon_deploy.verify.report import check_table, require_passed
+    from chameleon_deploy.verify.run import summary, verify_bundle
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
     target = target or recipe.target

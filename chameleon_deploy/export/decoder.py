@@ -13,10 +13,10 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.bundle import ModelSpec, StoredTensor
-from chameleon_deploy.export import gpt2, llama
+from chameleon_deploy.export.families import gpt2, llama
+from chameleon_deploy.export.families.trunk import BuildTrunk, TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.head import build_head
-from chameleon_deploy.export.trunk import BuildTrunk, TrunkInputs
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
 

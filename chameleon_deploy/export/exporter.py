@@ -30,19 +30,19 @@ from chameleon_deploy.bundle import (
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.export.calibration import activations_of, highest_of_layers
 from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
+from chameleon_deploy.export.int8.cache import quantize_cache
+from chameleon_deploy.export.int8.calibration import activations_of, highest_of_layers
+from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.rows import quantize_rows
+from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
-from chameleon_deploy.export.passes.int8_cache import quantize_cache
-from chameleon_deploy.export.passes.int8_rows import quantize_rows
-from chameleon_deploy.export.passes.int8_weights import quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_scorer
 from chameleon_deploy.export.recipe import Limits
-from chameleon_deploy.export.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint

@@ -8,13 +8,13 @@ from typing import Any, Protocol, cast
 
 from chameleon_deploy.bundle import Bundle, FloatArray, LimitsSpec, Role
 from chameleon_deploy.runtime.adaptation import Factors
-from chameleon_deploy.runtime.cuda import CudaDevice
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device_graph import DeviceGraph
+from chameleon_deploy.runtime.device.cuda import CudaDevice
+from chameleon_deploy.runtime.device.graph import DeviceGraph
+from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
 from chameleon_deploy.runtime.session import import_onnxruntime, open_session
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 

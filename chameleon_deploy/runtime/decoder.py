@@ -9,7 +9,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
-from chameleon_deploy.runtime.device_logits import DeviceLogits
+from chameleon_deploy.runtime.device.logits import DeviceLogits
 
 Logits = FloatArray | DeviceLogits
 

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device_logits import DeviceLogits
+from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
 
 FinishReason = Literal["stop", "length"]

@@ -10,7 +10,7 @@ import numpy as np
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import Decoder, Logits, parts
-from chameleon_deploy.runtime.device_logits import DeviceLogits
+from chameleon_deploy.runtime.device.logits import DeviceLogits
 
 BATCH_TOKENS = 256  # rows times width of one call; a longer row goes alone. Larger ones are no faster
 SOFTMAX_POSITIONS = 8  # at a time, whose logits stay in the processor's cache

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from chameleon_deploy.bundle import Bundle, Role
 from chameleon_deploy.errors import DependencyError, ProviderError
 from chameleon_deploy.runtime.backend import Backend, CpuBackend, DeviceBackend
-from chameleon_deploy.runtime.cuda import CudaDevice, import_cudart
-from chameleon_deploy.runtime.device_graph import DeviceGraph, SessionGraph
+from chameleon_deploy.runtime.device.cuda import CudaDevice, import_cudart
+from chameleon_deploy.runtime.device.graph import DeviceGraph, SessionGraph
+from chameleon_deploy.runtime.device.tensorrt import open_engines
 from chameleon_deploy.runtime.session import import_onnxruntime, open_session
-from chameleon_deploy.runtime.tensorrt import open_engines
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "auto")
 

@@ -25,8 +25,8 @@ from onnxscript.rewriter.pattern import RewriteRule
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention
+from chameleon_deploy.export.families.llama import ROTARY_TABLES
 from chameleon_deploy.export.graph import constant
-from chameleon_deploy.export.llama import ROTARY_TABLES
 
 
 def share_cache(decoder: ir.Model, model: ModelSpec) -> int:

@@ -1,0 +1,63 @@
+"""`python -m chameleon_deploy.bench`: measure a bundle against the PyTorch reference and other engines, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.bench import report
+from chameleon_deploy.bench.run import run
+from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS
+from chameleon_deploy.console import CheckFailedError
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every engine; all cores unless given.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to generate at.")] = None,
+    width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 33,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per engine, doubled or tripled where they scatter.")] = 7,
+    smoke: Annotated[bool, typer.Option(help="Few and short samples without foreign engines, for CI.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file.")] = None,
+) -> None:
+    """Time a bundle, its reference and other engines in turn. Exit 1 when a result is wrong."""
+    from chameleon_deploy.reference.checkpoint import load_checkpoint
+
+    page = report.new_page(bundle) if html_file else None  # first, in case that plots cannot be drawn
+    checkpoint = load_checkpoint(reference, base)
+    threads = threads or os.cpu_count() or 1
+    batch_sizes = batch or ([1, 8] if smoke else [1, 8, 32])
+    if smoke:
+        width, tokens, rounds = min(width, 32), min(tokens, 9), min(rounds, 3)
+    with console.progress() as tell:
+        measured = run(bundle, checkpoint, threads, batch_sizes, width, tokens, rounds, tell,
+                       0 if smoke else MAX_EXTRA_ROUNDS, foreign=not smoke)  # fmt: skip
+    report.print_tables(measured)
+    if json_file:
+        json_file.write_text(json.dumps(asdict(measured), indent=2) + "\n")
+    if page and html_file:
+        report.fill(page, measured)
+        page.write(html_file)
+    wrong = [
+        f"{timing.part.name}: {name} deviates by {timing.deviations[name]:.2g}, allowed is {timing.bounds[name]:g}"
+        for timing in measured.timings
+        for name in timing.wrong
+    ]
+    if wrong:
+        raise CheckFailedError("results differ from the reference: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,164 @@
+"""OpenVINO with the frozen base model: stateful, so that its plugin fuses attention with its own cache."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from contextlib import redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
+from chameleon_deploy.reference.model import Trunk
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
+
+
+class OpenVINO:
+    """See `Peer`. fp32: everything in float32. int8: weights by NNCF, one scale per channel, the rest as it comes."""
+
+    adapts, scores, generates = False, True, True
+
+    def __init__(self, trunk: Trunk, precision: str, threads: int) -> None:
+        """Convert the model and compile it.
+
+        Raises ValueError for a precision other than fp32 and int8, and what OpenVINO raises.
+        """
+        import openvino
+
+        if precision not in ("fp32", "int8"):
+            raise ValueError(f"no comparison in {precision}")
+        self.name, self.precision = f"OpenVINO {precision}", precision
+        model = _stateful_model(trunk)
+        config: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if precision == "fp32":
+            # Its defaults on newer processors are bfloat16 products and a cache of 8 bits.
+            config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        else:
+            import nncf
+
+            nncf.set_log_level(logging.ERROR)
+            with redirect_stdout(io.StringIO()):  # it draws its own progress there
+                model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        self._request: Any = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+
+    def score(self, rows: Rows) -> Any:
+        input_ids = np.array(rows)
+        self._request.reset_state()
+        logits = self._infer(input_ids, 0, np.arange(input_ids.shape[1] - 1))
+        logits = logits - logits.max(-1, keepdims=True)
+        chosen = np.take_along_axis(logits, input_ids[:, 1:, None], -1)[..., 0]
+        return chosen - np.log(np.exp(logits, out=logits).sum(-1))
+
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
+        input_ids = np.array(rows)
+        chosen = np.empty((len(rows), num_tokens), np.int64)
+        self._request.reset_state()
+        for step in range(num_tokens):
+            past = 0 if step == 0 else len(rows[0]) + step - 1
+            logits = self._infer(input_ids, past, np.array([input_ids.shape[1] - 1]))
+            chosen[:, step] = logits[:, 0].argmax(-1)
+            input_ids = chosen[:, step : step + 1]
+            if step == 0:
+                lap(PREFILL)
+        lap(DECODE)
+        return chosen
+
+    def _infer(self, input_ids: Any, past: int, logits_positions: Any) -> Any:
+        batch, width = input_ids.shape
+        self._request.infer(
+            {
+                "input_ids": input_ids,
+                "attention_mask": np.ones((batch, past + width), np.int64),
+                "position_ids": np.broadcast_to(np.arange(past, past + width), (batch, width)).copy(),
+                "logits_positions": logits_positions,
+                "beam_idx": np.arange(batch, dtype=np.int32),
+            },
+            share_inputs=True,
+        )
+        return self._request.get_tensor("logits").data
+
+
+class _WithPast(nn.Module):
+    """The causal language model as a function of plain tensors: past keys and values in, present ones out."""
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_positions: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = DynamicCache()
+        for key, value in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
+        total, width = attention_mask.shape[1], input_ids.shape[1]
+        causal = torch.arange(total)[None] <= torch.arange(width)[:, None] + (total - width)
+        allowed = causal[None, None] & (attention_mask[:, None, None] > 0)
+        hidden = self.causal_lm.base_model(
+            input_ids=input_ids,
+            attention_mask=torch.where(allowed, 0.0, torch.finfo(torch.float32).min),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = self.causal_lm.get_output_embeddings()(hidden.index_select(1, logits_positions))
+        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def _stateful_model(trunk: Trunk) -> Any:
+    """Convert by tracing, then let keys and values stay inside, reordered by `beam_idx` as its plugin expects."""
+    import openvino
+    from openvino import opset13 as op
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    config = trunk.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
+    batch, past, width = 2, 5, 3  # of the example; all three stay free
+    example = (
+        torch.zeros(batch, width, dtype=torch.int64),
+        torch.ones(batch, past + width, dtype=torch.int64),
+        torch.arange(past, past + width).expand(batch, width),
+        torch.arange(width),
+        *(torch.zeros(batch, heads, past, dim) for _ in names),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tracing, which is meant
+        model = openvino.convert_model(_WithPast(trunk.causal_lm).eval(), example_input=example)
+    for node, name in zip(model.inputs, [*INPUTS, *(f"past.{name}" for name in names)], strict=True):
+        node.get_tensor().set_names({name})
+        shape = [-1] if name == "logits_positions" else [-1, -1] if name in INPUTS else [-1, heads, -1, dim]
+        node.get_node().set_partial_shape(openvino.PartialShape(shape))
+    for node, name in zip(model.outputs, ["logits", *(f"present.{name}" for name in names)], strict=True):
+        node.get_tensor().set_names({name})
+    beam_idx = op.parameter([-1], openvino.Type.i32, name="beam_idx")
+    beam_idx.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([beam_idx])
+    zero = op.constant(0, dtype=np.int64)
+    for name in names:
+        node = model.input(f"past.{name}")
+        users = node.get_target_inputs()
+        reordered = op.gather(node.get_node(), beam_idx, zero)
+        for user in users:
+            user.replace_source_output(reordered.output(0))
+    model.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(model, {f"past.{name}": f"present.{name}" for name in names})
+    rows = op.gather(op.shape_of(model.input("input_ids").get_node()), op.constant([0], dtype=np.int64), zero)
+    shape = op.concat([rows, *(op.constant([n], dtype=np.int64) for n in (heads, 0, dim))], axis=0)
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":  # a new state: as many rows as the ids, and no past
+            node.set_arguments([op.broadcast(op.constant(0.0, dtype=np.float32), shape).output(0)])
+    model.validate_nodes_and_infer_types()
+    return model

@@ -1,0 +1,82 @@
+"""PyTorch on a GPU, as fast as it goes without leaving PyTorch: its own loop, in the bundle's precision.
+
+Eager with a growing cache, or compiled with a static one, whose steps torch.compile records as CUDA graphs. As in
+serving, the ids of each step are brought to the host.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.inference import ReferenceAdaptation
+from chameleon_deploy.reference.model import adapted_logits
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+
+
+class PyTorchGPU:
+    """See `Peer`. Beside int8, for which PyTorch has no kernels that would do, it runs in float16."""
+
+    adapts = generates = True
+
+    def __init__(self, checkpoint: Checkpoint, mode: Mode, precision: str, device: str, compiled: bool) -> None:
+        self.name = "torch.compile" if compiled else "PyTorch eager"
+        self.precision = "fp16" if precision == "int8" else precision
+        self.scores = not compiled  # one shape once: compiling would take longer than it could save
+        self._checkpoint, self._mode, self._device, self._dtype = checkpoint, mode, device, DTYPES[precision]
+        self._model = copy.deepcopy(checkpoint.trunk.causal_lm).to(device, self._dtype)
+        self._caches: dict[tuple[int, ...], StaticCache] | None = {} if compiled else None
+        self._step = torch.compile(self._logits, mode="reduce-overhead", dynamic=False) if compiled else self._logits
+
+    def score(self, rows: Rows) -> Any:
+        ids, adaptation = self._place(rows)
+        logits = self._logits(ids, adaptation, None)
+        return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu().numpy()
+
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
+        ids, adaptation = self._place(rows)
+        cache = self._cache(len(rows), ids.shape[1] + num_tokens)
+        token_ids = self._logits(ids, adaptation, cache)[:, -1:].argmax(-1)
+        chosen = [token_ids.cpu().numpy()]
+        lap(PREFILL)
+        for _ in range(num_tokens - 1):
+            token_ids = self._step(token_ids, adaptation, cache).argmax(-1)
+            chosen.append(token_ids.cpu().numpy())
+        lap(DECODE)
+        return np.concatenate(chosen, axis=1)
+
+    @torch.no_grad()
+    def _logits(self, input_ids: Tensor, adaptation: ReferenceAdaptation, cache: Any) -> Tensor:
+        """float32 [batch, sequence, vocab]; after a whole prompt with a cache, of the last position only"""
+        output = self._model.base_model(input_ids, past_key_values=cache, use_cache=cache is not None)
+        hidden = output.last_hidden_state if cache is None else output.last_hidden_state[:, -1:]
+        weight, alpha = self._model.get_output_embeddings().weight, self._checkpoint.config.alpha
+        factors = adaptation.lora_A, adaptation.lora_B
+        return adapted_logits(hidden, weight, *factors, alpha, adaptation.factor_ids).float()
+
+    def _place(self, rows: Rows) -> tuple[Tensor, ReferenceAdaptation]:
+        adaptation = inference.adapt(self._checkpoint, rows, self._mode)
+        lora_A, lora_B = (f.to(self._device, self._dtype) for f in (adaptation.lora_A, adaptation.lora_B))
+        placed = ReferenceAdaptation(
+            adaptation.embeddings, adaptation.cluster_ids, lora_A, lora_B, adaptation.factor_ids.to(self._device)
+        )
+        return torch.tensor(rows).to(self._device), placed
+
+    def _cache(self, batch: int, length: int) -> Any:
+        if self._caches is None:
+            return DynamicCache()
+        if (batch, length) not in self._caches:  # kept: compiled steps hold its addresses
+            self._caches[batch, length] = StaticCache(config=self._model.config, max_cache_len=length)
+        cache = self._caches[batch, length]
+        cache.reset()
+        return cache

@@ -1,0 +1,180 @@
+"""Loss and perplexity of the three regimes under both protocols, on cached hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chameleon_deploy.evaluate.conditioning import Conditioning, cohort_mean, members_of
+from chameleon_deploy.reference.checkpoint import Checkpoint, Protocol
+from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
+from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.head import cohort_losses, cohorts
+from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.hypernetwork import HeadFactors, num_parameters
+
+BOOTSTRAP_SAMPLES = 2000
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one regime scores under one protocol.
+
+    regime       "bundle" is the checkpoint's export, scored by the runtime
+    parameters   what the regime adds to the frozen base, or the base itself
+    nll          float64 [texts], negative log-likelihood of each text's scored positions, in nats
+    positions    int64 [texts], how many positions that were
+    cluster_ids  int64 [texts]
+    """
+
+    regime: Literal["base", "lora", "chameleon", "bundle"]
+    protocol: Protocol
+    parameters: int
+    nll: npt.NDArray[np.float64]
+    positions: npt.NDArray[np.int64]
+    cluster_ids: npt.NDArray[np.int64]
+
+    @property
+    def num_positions(self) -> int:
+        return int(self.positions.sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats per scored position."""
+        return float(self.nll.sum() / self.positions.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def perplexity_by_cluster(self) -> dict[int, float]:
+        of = {int(c): self.cluster_ids == c for c in np.unique(self.cluster_ids)}
+        return {c: math.exp(self.nll[own].sum() / self.positions[own].sum()) for c, own in of.items()}
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    texts: Sequence[str],
+    cache: Path,
+    adapted: bool = True,
+    protocol: Protocol | None = None,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Score held-out texts with a checkpoint, or with its frozen base (adapted=False).
+
+    Cohorts are drawn per cluster, in the order of the texts, at most batch_size together: as in training.
+    protocol  whose loss: None takes the checkpoint's own. Texts are embedded by the checkpoint's own in any case,
+              since its hypernetwork knows no other embeddings
+    cache     a directory for the hidden states
+
+    Raises InputError when no text has two tokens.
+    """
+    config, trunk = checkpoint.config, checkpoint.trunk
+    protocol = protocol or config.protocol
+    ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)
+    states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
+    embeddings = _embeddings(checkpoint, ids)
+    clusters = _clusters(checkpoint, embeddings)
+    cohorts = cohort_mean(embeddings, clusters, batch_size)
+    factors = checkpoint.factors if adapted else None
+    nll = score_texts(factors, config.alpha, trunk.head_weight, states, cohorts, batch_size)
+    parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
+    regime = config.regime if adapted else "base"
+    return Evaluation(regime, protocol, parameters, nll, np.diff(states.offsets), clusters.numpy())
+
+
+def score_texts(
+    factors: HeadFactors | None,
+    alpha: float,
+    head_weight: torch.Tensor,
+    states: HiddenStates,
+    conditioning: Conditioning,
+    batch_size: int = 32,
+) -> FloatArray:
+    """Negative log-likelihood of each text's stored positions, in nats, float64 [texts]; factors None: the base."""
+    nll = np.zeros(len(states))
+    for vector, rows in conditioning.rows(batch_size):
+        hidden, targets = states.batch(rows)
+        losses = cohort_losses(factors, vector, hidden, targets, head_weight, alpha)
+        lengths = [int(states.offsets[row + 1] - states.offsets[row]) for row in rows]
+        nll[rows] = [float(part.double().sum()) for part in losses.split(lengths)]
+    return nll
+
+
+def bootstrap_gain(ours: Evaluation, base: Evaluation, seed: int = 0) -> tuple[float, float]:
+    """`bootstrap_change` from base to ours."""
+    return bootstrap_change(ours.nll, base.nll, base.positions, seed)
+
+
+def bootstrap_change(
+    nll: FloatArray, base_nll: FloatArray, positions: npt.NDArray[np.int64], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the relative change of perplexity, resampling whole texts in pairs.  All [texts].
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: percentile interval.
+    """
+    random, difference = np.random.default_rng(seed), nll - base_nll
+    changes: list[FloatArray] = []
+    for _ in range(0, BOOTSTRAP_SAMPLES, 100):  # a hundred samples at a time: memory stays bounded
+        rows = random.integers(0, len(difference), (100, len(difference)))
+        changes.append(np.expm1(difference[rows].sum(1) / positions[rows].sum(1)))
+    low, high = np.quantile(np.concatenate(changes), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def seed_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
+    """95 % Student interval of the mean over seeds [seeds]; None for a single seed, which says nothing of spread."""
+    from scipy import stats
+
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+    return float(sample.mean() - half), float(sample.mean() + half)
+
+
+def cohort_rows(
+    checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The cohorts of protocol `masked` for another engine: token ids of the texts, and the rows of each cohort."""
+    ids = encode_texts(texts, checkpoint.trunk.tokenizer, "masked", checkpoint.config.max_length)
+    clusters = _clusters(checkpoint, _embeddings(checkpoint, ids))
+    return ids, list(cohorts(members_of(clusters, int(clusters.max()) + 1), batch_size))
+
+
+def _embeddings(checkpoint: Checkpoint, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    config, trunk = checkpoint.config, checkpoint.trunk
+    return embed_texts(ids, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
+
+
+def _clusters(checkpoint: Checkpoint, embeddings: torch.Tensor) -> torch.Tensor:
+    """int64 [texts]; a checkpoint without centroids (PEFT, the authors' state dict) has one cluster of everything."""
+    if not len(checkpoint.centroids):
+        return torch.zeros(len(embeddings), dtype=torch.int64)
+    return nearest_centroids(embeddings, checkpoint.centroids)
+
+
+def bigram_perplexity(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocab_size: int) -> float:
+    """A baseline to beat: bigram counts interpolated with unigrams (Witten and Bell, 1991)."""
+    unigrams = np.bincount(np.concatenate([np.asarray(ids) for ids in train]), minlength=vocab_size) + 1.0
+    unigrams /= unigrams.sum()
+    bigrams: npt.NDArray[np.float64] = np.zeros((vocab_size, vocab_size))
+    for ids in train:
+        np.add.at(bigrams, (ids[:-1], ids[1:]), 1.0)
+    nll, count = 0.0, 0
+    for ids in held_out:
+        before, after = np.asarray(ids[:-1]), np.asarray(ids[1:])
+        totals = bigrams[before].sum(1)
+        # As much weight for the unseen as the context has different continuations.
+        kinds = (bigrams[before] > 0).sum(1) + 1.0
+        probability = (bigrams[before, after] + kinds * unigrams[after]) / (totals + kinds)
+        nll, count = nll - float(np.log(probability).sum()), count + len(after)
+    return math.exp(nll / count)

@@ -1,0 +1,1 @@
+"""The families of base models: one module builds the graph of each."""

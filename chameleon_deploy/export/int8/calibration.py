@@ -1,0 +1,140 @@
+"""What a rotated trunk computes on real text, which fixes the scales of 8 bits at export: no row enters another's.
+
+Read are texts as long as the model's positions allow and the beginnings of others, of Python's own documentation and of
+tokens drawn from the whole vocabulary: a user's texts may be of any kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.decoder import HEAD
+from chameleon_deploy.export.int8.hadamard import rotate
+from chameleon_deploy.export.int8.layers import last_norm, layers_of
+from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+
+TEXTS = slice(100, 200)  # of each kind; `verify` judges on the hundred before
+LONG = 16, 4, 1024  # texts of the documentation, of drawn tokens, and how many tokens each has
+BEGINNINGS = 64, 32  # texts of each, tokens: the first keys of a text are like no others, and all tokens look at them
+MARGIN = 1.1  # over the highest absolute value that was seen
+STEPS = 127  # of 8 bits, on either side of zero
+TOGETHER = 256  # channels whose products with each other are kept
+# Matrices whose activations are rotated in the graph: what an activation function or the last norm gives.
+ROTATED_IN_GRAPH = ("mlp.c_proj.weight", "mlp.down_proj.weight", HEAD)
+
+
+@dataclass
+class Highest:
+    """The highest absolute value of each channel of a layer, and a margin: of what its norms give [hidden], of its keys
+    and of its values [key-value heads, head_dim]."""
+
+    norm_1: Tensor
+    norm_2: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class Activations:
+    """What a matrix is multiplied with, n channels.
+
+    highest   float32 [n]: the highest absolute value, and a margin
+    products  float32 [256, 256] for each 256 channels, the last as many as are left: the sum over tokens of x^T x
+    """
+
+    highest: Tensor
+    products: list[Tensor]
+
+    @staticmethod
+    def of(channels: int) -> Activations:
+        sizes = [len(part) for part in torch.empty(channels).split(TOGETHER)]
+        return Activations(torch.full((channels,), 1e-6), [torch.zeros(size, size) for size in sizes])
+
+    def add(self, x: Tensor) -> None:
+        """x  [..., n]"""
+        x = x.flatten(0, -2)
+        torch.maximum(self.highest, x.abs().amax(0) * MARGIN, out=self.highest)
+        for product, part in zip(self.products, x.split(TOGETHER, -1), strict=True):
+            product.addmm_(part.T, part)
+
+    def divided(self, by: Tensor) -> Activations:
+        """by  float32 [n]"""
+        parts = zip(self.products, by.split(TOGETHER), strict=True)
+        return Activations(self.highest / by, [product / part / part[:, None] for product, part in parts])
+
+
+def highest_of_layers(trunk: Trunk, model: ModelSpec) -> list[Highest]:
+    """First to last."""
+    from transformers import DynamicCache
+
+    hidden, heads = (model.hidden_size,), (model.num_key_value_heads, model.head_dim)
+    shapes = hidden, hidden, heads, heads
+    # A channel that is never used is next to zero.
+    layers = [Highest(*(torch.full(shape, 1e-6) for shape in shapes)) for _ in range(model.num_layers)]
+
+    def see(highest: Tensor, x: Tensor) -> None:
+        """x  [texts, tokens, hidden] or [texts, key-value heads, tokens, head_dim]"""
+        torch.maximum(highest, x.abs().amax((0, -2)) * MARGIN, out=highest)
+
+    hooks = [
+        norm.register_forward_hook(lambda module, inputs, output, highest=highest: see(highest, output))
+        for layer, seen in zip(layers_of(trunk), layers, strict=True)
+        for norm, highest in ((layer.norm_1, seen.norm_1), (layer.norm_2, seen.norm_2))
+    ]
+    for rows in _texts(trunk):
+        _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
+        for seen, (key, value, *_) in zip(layers, cache, strict=True):
+            see(seen.keys, key)
+            see(seen.values, value)
+    _remove(hooks)
+    return layers
+
+
+def activations_of(trunk: Trunk) -> dict[str, Activations]:
+    """By the name of a matrix in the graph."""
+    seen: dict[str, Activations] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        seen.setdefault(name, Activations.of(x.shape[-1])).add(rotate(x) if name.endswith(ROTATED_IN_GRAPH) else x)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+        for layer in layers_of(trunk)
+        for name, module in layer.readers.items()
+    ]
+    hooks.append(last_norm(trunk).register_forward_hook(lambda module, inputs, output: see(HEAD, output)))
+    for rows in _texts(trunk):
+        trunk.hidden_states(rows)
+    _remove(hooks)
+    return seen
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _texts(trunk: Trunk) -> Iterator[Tensor]:
+    """int64 [texts, tokens]: long ones, each alone, whose keys and values are large; and beginnings; read and drawn."""
+    long, long_drawn, longest = LONG
+    count, width = BEGINNINGS
+    width = min(width, trunk.max_positions)
+    texts = [t for group in zip(*(python_texts(kind)[TEXTS] for kind in KINDS), strict=False) for t in group]
+    encoded = [e.ids for e in trunk.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    read = np.array(list(itertools.chain.from_iterable(encoded)))
+    begun = np.array([ids[:width] for ids in encoded if len(ids) >= width][:count])
+    length = min(trunk.max_positions, longest, read.size)
+    long = min(long, read.size // length)
+    drawn = np.random.default_rng(0).integers(0, trunk.config.vocab_size, (long_drawn, 1, length))
+    drawn_begun = np.random.default_rng(1).integers(0, trunk.config.vocab_size, begun.shape)
+    for rows in (*read[: long * length].reshape(long, 1, length), *drawn, begun, drawn_begun):
+        yield torch.from_numpy(rows)

@@ -1,0 +1,90 @@
+"""A trunk that computes the same in other coordinates, in which 8 bits suffice for weights, activations and cache.
+
+    residual stream  rotated (hadamard.py) between the embedding and the last norm, which see it as it was. What writes
+                     to it writes rotated, and norms have no weights: those are in the matrices that follow
+    values           rotated head by head, and back by the matrix that takes what attention gives
+    keys, values     in steps of 8 bits (calibration.py), which queries and the same matrix are multiplied with
+    norms            what they give is in steps of 8 bits as well, for the matrices of the layers
+
+Everything but the two ends of the residual stream is done to the weights, once.
+Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (https://arxiv.org/abs/2404.00456).
+It rotates all channels at once and takes the mean out of a layer norm; blocks of 64 do as well here, and keep the mean.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.int8.calibration import STEPS, Highest
+from chameleon_deploy.export.int8.hadamard import block_of, rotate
+from chameleon_deploy.export.int8.layers import Linear, last_norm, layers_of
+from chameleon_deploy.reference.model import Trunk
+
+
+@torch.no_grad()
+def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
+    """A copy with the residual stream and the values rotated. Its token embedding is the same."""
+    rotated = Trunk(copy.deepcopy(trunk.causal_lm), trunk.tokenizer)
+    head = block_of(model.head_dim)
+    for layer in layers_of(rotated):
+        _take_norm(layer.norm_1, [layer.q, layer.k, layer.v])
+        _take_norm(layer.norm_2, layer.ups)
+        for linear, block in ((layer.v, head), (layer.o, None), (layer.down, None)):
+            linear.matrix.copy_(rotate(linear.matrix, block))
+            if linear.bias is not None:
+                linear.bias.copy_(rotate(linear.bias, block))
+        layer.o.matrix.copy_(rotate(layer.o.matrix.T, head).T)
+    if model.architecture == "gpt2":
+        positions = rotated.causal_lm.transformer.wpe.weight
+        positions.copy_(rotate(positions))
+    rotated.causal_lm.get_input_embeddings().register_forward_hook(lambda module, inputs, output: rotate(output))
+    last_norm(rotated).register_forward_pre_hook(lambda module, inputs: rotate(inputs[0]))
+    return rotated
+
+
+@torch.no_grad()
+def scale_trunk(trunk: Trunk, model: ModelSpec, highest: Sequence[Highest]) -> None:
+    """Make keys, values and what the norms before matrices give whole numbers, but for their rounding, of up to 127."""
+    groups = model.num_attention_heads // model.num_key_value_heads
+    for layer, seen in zip(layers_of(trunk), highest, strict=True):
+        _scale_norm(layer.norm_1, seen.norm_1 / STEPS, [layer.q, layer.k, layer.v])
+        _scale_norm(layer.norm_2, seen.norm_2 / STEPS, layer.ups)
+        key, value = seen.keys / STEPS, seen.values / STEPS
+        if model.architecture == "llama":  # the two coordinates of a rotary embedding have one step
+            key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
+        _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
+        _multiply_outputs(layer.k, 1 / key.flatten())
+        _multiply_outputs(layer.v, 1 / value.flatten())
+        layer.o.matrix.mul_(value.repeat_interleave(groups, 0).reshape(-1, 1))
+
+
+def _take_norm(norm: Any, linears: list[Linear]) -> None:
+    """Multiply the weights of a norm into the matrices that follow it, which take rotated channels from then on."""
+    bias: Tensor | None = getattr(norm, "bias", None)
+    for linear in linears:
+        if bias is not None and linear.bias is not None:
+            linear.bias.add_(bias @ linear.matrix)
+        linear.matrix.copy_(rotate((norm.weight[:, None] * linear.matrix).T).T)
+    norm.weight.fill_(1)
+    if bias is not None:
+        bias.zero_()
+
+
+def _scale_norm(norm: Any, step: Tensor, linears: list[Linear]) -> None:
+    """Divide what a norm gives, and multiply the matrices that follow it."""
+    for parameter in norm.parameters():
+        parameter.div_(step)
+    for linear in linears:
+        linear.matrix.mul_(step[:, None])
+
+
+def _multiply_outputs(linear: Linear, factors: Tensor) -> None:
+    linear.matrix.mul_(factors)
+    if linear.bias is not None:
+        linear.bias.mul_(factors)

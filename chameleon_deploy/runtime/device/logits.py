@@ -1,0 +1,57 @@
+"""Logits that stay on the device: what is asked of them is found out there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.adaptation import IntArray
+from chameleon_deploy.runtime.device.cuda import DeviceArray
+from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph
+
+
+class DeviceLogits:
+    """float32 [batch, vocab] or [batch, positions, vocab]. numpy.asarray copies them to the host, whole."""
+
+    def __init__(self, values: DeviceArray, chooser: DeviceGraph, scorer: DeviceGraph) -> None:
+        self._values, self._chooser, self._scorer = values, chooser, scorer
+        batch, *positions, vocab = values.shape
+        self._stacked = values.view((batch, *(positions or [1]), vocab))
+        self._token_ids: DeviceArray | None = None
+        self._choose: Bound | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
+
+    def greedy(self) -> IntArray:
+        """The highest logit of each row, ties to the lowest id.  -> int64 [batch] or [batch, positions]
+
+        Raises NumericError when a logit is not finite.
+        """
+        device = self._values.device
+        with device.lock:
+            if self._choose is None or self._token_ids is None:  # bound once: a step's logits are always in one place
+                self._token_ids = device.empty(self._stacked.shape[:-1], "int64")
+                self._choose = self._chooser.bind({"logits": self._stacked, "token_ids": self._token_ids})
+            self._choose.run()
+            token_ids: IntArray = device.read(self._token_ids)
+        if token_ids.min() < 0:
+            raise NumericError("the decoder produced logits that are not finite: check the factors")
+        return token_ids.reshape(self._values.shape[:-1])
+
+    def logprobs(self, targets: IntArray) -> FloatArray:
+        """log softmax(logits)[target].  int64 [batch, positions] -> float32 [batch, positions]"""
+        device = self._values.device
+        with device.lock:
+            logprobs = device.empty(targets.shape, "float32")
+            tensors = {"logits": self._stacked, "targets": device.upload(targets, "int64"), "logprobs": logprobs}
+            self._scorer.bind(tensors).run()
+            return np.asarray(logprobs)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self._values, dtype)

@@ -1,0 +1,45 @@
+"""`python -m chameleon_deploy.verify`: prove a bundle equal to its PyTorch reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.verify.report import check_table, require_passed
+from chameleon_deploy.verify.run import verify_bundle
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
+) -> None:
+    """Check every numeric gate against the PyTorch reference; exit 1 when one is missed."""
+    from chameleon_deploy.reference.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(reference, base)
+    with console.progress() as report:
+        checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider, keep_trunk=False)
+    console.tell_provider(provider, record["provider"])
+    if out:
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(record))
+    else:
+        console.stdout.print(check_table(checks))
+    require_passed(checks)
+
+
+if __name__ == "__main__":
+    console.run(main)

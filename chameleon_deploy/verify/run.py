@@ -1,0 +1,116 @@
+"""Verify a bundle: choose texts, open every decoder graph, and run all checks against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chameleon_deploy.bundle import LimitsSpec, ParitySummary
+from chameleon_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from chameleon_deploy.reference.checkpoint import Checkpoint
+    from chameleon_deploy.verify.gates import Check
+
+NUM_ROWS, MAX_TOKENS = 32, 48
+LONGEST = 2048  # tokens of the one long text; a model with more positions is checked up to here
+# A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate: it is judged on more.
+MORE_ROWS, MORE_TOKENS = 96, 96
+
+
+def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: bool = False) -> list[list[int]]:
+    """32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048), from files or from
+    Python's own docs.
+
+    more  and up to 96 further texts of up to 96 tokens, as far as there are such
+
+    Raises InputError when the files hold too little.
+    """
+    from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+    from chameleon_deploy.texts import read_texts
+
+    if text:
+        texts = read_texts(text)
+    else:  # kinds take turns, so that a batch has several clusters
+        texts = [
+            t for group in itertools.zip_longest(*(python_texts(kind)[:100] for kind in KINDS)) for t in group if t
+        ]
+    encoded = [e.ids for e in checkpoint.trunk.tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
+    stream = [i for ids in encoded for i in ids]
+    positions = min(checkpoint.trunk.max_positions, LONGEST)
+    if len(encoded) < NUM_ROWS or len(stream) < positions:
+        raise InputError(
+            f"verification needs at least {NUM_ROWS} texts and {positions} tokens, got {len(encoded)} and {len(stream)}"
+        )
+    longest = min(MAX_TOKENS, positions)
+    lengths = [longest * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
+    rows = [ids[:n] for ids, n in zip(encoded, lengths, strict=False)] + [stream[:positions]]
+    further = encoded[NUM_ROWS : NUM_ROWS + MORE_ROWS] if more else []
+    return rows + [ids[: min(MORE_TOKENS, positions)] for ids in further]
+
+
+def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
+    """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
+    most = min(limits.batch, limits.clusters, len(rows))
+    return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
+
+
+def verify_bundle(
+    bundle: Path,
+    checkpoint: Checkpoint,
+    text: list[Path] | None,
+    threads: int | None,
+    report: Any,
+    provider: str = "cpu",
+    keep_trunk: bool = True,
+) -> tuple[list[Check], dict[str, Any]]:
+    """Run every check on every decoder graph of the CPU, or on the one of another provider.
+
+    keep_trunk  False lets go of the reference's layers before a session takes as much memory for the bundle's
+
+    Returns the checks and the content of parity.json.
+    """
+    from chameleon_deploy.bundle import default_mode, open_bundle
+    from chameleon_deploy.reference.inference import RowLogits
+    from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.verify import checks as parity
+
+    reference = RowLogits(checkpoint)
+    opened = open_bundle(bundle)
+    rows = verification_rows(checkpoint, text, more=opened.manifest.precision != "fp32")
+    manifest, own = opened.manifest, opened.graph("decoder", "cpu")
+    if provider != "cpu":
+        rows = rows_within(rows, manifest.limits)
+    for done, ids in enumerate(rows):
+        report("verify: reference", done, len(rows))
+        reference.read(ids)
+    if not keep_trunk:
+        checkpoint.trunk.drop_layers()
+    checks: list[Check] = []
+    if provider == "cpu":
+        for name, graph in manifest.graphs.items():
+            if graph.role == "decoder" and "cpu" in graph.providers:
+                runtime = Runtime(opened, "cpu", threads=threads, graph=name)
+                checks += parity.verify(runtime, reference, rows, name == own, report)
+                del runtime  # one session's weights at a time
+    else:
+        runtime = Runtime(opened, provider, threads=threads)
+        provider = runtime.provider
+        checks = parity.verify(runtime, reference, rows, True, report)
+    record = {
+        "provider": provider,
+        "verified": all(check.passed for check in checks),
+        "mode": default_mode(manifest.adaptation),
+        "precision": manifest.precision,
+        "texts": len(rows),
+        "tokens": sum(map(len, rows)),
+        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+    }
+    return checks, record
+
+
+def summary(checks: list[Check]) -> ParitySummary:
+    differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
+    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))

@@ -1,0 +1,215 @@
+"""`bench`: it times what it says, notices a fast wrong answer, and hides no engine that could not run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from chameleon_deploy import Runtime
+from chameleon_deploy.bench.ceilings import open_ceilings
+from chameleon_deploy.bench.cost_split import cost_split
+from chameleon_deploy.bench.peers import Peer, Rows
+from chameleon_deploy.bench.peers.bundle import Bundle, FullLogits, OneCallPerCluster
+from chameleon_deploy.bench.peers.ctranslate2 import CTranslate2
+from chameleon_deploy.bench.peers.openvino import OpenVINO
+from chameleon_deploy.bench.peers.pytorch import PyTorch
+from chameleon_deploy.bench.peers.without_lora import WithoutLoRA, remove_lora
+from chameleon_deploy.bench.workloads import BOUNDS, Workloads, _Weights, text_rows
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.reference import inference
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.conftest import REPOSITORY
+from tests.test_cli import run
+from tests.test_html_page import Page
+
+
+def test_ceilings_are_plausible() -> None:
+    for precision in ("fp32", "int8"):
+        ceilings = open_ceilings(1, precision)()
+        assert 1e8 < ceilings.bytes_per_second < 1e13
+        assert 1e8 < ceilings.operations_per_second < 1e15
+
+
+@pytest.fixture(scope="module")
+def rows(mini: Checkpoint) -> Rows:
+    return text_rows(mini, 6, 24)
+
+
+def test_clusters_take_turns_in_the_texts(mini: Checkpoint) -> None:
+    found = [len(set(inference.adapt(mini, text_rows(mini, n, 24), "none").cluster_ids.tolist())) for n in (1, 2, 8)]
+    assert found == [1, 2, mini.config.num_clusters]
+
+
+@pytest.fixture(scope="module")
+def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peer]:
+    directory = tmp_path_factory.mktemp("converted")
+    peers: list[Peer] = [
+        Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime), WithoutLoRA(runtime),
+        PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
+        CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1),
+        OpenVINO(mini.trunk, "int8", 1),
+    ]  # fmt: skip
+    return {peer.name: peer for peer in peers}
+
+
+NAMES = ["bundle", "one call per cluster", "full logits", "without LoRA", "PyTorch eager", "CTranslate2 fp32",
+         "CTranslate2 int8", "OpenVINO fp32", "OpenVINO int8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_engine_gives_what_the_reference_gives(
+    name: str, opened: dict[str, Peer], runtime: Runtime, mini: Checkpoint, rows: Rows
+) -> None:
+    peer = opened[name]
+    work = Workloads(runtime, mini, [peer])
+    laps: list[str] = []
+    if peer.generates:
+        generation = work.generation(rows, 5).engines[name]
+        chosen = generation.run(laps.append)
+        assert chosen.shape == (6, 5)
+        assert laps == ["prefill", "decode"] * (len(laps) // 2)
+        assert generation.deviation(chosen) <= generation.bound
+    if peer.scores:
+        scoring = work.scoring(rows).engines[name]
+        scores = scoring.run(laps.append)
+        assert scores.shape == (6, 23)
+        assert scoring.deviation(scores) <= scoring.bound
+
+
+def test_wrong_results_are_beyond_the_bounds(
+    opened: dict[str, Peer], runtime: Runtime, mini: Checkpoint, rows: Rows
+) -> None:
+    """One wrong token, another prompt's tokens, and the scores of the base model instead of the adapted one."""
+    bundle = opened["bundle"]
+    work = Workloads(runtime, mini, [bundle])
+    generation, scoring = work.generation(rows, 5).engines["bundle"], work.scoring(rows).engines["bundle"]
+    chosen = generation.run(lambda part: None)
+    wrong_token = chosen.copy()
+    wrong_token[3, 2] = (wrong_token[3, 2] + 1) % runtime.manifest.model.vocab_size
+    assert generation.deviation(wrong_token) > generation.bound
+    scores = scoring.run(lambda part: None)
+    assert scoring.deviation(scores[::-1]) > scoring.bound
+    unadapted = opened["without LoRA"].score(rows)
+    assert np.abs(unadapted - scores).max() > 10 * BOUNDS["fp32"]
+    assert scoring.deviation(unadapted) > scoring.bound
+
+
+@pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
+def test_a_graph_without_lora_has_nothing_left_of_it(graph: str, bundle: Path) -> None:
+    model = ir.load(bundle / f"{graph}.onnx")
+    before = len(list(model.graph))
+    remove_lora(model.graph)
+    names = {"lora_A", "lora_B", "cluster_ids"}
+    assert not any(value.uses() for value in model.graph.inputs if value.name in names)
+    assert len(list(model.graph)) < before - 5
+    with pytest.raises(ValueError, match="no sum"):
+        remove_lora(model.graph)
+
+
+@pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
+@pytest.mark.parametrize(("fixture", "last_layer"), [("bundle", 9 * 64 * 64), ("llama_bundle", 64 * 64 + 3 * 64 * 160)])
+def test_behind_the_last_attention_only_positions_with_logits_count(
+    graph: str, fixture: str, last_layer: int, request: pytest.FixtureRequest
+) -> None:
+    """In the graph too: its products are found by what their inputs come from."""
+    runtime = Runtime(open_bundle(request.getfixturevalue(fixture)), "cpu", threads=1, graph=graph)
+    weights = _Weights(runtime)
+    assert weights.of_positions == 512 * 64 + last_layer
+    assert weights.work(tokens=5, positions=2)[1] == 2 * (5 * weights.of_tokens + 2 * weights.of_positions)
+
+
+@pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
+def test_the_cost_split_is_a_whole(graph: str, bundle: Path) -> None:
+    runtime = Runtime(open_bundle(bundle), "cpu", threads=1, graph=graph)
+    parts = cost_split(runtime, ["The river runs.", "def area(r):"], 4)
+    assert set(parts) == {"tokenise", "embed and cluster", "hypernetwork", "decoder, prefill", "decoder, 3 steps",
+                          "sampling", "copies and the rest"}  # fmt: skip
+    assert all(seconds > 0 for name, seconds in parts.items() if name != "copies and the rest")
+    assert type(runtime.decoder.session).__name__ == "InferenceSession"  # type: ignore[attr-defined]  # as it was
+
+
+@pytest.fixture(scope="module")
+def smoke(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], str]:
+    """What a smoke run prints, its JSON and its page."""
+    out = tmp_path_factory.mktemp("smoke")
+    result = run("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--smoke",
+                 "--json", out / "bench.json", "--html", out / "bench.html")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads((out / "bench.json").read_text()), (out / "bench.html").read_text()
+
+
+def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
+    printed, record, _ = smoke
+    names = [timing["part"]["name"] for timing in record["timings"]]
+    for expected in ("scoring 8x32", "time to first token", "prefill 1x32 + first token", "decode, batch 1, past 32",
+                     "prefill 8x32 + first token", "prefill 8x32 + 9 tokens", "decode, batch 8, past 32"):  # fmt: skip
+        assert any(name.startswith(expected) for name in names), expected
+    for timing in record["timings"]:
+        assert set(timing["ratios"]) >= {"PyTorch eager", "without LoRA"}
+        assert all(ratio > 0 for ratio in timing["ratios"].values())
+        assert set(timing["deviations"]) == set(timing["seconds"])
+        assert timing["floor"] > 0
+        assert timing["share"] > 0
+    assert "one call per cluster" in record["timings"][-1]["ratios"]
+    footprint = record["footprint"]
+    assert 0 < footprint["private"] < footprint["resident"] <= footprint["peak"]
+    assert footprint["resident"] <= min(footprint["peak_scoring"], footprint["peak_full_logits"])
+    assert sum(record["cost_split"].values()) > 0
+    assert record["machine"]["onnxruntime"]
+    assert "Peak with a generation of batch 8" in printed
+
+
+def test_smoke_makes_a_page(smoke: tuple[str, dict[str, Any], str]) -> None:
+    _, record, html = smoke
+    page = Page(html)
+    assert page.fetched == []
+    assert page.tags.count("svg") == 3
+    for timing in record["timings"]:
+        assert timing["part"]["name"] in page.text
+
+
+def test_a_fast_wrong_answer_is_an_error(bundle: Path, mini_path: Path, copy_of: Callable[[Path], Path]) -> None:
+    other = copy_of(mini_path)
+    tensors = load_file(other / "chameleon.safetensors")
+    tensors["hypernetwork.2.weight"] *= 3
+    save_file(tensors, other / "chameleon.safetensors")
+    result = run("chameleon_deploy.bench", bundle, "--reference", other, "--threads", 1, "--smoke", "--batch", 1,
+                 "--rounds", 1)  # fmt: skip
+    assert result.returncode == 1
+    assert "scoring 8x32: bundle deviates by" in result.stderr
+
+
+def test_the_documented_table_comes_from_the_json(smoke: tuple[str, dict[str, Any], str], tmp_path: Path) -> None:
+    """The names in docs/performance_table.py are those that `bench` gives at full size."""
+    _, record, _ = smoke
+    names = {"8x32 + 9": "8x128 + 33", "8x32": "8x128"}
+    text = json.dumps(record)
+    for small, full in names.items():
+        text = text.replace(small, full)
+    full_size = json.loads(text)
+    batch_32 = copy.deepcopy(full_size["timings"][-1])
+    batch_32["part"]["name"] = "decode, batch 32, past 128, 4 clusters"
+    full_size["timings"].append(batch_32)
+    for timing in full_size["timings"]:
+        timing["ratios"] |= {"CTranslate2 fp32": 1.25, "OpenVINO fp32": 1.5}
+    (tmp_path / "fp32.json").write_text(json.dumps(full_size))
+    command = [sys.executable, str(REPOSITORY / "docs" / "performance_table.py"), str(tmp_path / "fp32.json")]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    documented = (REPOSITORY / "docs" / "performance.md").read_text()
+    lines = table.splitlines()[2:]
+    assert len(lines) == 16
+    for line in lines:
+        name, measured, asked = (cell.strip() for cell in line.strip("|").split("|"))
+        assert measured
+        assert "1.25" in measured or "x best" not in name
+        assert f"| {asked} |" in documented

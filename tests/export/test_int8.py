@@ -1,0 +1,269 @@
+"""int8 bundles: what is quantised, that no row enters another, and the gates on a trained model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnxscript import GraphBuilder
+
+import chameleon_deploy
+from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.export.int8.calibration import highest_of_layers
+from chameleon_deploy.export.int8.gptq import round_weights
+from chameleon_deploy.export.int8.rows import quantize_rows
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify.gates import GATES
+from chameleon_deploy.verify.run import verification_rows, verify_bundle
+from tests.conftest import REPOSITORY
+from tests.export.test_rotation import nearest
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return load_checkpoint(REPOSITORY / "models/tiny/chameleon")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "tiny"
+    export_bundle(tiny, path, None, precision="int8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "llama"
+    export_bundle(llama, path, None, precision="int8")
+    return path
+
+
+KINDS = {  # of products: the name of a matrix
+    "rows": "model.layers.1.mlp.down_proj.weight.int8",
+    "rows of the first layer": "model.layers.0.mlp.down_proj.weight.int8",
+    "after a norm": "model.layers.1.mlp.gate_up_proj.weight.int8",
+    "after a norm of the first layer": "model.layers.0.mlp.gate_up_proj.weight.int8",
+}
+
+
+def _product(kind: str, weight: FloatArray) -> Any:
+    """A session of x [n, in] -> y [n, out] with int8 weights: ours, or ONNX Runtime's one scale for all."""
+    int8, scale = nearest(weight)
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name=kind))
+    op, graph = builder.op, builder.graph
+    x = builder.input("x", ir.DataType.FLOAT, ["n", len(weight)])
+    w, s = builder.initializer(ir.tensor(int8), KINDS.get(kind, "w")), builder.initializer(ir.tensor(scale), "s")
+    if kind != "dynamic":
+        y = op.MatMul(x, op.DequantizeLinear(w, s, axis=1))
+    else:
+        y = op.DynamicQuantizeMatMul(x, w, s, _domain="com.microsoft")
+    builder.add_output(y, "y")
+    graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Model(graph, ir_version=10)
+    if kind != "dynamic":
+        assert quantize_rows(model) == 1
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("kind", "leaks"), [*((kind, False) for kind in KINDS), ("dynamic", True)])
+@pytest.mark.parametrize("n", [2, 8, 300])
+def test_editing_a_row_changes_no_bit_of_another(kind: str, leaks: bool, n: int) -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((768, 96), dtype=np.float32)
+    session = _product(kind, weight)
+    x = random.standard_normal((n, 768), dtype=np.float32)
+    edited = x.copy()
+    edited[0] *= 50
+    before, after = (session.run(None, {"x": rows})[0] for rows in (x, edited))
+    assert (np.abs(before[1:] - after[1:]).max() > 0.01) == leaks
+    assert leaks or before[1:].tobytes() == after[1:].tobytes()
+
+
+def test_two_digits_lose_next_to_nothing() -> None:
+    """A row with an outlier of 1,000 times the rest, as real activations have: one digit would keep 6 % of a step."""
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((256, 32), dtype=np.float32)
+    x = random.standard_normal((4, 256), dtype=np.float32)
+    x[:, 7] *= 1000
+    int8, scale = nearest(weight)
+    exact = x.astype(np.float64) @ (int8 * scale.astype(np.float64))
+    error = np.abs(_product("rows of the first layer", weight).run(None, {"x": x})[0] - exact).max()
+    one_digit = np.rint(x / np.abs(x).max(1, keepdims=True) * 127) * np.abs(x).max(1, keepdims=True) / 127
+    assert error < 0.02 * np.abs(one_digit @ (int8 * scale) - exact).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_zeros(kind: str) -> None:
+    x = np.zeros((2, 16), np.float32)
+    x[1] = 1
+    y = _product(kind, np.ones((16, 4), np.float32)).run(None, {"x": x})[0]
+    assert (y[0] == 0).all()
+    assert np.allclose(y[1], 16)
+
+
+@pytest.mark.parametrize(("fixture", "products"), [("int8_bundle", 5 * 4 + 1), ("llama_int8", 2 * 4 + 1)])
+def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureRequest) -> None:
+    opened = open_bundle(request.getfixturevalue(fixture))
+    assert opened.manifest.precision == "int8"
+    portable, cpu = (ir.load(opened.path / f"{name}.onnx") for name in ("decoder", "decoder_cpu"))
+    assert Counter(node.op_type for node in portable.graph)["DequantizeLinear"] == products
+    assert {node.domain for node in portable.graph} == {""}
+    assert set(portable.opset_imports) == {""}
+    assert Counter(node.op_type for node in cpu.graph)["MatMulIntegerToFloat"] == products
+    model = opened.manifest.model
+    assert Counter(node.op_type for node in cpu.graph)["If"] == model.num_layers
+    for name, dtype in (("decoder", "float32"), ("decoder_cpu", "int8")):
+        graph = opened.manifest.graphs[name]
+        cached = [
+            spec.dtype for spec in (*graph.inputs, *graph.outputs) if "past_key" in spec.name or "present" in spec.name
+        ]
+        assert cached == [dtype] * 4 * model.num_layers
+    for portable_or_cpu in (portable.graph, cpu.graph):
+        matrices = {
+            str(value.name)
+            for value in portable_or_cpu.initializers.values()
+            if value.dtype == ir.DataType.FLOAT and value.shape and value.shape.rank() == 2
+        }
+        # What is looked up stays float32, the embeddings and tables of positions, and the rotation of activations.
+        float32 = ("embed", ".wte.", ".wpe.", "rotary", "int8_weights.rotation_")
+        assert all(any(part in name for part in float32) for name in matrices), matrices
+    assert opened.token_embedding().dtype == np.float32
+    assert opened.manifest.token_embedding.shape == (model.vocab_size, model.hidden_size)
+    assert {file.name for file in opened.path.iterdir()} == {*opened.manifest.files, "bundle.json"}
+
+
+def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Path) -> None:
+    checks, record = verify_bundle(int8_bundle, tiny, None, 2, lambda *_: None)
+    assert record["precision"] == "int8"
+    missed = [check for check in checks if not check.passed]
+    assert not missed
+    assert {check.graph for check in checks} == {"decoder", "decoder_cpu"}
+
+
+def test_clusters_do_not_depend_on_the_precision(tiny: Checkpoint, int8_bundle: Path, tmp_path: Path) -> None:
+    export_bundle(tiny, tmp_path / "fp32", None)
+    rows = verification_rows(tiny, None)
+    exact, reduced = (chameleon_deploy.load(path).adapt(rows) for path in (tmp_path / "fp32", int8_bundle))
+    for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
+        assert getattr(exact, name).tobytes() == getattr(reduced, name).tobytes()
+
+
+@pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
+def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest) -> None:
+    runtime = chameleon_deploy.load(request.getfixturevalue(fixture), mode="centroid", threads=2)
+    vocab_size = runtime.manifest.model.vocab_size
+    random = np.random.default_rng(3)
+    row = random.integers(0, vocab_size, 40).tolist()
+    scores, steps = [], []
+    for _ in range(3):
+        other = random.integers(0, vocab_size, 40).tolist()
+        scores.append(runtime.score([row, other])[0].token_logprobs)
+        adaptation = runtime.adapt([row, other], mode="none")
+        _, cache = runtime.decoder.prefill([row, other], adaptation, 50)
+        steps.append(
+            [np.asarray(runtime.decoder.step(np.array([5, 9]), adaptation, cache))[0].tobytes() for _ in range(4)]
+        )
+    assert scores[0] == scores[1] == scores[2]
+    assert steps[0] == steps[1] == steps[2]
+
+
+@pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
+def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Read whole, in two pieces, and token by token: what is written into the buffer is the same."""
+    runtime = chameleon_deploy.load(request.getfixturevalue(fixture), threads=2)
+    decoder: Any = runtime.decoder
+    ids = np.random.default_rng(4).integers(0, runtime.manifest.model.vocab_size, 40).tolist()
+    adaptation = runtime.adapt([ids], mode="none")
+    caches = []
+    for tokens, first in ((256, 40), (16, 40), (256, 1)):
+        decoder.prefill_tokens = tokens
+        logits, cache = decoder.prefill([ids[:first]], adaptation, 50)
+        for token in ids[first:]:
+            logits = decoder.step(np.array([token]), adaptation, cache)
+        caches.append(([buffer[:, :, :40].copy() for buffer in cache.buffers], np.array(logits)))
+    (whole, expected), *others = caches
+    assert all(buffer.dtype == np.int8 and np.abs(buffer).max() > 50 for buffer in whole)
+    for buffers, logits in others:
+        for ours, theirs in zip(buffers, whole, strict=True):
+            # A last bit of a sum can round a number the other way, which goes on from layer to layer.
+            assert (ours != theirs).mean() < 0.15
+            assert np.abs(ours.astype(int) - theirs).max() <= 3
+        assert np.abs(logits - expected).max() < GATES["int8"].rounding
+
+
+def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
+    """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
+    runtime = chameleon_deploy.load(int8_bundle, threads=2)
+    rows = verification_rows(tiny, None, more=True)
+    _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), 300)
+    seen: Any = cache
+    for buffer in seen.buffers:
+        used = np.concatenate([row[:, : len(ids)] for row, ids in zip(buffer, rows, strict=True)], axis=1)
+        assert (np.abs(used.astype(int)) >= 127).mean() < 1e-3
+        assert np.median(np.abs(used.astype(int)).max(1)) > 80
+
+
+def _difference(path: Path, checkpoint: Checkpoint) -> float:
+    """Of the bundle's logits from the reference's, beside the standard deviation of those."""
+    runtime = Runtime(open_bundle(path), "cpu", threads=1, mode="none")
+    ids = np.random.default_rng(5).integers(0, runtime.manifest.model.vocab_size, 60).tolist()
+    adaptation = runtime.adapt([ids], mode="none")
+    (_, logits), *_ = runtime.decoder.all_logits([ids], adaptation)
+    hidden, _ = checkpoint.trunk.hidden_states(torch.tensor([ids]))
+    expected = (hidden[0] @ checkpoint.trunk.head_weight.T).numpy()
+    return float(np.abs(np.asarray(logits)[0] - expected).max() / expected.std())
+
+
+@pytest.mark.parametrize("name", ["mini", "llama"])
+def test_both_ends_of_the_residual_stream_are_rotated(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a graph in which they are not is seen."""
+    checkpoint = request.getfixturevalue(name)
+    export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
+    monkeypatch.setattr("chameleon_deploy.export.exporter.rotate_residual", lambda *_: None)
+    export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
+    assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
+
+
+@pytest.mark.parametrize("factor", [0.2, 20])
+@pytest.mark.parametrize("what", [("keys", "values"), ("norm_1", "norm_2")])
+def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
+    what: tuple[str, str], factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any) -> Any:
+        layers = highest_of_layers(*args)
+        for layer in layers:
+            for name in what:
+                getattr(layer, name).mul_(factor)
+        return layers
+
+    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
+    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
+    checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
+    assert [check.passed for check in checks if "KL" in check.name] == [False, False]
+
+
+def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Any:
+        int8, scale = round_weights(*args)
+        return int8, scale * 1.02
+
+    monkeypatch.setattr("chameleon_deploy.export.int8.weights.round_weights", wrong)
+    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    rows = verification_rows(tiny, None)
+    checks = parity.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
+    assert any(not check.passed for check in checks)

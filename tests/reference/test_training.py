@@ -1,0 +1,234 @@
+"""Training: repeatable, resumable, bounded, per cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chameleon_deploy.errors import InputError, OutputExistsError
+from chameleon_deploy.evaluate.scoring import bigram_perplexity, cohort_rows, evaluate
+from chameleon_deploy.reference import corpus, head
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
+from chameleon_deploy.reference.head import TrainingSettings
+from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.training import train_checkpoint
+from tests.conftest import REPOSITORY, nearly
+
+TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
+TRAIN, HELD_OUT = corpus.split_texts(TEXTS, 0.2)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def config(**changes: object) -> CheckpointConfig:
+    defaults = {"regime": "chameleon", "base_model": "./base", "rank": 4, "hidden_sizes": (16, 8), "num_clusters": 3,
+                "max_length": 48}  # fmt: skip
+    return CheckpointConfig(**(defaults | changes))  # type: ignore[arg-type]
+
+
+def parameters(path: Path, base: Path) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(path, base=str(base)).factors.state_dict())
+
+
+@pytest.mark.parametrize("regime", ["chameleon", "lora"])
+@pytest.mark.parametrize("protocol", ["masked", "paper"])
+def test_training_lowers_the_held_out_loss(
+    mini: Checkpoint, mini_path: Path, tmp_path: Path, regime: str, protocol: str
+) -> None:
+    changes = {"regime": regime, "protocol": protocol, "hidden_sizes": (16, 8) if regime == "chameleon" else ()}
+    settings = TrainingSettings(epochs=4 if protocol == "masked" else 30, lr=3e-3)  # paper: one position per text
+    train_checkpoint(mini.trunk, config(**changes), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
+    checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
+    base = evaluate(checkpoint, HELD_OUT, tmp_path / "cache", adapted=False)
+    trained = evaluate(checkpoint, HELD_OUT, tmp_path / "cache")
+    assert (base.regime, trained.regime, trained.protocol) == ("base", regime, protocol)
+    assert trained.loss < base.loss - 0.1
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_the_seed_decides_everything(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / name, TrainingSettings(2, seed=seed), quiet)
+    a, b, c = (parameters(tmp_path / name, mini_path / "base") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "train.jsonl"
+    import json
+
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
+               "--out", str(tmp_path / "killed"), "--epochs", "200", "--patience", "200", "--clusters", "3",
+               "--max-length", "48", "--seed", "5"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    state = tmp_path / "killed.training" / "state.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not (tmp_path / "killed").exists()
+
+    train, held_out = corpus.split_texts(TEXTS, 0.1)
+    settings = TrainingSettings(8, patience=200, seed=5)
+    changes = config(hidden_sizes=(64, 32), base_model=os.path.relpath(mini_path / "base", tmp_path / "killed"))
+    with pytest.raises(InputError, match="other texts or settings"):
+        train_checkpoint(mini.trunk, changes, train[1:], held_out, tmp_path / "killed", settings, quiet, resume=True)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "killed", settings, quiet)
+    epochs: list[int] = []
+    resumed = train_checkpoint(
+        mini.trunk, changes, train, held_out, tmp_path / "killed", TrainingSettings(200, patience=3, seed=5),
+        lambda what, done, total: epochs.append(done) if what.startswith("epochs") else None, resume=True,
+    )  # fmt: skip
+    settings = TrainingSettings(resumed.epoch, patience=200, seed=5)
+    straight = train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "straight", settings, quiet)
+    assert resumed.history == nearly(straight.history)
+    a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
+    assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
+
+
+def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
+    settings = TrainingSettings(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
+    state = train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
+    losses = [entry["validation_loss"] for entry in state.history]
+    assert len(losses) == state.best_epoch + 2 < 60
+    assert min(losses) == state.best_loss == losses[state.best_epoch - 1]
+
+
+def test_hidden_states_are_the_trunks(mini: Checkpoint, tmp_path: Path) -> None:
+    ids = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4]]
+    masked = cache_hidden_states(mini.trunk, ids, "masked", 8, tmp_path / "masked")
+    for row, text in enumerate(ids):
+        hidden, targets = masked.batch([row])
+        expected, _ = mini.trunk.hidden_states(torch.tensor([text]))
+        torch.testing.assert_close(hidden, expected[0, :-1], rtol=1e-4, atol=1e-5)
+        assert targets.tolist() == text[1:]
+    paper = cache_hidden_states(mini.trunk, ids, "paper", 8, tmp_path / "paper")
+    eos = mini.trunk.eos_token_id
+    expected, _ = mini.trunk.hidden_states(torch.tensor([ids[0] + [eos] * 5]))
+    torch.testing.assert_close(paper.batch([0])[0], expected[0, -1:], rtol=1e-4, atol=1e-5)
+    assert paper.batch([0, 1])[1].tolist() == [eos, eos]
+    assert isinstance(masked.hidden, np.memmap)
+
+
+def test_hidden_states_of_other_texts_are_not_reused(mini: Checkpoint, tmp_path: Path) -> None:
+    first = cache_hidden_states(mini.trunk, [[5, 6, 7]], "masked", 8, tmp_path)
+    kept = np.array(first.hidden)
+    again: list[int] = []
+    cache_hidden_states(mini.trunk, [[5, 6, 7]], "masked", 8, tmp_path, again.append)
+    assert not again  # mapped, not computed
+    other = cache_hidden_states(mini.trunk, [[9, 8, 7]], "masked", 8, tmp_path, again.append)
+    assert again
+    assert not np.array_equal(kept, other.hidden)
+
+
+def test_chunked_gradients_are_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hypernetwork = Hypernetwork(6, 11, 2, (5, 4)).eval()  # no dropout, so that both runs see the same network
+    u, h, W, targets = torch.randn(1, 6), torch.randn(10, 6), torch.randn(11, 6), torch.randint(0, 11, (10,))
+    lora_A, lora_B = hypernetwork(u)
+    logits = h @ W.T + 0.7 * (h @ lora_A[0].T) @ lora_B[0].T
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+    whole = [p.grad.clone() for p in hypernetwork.parameters() if p.grad is not None]
+    hypernetwork.zero_grad()
+    monkeypatch.setattr(head, "CHUNK_POSITIONS", 3)
+    head._backward(hypernetwork, u, h, targets, W, 0.7, len(targets))
+    for expected, p in zip(whole, hypernetwork.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_never_mix_clusters() -> None:
+    clusters = [torch.arange(0, 7), torch.arange(7, 9), torch.arange(9, 20)]
+    batches = head._shuffled_batches(clusters, 4)
+    assert sorted(row for batch in batches for row in batch) == list(range(20))
+    for batch in batches:
+        assert len(batch) <= 4
+        assert any(set(batch) <= set(rows.tolist()) for rows in clusters)
+
+
+def test_validation_loss_of_a_known_distribution() -> None:
+    """Uniform logits cost log(vocab), whatever the cohort."""
+    states = HiddenStates(np.zeros((5, 3), np.float32), np.arange(5), np.array([0, 2, 5]), torch.eye(3)[:2])
+    loss = head.validation_loss(None, torch.zeros(7, 3), 1.0, states, torch.eye(3)[:2], 32)
+    assert abs(loss - np.log(7)) < 1e-6
+
+
+def test_long_texts_go_on_or_are_cut(mini: Checkpoint) -> None:
+    text = TEXTS[0]
+    ids = mini.trunk.tokenizer.encode(text).ids
+    masked = corpus.encode_texts([text], mini.trunk.tokenizer, "masked", 10)
+    assert [i for piece in masked for i in piece] == ids[: sum(map(len, masked))]
+    assert corpus.encode_texts([text], mini.trunk.tokenizer, "paper", 10) == [ids[:10]]
+
+
+def test_nothing_to_train_on(mini: Checkpoint) -> None:
+    with pytest.raises(InputError, match="at least two tokens"):
+        corpus.encode_texts(["a"], mini.trunk.tokenizer, "masked", 10)
+
+
+def test_equal_texts_never_straddle_the_split() -> None:
+    train, held_out = corpus.split_texts([str(i % 50) for i in range(1000)], 0.3)
+    assert train
+    assert held_out
+    assert not set(train) & set(held_out)
+
+
+def test_cohort_rows_cover_every_text_once(mini: Checkpoint) -> None:
+    ids, cohorts = cohort_rows(mini, HELD_OUT, batch_size=4)
+    assert sorted(row for rows in cohorts for row in rows) == list(range(len(ids)))
+    assert max(map(len, cohorts)) <= 4
+
+
+def test_tiny_model_beats_the_baselines(tmp_path: Path) -> None:
+    """The trained checkpoint in models/tiny, on text that it never saw."""
+    from chameleon_deploy.reference.tiny import VOCAB_SIZE, corpus_split
+
+    checkpoint = load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
+    train, held_out = corpus_split()
+    texts = [text for kept in held_out.values() for text in kept[:20]]
+    encode = checkpoint.trunk.tokenizer.encode_batch
+    train_ids = [e.ids for kind in train.values() for e in encode(kind)]
+    held_out_ids = [e.ids for e in encode(texts)]
+    baseline = bigram_perplexity(train_ids, held_out_ids, VOCAB_SIZE)
+    base = evaluate(checkpoint, texts, tmp_path, adapted=False).perplexity
+    assert base < baseline / 2 < VOCAB_SIZE / 2
+    assert evaluate(checkpoint, texts, tmp_path).perplexity < baseline / 2
+    assert 1_000_000 <= checkpoint.trunk.num_parameters() <= 3_000_000
+
+
+def test_a_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the `datasets` package, whose hub is not there in tests."""
+    import types
+
+    from chameleon_deploy.errors import DatasetError, DependencyError
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda *names, split: {"text": ["a text", "  ", "another"]}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert corpus.load_dataset_texts("wikitext", "train") == ["a text", "another"]
+
+    def unreachable(*names: str, split: str) -> None:
+        raise ConnectionError("no route")
+
+    module.load_dataset = unreachable  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="pass files with --text"):
+        corpus.load_dataset_texts("nobody/nothing", "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DependencyError, match="pass files with --text"):
+        corpus.load_dataset_texts("wikitext", "train")

@@ -1,0 +1,82 @@
+"""The HTML page that `bench` and `evaluate` write: whole, escaped, and in need of nothing from outside."""
+
+from __future__ import annotations
+
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from chameleon_deploy.errors import DependencyError
+from chameleon_deploy.html_page import Report
+
+HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' \N{SNOWMAN}"
+
+
+class Page(HTMLParser):
+    """Which elements a page has, what it would fetch, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag  # well nested
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def example(path: Path) -> str:
+    report = Report(HOSTILE, "subtitle")
+    report.section(HOSTILE)
+    report.text(HOSTILE)
+    report.table(["engine", HOSTILE], [[HOSTILE, "1.5"], ["other", "-2.5"]], caption=HOSTILE)
+    for _ in range(2):
+        with report.plot(HOSTILE) as figure:
+            axes = figure.subplots()
+            axes.plot([1, 2, 3], [1, 4, 9], label="squares <b>")
+            axes.legend()
+    report.write(path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_page_is_whole_escaped_and_self_contained(tmp_path: Path) -> None:
+    html = example(tmp_path / "page.html")
+    page = Page(html)
+    assert not page.open
+    assert "script" not in page.tags
+    assert page.fetched == []
+    assert "url(http" not in html
+    assert page.text.count(HOSTILE) == 9  # wherever it was put, and the title twice
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("td") == 4
+    assert html.count('<td class="number">') == 2
+    assert "squares <b>" in page.text  # a plot's words are text, and no markup
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert example(tmp_path / "a.html") == example(tmp_path / "b.html")
+
+
+def test_without_matplotlib_there_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DependencyError, match=r"chameleon-deploy\[report\]"):
+        Report("title")

@@ -1,0 +1,210 @@
+"""verify: passes on a right bundle, and misses a gate on every kind of wrong one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import chameleon_deploy
+from chameleon_deploy import Runtime
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify.gates import GATES, Check
+from chameleon_deploy.verify.logit_figures import LogitFigures
+from chameleon_deploy.verify.run import verification_rows, verify_bundle
+from tests.contract.test_bundle import edit, reseal
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def missed(bundle: Path, checkpoint: Checkpoint) -> set[str]:
+    checks, _ = verify_bundle(bundle, checkpoint, None, 1, quiet)
+    return {check.name for check in checks if not check.passed}
+
+
+def test_a_right_bundle_passes(bundle: Path, lora_bundle: Path, mini: Checkpoint, mini_lora: Checkpoint) -> None:
+    assert missed(bundle, mini) == set()
+    assert missed(lora_bundle, mini_lora) == set()
+
+
+def test_rows_are_ragged_and_reach_the_last_position(mini: Checkpoint) -> None:
+    lengths = [len(ids) for ids in verification_rows(mini, None)]
+    assert (len(lengths), min(lengths), max(lengths)) == (33, 1, 128)
+    assert len(set(lengths)) > 20
+
+
+def change_weights(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change one tensor of weights.bin, found through the graph that refers to it."""
+
+    def damage(path: Path) -> None:
+        import onnx
+
+        for graph in ("decoder.onnx", "hypernetwork.onnx"):
+            for initializer in onnx.load(path / graph, load_external_data=False).graph.initializer:
+                if initializer.name != name:
+                    continue
+                place = {entry.key: entry.value for entry in initializer.external_data}
+                values = np.memmap(
+                    path / "weights.bin", np.float32, "r+", int(place["offset"]), tuple(initializer.dims)
+                )
+                values[:] = change(np.array(values))
+                values.flush()
+                reseal(path)
+                return
+        raise AssertionError(f"no initializer {name}")
+
+    return damage
+
+
+def swap_centroids(path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "centroids.safetensors")
+    save_file({"centroids": np.ascontiguousarray(tensors["centroids"][::-1])}, path / "centroids.safetensors")
+    reseal(path)
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a trunk weight off by a percent": (
+        change_weights("transformer.h.1.mlp.c_fc.weight", lambda w: w * 1.05),
+        "x1 factors: logits",
+    ),
+    "a layer norm forgotten": (change_weights("transformer.h.0.ln_1.weight", lambda w: w * 0 + 1.1), "mode none"),
+    "alpha folded in twice": (change_weights("lora_B.bias", lambda b: b * 2), "factors, max abs"),
+    "lora_B not reordered": (
+        change_weights("lora_B.weight", lambda w: w.reshape(4, 512, -1).swapaxes(0, 1).reshape(w.shape)),
+        "factors, max abs",
+    ),
+    "centroids in another order": (swap_centroids, "cluster ids"),
+    "wrong count of parameters": (edit(parameters__base=1), "parameters"),
+    "positions shifted": (
+        change_weights("transformer.wpe.weight", lambda w: np.roll(w * 5, 1, axis=0)),
+        "x1 factors: logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_bundle_is_caught(name: str, bundle: Path, mini: Checkpoint, copy_of: Callable[[Path], Path]) -> None:
+    damage, expected = WRONG[name]
+    path = copy_of(bundle)
+    damage(path)
+    assert any(check.startswith(expected) for check in missed(path, mini))
+
+
+def test_decoders_that_mix_rows_or_forget_are_caught(
+    portable: Runtime, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of a runtime rather than of a bundle."""
+    rows, gate = verification_rows(mini, None), GATES["fp32"]
+    long_rows = [ids for ids in rows if len(ids) >= 16][:4]
+    decoder: Any = portable.decoder
+    run = decoder._run
+
+    def leaky(*arguments: Any) -> Any:
+        logits = run(*arguments)
+        return logits + 1e-3 * logits.mean(axis=0, keepdims=True) * (len(logits) > 1)
+
+    def forgetful(ids: Any, mask: Any, positions: Any, adaptation: Any, cache: Any) -> Any:
+        logits = run(ids, mask, positions, adaptation, cache)
+        cache.lengths = cache.lengths - (mask.shape[1] > 1)
+        return logits
+
+    monkeypatch.setattr(decoder, "_run", leaky)
+    assert not all(check.passed for check in parity.check_batching(portable, rows, gate))
+    monkeypatch.setattr(decoder, "_run", forgetful)
+    assert not all(check.passed for check in parity.check_cache(portable, RowLogits(mini), long_rows, gate))
+
+    prefill = runtime.decoder.prefill
+
+    def one_short(*arguments: Any) -> Any:
+        logits, cache = prefill(*arguments)
+        cache.lengths = cache.lengths - 1  # the next token overwrites the last
+        return logits, cache
+
+    monkeypatch.setattr(runtime.decoder, "prefill", one_short)
+    assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
+
+
+def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini: Checkpoint) -> None:
+    """If wrong factors could not be told from right ones, the comparison would prove nothing."""
+    import copy
+    import dataclasses
+
+    silent = dataclasses.replace(mini, factors=copy.deepcopy(mini.factors))
+    for parameter in silent.factors.parameters():
+        parameter.data.zero_()
+    runtime = chameleon_deploy.load(bundle, threads=1)
+    runtime._generate_factors = lambda c: tuple(  # type: ignore[method-assign,assignment,return-value]
+        np.zeros((len(c), 4, n), np.float32) for n in (64, 512)
+    )
+    gate = GATES["fp32"]
+    checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
+    assert checks
+    assert not any(check.passed for check in checks)
+
+
+def test_nan_passes_no_check() -> None:
+    assert not Check("x", float("nan"), 1.0).passed
+    assert not Check("x", float("nan"), 1.0, at_least=True).passed
+    assert Check("x", float("nan"), None).passed
+
+
+def test_kl_and_top1_are_computed_right() -> None:
+    figures = LogitFigures(top1_gap=0.1)
+    expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.05, 0.0]])
+    actual = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    figures.add(actual, expected, torch.tensor([2]))
+    p, q = expected[0].softmax(0), actual[0].softmax(0)
+    assert figures.kl[0][0].item() == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)
+    assert (figures.agreed, figures.clear, figures.max_abs) == (0, 1, 2.0)
+    assert figures.nll[0] == pytest.approx(-float(q[2].log()), abs=1e-6)
+
+
+def test_the_command_exits_1_on_a_missed_gate(
+    bundle: Path, mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "chameleon_deploy.verify"]
+    good = subprocess.run(
+        [*command, bundle, "--reference", mini_path, "--json"], capture_output=True, text=True, check=False
+    )
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["verified"] is True
+    wrong = copy_of(bundle)
+    change_weights("lora_B.bias", lambda b: b * 2)(wrong)
+    bad = subprocess.run(
+        [*command, wrong, "--reference", mini_path, "--out", tmp_path / "record.json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert bad.returncode == 1
+    assert "MISSED" in bad.stdout
+    assert "factors, max abs difference" in bad.stderr
+    assert json.loads((tmp_path / "record.json").read_text())["verified"] is False
+
+
+def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, chameleon_deploy.verify.checks as p\n"
+        "from dataclasses import replace\n"
+        "p.GATES['fp32'] = replace(p.GATES['fp32'], kl_mean=-1.0)\n"
+        "from chameleon_deploy import console\n"
+        "from chameleon_deploy.export.__main__ import main\n"
+        "console.run(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, mini_path, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "KL, mean" in result.stderr
+    assert not list(tmp_path.iterdir())
