@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
-
-
-def run(*arguments: Any, program: str | None = None) -> subprocess.CompletedProcess[str]:
-    start = [program] if program else [sys.executable, "-m"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, check=False)
+from tests.commands import run
 
 
 def test_generate_prints_json_lines(bundle: Path, runtime: Runtime) -> None:

@@ -25,9 +25,8 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify import run as verify
 from chameleon_deploy.verify.gates import Check
+from tests.devices import needs_no_gpu, with_engines, with_sessions
 from tests.fake_cuda import FakeCudart
-from tests.runtime.test_device import with_engines, with_sessions
-from tests.runtime.test_providers import needs_no_gpu
 
 
 @needs_no_gpu

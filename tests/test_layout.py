@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -61,3 +62,12 @@ def test_modules_stay_readable() -> None:
         if (count := len(file.read_text().splitlines())) > 320
     }
     assert not long
+
+
+def test_no_test_file_imports_another() -> None:
+    importing = [
+        str(file.relative_to(REPOSITORY))
+        for file in (REPOSITORY / "tests").rglob("*.py")
+        if re.search(r"^\s*from tests\.(\w+\.)*test_\w+ import", file.read_text(), re.MULTILINE)
+    ]
+    assert not importing

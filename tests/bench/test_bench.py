@@ -28,9 +28,9 @@ from chameleon_deploy.bench.workloads import BOUNDS, Workloads, _Weights, text_r
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.commands import run
 from tests.conftest import REPOSITORY
-from tests.test_cli import run
-from tests.test_html_page import Page
+from tests.page import Page
 
 
 def test_ceilings_are_plausible() -> None:

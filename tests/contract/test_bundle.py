@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,33 +14,7 @@ from safetensors.numpy import load_file, save_file
 import chameleon_deploy
 from chameleon_deploy import errors
 from chameleon_deploy.bundle import open_bundle, opening_bundle
-
-Damage = Callable[[Path], object]
-
-
-def edit(**changes: Any) -> Damage:
-    """Change manifest fields; a dotted name with __ reaches into nested objects."""
-
-    def damage(path: Path) -> None:
-        manifest = json.loads((path / "bundle.json").read_text())
-        for name, value in changes.items():
-            *parents, last = name.split("__")
-            target = manifest
-            for parent in parents:
-                target = target[parent]
-            target[last] = value
-        (path / "bundle.json").write_text(json.dumps(manifest))
-
-    return damage
-
-
-def reseal(path: Path) -> None:
-    """Make size and digest of every file right again: what remains wrong is the content."""
-    manifest = json.loads((path / "bundle.json").read_text())
-    for name in manifest["files"]:
-        data = (path / name).read_bytes()
-        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (path / "bundle.json").write_text(json.dumps(manifest))
+from tests.damage import Damage, edit, reseal
 
 
 def centroids(change: Callable[[Any], Any], name: str = "centroids") -> Damage:

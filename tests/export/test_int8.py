@@ -26,7 +26,7 @@ from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
-from tests.export.test_rotation import nearest
+from tests.rounding import nearest
 
 
 @pytest.fixture(scope="module")

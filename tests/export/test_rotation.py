@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -18,6 +17,7 @@ from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.rounding import nearest
 
 matrices = hypothesis.extra.numpy.arrays(
     np.float32, (7, 3), elements=hypothesis.strategies.floats(-100, 100, width=32)
@@ -30,12 +30,6 @@ def test_weights_are_within_half_a_step_of_their_channel(matrix: FloatArray) -> 
     assert int8.dtype == np.int8
     assert int8.min() >= -127
     assert (np.abs(int8 * scale.astype(np.float64) - matrix) <= scale * 0.501).all()
-
-
-def nearest(matrix: FloatArray) -> Any:
-    """int8 and scale of a matrix whose activations have nothing to do with each other: each weight rounded alone."""
-    int8, scale = round_weights(torch.from_numpy(matrix), [torch.eye(len(matrix))])
-    return int8.numpy(), scale.numpy()
 
 
 def test_errors_of_weights_cancel_on_activations_that_go_together() -> None:

@@ -18,8 +18,8 @@ from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.session import open_session
-from tests.contract.test_bundle import reseal
-from tests.verify.test_checks import missed
+from tests.damage import reseal
+from tests.verification import missed
 
 TILE = 100  # of a vocabulary of 512: six tiles, the last of them of 12 tokens
 CASES = [("mini", "fp32"), ("llama", "fp32"), ("mini", "int8")]

@@ -7,51 +7,25 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.bundle import Bundle, LimitsSpec, Role, open_bundle
+from chameleon_deploy.bundle import Bundle, LimitsSpec, open_bundle
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, LengthError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.profiles import profiles
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
-from chameleon_deploy.runtime import providers
 from chameleon_deploy.runtime.backend import DeviceBackend
 from chameleon_deploy.runtime.decoder import greedy
 from chameleon_deploy.runtime.device import slot_cache
 from chameleon_deploy.runtime.device.cuda import CudaDevice
-from chameleon_deploy.runtime.device.graph import DeviceGraph
-from chameleon_deploy.runtime.device.tensorrt import EngineGraph
-from chameleon_deploy.runtime.session import CPU
 from chameleon_deploy.verify import checks as parity
-from tests.fake_cuda import FAKE_TENSORRT, FakeCudart, FakeEngine
-from tests.runtime.test_providers import needs_no_gpu
-from tests.runtime.test_runtime import random_rows
-
-
-def with_sessions(bundle: Bundle, cudart: FakeCudart) -> Runtime:
-    """As provider `cuda`: ONNX Runtime with IO binding."""
-    graphs = providers.open_sessions(bundle, providers.graph_names(bundle, "cuda"), CPU, "cpu", threads=1)
-    return Runtime(bundle, "cuda", backend=DeviceBackend(CudaDevice(cudart), bundle, graphs, None))
-
-
-def with_engines(bundle: Bundle, cudart: FakeCudart, limits: LimitsSpec | None = None) -> Runtime:
-    """As provider `tensorrt`: engines with the profiles that they are built with."""
-    device, manifest = CudaDevice(cudart), bundle.manifest
-    if limits:
-        manifest = msgspec.structs.replace(manifest, limits=limits)
-    graphs: dict[Role, DeviceGraph] = {}
-    for role, name in providers.graph_names(bundle, "tensorrt").items():
-        spec = manifest.graphs[name]
-        shapes = [{t.name: profile.shapes(t) for t in spec.inputs} for profile in profiles(manifest, spec)]
-        engine = FakeEngine(bundle.path / spec.file, shapes, cudart)
-        graphs[role] = EngineGraph(FAKE_TENSORRT, engine, spec, device)
-    return Runtime(bundle, "tensorrt", backend=DeviceBackend(device, bundle, graphs, manifest.limits))
+from tests.devices import needs_no_gpu, with_engines, with_sessions
+from tests.fake_cuda import FakeCudart
+from tests.rows import random_rows
 
 
 @pytest.fixture(scope="session")

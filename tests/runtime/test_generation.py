@@ -10,7 +10,7 @@ import pytest
 
 from chameleon_deploy import Runtime, Sampling
 from chameleon_deploy.errors import InputError
-from tests.runtime.test_runtime import random_rows
+from tests.rows import random_rows
 
 HOT = Sampling(temperature=1.2, seed=11)
 

@@ -20,9 +20,8 @@ from chameleon_deploy.local_cache import find_or_build
 from chameleon_deploy.runtime import providers
 from chameleon_deploy.runtime.device import cuda
 from chameleon_deploy.runtime.session import open_session
+from tests.devices import needs_no_gpu
 from tests.fake_cuda import FakeCudart
-
-needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 
 
 @needs_no_gpu

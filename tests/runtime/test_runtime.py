@@ -29,13 +29,9 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime import growing_cache, shared_cache, tiled_scorer
 from chameleon_deploy.runtime.adaptation import assign, conditioning
 from chameleon_deploy.runtime.decoder import parts
+from tests.rows import random_rows
 
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
-
-
-def random_rows(seed: int, batch: int, longest: int) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 512, rng.integers(1, longest + 1)).tolist() for _ in range(batch)]
 
 
 def reference_logprobs(checkpoint: Checkpoint, rows: list[list[int]], mode: str, tenants: Any = None) -> list[Any]:

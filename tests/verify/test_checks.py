@@ -20,17 +20,9 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures
-from chameleon_deploy.verify.run import verification_rows, verify_bundle
-from tests.contract.test_bundle import edit, reseal
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
-def missed(bundle: Path, checkpoint: Checkpoint) -> set[str]:
-    checks, _ = verify_bundle(bundle, checkpoint, None, 1, quiet)
-    return {check.name for check in checks if not check.passed}
+from chameleon_deploy.verify.run import verification_rows
+from tests.damage import edit, reseal
+from tests.verification import missed
 
 
 def test_a_right_bundle_passes(bundle: Path, lora_bundle: Path, mini: Checkpoint, mini_lora: Checkpoint) -> None:
