@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def verify(
             lambda: check_adaptation(runtime, reference.checkpoint, rows),
             lambda: check_modes(runtime, reference, few, gate),
             lambda: check_factors_alone(runtime, few),
+            lambda: check_texts(runtime, reference.checkpoint.trunk.tokenizer, [*few, rows[-1]]),
         ]
     checks: list[Check] = []
     for done, step in enumerate(steps):
@@ -170,6 +172,24 @@ def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         difference = max(difference, max_abs(np.array(score.token_logprobs), expected.numpy()))
     yield Check("scores against logits, max abs difference", difference, gate.rounding)
+
+
+def check_texts(runtime: Runtime, tokenizer: Any, rows: Rows) -> Iterator[Check]:
+    """Texts in a batch have the token ids that the reference's tokenizer gives each of them alone.
+
+    tokenizer  the reference's
+    rows       their text is encoded again, which may differ from the rows where a character was cut
+    """
+    longest = max(map(len, rows))
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in rows]
+    alone = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
+    alone = {text: ids for text, ids in alone.items() if 0 < len(ids) <= longest}  # within limits, as the rows are
+    ours = runtime.score(list(alone))
+    differ = sum(score.token_ids != ids for score, ids in zip(ours, alone.values(), strict=True))
+    yield Check("texts whose token ids in a batch differ", differ, 0, note=f"{len(alone)} texts")
+    from_texts, from_ids = (runtime.generate(list(prompts), max_new_tokens=1) for prompts in (alone, alone.values()))
+    differ = sum(a != b for a, b in zip(from_texts, from_ids, strict=True))
+    yield Check("texts whose first generated token differs from their token ids'", differ, 0)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:

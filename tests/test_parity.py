@@ -136,6 +136,24 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
+@pytest.mark.parametrize("option", ["padding", "truncation", "dropout"])
+def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
+    option: str, bundle: Path, mini: Checkpoint
+) -> None:
+    """`load` refuses such a bundle; `verify` notices by itself."""
+    runtime, rows = chameleon_deploy.load(bundle, threads=1), verification_rows(mini, None)[:8]
+    assert all(check.passed for check in parity.check_texts(runtime, mini.trunk.tokenizer, rows))
+    match option:
+        case "padding":
+            runtime.tokenizer.enable_padding(pad_id=0)
+        case "truncation":
+            runtime.tokenizer.enable_truncation(8)
+        case "dropout":
+            runtime.tokenizer.model.dropout = 0.5
+    ids, _ = parity.check_texts(runtime, mini.trunk.tokenizer, rows)
+    assert not ids.passed
+
+
 def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini: Checkpoint) -> None:
     """If wrong factors could not be told from right ones, the comparison would prove nothing."""
     import copy
