@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
@@ -43,8 +43,11 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    with opening_bundle(Path(path)) as bundle:
+    bundle = start_opening(Path(path))
+    try:
         return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
+    finally:
+        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
 
 
 class Runtime:
