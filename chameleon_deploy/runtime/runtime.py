@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
-from chameleon_deploy.errors import InputError, ManifestError, ModeError
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
+from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
 from chameleon_deploy.runtime.backend import Backend
@@ -21,6 +20,7 @@ from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
 
 def load(
@@ -43,8 +43,11 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    with opening_bundle(Path(path)) as bundle:
+    bundle = start_opening(Path(path))
+    try:
         return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
+    finally:
+        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
 
 
 class Runtime:
@@ -72,10 +75,7 @@ class Runtime:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
-        try:
-            self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
+        self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider = provider
         if backend is None:
             self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)

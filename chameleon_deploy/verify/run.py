@@ -112,5 +112,7 @@ def verify_bundle(
 
 
 def summary(checks: list[Check]) -> ParitySummary:
+    from chameleon_deploy.verify.logit_figures import largest
+
     differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
-    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))
+    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences))

@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import chameleon_deploy
 from chameleon_deploy.bundle import LimitsSpec, open_bundle
@@ -29,7 +30,8 @@ from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from tests.conftest import REPOSITORY, checkpoint_around
 
@@ -331,3 +333,25 @@ def test_limits_are_checked_before_anything_is_written(
     with pytest.raises(RecipeError, match=message):
         export_bundle(mini, tmp_path / "b", None, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_training_in_a_tokenizer_are_cleared(
+    mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Fine-tuning scripts save padding, truncation and dropout with the base; texts of a bundle are whole and alone."""
+    path = copy_of(mini_path)
+    file = path / "base" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.enable_truncation(8)
+    model: Any = tokenizer.model
+    model.dropout = 0.5
+    tokenizer.save(str(file))
+    short, long = "The river", "The river runs through a wide valley, past the mill and the old bridge."
+    trunk, expected = load_trunk(path / "base"), load_trunk(mini_path / "base")
+    alone = [expected.tokenizer.encode(text).ids for text in (short, long)]
+    assert len(alone[1]) > 8
+    assert [encoding.ids for encoding in trunk.tokenizer.encode_batch([short, long])] == alone
+    export_bundle(load_checkpoint(path), tmp_path / "bundle", None)
+    scores = chameleon_deploy.load(tmp_path / "bundle").score([short, long])
+    assert [score.token_ids for score in scores] == alone
