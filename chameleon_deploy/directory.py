@@ -85,7 +85,7 @@ def locked_directory(path: Path, busy: str) -> Iterator[None]:
     Raises OutputError.
     """
     try:
-        descriptor = _open_locked(path)
+        descriptor = _make_and_lock(path)
     except BlockingIOError as error:
         raise OutputError(busy) from error
     except OSError as error:
@@ -96,29 +96,34 @@ def locked_directory(path: Path, busy: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def lock(descriptor: int, *, wait: bool) -> None:
-    """Take an exclusive lock on an open file or directory; closing the descriptor releases it.
+def lock(path: Path, *, wait: bool) -> int:
+    """Take an exclusive lock on a directory. Returns a descriptor; closing it, or the process's end, releases the lock.
 
-    Raises BlockingIOError when another process holds it and wait is False, OutputError on systems without such locks.
+    Raises BlockingIOError when another process holds it and wait is False, OSError when the path is a link or no
+    directory, OutputError on systems without such locks.
     """
     try:
         import fcntl  # here, since the light runtime is imported on Windows too
     except ImportError as error:
         raise OutputError("this system has no POSIX file locks: write on Linux or macOS") from error
-    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _open_locked(path: Path) -> int:
+def _make_and_lock(path: Path) -> int:
     while True:
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            lock(descriptor, wait=False)
-            if _is_still(path, descriptor):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
+            descriptor = lock(path, wait=False)
+        except FileNotFoundError:  # the process that held it has just removed it
+            continue
+        if _is_still(path, descriptor):
+            return descriptor
         os.close(descriptor)
 
 

@@ -172,13 +172,13 @@ def test_a_lock_on_a_removed_directory_is_not_taken_for_one(tmp_path: Path, monk
     path, take = tmp_path / "d", directory.lock
     taken: list[int] = []
 
-    def remove_then_lock(descriptor: int, *, wait: bool) -> None:
-        if not taken:
+    def lock_and_remove(path: Path, *, wait: bool) -> int:
+        taken.append(take(path, wait=wait))
+        if len(taken) == 1:
             path.rmdir()
-        taken.append(descriptor)
-        take(descriptor, wait=wait)
+        return taken[-1]
 
-    monkeypatch.setattr(directory, "lock", remove_then_lock)
+    monkeypatch.setattr(directory, "lock", lock_and_remove)
     with locked_directory(path, "busy"):
         assert path.is_dir()
         monkeypatch.undo()
