@@ -20,15 +20,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears whole or not at all, with the permissions that the umask gives.
 
     write  is called with a temporary path in the same directory and of the same suffix. A link at `path` stays:
-           its target is replaced.
+           its target is replaced. A device or a pipe is written to directly.
 
     Raises OutputError when the file cannot be written, or what `write` raises.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write(path)  # a device or a pipe
+        return
     target = path.resolve()
     partial = target.with_name(f".partial-{os.urandom(4).hex()}{target.suffix}")
     try:
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{path} exists and is not a regular file: choose another path")
         mode = _create(partial)
         write(partial)
         _publish(partial, mode)

@@ -64,12 +64,17 @@ def test_what_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
         (tmp_path / "x", full, "No space left"),
         (tmp_path / "gone" / "x", Path.touch, "No such file"),
         (tmp_path / "file" / "x", Path.touch, "Not a directory"),
-        (tmp_path, Path.touch, "not a regular file"),
-        (Path("/dev/null"), Path.touch, "not a regular file"),
+        (tmp_path, Path.touch, "Is a directory"),
     ):
         with pytest.raises(OutputError, match=message):
             write_whole(path, write)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    before = os.stat(os.devnull)
+    write_whole(Path(os.devnull), lambda path: path.write_text("gone"))
+    assert os.path.samestat(before, os.stat(os.devnull))
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
