@@ -72,9 +72,9 @@ def test_what_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
 
 
 def test_a_device_is_written_to_and_not_replaced() -> None:
-    before = os.stat(os.devnull)
+    before = Path(os.devnull).stat()
     write_whole(Path(os.devnull), lambda path: path.write_text("gone"))
-    assert os.path.samestat(before, os.stat(os.devnull))
+    assert os.path.samestat(before, Path(os.devnull).stat())
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
