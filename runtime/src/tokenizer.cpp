@@ -70,16 +70,24 @@ void require_type(const Json& json, const char* key, const char* type) {
   }
 }
 
+/// For an option that pads or cuts a text, or makes its token ids depend on chance: export leaves none of them on.
+[[noreturn]] void refuse_option(const char* name) {
+  fail_at("tokenizer.json", std::string(name) + " is not supported: export again, which sets it to null");
+}
+
 /// Options that would change token ids and that GPT-2's family leaves off.
 void refuse_options(const Json& json) {
   require_type(json, "model", "BPE");
   require_type(json, "decoder", "ByteLevel");
-  for (const char* key : {"normalizer", "truncation", "padding"}) {
-    if (!json.value(key, Json()).is_null()) fail_at("tokenizer.json", std::string(key) + " is not supported");
+  for (const char* key : {"truncation", "padding"}) {
+    if (!json.value(key, Json()).is_null()) refuse_option(key);
   }
-  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+  const Json dropout = json.at("model").value("dropout", Json());
+  if (!dropout.is_null() && dropout != 0) refuse_option("model.dropout");
+  if (!json.value("normalizer", Json()).is_null()) fail_at("tokenizer.json", "normalizer is not supported");
+  for (const char* key : {"unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const Json option = json.at("model").value(key, Json());
-    if (!option.is_null() && option != "" && option != 0) {
+    if (!option.is_null() && option != "") {
       fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
     }
   }

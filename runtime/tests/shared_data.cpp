@@ -53,19 +53,17 @@ void apply_change(const Json& change, const fs::path& bundle) {
     fs::create_directory(file);
   } else if (what == "symlink") {
     fs::create_symlink(change.at("target").get<std::string>(), file);
-  } else {
+  } else if (what == "redigest") {
     Json manifest = Json::parse(read_file(bundle / "bundle.json"));
-    if (what == "redigest") {
-      manifest["files"][file.filename().string()] = {{"size", fs::file_size(file)},
-                                                     {"sha256", sha256(MappedFile(file).bytes())}};
-    } else if (what == "set") {
-      set(manifest, change.at("path"), 0, &change.at("value"));
-    } else if (what == "unset") {
-      set(manifest, change.at("path"), 0, nullptr);
-    } else {
-      throw std::invalid_argument(what);
-    }
+    manifest["files"][file.filename().string()] = {{"size", fs::file_size(file)},
+                                                   {"sha256", sha256(MappedFile(file).bytes())}};
     write_file(bundle / "bundle.json", manifest.dump());
+  } else if (what == "set" || what == "unset") {
+    Json content = Json::parse(read_file(file));
+    set(content, change.at("path"), 0, what == "set" ? &change.at("value") : nullptr);
+    write_file(file, content.dump());
+  } else {
+    throw std::invalid_argument(what);
   }
 }
 

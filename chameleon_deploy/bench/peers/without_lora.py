@@ -78,7 +78,7 @@ def remove_lora(graph: ir.Graph) -> None:
 
 
 def _is_factor(name: str) -> bool:
-    return name == "cluster_ids" or name.endswith(("lora_A", "lora_B"))
+    return name == "factor_ids" or name.endswith(("lora_A", "lora_B"))
 
 
 def _link(source: str, target: str) -> None:
