@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -29,14 +30,11 @@ BATCHED, PADDED_TO = 16, 256
 Rows = Sequence[Sequence[int]]
 
 
-def verify(
-    runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Callable[[str, int, int], None]
-) -> list[Check]:
+def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Progress) -> list[Check]:
     """The checks of one decoder graph on real text.
 
     rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
-    report  told of progress as (what, done, total)
     """
     precision = runtime.manifest.precision
     gate = TENSORRT_FP32 if (runtime.provider, precision) == ("tensorrt", "fp32") else GATES[precision]

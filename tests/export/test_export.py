@@ -34,6 +34,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from tests.conftest import REPOSITORY, checkpoint_around
+from tests.logits import row_logits
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
@@ -140,7 +141,7 @@ def test_every_gpt2_size_by_config(size: str, option: dict[str, Any], tmp_path: 
     rows = [[7] * 96, [5, 9, 200, 3]]
     theirs = inference.adapt(checkpoint, rows, "cohort")
     for row, score in enumerate(runtime.score(rows)):
-        logprobs = inference.row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
+        logprobs = row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
         expected = logprobs[:-1].gather(1, torch.tensor(rows[row][1:])[:, None])[:, 0]
         np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
 
