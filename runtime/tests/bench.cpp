@@ -1,11 +1,14 @@
-// Measures what the issue bounds: decoding speed, the time outside Session::Run, and resident memory.
+// Measures decoding speed, the time spent outside Session::Run, and resident memory. Prints one line of JSON.
 //
-//   chameleon_bench decode BUNDLE [batch] [tokens]           one line of JSON: milliseconds per step, and the share
-//   outside chameleon_bench load BUNDLE [packed|mapped]              resident memory after loading, after one step
-//   chameleon_bench soak BUNDLE [threads] [requests]         resident memory after every tenth of the requests
+//   chameleon_bench decode BUNDLE [batch] [tokens]
+//       milliseconds per step, and the share spent outside Session::Run
+//   chameleon_bench load BUNDLE [packed|shared]
+//       resident memory after loading and after generating 32 tokens
+//   chameleon_bench soak BUNDLE [threads] [requests]
+//       resident memory after every tenth of the requests
 //
-// Time inside Session::Run is taken by putting a clock around OrtApi::Run in this program's copy of the function table,
-// so the library itself carries no instrument.
+// Time inside Session::Run is measured by wrapping OrtApi::Run in this program's copy of the function table, so the
+// library itself carries no instrumentation.
 
 #include <onnxruntime_cxx_api.h>
 
