@@ -28,10 +28,11 @@ CHAMELEON_EXPORT const char* chameleon_error_message(const chameleon_error* erro
 CHAMELEON_EXPORT void chameleon_error_free(chameleon_error* error);
 
 typedef struct {
-  const char* provider;    /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
-  const char* mode;        /* where a call names none; NULL is "cohort", or "static" for a bundle of regime lora */
-  int threads;             /* of ONNX Runtime; 0 lets it choose */
-  int keep_weights_mapped; /* 1 saves about half of the memory; slower in batches, last bits differ */
+  const char* provider; /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
+  const char* mode;     /* default mode of the calls; NULL is "cohort", or "static" for a bundle of regime lora */
+  int threads;          /* of ONNX Runtime, within one operator; 0 lets it choose */
+  int share_weights;    /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
+                           processes; slower in batches, and last bits differ */
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,

@@ -113,7 +113,7 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       if (options->provider != nullptr) load.provider = options->provider;
       if (options->mode != nullptr) load.mode = parse_mode(options->mode);
       if (options->threads != 0) load.threads = options->threads;
-      load.prepack_weights = options->keep_weights_mapped == 0;
+      load.share_weights = options->share_weights != 0;
     }
     *runtime = new chameleon_runtime{Runtime(path, load)};
   });

@@ -1,6 +1,7 @@
 // A decoder: tokens in, logits out, with a key-value cache of its own kind.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <span>
 #include <stop_token>
@@ -68,7 +69,13 @@ class Decoder {
 /// What a decoder reads of rows that are scored: the last token predicts nothing.
 std::vector<std::span<const std::int64_t>> without_last(Rows rows);
 
-/// How many of the next rows fit into one call of so many tokens, padding included; a row that is longer goes alone.
-std::size_t part_size(Rows rows, std::size_t tokens);
+/// Consecutive rows that share a call.
+struct Part {
+  std::size_t first;
+  std::size_t count;
+};
+
+/// Split rows into calls of at most `max_rows` rows whose padded size is at most `tokens`; a longer row goes alone.
+std::vector<Part> parts(Rows rows, std::size_t tokens, std::size_t max_rows = std::numeric_limits<std::size_t>::max());
 
 }  // namespace chameleon

@@ -78,7 +78,7 @@ std::size_t Row::held_back() const {
   return longest;
 }
 
-void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
+void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
                    const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
                    const std::stop_token& stop) {
   std::vector<std::size_t> active(rows.size());  // rows by their place in the cache

@@ -28,11 +28,10 @@ std::vector<std::vector<float>> logprobs_of_logits(
     const std::function<Logits(Rows rows, const RowFactors& factors)>& all_logits) {
   std::vector<std::vector<float>> logprobs;
   const std::vector inputs = without_last(rows);
-  for (std::size_t first = 0; first < rows.size();) {
+  for (const auto [first, count] : parts(inputs, kBatchTokens, max_rows)) {
     if (stop.stop_requested()) throw CancelledError("scoring was cancelled");
-    const Rows rest = Rows(inputs).subspan(first);
-    const Rows members = rest.first(std::min(max_rows, part_size(rest, kBatchTokens)));
-    const auto ids = std::span(factors.ids).subspan(first, members.size());
+    const Rows members = Rows(inputs).subspan(first, count);
+    const auto ids = std::span(factors.ids).subspan(first, count);
     Logits logits = all_logits(members, {factors.sets, {ids.begin(), ids.end()}});
     for (std::size_t i = 0; i < members.size(); ++i) {
       std::vector<float>& values = logprobs.emplace_back();
@@ -40,7 +39,6 @@ std::vector<std::vector<float>> logprobs_of_logits(
         values.push_back(logprob_of(logits.at(i, at), static_cast<std::size_t>(rows[first + i][at + 1])));
       }
     }
-    first += members.size();
   }
   return logprobs;
 }

@@ -7,6 +7,7 @@
 #include "decoder.h"
 #include "generation.h"
 #include "mapped_file.h"
+#include "sampling.h"
 #include "scoring.h"
 #include "shared_cache.h"
 #ifdef CHAMELEON_WITH_TENSORRT
@@ -241,7 +242,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
     rows.emplace_back(prompt_ids[i], std::min(value_of(options.max_new_tokens, i), room), value_of(options.sampling, i),
                       single ? i : 0, adaptation.cluster_ids[i]);
   }
-  generate_rows(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
+  stream_tokens(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
                 options.stop);
   std::vector<Generation> generations;
   generations.reserve(rows.size());

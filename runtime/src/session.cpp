@@ -97,7 +97,7 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   // the other session, since decoder and scorer take turns.
   session_options.AddConfigEntry("session.intra_op.spin_duration_us", "500");
   // A scorer's packed weights would be a copy of the head's matrix; as they are they stay in the file.
-  if (!options.prepack_weights || graph.role == "scorer") {
+  if (options.share_weights || graph.role == "scorer") {
     session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
   }
   const std::string path = (bundle.path / graph.file).string();
@@ -108,6 +108,17 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
     return session;
   } catch (const Ort::Exception& error) {
     throw GraphError(path + ": ONNX Runtime cannot load it: " + error.what());
+  }
+}
+
+Ort::Value tensor_over(std::span<const std::byte> memory, ONNXTensorElementDataType type,
+                       std::initializer_list<std::int64_t> shape) {
+  static const auto host = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  try {
+    return Ort::Value::CreateTensor(host, const_cast<std::byte*>(memory.data()), memory.size(), shape.begin(),
+                                    shape.size(), type);
+  } catch (const Ort::Exception& error) {
+    throw GraphError(std::string("a tensor does not fit its memory: ") + error.what());
   }
 }
 

@@ -17,18 +17,14 @@ void check_provider(const std::string& provider);
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
                           const LoadOptions& options);
 
-/// Values as a tensor, without a copy: they must outlive it. ONNX Runtime reads inputs and writes what is an output.
+/// A tensor over the caller's memory, which must outlive it. Throws GraphError where the shape needs more memory.
+Ort::Value tensor_over(std::span<const std::byte> memory, ONNXTensorElementDataType type,
+                       std::initializer_list<std::int64_t> shape);
+
+/// The same for values of a type that is known here. ONNX Runtime reads inputs and writes outputs.
 template <class T>
 Ort::Value tensor_over(std::span<const T> values, std::initializer_list<std::int64_t> shape) {
-  static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(values.data()), values.size(), shape.begin(), shape.size());
-}
-
-/// The same for values whose type is only known when the program runs.
-inline Ort::Value tensor_over(std::span<std::byte> values, ONNXTensorElementDataType type,
-                              std::initializer_list<std::int64_t> shape) {
-  static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape.begin(), shape.size(), type);
+  return tensor_over(std::as_bytes(values), Ort::TypeToTensorType<T>::type, shape);
 }
 
 /// Session::Run with its errors as GraphError, one of which a stop that is requested meanwhile is.

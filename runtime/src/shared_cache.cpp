@@ -14,9 +14,6 @@ constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 // The same where hidden states of all positions are asked for.
 constexpr std::size_t kScoredTokens = 256;
 
-// What a call gives beside the cache: logits after each row's last token, or hidden states of all.
-constexpr const char *kLogits = "logits", *kHiddenStates = "hidden_states";
-
 /// [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
 Logits logits_of(Ort::Value value) {
   const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
@@ -62,12 +59,10 @@ std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows,
   Logits logits =
       logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
   const std::span ids(factors.ids);
-  for (std::size_t first = 0; first < rows.size();) {
-    const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
+  for (const auto [first, count] : parts(rows, prefill_tokens_)) {
     Logits part = logits_of(
-        read(kLogits, rows.subspan(first, count), ids.subspan(first, count), factors.sets, *cache, first, stop));
+        read(Output::logits, rows.subspan(first, count), ids.subspan(first, count), factors.sets, *cache, first, stop));
     for (std::size_t row = 0; row < count; ++row) std::ranges::copy(part.at(row), logits.at(first + row).begin());
-    first += count;
   }
   return {std::move(logits), std::move(cache)};
 }
@@ -81,7 +76,7 @@ Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const R
                   .num_logits = 1,
                   .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
                   .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
-  Logits logits = logits_of(run(kLogits, call, factors.ids, factors.sets, cache, 0, stop));
+  Logits logits = logits_of(run(Output::logits, call, factors.ids, factors.sets, cache, 0, stop));
   for (std::int64_t& length : cache.lengths) ++length;
   return logits;
 }
@@ -90,19 +85,17 @@ std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, co
                                                                    const std::stop_token& stop) const {
   TiledScorer::Batch batch(scorer_, rows, factors, stop);
   const std::vector inputs = without_last(rows);
-  for (std::size_t first = 0; first < rows.size();) {
-    const std::size_t count = part_size(Rows(inputs).subspan(first), kScoredTokens);
+  for (const auto [first, count] : parts(inputs, kScoredTokens)) {
     const Rows members = Rows(inputs).subspan(first, count);
     const std::size_t width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
     const auto cache = empty_cache(count, width);
-    const Ort::Value states =
-        read(kHiddenStates, members, std::span(factors.ids).subspan(first, count), factors.sets, *cache, 0, stop);
+    const Ort::Value states = read(Output::hidden_states, members, std::span(factors.ids).subspan(first, count),
+                                   factors.sets, *cache, 0, stop);
     const auto hidden_size = static_cast<std::size_t>(model_.hidden_size);
     for (std::size_t row = 0; row < count; ++row) {
       batch.add(first + row,
                 {states.GetTensorData<float>() + row * width * hidden_size, members[row].size() * hidden_size});
     }
-    first += count;
   }
   return batch.finish();
 }
@@ -120,29 +113,29 @@ void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> row
 }
 
 /// A call that reads whole rows into an empty stretch of the cache, beginning at its row first_row.
-Ort::Value SharedCacheDecoder::read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
+Ort::Value SharedCacheDecoder::read(Output output, Rows rows, std::span<const std::int64_t> factor_ids,
                                     const FactorSets& sets, Buffers& cache, std::size_t first_row,
                                     const std::stop_token& stop) const {
   const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
   Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // the pad id is never attended: any will do
             .position_ids = std::vector<std::int64_t>(rows.size() * width),
             .logits_positions = {},
-            .num_logits = output == kLogits ? 1 : 0,
+            .num_logits = output == Output::logits ? 1 : 0,
             .seqlens_k = {},
             .total_sequence_length = static_cast<std::int32_t>(width)};
   for (std::size_t row = 0; row < rows.size(); ++row) {
     std::ranges::copy(rows[row], call.input_ids.begin() + static_cast<std::ptrdiff_t>(row * width));
     for (std::size_t i = 0; i < width; ++i) call.position_ids[row * width + i] = static_cast<std::int64_t>(i);
     const auto length = static_cast<std::int64_t>(rows[row].size());
-    if (output == kLogits) call.logits_positions.push_back(length - 1);
+    if (output == Output::logits) call.logits_positions.push_back(length - 1);
     call.seqlens_k.push_back(static_cast<std::int32_t>(length - 1));
     cache.lengths[first_row + row] = length;
   }
-  if (output == kHiddenStates) call.logits_positions = call.position_ids;
+  if (output == Output::hidden_states) call.logits_positions = call.position_ids;
   return run(output, call, factor_ids, sets, cache, first_row, stop);
 }
 
-Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
+Ort::Value SharedCacheDecoder::run(Output output, const Call& call, std::span<const std::int64_t> factor_ids,
                                    const FactorSets& sets, Buffers& cache, std::size_t first_row,
                                    const std::stop_token& stop) const {
   const auto batch = static_cast<std::int64_t>(call.seqlens_k.size());
@@ -180,7 +173,7 @@ Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::sp
   inputs.push_back(tensor_over<float>(sets.lora_B, {sets.count, sets.rank, model_.vocab_size}));
   outputs.emplace_back(nullptr);
   std::vector<const char*> output_names = present_names_;
-  output_names.push_back(output);
+  output_names.push_back(output == Output::logits ? "logits" : "hidden_states");
   run_session(session_, stop, input_names_, inputs, output_names, outputs);
   return std::move(outputs.back());
 }

@@ -34,6 +34,9 @@ class SharedCacheDecoder final : public Decoder {
     std::int64_t batch = 0;
   };
 
+  /// The output of a call besides the cache: logits after each row's last token, or hidden states of all positions.
+  enum class Output { logits, hidden_states };
+
   /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
   struct Call {
     std::vector<std::int64_t> input_ids, position_ids, logits_positions;
@@ -45,11 +48,10 @@ class SharedCacheDecoder final : public Decoder {
   /// Of one row in one buffer.
   [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
   [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
-  /// `output` of a call, kLogits or kHiddenStates.
-  [[nodiscard]] Ort::Value read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
+  [[nodiscard]] Ort::Value read(Output output, Rows rows, std::span<const std::int64_t> factor_ids,
                                 const FactorSets& sets, Buffers& cache, std::size_t first_row,
                                 const std::stop_token& stop) const;
-  [[nodiscard]] Ort::Value run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
+  [[nodiscard]] Ort::Value run(Output output, const Call& call, std::span<const std::int64_t> factor_ids,
                                const FactorSets& sets, Buffers& cache, std::size_t first_row,
                                const std::stop_token& stop) const;
 

@@ -104,9 +104,9 @@ void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
             << std::endl;
 }
 
-void load(const std::string& bundle, bool packed) {
+void load(const std::string& bundle, bool share_weights) {
   const double before = resident_mib();
-  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .prepack_weights = packed});
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .share_weights = share_weights});
   double weights = 0;
   for (const auto& [name, file] : runtime.manifest().files) weights += static_cast<double>(file.size) / (1 << 20);
   const double loaded = resident_mib();
@@ -173,7 +173,7 @@ int main(int argc, char** argv) {
   if (what == "decode") {
     decode(bundle, std::stoul(word(2, "1")), std::stol(word(3, "64")));
   } else if (what == "load") {
-    load(bundle, word(2, "packed") == "packed");
+    load(bundle, word(2, "packed") == "shared");
   } else if (what == "soak") {
     soak(bundle, std::stoul(word(2, "64")), std::stoul(word(3, "10000")));
   } else {

@@ -188,8 +188,8 @@ TEST(Isolation, FactorsDoNotDependOnNeighbours) {
   }
 }
 
-TEST(Prepacking, ChangesNoResultBeyondTheLastBits) {
-  const Runtime mapped(good_bundle("chameleon_masked"), {.prepack_weights = false});
+TEST(SharedWeights, ChangeNoResultBeyondTheLastBits) {
+  const Runtime mapped(good_bundle("chameleon_masked"), {.share_weights = true});
   const auto packed_scores = runtime().score(kRows), mapped_scores = mapped.score(kRows);
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     for (std::size_t i = 0; i < packed_scores[row].token_logprobs.size(); ++i) {

@@ -20,7 +20,7 @@ P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
 
 
 class LoadOptions(c.Structure):
-    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("keep_weights_mapped", c.c_int))
+    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int))
 
 
 class CText(c.Structure):
