@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace chameleon {
 
@@ -8,6 +9,12 @@ std::vector<std::span<const std::int64_t>> without_last(Rows rows) {
   std::vector<std::span<const std::int64_t>> inputs;
   for (const auto& row : rows) inputs.push_back(row.first(row.size() - 1));
   return inputs;
+}
+
+std::vector<std::size_t> Part::indices() const {
+  std::vector<std::size_t> rows(count);
+  std::iota(rows.begin(), rows.end(), first);
+  return rows;
 }
 
 std::vector<Part> parts(Rows rows, std::size_t tokens, std::size_t max_rows) {
