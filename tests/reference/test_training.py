@@ -25,6 +25,7 @@ from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
+from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
