@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from chameleon_deploy.commands import OPTION_GROUPS
 from chameleon_deploy.errors import ChameleonError, OutputError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.table import UNLIMITED, Sheet
@@ -17,6 +20,7 @@ try:
     import typer
     from rich import progress as bars
     from rich.console import Console
+    from rich.markup import escape
 except ImportError:
     sys.exit("error: the command line needs typer: pip install 'chameleon-deploy[cpu]'")
 
@@ -24,7 +28,7 @@ except ImportError:
 ClickException = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 # Without markup, since brackets in paths, names of extras and texts are text. A pipe has no width.
-stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else UNLIMITED)
+stdout = Console(highlight=False, markup=False, width=None if sys.stdout and sys.stdout.isatty() else UNLIMITED)
 stderr = Console(highlight=False, markup=False, stderr=True)
 
 
@@ -86,17 +90,46 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def run(command: Callable[..., Any]) -> NoReturn:
-    """Run one function as a program."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(command)
-    run_app(app)
+# Of every typer.Typer.
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+}
 
 
-def run_app(app: typer.Typer) -> NoReturn:
-    """Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input with one line on standard error."""
+def make_command(command: Callable[..., Any] | typer.Typer) -> Any:
+    """A function, or an app of several, as a click command whose --help is grouped by OPTION_GROUPS."""
+    if isinstance(command, typer.Typer):
+        app = command
+    else:
+        app = typer.Typer(**SETTINGS)
+        app.command()(command)
+    made: Any = typer.main.get_command(app)
+    for each in (made, *getattr(made, "commands", {}).values()):
+        each.help = escape(each.help or "")
+        for option in each.params:
+            option.help = escape(getattr(option, "help", None) or "")
+            option.rich_help_panel = option.rich_help_panel or _GROUPS.get(option.name)
+    return made
+
+
+_GROUPS = {name: group for group, names in OPTION_GROUPS.items() for name in names}
+
+
+def run(command: Callable[..., Any] | typer.Typer) -> NoReturn:
+    """Run one function, or an app of several, as a program."""
+    run_command(make_command(command))
+
+
+def run_command(command: Any) -> NoReturn:
+    """Run a click command. Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input with one line on
+    standard error."""
+    _check_streams()
     try:
-        result = app(standalone_mode=False)
+        result = command(standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk or a reader that has gone is noticed
     except ChameleonError as error:
         _exit(f"error: {error} [{error.code}]", 2)
     except CheckFailedError as error:
@@ -105,12 +138,23 @@ def run_app(app: typer.Typer) -> NoReturn:
         _exit(f"error: {cast(Any, error).format_message()} (--help lists the options) [usage]", 2)
     except (KeyboardInterrupt, typer.Abort):
         _exit("interrupted", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: that is no fault of ours
+    except BrokenPipeError:  # the reader has gone: that is no fault of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         sys.exit(0)
     except OSError as error:
         _exit(f"error: {error.filename or 'input or output'}: {error.strerror or error} [output_failed]", 2)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _check_streams() -> None:
+    """Standard output must be open, since else the first file that is opened takes its place. Text that it cannot
+    encode is escaped."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if sys.stdout is None:
+        _exit("error: standard output is closed: redirect it to a file or to /dev/null [output_failed]", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _exit(line: str, code: int) -> NoReturn:

@@ -57,12 +57,12 @@ def main(
         Literal["paper", "residual"],
         typer.Option(help="How hypernetworks come to be; --rank and the rest are told apart.", rich_help_panel=_TABLE),
     ] = "paper",
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_TABLE)] = 4,
-    alpha: Annotated[float, typer.Option(rich_help_panel=_TABLE)] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors.", rich_help_panel=_TABLE)] = 4,
+    alpha: Annotated[float, typer.Option(help="Scale of the update.", rich_help_panel=_TABLE)] = 1.0,
     clusters: Annotated[int, typer.Option(min=2, help="Number of k-means clusters.", rich_help_panel=_TABLE)] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.", rich_help_panel=_TABLE)] = 256,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TABLE)] = 10,
-    lr: Annotated[float, typer.Option(min=0, rich_help_panel=_TABLE)] = 5e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.", rich_help_panel=_TABLE)] = 10,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate.", rich_help_panel=_TABLE)] = 5e-4,
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without improvement before stopping.", rich_help_panel=_TABLE)
     ] = 2,

@@ -237,7 +237,9 @@ def _collect(
 @contextmanager
 def _work_directory(work: Path, made_of: str) -> Iterator[None]:
     """One process at a time works there, and on one experiment only."""
-    with locked_directory(work, f"another process is at work in {work}: wait for it or choose another --work"):
+    with locked_directory(
+        work.resolve(), f"another process is at work in {work}: wait for it or choose another --work"
+    ):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")

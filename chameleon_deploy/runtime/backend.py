@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from chameleon_deploy.bundle import Bundle, FloatArray, LimitsSpec, Role
+from chameleon_deploy.machine import usable_cores
 from chameleon_deploy.runtime.adaptation import Factors
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device.cuda import CudaDevice
@@ -48,7 +48,7 @@ class CpuBackend:
             scorer = open_session(bundle, graphs[bundle.graph("hidden_scorer", "cpu")], threads)
             self.decoder = SharedCacheDecoder(session, TiledScorer(scorer), ort_value, bundle.manifest)
         else:
-            self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or len(os.sched_getaffinity(0)))
+            self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or usable_cores())
         self._hypernetwork: Any = None
         if bundle.manifest.adaptation.regime == "chameleon":
             name = bundle.graph("hypernetwork", "cpu")

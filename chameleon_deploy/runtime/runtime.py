@@ -18,7 +18,7 @@ from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling import Sampling, check_sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
@@ -169,13 +169,15 @@ class Runtime:
         """
         rows = self._encode(prompts)
         limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        single = isinstance(sampling, Sampling)
-        samplings: list[Sampling] = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+        single = not isinstance(sampling, Sequence)
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
         for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
             if len(values) != len(rows):
                 raise InputError(f"{len(values)} values of {name} for {len(rows)} prompts: pass one, or one per prompt")
         if min(limits) < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+        for each in samplings:
+            check_sampling(each, self.manifest.model.vocab_size)
         adaptation = self._adapt(rows, mode, tenants, factors)
         positions = self.manifest.model.max_positions
         active = [

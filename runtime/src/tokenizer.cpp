@@ -21,7 +21,8 @@ namespace {
 constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
                                     R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
-// What Digits splits off: `tokenizers` goes by Unicode 17, which has thirteen numbers more than the Unicode 16 of PCRE2.
+// The characters that Digits splits at. `tokenizers` follows Unicode 17, which has thirteen more numbers than the
+// Unicode 16 of PCRE2.
 constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
 
 constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
@@ -209,7 +210,8 @@ void Tokenizer::Impl::encode_text(std::string_view text, std::vector<std::int64_
 /// What Digits leaves in one piece: its words, each merged on its own.
 void Tokenizer::Impl::encode_words(std::string_view text, std::vector<std::int64_t>& ids) const {
   if (text.empty()) return;
-  const std::string prefixed = rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
+  const std::string prefixed =
+      rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
   if (!prefixed.empty()) text = prefixed;
   std::size_t done = 0;
   while (done < text.size()) {  // the pattern matches at every place: each character is in one of its classes

@@ -69,7 +69,8 @@ void apply_change(const Json& change, const fs::path& bundle) {
 
 }  // namespace
 
-Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
+Json read_json(const fs::path& path) { return Json::parse(read_file(path)); }
+Json read_data(const std::string& name) { return read_json(fs::path(CHAMELEON_TEST_DATA) / name); }
 fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
 
 std::string from_base64(std::string_view text) {
@@ -104,7 +105,19 @@ GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
     factor_values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
   }
   const auto split = static_cast<std::size_t>(rank * model.hidden_size);
-  options.factors = Factors{rank, std::span(factor_values).first(split), std::span(factor_values).subspan(split)};
+  const std::span values(factor_values);
+  options.factors = head_factors(static_cast<std::size_t>(rank), values.first(split), values.subspan(split));
+}
+
+Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<const float> lora_B) {
+  const auto matrix = [rank](std::span<const float> values) {
+    return Matrix{rank, rank > 0 ? values.size() / rank : 0, values};
+  };
+  return {{"lm_head.lora_A", matrix(lora_A)}, {"lm_head.lora_B", matrix(lora_B)}};
+}
+
+std::span<const float> lora_B_of(const Adaptation& adaptation) {
+  return adaptation.factors.sets.tensors.at("lm_head.lora_B");
 }
 
 Sampling read_sampling(const Json& json) {

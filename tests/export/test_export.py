@@ -207,7 +207,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
         import threading
 
         def watch() -> None:
-            while not (tmp_path / ".out.partial" / file).exists():
+            while not (tmp_path / ".out.partial" / "out" / file).exists():
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -222,7 +222,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
         os._exit(1)
     os.waitpid(child, 0)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.partial" / file).exists()
+    assert (tmp_path / ".out.partial" / "out" / file).exists()
     export_bundle(mini, tmp_path / "out", None)
     open_bundle(tmp_path / "out")
 
