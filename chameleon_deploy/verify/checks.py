@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from chameleon_deploy.bundle import FloatArray, Mode
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.runtime import Adaptation, Runtime
+from chameleon_deploy.runtime.scoring import score_rows
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, Gate
-from chameleon_deploy.verify.logit_figures import LogitFigures, largest, max_abs
+from chameleon_deploy.verify.logit_figures import LogitFigures, factor_difference, largest, max_abs, score_difference
+from chameleon_deploy.verify.text_checks import check_texts
 
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
 # Tokens of a row where 32 rows, or two very unequal ones, run in one call: GPT-2's logits of 512 positions are 103 MB.
@@ -55,8 +58,8 @@ def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, repo
         steps += [
             lambda: check_parameters(runtime, reference.checkpoint),
             lambda: check_adaptation(runtime, reference.checkpoint, rows),
-            lambda: check_modes(runtime, reference, few, gate),
             lambda: check_factors_alone(runtime, few),
+            *(partial(check_mode, runtime, reference, few, gate, mode) for mode in runtime.manifest.adaptation.modes),
             lambda: check_texts(runtime, reference.checkpoint.trunk.tokenizer, [*few, rows[-1]]),
         ]
     checks: list[Check] = []
@@ -84,13 +87,7 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
         clear = (nearest[:, 1] - nearest[:, 0] > 1e-5).numpy()
         wrong = (ours.cluster_ids != theirs.cluster_ids.numpy())[clear].sum()
         yield Check("cluster ids that differ", float(wrong), 0, note=f"{clear.sum()} rows with a margin over 1e-5")
-    expected_B = checkpoint.config.alpha * theirs.lora_B.numpy().swapaxes(1, 2)
-    ids, their_ids = ours.factor_ids, theirs.factor_ids.numpy()
-    difference = largest(
-        difference
-        for i, j in zip(ids, their_ids, strict=True)
-        for difference in (max_abs(ours.lora_A[i], theirs.lora_A.numpy()[j]), max_abs(ours.lora_B[i], expected_B[j]))
-    )
+    difference = factor_difference(ours, theirs, checkpoint.config.alpha)
     yield Check("factors, max abs difference", difference, 1e-4)
 
 
@@ -106,15 +103,13 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
         figures.add(
             torch.from_numpy(actual), expected, torch.tensor(rows[row][start + 1 : stop + 1], dtype=torch.int64)
         )
-    kl = torch.cat(figures.kl)
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
     name = f"x{scale:g} factors:"
     yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit,
-                note=f"{len(kl)} positions, up to {max(map(len, rows))} of a text")  # fmt: skip
+                note=f"{figures.positions} positions, up to {max(map(len, rows))} of a text")  # fmt: skip
     yield Check(f"{name} top-1 agreement", figures.agreed / max(figures.clear, 1), gate.top1_agreement, at_least=True,
                 note=f"{figures.clear} positions with a gap over {gate.top1_gap:g}")  # fmt: skip
-    yield Check(f"{name} KL, mean", abs(float(kl.mean())), gate.kl_mean)
-    yield Check(f"{name} KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
+    yield from _check_kl(name, figures, gate)
     yield Check(f"{name} perplexity, relative difference", abs(perplexities[0] / perplexities[1] - 1), gate.perplexity,
                 note=f"reference {perplexities[1]:.4f}")  # fmt: skip
 
@@ -135,10 +130,9 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
         figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
         if position < length:
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
-    kl = torch.cat(figures.kl)
-    yield Check("cached decoding, max abs difference", largest(differences), gate.rounding, note=f"{len(kl)} positions")
-    yield Check("cached decoding: KL, mean", abs(float(kl.mean())), gate.kl_mean)
-    yield Check("cached decoding: KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
+    yield Check("cached decoding, max abs difference", largest(differences), gate.rounding,
+                note=f"{figures.positions} positions")  # fmt: skip
+    yield from _check_kl("cached decoding:", figures, gate)
 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
@@ -170,65 +164,55 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
 
 def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
-    differences = []
-    for ids, score, logits in zip(
-        rows, runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows)), strict=True
-    ):
-        logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
-        expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        differences.append(max_abs(np.array(score.token_logprobs), expected.numpy()))
-    yield Check("scores against logits, max abs difference", largest(differences), gate.rounding)
-
-
-def check_texts(runtime: Runtime, tokenizer: Any, rows: Rows) -> Iterator[Check]:
-    """Texts in a batch have the token ids that the reference's tokenizer gives each of them alone.
-
-    tokenizer  the reference's
-    rows       their text is encoded again, which may differ from the rows where a character was cut
-    """
-    longest = max(map(len, rows))
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in rows]
-    alone = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
-    alone = {text: ids for text, ids in alone.items() if 0 < len(ids) <= longest}  # within limits, as the rows are
-    ours = runtime.score(list(alone))
-    differ = sum(score.token_ids != ids for score, ids in zip(ours, alone.values(), strict=True))
-    yield Check("texts whose token ids in a batch differ", differ, 0, note=f"{len(alone)} texts")
-    from_texts, from_ids = (runtime.generate(list(prompts), max_new_tokens=1) for prompts in (alone, alone.values()))
-    differ = sum(a != b for a, b in zip(from_texts, from_ids, strict=True))
-    yield Check("texts whose first generated token differs from their token ids'", differ, 0)
+    difference = score_difference(runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows)))
+    yield Check("scores against logits, max abs difference", difference, gate.rounding)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Mode none, and factors whose alpha is 0, are the frozen base model."""
     none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(reference.checkpoint, rows, "none")
     ours = list(_row_logits(runtime, rows, none))
-    base = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
-    yield Check("mode none against the base model", largest(map(max_abs, ours, base)), gate.max_abs_logit)
+    yield from _check_few("mode none against the base model:", ours, reference, rows, theirs, gate)
     adapted = runtime.adapt(rows)
     silent = replace(adapted, lora_B=np.zeros_like(adapted.lora_B))
     difference = largest(map(max_abs, ours, _row_logits(runtime, rows, silent)))
     yield Check("alpha 0 against mode none", difference, 0)
 
 
-def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
-    """Token log-probabilities of every mode that the bundle serves."""
-    for mode in runtime.manifest.adaptation.modes:
-        tenants = [row % 2 for row in range(len(rows))] if mode == "tenant" else None
-        if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":
-            # The caller's factors: those that the reference generates for the first text.
-            theirs = inference.adapt(reference.checkpoint, rows[:1], "request")
-            theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
-            lora_B = reference.checkpoint.config.alpha * theirs.lora_B[0].numpy().T
-            scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), lora_B.astype(np.float32)))
-        else:
-            theirs = inference.adapt(reference.checkpoint, rows, mode, tenants)
-            scores = runtime.score(rows, mode=mode, tenants=tenants)
-        differences = []
-        for row, ids in enumerate(rows):
-            logprobs = reference(ids, theirs, row).log_softmax(-1)[:-1]
-            expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-            differences.append(max_abs(np.array(scores[row].token_logprobs), expected))
-        yield Check(f"mode {mode}: token log-probabilities", largest(differences), gate.max_abs_logit)
+def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, mode: Mode) -> Iterator[Check]:
+    """A mode has the reference's factors and logits, and its scores come of them.
+
+    Factors are float32 in every precision: their limit tells wrong ones that a reduced precision's logits would hide.
+    """
+    arguments, theirs = _arguments_of(mode, runtime, reference.checkpoint, rows)
+    ours, scores = runtime.adapt(rows, mode=mode, **arguments), runtime.score(rows, mode=mode, **arguments)
+    difference = factor_difference(ours, theirs, reference.checkpoint.config.alpha)
+    yield Check(f"mode {mode}: factors, max abs difference", difference, 1e-4)
+    logits = list(_row_logits(runtime, rows, ours))
+    yield from _check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
+    yield Check(
+        f"mode {mode}: scores against logits, max abs difference", score_difference(scores, logits), gate.rounding
+    )
+    again = score_rows(rows, runtime.decoder, ours)
+    difference = largest(max_abs(a.token_logprobs, b.token_logprobs) for a, b in zip(scores, again, strict=True))
+    yield Check(f"mode {mode}: scores against scores with the factors of adapt", difference, 0)
+
+
+def _arguments_of(
+    mode: Mode, runtime: Runtime, checkpoint: Checkpoint, rows: Rows
+) -> tuple[dict[str, Any], ReferenceAdaptation]:
+    """What a mode takes besides texts, and the reference's adaptation with it."""
+    if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":
+        # The caller's factors: those that the reference generates for the first text.
+        theirs = inference.adapt(checkpoint, rows[:1], "request")
+        theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
+        lora_B = checkpoint.config.alpha * theirs.lora_B[0].numpy().T
+        return {"factors": (theirs.lora_A[0].numpy(), lora_B.astype(np.float32))}, theirs
+    tenants = None
+    if mode == "tenant":  # two in every cluster of more than one text, or they would change nothing
+        clusters = inference.adapt(checkpoint, rows, "none").cluster_ids.tolist()
+        tenants = [clusters[:row].count(cluster) % 2 for row, cluster in enumerate(clusters)]
+    return {"tenants": tenants}, inference.adapt(checkpoint, rows, mode, tenants)
 
 
 def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
@@ -281,6 +265,23 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate
         yield Check(
             f"caught: {name}", difference, 2 * usual, at_least=True, note="differs from the reference, as it must"
         )
+
+
+def _check_few(
+    name: str, logits: list[FloatArray], reference: RowLogits, rows: Rows, theirs: ReferenceAdaptation, gate: Gate
+) -> Iterator[Check]:
+    """The figures of the gate that mean something of few texts."""
+    figures = LogitFigures(gate.top1_gap)
+    for row, (ids, actual) in enumerate(zip(rows, logits, strict=True)):
+        figures.add(torch.from_numpy(actual), reference(ids, theirs, row), torch.empty(0, dtype=torch.int64))
+    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit)
+    yield from _check_kl(name, figures, gate)
+
+
+def _check_kl(name: str, figures: LogitFigures, gate: Gate) -> Iterator[Check]:
+    kl = torch.cat(figures.kl)
+    yield Check(f"{name} KL, mean", abs(float(kl.mean())), gate.kl_mean)
+    yield Check(f"{name} KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
 
 
 def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation) -> Iterator[FloatArray]:
