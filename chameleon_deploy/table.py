@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 UNLIMITED = 10_000  # characters: the width of a pipe
-LONGEST_NUMBER = 28  # characters: "-30.53% [-31.14, -29.93]" is a number with its interval, a longer cell is prose
 SHORT, LONG_WORD = 12, 24  # characters: a text up to SHORT stays on one line, a word over LONG_WORD may be split
 FRAME = 3  # characters between the texts of two columns
 
@@ -47,8 +46,9 @@ class Sheet:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is aligned as a number: it begins with a digit or a sign, and is short."""
-    return cell.lstrip("+-\N{MINUS SIGN}")[:1].isdigit() and len(cell) <= LONGEST_NUMBER
+    """Whether a cell is aligned as a number, perhaps with its interval or unit: "+1.2% [-0.1, 2.5]", "3 ms/token"."""
+    words = sum(word[0].isalpha() for word in cell.split())
+    return cell.lstrip("+-\N{MINUS SIGN}")[:1].isdigit() and words <= 1
 
 
 def printable(text: str) -> str:

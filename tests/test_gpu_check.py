@@ -166,4 +166,3 @@ def test_a_missing_extra_is_printed_with_its_brackets(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "left out: tensorrt: needs TensorRT: pip install 'chameleon-deploy[tensorrt]'" in printed
     assert "chameleon-deploy[gpu]" in printed
-    assert "models/[x], fp32" in printed

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from chameleon_deploy.evaluate.figures import checkpoint_sheets
-from chameleon_deploy.table import UNLIMITED, Sheet
+from chameleon_deploy.table import UNLIMITED, Sheet, is_number
 from chameleon_deploy.verify.gates import Check
 from chameleon_deploy.verify.report import check_sheet
 
@@ -48,6 +48,17 @@ SHEETS = {
     "evaluate --wide": checkpoint_sheets(RECORDS, wide=True),
     "texts": [Sheet(["cluster", "text"], [["1", "word " * 100], ["2", "x" * 300]])],
 }
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("1,286,656", True), ("-0.5", True), ("+1254.63% [+902.95, +1729.64]", True), ("12.3 ms/token", True),
+        ("", False), ("ok", False), ("<= 0.1", False), ("1234 positions, up to 48 of a text", False),
+    ],
+)  # fmt: skip
+def test_numbers_are_told_from_prose(cell: str, expected: bool) -> None:
+    assert is_number(cell) == expected
 
 
 def drawn(sheet: Sheet, width: int) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.bundle import LM_HEAD, FloatArray, factor_names
 from chameleon_deploy.reference.inference import ReferenceAdaptation
-from chameleon_deploy.runtime import Adaptation, Score
+from chameleon_deploy.runtime import Score
+from chameleon_deploy.runtime.factors import RowFactors
 
 
 class LogitFigures:
@@ -55,13 +56,14 @@ def largest(values: Iterable[float]) -> float:
     return float(np.max(list(values), initial=0.0))
 
 
-def factor_difference(ours: Adaptation, theirs: ReferenceAdaptation, alpha: float) -> float:
+def factor_difference(ours: RowFactors, theirs: ReferenceAdaptation, alpha: float) -> float:
     """Between the factors of each row."""
+    lora_A, lora_B = (np.asarray(ours.sets.tensors[name]) for name in factor_names(LM_HEAD))
     A, B = theirs.lora_A.numpy(), alpha * theirs.lora_B.numpy().swapaxes(1, 2)
     return largest(
         difference
         for i, j in zip(ours.factor_ids, theirs.factor_ids.numpy(), strict=True)
-        for difference in (max_abs(ours.lora_A[i], A[j]), max_abs(ours.lora_B[i], B[j]))
+        for difference in (max_abs(lora_A[i], A[j]), max_abs(lora_B[i], B[j]))
     )
 
 

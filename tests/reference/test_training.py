@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -25,6 +22,7 @@ from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
+from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
@@ -208,7 +206,7 @@ def test_tiny_model_beats_the_baselines(tmp_path: Path) -> None:
     encode = checkpoint.trunk.tokenizer.encode_batch
     train_ids = [e.ids for kind in train.values() for e in encode(kind)]
     held_out_ids = [e.ids for e in encode(texts)]
-    baseline = _bigram_perplexity(train_ids, held_out_ids, VOCAB_SIZE)
+    baseline = bigram_perplexity(train_ids, held_out_ids, VOCAB_SIZE)
     base = evaluate(checkpoint, texts, tmp_path, adapted=False).perplexity
     assert base < baseline / 2 < VOCAB_SIZE / 2
     assert evaluate(checkpoint, texts, tmp_path).perplexity < baseline / 2
@@ -235,21 +233,3 @@ def test_a_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DependencyError, match="pass files with --text"):
         corpus.load_dataset_texts("wikitext", "train")
-
-
-def _bigram_perplexity(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocab_size: int) -> float:
-    """A baseline to beat: bigram counts interpolated with unigrams (Witten and Bell, 1991)."""
-    unigrams = np.bincount(np.concatenate([np.asarray(ids) for ids in train]), minlength=vocab_size) + 1.0
-    unigrams /= unigrams.sum()
-    bigrams: npt.NDArray[np.float64] = np.zeros((vocab_size, vocab_size))
-    for ids in train:
-        np.add.at(bigrams, (ids[:-1], ids[1:]), 1.0)
-    nll, count = 0.0, 0
-    for ids in held_out:
-        before, after = np.asarray(ids[:-1]), np.asarray(ids[1:])
-        totals = bigrams[before].sum(1)
-        # As much weight for the unseen as the context has different continuations.
-        kinds = (bigrams[before] > 0).sum(1) + 1.0
-        probability = (bigrams[before, after] + kinds * unigrams[after]) / (totals + kinds)
-        nll, count = nll - float(np.log(probability).sum()), count + len(after)
-    return math.exp(nll / count)

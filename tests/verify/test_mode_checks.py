@@ -16,6 +16,7 @@ from chameleon_deploy.bundle import Mode, Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.verify.checks import check_mode
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows
@@ -55,7 +56,7 @@ def test_a_right_bundle_passes(mode: Mode, runtime: Runtime, missed: Missed) -> 
 
 def test_factors_of_another_cluster(runtime: Runtime, missed: Missed, monkeypatch: pytest.MonkeyPatch) -> None:
     right = runtime._factors_of_centroids
-    monkeypatch.setattr(runtime, "_factors_of_centroids", lambda: tuple(np.roll(f, 1, axis=0) for f in right()))
+    monkeypatch.setattr(runtime, "_factors_of_centroids", lambda: right()[np.roll(np.arange(len(right())), 1)])
     assert {"factors, max abs difference", "KL, mean"} <= missed(runtime, "centroid")
 
 
@@ -66,10 +67,14 @@ def test_factors_of_the_caller_that_are_ignored(
     assert {"factors, max abs difference", "KL, mean"} <= missed(runtime, "static")
 
 
+def _next_sets(factors: RowFactors) -> RowFactors:
+    return replace(factors, factor_ids=(factors.factor_ids + 1) % len(factors.sets))
+
+
 def _tenants_swapped(right: Callable[..., Any]) -> Callable[..., Any]:
     def adapt(rows: Any, mode: Any, tenants: Any, factors: Any) -> Any:
         adaptation = right(rows, mode, tenants, factors)
-        return replace(adaptation, factor_ids=(adaptation.factor_ids + 1) % len(adaptation.lora_A))
+        return replace(adaptation, factors=_next_sets(adaptation.factors))
 
     return adapt
 
@@ -110,9 +115,8 @@ def test_a_decoder_that_takes_the_next_set(runtime: Runtime, missed: Missed, mon
     for name in ("all_logits", "token_logprobs"):
         right = getattr(decoder, name)
 
-        def wrong(rows: Any, adaptation: Any, right: Any = right) -> Any:
-            next_ids = (adaptation.factor_ids + 1) % len(adaptation.lora_A)
-            return right(rows, replace(adaptation, factor_ids=next_ids))
+        def wrong(rows: Any, factors: RowFactors, right: Any = right) -> Any:
+            return right(rows, _next_sets(factors))
 
         monkeypatch.setattr(decoder, name, wrong)
     assert "KL, mean" in missed(runtime, "request")
