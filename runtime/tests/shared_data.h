@@ -12,7 +12,6 @@ namespace chameleon::test {
 
 using Json = nlohmann::json;
 
-Json read_json(const std::filesystem::path& path);
 Json read_data(const std::string& name);
 std::filesystem::path good_bundle(const std::string& name);
 std::string from_base64(std::string_view text);

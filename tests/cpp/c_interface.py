@@ -101,11 +101,16 @@ class NativeRuntime:
                 shape
             )
 
+        tensors = {}
+        for index in range(self._c.chameleon_adaptation_num_factors(handle)):
+            factor = self._c.chameleon_adaptation_factor(handle, index)
+            shape = (sets, factor.rows, factor.columns)
+            tensors[factor.name.decode()] = _copy(factor.data, int(np.prod(shape)), np.float32).reshape(shape)
         adaptation = Adaptation(
             array("embeddings", np.float32, len(texts), self._hidden_size),
             array("cluster_ids", np.int64, len(texts)),
-            array("lora_A", np.float32, sets, rank, self._hidden_size),
-            array("lora_B", np.float32, sets, rank, self._vocab_size),
+            tensors["lm_head.lora_A"],
+            tensors["lm_head.lora_B"],
             array("factor_ids", np.int64, len(texts)),
         )
         self._c.chameleon_adaptation_free(handle)
@@ -192,12 +197,16 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, 0, None, None)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            keep += [np.ascontiguousarray(factor) for factor in factors]
-            batch.rank, batch.lora_A, batch.lora_B = len(factors[0]), keep[-2].ctypes.data, keep[-1].ctypes.data
+            named = dict(zip(("lm_head.lora_A", "lm_head.lora_B"), map(np.ascontiguousarray, factors), strict=True))
+            keep.append(named)
+            batch.factors = (CFactor * len(named))(
+                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in named.items())
+            )
+            batch.num_factors = len(named)
         return batch, keep
 
     def _check(self, error: int | None) -> None:
