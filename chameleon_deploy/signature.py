@@ -19,7 +19,7 @@ def check_graphs(manifest: Manifest, where: Path) -> None:
     """
     for name, graph in manifest.graphs.items():
         at = f"{where}: graphs.{name}"
-        # Compared first, so that the lists of `_decoder` stay as short as the graph's own.
+        # Checked first: it bounds the length of the lists that `_decoder` makes.
         if graph.role == "decoder" and manifest.model.num_layers > len(graph.inputs):
             raise ManifestError(f"{at}: fewer inputs than model.num_layers: export again")
         if graph.cache == "shared" and manifest.precision not in ("fp32", "int8"):
@@ -31,7 +31,7 @@ def check_graphs(manifest: Manifest, where: Path) -> None:
 
 
 def difference(expected: Iterable[TensorSpec], actual: Iterable[TensorSpec]) -> str | None:
-    """The first difference of two lists of tensors, whose order does not matter; None where they are equal."""
+    """The first difference of two lists of tensors in any order, or None if they are equal."""
     wanted, found = {tensor.name: tensor for tensor in expected}, {tensor.name: tensor for tensor in actual}
     for name, tensor in wanted.items():
         if name not in found:
@@ -106,7 +106,7 @@ def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "") -> list[Te
 
 
 def _cache_dtype(graph: GraphSpec, precision: Precision) -> ElementType:
-    """The element type of a decoder's cache. On the CPU, which has no 16-bit kernels, halves are kept in float32."""
+    """The element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32."""
     if graph.cache == "shared":
         return "int8" if precision == "int8" else "float32"
     if "cpu" in graph.providers:

@@ -15,16 +15,17 @@ Regex::Regex(std::string_view pattern) {
                             &problem, &offset, nullptr),
               pcre2_code_free);
   if (!code_) throw std::logic_error("pattern does not compile at " + std::to_string(offset));
-  pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where it fails, matching is interpreted: slower, not different
+  pcre2_jit_compile(code_.get(),
+                    PCRE2_JIT_COMPLETE);  // if it fails, matching is interpreted: slower, with the same results
 }
 
 std::optional<Span> Regex::search(std::string_view subject, std::size_t start) const {
-  // One per thread: a match writes into it, and allocating it anew would cost more than most matches.
+  // One per thread: a match writes into it, and allocating it costs more than most matches.
   struct Free {
     void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
   };
   thread_local const std::unique_ptr<pcre2_match_data, Free> found(pcre2_match_data_create(1, nullptr));
-  // The callers have checked the text once; checking again for every match would take quadratic time.
+  // The callers have checked the text; checking it again for every match would take quadratic time.
   const int count = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()), subject.size(), start,
                                 PCRE2_NO_UTF_CHECK, found.get(), nullptr);
   if (count == PCRE2_ERROR_NOMATCH) return std::nullopt;

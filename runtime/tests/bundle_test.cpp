@@ -1,4 +1,4 @@
-// Loading: the corpus of good and hostile bundles that Python is tested with too.
+// Loading the good and hostile bundles that the Python tests load too.
 
 #include <gtest/gtest.h>
 

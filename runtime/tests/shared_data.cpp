@@ -15,7 +15,7 @@ namespace {
 std::string read_file(const fs::path& path) { return std::string(MappedFile(path).text()); }
 
 void write_file(const fs::path& path, const std::string& content) {
-  // Replaced, not overwritten: the content may come from a mapping of the same file.
+  // Removed first: the content may come from a mapping of the same file.
   fs::remove(path);
   std::ofstream(path, std::ios::binary) << content;
 }
