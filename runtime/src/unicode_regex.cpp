@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chameleon/error.h"
+
 namespace chameleon {
 
 Regex::Regex(std::string_view pattern) {
@@ -29,7 +31,7 @@ std::optional<Span> Regex::search(std::string_view subject, std::size_t start) c
   const int count = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()), subject.size(), start,
                                 PCRE2_NO_UTF_CHECK, found.get(), nullptr);
   if (count == PCRE2_ERROR_NOMATCH) return std::nullopt;
-  if (count < 0) throw std::runtime_error("PCRE2 failed with error " + std::to_string(count));
+  if (count < 0) throw InputError("the text cannot be split into words: PCRE2 error " + std::to_string(count));
   const PCRE2_SIZE* offsets = pcre2_get_ovector_pointer(found.get());
   return Span{offsets[0], offsets[1]};
 }

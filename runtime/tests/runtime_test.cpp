@@ -62,6 +62,18 @@ TEST(Inputs, CallersFactorsAreChecked) {
   EXPECT_THROW(adapt(2, Mode::cohort), ModeError);
   EXPECT_THROW(adapt(1), FactorsError);
   EXPECT_THROW(adapt(0), FactorsError);
+  const auto adapt_changed = [&](const auto& change) {
+    Factors factors = head_factors(2, lora_A, lora_B);
+    change(factors);
+    (void)runtime().adapt(kRows, {.mode = Mode::static_, .factors = factors});
+  };
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors.clear(); }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors.erase("lm_head.lora_B"); }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors["lora_A"] = factors["lm_head.lora_A"]; }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors["lm_head.lora_A"].rows = 3; }), FactorsError);
+  EXPECT_THROW(
+      adapt_changed([&](Factors& factors) { factors["lm_head.lora_A"] = {1, 16, std::span(lora_A).first(16)}; }),
+      FactorsError);
   lora_B.back() = std::numeric_limits<float>::quiet_NaN();
   EXPECT_THROW(adapt(2), FactorsError);
 }
