@@ -54,6 +54,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
@@ -136,6 +137,7 @@ def start_opening(path: Path) -> Bundle:
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
+    check_graphs(manifest, path / MANIFEST)
     _check_listing(path, manifest)
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)

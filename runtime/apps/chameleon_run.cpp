@@ -20,7 +20,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
-  --threads N             of ONNX Runtime
+  --threads N             threads of ONNX Runtime
   --json                  one JSON object per text and line
 generate:
   --prompt TEXT           a prompt; may be given several times

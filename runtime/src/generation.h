@@ -6,7 +6,7 @@
 
 namespace chameleon {
 
-/// A row while it is being generated.
+/// A row during generation.
 class Row {
  public:
   Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,

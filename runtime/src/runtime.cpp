@@ -172,7 +172,7 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
   const std::vector<std::int64_t> first_set(rows.size(), 0);
   if (chosen == Mode::none) {
-    adaptation.factors = {zero_factors(bundle.manifest.adaptation), first_set};
+    adaptation.factors = {no_factors(bundle.manifest.adaptation), first_set};
   } else if (chosen == Mode::static_) {
     adaptation.factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {

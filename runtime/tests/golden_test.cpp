@@ -14,7 +14,7 @@ namespace chameleon::test {
 
 namespace {
 
-// Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
+// Kernels of other processors may add in another order; tokens and embeddings must be equal.
 constexpr float kTolerance = 2e-5F;
 
 const Runtime& runtime_of(const std::string& name) {
@@ -66,7 +66,7 @@ TEST_P(Golden, Agrees) {
     const Json& logprobs = expected.at("token_logprobs")[row];
     ASSERT_EQ(scores[row].token_logprobs.size(), logprobs.size());
     for (std::size_t i = 0; i < logprobs.size(); ++i) {
-      const auto logprob = logprobs[i].get<float>();  // down to -1000, of random factors
+      const auto logprob = logprobs[i].get<float>();  // random factors give values down to -1000
       EXPECT_NEAR(scores[row].token_logprobs[i], logprob, kTolerance + 1e-6F * std::abs(logprob));
     }
   }

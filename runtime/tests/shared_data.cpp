@@ -15,7 +15,7 @@ namespace {
 std::string read_file(const fs::path& path) { return std::string(MappedFile(path).text()); }
 
 void write_file(const fs::path& path, const std::string& content) {
-  // Replaced, not overwritten: the content may come from a mapping of the same file.
+  // Removed first: the content may come from a mapping of the same file.
   fs::remove(path);
   std::ofstream(path, std::ios::binary) << content;
 }
@@ -69,8 +69,7 @@ void apply_change(const Json& change, const fs::path& bundle) {
 
 }  // namespace
 
-Json read_json(const fs::path& path) { return Json::parse(read_file(path)); }
-Json read_data(const std::string& name) { return read_json(fs::path(CHAMELEON_TEST_DATA) / name); }
+Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
 fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
 
 std::string from_base64(std::string_view text) {

@@ -1,4 +1,4 @@
-// Reading tests/data (made by tests/make_data.py); the Python counterpart is tests/shared_data.py.
+// Reads tests/data, which tests/make_data.py writes; the Python counterpart is tests/shared_data.py.
 #pragma once
 
 #include <filesystem>
@@ -12,12 +12,11 @@ namespace chameleon::test {
 
 using Json = nlohmann::json;
 
-Json read_json(const std::filesystem::path& path);
 Json read_data(const std::string& name);
 std::filesystem::path good_bundle(const std::string& name);
 std::string from_base64(std::string_view text);
 
-/// The good bundle of a case after what the case does to it, in a directory that lives as long as this.
+/// A copy of the good bundle of a case with the case's changes, in a directory that is removed with this object.
 class HostileBundle {
  public:
   explicit HostileBundle(const Json& hostile_case);
