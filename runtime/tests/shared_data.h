@@ -42,6 +42,10 @@ Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<
 /// lm_head.lora_B of all factor sets of a batch.
 std::span<const float> lora_B_of(const Adaptation& adaptation);
 
+/// Settings that the record does not name are the default.
 Sampling read_sampling(const Json& json);
+
+/// The logits of a case of sampling.json, which are written down or have a formula.
+std::vector<float> read_logits(const Json& json);
 
 }  // namespace chameleon::test
