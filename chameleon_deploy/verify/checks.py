@@ -19,7 +19,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, Gate
+from chameleon_deploy.verify.gates import Check, Gate, gate_of
 from chameleon_deploy.verify.logit_figures import LogitFigures, max_abs
 
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
@@ -37,8 +37,7 @@ def verify(
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
     report  told of progress as (what, done, total)
     """
-    precision = runtime.manifest.precision
-    gate = TENSORRT_FP32 if (runtime.provider, precision) == ("tensorrt", "fp32") else GATES[precision]
+    gate = gate_of(runtime.manifest.precision, runtime.provider)
     everything, rows = rows, rows[:33]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     steps: list[Callable[[], Iterator[Check]]] = [
@@ -137,14 +136,14 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
         if position < length:
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
     kl = torch.cat(figures.kl)
-    yield Check("cached decoding, max abs difference", difference, gate.rounding, note=f"{len(kl)} positions")
+    yield Check("cached decoding, max abs difference", difference, gate.cache_tolerance, note=f"{len(kl)} positions")
     yield Check("cached decoding: KL, mean", abs(float(kl.mean())), gate.kl_mean)
     yield Check("cached decoding: KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
-    factors = runtime.adapt(rows, on_device=True).factors
+    factors, tolerance = runtime.adapt(rows, on_device=True).factors, gate.summation_order_tolerance
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
     alone = [next(_row_logits(runtime, [ids], factors.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
@@ -154,12 +153,12 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         batch = _row_logits(runtime, members, factors.rows(np.arange(len(members))))
         by_size[size] = max(max_abs(a, b) for a, b in zip(alone, batch, strict=False))
     worst = max(by_size, key=lambda size: by_size[size])
-    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], gate.rounding,
+    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], tolerance,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
     backwards = list(_row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
-    yield Check("row order, max abs difference", max(map(max_abs, alone, backwards[::-1])), gate.rounding)
+    yield Check("row order, max abs difference", max(map(max_abs, alone, backwards[::-1])), tolerance)
     padded = next(_row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
-    yield Check("padding, max abs difference", max_abs(alone[0], padded), gate.rounding,
+    yield Check("padding, max abs difference", max_abs(alone[0], padded), tolerance,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         difference = max(difference, max_abs(np.array(score.token_logprobs), expected.numpy()))
-    yield Check("scores against logits, max abs difference", difference, gate.rounding)
+    yield Check("scores against logits, max abs difference", difference, gate.summation_order_tolerance)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
