@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one regime scores under one protocol.
+    """The scores of one regime under one protocol.
 
     regime       "bundle" is the checkpoint's export, scored by the runtime
     parameters   what the regime adds to the frozen base, or the base itself
@@ -83,9 +83,9 @@ def evaluate(
     states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
     embeddings = _embeddings(checkpoint, ids)
     clusters = _clusters(checkpoint, embeddings)
-    cohorts = cohort_mean(embeddings, clusters, batch_size)
+    conditioning = cohort_mean(embeddings, clusters, batch_size)
     factors = checkpoint.factors if adapted else None
-    nll = score_texts(factors, config.alpha, trunk.head_weight, states, cohorts, batch_size)
+    nll = score_texts(factors, config.alpha, trunk.head_weight, states, conditioning, batch_size)
     parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
     regime = config.regime if adapted else "base"
     return Evaluation(regime, protocol, parameters, nll, np.diff(states.offsets), clusters.numpy())
@@ -160,21 +160,3 @@ def _clusters(checkpoint: Checkpoint, embeddings: torch.Tensor) -> torch.Tensor:
     if not len(checkpoint.centroids):
         return torch.zeros(len(embeddings), dtype=torch.int64)
     return nearest_centroids(embeddings, checkpoint.centroids)
-
-
-def bigram_perplexity(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], vocab_size: int) -> float:
-    """A baseline to beat: bigram counts interpolated with unigrams (Witten and Bell, 1991)."""
-    unigrams = np.bincount(np.concatenate([np.asarray(ids) for ids in train]), minlength=vocab_size) + 1.0
-    unigrams /= unigrams.sum()
-    bigrams: npt.NDArray[np.float64] = np.zeros((vocab_size, vocab_size))
-    for ids in train:
-        np.add.at(bigrams, (ids[:-1], ids[1:]), 1.0)
-    nll, count = 0.0, 0
-    for ids in held_out:
-        before, after = np.asarray(ids[:-1]), np.asarray(ids[1:])
-        totals = bigrams[before].sum(1)
-        # As much weight for the unseen as the context has different continuations.
-        kinds = (bigrams[before] > 0).sum(1) + 1.0
-        probability = (bigrams[before, after] + kinds * unigrams[after]) / (totals + kinds)
-        nll, count = nll - float(np.log(probability).sum()), count + len(after)
-    return math.exp(nll / count)
