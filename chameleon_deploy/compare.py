@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.reference.presets import PRESETS, Preset
@@ -29,10 +27,8 @@ from chameleon_deploy.training_options import (
 
 if TYPE_CHECKING:
     from chameleon_deploy.evaluate.experiment import Outcome
-    from chameleon_deploy.evaluate.figures import Figures, Sheet
+    from chameleon_deploy.evaluate.figures import Figures
     from chameleon_deploy.reference.corpus import Split
-
-_TEXTS, _OUTPUT = "Texts", "Output"
 
 
 def main(
@@ -42,32 +38,25 @@ def main(
     ],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.', rich_help_panel=_TEXTS),
+        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
     ] = None,
     validation_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that decides when to stop; else a tenth of the training text.", rich_help_panel=_TEXTS),
+        typer.Option(help="Text that decides when to stop; else a tenth of the training text."),
     ] = None,
     test_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that is scored; else a fifth of --text, never trained on.", rich_help_panel=_TEXTS),
+        typer.Option(help="Text that is scored; else a fifth of --text, never trained on."),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="Named dataset instead, such as wikitext: its splits train, validation and test.",
-            rich_help_panel=_TEXTS,
         ),
     ] = None,
-    train_texts: Annotated[
-        int | None, typer.Option(min=1, help="Train on a sample of this many texts.", rich_help_panel=_TEXTS)
-    ] = None,
-    validation_texts: Annotated[
-        int | None, typer.Option(min=1, help="Stop by a sample of this many texts.", rich_help_panel=_TEXTS)
-    ] = None,
-    test_texts: Annotated[
-        int | None, typer.Option(min=1, help="Score a sample of this many texts.", rich_help_panel=_TEXTS)
-    ] = None,
+    train_texts: Annotated[int | None, typer.Option(min=1, help="Train on a sample of this many texts.")] = None,
+    validation_texts: Annotated[int | None, typer.Option(min=1, help="Stop by a sample of this many texts.")] = None,
+    test_texts: Annotated[int | None, typer.Option(min=1, help="Score a sample of this many texts.")] = None,
     preset: PresetOption = "paper",
     rank: Rank = None,
     alpha: Alpha = None,
@@ -77,37 +66,36 @@ def main(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     patience: Patience = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.", rich_help_panel="Training")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 5,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first training; the others follow.", rich_help_panel="Training")
     ] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object per row and line.", rich_help_panel=_OUTPUT)
-    ] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", rich_help_panel=_OUTPUT)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
 ) -> None:
     """Train base, LoRA, hypernetwork and controls with several seeds and compare them on held-out text.
 
     The same command with the same --work continues a run that was interrupted, and prints a finished one again.
     """
+    console.check_output(html)
     started = time.perf_counter()
     from chameleon_deploy.evaluate.experiment import run_experiment
     from chameleon_deploy.evaluate.figures import figures
-    from chameleon_deploy.evaluate.page import fill_page
-    from chameleon_deploy.html_page import Report
+    from chameleon_deploy.evaluate.page import fill
+    from chameleon_deploy.html_page import Page
     from chameleon_deploy.reference.model import load_trunk
 
     settings = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed,
     )  # fmt: skip
-    page = Report(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
+    page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
     texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
     with console.progress() as report:
         outcome = run_experiment(load_trunk(base), base, texts, settings, seeds, work, report)
     all_figures, summary = figures(outcome.scored, seed), _summary(settings, seeds, texts, outcome)
     if page and html:
-        fill_page(page, outcome, all_figures, summary)
+        fill(page, outcome, all_figures, summary)
         page.write(html)
     if as_json:
         for f in all_figures:
@@ -165,15 +153,7 @@ def _print_tables(all_figures: list[Figures]) -> None:
     from chameleon_deploy.evaluate.figures import cluster_sheet, control_sheet, regime_sheet
 
     controls = [control_sheet(all_figures, protocol) for protocol in reversed(PROTOCOLS)]
-    for sheet in (regime_sheet(all_figures), *controls, cluster_sheet(all_figures)):
-        console.stdout.print(_rich(sheet))
-
-
-def _rich(sheet: Sheet) -> Table:
-    table = Table(*map(escape, sheet.headers), title=sheet.title, title_justify="left")
-    for number, row in enumerate(sheet.rows):
-        table.add_row(*map(escape, row), end_section=number in sheet.sections)
-    return table
+    console.show(regime_sheet(all_figures), *controls, cluster_sheet(all_figures))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from chameleon_deploy.training_options import (
     Rank,
 )
 
-_TEXTS = "Texts"
-
 
 def main(
     base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
@@ -37,17 +35,16 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.', rich_help_panel=_TEXTS),
+        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
     ] = None,
     validation_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that decides when to stop; else a tenth of --text.", rich_help_panel=_TEXTS),
+        typer.Option(help="Text that decides when to stop; else a tenth of --text."),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="Named dataset instead, such as wikitext: trains on its split train, stops by validation.",
-            rich_help_panel=_TEXTS,
         ),
     ] = None,
     preset: PresetOption = "paper",
@@ -59,7 +56,9 @@ def main(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     patience: Patience = None,
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel="Training")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of initialisation, order and dropout.", rich_help_panel="Training")
+    ] = 0,
 ) -> None:
     """Train the head factors of a frozen base model into a checkpoint."""
     train_texts, validation_texts = _texts(text, dataset, validation_text)

@@ -8,43 +8,39 @@ import typer
 
 from chameleon_deploy.reference.presets import PresetName, default_of
 
-_MODEL, _TRAINING = "Factors and clusters", "Training"
-
 PresetOption = Annotated[
     PresetName,
-    typer.Option(help="Defaults of the options below, and how the hypernetwork is built.", rich_help_panel=_MODEL),
+    typer.Option(help="Defaults of the options below, and how the hypernetwork is built."),
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(min=1, help="Rank of the factors.", show_default=default_of("rank"), rich_help_panel=_MODEL),
+    typer.Option(min=1, help="Rank of the factors.", show_default=default_of("rank")),
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Scale of the update.", show_default=default_of("alpha"), rich_help_panel=_MODEL),
+    typer.Option(help="Scale of the update.", show_default=default_of("alpha")),
 ]
 Clusters = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Number of k-means clusters.", show_default=default_of("num_clusters"), rich_help_panel=_MODEL
-    ),
+    typer.Option(min=1, help="Number of k-means clusters.", show_default=default_of("num_clusters")),
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=2, help="Tokens per text.", show_default=default_of("max_length"), rich_help_panel=_MODEL),
+    typer.Option(min=2, help="Tokens per text.", show_default=default_of("max_length")),
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(min=1, help="Epochs at most.", show_default=default_of("epochs"), rich_help_panel=_TRAINING),
+    typer.Option(min=1, help="Epochs at most.", show_default=default_of("epochs")),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Texts of one cluster per batch.", show_default=default_of("batch_size"), rich_help_panel=_TRAINING
+        min=1, help="Texts of one cluster per batch.", show_default=default_of("batch_size"), rich_help_panel="Training"
     ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(min=0, help="Learning rate of AdamW.", show_default=default_of("lr"), rich_help_panel=_TRAINING),
+    typer.Option(min=0, help="Learning rate of AdamW.", show_default=default_of("lr")),
 ]
 Patience = Annotated[
     int | None,
@@ -52,6 +48,5 @@ Patience = Annotated[
         min=1,
         help="Epochs without improvement before stopping.",
         show_default=default_of("patience"),
-        rich_help_panel=_TRAINING,
     ),
 ]

@@ -3,7 +3,7 @@
     bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
-    sampling.json    numbers of `uniform`, and choices of `choose` from short lists of logits
+    sampling.json    numbers of `uniform`, choices of `choose`, and what `log_probabilities` reports
     tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
 
 The same versions of torch, transformers and ONNX Runtime write the same bytes. Goldens were made by the Python
@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import Regime, available_modes
+from chameleon_deploy.bundle import LM_HEAD, Regime, available_modes, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
-from chameleon_deploy.runtime.sampling import choose, uniform
-from tests.shared_data import DATA, case_arguments, good_bundle, hostile_bundle
+from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from tests.shared_data import DATA, case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
 BUNDLES: dict[str, tuple[Regime, str, int]] = {
@@ -178,23 +178,29 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("precision_unknown", "manifest_invalid", manifest("fp8", "precision"))
     case("regime_unknown", "manifest_invalid", manifest("ia3", "adaptation", "regime"))
     case("protocol_unknown", "manifest_invalid", manifest("author", "adaptation", "protocol"))
-    case("determinism_unknown", "manifest_invalid", manifest(["F", "Q"], "determinism"))
     case("role_unknown", "manifest_invalid", manifest("encoder", "graphs", "decoder", "role"))
-    case("mode_unknown", "manifest_invalid", manifest(["none", "magic"], "adaptation", "modes"))
-    case("modes_do_not_fit", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
-    case(
-        "modes_do_not_fit_lora",
-        "manifest_invalid",
-        manifest(["none", "static", "cohort"], "adaptation", "modes"),
-        base="lora_masked",
-    )
+    case("role_of_an_older_export", "manifest_invalid", manifest("scorer", "graphs", "hidden_scorer", "role"))
+    case("determinism_of_an_older_export", "manifest_invalid", manifest(["F", "R"], "determinism"))
+    case("modes_of_an_older_export", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
+    head = {"name": "lm_head", "in_features": HIDDEN, "out_features": VOCAB_SIZE}
+    case("no_targets", "manifest_invalid", without("adaptation", "targets"))
+    for name, targets in {
+        "empty": [],
+        "twice": [head, head],
+        "no_name": [{**head, "name": ""}],
+        "no_features": [{**head, "in_features": 0}],
+        "other_features": [{**head, "out_features": VOCAB_SIZE + 1}],
+        "of_no_graph": [{**head, "name": "transformer.h.0.attn.c_attn"}],
+        "too_many": [head, {**head, "name": "transformer.h.0.attn.c_attn"}],
+    }.items():
+        case(f"targets_{name}", "manifest_invalid", manifest(targets, "adaptation", "targets"))
     case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
     case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
     case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
     case("layers_zero", "manifest_invalid", manifest(0, "model", "num_layers"))
     case("vocab_differs", "manifest_invalid", manifest(VOCAB_SIZE + 1, "model", "vocab_size"))
-    for limit in ("batch", "sequence", "past", "clusters"):
+    for limit in ("batch", "sequence", "past", "factor_sets"):
         case(f"limit_{limit}_zero", "manifest_invalid", manifest(0, "limits", limit))
     case("limit_sequence_beyond_positions", "manifest_invalid", manifest(POSITIONS + 1, "limits", "sequence"))
     case("limit_past_beyond_positions", "manifest_invalid", manifest(POSITIONS, "limits", "past"))
@@ -202,7 +208,7 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("limit_unknown", "manifest_invalid", manifest(1, "limits", "beams"))
     case("no_decoder", "manifest_invalid", without("graphs", "decoder"), without("graphs", "decoder_cpu"))
     case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
-    case("no_scorer", "manifest_invalid", without("graphs", "scorer_cpu"))  # as bundles of earlier versions
+    case("no_hidden_scorer", "manifest_invalid", without("graphs", "hidden_scorer"))
     for_cuda = [manifest(["cuda"], "graphs", name, "providers") for name in ("decoder", "decoder_cpu")]
     case("no_graph_for_cpu", "manifest_invalid", *for_cuda)
     case("cache_unknown", "manifest_invalid", manifest("paged", "graphs", "decoder_cpu", "cache"))
@@ -249,15 +255,17 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("centroids_cut", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 100), redigest)
     case("centroids_rest", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 200), redigest)
     lora_A, lora_B = np.zeros((1, 2, HIDDEN), np.float32), np.zeros((1, 2, VOCAB_SIZE), np.float32)
-    lora = "lora_masked"
+    lora, (name_A, name_B) = "lora_masked", factor_names(LM_HEAD)
     case(
         "lora_rank",
         "tensor_invalid",
-        *tensors("lora.safetensors", lora_A=lora_A[:, :1], lora_B=lora_B[:, :1]),
+        *tensors("lora.safetensors", **{name_A: lora_A[:, :1], name_B: lora_B[:, :1]}),
         base=lora,
     )
-    case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A + np.nan, lora_B=lora_B), base=lora)
-    case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
+    case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", **{name_A: lora_A + np.nan, name_B: lora_B}),
+         base=lora)  # fmt: skip
+    case("lora_half", "tensor_invalid", *tensors("lora.safetensors", **{name_A: lora_A}), base=lora)
+    case("lora_without_target", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A, lora_B=lora_B), base=lora)
     # Graphs
     case(
         "not_onnx",
@@ -283,7 +291,7 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder_cpu", "inputs", "0", "name"))
     case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder_cpu", "inputs", "0", "dtype"))
     case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder_cpu", "inputs", "0", "shape"))
-    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "5"))
+    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "1"))
     case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
     # The tokenizer
     for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):
@@ -293,6 +301,21 @@ def hostile_cases() -> list[dict[str, Any]]:
             written("tokenizer.json", content),
             {"do": "redigest", "file": "tokenizer.json"},
         )
+    options: dict[str, tuple[list[str], Any]] = {
+        "truncation": (
+            ["truncation"],
+            {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0},
+        ),
+        "padding": (
+            ["padding"],
+            {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+             "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        ),
+        "dropout": (["model", "dropout"], 0.1),
+    }  # fmt: skip
+    for name, (place, value) in options.items():
+        change = {"do": "set", "file": "tokenizer.json", "path": place, "value": value}
+        case(f"tokenizer_{name}", "manifest_invalid", change, {"do": "redigest", "file": "tokenizer.json"})
     for c in cases:
         with tempfile.TemporaryDirectory() as directory:
             path = hostile_bundle(c, Path(directory) / "bundle")
@@ -363,22 +386,51 @@ def sampling_cases() -> dict[str, list[Any]]:
         {"seed": str(seed), "stream": stream, "step": step, "u": uniform(seed, stream, step)}
         for seed, stream, step in places
     ]
-    choices = []
-    for _ in range(120):
-        logits = np.round(random.standard_normal(12) * 3, int(random.integers(0, 4))).astype(
-            np.float32
-        )  # ties are likely
-        settings: dict[str, Any] = {
-            "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
-            "top_k": int(random.integers(0, 14)),
-            "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
-            "repetition_penalty": float(random.choice([1.0, 1.5, 0.8])),
-        }
-        seen = sorted({int(n) for n in random.integers(0, 12, 4)})
-        u = float(random.choice([0.0, random.random(), 1 - 2.0**-53]))
-        chosen = choose(logits.copy(), np.array(seen), Sampling(**settings), u)
-        choices.append({"logits": logits.tolist(), "seen": seen, "u": u, **settings, "token_id": chosen})
-    return {"uniform": numbers, "choose": choices}
+    choices = [chosen(random_choice(random, 12)) for _ in range(300)]
+    settings = [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.7, "top_k": 40},
+                {"temperature": 3.0, "top_k": 4000, "top_p": 0.5}, {"temperature": 1e5, "top_p": 0.97}]  # fmt: skip
+    longs = [chosen({"vocab_size": 50_257, **how, "u": float(random.random())}) for how in settings for _ in range(4)]
+    reports = [reported({"logits": random_logits(random, 12), "token_id": 3, "count": n % 6}) for n in range(60)]
+    reports += [reported({"vocab_size": 50_257, "token_id": token_id, "count": 5}) for token_id in (0, 40_000)]
+    return {"uniform": numbers, "choose": choices + longs, "log_probabilities": reports}
+
+
+def random_logits(random: np.random.Generator, size: int) -> list[float]:
+    logits = np.round(random.standard_normal(size) * 3, int(random.integers(0, 4))).clip(-4, 4)  # ties are likely
+    values: list[float] = logits.astype(np.float32).tolist()
+    return values
+
+
+def random_choice(random: np.random.Generator, size: int) -> dict[str, Any]:
+    def some(count: int) -> list[int]:
+        return [int(n) for n in random.integers(0, size, count)]
+
+    allowed = (random.random(size) < 0.7).tolist()
+    return {
+        "logits": random_logits(random, size),
+        "prompt": some(4),
+        "generated": some(int(random.integers(0, 6))),
+        "allowed": allowed if any(allowed) and random.random() < 0.2 else None,
+        "u": float(random.choice([0.0, random.random(), 1 - 2.0**-53])),
+        "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
+        "top_k": int(random.integers(0, 14)),
+        "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
+        "repetition_penalty": float(random.choice([1.0, 1.5, 0.8])),
+        "presence_penalty": float(random.choice([0.0, 0.6, -0.3])),
+        "frequency_penalty": float(random.choice([0.0, 0.7, -0.1])),
+        "logit_bias": sorted({n: float(random.choice([0.5, -100.0, 2.3])) for n in some(2)}.items())
+        if random.random() < 0.3
+        else [],
+    }
+
+
+def chosen(case: dict[str, Any]) -> dict[str, Any]:
+    return case | {"token_id": choose(*choice_arguments(case))}
+
+
+def reported(case: dict[str, Any]) -> dict[str, Any]:
+    choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
+    return case | {"logprob": choice.logprob, "top_logprobs": choice.top_logprobs}
 
 
 def tokenizer_cases() -> dict[str, list[Any]]:

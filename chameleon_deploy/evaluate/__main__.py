@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.errors import InputError
@@ -17,17 +16,14 @@ if TYPE_CHECKING:
     from chameleon_deploy.evaluate.scoring import Evaluation
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
-_TEXTS = "Held-out text"
-
 
 def main(
     checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints on one base model.")],
     text: Annotated[
-        list[Path] | None, typer.Option(help='UTF-8 files, or .jsonl with a "text" field.', rich_help_panel=_TEXTS)
+        list[Path] | None, typer.Option(help='Held-out text: UTF-8 files, or .jsonl with a "text" field.')
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Named dataset instead, such as wikitext: its split test.", rich_help_panel=_TEXTS),
+        str | None, typer.Option(help="Named dataset instead, such as wikitext: its split test.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, where a checkpoint's own has moved.")] = None,
     bundle: Annotated[
@@ -36,11 +32,13 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per cohort.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Print all columns in one table.")] = False,
 ) -> None:
     """Compare checkpoints with their base on held-out text, under both protocols.
 
     Printed are parameters, loss, perplexity, and its change from the base with a 95 % interval.
     """
+    from chameleon_deploy.evaluate.figures import checkpoint_sheets
     from chameleon_deploy.evaluate.scoring import bootstrap_gain
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
@@ -74,7 +72,7 @@ def main(
         for record in records:
             print(json.dumps(record))
     else:
-        console.stdout.print(_table(records))
+        console.show(*checkpoint_sheets(records, wide))
     if bundle:
         _require_equal(bundle, *(e.perplexity for e in found["masked"][-2:]))
 
@@ -100,8 +98,8 @@ def _require_one_base(paths: list[Path], checkpoints: list[Checkpoint]) -> None:
 
 def _evaluate_all(checkpoints: list[Checkpoint], texts: list[str], batch_size: int) -> dict[str, list[Evaluation]]:
     """Per protocol: the base, then every checkpoint. The hidden states of a protocol are computed once."""
+    from chameleon_deploy.bundle import Protocol
     from chameleon_deploy.evaluate.scoring import evaluate
-    from chameleon_deploy.reference.checkpoint import Protocol
 
     protocols: tuple[Protocol, ...] = ("paper", "masked")
     found: dict[str, list[Evaluation]] = {}
@@ -144,24 +142,6 @@ def _require_equal(bundle: Path, reference: float, ours: float) -> None:
     console.stderr.print(f"bundle and reference differ by {difference:.1e} in perplexity, limit {limit:g}")
     if not difference <= limit:
         raise console.CheckFailedError(f"{bundle} is not this checkpoint: perplexity {ours:.4f}, not {reference:.4f}")
-
-
-def _table(records: list[dict[str, Any]]) -> Table:
-    clusters = sorted({c for record in records for c in record["perplexity_by_cluster"]})
-    table = Table("protocol", "regime", "parameters", "loss", "perplexity", "positions", "change", "95 % interval",
-                  *(f"cluster {c}" for c in clusters))  # fmt: skip
-    for record, following in zip(records, [*records[1:], records[-1]], strict=True):
-        interval = record["change_interval"]
-        by_cluster = record["perplexity_by_cluster"]
-        table.add_row(
-            record["protocol"], record["regime"], f"{record['parameters']:,}", f"{record['loss']:.4f}",
-            f"{record['perplexity']:.4f}", f"{record['positions']:,}",
-            f"{record['change']:+.2%}" if interval else "",
-            f"{interval[0]:+.2%} to {interval[1]:+.2%}" if interval else "",
-            *(f"{by_cluster[c]:.2f}" if c in by_cluster else "" for c in clusters),
-            end_section=record["protocol"] != following["protocol"],
-        )  # fmt: skip
-    return table
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.directory import locked_directory
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import conditioning
@@ -38,13 +39,14 @@ from chameleon_deploy.evaluate.variants import (
     num_parameters,
     usual,
 )
-from chameleon_deploy.reference.checkpoint import Protocol, load_checkpoint
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import Split, encode_texts
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
-from chameleon_deploy.reference.training import Report, train_on_states
+from chameleon_deploy.reference.training import train_on_states
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 
@@ -104,7 +106,7 @@ def run_experiment(
     settings: Preset,
     num_seeds: int,
     work: Path,
-    report: Report,
+    report: Progress,
 ) -> Outcome:
     """Do, or finish, the whole experiment in `work`.
 
@@ -146,7 +148,7 @@ def run_experiment(
     )  # fmt: skip
 
 
-def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work: Path, report: Report) -> _Side:
+def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work: Path, report: Progress) -> _Side:
     def encode(part: list[str]) -> list[list[int]]:
         return encode_texts(part, trunk.tokenizer, protocol, settings.max_length)
 
@@ -173,7 +175,7 @@ def _train_and_score(
     settings: Preset,
     seed: int,
     path: Path,
-    report: Report,
+    report: Progress,
 ) -> dict[str, FloatArray]:
     """Scores [texts] by "protocol.conditioning" of one checkpoint, trained if it is not there."""
     side, scores = sides[protocol], path.with_name(f"{path.name}.safetensors")
@@ -236,7 +238,9 @@ def _collect(
 @contextmanager
 def _work_directory(work: Path, made_of: str) -> Iterator[None]:
     """One process at a time works there, and on one experiment only."""
-    with locked_directory(work, f"another process is at work in {work}: wait for it or choose another --work"):
+    with locked_directory(
+        work.resolve(), f"another process is at work in {work}: wait for it or choose another --work"
+    ):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")

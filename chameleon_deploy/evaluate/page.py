@@ -19,14 +19,14 @@ from chameleon_deploy.evaluate.figures import (
     find,
     regime_sheet,
 )
-from chameleon_deploy.html_page import Report
+from chameleon_deploy.html_page import Page
 
 
-def fill_page(page: Report, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:
+def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:
     """Fill the page: tables, then learning curves, clusters, map, gain against cohort size and mode."""
     page.section("The three regimes")
     page.text(settings)
-    _table(page, regime_sheet(all_figures))
+    page.table(regime_sheet(all_figures))
     page.text(
         "paper: the loss of the paper's scripts, the last position of the padded text against its own token. "
         "masked: the next token over real tokens. All intervals are 95 %: over seeds, Student's; "
@@ -34,14 +34,14 @@ def fill_page(page: Report, outcome: Outcome, all_figures: Sequence[Figures], se
     )
     page.section("Modes and controls")
     for protocol in reversed(PROTOCOLS):
-        _table(page, control_sheet(all_figures, protocol))
+        page.table(control_sheet(all_figures, protocol))
     page.section("Learning curves")
     with page.plot("Loss of the validation texts after each epoch; one thin line per seed.") as figure:
         axes = figure.subplots(1, len(PROTOCOLS))
         for protocol, axis in zip(PROTOCOLS, axes, strict=True):
             _learning_curves(axis, outcome, protocol)
     page.section("Perplexity by cluster")
-    _table(page, cluster_sheet(all_figures))
+    page.table(cluster_sheet(all_figures))
     with page.plot("Protocol masked, mean over seeds.") as figure:
         _clusters(figure.subplots(), all_figures)
     page.section("Map of the text embeddings")
@@ -54,10 +54,6 @@ def fill_page(page: Report, outcome: Outcome, all_figures: Sequence[Figures], se
         _gains(left, all_figures, COHORTS, "texts per cohort")
         _gains(right, all_figures, MODES, "mode")
         left.set_ylabel("change of perplexity, %")
-
-
-def _table(page: Report, sheet: Any) -> None:
-    page.table(sheet.headers, sheet.rows, sheet.title)
 
 
 def _learning_curves(axis: Any, outcome: Outcome, protocol: str) -> None:

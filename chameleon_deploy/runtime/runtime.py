@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
-from chameleon_deploy.errors import InputError, ManifestError, ModeError
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
+from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation, Factors
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling import Sampling, check_sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
 
 def load(
@@ -43,8 +43,11 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    with opening_bundle(Path(path)) as bundle:
+    bundle = start_opening(Path(path))
+    try:
         return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
+    finally:
+        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
 
 
 class Runtime:
@@ -72,17 +75,17 @@ class Runtime:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
-        try:
-            self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
+        self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider = provider
         if backend is None:
             self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)
         self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
-        self._lora = backend.place(bundle.lora()) if self.manifest.adaptation.regime == "lora" else None
+        self._lora: Factors | None = None
+        if self.manifest.adaptation.regime == "lora":
+            lora_A, lora_B = bundle.lora().values()
+            self._lora = backend.place((lora_A, lora_B))
         # In mode none: the decoder takes a pair of factors in any case.
         shapes = (self.manifest.model.hidden_size, self.manifest.model.vocab_size)
         lora_A, lora_B = (np.zeros((1, 1, size), np.float32) for size in shapes)
@@ -166,13 +169,15 @@ class Runtime:
         """
         rows = self._encode(prompts)
         limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        single = isinstance(sampling, Sampling)
-        samplings: list[Sampling] = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+        single = not isinstance(sampling, Sequence)
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
         for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
             if len(values) != len(rows):
                 raise InputError(f"{len(values)} values of {name} for {len(rows)} prompts: pass one, or one per prompt")
         if min(limits) < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+        for each in samplings:
+            check_sampling(each, self.manifest.model.vocab_size)
         adaptation = self._adapt(rows, mode, tenants, factors)
         positions = self.manifest.model.max_positions
         active = [

@@ -89,7 +89,7 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long
     # they wait for the next step of a generation.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
-    if graph.role == "scorer":
+    if graph.role == "hidden_scorer":
         # Packed weights would be a copy of the head's matrix; as they are they stay in the file.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "hypernetwork":
@@ -124,6 +124,7 @@ def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> P
         ):
             options.add_session_config_entry(f"session.{name}", value)
         _create_session(bundle.path / graph.file, options, CPU)
+        bundle.require_weights()  # what is made of damaged weights must not get into the cache
 
     return find_or_build(PREPACKED, key, save) / graph.file
 

@@ -85,9 +85,9 @@ class _Call:
             "num_logits": np.array([num_logits], np.int64),
             "seqlens_k": self.seqlens_k,
             "total_sequence_length": self.total_sequence_length,
-            "cluster_ids": np.ascontiguousarray(adaptation.factor_ids),
-            "lora_A": adaptation.lora_A,
-            "lora_B": adaptation.lora_B,
+            "factor_ids": np.ascontiguousarray(adaptation.factor_ids),
+            "lm_head.lora_A": adaptation.lora_A,
+            "lm_head.lora_B": adaptation.lora_B,
         }
         # An OrtValue made from a contiguous numpy array is that array's memory; keep them alive together.
         self._values = {name: decoder.ort_value.ortvalue_from_numpy(array) for name, array in inputs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class LogitFigures:
         """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
         for start in range(0, len(actual), 64):
             part = slice(start, start + 64)
-            self.max_abs = max(self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy()))
+            self.max_abs = largest([self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy())])
             top = expected[part].topk(2).values
             sure = top[:, 0] - top[:, 1] > self.top1_gap
             self.agreed += int((actual[part].argmax(1) == expected[part].argmax(1))[sure].sum())
@@ -36,5 +37,10 @@ class LogitFigures:
 
 
 def max_abs(a: Any, b: Any) -> float:
-    """The largest difference, 0 of nothing."""
+    """The largest difference, 0 of nothing, NaN where one is NaN."""
     return float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of values that are not negative, 0 of nothing, NaN where one is NaN: Python's max may drop it."""
+    return float(np.max(list(values), initial=0.0))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chameleon_deploy.bundle import LimitsSpec, ParitySummary
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: boo
 
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
     """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
-    most = min(limits.batch, limits.clusters, len(rows))
+    most = min(limits.batch, limits.factor_sets, len(rows))
     return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
 
 
@@ -62,7 +63,7 @@ def verify_bundle(
     checkpoint: Checkpoint,
     text: list[Path] | None,
     threads: int | None,
-    report: Any,
+    report: Progress,
     provider: str = "cpu",
     keep_trunk: bool = True,
 ) -> tuple[list[Check], dict[str, Any]]:
@@ -112,5 +113,7 @@ def verify_bundle(
 
 
 def summary(checks: list[Check]) -> ParitySummary:
+    from chameleon_deploy.verify.logit_figures import largest
+
     differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
-    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))
+    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,13 +141,13 @@ def _changed(bundle: Bundle) -> dict[str, tuple[Bundle, Any, Device]]:
         return msgspec.structs.replace(struct, **fields)
 
     def with_manifest(**fields: Any) -> Bundle:
-        return Bundle(bundle.path, replace(bundle.manifest, **fields), bundle.digest)
+        return dataclasses.replace(bundle, manifest=replace(bundle.manifest, **fields))
 
     newer = SimpleNamespace(__name__="tensorrt", __version__="10.14.0")
     other = SimpleNamespace(__name__="tensorrt_rtx", __version__="10.13.0")
     limits = replace(bundle.manifest.limits, batch=bundle.manifest.limits.batch + 1)
     return {
-        "bundle": (Bundle(bundle.path, bundle.manifest, "0" * 64), TENSORRT, GPU),
+        "bundle": (dataclasses.replace(bundle, digest="0" * 64), TENSORRT, GPU),
         "precision": (with_manifest(precision="fp16"), TENSORRT, GPU),
         "limits": (with_manifest(limits=limits), TENSORRT, GPU),
         "version": (bundle, newer, GPU),
@@ -184,10 +185,10 @@ POSITIONS = MANIFEST.model.max_positions
     batch=st.integers(1, 4096),
     sequence=st.integers(1, POSITIONS),
     past=st.integers(1, POSITIONS - 1),
-    clusters=st.integers(1, 4096),
+    factor_sets=st.integers(1, 4096),
 )
-def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, clusters: int) -> None:
-    limits = LimitsSpec(batch, sequence, past, clusters)
+def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, factor_sets: int) -> None:
+    limits = LimitsSpec(batch, sequence, past, factor_sets)
     manifest = msgspec.structs.replace(MANIFEST, limits=limits)
     for name in engines.engine_graphs(manifest):
         graph = manifest.graphs[name]
@@ -201,7 +202,7 @@ def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, clu
     assert prefill.shapes(tensors["input_ids"])[2] == (batch, sequence)
     assert decode.shapes(tensors["past_key_values.0.key"])[2][2] == past
     assert decode.shapes(tensors["attention_mask"])[2] == (batch, past + 1)
-    assert decode.shapes(tensors["lora_A"])[2][0] == clusters
+    assert decode.shapes(tensors["lm_head.lora_A"])[2][0] == factor_sets
 
 
 def test_prefill_and_decode_are_the_profiles_of_a_decoder() -> None:

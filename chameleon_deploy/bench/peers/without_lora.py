@@ -1,55 +1,71 @@
-"""The bundle's own engine and graph with everything taken out that adapts."""
+"""The bundle with LoRA removed from its graphs: what adaptation costs."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+import chameleon_deploy
 from chameleon_deploy.bench.peers.bundle import Bundle
+from chameleon_deploy.bundle import MANIFEST
 from chameleon_deploy.bundle import Bundle as BundleFiles
 from chameleon_deploy.runtime import Runtime
-from chameleon_deploy.runtime.session import import_onnxruntime
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class WithoutLoRA(Bundle):
-    """See `Peer`. What adaptation costs: neither clustering's factors nor a trace of LoRA in the graph."""
+    """See `Peer`. The same engine on the same weights, in mode none."""
 
-    adapts = False
+    def __init__(self, runtime: Runtime, threads: int, directory: Path) -> None:
+        """Write the changed bundle into `directory` and load it.
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
+        Raises ValueError when the bundle runs elsewhere than on the CPU or its graph's update is not a sum.
+        """
         if runtime.provider != "cpu":
             raise ValueError(f"not done for provider {runtime.provider!r}")
-        plain, decoder = copy.copy(runtime), cast(Any, copy.copy(runtime.decoder))
-        plain.mode, plain.decoder = "none", decoder
-        decoder.session = _session(runtime.bundle, runtime.graph, decoder.session)
-        if isinstance(decoder, SharedCacheDecoder):
-            scorer = runtime.bundle.graph("scorer", "cpu")
-            decoder.scorer = TiledScorer(_session(runtime.bundle, scorer, decoder.scorer.session))
-        super().__init__(plain, "without LoRA")
+        write_without_lora(runtime.bundle, directory)
+        super().__init__(chameleon_deploy.load(directory, mode="none", threads=threads), "without LoRA")
+
+
+def write_without_lora(bundle: BundleFiles, directory: Path) -> None:
+    """Write a copy of a bundle, hard links where possible, whose graphs ignore the factors.
+
+    Raises ValueError for a graph whose update is not a sum.
+    """
+    shutil.copytree(bundle.path, directory, copy_function=_link)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    for spec in bundle.manifest.graphs.values():
+        if "cpu" not in spec.providers or not any(_is_factor(tensor.name) for tensor in spec.inputs):
+            continue
+        model = ir.load(bundle.path / spec.file)
+        remove_lora(model.graph)
+        content = ir.to_proto(model).SerializeToString()
+        _replace(directory / spec.file, content)
+        manifest["files"][spec.file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _replace(directory / MANIFEST, json.dumps(manifest).encode())
 
 
 def remove_lora(graph: ir.Graph) -> None:
-    """Replace every base + update by base, in place. The inputs stay, and nothing reads them.
+    """Replace every base + update by base, in place. The inputs stay, unused.
 
     Raises ValueError when no node adds what lora_B gives to something else.
     """
     found = False
-    values = {value.name: value for value in graph.inputs}
-    adapted = {values["lora_A"], values["lora_B"], values["cluster_ids"]}
-    from_b = {values["lora_B"]}
+    adapted = {value for value in graph.inputs if _is_factor(str(value.name))}
+    from_b = {value for value in adapted if str(value.name).endswith("lora_B")}
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
         if from_b.intersection(inputs) and node.op_type in ("Add", "Gemm") and plain:
             (base,) = plain
             ir.convenience.replace_all_uses_with(node.outputs[0], base, replace_graph_outputs=True)
-            base.name = node.outputs[0].name  # "logits", where the sum was the graph's output
+            # Where the sum was the graph's output, the manifest tells its name and shape.
+            base.name, base.shape = node.outputs[0].name, node.outputs[0].shape
             found = True
             continue
         if adapted.intersection(inputs):
@@ -61,12 +77,17 @@ def remove_lora(graph: ir.Graph) -> None:
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
 
 
-def _session(bundle: BundleFiles, graph: str, like: Any) -> Any:
-    """A session of one of a bundle's graphs with the update taken out, with the options of another session."""
-    model = ir.load(bundle.path / bundle.manifest.graphs[graph].file)
-    remove_lora(model.graph)
-    options = like.get_session_options()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    return import_onnxruntime().InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+def _is_factor(name: str) -> bool:
+    return name == "factor_ids" or name.endswith(("lora_A", "lora_B"))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    file.unlink()  # a hard link: writing into it would change the original
+    file.write_bytes(content)
