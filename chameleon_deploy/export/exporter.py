@@ -48,7 +48,7 @@ from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.families import head_dim, num_key_value_heads, require_supported
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
 from chameleon_deploy.reference.model import Trunk
 
@@ -106,8 +106,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_key_value_heads=num_key_value_heads(config),
+        head_dim=head_dim(config),
         max_positions=trunk.max_positions,
         eos_token_id=trunk.eos_token_id,
     )
@@ -186,7 +186,7 @@ def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights
             scale_trunk(trunk, model, highest_of_layers(trunk, model))
             decoder = build_decoder(model, trunk, floats_file)
             rotate_residual(decoder, model)
-            quantize_weights(decoder, activations_of(trunk), weights_file)
+            quantize_weights(decoder, activations_of(trunk, model), weights_file)
         else:
             decoder = build_decoder(model, trunk, floats_file)
             halve_products(decoder, HALVES[precision], weights_file)
@@ -200,7 +200,7 @@ def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision,
     share_cache(decoder, model)
     if precision == "int8":
         quantize_cache(decoder, model)
-        quantize_rows(decoder)
+        quantize_rows(decoder, model)
     give_hidden_states(decoder, model)
     scorer = build_tiled_scorer(decoder, model, weights_file)
     for graph in (decoder, scorer):

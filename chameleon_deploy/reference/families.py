@@ -48,9 +48,8 @@ def require_supported(config: Any, name: str) -> None:
     ]
     if (rope_type := _rope_type(config)) not in ROPE_TYPES:
         missing.append(f"rope_type={rope_type!r}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if family == "llama" and head_dim % 16:  # what GroupQueryAttention turns by position
-        missing.append(f"head_dim={head_dim}, no multiple of 16")
+    if family == "llama" and head_dim(config) % 16:  # what GroupQueryAttention can rotate by position
+        missing.append(f"head_dim={head_dim(config)}, no multiple of 16")
     if config.eos_token_id is None:
         missing.append("no eos_token_id")
     if family not in SUPPORTED_FAMILIES:
@@ -61,6 +60,16 @@ def require_supported(config: Any, name: str) -> None:
         )
     if missing:
         raise UnsupportedBaseError(f"{name!r}: a {family} with {', '.join(missing)} cannot be exported")
+
+
+def num_key_value_heads(config: Any) -> int:
+    """Key-value heads of a Hugging Face configuration, which has them where they are fewer than the query heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim(config: Any) -> int:
+    """Channels of an attention head of a Hugging Face configuration, which has them where they are not the usual."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _rope_type(config: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.int8.calibration import highest_of_layers
 from chameleon_deploy.export.int8.gptq import round_weights
@@ -48,6 +48,10 @@ def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+LLAMA = ModelSpec(
+    architecture="llama", vocab_size=8, hidden_size=8, num_layers=2, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=8, max_positions=8, eos_token_id=0,
+)  # fmt: skip
 KINDS = {  # of products: the name of a matrix
     "rows": "model.layers.1.mlp.down_proj.weight.int8",
     "rows of the first layer": "model.layers.0.mlp.down_proj.weight.int8",
@@ -71,7 +75,7 @@ def _product(kind: str, weight: FloatArray) -> Any:
     graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(graph, ir_version=10)
     if kind != "dynamic":
-        assert quantize_rows(model) == 1
+        assert quantize_rows(model, LLAMA) == 1
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
+from chameleon_deploy.reference.families import head_dim, num_key_value_heads
 from chameleon_deploy.reference.model import Trunk
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
@@ -124,8 +125,7 @@ def _stateful_model(trunk: Trunk) -> Any:
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     config = trunk.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, dim = num_key_value_heads(config), head_dim(config)
     names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
     batch, past, width = 2, 5, 3  # of the example; all three stay free
     example = (
