@@ -235,7 +235,7 @@ def test_both_ends_of_the_residual_stream_are_rotated(
     """And a graph in which they are not is seen."""
     checkpoint = request.getfixturevalue(name)
     export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
-    monkeypatch.setattr("chameleon_deploy.export.exporter.rotate_residual", lambda *_: None)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.rotate_residual", lambda *_: None)
     export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
     assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
 
@@ -252,7 +252,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
                 getattr(layer, name).mul_(factor)
         return layers
 
-    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.highest_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
