@@ -54,10 +54,11 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
-    "Bundle", "FloatArray", "file_sha256", "open_bundle", "start_opening",
+    "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
     "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
     "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol", "Regime", "Role",
     "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names", "limits_fault",
@@ -65,6 +66,7 @@ __all__ = [
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def start_opening(path: Path) -> Bundle:
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
+    check_graphs(manifest, path / MANIFEST)
     _check_listing(path, manifest)
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)

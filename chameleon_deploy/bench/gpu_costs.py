@@ -8,19 +8,18 @@ from chameleon_deploy.bench.peers import Rows
 from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.backend import DeviceBackend
-from chameleon_deploy.runtime.decoder import greedy
 
 ROUNDS = 5
 
 
 def bytes_per_step(runtime: Runtime, rows: Rows, steps: int) -> dict[str, float]:
     """Bytes that cross in a greedy step, counted by the device, without the first step, which binds the tensors."""
-    device, adaptation = device_backend(runtime).device, runtime._adapt([list(ids) for ids in rows], None, None, None)
-    logits, cache = runtime.decoder.prefill(rows, adaptation, len(rows[0]) + steps + 1)
-    logits = runtime.decoder.step(greedy(logits), adaptation, cache)
+    device, factors = device_backend(runtime).device, runtime.adapt(rows, on_device=True).factors
+    logits, cache = runtime.decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
+    logits = runtime.decoder.step(logits.greedy(), factors, cache)
     uploaded, downloaded = device.uploaded, device.downloaded
     for _ in range(steps):
-        logits = runtime.decoder.step(greedy(logits), adaptation, cache)
+        logits = runtime.decoder.step(logits.greedy(), factors, cache)
     return {"to device": (device.uploaded - uploaded) / steps, "to host": (device.downloaded - downloaded) / steps}
 
 
@@ -42,7 +41,7 @@ def measure_bandwidth(runtime: Runtime, size: int = 2**30) -> float:
 
 def device_backend(runtime: Runtime) -> DeviceBackend:
     """Raises TypeError for a runtime on the CPU."""
-    backend = runtime._backend
+    backend = runtime.backend
     if not isinstance(backend, DeviceBackend):
         raise TypeError(f"provider {runtime.provider} does not run on a device")
     return backend

@@ -49,7 +49,7 @@ def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("converted")
     peers: list[Peer] = [
         Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime),
-        WithoutLoRA(runtime, 1, directory / "without_lora"),
+        WithoutLoRA(runtime),
         PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
         CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1),
         OpenVINO(mini.trunk, "int8", 1),

@@ -6,16 +6,28 @@ FIRST goes on at that batch: a thousand of GPT-2 small take an hour of processor
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.bundle import LM_HEAD, factor_names
+from chameleon_deploy.runtime import Adaptation, Sampling
 from tests.cpp.c_interface import NativeRuntime
+from tests.rows import head_factors
 
 MODES = ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+PARTS = ("cluster_ids", "embeddings", "factor_ids", *factor_names(LM_HEAD))
+
+
+def _parts(adaptation: Adaptation) -> list[Any]:
+    factors = adaptation.factors
+    tensors = [np.asarray(factors.sets.tensors[name]) for name in factor_names(LM_HEAD)]
+    return [adaptation.cluster_ids, adaptation.embeddings, factors.factor_ids, *tensors]
 
 
 def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[list[list[int]], dict[str, Any]]:
@@ -27,7 +39,7 @@ def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[
         how["tenants"] = [f"tenant {n}" for n in random.integers(0, 3, len(rows))]
     if mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5):
         rank = int(random.integers(1, 6))
-        how["factors"] = (
+        how["factors"] = head_factors(
             random.standard_normal((rank, model.hidden_size)).astype(np.float32),
             random.standard_normal((rank, model.vocab_size)).astype(np.float32),
         )
@@ -43,6 +55,10 @@ def random_sampling(random: np.random.Generator) -> Sampling:
         seed=int(random.integers(0, 2**63)),
         stop_token_ids=[7, 8] if random.random() < 0.3 else [],
         stop=["e", "ing"] if random.random() < 0.2 else [],
+        presence_penalty=float(random.choice([0.0, 0.7])),
+        frequency_penalty=float(random.choice([0.0, 0.4, -0.2])),
+        logit_bias={int(random.integers(1, 300)): float(random.uniform(-5, 5))} if random.random() < 0.3 else {},
+        ignore_eos=bool(random.random() < 0.3),
     )
 
 
@@ -62,8 +78,8 @@ def largest_difference(bundle: Path, batches: int, first: int = 0) -> float:
         if number < first:
             continue
         expected, actual = python.adapt(rows, **how), native.adapt(rows, **how)
-        for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
-            assert getattr(expected, name).tobytes() == getattr(actual, name).tobytes(), (number, name)
+        for name, left, right in zip(PARTS, _parts(expected), _parts(actual), strict=True):
+            assert left.tobytes() == right.tobytes(), (number, name)
         for left, right in zip(python.score(rows, **how), native.score(rows, **how), strict=True):
             assert (left.token_ids, left.cluster_id) == (right.token_ids, right.cluster_id)
             ours, theirs = (np.array(score.token_logprobs, np.float32) for score in (left, right))
@@ -72,6 +88,14 @@ def largest_difference(bundle: Path, batches: int, first: int = 0) -> float:
         for sampling in samplings:
             wanted = python.generate(rows, max_new_tokens=8, sampling=sampling, **how)
             assert native.generate(rows, max_new_tokens=8, sampling=sampling, **how) == wanted, (number, sampling)
+        reporting = replace(random_sampling(random), logprobs=int(random.integers(0, 6)))
+        wanted = python.generate(rows, max_new_tokens=8, sampling=reporting, **how)
+        found = native.generate(rows, max_new_tokens=8, sampling=reporting, **how)
+        for python_row, native_row in zip(wanted, found, strict=True):
+            assert python_row.token_ids == native_row.token_ids
+            ours, theirs = (np.array(row.token_logprobs, np.float32) for row in (python_row, native_row))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)  # of logits that differ in their last bits
+            assert len(python_row.top_logprobs or ()) == len(native_row.top_logprobs or ())
     native.close()
     return largest
 

@@ -19,11 +19,14 @@ from chameleon_deploy import Runtime
 from chameleon_deploy.bundle import Precision
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest
 from chameleon_deploy.verify.run import verification_rows
+from chameleon_deploy.verify.text_checks import check_texts
 from tests.damage import edit, reseal
+from tests.rows import head_factors
 from tests.verification import missed
 
 
@@ -137,7 +140,7 @@ def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
 ) -> None:
     """`load` refuses such a bundle; `verify` notices by itself."""
     runtime, rows = chameleon_deploy.load(bundle, threads=1), verification_rows(mini, None)[:8]
-    assert all(check.passed for check in parity.check_texts(runtime, mini.trunk.tokenizer, rows))
+    assert all(check.passed for check in check_texts(runtime, mini.trunk.tokenizer, rows))
     match option:
         case "padding":
             runtime.tokenizer.enable_padding(pad_id=0)
@@ -145,11 +148,13 @@ def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
             runtime.tokenizer.enable_truncation(8)
         case "dropout":
             runtime.tokenizer.model.dropout = 0.5
-    ids, _ = parity.check_texts(runtime, mini.trunk.tokenizer, rows)
+    ids, _ = check_texts(runtime, mini.trunk.tokenizer, rows)
     assert not ids.passed
 
 
-def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini: Checkpoint) -> None:
+def test_factors_that_change_nothing_are_not_called_verified(
+    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If wrong factors could not be told from right ones, the comparison would prove nothing."""
     import copy
     import dataclasses
@@ -158,9 +163,9 @@ def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini:
     for parameter in silent.factors.parameters():
         parameter.data.zero_()
     runtime = chameleon_deploy.load(bundle, threads=1)
-    runtime._generate_factors = lambda c: tuple(  # type: ignore[method-assign,assignment,return-value]
-        np.zeros((len(c), 4, n), np.float32) for n in (64, 512)
-    )
+    zeros = head_factors(np.zeros((4, 64), np.float32), np.zeros((4, 512), np.float32))
+    sets = check_factors(zeros, runtime.manifest.adaptation)
+    monkeypatch.setattr(runtime.backend, "generate_factors", lambda c: sets[np.zeros(len(c), np.int64)])
     gate = GATES["fp32"]
     checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
     assert checks
@@ -190,8 +195,8 @@ def test_nan_in_a_row_of_a_batch_is_caught(
 ) -> None:
     all_logits = runtime.decoder.all_logits
 
-    def damaged(rows: Any, adaptation: Any) -> Any:
-        for start, piece in all_logits(rows, adaptation):
+    def damaged(rows: Any, factors: Any) -> Any:
+        for start, piece in all_logits(rows, factors):
             logits = np.array(piece)
             if len(rows) in sizes:
                 logits[row] = np.nan
@@ -209,17 +214,18 @@ def test_nan_in_one_mode_is_caught(
 ) -> None:
     all_logits = runtime.decoder.all_logits
 
-    def damaged(rows: Any, adaptation: Any) -> Any:
-        for start, piece in all_logits(rows, adaptation):
+    def damaged(rows: Any, factors: Any) -> Any:
+        for start, piece in all_logits(rows, factors):
             logits = np.array(piece)
-            if not adaptation.lora_B.any():
+            if not np.asarray(factors.sets.tensors["lm_head.lora_B"]).any():
                 logits[1:] = np.nan
             yield start, logits
 
     monkeypatch.setattr(runtime.decoder, "all_logits", damaged)
     rows = verification_rows(mini, None)[:8]
-    against_base, _ = parity.check_base(runtime, RowLogits(mini), rows, GATES[precision])
-    assert not against_base.passed
+    *against_base, _ = parity.check_base(runtime, RowLogits(mini), rows, GATES[precision])
+    assert against_base
+    assert not any(check.passed for check in against_base)
 
 
 def test_figures_keep_nan() -> None:

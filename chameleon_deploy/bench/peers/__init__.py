@@ -67,7 +67,7 @@ def open_peers(
     def without_lora() -> Peer:
         from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
 
-        return WithoutLoRA(runtime, threads, directory / "without_lora")
+        return WithoutLoRA(runtime)
 
     def pytorch(compiled: bool) -> Peer:
         from chameleon_deploy.bench.peers.pytorch import PyTorch

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
+from chameleon_deploy.runtime import Runtime, Sampling
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row, stream_tokens
 
 
@@ -27,8 +26,6 @@ class Bundle:
         self.name, self.adapts, self._wait = name, runtime.mode != "none", wait
         self.precision: str = runtime.manifest.precision
         self._runtime = runtime
-        # Every generation is to have the same length, so no token ends one.
-        self._endless = msgspec.structs.replace(runtime.manifest.model, eos_token_id=-1)
 
     def score(self, rows: Rows) -> Any:
         return np.array([score.token_logprobs for score in self._runtime.score(rows)])
@@ -36,16 +33,16 @@ class Bundle:
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         return self._generate(rows, self._adapt(rows, lap), num_tokens, lap)
 
-    def _adapt(self, rows: Rows, lap: Lap) -> Adaptation:
-        adaptation = self._runtime._adapt([list(ids) for ids in rows], None, None, None)
+    def _adapt(self, rows: Rows, lap: Lap) -> RowFactors:
+        factors = self._runtime.adapt(rows, on_device=True).factors
         self._wait()
         lap(ADAPT)
-        return adaptation
+        return factors
 
-    def _generate(self, rows: Rows, adaptation: Adaptation, num_tokens: int, lap: Lap) -> Any:
-        """The loop of `Runtime.stream`."""
-        active = [Row(ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
-        tokens = stream_tokens(active, self._runtime.decoder, adaptation, self._runtime.tokenizer, self._endless)
+    def _generate(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
+        """The loop of `Runtime.stream`. No token ends a generation: all have the same length."""
+        active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
+        tokens = stream_tokens(active, self._runtime.decoder, factors, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
             next(tokens)
         lap(PREFILL)
@@ -64,16 +61,11 @@ class OneCallPerCluster(Bundle):
         super().__init__(runtime, "one call per cluster")
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        adaptation = self._adapt(rows, lap)
+        factors = self._adapt(rows, lap)
         chosen = np.empty((len(rows), num_tokens), np.int64)
-        for i in range(len(adaptation.lora_A)):
-            members = np.flatnonzero(adaptation.factor_ids == i)
-            own = replace(
-                adaptation.rows(members),
-                lora_A=adaptation.lora_A[i : i + 1],
-                lora_B=adaptation.lora_B[i : i + 1],
-                factor_ids=np.zeros(len(members), np.int64),
-            )
+        for i in range(len(factors.sets)):
+            members = np.flatnonzero(factors.factor_ids == i)
+            own = RowFactors(factors.sets[np.array([i])], np.zeros(len(members), np.int64))
             chosen[members] = self._generate([rows[int(row)] for row in members], own, num_tokens, lap)
         return chosen
 
