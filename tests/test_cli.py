@@ -255,7 +255,7 @@ OUTPUTS = {
     "bench --json": ("bench", "--json"), "bench --html": ("bench", "--html"),
     "verify --out": ("verify", "--out"),
     "gpu_check --json": ("gpu_check", "--json"),
-    "evaluate --html": ("evaluate", "--html"),
+    "compare --html": ("compare", "--html"),
 }  # fmt: skip
 
 
@@ -264,8 +264,8 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(name: str, tmp
     """Neither bundle nor checkpoint exists, which the work would find first."""
     command, option = OUTPUTS[name]
     work: list[Any] = [tmp_path / "bundle", "--reference", tmp_path / "checkpoint"]
-    if command == "evaluate":
-        work = ["--table", "--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
+    if command == "compare":
+        work = ["--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
     for target, message in (
         (tmp_path, "is a directory"),
         (tmp_path / "missing" / "file", "No such file or directory"),

@@ -14,7 +14,7 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.int8.calibration import highest_of_layers
 from chameleon_deploy.export.int8.gptq import round_weights
@@ -48,6 +48,10 @@ def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+LLAMA = ModelSpec(
+    architecture="llama", vocab_size=8, hidden_size=8, num_layers=2, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=8, max_positions=8, eos_token_id=0,
+)  # fmt: skip
 KINDS = {  # of products: the name of a matrix
     "rows": "model.layers.1.mlp.down_proj.weight.int8",
     "rows of the first layer": "model.layers.0.mlp.down_proj.weight.int8",
@@ -71,7 +75,7 @@ def _product(kind: str, weight: FloatArray) -> Any:
     graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(graph, ir_version=10)
     if kind != "dynamic":
-        assert quantize_rows(model) == 1
+        assert quantize_rows(model, LLAMA) == 1
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
@@ -234,7 +238,7 @@ def test_both_ends_of_the_residual_stream_are_rotated(
     """And a graph in which they are not is seen."""
     checkpoint = request.getfixturevalue(name)
     export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
-    monkeypatch.setattr("chameleon_deploy.export.exporter.rotate_residual", lambda *_: None)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.rotate_residual", lambda *_: None)
     export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
     assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
 
@@ -268,7 +272,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
                 getattr(layer, name).mul_(factor)
         return layers
 
-    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.highest_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
