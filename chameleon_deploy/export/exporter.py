@@ -106,8 +106,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_key_value_heads=trunk.num_key_value_heads,
+        head_dim=trunk.head_dim,
         max_positions=trunk.max_positions,
         eos_token_id=trunk.eos_token_id,
     )

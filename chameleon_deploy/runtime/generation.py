@@ -9,10 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device.logits import DeviceLogits
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
 
 FinishReason = Literal["stop", "length"]
@@ -42,9 +41,15 @@ class Token:
 
 
 class Row:
-    """A row while it is being generated."""
+    """A row while it is being generated.
 
-    def __init__(self, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int) -> None:
+    index  its place among the caller's prompts
+    """
+
+    def __init__(
+        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int
+    ) -> None:
+        self.index = index
         self.prompt, self.limit, self.sampling, self.stream, self.cluster_id = ids, limit, sampling, stream, cluster_id
         self.token_ids: list[int] = []
         self._seen = np.unique(np.asarray(ids, np.int64))
@@ -64,7 +69,7 @@ class Row:
             self._seen = np.union1d(self._seen, [token_id])
         return token_id
 
-    def append(self, token_id: int, row: int, tokenizer: Any, eos_token_id: int) -> Token:
+    def append(self, token_id: int, tokenizer: Any, eos_token_id: int) -> Token:
         self.token_ids.append(token_id)
         stopped = token_id == eos_token_id or token_id in self.sampling.stop_token_ids
         if stopped:
@@ -81,7 +86,7 @@ class Row:
         self._shown += len(shown)
         reason: FinishReason = "stop" if stopped else "length"
         generation = Generation(self.token_ids, self._text, self.cluster_id, reason) if finished else None
-        return Token(row, token_id, shown, generation)
+        return Token(self.index, token_id, shown, generation)
 
     def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -95,28 +100,33 @@ class Row:
 
 
 def stream_tokens(
-    rows: list[Row], decoder: Decoder, adaptation: Adaptation, tokenizer: Any, model: ModelSpec
+    rows: list[Row], decoder: Decoder, factors: RowFactors, tokenizer: Any, eos_token_id: int
 ) -> Iterator[Token]:
-    """Tokens of all rows, step by step; within a step in the order of the rows."""
+    """Tokens of all rows, step by step; within a step in the order of the rows.
+
+    factors       of the rows, placed
+    eos_token_id  ends a row; -1 ends none
+
+    Raises NumericError for logits that are not finite.
+    """
     capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation, capacity)
-    active = np.arange(len(rows))
+    logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
     while True:
         going, chosen = [], []
-        if isinstance(logits, DeviceLogits) and all(rows[row].is_greedy for row in active):
-            token_ids: Iterator[int] = iter(logits.greedy().tolist())  # nothing but the chosen ids leaves the device
+        if all(row.is_greedy for row in rows):
+            token_ids: Iterator[int] = iter(logits.greedy().tolist())  # nothing but the chosen ids leaves a device
         else:
             values = np.asarray(logits)
-            token_ids = (rows[row].choose(values[i]) for i, row in enumerate(active))
-        for i, (row, token_id) in enumerate(zip(active, token_ids, strict=True)):
-            token = rows[row].append(token_id, int(row), tokenizer, model.eos_token_id)
+            token_ids = (row.choose(values[i]) for i, row in enumerate(rows))
+        for i, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
+            token = row.append(token_id, tokenizer, eos_token_id)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)
             yield token
         if not going:
             return
-        if len(going) < len(active):
+        if len(going) < len(rows):
             kept = np.array(going)
-            cache, adaptation, active = decoder.keep(cache, kept), adaptation.rows(kept), active[kept]
-        logits = decoder.step(np.array(chosen, np.int64), adaptation, cache)
+            cache, factors, rows = decoder.keep(cache, kept), factors.rows(kept), [rows[i] for i in going]
+        logits = decoder.step(np.array(chosen, np.int64), factors, cache)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.runtime import Adaptation, Generation, Sampling, Score
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("CHAMELEON_BUILD", ROOT / "runtime" / "build" / "release"))
@@ -83,7 +84,6 @@ class NativeRuntime:
         self._handle = P()
         options = LoadOptions(None, mode.encode() if mode else None, threads, 0)
         self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
-        self._vocab_size = self._c.chameleon_vocab_size(self._handle)
         self._hidden_size = self._c.chameleon_hidden_size(self._handle)
 
     def close(self) -> None:
@@ -109,9 +109,7 @@ class NativeRuntime:
         adaptation = Adaptation(
             array("embeddings", np.float32, len(texts), self._hidden_size),
             array("cluster_ids", np.int64, len(texts)),
-            tensors["lm_head.lora_A"],
-            tensors["lm_head.lora_B"],
-            array("factor_ids", np.int64, len(texts)),
+            RowFactors(FactorSets(tensors), array("factor_ids", np.int64, len(texts))),
         )
         self._c.chameleon_adaptation_free(handle)
         return adaptation
@@ -201,12 +199,12 @@ class NativeRuntime:
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            named = dict(zip(("lm_head.lora_A", "lm_head.lora_B"), map(np.ascontiguousarray, factors), strict=True))
-            keep.append(named)
-            batch.factors = (CFactor * len(named))(
-                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in named.items())
+            matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
+            keep.append(matrices)
+            batch.factors = (CFactor * len(matrices))(
+                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in matrices.items())
             )
-            batch.num_factors = len(named)
+            batch.num_factors = len(matrices)
         return batch, keep
 
     def _check(self, error: int | None) -> None:

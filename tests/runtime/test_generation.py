@@ -145,10 +145,10 @@ def test_bad_arguments(runtime: Runtime, arguments: Any, message: str) -> None:
 
 def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtime: Runtime) -> None:
     rows = random_rows(9, 3, 20)
-    adaptation = runtime.adapt(rows)
+    factors = runtime.adapt(rows).factors
 
     def new_cache() -> Any:
-        return runtime.decoder.prefill(rows, adaptation, 30)[1]
+        return runtime.decoder.prefill(rows, factors, 30)[1]
 
     first, second = new_cache(), new_cache()
     assert not np.shares_memory(first.memory.values, second.memory.values)
