@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from chameleon_deploy.errors import (
+    BundleChangedError,
     BundleNotFoundError,
     DigestError,
     ManifestError,
@@ -75,6 +76,21 @@ class Bundle:
     path: Path
     manifest: Manifest
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
+    stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)  # see `_stamp`
+
+    def check_unchanged(self) -> None:
+        """Compare size, modification time and inode of the manifest and the weights with those at opening.
+
+        Raises BundleChangedError.
+        """
+        for name, stamp in self.stamps.items():
+            try:
+                found = _stamp(self.path / name)
+            except OSError as error:
+                raise BundleChangedError(f"{self.path / name}: {error.strerror}: load the bundle again") from error
+            if found != stamp:
+                how = "changed in place: results may be wrong" if found[:2] == stamp[:2] else "replaced"
+                raise BundleChangedError(f"{self.path / name} was {how}: load the bundle again")
 
     def graph(self, role: str, provider: str) -> str:
         """Name of the graph of a role for a provider; one made for fewer providers is the more special and wins."""
@@ -127,19 +143,21 @@ def opening_bundle(path: Path) -> Iterator[Bundle]:
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
+    stamps = {MANIFEST: _stamp(path / MANIFEST)}  # each before the file is read: what changes later is noticed
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
     _check_listing(path, manifest)
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)
     weights = manifest.token_embedding.file
+    stamps[weights] = _stamp(path / weights)
     with ThreadPoolExecutor(1) as thread:
         checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
         try:
             for name, spec in manifest.files.items():
                 if name != weights:
                     _check_digest(path / name, spec)
-            bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest())
+            bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), stamps)
             bundle.centroids()
             if manifest.adaptation.regime == "lora":
                 bundle.lora()
@@ -168,6 +186,12 @@ def _check_size(file: Path, spec: FileSpec) -> None:
 def _check_digest(file: Path, spec: FileSpec) -> None:
     if file_sha256(file) != spec.sha256:
         raise DigestError(f"{file}: its SHA-256 differs from {MANIFEST}: copy the bundle again")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What a write or a replacement changes: device and inode first, then size and modification time."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def file_sha256(file: Path) -> str:
