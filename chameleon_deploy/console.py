@@ -1,49 +1,63 @@
-"""What all commands share: how they start, how they fail, how they print."""
+"""Start, progress, output and exit codes of all commands."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from chameleon_deploy.commands import OPTION_GROUPS
-from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.errors import ChameleonError, OutputError
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.table import UNLIMITED, Sheet
 
 try:
     import typer
+    from rich import progress as bars
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-    from rich.text import Text
 except ImportError:
     sys.exit("error: the command line needs typer: pip install 'chameleon-deploy[cpu]'")
 
 # typer uses click, or in newer releases a copy inside itself: this name is right for both.
 ClickException = cast(type[Exception], typer.BadParameter.__mro__[2])
 
-# A pipe has no width: tables then take what they need.
-stdout = Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
-stderr = Console(stderr=True, highlight=False)
+# Without markup, since brackets in paths, names of extras and texts are text. A pipe has no width.
+stdout = Console(highlight=False, markup=False, width=None if sys.stdout and sys.stdout.isatty() else UNLIMITED)
+stderr = Console(highlight=False, markup=False, stderr=True)
 
 
 class CheckFailedError(Exception):
     """The command did its work and the answer is no: exit code 1."""
 
 
-def plain(text: str) -> Text:
-    """A model's text as it is: no markup, control characters made visible."""
-    return Text("".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text.expandtabs(4)))
+def show(*sheets: Sheet, to: Console = stdout) -> None:
+    """Print tables, each in the width of the terminal."""
+    for sheet in sheets:
+        for table in sheet.to_rich(to.width):
+            to.print(table)
+
+
+def check_output(*files: Path | None) -> None:
+    """Check before the work that the files a command is going to write can be written; None is ignored.
+
+    Raises OutputError.
+    """
+    for file in files:
+        if file is None or (file.exists() and not file.is_file() and not file.is_dir()):
+            continue  # a device or a pipe
+        if file.is_dir():
+            raise OutputError(f"{file} is a directory: pass the name of a file")
+        try:
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            raise OutputError(f"cannot write {file}: {file.parent}: {error.strerror}") from error
 
 
 def tell_provider(asked: str, taken: str) -> None:
@@ -53,25 +67,25 @@ def tell_provider(asked: str, taken: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on standard error, one for each kind of work: call it with (what, done, total).
+def progress() -> Iterator[Progress]:
+    """Bars on standard error, one for each kind of work.
 
     Nothing is drawn when standard error is not a terminal.
     """
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
+    with bars.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as drawn:
+        tasks: dict[str, bars.TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = drawn.add_task(what, total=total)
+            drawn.update(tasks[what], completed=done, total=total)
 
         yield report
 

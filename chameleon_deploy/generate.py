@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import chameleon_deploy
 from chameleon_deploy import console
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.table import Sheet
 from chameleon_deploy.texts import read_texts
 
 
@@ -49,11 +49,8 @@ def main(
         for generation in generations:
             print(json.dumps(dataclasses.asdict(generation)))
         return
-    table = Table("cluster", "prompt", "text", "finish", show_lines=True)
-    for text, generation in zip(texts, generations, strict=True):
-        table.add_row(str(generation.cluster_id), console.plain(text), console.plain(generation.text),
-                      generation.finish_reason)  # fmt: skip
-    console.stdout.print(table)
+    rows = [[str(g.cluster_id), text, g.text, g.finish_reason] for text, g in zip(texts, generations, strict=True)]
+    console.show(Sheet(["cluster", "prompt", "text", "finish"], rows, sections=range(len(rows))))
 
 
 if __name__ == "__main__":

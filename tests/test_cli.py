@@ -260,6 +260,41 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, bundle: Path, mini_pat
     assert not leftovers
 
 
+OUTPUTS = {
+    "bench --json": ("bench", "--json"), "bench --html": ("bench", "--html"),
+    "verify --out": ("verify", "--out"),
+    "gpu_check --json": ("gpu_check", "--json"),
+    "evaluate --html": ("evaluate", "--html"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(name: str, tmp_path: Path) -> None:
+    """Neither bundle nor checkpoint exists, which the work would find first."""
+    command, option = OUTPUTS[name]
+    work: list[Any] = [tmp_path / "bundle", "--reference", tmp_path / "checkpoint"]
+    if command == "evaluate":
+        work = ["--table", "--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
+    for target, message in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "missing" / "file", "No such file or directory"),
+        (Path("/proc/file"), "cannot write /proc/file"),
+    ):
+        result = run(f"chameleon_deploy.{command}", *work, option, target)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "[output_failed]" in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_and_an_existing_file_are_outputs(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    console.check_output(None, file, Path("/dev/stdout"), Path("/dev/null"))
+    assert file.read_text() == "old"
+
+
 def test_train_export_generate_from_the_shell(mini_path: Path, tmp_path: Path) -> None:
     from chameleon_deploy.reference.python_corpus import python_texts
 

@@ -3,85 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device.logits import DeviceLogits
-from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string."""
+    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string.
+
+    token_logprobs  log-probability of each of token_ids; None unless Sampling.logprobs is set
+    top_logprobs    (token id, log-probability) of the most probable tokens at the place of each of token_ids, likewise
+    """
 
     token_ids: list[int]
     text: str
     cluster_id: int
     finish_reason: FinishReason
+    token_logprobs: list[float] | None = None
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
 
 
 @dataclass(frozen=True)
 class Token:
     """One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
 
-    generation is set on a row's last Token.
+    generation    set on a row's last Token
+    logprob       log-probability of token_id; None unless Sampling.logprobs is set
+    top_logprobs  (token id, log-probability) of the most probable tokens, highest first, likewise
     """
 
     row: int
     token_id: int
     text: str
     generation: Generation | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 class Row:
-    """A row while it is being generated."""
+    """A row while it is being generated.
 
-    def __init__(self, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int) -> None:
-        self.prompt, self.limit, self.sampling, self.stream, self.cluster_id = ids, limit, sampling, stream, cluster_id
+    index    its place among the caller's prompts
+    sampler  chooses its tokens; `append` counts them
+    """
+
+    def __init__(
+        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int
+    ) -> None:
+        self.index = index
+        self.prompt, self.limit, self.sampling, self.cluster_id = ids, limit, sampling, cluster_id
+        self.sampler = Sampler(sampling, ids, stream)
         self.token_ids: list[int] = []
-        self._seen = np.unique(np.asarray(ids, np.int64))
+        self._choices: list[Choice] = []
         self._decode = DecodeStream(skip_special_tokens=True)
         self._text = ""
         self._shown = 0  # characters of the text that the caller has been given
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the highest of the logits as they are is what `choose` takes."""
-        return self.sampling.temperature == 0.0 and self.sampling.repetition_penalty == 1.0
-
-    def choose(self, logits: FloatArray) -> int:
-        u = uniform(self.sampling.seed, self.stream, len(self.token_ids))
-        token_id = choose(logits, self._seen, self.sampling, u)
-        if self.sampling.repetition_penalty != 1.0:
-            self._seen = np.union1d(self._seen, [token_id])
-        return token_id
-
-    def append(self, token_id: int, row: int, tokenizer: Any, eos_token_id: int) -> Token:
+    def append(self, choice: Choice, tokenizer: Any, eos_token_id: int) -> Token:
+        token_id = choice.token_id
+        self.sampler.append(token_id)
         self.token_ids.append(token_id)
-        stopped = token_id == eos_token_id or token_id in self.sampling.stop_token_ids
-        if stopped:
-            self._text = self._decoded(tokenizer, self.token_ids[:-1])
+        self._choices.append(choice)
+        stopped = self._is_stop_token(token_id, eos_token_id)
+        finished = stopped or len(self.token_ids) >= self.limit
+        if finished:  # with the bytes of a character cut in half
+            self._text = self._decoded(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
         else:
             self._text += self._decode.step(tokenizer, token_id) or ""
-            cut = min((at for stop in self.sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
-            if cut >= 0:
-                stopped, self._text = True, self._text[:cut]
-        finished = stopped or len(self.token_ids) >= self.limit
-        if finished and not stopped:
-            self._text = self._decoded(tokenizer, self.token_ids)  # with the bytes of a character cut in half
+        cut = min((at for stop in self.sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            stopped = finished = True
+            self._text = self._text[:cut]
         shown = self._text[self._shown : len(self._text) - (0 if finished else self._held_back())]
         self._shown += len(shown)
-        reason: FinishReason = "stop" if stopped else "length"
-        generation = Generation(self.token_ids, self._text, self.cluster_id, reason) if finished else None
-        return Token(row, token_id, shown, generation)
+        generation = self._generation("stop" if stopped else "length") if finished else None
+        return Token(self.index, token_id, shown, generation, choice.logprob, choice.top_logprobs)
+
+    def _is_stop_token(self, token_id: int, eos_token_id: int) -> bool:
+        is_eos = token_id == eos_token_id and not self.sampling.ignore_eos
+        return is_eos or token_id in self.sampling.stop_token_ids
+
+    def _generation(self, reason: FinishReason) -> Generation:
+        generation = Generation(self.token_ids, self._text, self.cluster_id, reason)
+        if self.sampling.logprobs is None:
+            return generation
+        _, logprobs, top_logprobs = zip(*self._choices, strict=True)
+        return replace(generation, token_logprobs=list(logprobs), top_logprobs=list(top_logprobs))
 
     def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -95,28 +111,32 @@ class Row:
 
 
 def stream_tokens(
-    rows: list[Row], decoder: Decoder, adaptation: Adaptation, tokenizer: Any, model: ModelSpec
+    rows: list[Row], decoder: Decoder, factors: RowFactors, tokenizer: Any, eos_token_id: int
 ) -> Iterator[Token]:
-    """Tokens of all rows, step by step; within a step in the order of the rows."""
+    """Tokens of all rows, step by step; within a step in the order of the rows.
+
+    factors       of the rows, placed
+    eos_token_id  ends a row; -1 ends none
+
+    Raises NumericError for logits that are not finite.
+    """
     capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation, capacity)
-    active = np.arange(len(rows))
+    logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
     while True:
         going, chosen = [], []
-        if isinstance(logits, DeviceLogits) and all(rows[row].is_greedy for row in active):
-            token_ids: Iterator[int] = iter(logits.greedy().tolist())  # nothing but the chosen ids leaves the device
+        if all(row.sampler.is_argmax for row in rows):
+            choices = map(Choice, logits.greedy().tolist())  # nothing but the chosen ids leaves a device
         else:
-            values = np.asarray(logits)
-            token_ids = (rows[row].choose(values[i]) for i, row in enumerate(active))
-        for i, (row, token_id) in enumerate(zip(active, token_ids, strict=True)):
-            token = rows[row].append(token_id, int(row), tokenizer, model.eos_token_id)
+            choices = map(Sampler.choose, (row.sampler for row in rows), np.asarray(logits))
+        for i, (row, choice) in enumerate(zip(rows, choices, strict=True)):
+            token = row.append(choice, tokenizer, eos_token_id)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)
             yield token
         if not going:
             return
-        if len(going) < len(active):
+        if len(going) < len(rows):
             kept = np.array(going)
-            cache, adaptation, active = decoder.keep(cache, kept), adaptation.rows(kept), active[kept]
-        logits = decoder.step(np.array(chosen, np.int64), adaptation, cache)
+            cache, factors, rows = decoder.keep(cache, kept), factors.rows(kept), [rows[i] for i in going]
+        logits = decoder.step(np.array(chosen, np.int64), factors, cache)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
-from chameleon_deploy.errors import InputError, ManifestError, ModeError
+from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
+from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
-from chameleon_deploy.runtime.adaptation import Adaptation, Factors
+from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, token_limits
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling import Sampling, check_sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
 
 def load(
@@ -43,54 +44,42 @@ def load(
     """
     check_provider(provider)
     check_threads(threads)
-    with opening_bundle(checked_path(path)) as bundle:
-        return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
+    bundle = start_opening(checked_path(path))
+    try:
+        return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
+    finally:
+        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
 
 
 class Runtime:
     """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
 
-    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host.
+    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host by default.
 
-    bundle, provider, mode, graph, tokenizer, decoder   what it was loaded from and runs on
+    bundle, backend, mode      what it was made of
+    manifest, tokenizer        of the bundle
+    provider, graph, decoder   of the backend
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: str,
-        mode: Mode | None = None,
-        threads: int | None = None,
-        graph: str | None = None,
-        backend: Backend | None = None,
-        share_weights: bool = False,
-    ) -> None:
-        """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own.
+    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None) -> None:
+        """Run a bundle on a backend that was opened for it; `load` opens both.
 
-        backend: one that is open already, of this provider. share_weights: see `load`.
+        mode  where a call names none; None takes "cohort", or "static" for a bundle of regime lora
+
+        Raises ManifestError for a tokenizer.json that does not load, ModeError for a mode that the bundle cannot serve.
         """
-        self.bundle = bundle
+        self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
-        try:
-            self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
-        self.provider = provider
-        if backend is None:
-            self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)
-        self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
+        self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
+        self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
-        self._lora: Factors | None = None
+        self._lora: FactorSets | None = None
         if self.manifest.adaptation.regime == "lora":
-            lora_A, lora_B = bundle.lora().values()
-            self._lora = backend.place((lora_A, lora_B))
-        # In mode none: the decoder takes a pair of factors in any case.
-        shapes = (self.manifest.model.hidden_size, self.manifest.model.vocab_size)
-        lora_A, lora_B = (np.zeros((1, 1, size), np.float32) for size in shapes)
-        self._no_factors = backend.place((lora_A, lora_B))
-        self._centroid_factors: Factors | None = None
+            self._lora = backend.place(FactorSets(bundle.lora()))
+        self._no_factors = backend.place(no_factors(self.manifest.adaptation))  # the decoder takes some in any case
+        self._centroid_factors: FactorSets | None = None
         self._check_mode(self.mode)
         if self.mode == "centroid":
             self._factors_of_centroids()
@@ -102,19 +91,24 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        on_device: bool = False,
     ) -> Adaptation:
         """Embed and cluster a batch and generate its factors.
 
-        texts    texts, or lists of token ids
-        mode     none, static, centroid, request, cohort or tenant; None takes the runtime's
-        tenants  mode tenant: who each text belongs to, any hashable values
-        factors  mode static: lora_A [rank, hidden] and lora_B [rank, vocab], alpha already in them
+        texts      texts, or lists of token ids
+        mode       none, static, centroid, request, cohort or tenant; None takes the runtime's
+        tenants    mode tenant: who each text belongs to, any hashable values
+        factors    mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
+                   "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already in it, any rank
+        on_device  leave the factors where the decoder reads them, which on a GPU is its memory; False copies them
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
         adaptation = self._adapt(self._encode(texts), mode, tenants, factors)
-        lora_A, lora_B = (np.asarray(factor, np.float32) for factor in (adaptation.lora_A, adaptation.lora_B))
-        return replace(adaptation, lora_A=lora_A, lora_B=lora_B)
+        if on_device:
+            return adaptation
+        row_factors = adaptation.factors
+        return replace(adaptation, factors=replace(row_factors, sets=row_factors.sets.in_memory()))
 
     def score(
         self,
@@ -169,18 +163,20 @@ class Runtime:
         """
         rows = self._encode(prompts)
         limits = token_limits(max_new_tokens, len(rows))
-        single = isinstance(sampling, Sampling)
-        samplings: list[Sampling] = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+        single = not isinstance(sampling, Sequence)
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
         if len(samplings) != len(rows):
             raise InputError(f"{len(samplings)} samplings for {len(rows)} prompts: pass one, or one per prompt")
+        for each in samplings:
+            check_sampling(each, self.manifest.model.vocab_size)
         adaptation = self._adapt(rows, mode, tenants, factors)
         positions = self.manifest.model.max_positions
         active = [
             # The last new token is never fed back, so it needs no position.
-            Row(ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
+            Row(i, ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
             for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
         ]
-        return stream_tokens(active, self.decoder, adaptation, self.tokenizer, self.manifest.model)
+        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
 
     def check_unchanged(self) -> None:
         """Check that the bundle's files are those that were loaded, by size, modification time and inode.
@@ -212,33 +208,30 @@ class Runtime:
         cluster_ids = adapting.assign(embeddings, self._centroids)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
-            lora_A, lora_B = self._no_factors
+            sets = self._no_factors
         elif mode == "static":
-            lora_A, lora_B = self._static_factors(factors)
+            sets = self._static_factors(factors)
         elif mode == "centroid":
             present, factor_ids = np.unique(cluster_ids, return_inverse=True)
-            lora_A, lora_B = (stacked[present] for stacked in self._factors_of_centroids())
+            sets = self._factors_of_centroids()[present]
         else:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-            lora_A, lora_B = self._generate_factors(vectors)
-        return Adaptation(embeddings, cluster_ids, lora_A, lora_B, factor_ids.astype(np.int64))
+            sets = self.backend.generate_factors(vectors)
+        return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
 
-    def _static_factors(self, factors: Factors | None) -> Factors:
+    def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            return self._backend.place(adapting.check_factors(factors, self.manifest.model))
+            return self.backend.place(check_factors(factors, self.manifest.adaptation))
         if self._lora is None:
-            raise ModeError("mode 'static' needs factors=(lora_A, lora_B): this bundle has no trained LoRA of its own")
+            names = ", ".join(self.manifest.adaptation.factor_widths)
+            raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA of its own")
         return self._lora
 
-    def _factors_of_centroids(self) -> Factors:
+    def _factors_of_centroids(self) -> FactorSets:
         # Two threads may both compute it the first time; they get the same values.
         if self._centroid_factors is None:
-            self._centroid_factors = self._generate_factors(self._centroids)
+            self._centroid_factors = self.backend.generate_factors(self._centroids)
         return self._centroid_factors
-
-    def _generate_factors(self, conditioning: Any) -> Factors:
-        """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, rank, vocab]"""
-        return self._backend.generate_factors(conditioning)
 
     def _check_mode(self, mode: str) -> None:
         if mode not in get_args(Mode):

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray, Manifest
-from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.bundle import FloatArray, IntArray, Manifest
 from chameleon_deploy.runtime.decoder import pad, parts
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
 Array = npt.NDArray[Any]
@@ -67,7 +68,7 @@ class _Call:
 
     def __init__(
         self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, num_logits: int,
-        adaptation: Adaptation, buffers: list[Array],
+        factors: RowFactors, buffers: list[Array],
     ) -> None:  # fmt: skip
         """positions: of a row that get hidden states; num_logits: of those get logits, or none"""
         self.input_ids = np.zeros((batch, width), np.int64)
@@ -85,9 +86,8 @@ class _Call:
             "num_logits": np.array([num_logits], np.int64),
             "seqlens_k": self.seqlens_k,
             "total_sequence_length": self.total_sequence_length,
-            "factor_ids": np.ascontiguousarray(adaptation.factor_ids),
-            "lm_head.lora_A": adaptation.lora_A,
-            "lm_head.lora_B": adaptation.lora_B,
+            "factor_ids": np.ascontiguousarray(factors.factor_ids),
+            **factors.sets.tensors,
         }
         # An OrtValue made from a contiguous numpy array is that array's memory; keep them alive together.
         self._values = {name: decoder.ort_value.ortvalue_from_numpy(array) for name, array in inputs.items()}
@@ -120,8 +120,8 @@ class SharedCacheDecoder:
         self._buffer_dtype = np.int8 if past[0].type == "tensor(int8)" else np.float32
 
     def prefill(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
-    ) -> tuple[FloatArray, SharedCache]:
+        self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int
+    ) -> tuple[HostLogits, SharedCache]:
         lengths = np.array([len(ids) for ids in rows], np.int64)
         memory, buffers = self._buffers(len(rows), max(capacity, int(lengths.max())))
         cache = SharedCache(buffers, lengths, memory)
@@ -129,21 +129,21 @@ class SharedCacheDecoder:
         for part in parts(lengths, self.prefill_tokens):
             # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
-            adapted = adaptation.rows(np.arange(len(rows))[part])
+            own = factors.rows(np.arange(len(rows))[part])
             for start, piece in _pieces(rows[part], self.prefill_tokens):
-                logits[part] = self._read(piece, adapted, buffers, start, last_only=True).run()[:, 0]
-        return logits, cache
+                logits[part] = self._read(piece, own, buffers, start, last_only=True).run()[:, 0]
+        return HostLogits(logits), cache
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
+    def step(self, token_ids: IntArray, factors: RowFactors, cache: SharedCache) -> HostLogits:
         call = cache.step
         if call is None:
-            call = cache.step = _Call(self, len(token_ids), 1, 1, 1, adaptation, cache.buffers)
+            call = cache.step = _Call(self, len(token_ids), 1, 1, 1, factors, cache.buffers)
         call.input_ids[:, 0] = token_ids
         call.position_ids[:, 0] = cache.lengths
         call.seqlens_k[:] = cache.lengths
         call.total_sequence_length[...] = cache.lengths.max() + 1
         cache.lengths = cache.lengths + 1
-        return call.run()[:, 0]
+        return HostLogits(call.run()[:, 0])
 
     def keep(self, cache: SharedCache, rows: IntArray) -> SharedCache:
         used = int(cache.lengths.max())
@@ -151,23 +151,23 @@ class SharedCacheDecoder:
             buffer[: len(rows), :, :used] = buffer[rows, :, :used]
         return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows], cache.memory)
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
         for start, piece in _pieces(rows, SCORED_TOKENS):
-            yield start, self._read(piece, adaptation, buffers, start).run()
+            yield start, HostLogits(self._read(piece, factors, buffers, start).run())
         del memory  # held until here: the calls write where it points
 
-    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], adaptation), adaptation)
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
+        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], factors), factors)
 
-    def _hidden_states(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[Piece]:
+    def _hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
         """Of every position."""
         lengths = np.array([len(ids) for ids in rows])
         for part in parts(lengths, SCORED_TOKENS):
-            members, adapted = np.arange(len(rows))[part], adaptation.rows(np.arange(len(rows))[part])
+            members, own = np.arange(len(rows))[part], factors.rows(np.arange(len(rows))[part])
             memory, buffers = self._buffers(len(members), int(lengths[part].max()))
             for start, piece in _pieces(rows[part], SCORED_TOKENS):
-                call = self._read(piece, adapted, buffers, start, logits=False)
+                call = self._read(piece, own, buffers, start, logits=False)
                 call.run()
                 for row, ids, states in zip(members.tolist(), piece, call.hidden_states, strict=True):
                     yield row, start, states[: len(ids)]
@@ -176,7 +176,7 @@ class SharedCacheDecoder:
     def _read(
         self,
         rows: Sequence[Sequence[int]],
-        adaptation: Adaptation,
+        factors: RowFactors,
         buffers: list[Array],
         start: int,
         last_only: bool = False,
@@ -188,7 +188,7 @@ class SharedCacheDecoder:
         batch, width = input_ids.shape
         lengths = mask.sum(1)
         positions = 1 if last_only else width
-        call = _Call(self, batch, width, positions, positions if logits else 0, adaptation, buffers)
+        call = _Call(self, batch, width, positions, positions if logits else 0, factors, buffers)
         call.input_ids[:] = input_ids
         call.position_ids[:] = start + np.arange(width)
         call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chameleon_deploy.bundle import LimitsSpec, ParitySummary
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def verify_bundle(
     checkpoint: Checkpoint,
     text: list[Path] | None,
     threads: int | None,
-    report: Any,
+    report: Progress,
     provider: str = "cpu",
     keep_trunk: bool = True,
 ) -> tuple[list[Check], dict[str, Any]]:
@@ -74,7 +75,8 @@ def verify_bundle(
     """
     from chameleon_deploy.bundle import default_mode, open_bundle
     from chameleon_deploy.reference.inference import RowLogits
-    from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.runtime import Runtime, load
+    from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checks as parity
 
     reference = RowLogits(checkpoint)
@@ -92,11 +94,11 @@ def verify_bundle(
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
-                runtime = Runtime(opened, "cpu", threads=threads, graph=name)
+                runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
                 checks += parity.verify(runtime, reference, rows, name == own, report)
                 del runtime  # one session's weights at a time
     else:
-        runtime = Runtime(opened, provider, threads=threads)
+        runtime = load(bundle, provider, threads=threads)
         provider = runtime.provider
         checks = parity.verify(runtime, reference, rows, True, report)
     record = {
@@ -112,5 +114,7 @@ def verify_bundle(
 
 
 def summary(checks: list[Check]) -> ParitySummary:
+    from chameleon_deploy.verify.logit_figures import largest
+
     differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
-    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))
+    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences))

@@ -6,6 +6,12 @@
 
 namespace chameleon {
 
+/// Throws InputError for a setting out of range.
+void check(const Sampling& sampling);
+
+/// The number in [0, 1) that decides step `step` of stream `stream`.
+double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
+
 /// The next token id, specified so exactly that Python and C++ choose the same one
 /// (chameleon_deploy/runtime/sampling.py states the steps).
 ///

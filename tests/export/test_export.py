@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import chameleon_deploy
 from chameleon_deploy.bundle import LimitsSpec, open_bundle
@@ -29,9 +30,11 @@ from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from tests.conftest import REPOSITORY, checkpoint_around
+from tests.logits import row_logits
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
@@ -120,7 +123,8 @@ def test_alpha_and_layout_are_folded_in(mini: Checkpoint, tmp_path: Path) -> Non
     runtime = chameleon_deploy.load(tmp_path / "b")
     rows = [[1, 2, 3], [4, 5]]
     ours, theirs = runtime.adapt(rows, mode="request"), inference.adapt(checkpoint, rows, "request")
-    np.testing.assert_allclose(ours.lora_B, 0.25 * theirs.lora_B.numpy().swapaxes(1, 2), atol=1e-6)
+    lora_B = np.asarray(ours.factors.sets.tensors["lm_head.lora_B"])
+    np.testing.assert_allclose(lora_B, 0.25 * theirs.lora_B.numpy().swapaxes(1, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ def test_every_gpt2_size_by_config(size: str, option: dict[str, Any], tmp_path: 
     rows = [[7] * 96, [5, 9, 200, 3]]
     theirs = inference.adapt(checkpoint, rows, "cohort")
     for row, score in enumerate(runtime.score(rows)):
-        logprobs = inference.row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
+        logprobs = row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
         expected = logprobs[:-1].gather(1, torch.tensor(rows[row][1:])[:, None])[:, 0]
         np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
 
@@ -331,3 +335,25 @@ def test_limits_are_checked_before_anything_is_written(
     with pytest.raises(RecipeError, match=message):
         export_bundle(mini, tmp_path / "b", None, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_training_in_a_tokenizer_are_cleared(
+    mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Fine-tuning scripts save padding, truncation and dropout with the base; texts of a bundle are whole and alone."""
+    path = copy_of(mini_path)
+    file = path / "base" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.enable_truncation(8)
+    model: Any = tokenizer.model
+    model.dropout = 0.5
+    tokenizer.save(str(file))
+    short, long = "The river", "The river runs through a wide valley, past the mill and the old bridge."
+    trunk, expected = load_trunk(path / "base"), load_trunk(mini_path / "base")
+    alone = [expected.tokenizer.encode(text).ids for text in (short, long)]
+    assert len(alone[1]) > 8
+    assert [encoding.ids for encoding in trunk.tokenizer.encode_batch([short, long])] == alone
+    export_bundle(load_checkpoint(path), tmp_path / "bundle", None)
+    scores = chameleon_deploy.load(tmp_path / "bundle").score([short, long])
+    assert [score.token_ids for score in scores] == alone

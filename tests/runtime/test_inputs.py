@@ -36,7 +36,7 @@ def test_tenants(runtime: Runtime, tenants: Any) -> None:
 
 def test_tenants_that_are_equal_and_of_different_types_share_no_factors(runtime: Runtime) -> None:
     adaptation = runtime.adapt(["same"] * 4, mode="tenant", tenants=[1, True, 1.0, 1])
-    assert adaptation.factor_ids.tolist() == [0, 1, 2, 0]
+    assert adaptation.factors.factor_ids.tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(

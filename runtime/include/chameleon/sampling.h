@@ -4,8 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "chameleon/export.h"
-
 namespace chameleon {
 
 /// How the tokens of a row are chosen and when it stops.
@@ -18,11 +16,5 @@ struct Sampling {
   std::vector<std::int64_t> stop_token_ids{};  ///< stop after one of these, besides the model's end of text
   std::vector<std::string> stop{};             ///< stop before one of these strings
 };
-
-/// Throws InputError for a setting out of range.
-CHAMELEON_EXPORT void check(const Sampling& sampling);
-
-/// The number in [0, 1) that decides step `step` of stream `stream`.
-CHAMELEON_EXPORT double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
 
 }  // namespace chameleon
