@@ -6,6 +6,7 @@ from __future__ import annotations
 COMMANDS = {
     "train": "Train the head of a frozen base model into a checkpoint.",
     "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
+    "compare": "Train and compare base, LoRA, hypernetwork and controls.",
     "export": "Turn a checkpoint into a bundle.",
     "verify": "Check a bundle against its PyTorch reference.",
     "inspect": "Show what a bundle holds.",
@@ -17,15 +18,18 @@ COMMANDS = {
 }
 
 OPTION_GROUPS = {
-    "Texts": ("prompt", "prompts", "text", "dataset", "validation_text", "train_texts", "validation_texts"),
+    "Texts": (
+        "prompt", "prompts", "text", "dataset", "validation_text", "test_text", "train_texts", "validation_texts",
+        "test_texts",
+    ),
     "Adaptation": ("mode", "tenant"),
     "Sampling": (
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",
     ),
     "Training": (
-        "regime", "protocol", "preset", "recipe", "rank", "alpha", "clusters", "max_length", "epochs", "lr", "patience",
-        "resume",
+        "regime", "protocol", "preset", "rank", "alpha", "clusters", "max_length", "epochs", "lr", "patience",
+        "seeds", "resume",
     ),
     "Execution": ("provider", "threads", "share_weights"),
     "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),

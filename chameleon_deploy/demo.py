@@ -82,10 +82,9 @@ def main(
 
 def _perplexities(runtimes: Any, checkpoints: Any, report: Progress) -> Sheet:
     from chameleon_deploy.evaluate.scoring import evaluate
-    from chameleon_deploy.reference.tiny import corpus_split
+    from chameleon_deploy.reference.tiny import corpus_splits
 
-    _, held_out = corpus_split()
-    texts = {kind: kept[:HELD_OUT_PER_KIND] for kind, kept in held_out.items() if kept}
+    texts = {kind: split.test[:HELD_OUT_PER_KIND] for kind, split in corpus_splits().items() if split.test}
     headers = ["regime", "trained parameters", *texts, "all", "all, PyTorch", "difference"]
     rows = []
     regimes = (("base", "chameleon", "none"), ("lora", "lora", "static"), ("chameleon", "chameleon", "cohort"))

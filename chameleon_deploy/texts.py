@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from chameleon_deploy.errors import InputError
@@ -22,6 +22,20 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         texts += _read_one(path)
     return texts
+
+
+def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_with_text: Mapping[str, object]) -> None:
+    """Check where a command's texts come from: --text or --dataset.
+
+    only_with_text  the values of options that make no sense with a dataset, which has splits, by their names
+
+    Raises InputError.
+    """
+    if bool(text) == bool(dataset):
+        raise InputError("pass either --text FILE or --dataset NAME")
+    for option, value in only_with_text.items():
+        if dataset and value:
+            raise InputError(f"{option} goes with --text: --dataset {dataset} has splits of its own")
 
 
 def _read_one(path: Path) -> list[str]:

@@ -1,12 +1,11 @@
-"""`python -m chameleon_deploy.evaluate`: held-out loss and perplexity, as the paper's table gives them, under both
-protocols: of checkpoints beside their base, or with --table of the whole experiment, trained here."""
+"""`python -m chameleon_deploy.evaluate`: held-out loss and perplexity of checkpoints and their base, both protocols."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,98 +16,35 @@ if TYPE_CHECKING:
     from chameleon_deploy.evaluate.scoring import Evaluation
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
-_TABLE = "With --table"
-
 
 def main(
-    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Checkpoints on one base model.")] = None,
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints on one base model.")],
     text: Annotated[
-        list[Path] | None,
-        typer.Option(help='Held-out UTF-8 text, or .jsonl with a "text" field; with --table the training text.'),
+        list[Path] | None, typer.Option(help='Held-out text: UTF-8 files, or .jsonl with a "text" field.')
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Named dataset instead, such as wikitext.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model: with --table, or where a checkpoint's has moved.")
+    dataset: Annotated[
+        str | None, typer.Option(help="Named dataset instead, such as wikitext: its split test.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, where a checkpoint's own has moved.")] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Score the one checkpoint's exported bundle too; exit 1 where they differ.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per cohort.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap, and of the first training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
     wide: Annotated[bool, typer.Option("--wide", help="Print all columns in one table.")] = False,
-    table: Annotated[
-        bool, typer.Option("--table", help="Train and compare base, LoRA, hypernetwork and the controls.")
-    ] = False,
-    work: Annotated[
-        Path | None, typer.Option(help="Directory that keeps what is finished: repeat the command to go on.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.", rich_help_panel=_TABLE)] = 5,
-    validation_text: Annotated[
-        list[Path] | None, typer.Option(help="The scored texts; else a fifth of the text.", rich_help_panel=_TABLE)
-    ] = None,
-    train_texts: Annotated[
-        int | None, typer.Option(min=1, help="Train on a sample of so many.", rich_help_panel=_TABLE)
-    ] = None,
-    validation_texts: Annotated[
-        int | None, typer.Option(min=1, help="Score a sample of so many.", rich_help_panel=_TABLE)
-    ] = None,
-    recipe: Annotated[
-        Literal["paper", "residual"],
-        typer.Option(help="How hypernetworks come to be; --rank and the rest are told apart.", rich_help_panel=_TABLE),
-    ] = "paper",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors.", rich_help_panel=_TABLE)] = 4,
-    alpha: Annotated[float, typer.Option(help="Scale of the update.", rich_help_panel=_TABLE)] = 1.0,
-    clusters: Annotated[int, typer.Option(min=2, help="Number of k-means clusters.", rich_help_panel=_TABLE)] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.", rich_help_panel=_TABLE)] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="At most.", rich_help_panel=_TABLE)] = 10,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate.", rich_help_panel=_TABLE)] = 5e-4,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Epochs without improvement before stopping.", rich_help_panel=_TABLE)
-    ] = 2,
-    html: Annotated[Path | None, typer.Option(help="A page with plots, too.", rich_help_panel=_TABLE)] = None,
 ) -> None:
-    """Compare regimes on held-out text: parameters, loss, perplexity, change from the base with its interval."""
-    console.check_output(html)
-    if bool(text) == bool(dataset):
-        raise InputError("pass either --text FILE or --dataset NAME")
-    if table:
-        if checkpoints or bundle or not base or not work:
-            raise InputError("--table trains its own checkpoints: pass --base and --work, no checkpoint and no bundle")
-        from chameleon_deploy.evaluate.variants import Experiment
+    """Compare checkpoints with their base on held-out text, under both protocols.
 
-        settings = Experiment(
-            recipe=recipe, rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length, epochs=epochs,
-            batch_size=batch_size, lr=lr, patience=patience, seed=seed,
-        )  # fmt: skip
-        from chameleon_deploy.evaluate.comparison import run_comparison
-
-        texts = _training_and_held_out(text, dataset, validation_text, train_texts, validation_texts, seed)
-        run_comparison(base, *texts, settings, seeds, work, as_json, html)
-    else:
-        if html or work or validation_text or train_texts or validation_texts:
-            raise InputError("--html, --work, --validation-text, --train-texts and --validation-texts go with --table")
-        _evaluate_checkpoints(
-            checkpoints or [], _held_out(text, dataset), base, bundle, batch_size, seed, as_json, wide
-        )
-
-
-def _evaluate_checkpoints(
-    checkpoints: list[Path],
-    texts: list[str],
-    base: str | None,
-    bundle: Path | None,
-    batch_size: int,
-    seed: int,
-    as_json: bool,
-    wide: bool,
-) -> None:
+    Printed are parameters, loss, perplexity, and its change from the base with a 95 % interval.
+    """
     from chameleon_deploy.evaluate.figures import checkpoint_sheets
     from chameleon_deploy.evaluate.scoring import bootstrap_gain
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
-    if not checkpoints or (bundle and len(checkpoints) > 1):
-        raise InputError("pass a checkpoint (one alone with --bundle), or --table to train and compare all regimes")
+    if bundle and len(checkpoints) > 1:
+        raise InputError(f"--bundle {bundle} is compared with one checkpoint: pass it alone, not {len(checkpoints)}")
+    texts = _held_out(text, dataset)
     loaded = [load_checkpoint(path, base) for path in checkpoints]
     _require_one_base(checkpoints, loaded)
     found = _evaluate_all(loaded, texts, batch_size)
@@ -143,31 +79,10 @@ def _evaluate_checkpoints(
 
 def _held_out(text: list[Path] | None, dataset: str | None) -> list[str]:
     from chameleon_deploy.reference.corpus import load_dataset_texts
-    from chameleon_deploy.texts import read_texts
+    from chameleon_deploy.texts import read_texts, require_one_source
 
-    return load_dataset_texts(dataset, "validation") if dataset else read_texts(text or [])
-
-
-def _training_and_held_out(
-    text: list[Path] | None,
-    dataset: str | None,
-    validation_text: list[Path] | None,
-    train_texts: int | None,
-    validation_texts: int | None,
-    seed: int,
-) -> tuple[list[str], list[str]]:
-    from chameleon_deploy.reference.corpus import load_dataset_texts, sample_texts, split_texts
-    from chameleon_deploy.texts import read_texts
-
-    if dataset:
-        train, held_out = (load_dataset_texts(dataset, split) for split in ("train", "validation"))
-    elif validation_text:
-        train, held_out = read_texts(text or []), read_texts(validation_text)
-    else:
-        train, held_out = split_texts(read_texts(text or []), 0.2)
-    if not train or not held_out:
-        raise InputError("too few texts to hold some out: pass more, or --validation-text FILE")
-    return sample_texts(train, train_texts, seed), sample_texts(held_out, validation_texts, seed)
+    require_one_source(text, dataset, {})
+    return load_dataset_texts(dataset, "test") if dataset else read_texts(text or [])
 
 
 def _require_one_base(paths: list[Path], checkpoints: list[Checkpoint]) -> None:

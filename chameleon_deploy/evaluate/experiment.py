@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -31,7 +32,7 @@ from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.scoring import FloatArray, score_texts
 from chameleon_deploy.evaluate.variants import (
     VARIANTS,
-    Experiment,
+    ConditioningName,
     Variant,
     checkpoint_config,
     conditionings,
@@ -41,14 +42,13 @@ from chameleon_deploy.evaluate.variants import (
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
-from chameleon_deploy.reference.corpus import encode_texts, split_texts
+from chameleon_deploy.reference.corpus import Split, encode_texts
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.model import Trunk
-from chameleon_deploy.reference.presets import RECIPES
+from chameleon_deploy.reference.presets import Preset
 from chameleon_deploy.reference.training import train_on_states
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
-STOPPING = 0.1  # of the training texts: they decide when to stop, so that the scored texts decide nothing
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Scored:
     variant: str
     trained: Protocol
     scored: Protocol
-    conditioning: str
+    conditioning: ConditioningName
     parameters: int
     nll: FloatArray
     positions: npt.NDArray[np.int64]
@@ -86,27 +86,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Side:
-    """What one protocol makes of the texts: hidden states of three parts, and the clusters."""
+    """The texts under one protocol: hidden states of the three splits, and clusters of the training texts.
+
+    test_ids  token ids of the test texts
+    """
 
     protocol: Protocol
-    ids: list[list[int]]  # of the scored texts
     train: HiddenStates
-    stopping: HiddenStates
-    scored: HiddenStates
+    validation: HiddenStates
+    test: HiddenStates
+    test_ids: list[list[int]]
     centroids: Tensor
 
 
 def run_experiment(
     trunk: Trunk,
     base_model: str,
-    train_texts: list[str],
-    scored_texts: list[str],
-    settings: Experiment,
+    texts: Split,
+    settings: Preset,
     num_seeds: int,
     work: Path,
     report: Progress,
 ) -> Outcome:
-    """Do, or finish, the whole experiment in `work`. A tenth of the training texts decides when to stop.
+    """Do, or finish, the whole experiment in `work`.
+
+    settings  its seed is that of the first training; the others follow
 
     Raises InputError when `work` holds an experiment on other texts, base or settings, or when there are too few texts
     or clusters; OutputError when another process is at work there.
@@ -115,20 +119,17 @@ def run_experiment(
         raise InputError("a comparison needs at least 2 clusters: with one there is nothing to adapt to")
     if settings.max_length > trunk.max_positions:
         raise InputError(f"max_length {settings.max_length} exceeds the model's {trunk.max_positions} positions")
-    made_of = _fingerprint(trunk, train_texts, scored_texts, settings)
+    if not all(texts):
+        raise InputError("the training, validation and test texts are too few: one of the three has none")
+    made_of = _fingerprint(trunk, texts, settings)
     with _work_directory(work, made_of):
-        parts = dict(zip(("train", "stopping"), split_texts(train_texts, STOPPING, "stopping"), strict=True))
-        if not parts["train"] or not parts["stopping"]:
-            raise InputError(f"{len(train_texts)} training texts are too few to hold some out: pass more")
-        parts["scored"] = scored_texts
-        sides = {protocol: _side(trunk, protocol, parts, settings, work, report) for protocol in PROTOCOLS}
+        sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in PROTOCOLS}
         _write_whole(work / "settings.json", made_of)  # from here on there is something worth resuming
         scored = [_score_base(trunk, side) for side in sides.values()]
         histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]] = {}
         runs: dict[tuple[Protocol, str], list[dict[str, FloatArray]]] = {}
-        jobs = [
-            (p, v, seed) for seed in range(settings.seed, settings.seed + num_seeds) for p in sides for v in VARIANTS
-        ]
+        first = settings.training.seed
+        jobs = [(p, v, seed) for seed in range(first, first + num_seeds) for p in sides for v in VARIANTS]
         for done, (protocol, variant, seed) in enumerate(jobs):
             report("trainings", done, len(jobs))
             path = work / protocol / f"seed-{seed}" / variant.name
@@ -142,24 +143,27 @@ def run_experiment(
                 scored += _collect(trunk, variant, sides, protocol, settings, runs[protocol, variant.name])
     masked = sides["masked"]
     return Outcome(
-        scored, histories, masked.scored.embeddings.double().numpy(), masked.centroids.double().numpy(),
-        nearest_centroids(masked.scored.embeddings, masked.centroids).numpy(), len(masked.train.targets),
+        scored, histories, masked.test.embeddings.double().numpy(), masked.centroids.double().numpy(),
+        nearest_centroids(masked.test.embeddings, masked.centroids).numpy(), len(masked.train.targets),
     )  # fmt: skip
 
 
-def _side(
-    trunk: Trunk, protocol: Protocol, parts: dict[str, list[str]], settings: Experiment, work: Path, report: Progress
-) -> _Side:
-    states, ids = {}, []
-    for part, texts in parts.items():
-        ids = encode_texts(texts, trunk.tokenizer, protocol, settings.max_length)
-        what, total = f"hidden states ({protocol}, {part})", len(ids)
-        states[part] = cache_hidden_states(
-            trunk, ids, protocol, settings.max_length, work / "hidden_states" / protocol / part,
-            lambda done, what=what, total=total: report(what, done, total),  # type: ignore[misc]
+def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work: Path, report: Progress) -> _Side:
+    def encode(part: list[str]) -> list[list[int]]:
+        return encode_texts(part, trunk.tokenizer, protocol, settings.max_length)
+
+    def hidden_states(name: str, ids: list[list[int]]) -> HiddenStates:
+        return cache_hidden_states(
+            trunk, ids, protocol, settings.max_length, work / "hidden_states" / protocol / name,
+            lambda done: report(f"hidden states ({protocol}, {name})", done, len(ids)),
         )  # fmt: skip
-    centroids = fit_centroids(states["train"].embeddings, settings.num_clusters, settings.seed)
-    return _Side(protocol, ids, states["train"], states["stopping"], states["scored"], centroids)
+
+    train = hidden_states("train", encode(texts.train))
+    validation = hidden_states("validation", encode(texts.validation))
+    test_ids = encode(texts.test)
+    test = hidden_states("test", test_ids)
+    centroids = fit_centroids(train.embeddings, settings.num_clusters, settings.training.seed)
+    return _Side(protocol, train, validation, test, test_ids, centroids)
 
 
 def _train_and_score(
@@ -168,7 +172,7 @@ def _train_and_score(
     variant: Variant,
     sides: dict[Protocol, _Side],
     protocol: Protocol,
-    settings: Experiment,
+    settings: Preset,
     seed: int,
     path: Path,
     report: Progress,
@@ -178,20 +182,16 @@ def _train_and_score(
     if not path.exists():
         base = os.path.relpath(base_model, path) if Path(base_model).exists() else base_model
         config = checkpoint_config(variant, settings, trunk, base, protocol)
-        training = replace(
-            RECIPES[settings.recipe].settings,
-            epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, patience=settings.patience,
-            seed=seed,
-        )  # fmt: skip
+        training = replace(settings.training, seed=seed)
         vector = side.train.embeddings.mean(0) if variant.constant else None
-        train_on_states(trunk, config, side.train, side.stopping, side.centroids, path, training, report, vector)
+        train_on_states(trunk, config, side.train, side.validation, side.centroids, path, training, report, vector)
     if not scores.exists():
         checkpoint = load_checkpoint(path, trunk=trunk)
         found: dict[str, FloatArray] = {}
         for other in sides.values():
             # A text is embedded as in training, whichever protocol scores it.
-            embedded = replace(other.scored, embeddings=_embed(trunk, other.ids, protocol, settings))
-            ways = conditionings(variant, checkpoint, embedded.embeddings, side.centroids, settings.seed)
+            embedded = replace(other.test, embeddings=_embed(trunk, other.test_ids, protocol, settings))
+            ways = conditionings(variant, checkpoint, embedded.embeddings, side.centroids, settings.training.seed)
             for name, conditioned in ways:
                 if other is side or name == usual(variant):
                     report(f"scoring ({variant.name})", len(found), 9)
@@ -204,15 +204,15 @@ def _train_and_score(
     return load_file(scores)
 
 
-def _embed(trunk: Trunk, ids: list[list[int]], protocol: Protocol, settings: Experiment) -> Tensor:
+def _embed(trunk: Trunk, ids: list[list[int]], protocol: Protocol, settings: Preset) -> Tensor:
     return embed_texts(ids, trunk.token_embedding, protocol, settings.max_length, trunk.eos_token_id)
 
 
 def _score_base(trunk: Trunk, side: _Side) -> Scored:
-    nothing = conditioning.constant(side.centroids[0], len(side.scored))
-    nll = score_texts(None, 0.0, trunk.head_weight, side.scored, nothing)[None]
-    clusters = nearest_centroids(side.scored.embeddings, side.centroids).numpy()
-    positions = np.diff(side.scored.offsets)
+    nothing = conditioning.constant(side.centroids[0], len(side.test))
+    nll = score_texts(None, 0.0, trunk.head_weight, side.test, nothing)[None]
+    clusters = nearest_centroids(side.test.embeddings, side.centroids).numpy()
+    positions = np.diff(side.test.offsets)
     return Scored("base", side.protocol, side.protocol, "none", trunk.num_parameters(), nll, positions, clusters)
 
 
@@ -221,16 +221,17 @@ def _collect(
     variant: Variant,
     sides: dict[Protocol, _Side],
     protocol: Protocol,
-    settings: Experiment,
+    settings: Preset,
     runs: list[dict[str, FloatArray]],
 ) -> Iterator[Scored]:
     for key in runs[0]:
         scored, _, name = key.partition(".")
         other = next(side for side in sides.values() if side.protocol == scored)
-        clusters = nearest_centroids(_embed(trunk, other.ids, protocol, settings), sides[protocol].centroids)
+        clusters = nearest_centroids(_embed(trunk, other.test_ids, protocol, settings), sides[protocol].centroids)
         yield Scored(
-            variant.name, protocol, other.protocol, name, num_parameters(trunk, settings, variant),
-            np.stack([run[key] for run in runs]), np.diff(other.scored.offsets), clusters.numpy(),
+            variant.name, protocol, other.protocol, cast(ConditioningName, name),
+            num_parameters(trunk, settings, variant), np.stack([run[key] for run in runs]),
+            np.diff(other.test.offsets), clusters.numpy(),
         )  # fmt: skip
 
 
@@ -252,8 +253,8 @@ def _write_whole(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def _fingerprint(trunk: Trunk, train_texts: list[str], scored_texts: list[str], settings: Experiment) -> str:
+def _fingerprint(trunk: Trunk, texts: Split, settings: Preset) -> str:
     """All that the results depend on but the number of seeds, which may grow."""
-    texts = hashlib.sha256(json.dumps([train_texts, scored_texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     base = hashlib.sha256(trunk.token_embedding.numpy().tobytes() + trunk.head_weight.numpy().tobytes()).hexdigest()
-    return json.dumps({"settings": msgspec.to_builtins(settings), "texts": texts, "base": base}, indent=2) + "\n"
+    return json.dumps({"settings": msgspec.to_builtins(settings), "texts": digest, "base": base}, indent=2) + "\n"

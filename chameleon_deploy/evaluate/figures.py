@@ -1,33 +1,66 @@
-"""What an experiment's scores say: figures with their intervals, and tables of them."""
+"""Figures of an experiment with their intervals, and tables of them. The display names of all rows are here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from chameleon_deploy.evaluate.experiment import PROTOCOLS, Scored
 from chameleon_deploy.evaluate.scoring import bootstrap_change, seed_interval
+from chameleon_deploy.evaluate.variants import ConditioningName
 from chameleon_deploy.table import Sheet
 
 Interval = tuple[float, float]
 
-# Group, variant, conditioning, how the table calls it. A cohort of one is mode request.
-CONTROLS = (
-    ("mode", "base", "none", "none"),
-    ("mode", "lora", "static", "static (the trained LoRA)"),
-    ("mode", "chameleon", "request", "request (cohort of 1)"),
-    ("mode", "chameleon", "centroid", "centroid"),
-    ("mode", "chameleon", "cohort of 32", "cohort (of 32)"),
-    ("cohort", "chameleon", "cohort of 4", "cohort of 4"),
-    ("cohort", "chameleon", "mixed batch of 32", "32 without clustering"),
-    ("wrong", "chameleon", "another cluster's mean", "another cluster's mean"),
-    ("wrong", "chameleon", "shuffled", "shuffled conditioning"),
-    ("capacity", "chameleon-constant", "constant", "hypernetwork trained on a constant"),
-    ("capacity", "lora-large", "static", "LoRA of equal parameter count"),
+
+class Row(NamedTuple):
+    """A variant under one conditioning, and the display name of the two."""
+
+    variant: str
+    conditioning: ConditioningName
+    label: str
+
+
+# The paper's regimes.
+REGIMES = (Row("base", "none", "base"), Row("lora", "static", "lora"), Row("chameleon", "cohort_32", "chameleon"))
+# All rows of a table of modes and controls, by group. A cohort of one is mode request.
+CONTROLS: dict[str, tuple[Row, ...]] = {
+    "mode": (
+        Row("base", "none", "none"),
+        Row("lora", "static", "static (the trained LoRA)"),
+        Row("chameleon", "request", "request (cohort of 1)"),
+        Row("chameleon", "centroid", "centroid"),
+        Row("chameleon", "cohort_32", "cohort (of 32)"),
+    ),
+    "cohort": (
+        Row("chameleon", "cohort_4", "cohort of 4"),
+        Row("chameleon", "mixed_32", "32 without clustering"),
+    ),
+    "wrong": (
+        Row("chameleon", "other_cluster", "another cluster's mean"),
+        Row("chameleon", "shuffled", "shuffled conditioning"),
+    ),
+    "capacity": (
+        Row("chameleon-constant", "constant", "hypernetwork trained on a constant"),
+        Row("lora-large", "static", "LoRA of equal parameter count"),
+    ),
+}
+# The two plots of gains: short names for an axis.
+COHORTS = (
+    Row("chameleon", "request", "1"),
+    Row("chameleon", "cohort_4", "4"),
+    Row("chameleon", "cohort_32", "32"),
+    Row("chameleon", "mixed_32", "32, mixed"),
+)
+MODES = (
+    Row("lora", "static", "static"),
+    Row("chameleon", "request", "request"),
+    Row("chameleon", "centroid", "centroid"),
+    Row("chameleon", "cohort_32", "cohort"),
 )
 
 
@@ -45,7 +78,7 @@ class Figures:
     regime: str
     trained: str
     scored: str
-    conditioning: str
+    conditioning: ConditioningName
     parameters: int
     seeds: int
     texts: int
@@ -65,7 +98,7 @@ class Figures:
 def figures(scored: Sequence[Scored], seed: int) -> list[Figures]:
     """All figures; `seed` is the bootstrap's."""
     bases = {s.scored: s for s in scored if s.variant == "base"}
-    own = {(s.trained, s.scored): s for s in scored if (s.variant, s.conditioning) == ("chameleon", "cohort of 32")}
+    own = {(s.trained, s.scored): s for s in scored if (s.variant, s.conditioning) == ("chameleon", "cohort_32")}
     return [_figures(s, bases[s.scored], own[s.trained, s.scored], seed) for s in scored]
 
 
@@ -106,9 +139,11 @@ def _figures(scored: Scored, base: Scored, chameleon: Scored, seed: int) -> Figu
     )
 
 
-def find(all_figures: Iterable[Figures], regime: str, conditioning: str, trained: str, scored: str) -> Figures:
-    """The one that is meant; the base is trained under nothing."""
-    wanted = (regime, conditioning, "" if regime == "base" else trained, scored)
+def find(
+    all_figures: Iterable[Figures], variant: str, conditioning: ConditioningName, trained: str, scored: str
+) -> Figures:
+    """The figures of one variant and conditioning; the base is trained under no protocol."""
+    wanted = (variant, conditioning, "" if variant == "base" else trained, scored)
     return next(f for f in all_figures if (f.regime, f.conditioning, f.trained, f.scored) == wanted)
 
 
@@ -118,13 +153,11 @@ def regime_sheet(all_figures: Sequence[Figures]) -> Sheet:
     for protocol in PROTOCOLS:
         headers += [f"{protocol}: loss", "perplexity", "change [over texts]"]
     rows = []
-    for trained, regime, conditioning in (
-        ("", "base", "none"),
-        *((p, r, c) for p in PROTOCOLS for r, c in (("lora", "static"), ("chameleon", "cohort of 32"))),
-    ):
-        row = [find(all_figures, regime, conditioning, trained, scored) for scored in PROTOCOLS]
+    base, *trained_regimes = REGIMES
+    for trained, regime in (("", base), *((protocol, r) for protocol in PROTOCOLS for r in trained_regimes)):
+        row = [find(all_figures, regime.variant, regime.conditioning, trained, scored) for scored in PROTOCOLS]
         cells = [cell for f in row for cell in (_loss(f), number(f.perplexity), _change(f.change, f.change_interval))]
-        rows.append([trained, regime, f"{row[0].parameters:,}", *cells])
+        rows.append([trained, regime.label, f"{row[0].parameters:,}", *cells])
     counts = "; ".join(f"{f.scored}: {f.positions:,} positions of {f.texts:,} texts" for f in all_figures
                        if f.regime == "base")  # fmt: skip
     return Sheet(headers, rows, f"The three regimes ({counts})", sections=[0, 2])
@@ -135,19 +168,18 @@ def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
     headers = ["", "conditioned on", "parameters", "loss", "perplexity", "change from base [over texts]",
                "beside cohort [over seeds]", "[over texts]"]  # fmt: skip
     rows = []
-    for group, regime, conditioning, name in CONTROLS:
-        f = find(all_figures, regime, conditioning, protocol, protocol)
+    for group, control in ((group, row) for group, controls in CONTROLS.items() for row in controls):
+        f = find(all_figures, control.variant, control.conditioning, protocol, protocol)
         beside = "" if f.beside_chameleon is None else _change(f.beside_chameleon, f.beside_chameleon_seeds)
-        rows.append([group, name, f"{f.parameters:,}", _loss(f), number(f.perplexity),
+        rows.append([group, control.label, f"{f.parameters:,}", _loss(f), number(f.perplexity),
                      _change(f.change, f.change_interval), beside, _percents(f.beside_chameleon_texts)])  # fmt: skip
     sections = [i for i in range(len(rows) - 1) if rows[i][0] != rows[i + 1][0]]
     return Sheet(headers, rows, f"Modes and controls, protocol {protocol}", sections=sections)
 
 
 def cluster_sheet(all_figures: Sequence[Figures]) -> Sheet:
-    """Perplexity per cluster of the scored texts."""
-    regimes = (("base", "none"), ("lora", "static"), ("chameleon", "cohort of 32"))
-    shown = [find(all_figures, *regime, protocol, protocol) for protocol in PROTOCOLS for regime in regimes]
+    """Perplexity per cluster of the test texts."""
+    shown = [find(all_figures, r.variant, r.conditioning, p, p) for p in PROTOCOLS for r in REGIMES]
     return by_cluster([(f"{f.scored}: {f.regime}", f.perplexity_by_cluster) for f in shown])
 
 

@@ -1,4 +1,4 @@
-"""`evaluate --table --html`: the comparison as one page with plots."""
+"""`compare --html`: the comparison as one page with plots."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 
 from chameleon_deploy.evaluate.experiment import PROTOCOLS, Outcome
 from chameleon_deploy.evaluate.figures import (
-    CONTROLS,
+    COHORTS,
+    MODES,
+    REGIMES,
     Figures,
+    Row,
     cluster_sheet,
     control_sheet,
     find,
     regime_sheet,
 )
 from chameleon_deploy.html_page import Page
-
-COHORTS = (("1", "request"), ("4", "cohort of 4"), ("32", "cohort of 32"), ("32, mixed", "mixed batch of 32"))
 
 
 def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:
@@ -35,7 +36,7 @@ def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings:
     for protocol in reversed(PROTOCOLS):
         page.table(control_sheet(all_figures, protocol))
     page.section("Learning curves")
-    with page.plot("Loss of the early-stopping texts after each epoch; one thin line per seed.") as figure:
+    with page.plot("Loss of the validation texts after each epoch; one thin line per seed.") as figure:
         axes = figure.subplots(1, len(PROTOCOLS))
         for protocol, axis in zip(PROTOCOLS, axes, strict=True):
             _learning_curves(axis, outcome, protocol)
@@ -44,17 +45,14 @@ def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings:
     with page.plot("Protocol masked, mean over seeds.") as figure:
         _clusters(figure.subplots(), all_figures)
     page.section("Map of the text embeddings")
-    with page.plot("Scored texts and frozen centroids, on the first two principal components.", 6, 5) as figure:
+    with page.plot("Test texts and frozen centroids, on the first two principal components.", 6, 5) as figure:
         _map(figure.subplots(), outcome)
     page.section("Gain against cohort size and mode")
     caption = "Change of perplexity from the base under protocol masked, with its interval over texts."
     with page.plot(caption) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        sizes = [(name, "chameleon", conditioning) for name, conditioning in COHORTS]
-        modes = [(name.split(" ")[0], regime, conditioning) for group, regime, conditioning, name in CONTROLS
-                 if group == "mode" and regime != "base"]  # fmt: skip
-        _gains(left, all_figures, sizes, "texts per cohort")
-        _gains(right, all_figures, modes, "mode")
+        _gains(left, all_figures, COHORTS, "texts per cohort")
+        _gains(right, all_figures, MODES, "mode")
         left.set_ylabel("change of perplexity, %")
 
 
@@ -70,10 +68,9 @@ def _learning_curves(axis: Any, outcome: Outcome, protocol: str) -> None:
 
 
 def _clusters(axis: Any, all_figures: Sequence[Figures]) -> None:
-    regimes = (("base", "none"), ("lora", "static"), ("chameleon", "cohort of 32"))
-    for i, (regime, conditioning) in enumerate(regimes):
-        by_cluster = find(all_figures, regime, conditioning, "masked", "masked").perplexity_by_cluster
-        axis.bar(np.arange(len(by_cluster)) + (i - 1) * 0.27, list(by_cluster.values()), 0.25, label=regime)
+    for i, regime in enumerate(REGIMES):
+        by_cluster = find(all_figures, regime.variant, regime.conditioning, "masked", "masked").perplexity_by_cluster
+        axis.bar(np.arange(len(by_cluster)) + (i - 1) * 0.27, list(by_cluster.values()), 0.25, label=regime.label)
     axis.set_xticks(range(len(by_cluster)), [f"cluster {c}" for c in by_cluster])
     axis.set_ylabel("perplexity")
     axis.legend()
@@ -92,12 +89,12 @@ def _map(axis: Any, outcome: Outcome) -> None:
     axis.legend()
 
 
-def _gains(axis: Any, all_figures: Sequence[Figures], named: Sequence[tuple[str, str, str]], label: str) -> None:
-    for i, (_, regime, conditioning) in enumerate(named):
-        f = find(all_figures, regime, conditioning, "masked", "masked")
+def _gains(axis: Any, all_figures: Sequence[Figures], shown: Sequence[Row], label: str) -> None:
+    for i, row in enumerate(shown):
+        f = find(all_figures, row.variant, row.conditioning, "masked", "masked")
         low, high = f.change_interval or (f.change, f.change)
         axis.plot([i, i], [100 * low, 100 * high], color="C0", marker="_")
         axis.plot(i, 100 * f.change, "o", color="C0")
     axis.axhline(0, color="#57606a", linewidth=1)
-    axis.set_xticks(range(len(named)), [name for name, _, _ in named])
+    axis.set_xticks(range(len(shown)), [row.label for row in shown])
     axis.set_xlabel(label)

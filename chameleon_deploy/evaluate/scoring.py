@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one regime scores under one protocol.
+    """The scores of one regime under one protocol.
 
     regime       "bundle" is the checkpoint's export, scored by the runtime
     parameters   what the regime adds to the frozen base, or the base itself
@@ -84,9 +84,9 @@ def evaluate(
     states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
     embeddings = _embeddings(checkpoint, ids)
     clusters = _clusters(checkpoint, embeddings)
-    cohorts = cohort_mean(embeddings, clusters, batch_size)
+    conditioning = cohort_mean(embeddings, clusters, batch_size)
     factors = checkpoint.factors if adapted else None
-    nll = score_texts(factors, config.alpha, trunk.head_weight, states, cohorts, batch_size)
+    nll = score_texts(factors, config.alpha, trunk.head_weight, states, conditioning, batch_size)
     parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
     regime = config.regime if adapted else "base"
     return Evaluation(regime, protocol, parameters, nll, np.diff(states.offsets), clusters.numpy())

@@ -16,9 +16,21 @@ from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.hypernetwork import num_factors
 from chameleon_deploy.reference.model import Trunk
-from chameleon_deploy.reference.presets import RECIPES
+from chameleon_deploy.reference.presets import Preset
 
-COHORT_SIZES = (4, 32)  # a cohort of one is mode request
+# What a text's factors are generated from: the keys of stored scores and of `--json`. Each has a label in figures.py.
+ConditioningName = Literal[
+    "none",
+    "static",
+    "constant",
+    "request",
+    "centroid",
+    "cohort_4",
+    "cohort_32",
+    "mixed_32",
+    "other_cluster",
+    "shuffled",
+]
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -39,23 +51,8 @@ VARIANTS = (
 )
 
 
-class Experiment(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings; the defaults are the paper's, where it gives one."""
-
-    recipe: Literal["paper", "residual"] = "paper"  # of the hypernetworks: reference/recipes.py
-    rank: int = 4
-    alpha: float = 1.0
-    num_clusters: int = 8
-    max_length: int = 256
-    epochs: int = 10
-    batch_size: int = 32
-    lr: float = 5e-4
-    patience: int = 2
-    seed: int = 0  # of the first training; the others follow
-
-
 def checkpoint_config(
-    variant: Variant, settings: Experiment, trunk: Trunk, base_model: str, protocol: Protocol
+    variant: Variant, settings: Preset, trunk: Trunk, base_model: str, protocol: Protocol
 ) -> CheckpointConfig:
     return CheckpointConfig(
         regime=variant.regime,
@@ -69,21 +66,21 @@ def checkpoint_config(
     )
 
 
-def num_clusters(variant: Variant, settings: Experiment) -> int:
+def num_clusters(variant: Variant, settings: Preset) -> int:
     return 1 if variant.constant else settings.num_clusters
 
 
-def hidden_sizes(variant: Variant, settings: Experiment) -> tuple[int, ...]:
-    return RECIPES[settings.recipe].hidden_sizes(num_clusters(variant, settings))
+def hidden_sizes(variant: Variant, settings: Preset) -> tuple[int, ...]:
+    return settings.hidden_sizes(num_clusters(variant, settings))
 
 
-def large_rank(trunk: Trunk, settings: Experiment) -> int:
+def large_rank(trunk: Trunk, settings: Preset) -> int:
     """The rank of a LoRA that has as many parameters as the hypernetwork, to the nearest rank."""
     vocab_size, hidden_size = trunk.head_weight.shape
     return round(num_parameters(trunk, settings, VARIANTS[1]) / num_factors(hidden_size, vocab_size, 1))
 
 
-def num_parameters(trunk: Trunk, settings: Experiment, variant: Variant) -> int:
+def num_parameters(trunk: Trunk, settings: Preset, variant: Variant) -> int:
     vocab_size, hidden_size = trunk.head_weight.shape
     if variant.regime == "chameleon":
         sizes = [hidden_size, *hidden_sizes(variant, settings), num_factors(hidden_size, vocab_size, settings.rank)]
@@ -93,7 +90,7 @@ def num_parameters(trunk: Trunk, settings: Experiment, variant: Variant) -> int:
 
 def conditionings(
     variant: Variant, checkpoint: Checkpoint, embeddings: Tensor, centroids: Tensor, seed: int
-) -> Iterator[tuple[str, Conditioning]]:
+) -> Iterator[tuple[ConditioningName, Conditioning]]:
     """Every way in which texts of these embeddings [texts, hidden] can be conditioned, the usual one first."""
     if variant.regime == "lora":
         yield "static", conditioning.constant(embeddings[0], len(embeddings))
@@ -102,16 +99,16 @@ def conditionings(
         yield "constant", conditioning.constant(checkpoint.centroids[0], len(embeddings))
         return
     clusters = nearest_centroids(embeddings, centroids)
-    cohorts = {size: conditioning.cohort_mean(embeddings, clusters, size) for size in COHORT_SIZES}
-    yield usual(variant), cohorts[32]
-    yield "cohort of 4", cohorts[4]
+    cohort = conditioning.cohort_mean(embeddings, clusters, 32)
+    yield "cohort_32", cohort
+    yield "cohort_4", conditioning.cohort_mean(embeddings, clusters, 4)
     yield "request", conditioning.own_embedding(embeddings)
     yield "centroid", conditioning.own_centroid(centroids, clusters)
-    yield "mixed batch of 32", conditioning.mixed_mean(embeddings, 32)
-    yield "another cluster's mean", conditioning.other_cluster_mean(embeddings, clusters)
-    yield "shuffled", conditioning.shuffled(cohorts[32], seed)
+    yield "mixed_32", conditioning.mixed_mean(embeddings, 32)
+    yield "other_cluster", conditioning.other_cluster_mean(embeddings, clusters)
+    yield "shuffled", conditioning.shuffled(cohort, seed)
 
 
-def usual(variant: Variant) -> str:
+def usual(variant: Variant) -> ConditioningName:
     """The conditioning of the paper's table."""
-    return "static" if variant.regime == "lora" else "constant" if variant.constant else "cohort of 32"
+    return "static" if variant.regime == "lora" else "constant" if variant.constant else "cohort_32"

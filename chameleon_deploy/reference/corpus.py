@@ -5,13 +5,26 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from chameleon_deploy.errors import DatasetError, DependencyError, InputError
 
 
-def load_dataset_texts(name: str, split: str) -> list[str]:
-    """Texts of a named Hugging Face dataset with a "text" column; `wikitext` means wikitext-2-raw-v1.
+class Split(NamedTuple):
+    """Texts of three purposes, none in two of them.
+
+    train       texts that parameters, clusters and counts are made from
+    validation  texts that choose: the best epoch, the pseudo-count
+    test        texts whose figures are reported; nothing else depends on them
+    """
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def load_dataset_texts(name: str, split: Literal["train", "validation", "test"]) -> list[str]:
+    """Texts of one split of a named Hugging Face dataset with a "text" column; `wikitext` means wikitext-2-raw-v1.
 
     Raises DatasetError when it cannot be reached, DependencyError without the `datasets` package.
     """
@@ -27,7 +40,7 @@ def load_dataset_texts(name: str, split: str) -> list[str]:
         return [text for text in rows["text"] if text.strip()]
     except Exception as error:
         raise DatasetError(
-            f"dataset {name!r} cannot be had ({type(error).__name__}): check the name and the network, "
+            f"dataset {name!r} cannot be loaded ({type(error).__name__}): check the name and the network, "
             "or pass files with --text"
         ) from error
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,21 +19,9 @@ from torch import Tensor, nn
 
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.reference.hidden_states import HiddenStates
+from chameleon_deploy.reference.presets import TrainingSettings
 
 CHUNK_POSITIONS = 1024  # logits of one chunk: 1024 * 50,257 * 4 bytes = 206 MB
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The paper's settings are the defaults."""
-
-    epochs: int = 10
-    batch_size: int = 32
-    lr: float = 5e-4
-    patience: int = 2  # epochs without a better validation loss before stopping
-    seed: int = 0
-    cohorts_per_step: int = 1  # batches, of whatever clusters, that one step of the optimiser sees
-    recipe: Literal["paper", "residual"] = "paper"  # how a hypernetwork comes to be: reference/recipes.py
 
 
 @dataclass

@@ -12,7 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-HIDDEN_SIZES = (64, 32)
 DROPOUT = 0.5
 
 
@@ -23,9 +22,7 @@ class Hypernetwork(nn.Module):
     `hypernetwork.{i}.weight` whatever stands between them.
     """
 
-    def __init__(
-        self, hidden_size: int, vocab_size: int, rank: int, hidden_sizes: Sequence[int] = HIDDEN_SIZES
-    ) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
         self.hidden_size, self.vocab_size, self.rank = hidden_size, vocab_size, rank
         sizes = [hidden_size, *hidden_sizes, num_factors(hidden_size, vocab_size, rank)]

@@ -17,7 +17,7 @@ from chameleon_deploy.errors import OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
-from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
+from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
@@ -72,10 +72,10 @@ def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_cl
     checkpoint = CheckpointConfig(
         regime=regime,
         base_model="./base",
-        rank=4,
-        hidden_sizes=HIDDEN_SIZES if regime == "chameleon" else (),
+        rank=PAPER.rank,
+        hidden_sizes=PAPER.hidden_sizes(num_clusters) if regime == "chameleon" else (),
         num_clusters=num_clusters,
-        max_length=min(256, config.max_position_embeddings),
+        max_length=min(PAPER.max_length, config.max_position_embeddings),
     )
     table = model.get_input_embeddings().weight.detach()
     ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)

@@ -1,4 +1,4 @@
-"""The recipe `residual`: a trained LoRA that all texts share, and for each cluster a counted correction of it.
+"""The preset `residual`: a trained LoRA that all texts share, and for each cluster a counted correction of it.
 
 What differs between clusters is not trained, because a cluster has too few texts for that: it is counted. On the
 training texts of cluster k the shared LoRA expects token v `expected[k, v]` times (the sum of its probabilities) and

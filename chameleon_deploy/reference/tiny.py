@@ -19,21 +19,23 @@ from chameleon_deploy import console
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import corpus
 from chameleon_deploy.reference.checkpoint import CheckpointConfig
-from chameleon_deploy.reference.head import TrainingSettings
-from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.model import load_trunk
+from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
 
-HELD_OUT = 0.1
 VOCAB_SIZE, POSITIONS, HIDDEN, LAYERS, HEADS = 2048, 256, 128, 5, 4
 END_OF_TEXT = "<|endoftext|>"
 
 
-def corpus_split() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Training and held-out texts of every kind."""
-    sides = {kind: corpus.split_texts(python_texts(kind), HELD_OUT) for kind in KINDS}
-    return {kind: side[0] for kind, side in sides.items()}, {kind: side[1] for kind, side in sides.items()}
+def corpus_splits() -> dict[str, corpus.Split]:
+    """The splits of every kind of text: a tenth is for tests, a tenth of the rest for validation."""
+    return {kind: _splits(python_texts(kind)) for kind in KINDS}
+
+
+def _splits(texts: list[str]) -> corpus.Split:
+    rest, test = corpus.split_texts(texts, 0.1)
+    return corpus.Split(*corpus.split_texts(rest, 0.1, "validation"), test)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
@@ -102,31 +104,31 @@ def _language_model_loss(model: Any, stream: Tensor, batch_size: int = 16) -> Te
 def main(
     out: Annotated[Path, typer.Option(help="Directory to write base/, chameleon/ and lora/ into.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the base model, 4,096 tokens each.")] = 2500,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the head.")] = 10,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the head.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make the tiny model from the text of this Python installation."""
-    train, held_out = corpus_split()
-    train_texts = [text for texts in train.values() for text in texts]
-    held_out_texts = [text for texts in held_out.values() for text in texts]
+    splits = corpus_splits().values()
+    train = [text for split in splits for text in split.train]
+    validation = [text for split in splits for text in split.validation]
     base = out / "base"
     with console.progress() as report:
         if not base.exists():
-            train_base(list(train_texts), steps, seed, base, report)
+            train_base(list(train), steps, seed, base, report)
         trunk = load_trunk(base)
         for regime in ("lora", "chameleon"):
             checkpoint = out / regime
             config = CheckpointConfig(
                 regime="lora" if regime == "lora" else "chameleon",
                 base_model=os.path.relpath(base, checkpoint),
-                rank=4,
-                hidden_sizes=() if regime == "lora" else HIDDEN_SIZES,
+                rank=PAPER.rank,
+                hidden_sizes=() if regime == "lora" else PAPER.hidden_sizes(len(KINDS)),
                 num_clusters=len(KINDS),
                 max_length=POSITIONS,
             )
-            settings = TrainingSettings(epochs=epochs, seed=seed)
-            state = train_checkpoint(trunk, config, train_texts, held_out_texts, checkpoint, settings, report)
-            console.stdout.print(f"{checkpoint}: best epoch {state.best_epoch}, held-out loss {state.best_loss:.4f}")
+            settings = PAPER.with_options(epochs=epochs, seed=seed).training
+            state = train_checkpoint(trunk, config, train, validation, checkpoint, settings, report)
+            console.stdout.print(f"{checkpoint}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
-from chameleon_deploy.reference.head import TrainingSettings, TrainingState, train_head
+from chameleon_deploy.reference.head import TrainingState, train_head
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.presets import TrainingSettings
 from chameleon_deploy.reference.residual import add_residual
 
 
@@ -53,7 +54,7 @@ def train_checkpoint(
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
     sizes = (config.num_clusters, config.num_clusters)
     if _is_counted(config, settings) and (config.rank < 2 or config.hidden_sizes != sizes):
-        raise InputError("the recipe residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
+        raise InputError("the preset residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
     made_of = _fingerprint(config, settings, train_texts, validation_texts)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was begun with other texts or settings: repeat them to resume, or delete it")
@@ -125,8 +126,8 @@ def train_on_states(
 
 
 def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
-    """Whether the hypernetwork is put together from a trained LoRA and counts: reference/residual.py."""
-    return settings.recipe == "residual" and config.regime == "chameleon"
+    """Whether the hypernetwork is built from a trained LoRA and counts: reference/residual.py."""
+    return settings.residual and config.regime == "chameleon"
 
 
 def _fingerprint(

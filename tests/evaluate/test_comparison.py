@@ -1,4 +1,4 @@
-"""`evaluate --table`: repeatable, resumable, wrong where the code is made wrong, and a page that a browser shows."""
+"""`compare`: repeatable, resumable, wrong where the code is made wrong, and a page that a browser shows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chameleon_deploy import compare
 from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import ChameleonError, InputError, OutputError
-from chameleon_deploy.evaluate import __main__ as command
+from chameleon_deploy.evaluate import __main__ as evaluate_command
 from chameleon_deploy.evaluate import experiment, variants
 from chameleon_deploy.evaluate.experiment import Scored, run_experiment
 from chameleon_deploy.evaluate.figures import (
@@ -31,17 +32,19 @@ from chameleon_deploy.evaluate.figures import (
     find,
     regime_sheet,
 )
-from chameleon_deploy.evaluate.variants import VARIANTS, Experiment
+from chameleon_deploy.evaluate.variants import VARIANTS, ConditioningName
 from chameleon_deploy.reference import hidden_states
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.corpus import split_texts
+from chameleon_deploy.reference.corpus import Split, split_texts
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from tests import commands
 from tests.conftest import nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:18]]
 # A rate at which conditioning soon matters.
-SETTINGS = Experiment(num_clusters=3, max_length=40, epochs=2, batch_size=8, lr=2e-2)
+SETTINGS = PAPER.with_options(num_clusters=3, max_length=40, epochs=2, batch_size=8, lr=2e-2)
 SEEDS = 2
 
 
@@ -49,9 +52,14 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
+def splits(texts: list[str] = TEXTS) -> Split:
+    """As the command splits them."""
+    train, test = split_texts(texts, 0.2)
+    return Split(*split_texts(train, 0.1, "stopping"), test)
+
+
 def run(mini: Checkpoint, work: Path, seeds: int = SEEDS, texts: list[str] = TEXTS) -> list[Figures]:
-    train, held_out = split_texts(texts, 0.2)
-    return figures(run_experiment(mini.trunk, "base", train, held_out, SETTINGS, seeds, work, quiet).scored, 0)
+    return figures(run_experiment(mini.trunk, "base", splits(texts), SETTINGS, seeds, work, quiet).scored, 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def test_every_row_of_the_tables_is_there(finished: tuple[Path, list[Figures]]) 
     ]  # fmt: skip
     for protocol in ("paper", "masked"):
         controls = control_sheet(found, protocol)
-        assert [row[1] for row in controls.rows] == [name for *_, name in CONTROLS]
+        assert [row[1] for row in controls.rows] == [control.label for group in CONTROLS.values() for control in group]
         large = find(found, "lora-large", "static", protocol, protocol).parameters
         assert abs(large / 82_272 - 1) < 576 / 82_272  # to the nearest rank, of 576 numbers
     for f in found:
@@ -105,7 +113,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(
     mini_path: Path, finished: tuple[Path, list[Figures]], corpus: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    arguments = [sys.executable, "-m", "chameleon_deploy.evaluate", "--table", "--base", str(mini_path / "base"),
+    arguments = [sys.executable, "-m", "chameleon_deploy.compare", "--base", str(mini_path / "base"),
                  "--text", str(corpus), "--work", str(work), "--seeds", str(SEEDS), "--clusters", "3", "--max-length",
                  "40", "--epochs", "2", "--batch-size", "8", "--lr", "2e-2", "--json"]  # fmt: skip
     seed = random.randrange(1000)
@@ -181,7 +189,7 @@ def test_mutations_change_the_table(
         assert abs(float(wrong[3].split()[0]) - float(right[3].split()[0])) > 0.05
 
 
-def _scored(variant: str, conditioning: str, losses: list[list[float]]) -> Scored:
+def _scored(variant: str, conditioning: ConditioningName, losses: list[list[float]]) -> Scored:
     texts = len(losses[0])
     return Scored(variant, "masked", "masked", conditioning, 1, 10 * np.array(losses), np.full(texts, 10),
                   np.arange(texts) % 2)  # fmt: skip
@@ -198,15 +206,16 @@ def test_intervals() -> None:
         [
             _scored("base", "none", [list(base)]),
             _scored("lora", "static", seeds(0.1)),
-            _scored("chameleon", "cohort of 32", seeds(0.2)),
-            _scored("chameleon", "another cluster's mean", seeds(0.05)),
+            _scored("chameleon", "cohort_32", seeds(0.2)),
+            _scored("chameleon", "other_cluster", seeds(0.05)),
+            _scored("chameleon", "shuffled", seeds(0.2)),
             _scored("chameleon-constant", "constant", seeds(0.2)),
             _scored("lora-large", "static", seeds(0.3)),
         ],
         0,
     )
 
-    def beside(regime: str, conditioning: str) -> tuple[float, float]:
+    def beside(regime: str, conditioning: ConditioningName) -> tuple[float, float]:
         interval = find(found, regime, conditioning, "masked", "masked").beside_chameleon_texts
         assert interval is not None
         return interval
@@ -216,45 +225,66 @@ def test_intervals() -> None:
     assert lora.loss_interval is not None
     assert lora.loss_interval[0] < lora.loss < lora.loss_interval[1]
     assert lora.perplexity_by_cluster.keys() == {0, 1}
-    assert beside("chameleon-constant", "constant")[0] < 0 < beside("chameleon-constant", "constant")[1]
-    assert beside("chameleon", "another cluster's mean")[0] > 0.15  # worse, by exp(0.15) - 1
+    constant = beside("chameleon-constant", "constant")
+    assert constant[0] < 0 < constant[1]  # no difference
+    assert beside("chameleon", "other_cluster")[0] > 0.15  # worse, by exp(0.15) - 1
     assert beside("lora-large", "static")[1] < -0.09  # better, by 1 - exp(-0.1)
 
 
 def test_the_bundle_and_the_reference(
     mini_path: Path, bundle: Path, lora_bundle: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command.main([mini_path], text=[corpus], bundle=bundle, as_json=True)
+    evaluate_command.main([mini_path], text=[corpus], bundle=bundle, as_json=True)
     *_, reference, ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (ours["regime"], ours["protocol"]) == ("bundle", "masked")
     assert ours["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-4)
     assert ours["perplexity"] != reference["perplexity"]  # another engine, not a copy
     with pytest.raises(CheckFailedError, match="is not this checkpoint"):
-        command.main([mini_path], text=[corpus], bundle=lora_bundle, as_json=True)
+        evaluate_command.main([mini_path], text=[corpus], bundle=lora_bundle, as_json=True)
 
 
 def test_bad_input(mini: Checkpoint, mini_path: Path, corpus: Path, tmp_path: Path) -> None:
     empty, short = tmp_path / "empty.jsonl", tmp_path / "short.txt"
     empty.write_text("")
     short.write_text("a\n")
-    table: dict[str, Any] = {"base": str(mini_path / "base"), "work": tmp_path / "w", "table": True, "clusters": 3,
-                             "max_length": 40}  # fmt: skip
+    usual: dict[str, Any] = {"base": str(mini_path / "base"), "work": tmp_path / "w", "clusters": 3, "max_length": 40}
     for arguments, code, message in (
-        ({"text": [corpus], "table": True}, "input_invalid", "--base and --work"),
-        ({**table, "text": [corpus], "checkpoints": [mini_path]}, "input_invalid", "no checkpoint"),
-        (table, "input_invalid", "--text FILE or --dataset NAME"),
-        ({**table, "text": [empty]}, "input_invalid", "holds no text"),
-        ({**table, "text": [corpus], "validation_text": [short]}, "input_invalid", "at least two tokens"),
-        ({**table, "text": [corpus], "max_length": 5000}, "input_invalid", "exceeds the model's 128 positions"),
-        ({**table, "text": [corpus], "clusters": 500}, "input_invalid", "--clusters"),
-        ({**table, "text": [corpus], "train_texts": 1}, "input_invalid", "too few"),
-        ({**table, "text": [corpus], "base": str(tmp_path)}, "checkpoint_invalid", "cannot load a base model"),
-        ({"text": [corpus], "html": tmp_path / "x.html", "checkpoints": [mini_path]}, "input_invalid", "--table"),
-        ({"text": [corpus]}, "input_invalid", "pass a checkpoint"),
+        ({}, "input_invalid", "--text FILE or --dataset NAME"),
+        ({"text": [corpus], "dataset": "wikitext"}, "input_invalid", "--text FILE or --dataset NAME"),
+        ({"test_text": [corpus], "dataset": "wikitext"}, "input_invalid", "--test-text goes with --text"),
+        ({"validation_text": [corpus], "dataset": "wikitext"}, "input_invalid", "--validation-text goes with --text"),
+        ({"text": [empty]}, "input_invalid", "holds no text"),
+        ({"text": [corpus], "test_text": [short]}, "input_invalid", "at least two tokens"),
+        ({"text": [corpus], "max_length": 5000}, "input_invalid", "exceeds the model's 128 positions"),
+        ({"text": [corpus], "clusters": 500}, "input_invalid", "--clusters"),
+        ({"text": [corpus], "clusters": 1}, "input_invalid", "at least 2 clusters"),
+        ({"text": [corpus], "train_texts": 1}, "input_invalid", "too few"),
+        ({"text": [corpus], "base": str(tmp_path)}, "checkpoint_invalid", "cannot load a base model"),
     ):
         with pytest.raises(ChameleonError, match=message) as raised:
-            command.main(**arguments)
+            compare.main(**(usual | arguments))
         assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("compare", ["--text", "x", "--work", "w"], "'--base'"),
+        ("compare", ["checkpoint", "--text", "x", "--work", "w", "--base", "b"], "unexpected extra argument"),
+        ("compare", ["--text", "x", "--work", "w", "--base", "b", "--bundle", "b"], "--bundle"),
+        ("evaluate", ["--text", "x"], "CHECKPOINTS"),
+        ("evaluate", ["c", "--text", "x", "--table"], "--table"),
+        ("evaluate", ["c", "--text", "x", "--rank", "4"], "--rank"),
+        ("evaluate", ["c", "--text", "x", "--html", "page.html"], "--html"),
+        ("evaluate", ["c", "d", "--text", "x", "--bundle", "b"], "one checkpoint"),
+        ("train", ["--base", "b", "--out", "o", "--dataset", "d", "--validation-text", "v"], "--validation-text goes"),
+    ],
+)
+def test_no_option_is_ignored(command: str, arguments: list[str], message: str) -> None:
+    """An option that another command has, or that makes no sense with the others, is an error."""
+    result = commands.run(f"chameleon_deploy.{command}", *arguments)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert message in result.stderr
 
 
 def test_a_work_directory_holds_one_experiment_and_one_process(

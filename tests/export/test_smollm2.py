@@ -15,8 +15,8 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
-from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.model import load_trunk
+from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.verify.run import verify_bundle
 
@@ -35,7 +35,7 @@ def test_every_gate_holds(tmp_path: Path) -> None:
     assert trunk.is_tied
     torch.manual_seed(0)
     config = CheckpointConfig(
-        regime="chameleon", base_model=str(package()), rank=4, hidden_sizes=HIDDEN_SIZES, num_clusters=4
+        regime="chameleon", base_model=str(package()), rank=4, hidden_sizes=PAPER.hidden_sizes(4), num_clusters=4
     )
     texts = [text for kind in KINDS for text in python_texts(kind)[:100]]
     ids = encode_texts(texts, trunk.tokenizer, "masked", config.max_length)

@@ -1,4 +1,4 @@
-"""The recipe in which conditioning pays: it starts as it says, and it pays where it must."""
+"""The preset in which conditioning pays: it starts as it says, and it pays where it must."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -18,15 +18,15 @@ from torch import Tensor
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import variants
 from chameleon_deploy.evaluate.experiment import run_experiment
-from chameleon_deploy.evaluate.variants import VARIANTS, Experiment
+from chameleon_deploy.evaluate.variants import VARIANTS
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.clustering import nearest_centroids
-from chameleon_deploy.reference.corpus import split_texts
-from chameleon_deploy.reference.head import TrainingSettings, train_head, validation_loss
+from chameleon_deploy.reference.corpus import Split, split_texts
+from chameleon_deploy.reference.head import train_head, validation_loss
 from chameleon_deploy.reference.hidden_states import HiddenStates
 from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA, num_parameters
-from chameleon_deploy.reference.presets import RECIPES
+from chameleon_deploy.reference.presets import PAPER, PRESETS, TrainingSettings
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.residual import add_residual, constant_direction, count, detectors, log_ratio
 from chameleon_deploy.reference.training import train_checkpoint
@@ -111,7 +111,7 @@ def test_no_correction_where_none_helps() -> None:
 
 def test_conditioning_pays_where_it_must(tmp_path: Path) -> None:
     """Against a LoRA of as many parameters, and against itself fed the conditioning of other texts."""
-    settings = replace(RECIPES["residual"].settings, epochs=30, lr=1e-2)
+    settings = PRESETS["residual"].with_options(epochs=30, lr=1e-2).training
     lora = small_lora()
     shared = train(lora, settings, tmp_path / "shared")
     hypernetwork, _ = with_residual(lora)
@@ -134,23 +134,22 @@ def test_steps_that_see_several_cohorts_weigh_every_position_alike(tmp_path: Pat
     for cohorts_per_step, batch_size in ((4, 120), (1000, 7)):
         torch.manual_seed(0)
         lora = StaticLoRA(HIDDEN, VOCAB, RANK)
-        settings = TrainingSettings(1, batch_size, cohorts_per_step=cohorts_per_step)
+        settings = PAPER.with_options(epochs=1, batch_size=batch_size, cohorts_per_step=cohorts_per_step).training
         train(lora, settings, tmp_path / str(batch_size))
         found.append(lora.lora_B)
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 
-def test_the_recipe_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None:
+def test_the_preset_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None:
     text = tmp_path / "texts.jsonl"
     texts = [text for kind in KINDS for text in python_texts(kind)[:16]]
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
-               "--out", str(tmp_path / "out"), "--max-length", "48", "--recipe", "residual", "--clusters", "5",
+               "--out", str(tmp_path / "out"), "--max-length", "48", "--preset", "residual", "--clusters", "5",
                "--epochs", "2"]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     record = json.loads((tmp_path / "out" / "training.json").read_text())
-    usual = RECIPES["residual"].settings
-    assert record["settings"] == asdict(replace(usual, epochs=2))
+    assert record["settings"] == asdict(PRESETS["residual"].with_options(epochs=2).training)
     assert record["best_loss"] == min(record["validation_loss_by_pseudo_count"].values())
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     assert checkpoint.config.hidden_sizes == (5, 5)
@@ -162,14 +161,16 @@ def test_hidden_sizes_that_are_not_the_clusters(mini: Checkpoint, tmp_path: Path
     with pytest.raises(InputError, match="one unit per cluster"):
         train_checkpoint(
             mini.trunk, msgspec.structs.replace(config, max_length=48), ["a text"], ["a text"], tmp_path / "out",
-            RECIPES["residual"].settings, lambda what, done, total: None,
+            PRESETS["residual"].training, lambda what, done, total: None,
         )  # fmt: skip
 
 
-def test_the_comparison_takes_the_recipe(mini: Checkpoint, tmp_path: Path) -> None:
+def test_the_comparison_takes_the_preset(mini: Checkpoint, tmp_path: Path) -> None:
     texts = [text for kind in KINDS for text in python_texts(kind)[:12]]
-    settings = Experiment(recipe="residual", num_clusters=3, max_length=40, epochs=1, batch_size=8, lr=2e-2)
-    run_experiment(mini.trunk, "base", *split_texts(texts, 0.2), settings, 1, tmp_path, lambda what, done, total: None)
+    settings = PRESETS["residual"].with_options(rank=4, num_clusters=3, max_length=40, epochs=1, lr=2e-2)
+    train, test = split_texts(texts, 0.2)
+    splits = Split(*split_texts(train, 0.2, "validation"), test)
+    run_experiment(mini.trunk, "base", splits, settings, 1, tmp_path, lambda what, done, total: None)
     for variant, units in (("chameleon", 3), ("chameleon-constant", 1)):
         checkpoint = load_checkpoint(tmp_path / "masked" / "seed-0" / variant, trunk=mini.trunk)
         assert checkpoint.config.hidden_sizes == (units, units)

@@ -33,7 +33,7 @@ def test_the_three_counts_of_the_paper() -> None:
 
     with torch.device("meta"):
         trunk = trunk_from(transformers.GPT2LMHeadModel(transformers.GPT2Config()), None)
-        hypernetwork = Hypernetwork(768, 50257, 4)
+        hypernetwork = Hypernetwork(768, 50257, 4, (64, 32))
     assert trunk.num_parameters() == 124_439_808
     assert num_factors(768, 50257, 4) == 204_100
     assert num_parameters(hypernetwork) == 6_786_596

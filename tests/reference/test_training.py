@@ -17,9 +17,9 @@ from chameleon_deploy.errors import InputError, OutputExistsError
 from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
 from chameleon_deploy.reference import corpus, head
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
-from chameleon_deploy.reference.head import TrainingSettings
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.presets import PAPER, TrainingSettings
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
 from tests.bigram import bigram_perplexity
@@ -39,6 +39,10 @@ def config(**changes: object) -> CheckpointConfig:
     return CheckpointConfig(**(defaults | changes))  # type: ignore[arg-type]
 
 
+def settings_of(**changes: float) -> TrainingSettings:
+    return PAPER.with_options(**changes).training
+
+
 def parameters(path: Path, base: Path) -> dict[str, torch.Tensor]:
     return dict(load_checkpoint(path, base=str(base)).factors.state_dict())
 
@@ -49,7 +53,7 @@ def test_training_lowers_the_held_out_loss(
     mini: Checkpoint, mini_path: Path, tmp_path: Path, regime: str, protocol: str
 ) -> None:
     changes = {"regime": regime, "protocol": protocol, "hidden_sizes": (16, 8) if regime == "chameleon" else ()}
-    settings = TrainingSettings(epochs=4 if protocol == "masked" else 30, lr=3e-3)  # paper: one position per text
+    settings = settings_of(epochs=4 if protocol == "masked" else 30, lr=3e-3)  # paper: one position per text
     train_checkpoint(mini.trunk, config(**changes), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     base = evaluate(checkpoint, HELD_OUT, tmp_path / "cache", adapted=False)
@@ -61,7 +65,9 @@ def test_training_lowers_the_held_out_loss(
 
 def test_the_seed_decides_everything(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / name, TrainingSettings(2, seed=seed), quiet)
+        train_checkpoint(
+            mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / name, settings_of(epochs=2, seed=seed), quiet
+        )
     a, b, c = (parameters(tmp_path / name, mini_path / "base") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
@@ -86,7 +92,7 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
     assert not (tmp_path / "killed").exists()
 
     train, held_out = corpus.split_texts(TEXTS, 0.1)
-    settings = TrainingSettings(8, patience=200, seed=5)
+    settings = settings_of(epochs=8, patience=200, seed=5)
     changes = config(hidden_sizes=(64, 32), base_model=os.path.relpath(mini_path / "base", tmp_path / "killed"))
     with pytest.raises(InputError, match="other texts or settings"):
         train_checkpoint(mini.trunk, changes, train[1:], held_out, tmp_path / "killed", settings, quiet, resume=True)
@@ -94,10 +100,10 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
         train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "killed", settings, quiet)
     epochs: list[int] = []
     resumed = train_checkpoint(
-        mini.trunk, changes, train, held_out, tmp_path / "killed", TrainingSettings(200, patience=3, seed=5),
+        mini.trunk, changes, train, held_out, tmp_path / "killed", settings_of(epochs=200, patience=3, seed=5),
         lambda what, done, total: epochs.append(done) if what.startswith("epochs") else None, resume=True,
     )  # fmt: skip
-    settings = TrainingSettings(resumed.epoch, patience=200, seed=5)
+    settings = settings_of(epochs=resumed.epoch, patience=200, seed=5)
     straight = train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "straight", settings, quiet)
     assert resumed.history == nearly(straight.history)
     a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
@@ -105,7 +111,7 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
 
 
 def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
-    settings = TrainingSettings(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
+    settings = settings_of(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
     state = train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
     losses = [entry["validation_loss"] for entry in state.history]
     assert len(losses) == state.best_epoch + 2 < 60
@@ -198,13 +204,13 @@ def test_cohort_rows_cover_every_text_once(mini: Checkpoint) -> None:
 
 def test_tiny_model_beats_the_baselines(tmp_path: Path) -> None:
     """The trained checkpoint in models/tiny, on text that it never saw."""
-    from chameleon_deploy.reference.tiny import VOCAB_SIZE, corpus_split
+    from chameleon_deploy.reference.tiny import VOCAB_SIZE, corpus_splits
 
     checkpoint = load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
-    train, held_out = corpus_split()
-    texts = [text for kept in held_out.values() for text in kept[:20]]
+    splits = corpus_splits().values()
+    texts = [text for split in splits for text in split.test[:20]]
     encode = checkpoint.trunk.tokenizer.encode_batch
-    train_ids = [e.ids for kind in train.values() for e in encode(kind)]
+    train_ids = [e.ids for split in splits for e in encode(split.train)]
     held_out_ids = [e.ids for e in encode(texts)]
     baseline = bigram_perplexity(train_ids, held_out_ids, VOCAB_SIZE)
     base = evaluate(checkpoint, texts, tmp_path, adapted=False).perplexity

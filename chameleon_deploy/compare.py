@@ -1,0 +1,160 @@
+"""`python -m chameleon_deploy.compare`: train and compare base, LoRA, hypernetwork and controls."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.reference.presets import PRESETS, Preset
+from chameleon_deploy.training_options import (
+    Alpha,
+    BatchSize,
+    Clusters,
+    Epochs,
+    LearningRate,
+    MaxLength,
+    Patience,
+    PresetOption,
+    Rank,
+)
+
+if TYPE_CHECKING:
+    from chameleon_deploy.evaluate.experiment import Outcome
+    from chameleon_deploy.evaluate.figures import Figures
+    from chameleon_deploy.reference.corpus import Split
+
+
+def main(
+    base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
+    work: Annotated[
+        Path, typer.Option(help="Directory that keeps what is finished: repeat the command to continue it.")
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
+    ] = None,
+    validation_text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text that decides when to stop; else a tenth of the training text."),
+    ] = None,
+    test_text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text that is scored; else a fifth of --text, never trained on."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Named dataset instead, such as wikitext: its splits train, validation and test.",
+        ),
+    ] = None,
+    train_texts: Annotated[int | None, typer.Option(min=1, help="Train on a sample of this many texts.")] = None,
+    validation_texts: Annotated[int | None, typer.Option(min=1, help="Stop by a sample of this many texts.")] = None,
+    test_texts: Annotated[int | None, typer.Option(min=1, help="Score a sample of this many texts.")] = None,
+    preset: PresetOption = "paper",
+    rank: Rank = None,
+    alpha: Alpha = None,
+    clusters: Clusters = None,
+    max_length: MaxLength = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    patience: Patience = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first training; the others follow.", rich_help_panel="Training")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
+) -> None:
+    """Train base, LoRA, hypernetwork and controls with several seeds and compare them on held-out text.
+
+    The same command with the same --work continues a run that was interrupted, and prints a finished one again.
+    """
+    console.check_output(html)
+    started = time.perf_counter()
+    from chameleon_deploy.evaluate.experiment import run_experiment
+    from chameleon_deploy.evaluate.figures import figures
+    from chameleon_deploy.evaluate.page import fill
+    from chameleon_deploy.html_page import Page
+    from chameleon_deploy.reference.model import load_trunk
+
+    settings = PRESETS[preset].with_options(
+        rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
+        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed,
+    )  # fmt: skip
+    page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
+    texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
+    with console.progress() as report:
+        outcome = run_experiment(load_trunk(base), base, texts, settings, seeds, work, report)
+    all_figures, summary = figures(outcome.scored, seed), _summary(settings, seeds, texts, outcome)
+    if page and html:
+        fill(page, outcome, all_figures, summary)
+        page.write(html)
+    if as_json:
+        for f in all_figures:
+            print(json.dumps(asdict(f)))
+    else:
+        console.stdout.print(summary)
+        _print_tables(all_figures)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    console.stderr.print(f"{time.perf_counter() - started:.0f} s, peak resident memory {peak:.2f} GB")
+
+
+def _texts(
+    text: list[Path] | None,
+    dataset: str | None,
+    validation_text: list[Path] | None,
+    test_text: list[Path] | None,
+    samples: tuple[int | None, int | None, int | None],
+    seed: int,
+) -> Split:
+    """The three splits, each a sample of so many texts. With --text the validation texts come from the sample."""
+    from chameleon_deploy.reference.corpus import Split, load_dataset_texts, sample_texts, split_texts
+    from chameleon_deploy.texts import read_texts, require_one_source
+
+    require_one_source(text, dataset, {"--validation-text": validation_text, "--test-text": test_text})
+    num_train, num_validation, num_test = samples
+    if dataset:
+        train, test = load_dataset_texts(dataset, "train"), load_dataset_texts(dataset, "test")
+    elif test_text:
+        train, test = read_texts(text or []), read_texts(test_text)
+    else:
+        train, test = split_texts(read_texts(text or []), 0.2)
+    train = sample_texts(train, num_train, seed)
+    if dataset:
+        validation = load_dataset_texts(dataset, "validation")
+    elif validation_text:
+        validation = read_texts(validation_text)
+    else:
+        train, validation = split_texts(train, 0.1, "stopping")
+    return Split(train, sample_texts(validation, num_validation, seed), sample_texts(test, num_test, seed))
+
+
+def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> str:
+    training = settings.training
+    return (
+        f"rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
+        f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}, at most "
+        f"{training.epochs} epochs, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
+        f"({outcome.train_positions:,} positions, masked), {len(texts.validation):,} validation texts, "
+        f"{len(texts.test):,} test texts"
+    )
+
+
+def _print_tables(all_figures: list[Figures]) -> None:
+    from chameleon_deploy.evaluate.experiment import PROTOCOLS
+    from chameleon_deploy.evaluate.figures import cluster_sheet, control_sheet, regime_sheet
+
+    controls = [control_sheet(all_figures, protocol) for protocol in reversed(PROTOCOLS)]
+    console.show(regime_sheet(all_figures), *controls, cluster_sheet(all_figures))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,52 @@
+"""Options that `train` and `compare` share. An option that is left out has the default of the preset."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chameleon_deploy.reference.presets import PresetName, default_of
+
+PresetOption = Annotated[
+    PresetName,
+    typer.Option(help="Defaults of the options below, and how the hypernetwork is built."),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank of the factors.", show_default=default_of("rank")),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Scale of the update.", show_default=default_of("alpha")),
+]
+Clusters = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of k-means clusters.", show_default=default_of("num_clusters")),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per text.", show_default=default_of("max_length")),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Epochs at most.", show_default=default_of("epochs")),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Texts of one cluster per batch.", show_default=default_of("batch_size"), rich_help_panel="Training"
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(min=0, help="Learning rate of AdamW.", show_default=default_of("lr")),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Epochs without improvement before stopping.",
+        show_default=default_of("patience"),
+    ),
+]
