@@ -63,6 +63,12 @@ class GraphError(ChameleonError):
     code = "graph_invalid"
 
 
+class BundleChangedError(ChameleonError):
+    """A file of a loaded bundle was changed, replaced or removed: load the bundle again."""
+
+    code = "bundle_changed"
+
+
 class CheckpointError(ChameleonError):
     code = "checkpoint_invalid"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -17,7 +16,7 @@ from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, encode
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, token_limits
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling, check_sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
@@ -36,7 +35,7 @@ def load(
     path           the directory that export wrote
     provider       "cpu", "cuda", "tensorrt", or "auto" for the best of this machine, which `Runtime.provider` tells
     mode           adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
-    threads        of ONNX Runtime, within one operator; None lets it choose
+    threads        of ONNX Runtime, within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
                    processes which load the bundle this way keep one copy. The first of them writes the file.
 
@@ -44,7 +43,8 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    bundle = start_opening(Path(path))
+    check_threads(threads)
+    bundle = start_opening(checked_path(path))
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
@@ -162,14 +162,11 @@ class Runtime:
         Every argument is checked before this returns; see `adapt` for the errors.
         """
         rows = self._encode(prompts)
-        limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        limits = token_limits(max_new_tokens, len(rows))
         single = not isinstance(sampling, Sequence)
         samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
-        for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
-            if len(values) != len(rows):
-                raise InputError(f"{len(values)} values of {name} for {len(rows)} prompts: pass one, or one per prompt")
-        if min(limits) < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+        if len(samplings) != len(rows):
+            raise InputError(f"{len(samplings)} samplings for {len(rows)} prompts: pass one, or one per prompt")
         for each in samplings:
             check_sampling(each, self.manifest.model.vocab_size)
         adaptation = self._adapt(rows, mode, tenants, factors)
@@ -180,6 +177,16 @@ class Runtime:
             for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
         ]
         return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
+
+    def check_unchanged(self) -> None:
+        """Check that the bundle's files are those that were loaded, by size, modification time and inode.
+
+        The weights are mapped from the file: changing it in place changes results, and truncating it ends the process.
+        A service calls this from time to time, and loads the bundle again when it fails. It takes microseconds.
+
+        Raises BundleChangedError.
+        """
+        self.bundle.check_unchanged()
 
     def _encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)
