@@ -10,22 +10,28 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
 
-FinishReason = Literal["stop", "length"]
+# Those after the first two come from an Engine alone.
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string."""
+    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string.
+
+    error  what ended the row, where finish_reason is "error"
+    """
 
     token_ids: list[int]
     text: str
     cluster_id: int
     finish_reason: FinishReason
+    error: ChameleonError | None = None
 
 
 @dataclass(frozen=True)
