@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import queue
+import atexit
+import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
 from chameleon_deploy.bundle import Mode
-from chameleon_deploy.errors import ChameleonError, ClosedError, InputError, QueueFullError
+from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.adaptation import Factors
-from chameleon_deploy.runtime.generation import FinishReason, Generation, Token
+from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.generation import Token
 from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.iteration import Iteration
+from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.stream import Stream, deliver
-
-
-@dataclass(frozen=True)
-class FinishedRow:
-    """A row that ended in an iteration.
-
-    prompt_tokens, new_tokens  counts
-    seconds                    from submit to its end
-    """
-
-    mode: Mode
-    cluster_id: int
-    finish_reason: FinishReason
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What one iteration of the engine did, for metrics.
-
-    step_seconds         the decoder's step, 0 where no row was ready
-    chunk_seconds        reading the chunk of a prompt, 0 where none was read
-    chunk_tokens         prompt tokens read
-    rows                 in the step; each got one token
-    factor_sets          resident during the step
-    factor_set_hits      rows admitted whose factor set was resident already
-    queue_seconds        of every row admitted: from submit to admission
-    first_token_seconds  of every row's first token: since submit
-    token_seconds        of every later token: since the row's token before it
-    finished             rows that ended, for whatever reason
-    """
-
-    step_seconds: float
-    chunk_seconds: float
-    chunk_tokens: int
-    rows: int
-    factor_sets: int
-    factor_set_hits: int
-    queue_seconds: list[float]
-    first_token_seconds: list[float]
-    token_seconds: list[float]
-    finished: list[FinishedRow]
+from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 
 
 @dataclass(frozen=True)
@@ -113,19 +77,34 @@ class Engine:
         cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
                           that join its cohort; 0 means that a cohort is the prompts of one submit
         capacity          tokens per row that the key-value cache holds; None means the model's positions
-        observe           called by the engine's thread after every iteration; must be quick and not raise
+        observe           called by the engine's thread after every iteration; must be quick, and must not raise
 
         Raises InputError.
         """
-        for name, value in (("rows", rows), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (
+            ("rows", rows, 1), ("max_waiting", max_waiting, 0), ("prefill_tokens", prefill_tokens, 1),
+            ("max_factor_sets", max_factor_sets or rows, 1), ("cohort_window_ms", cohort_window_ms, 0),
+        ):  # fmt: skip
+            if not value >= least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
+        positions = runtime.manifest.model.max_positions
         self.runtime, self.rows, self.max_waiting = runtime, rows, max_waiting
-        self.batching = "static"
-        self._open, self._present, self._lock = True, 0, threading.Lock()
-        self._commands: queue.SimpleQueue[tuple[Stream, Callable[[], list[Generation]]] | None] = queue.SimpleQueue()
+        self._capacity = positions if capacity is None else min(capacity, positions)
+        self._window, self._observe = cohort_window_ms / 1000, observe
+        table = FactorTable(max_factor_sets or rows)
+        self._batch = open_batch(runtime, table, rows, self._capacity, prefill_tokens)
+        self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
+        self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
+        self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None: look again at what was asked
+        self._open_cohorts: dict[Hashable, tuple[float, list[Submission]]] = {}  # when each closes, and its members
+        self._cohort_ids = itertools.count()
+        self._present = 0  # rows submitted that have not ended
+        self._closing = self._cancelling = False
+        self._lock = threading.Lock()  # of _present and _closing
         self._thread = threading.Thread(target=self._run, name="chameleon-engine", daemon=True)
         self._thread.start()
+        # A daemon thread inside a native call at the interpreter's end would crash it.
+        atexit.register(self.close, 0)
 
     def submit(
         self,
@@ -156,42 +135,43 @@ class Engine:
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
         can hold), ModeError, FactorsError, QueueFullError, or ClosedError after `close`.
         """
-        runtime = self.runtime
-        ids = runtime._encode(prompts)
-        adaptation = runtime.adapt(
-            ids, mode=mode, tenants=None if tenant is None else [tenant] * len(ids), factors=factors
-        )
+        submission = prepare(
+            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
+            adapt_tokens,
+        )  # fmt: skip
+        rows = len(submission.members)
+        if rows > self.rows + self.max_waiting:
+            raise InputError(f"{rows} rows in one submit: this engine has room for {self.rows + self.max_waiting}")
+        if not self._window or submission.cohort_key is None:
+            form_cohort(self.runtime, [submission], next(self._cohort_ids))
         with self._lock:
-            if not self._open:
-                raise ClosedError("the engine is closed")
-            if self._present + len(ids) * n > self.rows + self.max_waiting:
-                raise QueueFullError(f"{self.max_waiting} requests wait already: try again later")
-            self._present += len(ids) * n
-        stream = Stream(ids, adaptation.cluster_ids.tolist(), mode or runtime.mode, n)
-        repeated = [row for row in ids for _ in range(n)]
-
-        def generate() -> list[Generation]:
-            return runtime.generate(
-                repeated, max_new_tokens=max_new_tokens, sampling=sampling, mode=mode, factors=factors,
-                tenants=None if tenant is None else [tenant] * len(repeated),
-            )  # fmt: skip
-
-        self._commands.put((stream, generate))
-        return stream
+            if self._closing:
+                raise ClosedError("the engine is closed and takes no new requests")
+            if self._present + rows > self.rows + self.max_waiting:
+                raise QueueFullError(f"no room for {rows} rows, at most {self.max_waiting} may wait: try again later")
+            self._present += rows
+            self._commands.put(submission)
+        return submission.stream
 
     def stats(self) -> Stats:
         """Safe to call from any thread."""
-        return Stats(0, self._present, self.rows, 0, 0, 0)
+        running, capacity = len(self._batch.members), self.rows * self._capacity
+        waiting = max(0, self._present - running)
+        return Stats(running, waiting, self.rows, self._batch.cached_tokens, capacity, len(self._loop.table))
 
     def close(self, drain_seconds: float = 30) -> None:
-        """Take nothing new, finish what was accepted, and end the thread.
+        """Take nothing new, finish what was accepted, and end the thread. Closing twice does nothing.
 
         What has not ended after drain_seconds is cancelled.
         """
         with self._lock:
-            self._open = False
-        self._commands.put(None)
+            self._closing = True
+            self._commands.put(None)
         self._thread.join(drain_seconds)
+        self._cancelling = True
+        self._commands.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -202,14 +182,65 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
-        while (command := self._commands.get()) is not None:
-            stream, generate = command
-            time.sleep(0)
-            try:
-                generations = generate()
-            except ChameleonError as error:
-                generations = [Generation([], "", -1, "error", error)] * (len(stream.prompts) * stream.n)
-            tokens = [Token(row, g.token_ids[-1], g.text, g) for row, g in enumerate(generations)]
-            deliver({stream: tokens})
-            with self._lock:
-                self._present -= len(tokens)
+        try:
+            while self._take_commands():
+                if self._cancelling:
+                    self._loop.cancel()
+                self._hand_out(*self._loop.iterate())
+        except BaseException as error:  # a fault of this package: nobody may wait for ever
+            self._fail(error)
+
+    def _take_commands(self) -> bool:
+        """Take everything that was submitted; wait for it where there is nothing to do. False at the end."""
+        timeout = self._idle_seconds()
+        with contextlib.suppress(Empty):
+            self._take(self._commands.get(timeout != 0, timeout))
+            while True:
+                self._take(self._commands.get_nowait())
+        self._close_cohorts()
+        with self._lock:
+            return not (self._closing and not self._present)
+
+    def _idle_seconds(self) -> float | None:
+        """How long nothing is to be done unless something is submitted; None for ever."""
+        if self._loop or (self._closing and not self._present):
+            return 0
+        closings = [closing for closing, _ in self._open_cohorts.values()]
+        return max(0.0, min(closings) - time.monotonic()) if closings else None
+
+    def _take(self, submission: Submission | None) -> None:
+        if submission is None:
+            return
+        if not self._window or submission.cohort_key is None:
+            self._loop.waiting.extend(submission.members)
+            return
+        closing = time.monotonic() + self._window
+        self._open_cohorts.setdefault(submission.cohort_key, (closing, []))[1].append(submission)
+
+    def _close_cohorts(self) -> None:
+        now = time.monotonic()
+        for key, (closing, submissions) in list(self._open_cohorts.items()):
+            if now >= closing:
+                form_cohort(self.runtime, submissions, next(self._cohort_ids))
+                self._loop.waiting.extend(member for submission in submissions for member in submission.members)
+                del self._open_cohorts[key]
+
+    def _hand_out(self, tokens: dict[Stream, list[Token]], iteration: Iteration) -> None:
+        with self._lock:
+            self._present -= len(iteration.finished)
+        deliver(tokens)
+        if self._observe is not None:
+            self._observe(iteration)
+
+    def _fail(self, error: BaseException) -> None:
+        """End everything that was accepted, and accept nothing more."""
+        with self._lock:
+            self._closing = True
+        with contextlib.suppress(Empty):
+            while True:
+                self._take(self._commands.get_nowait())
+        for _, submissions in self._open_cohorts.values():
+            self._loop.waiting.extend(member for submission in submissions for member in submission.members)
+        failure = RequestError(f"the engine failed: {error!r}")
+        failure.__cause__ = error
+        self._hand_out(*self._loop.fail(failure))

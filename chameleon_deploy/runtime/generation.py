@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.errors import ChameleonError, InputError
+from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
@@ -38,7 +38,7 @@ class Generation:
 class Token:
     """One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
 
-    generation is set on a row's last Token.
+    generation is set on a row's last Token. token_id is -1 where the row ended without a new token.
     """
 
     row: int
@@ -89,6 +89,11 @@ class Row:
         generation = Generation(self.token_ids, self._text, self.cluster_id, reason) if finished else None
         return Token(row, token_id, shown, generation)
 
+    def end(self, row: int, reason: FinishReason, error: ChameleonError | None = None) -> Token:
+        """End the row without another token."""
+        generation = Generation(self.token_ids, self._text, self.cluster_id, reason, error)
+        return Token(row, -1, self._text[self._shown :], generation)
+
     def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
@@ -98,6 +103,36 @@ class Row:
             n for stop in self.sampling.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])
         )  # fmt: skip
         return max(lengths, default=0)
+
+
+def begin_rows(
+    prompts: Sequence[Sequence[int]],
+    cluster_ids: IntArray,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling],
+    max_positions: int,
+    n: int = 1,
+) -> list[Row]:
+    """n rows of each prompt, one prompt's beside each other.
+
+    With one Sampling for all, row i draws from random stream i; with one per prompt, its k-th row from stream k.
+
+    Raises InputError.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    single = isinstance(sampling, Sampling)
+    samplings: list[Sampling] = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
+        if len(values) != len(prompts):
+            raise InputError(f"{len(values)} values of {name} for {len(prompts)} prompts: pass one, or one per prompt")
+    if min(limits) < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+    return [
+        # The last new token is never fed back, so it needs no position.
+        Row(ids, min(limits[i], max_positions - len(ids) + 1), samplings[i], i * n * single + k, int(cluster_ids[i]))
+        for i, ids in enumerate(prompts)
+        for k in range(n)
+    ]
 
 
 def stream_tokens(

@@ -11,12 +11,13 @@ from typing import Any, get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, opening_bundle
-from chameleon_deploy.errors import InputError, ManifestError, ModeError
+from chameleon_deploy.bundle import Bundle, FloatArray, Mode, default_mode, opening_bundle
+from chameleon_deploy.errors import ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
-from chameleon_deploy.runtime.adaptation import Adaptation, Factors
+from chameleon_deploy.runtime.adaptation import Adaptation, Factors, IntArray
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
+from chameleon_deploy.runtime.factor_table import FactorSource, RowFactors
+from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling
@@ -109,7 +110,7 @@ class Runtime:
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
-        adaptation = self._adapt(self._encode(texts), mode, tenants, factors)
+        adaptation = self._adapt(self.encode(texts), mode, tenants, factors)
         lora_A, lora_B = (np.asarray(factor, np.float32) for factor in (adaptation.lora_A, adaptation.lora_B))
         return replace(adaptation, lora_A=lora_A, lora_B=lora_B)
 
@@ -122,7 +123,7 @@ class Runtime:
         factors: Factors | None = None,
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
-        rows = self._encode(texts)
+        rows = self.encode(texts)
         return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
     def generate(
@@ -164,25 +165,14 @@ class Runtime:
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        rows = self._encode(prompts)
-        limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        single = isinstance(sampling, Sampling)
-        samplings: list[Sampling] = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
-        for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
-            if len(values) != len(rows):
-                raise InputError(f"{len(values)} values of {name} for {len(rows)} prompts: pass one, or one per prompt")
-        if min(limits) < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+        rows = self.encode(prompts)
         adaptation = self._adapt(rows, mode, tenants, factors)
-        positions = self.manifest.model.max_positions
-        active = [
-            # The last new token is never fed back, so it needs no position.
-            Row(ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
-            for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
-        ]
+        active = begin_rows(
+            rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model.max_positions
+        )  # fmt: skip
         return stream_tokens(active, self.decoder, adaptation, self.tokenizer, self.manifest.model)
 
-    def _encode(self, texts: Texts) -> list[list[int]]:
+    def encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)
 
     def _adapt(
@@ -192,14 +182,8 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
     ) -> Adaptation:
-        mode = mode or self.mode
-        self._check_mode(mode)
-        adapting.check_tenants(mode, tenants, len(rows))
-        if factors is not None and mode != "static":
-            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
-        model, spec = self.manifest.model, self.manifest.adaptation
-        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
-        cluster_ids = adapting.assign(embeddings, self._centroids)
+        mode = self.check_arguments(mode, tenants, factors, len(rows))
+        embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
             lora_A, lora_B = self._no_factors
@@ -212,6 +196,58 @@ class Runtime:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
             lora_A, lora_B = self._generate_factors(vectors)
         return Adaptation(embeddings, cluster_ids, lora_A, lora_B, factor_ids.astype(np.int64))
+
+    def check_arguments(
+        self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
+    ) -> Mode:
+        """The mode that is meant. Raises ModeError or InputError."""
+        mode = mode or self.mode
+        self._check_mode(mode)
+        adapting.check_tenants(mode, tenants, batch)
+        if factors is not None and mode != "static":
+            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
+        return mode
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> tuple[FloatArray, IntArray]:
+        """Embeddings [batch, hidden] and cluster ids [batch]."""
+        model, spec = self.manifest.model, self.manifest.adaptation
+        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
+        return embeddings, adapting.assign(embeddings, self._centroids)
+
+    def factor_sources(
+        self,
+        mode: Mode,
+        embeddings: FloatArray,
+        cluster_ids: IntArray,
+        tenants: Sequence[Hashable] | None,
+        factors: Factors | None,
+    ) -> list[FactorSource]:
+        """Of each row where its factors come from, which are made later. A caller's factors are copied now."""
+        if mode == "none":
+            return [FactorSource("none", lambda: _one_set(self._no_factors))] * len(embeddings)
+        if mode == "static":
+            sets = self._static_factors(factors)
+            own = _one_set(sets) if factors is None else {name: a.copy() for name, a in _one_set(sets).items()}
+            return [FactorSource("static" if factors is None else object(), lambda: own)] * len(embeddings)
+        if mode == "centroid":
+            return [
+                FactorSource(int(c), lambda c=int(c): _one_set(self._factors_of_centroids(), c))  # type: ignore[misc]
+                for c in cluster_ids
+            ]
+        vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
+        sources = [
+            # The same vector has the same factors, whoever it belongs to.
+            FactorSource(vector.tobytes(), lambda v=vector: _one_set(self._generate_factors(v[None])))  # type: ignore[misc]
+            for vector in vectors
+        ]
+        return [sources[i] for i in factor_ids]
+
+    def place(self, factors: RowFactors) -> Adaptation:
+        """A copy of factors of the host where the decoder reads them."""
+        lora_A, lora_B = (tensor.copy() for tensor in factors.sets.tensors.values())
+        lora_A, lora_B = self._backend.place((lora_A, lora_B))
+        ids = factors.factor_ids
+        return Adaptation(np.empty((len(ids), 0), np.float32), ids, lora_A, lora_B, ids)
 
     def _static_factors(self, factors: Factors | None) -> Factors:
         if factors is not None:
@@ -239,3 +275,8 @@ class Runtime:
                 f"mode {mode!r} cannot be served by this bundle of regime {self.manifest.adaptation.regime!r} with "
                 f"{self.manifest.adaptation.num_clusters} clusters: choose one of {', '.join(available)}"
             )
+
+
+def _one_set(factors: Factors, index: int = 0) -> dict[str, FloatArray]:
+    lora_A, lora_B = factors
+    return {"lora_A": np.asarray(lora_A[index]), "lora_B": np.asarray(lora_B[index])}

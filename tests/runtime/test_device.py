@@ -117,7 +117,7 @@ def test_gaps_are_closed_where_an_engine_has_no_more_slots(
 def test_a_step_moves_nothing_but_token_ids(on_device: Runtime) -> None:
     """Per row and step 16 bytes up, an id and its position, padded to 256, and 8 down, whatever the model's size."""
     device, rows = device_of(on_device), random_rows(3, 5, 20)
-    adaptation = on_device._adapt(on_device._encode(rows), None, None, None)
+    adaptation = on_device._adapt(on_device.encode(rows), None, None, None)
     up, down = device.uploaded, device.downloaded
     logits, cache = on_device.decoder.prefill(rows, adaptation, 60)
     factors = adaptation.lora_A.nbytes + adaptation.lora_B.nbytes
