@@ -3,7 +3,7 @@
     bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
-    sampling.json    numbers of `uniform`, and choices of `choose` from short lists of logits
+    sampling.json    numbers of `uniform`, choices of `choose`, and what `log_probabilities` reports
     tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
 
 The same versions of torch, transformers and ONNX Runtime write the same bytes. Goldens were made by the Python
@@ -27,8 +27,8 @@ from chameleon_deploy.bundle import Regime, available_modes
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
-from chameleon_deploy.runtime.sampling import choose, uniform
-from tests.shared_data import DATA, case_arguments, good_bundle, hostile_bundle
+from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from tests.shared_data import DATA, case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
 BUNDLES: dict[str, tuple[Regime, str, int]] = {
@@ -363,22 +363,51 @@ def sampling_cases() -> dict[str, list[Any]]:
         {"seed": str(seed), "stream": stream, "step": step, "u": uniform(seed, stream, step)}
         for seed, stream, step in places
     ]
-    choices = []
-    for _ in range(120):
-        logits = np.round(random.standard_normal(12) * 3, int(random.integers(0, 4))).astype(
-            np.float32
-        )  # ties are likely
-        settings: dict[str, Any] = {
-            "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
-            "top_k": int(random.integers(0, 14)),
-            "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
-            "repetition_penalty": float(random.choice([1.0, 1.5, 0.8])),
-        }
-        seen = sorted({int(n) for n in random.integers(0, 12, 4)})
-        u = float(random.choice([0.0, random.random(), 1 - 2.0**-53]))
-        chosen = choose(logits.copy(), np.array(seen), Sampling(**settings), u)
-        choices.append({"logits": logits.tolist(), "seen": seen, "u": u, **settings, "token_id": chosen})
-    return {"uniform": numbers, "choose": choices}
+    choices = [chosen(random_choice(random, 12)) for _ in range(300)]
+    settings = [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.7, "top_k": 40},
+                {"temperature": 3.0, "top_k": 4000, "top_p": 0.5}, {"temperature": 1e5, "top_p": 0.97}]  # fmt: skip
+    longs = [chosen({"vocab_size": 50_257, **how, "u": float(random.random())}) for how in settings for _ in range(4)]
+    reports = [reported({"logits": random_logits(random, 12), "token_id": 3, "count": n % 6}) for n in range(60)]
+    reports += [reported({"vocab_size": 50_257, "token_id": token_id, "count": 5}) for token_id in (0, 40_000)]
+    return {"uniform": numbers, "choose": choices + longs, "log_probabilities": reports}
+
+
+def random_logits(random: np.random.Generator, size: int) -> list[float]:
+    logits = np.round(random.standard_normal(size) * 3, int(random.integers(0, 4))).clip(-4, 4)  # ties are likely
+    values: list[float] = logits.astype(np.float32).tolist()
+    return values
+
+
+def random_choice(random: np.random.Generator, size: int) -> dict[str, Any]:
+    def some(count: int) -> list[int]:
+        return [int(n) for n in random.integers(0, size, count)]
+
+    allowed = (random.random(size) < 0.7).tolist()
+    return {
+        "logits": random_logits(random, size),
+        "prompt": some(4),
+        "generated": some(int(random.integers(0, 6))),
+        "allowed": allowed if any(allowed) and random.random() < 0.2 else None,
+        "u": float(random.choice([0.0, random.random(), 1 - 2.0**-53])),
+        "temperature": float(random.choice([0.0, 0.3, 1.0, 4.0])),
+        "top_k": int(random.integers(0, 14)),
+        "top_p": float(random.choice([1.0, 0.95, 0.5, 0.01])),
+        "repetition_penalty": float(random.choice([1.0, 1.5, 0.8])),
+        "presence_penalty": float(random.choice([0.0, 0.6, -0.3])),
+        "frequency_penalty": float(random.choice([0.0, 0.7, -0.1])),
+        "logit_bias": sorted({n: float(random.choice([0.5, -100.0, 2.3])) for n in some(2)}.items())
+        if random.random() < 0.3
+        else [],
+    }
+
+
+def chosen(case: dict[str, Any]) -> dict[str, Any]:
+    return case | {"token_id": choose(*choice_arguments(case))}
+
+
+def reported(case: dict[str, Any]) -> dict[str, Any]:
+    choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
+    return case | {"logprob": choice.logprob, "top_logprobs": choice.top_logprobs}
 
 
 def tokenizer_cases() -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.bundle import ModelSpec, file_sha256
+from chameleon_deploy.runtime.sampling import Sampling, TokenCounts
 
 DATA = Path(__file__).parent / "data"
 
@@ -28,6 +29,24 @@ def caller_factors(rank: int, model: ModelSpec) -> tuple[Any, Any]:
     values = (((7 * np.arange(rank * (model.hidden_size + model.vocab_size)) + 3) % 11 - 5) / 16).astype(np.float32)
     split = rank * model.hidden_size
     return values[:split].reshape(rank, -1), values[split:].reshape(rank, -1)
+
+
+def long_logits(vocab_size: int) -> Any:
+    """Logits that every language computes alike, ties among them: logit i is ((7919 i) mod 10007) / 512."""
+    return (7919 * np.arange(vocab_size) % 10007 / 512).astype(np.float32)
+
+
+def case_logits(case: dict[str, Any]) -> Any:
+    """The logits of a case of sampling.json, which are written down or have a formula."""
+    return np.array(case["logits"], np.float32) if "logits" in case else long_logits(case["vocab_size"])
+
+
+def choice_arguments(case: dict[str, Any]) -> tuple[Any, TokenCounts, Sampling, float, Any]:
+    """What `choose` takes, of a case of sampling.json. What it does not name is the default."""
+    settings = {name: case[name] for name in case if name in Sampling.__dataclass_fields__}
+    counts = TokenCounts(case.get("prompt", ()), case.get("generated", ()))
+    allowed = None if case.get("allowed") is None else np.array(case["allowed"])
+    return case_logits(case), counts, Sampling(**settings), case["u"], allowed
 
 
 def case_arguments(case: dict[str, Any], model: ModelSpec) -> tuple[list[list[int]], dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.runtime import Runtime, Sampling
 from chameleon_deploy.runtime.adaptation import assign, embed
-from chameleon_deploy.runtime.sampling import choose
+from chameleon_deploy.runtime.sampling import TokenCounts, choose
 
 ROUNDS = 5
 
@@ -41,7 +41,7 @@ def cost_split(runtime: Runtime, texts: list[str], num_tokens: int) -> dict[str,
     spec, model = runtime.manifest.adaptation, runtime.manifest.model
     table, centroids = runtime.bundle.token_embedding(), runtime.bundle.centroids()
     rows = [encoding.ids for encoding in runtime.tokenizer.encode_batch(texts, add_special_tokens=False)]
-    logits, seen = np.zeros(model.vocab_size, np.float32), np.array([0])
+    logits, counts = np.zeros(model.vocab_size, np.float32), TokenCounts([0])
     choices = sum(len(generation.token_ids) for generation in generations)
     parts = {
         "tokenise": median_seconds(lambda: runtime.tokenizer.encode_batch(texts, add_special_tokens=False)),
@@ -51,7 +51,7 @@ def cost_split(runtime: Runtime, texts: list[str], num_tokens: int) -> dict[str,
         "hypernetwork": statistics.median(factors[1:]),
         "decoder, prefill": statistics.median(sum(run[:prefills]) for run in calls[1:]),
         f"decoder, {steps} steps": statistics.median(sum(run[prefills:]) for run in calls[1:]),
-        "sampling": choices * median_seconds(lambda: choose(logits, seen, Sampling(), 0.0)),
+        "sampling": choices * median_seconds(lambda: choose(logits, counts, Sampling(), 0.0)),
     }  # fmt: skip
     return parts | {"copies and the rest": statistics.median(wholes[1:]) - sum(parts.values())}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.generation import FinishReason, Token
 from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.schedule import take_next
 from chameleon_deploy.runtime.stream import Stream
 
@@ -110,16 +113,15 @@ class Loop:
             self._end_all(members, error)
             return
         self._report.step = time.perf_counter() - started
-        for member, row_logits in zip(members, _choosable(logits, members), strict=True):
+        for member, choose in zip(members, _choosers(members, logits), strict=True):
             try:
-                self._append(member, row_logits)
+                self._append(member, choose)
             except Exception as error:
                 self._end_all([member], error)
 
-    def _append(self, member: Member, logits: Any) -> None:
+    def _append(self, member: Member, choose: Callable[[], Choice]) -> None:
         row = member.row
-        token_id = logits if isinstance(logits, int) else row.choose(logits)
-        token = row.append(token_id, member.place, self._tokenizer, self._eos_token_id)
+        token = row.append(choose(), member.place, self._tokenizer, self._eos_token_id)
         now = time.monotonic()
         times = self._report.first_tokens if len(row.token_ids) == 1 else self._report.later_tokens
         times.append(now - member.last_token)
@@ -144,14 +146,13 @@ class Loop:
         self._report.finished.append(finished)
 
 
-def _choosable(logits: Logits, members: Sequence[Member]) -> Iterator[Any]:
-    """Of each row its logits, or the token id where that was found on the device."""
-    if isinstance(logits, DeviceLogits) and all(member.row.is_greedy for member in members):
-        try:
-            return iter(logits.greedy().tolist())
-        except NumericError:  # find out whose
-            pass
-    return iter(np.asarray(logits))
+def _choosers(members: Sequence[Member], logits: Logits) -> list[Callable[[], Choice]]:
+    """Of each member what chooses its next token, or raises."""
+    if isinstance(logits, DeviceLogits) and all(member.row.sampler.is_argmax for member in members):
+        with contextlib.suppress(NumericError):  # of some row: find out below whose
+            return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]
+    values = np.asarray(logits)
+    return [partial(member.row.sampler.choose, values[i]) for i, member in enumerate(members)]
 
 
 def _as_error(error: Exception) -> ChameleonError:

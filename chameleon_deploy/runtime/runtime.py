@@ -167,9 +167,7 @@ class Runtime:
         """
         rows = self.encode(prompts)
         adaptation = self._adapt(rows, mode, tenants, factors)
-        active = begin_rows(
-            rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model.max_positions
-        )  # fmt: skip
+        active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model)
         return stream_tokens(active, self.decoder, adaptation, self.tokenizer, self.manifest.model)
 
     def encode(self, texts: Texts) -> list[list[int]]:

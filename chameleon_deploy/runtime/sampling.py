@@ -1,44 +1,95 @@
-"""Choosing the next token, specified so exactly that Python and C++ choose the same one.
+"""Choosing the next token, and log-probabilities, specified exactly once for Python and C++.
 
-    1. Repetition penalty (float32): the logit of every token in the prompt or already generated is
-       divided by the penalty where positive and multiplied where negative (arXiv 1909.05858).
-    2. temperature 0: the highest logit, ties to the lowest id. Done.
-    3. z = logit / temperature, in float64 from here on.
-    4. top_k: keep the k highest z, ties to the lower id.
-    5. w = exp(z - max z). top_p: of what is kept, ordered by z descending and id ascending, keep the
-       shortest prefix whose running sum of w reaches top_p times the sum.
-    6. Over the kept ids ascending, with running sums c of w: the first id with c > u * c_last.
+Both languages give the same bits. Every sum below is of integers under 2^53, held in float64, so it does not depend
+on the order of addition; every other step is one IEEE 754 operation per element, without fused multiply-add.
+
+Check. A raw logit that is NaN or +inf, or a row of nothing but -inf, is a NumericError.
+
+Logits. Float32; each step applies to the result of the one before it.
+
+    1. logit + bias for every token of logit_bias.
+    2. -inf for every token that the mask `allowed` excludes. Nothing in this package passes a mask yet.
+    3. Repetition penalty (arXiv 1909.05858): the logit of every token of the prompt or of the generated tokens is
+       divided by the penalty where positive and multiplied by it otherwise.
+    4. logit - float32(presence_penalty + frequency_penalty * count) for every generated token, where count is how
+       often the row generated it. The prompt does not count. (OpenAI's API reference; vLLM does the same.)
+
+temperature 0 chooses the highest logit, ties to the lowest id. Otherwise the token is drawn:
+
+    5. top_k keeps the k highest logits, ties to the lower id.
+    6. weight(x) = rint(2^34 * exp(x)) with x = (logit - highest logit) / temperature, from here on in float64, is
+
+           t = max((logit - highest logit) * (2^-9 / temperature), -25 / 512)
+           q = 1 + t * (1 + t * (1/2 + t * (1/6 + t * 1/24)))
+           weight = rint(2^34 * q^512), where q is squared nine times
+
+       (scaling and squaring: Moler and Van Loan, Nineteen dubious ways to compute the exponential of a matrix, SIAM
+       Review 45, 2003). It is within one unit of 2^34 * exp(x), and 0 below x = -24.3. So the sums stay under 2^53
+       for vocabularies of up to 2^19 tokens.
+    7. top_p keeps, ordered by weight descending and id ascending, the shortest prefix whose sum of weights reaches
+       top_p times the sum of all weights that top_k kept.
+    8. With running sums c of the kept weights by ascending id: the first id with c > u * c_last.
 
 u is counter-based, so it needs no state: output number `stream * 2^32 + step + 1` of SplitMix64
 seeded with `seed`, its upper 53 bits times 2^-53.  (Steele, Lea, Flood: Fast splittable pseudorandom
 number generators, OOPSLA 2014.)
+
+Log-probabilities are those of the raw logits, before steps 1 to 8, as in OpenAI's API and vLLM: with total the sum of
+weight(logit - highest logit), temperature 1, over the vocabulary, the log-probability of a token is
+
+    float32((logit - highest logit) - log(total * 2^-34))
+
+in float64, rounded once. log is the C library's: a last bit there changes the float32 once in about 10^8 values.
+The alternatives are the n highest raw logits, ties to the lower id, without those of -inf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray
-from chameleon_deploy.errors import InputError, NumericError
+from chameleon_deploy.errors import InputError, NumericError, TokenError
 
+BoolArray = npt.NDArray[np.bool_]
+WeightArray = npt.NDArray[np.float64]  # integers
+IdArray = npt.NDArray[np.int64]
+
+MAX_LOGPROBS = 5
 _MASK = 2**64 - 1
+_UNIT = 2.0**34  # the weight of the highest logit
+_BLOCK = 8192  # logits whose intermediate results fit the level 2 cache
+_SORTED = 512  # so few weights are sorted sooner than divided
+_FLOAT32 = np.finfo(np.float32)
+_FLOAT64_MAX = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a row are chosen and when it stops.
+    """How the tokens of a row are chosen, when it stops, and what is reported of them.
 
     temperature         0 is greedy, else at least 1e-5
     top_k               0 keeps all
     top_p               1 keeps all
-    repetition_penalty  1 leaves the logits alone
+    repetition_penalty  1 leaves the logits alone; counts the prompt and the generated tokens
     seed                0 <= seed < 2**64; the same seed gives the same tokens
     stop_token_ids      stop after one of these, besides the model's end of text
     stop                stop before one of these strings
+    presence_penalty    -2 to 2, subtracted from the logit of every generated token
+    frequency_penalty   -2 to 2, subtracted as often as the token was generated
+    logit_bias          token id -> -100 to 100, added to its logit; kept as a tuple of pairs in the order of the ids
+    ignore_eos          do not stop at the model's end of text
+    logprobs            report the log-probability of every token, and of 0 to 5 alternatives; None reports none
+
+    Raises InputError for a value of the wrong type or out of range.
     """
 
     temperature: float = 0.0
@@ -48,19 +99,171 @@ class Sampling:
     seed: int = 0
     stop_token_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": self.temperature == 0 or 1e-5 <= self.temperature < np.inf,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "repetition_penalty": np.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "seed": 0 <= self.seed < 2**64,
-            "stop": not isinstance(self.stop, str) and all(self.stop),
-        }
-        for name, good in checks.items():
-            if not good:
-                raise InputError(f"{name}={getattr(self, name)!r} is out of range")
+        for name, (convert, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            try:
+                converted = convert(value)
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(f"{name}={value!r}: pass {expected}") from None
+            object.__setattr__(self, name, converted)
+
+
+def _real(lowest: float, highest: float) -> Callable[[Any], float]:
+    def convert(value: Any) -> float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError
+        return float(_within(float(value), lowest, highest))
+
+    return convert
+
+
+def _integer(lowest: int, highest: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError
+        return int(_within(operator.index(value), lowest, highest))
+
+    return convert
+
+
+def _within(value: float, lowest: float, highest: float) -> float:
+    if not lowest <= value <= highest:  # NaN is not
+        raise ValueError
+    return value
+
+
+def _temperature(value: Any) -> float:
+    number = _real(0, _FLOAT64_MAX)(value)
+    return 0.0 if number == 0 else _within(number, 1e-5, _FLOAT64_MAX)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    strings = tuple(value)
+    if isinstance(value, str) or not all(isinstance(string, str) and string for string in strings):
+        raise TypeError
+    return strings
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    return tuple(_token_id(token_id) for token_id in value)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((_token_id(token_id), _bias(bias)) for token_id, bias in dict(value).items()))
+
+
+_token_id = _integer(0, 2**63 - 1)
+_bias = _real(-100, 100)
+_penalty = (_real(-2, 2), "a number from -2 to 2 (0 leaves the logits alone)")
+_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "temperature": (_temperature, "0, which is greedy, or a finite number of at least 1e-5"),
+    "top_k": (_integer(0, 2**63 - 1), "an integer of at least 0 (0 keeps all)"),
+    "top_p": (_real(5e-324, 1), "a number above 0, at most 1 (1 keeps all)"),
+    "repetition_penalty": (
+        _real(float(_FLOAT32.smallest_normal), float(_FLOAT32.max)),
+        "a positive number that float32 can hold (1 leaves the logits alone)",
+    ),
+    "seed": (_integer(0, _MASK), "an integer from 0 to 2**64 - 1"),
+    "stop_token_ids": (_stop_token_ids, "a sequence of token ids"),
+    "stop": (_stop, "a sequence of strings that are not empty"),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "logit_bias": (_logit_bias, "a mapping of token ids to numbers from -100 to 100"),
+    "ignore_eos": (_flag, "True or False"),
+    "logprobs": (
+        lambda value: None if value is None else _integer(0, MAX_LOGPROBS)(value),
+        f"None, or an integer from 0 to {MAX_LOGPROBS}",
+    ),
+}
+
+
+def check_sampling(sampling: Any, vocab_size: int) -> None:
+    """Check what `Sampling` alone cannot know.
+
+    Raises InputError for what is no Sampling, and TokenError for a bias of a token outside the vocabulary.
+    """
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling")
+    for token_id in dict(sampling.logit_bias):
+        if token_id >= vocab_size:
+            raise TokenError(f"logit_bias: token id {token_id} is outside the vocabulary of {vocab_size}")
+
+
+class Choice(NamedTuple):
+    """A chosen token; the other fields are None unless Sampling.logprobs asks for them.
+
+    logprob       natural logarithm of the token's probability
+    top_logprobs  (token id, log-probability) of the most probable tokens, highest first
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+
+
+class TokenCounts:
+    """The tokens of one row, as the penalties count them."""
+
+    def __init__(self, prompt: Iterable[int], generated: Iterable[int] = ()) -> None:
+        self._generated = Counter(generated)
+        self._seen = dict.fromkeys([*prompt, *self._generated])
+
+    def append(self, token_id: int) -> None:
+        """Count a generated token."""
+        self._generated[token_id] += 1
+        self._seen[token_id] = None
+
+    def seen(self) -> IdArray:
+        """Tokens of the prompt and generated ones, each once.  -> int64 [n]"""
+        return np.fromiter(self._seen, np.int64, len(self._seen))
+
+    def generated(self) -> tuple[IdArray, IdArray]:
+        """Generated tokens, each once, and how often each was generated.  -> int64 [n], int64 [n]"""
+        size = len(self._generated)
+        return np.fromiter(self._generated, np.int64, size), np.fromiter(self._generated.values(), np.int64, size)
+
+
+class Sampler:
+    """Chooses the tokens of one row, one after another.
+
+    prompt  its token ids
+    stream  which of the seed's random streams it draws from
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Iterable[int], stream: int) -> None:
+        self.sampling = sampling
+        self._stream, self._step = stream, 0
+        self._counts = TokenCounts(prompt)
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether `choose` gives the highest raw logit and nothing else, for any row that it is asked for."""
+        s = self.sampling
+        return s.temperature == 0.0 and s.logprobs is None and not _changes_logits(s)
+
+    def choose(self, logits: FloatArray, allowed: BoolArray | None = None) -> Choice:
+        """The next token, by the row's own random number. It is not counted until `append`. See `choose` below."""
+        s = self.sampling
+        token_id = choose(logits, self._counts, s, uniform(s.seed, self._stream, self._step), allowed)
+        return Choice(token_id) if s.logprobs is None else log_probabilities(logits, token_id, s.logprobs)
+
+    def append(self, token_id: int) -> None:
+        """The row goes on with this token."""
+        self._step += 1
+        self._counts.append(token_id)
 
 
 def uniform(seed: int, stream: int, step: int) -> float:
@@ -71,38 +274,138 @@ def uniform(seed: int, stream: int, step: int) -> float:
     return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
-def choose(logits: FloatArray, seen: npt.NDArray[np.int64], sampling: Sampling, u: float) -> int:
+def choose(
+    logits: FloatArray, counts: TokenCounts, sampling: Sampling, u: float, allowed: BoolArray | None = None
+) -> int:
     """The next token id.
 
-    logits  float32 [vocab]
-    seen    int64 [n], the row's tokens so far, each at least once
-    u       in [0, 1), from `uniform`; not used when greedy
+    logits   float32 [vocab]; not changed
+    counts   the row's tokens so far
+    u        in [0, 1), from `uniform`; not used when greedy
+    allowed  bool [vocab], the tokens to choose from; None allows all
+
+    Raises NumericError when a logit is not finite, and InputError when no token is allowed.
+    """
+    best = _argmax(logits)
+    if allowed is not None or _changes_logits(sampling):
+        logits = _changed(logits, counts, sampling, allowed)
+        if allowed is not None and logits.max() == -np.inf:  # raw logits were finite
+            raise InputError("the mask allows no token of finite logit: allow at least one")
+        best = _argmax(logits)
+    if sampling.temperature == 0.0:
+        return best
+    ids = _top_k(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
+    weights = _weights(logits if ids is None else logits[ids], float(logits[best]), sampling.temperature)
+    if sampling.top_p < 1.0:
+        kept = _top_p(weights, sampling.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    sums = np.cumsum(weights)
+    place = int(np.searchsorted(sums, u * sums[-1], side="right"))
+    return place if ids is None else int(ids[place])
+
+
+def log_probabilities(logits: FloatArray, token_id: int, count: int) -> Choice:
+    """The log-probability of a chosen token, and the `count` most probable tokens with theirs.
+
+    logits  float32 [vocab], raw
 
     Raises NumericError when a logit is not finite.
     """
-    if sampling.repetition_penalty != 1.0:
-        penalty = np.float32(sampling.repetition_penalty)
-        logits = logits.copy()
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    highest = float(logits[_argmax(logits)])
+    log_total = math.log(float(_weights(logits, highest, 1.0).sum()) / _UNIT)
+
+    def logprob(id_: int) -> float:
+        return float(np.float32(float(logits[id_]) - highest - log_total))
+
+    return Choice(token_id, logprob(token_id), tuple((id_, logprob(id_)) for id_ in _highest(logits, count)))
+
+
+def _argmax(logits: FloatArray) -> int:
     best = int(logits.argmax())  # argmax gives the first NaN, if there is one
     if not np.isfinite(logits[best]):
         raise NumericError("the decoder produced logits that are not finite: check the factors")
-    if sampling.temperature == 0.0:
-        return best
-    z = logits.astype(np.float64) / sampling.temperature
-    ids = np.arange(len(z))
-    if 0 < sampling.top_k < len(z):
-        threshold = np.partition(z, len(z) - sampling.top_k)[len(z) - sampling.top_k]
-        above = np.flatnonzero(z > threshold)
-        ties = np.flatnonzero(z == threshold)[: sampling.top_k - len(above)]
-        ids = np.sort(np.concatenate([above, ties]))
-    weights = np.exp(z[ids] - z[best])
-    if sampling.top_p < 1.0:
-        order = np.lexsort((ids, -z[ids]))
-        sums = np.cumsum(weights[order])
-        prefix = int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1
-        kept = np.sort(order[:prefix])
-        ids, weights = ids[kept], weights[kept]
-    sums = np.cumsum(weights)
-    return int(ids[min(int(np.searchsorted(sums, u * sums[-1], side="right")), len(ids) - 1)])
+    return best
+
+
+def _highest(logits: FloatArray, count: int) -> list[int]:
+    """The ids of the highest logits, ties to the lower id, without those of -inf."""
+    rest, ids = logits.copy(), []
+    for _ in range(min(count, len(rest))):
+        best = int(rest.argmax())  # five times this is faster than one partition
+        if rest[best] == -np.inf:
+            break
+        ids.append(best)
+        rest[best] = -np.inf
+    return ids
+
+
+def _changes_logits(s: Sampling) -> bool:
+    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0 or bool(s.logit_bias)
+
+
+@np.errstate(over="ignore")  # an infinite result is found afterwards
+def _changed(logits: FloatArray, counts: TokenCounts, s: Sampling, allowed: BoolArray | None) -> FloatArray:
+    """The logits after steps 1 to 4."""
+    logits = logits.copy()
+    for token_id, bias in dict(s.logit_bias).items():
+        logits[token_id] += np.float32(bias)
+    if allowed is not None:
+        logits[~allowed] = -np.inf
+    if s.repetition_penalty != 1.0:
+        penalty, seen = np.float32(s.repetition_penalty), counts.seen()
+        values = logits[seen]
+        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    if s.presence_penalty != 0.0 or s.frequency_penalty != 0.0:
+        ids, times = counts.generated()
+        logits[ids] -= (s.presence_penalty + s.frequency_penalty * times).astype(np.float32)
+    return logits
+
+
+def _top_k(logits: FloatArray, k: int) -> IdArray:
+    """The ids of the k highest logits, ties to the lower id, ascending."""
+    threshold = np.partition(logits, len(logits) - k)[len(logits) - k]
+    above = np.flatnonzero(logits > threshold)
+    ties = np.flatnonzero(logits == threshold)[: k - len(above)]
+    return np.sort(np.concatenate([above, ties]))
+
+
+def _weights(logits: FloatArray, highest: float, temperature: float) -> WeightArray:
+    weights = np.empty(len(logits))
+    for start in range(0, len(logits), _BLOCK):
+        t = logits[start : start + _BLOCK].astype(np.float64)
+        q = weights[start : start + _BLOCK]
+        t -= highest
+        t *= 2.0**-9 / temperature
+        np.maximum(t, -25 / 512, out=t)
+        np.multiply(t, 1 / 24, out=q)
+        for coefficient in (1 / 6, 1 / 2, 1.0):
+            q += coefficient
+            q *= t
+        q += 1.0
+        for _ in range(9):
+            np.multiply(q, q, out=q)
+        q *= _UNIT
+        np.rint(q, out=q)
+    return weights
+
+
+def _top_p(weights: WeightArray, top_p: float) -> IdArray:
+    """Places of the weights that top_p keeps, ascending.
+
+    A weighted selection (Cormen et al., Introduction to Algorithms, problem 9-2): only the few weights around the
+    last one that is kept are sorted.
+    """
+    enough, above = top_p * weights.sum(), 0.0  # above: sum of the weights above the candidates
+    candidates, values = np.arange(len(weights)), weights
+    while len(values) > _SORTED and (lowest := max(values.min(), 1.0)) < (highest := values.max()):
+        pivot = np.sqrt(lowest * highest)
+        part = np.flatnonzero(values >= pivot)  # indices: a mask of random bits is slow to apply
+        mass = above + values[part].sum()
+        if mass < enough:
+            above, part = mass, np.flatnonzero(values < pivot)
+        candidates, values = candidates[part], values[part]
+    order = np.argsort(-values, kind="stable")
+    count = int(np.searchsorted(above + np.cumsum(values[order]), enough)) + 1
+    kept = weights > values[order[count - 1]]
+    kept[candidates[order[:count]]] = True
+    return np.flatnonzero(kept)

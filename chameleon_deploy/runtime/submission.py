@@ -69,7 +69,7 @@ def prepare(
     tenants = None if tenant is None else [tenant] * len(ids)
     mode = runtime.check_arguments(mode, tenants, factors, len(ids))
     embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
-    rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, capacity, n)
+    rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
     now = time.monotonic()
     end = math.inf if deadline is None else now + deadline

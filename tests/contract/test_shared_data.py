@@ -11,9 +11,10 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime import Runtime, Sampling
-from chameleon_deploy.runtime.sampling import choose, uniform
-from tests.shared_data import case_arguments, good_bundle, hostile_bundle, read
+from chameleon_deploy.runtime import Generation, Runtime, Sampling
+from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from tests.plain_sampling import FAULTS, plain_choose
+from tests.shared_data import case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle, read
 
 NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked")
 # Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
@@ -44,9 +45,9 @@ def test_golden(case: dict[str, Any], runtimes: dict[str, Runtime]) -> None:
     for score, logprobs in zip(runtime.score(rows, **how), case["token_logprobs"], strict=True):
         np.testing.assert_allclose(score.token_logprobs, logprobs, rtol=1e-6, atol=TOLERANCE)  # down to -1000
     limit, sampling = case["max_new_tokens"], Sampling(**case["sampling"])
-    assert [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, **how)] == case["greedy"]
-    sampled = runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how)
-    assert [vars(g) for g in sampled] == case["sampled"]
+    greedy, sampled = ([Generation(**g) for g in case[name]] for name in ("greedy", "sampled"))
+    assert runtime.generate(rows, max_new_tokens=limit, **how) == greedy
+    assert runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how) == sampled
     stream = runtime.stream(rows, max_new_tokens=limit, sampling=sampling, **how)
     assert [[t.row, t.token_id, t.text, t.generation is not None] for t in stream] == case["stream"]
 
@@ -58,8 +59,24 @@ def test_uniform() -> None:
 
 def test_choose() -> None:
     for case in read("sampling.json")["choose"]:
-        logits, seen, u, token_id = (case.pop(name) for name in ("logits", "seen", "u", "token_id"))
-        assert choose(np.array(logits, np.float32), np.array(seen), Sampling(**case), u) == token_id
+        assert choose(*choice_arguments(case)) == case["token_id"]
+
+
+def test_log_probabilities() -> None:
+    for case in read("sampling.json")["log_probabilities"]:
+        choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
+        assert (choice.logprob, list(map(list, choice.top_logprobs or ()))) == (case["logprob"], case["top_logprobs"])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_cases_of_choose_notice_a_fault(fault: str) -> None:
+    def plain(case: dict[str, Any], fault: str) -> int:
+        _, _, sampling, u, allowed = choice_arguments(case)
+        return plain_choose(case["logits"], case["prompt"], case["generated"], sampling, u, allowed, fault)
+
+    cases = [case for case in read("sampling.json")["choose"] if "logits" in case]
+    assert all(plain(case, "") == case["token_id"] for case in cases)
+    assert any(plain(case, fault) != case["token_id"] for case in cases)
 
 
 def test_tokenizer(runtimes: dict[str, Runtime]) -> None:

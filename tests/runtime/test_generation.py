@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import InputError, TokenError
+from chameleon_deploy.runtime.generation import Row
+from chameleon_deploy.runtime.sampling import Choice
 from tests.rows import random_rows
 
 HOT = Sampling(temperature=1.2, seed=11)
@@ -94,6 +97,78 @@ def test_a_stop_string_is_never_shown_in_part(runtime: Runtime) -> None:
     assert shown == whole[: whole.index(stop)]
 
 
+def characters(runtime: Runtime, text: str) -> list[int]:
+    """One token for each letter of the text."""
+    return [runtime.tokenizer.token_to_id(character) for character in text]
+
+
+def shown_of(runtime: Runtime, ids: list[int], limit: int, **settings: Any) -> list[str]:
+    """What a row shows with each of these tokens; the last of them ends it."""
+    row = Row([1], limit, Sampling(**settings), 0, 0)
+    eos = runtime.manifest.model.eos_token_id
+    tokens = [row.append(Choice(token_id), 0, runtime.tokenizer, eos) for token_id in ids]
+    assert [token.generation is not None for token in tokens] == [False] * (len(ids) - 1) + [True]
+    assert tokens[-1].generation is not None
+    assert "".join(token.text for token in tokens) == tokens[-1].generation.text
+    return [token.text for token in tokens] + [tokens[-1].generation.finish_reason]
+
+
+def test_the_beginning_of_a_stop_string_is_held_back(runtime: Runtime) -> None:
+    ids = characters(runtime, "riverbed")
+    assert len(ids) == 8
+    stop = ("verb", "zzz")
+    assert shown_of(runtime, ids[:6], 9, stop=stop) == ["r", "i", "", "", "", "", "stop"]
+    assert shown_of(runtime, ids[:5], 5, stop=stop) == [
+        "r",
+        "i",
+        "",
+        "",
+        "ver",
+        "length",
+    ]  # not a stop string after all
+    other = characters(runtime, "rivets")
+    assert shown_of(runtime, other, 6, stop=stop) == ["r", "i", "", "", "vet", "s", "length"]
+
+
+def test_a_stop_string_is_found_in_what_a_cut_character_leaves(runtime: Runtime) -> None:
+    """U+FFFD appears only when the row ends inside a character: at its limit, or by a stop token."""
+    half = runtime.tokenizer.token_to_id("\u00c3")  # byte C3 in the alphabet of byte-level BPE
+    ids = [*characters(runtime, "ab"), half]
+    assert shown_of(runtime, ids, 3) == ["a", "b", "\ufffd", "length"]
+    assert shown_of(runtime, ids, 3, stop=("\ufffd",)) == ["a", "b", "", "stop"]
+    assert shown_of(runtime, ids, 3, stop=("b\ufffd",)) == ["a", "", "", "stop"]
+    assert shown_of(runtime, [*ids, 9], 8, stop=("b\ufffd",), stop_token_ids=(9,)) == ["a", "", "", "", "stop"]
+
+
+def test_ignore_eos_goes_on(runtime: Runtime) -> None:
+    eos = runtime.manifest.model.eos_token_id
+    ending = Sampling(logit_bias={eos: 100.0})
+    assert runtime.generate([[5, 6]], max_new_tokens=3, sampling=ending)[0].token_ids == [eos]
+    going = runtime.generate([[5, 6]], max_new_tokens=3, sampling=replace(ending, ignore_eos=True))[0]
+    assert (going.token_ids, going.finish_reason) == ([eos] * 3, "length")
+    stopping = replace(ending, ignore_eos=True, stop_token_ids=(eos,))
+    assert runtime.generate([[5, 6]], max_new_tokens=3, sampling=stopping)[0].token_ids == [eos]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(logprobs=3), replace(HOT, logprobs=0, logit_bias={7: 4.0})])
+def test_log_probabilities_are_those_that_score_gives(runtime: Runtime, sampling: Sampling) -> None:
+    prompt = [5, 6, 7]
+    tokens = list(runtime.stream([prompt], max_new_tokens=8, sampling=sampling, mode="none"))
+    generation = tokens[-1].generation
+    assert generation is not None
+    assert generation.token_logprobs == [token.logprob for token in tokens]
+    assert generation.top_logprobs == [token.top_logprobs for token in tokens]
+    expected = runtime.score([prompt + generation.token_ids], mode="none")[0].token_logprobs[len(prompt) - 1 :]
+    assert generation.token_logprobs == pytest.approx(expected, abs=1e-5)
+    silent = runtime.generate([prompt], max_new_tokens=8, sampling=replace(sampling, logprobs=None), mode="none")[0]
+    assert silent == replace(generation, token_logprobs=None, top_logprobs=None)
+    for token in tokens:
+        assert token.top_logprobs is not None
+        assert len(token.top_logprobs) == sampling.logprobs
+        if sampling.temperature == 0:
+            assert token.top_logprobs[0] == (token.token_id, token.logprob)
+
+
 def test_closing_a_stream_leaves_the_runtime_usable(runtime: Runtime) -> None:
     stream = runtime.stream(random_rows(4, 3, 10), max_new_tokens=50)
     next(stream)
@@ -136,11 +211,19 @@ def test_half_a_character_at_the_end_is_shown_as_replacement(runtime: Runtime) -
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": [1]}, "1 values of max_new_tokens for 2 prompts"),
         ({"sampling": [HOT]}, "1 values of sampling for 2 prompts"),
+        ({"sampling": None}, "sampling is of type NoneType: pass"),
+        ({"sampling": {"temperature": 1.0}}, "sampling is of type dict: pass"),
+        ({"sampling": [HOT, None]}, "sampling is of type NoneType: pass"),
     ],
 )
 def test_bad_arguments(runtime: Runtime, arguments: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         runtime.stream([[1], [2]], **arguments)
+
+
+def test_a_bias_of_a_token_outside_the_vocabulary(runtime: Runtime) -> None:
+    with pytest.raises(TokenError, match="logit_bias: token id 100000 "):
+        runtime.stream([[1]], sampling=Sampling(logit_bias={100_000: 1.0}))
 
 
 def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtime: Runtime) -> None:

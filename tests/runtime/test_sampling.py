@@ -1,76 +1,102 @@
-"""Sampling does what its docstring specifies, compared with a slow transcription of it."""
+"""Sampling does what its specification says, compared with a plain transcription of it."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_deploy.errors import InputError, NumericError
-from chameleon_deploy.runtime.sampling import Sampling, choose, uniform
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.errors import InputError, NumericError, TokenError
+from chameleon_deploy.runtime import sampling as implementation
+from chameleon_deploy.runtime.sampling import (
+    Sampler,
+    Sampling,
+    TokenCounts,
+    check_sampling,
+    choose,
+    log_probabilities,
+    uniform,
+)
+from tests.plain_sampling import plain_choose, plain_log_probabilities, weight
+
+NOTHING = TokenCounts([])
+LOGITS = st.lists(st.integers(-40, 40).map(lambda i: i / 4), min_size=2, max_size=30)
 
 
-def transcription(logits: list[float], seen: list[int], s: Sampling, u: float) -> int:
-    values = [np.float32(v) for v in logits]
-    if s.repetition_penalty != 1.0:
-        penalty = np.float32(s.repetition_penalty)
-        for i in set(seen):
-            values[i] = values[i] / penalty if values[i] > 0 else values[i] * penalty
-    best = max(range(len(values)), key=lambda i: (values[i], -i))
-    if s.temperature == 0:
-        return best
-    z = [float(v) / s.temperature for v in values]
-    order = sorted(range(len(z)), key=lambda i: (-z[i], i))
-    if s.top_k:
-        order = order[: s.top_k]
-    w = {i: math.exp(z[i] - z[best]) for i in order}
-    if s.top_p < 1:
-        total = 0.0
-        for i in order:
-            total += w[i]
-        running, kept = 0.0, []
-        for i in order:
-            kept.append(i)
-            running += w[i]
-            if running >= s.top_p * total:
-                break
-        order = kept
-    last = 0.0
-    for i in sorted(order):
-        last += w[i]
-    running = 0.0
-    for i in sorted(order):
-        running += w[i]
-        if running > u * last:
-            return i
-    return max(order)
+def floats(values: Any) -> FloatArray:
+    return np.asarray(values, np.float32)
 
 
 @given(
-    logits=st.lists(st.integers(-40, 40).map(lambda i: i / 4), min_size=2, max_size=30),
+    logits=LOGITS,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
     top_k=st.integers(0, 12),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
-    penalty=st.sampled_from([0.5, 1.0, 1.3]),
+    repetition=st.sampled_from([0.5, 1.0, 1.3]),
+    presence=st.sampled_from([0.0, -0.4, 1.1]),
+    frequency=st.sampled_from([0.0, 0.3, -2.0]),
     u=st.floats(0, 1, exclude_max=True),
     data=st.data(),
 )
 @settings(max_examples=400, deadline=None)
 def test_choose_is_its_specification(
-    logits: list[float], temperature: float, top_k: int, top_p: float, penalty: float, u: float, data: st.DataObject
-) -> None:
-    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=5))
-    sampling = Sampling(temperature, top_k, top_p, penalty)
-    chosen = choose(np.array(logits, np.float32), np.unique(seen), sampling, u)
-    assert chosen == transcription(logits, seen, sampling, u)
+    logits: list[float], temperature: float, top_k: int, top_p: float, repetition: float, presence: float,
+    frequency: float, u: float, data: st.DataObject,
+) -> None:  # fmt: skip
+    ids = st.integers(0, len(logits) - 1)
+    prompt, generated = data.draw(st.lists(ids, min_size=1, max_size=5)), data.draw(st.lists(ids, max_size=5))
+    bias = data.draw(st.dictionaries(ids, st.floats(-100, 100), max_size=3))
+    masks = st.lists(st.booleans(), min_size=len(logits), max_size=len(logits)).filter(any)
+    allowed = data.draw(st.none() | masks)
+    sampling = Sampling(
+        temperature, top_k, top_p, repetition, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
+    )
+    mask = None if allowed is None else np.array(allowed)
+    chosen = choose(floats(logits), TokenCounts(prompt, generated), sampling, u, mask)
+    assert chosen == plain_choose(logits, prompt, generated, sampling, u, allowed)
+
+
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([0.0, 0.01, 1.0, 8.0]), top_p=st.floats(0.001, 0.999))
+@settings(max_examples=60, deadline=None)
+def test_top_p_by_selection_equals_top_p_by_sorting(seed: int, spread: float, top_p: float) -> None:
+    random = np.random.default_rng(seed)
+    logits = floats(random.standard_normal(3000) * spread).round(int(random.integers(1, 7)))
+    weights = implementation._weights(logits, float(logits.max()), 1.0)
+    order = np.lexsort((np.arange(3000), -weights))
+    count = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1
+    assert implementation._top_p(weights, top_p).tolist() == sorted(order[:count])
+
+
+def test_weights_are_integers_close_to_the_exponential_function() -> None:
+    x = -np.linspace(0, 30, 20_001, dtype=np.float32)
+    weights = implementation._weights(x, 0.0, 1.0)
+    assert weights.tolist() == [weight(float(value), 0.0, 1.0) for value in x]
+    assert weights[0] == 2**34
+    assert np.array_equal(weights, np.rint(weights))
+    assert np.abs(weights - 2.0**34 * np.exp(x.astype(np.float64))).max() <= 1
+    assert not weights[x < -24.3].any()
+
+
+def test_the_sum_of_weights_does_not_depend_on_their_order() -> None:
+    random = np.random.default_rng(0)
+    weights = implementation._weights(floats(random.standard_normal(2**19)), 0.0, 1e5)
+    assert weights.sum() > 2**52
+    assert weights.sum() == np.cumsum(weights)[-1] == np.cumsum(random.permutation(weights))[-1] == math.fsum(weights)
 
 
 def test_choose_leaves_the_logits_alone() -> None:
     logits = np.array([1.0, 2.0, -3.0], np.float32)
-    choose(logits, np.array([1]), Sampling(repetition_penalty=2.0), 0.5)
+    sampling = Sampling(repetition_penalty=2.0, presence_penalty=1.0, logit_bias={0: 3.0})
+    choose(logits, TokenCounts([1], [2]), sampling, 0.5, np.array([True, True, False]))
+    log_probabilities(logits, 0, 3)
     assert logits.tolist() == [1.0, 2.0, -3.0]
 
 
@@ -83,8 +109,78 @@ def test_uniform_is_splitmix64() -> None:
 
 def test_frequencies_follow_the_distribution() -> None:
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    draws = [choose(logits, np.array([0]), Sampling(temperature=1.0), uniform(7, 3, i)) for i in range(20_000)]
+    draws = [choose(logits, NOTHING, Sampling(temperature=1.0), uniform(7, 3, i)) for i in range(20_000)]
     np.testing.assert_allclose(np.bincount(draws) / len(draws), [0.1, 0.2, 0.3, 0.4], atol=0.015)
+
+
+def test_presence_and_frequency_count_generated_tokens_alone() -> None:
+    logits = floats([2.0, 1.9, 1.0])
+    presence, frequency = Sampling(presence_penalty=0.5), Sampling(frequency_penalty=0.04)
+    assert choose(logits, TokenCounts([0, 0, 0]), presence, 0.0) == 0
+    assert choose(logits, TokenCounts([], [0]), presence, 0.0) == 1
+    assert choose(logits, TokenCounts([0, 0, 0], [0, 0]), frequency, 0.0) == 0
+    assert choose(logits, TokenCounts([], [0, 0, 0]), frequency, 0.0) == 1
+    assert choose(logits, TokenCounts([0]), Sampling(repetition_penalty=1.2), 0.0) == 1
+
+
+def test_a_mask_excludes_tokens_whatever_their_bias() -> None:
+    logits, sampling = floats([0.0, 5.0, 1.0]), Sampling(logit_bias={1: 100.0})
+    assert choose(logits, NOTHING, sampling, 0.0, np.array([True, False, True])) == 2
+    draws = {
+        choose(logits, NOTHING, Sampling(temperature=9.0), uniform(0, 0, i), np.array([True, False, True]))
+        for i in range(200)
+    }
+    assert draws == {0, 2}
+    with pytest.raises(InputError, match="allow at least one"):
+        choose(logits, NOTHING, sampling, 0.0, np.zeros(3, bool))
+
+
+def test_a_sampler_is_choose_with_its_own_state() -> None:
+    logits, sampling = floats([1.0, 1.1, 0.9, 1.2]), Sampling(1.0, frequency_penalty=0.8, seed=5, logprobs=2)
+    sampler, generated = Sampler(sampling, [0], stream=3), list[int]()
+    for step in range(20):
+        choice = sampler.choose(logits)
+        assert choice == sampler.choose(logits)  # nothing is counted yet
+        token_id = choose(logits, TokenCounts([0], generated), sampling, uniform(5, 3, step))
+        assert choice == log_probabilities(logits, token_id, 2)
+        sampler.append(token_id)
+        generated.append(token_id)
+    assert len(set(generated)) == 4
+
+
+@given(logits=LOGITS, count=st.integers(0, 5), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_log_probabilities_are_the_log_softmax(logits: list[float], count: int, data: st.DataObject) -> None:
+    token_id = data.draw(st.integers(0, len(logits) - 1))
+    choice = log_probabilities(floats(logits), token_id, count)
+    expected = plain_log_probabilities(logits, count)
+    assert choice.top_logprobs is not None
+    assert choice.logprob is not None
+    assert [id_ for id_, _ in choice.top_logprobs] == [id_ for id_, _ in expected]
+    for (_, actual), (_, wanted) in zip(choice.top_logprobs, expected, strict=True):
+        assert actual == np.float32(actual)
+        assert actual == pytest.approx(wanted, abs=2e-6, rel=1e-7)
+    assert dict(choice.top_logprobs).get(token_id, choice.logprob) == choice.logprob
+    best = log_probabilities(floats(logits), int(np.argmax(logits)), 1)
+    assert best.logprob == max(logprob for _, logprob in best.top_logprobs or ())
+
+
+def test_log_probabilities_of_a_vocabulary() -> None:
+    """The bound that the specification gives: 50,257 logits, as wide and as flat as those of a model."""
+    for spread in (0.1, 2.0, 10.0):
+        logits = floats(np.random.default_rng(1).standard_normal(50_257) * spread - 100)
+        for actual, wanted in zip(
+            log_probabilities(logits, 0, 5).top_logprobs or (), plain_log_probabilities(logits.tolist(), 5), strict=True
+        ):
+            assert actual[0] == wanted[0]
+            assert actual[1] == pytest.approx(wanted[1], abs=2e-7, rel=1e-7)
+
+
+def test_a_token_of_no_probability_is_not_listed() -> None:
+    choice = log_probabilities(floats([-np.inf, 3.0, -np.inf]), 1, 5)
+    assert choice == (1, 0.0, ((1, 0.0),))
+    assert log_probabilities(floats([-np.inf, 3.0]), 0, 0).logprob == -np.inf
+    assert {choose(floats([-np.inf, 3.0]), NOTHING, Sampling(5.0), u) for u in (0.0, 0.5, 0.999)} == {1}
 
 
 @pytest.mark.parametrize(
@@ -93,23 +189,85 @@ def test_frequencies_follow_the_distribution() -> None:
         {"temperature": -1.0},
         {"temperature": 1e-9},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"temperature": True},
         {"top_k": -1},
+        {"top_k": 1.5},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"top_p": 1j},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 1e39},
         {"seed": -1},
         {"seed": 2**64},
+        {"seed": 1.5},
         {"stop": ("",)},
         {"stop": "text"},
+        {"stop": (1,)},
+        {"stop": 1},
+        {"stop_token_ids": (1.5,)},
+        {"stop_token_ids": "1"},
+        {"stop_token_ids": (-1,)},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {5: 101.0}},
+        {"logit_bias": {5: None}},
+        {"logit_bias": 5},
+        {"ignore_eos": 1},
+        {"logprobs": 6},
+        {"logprobs": -1},
+        {"logprobs": True},
     ],
 )
-def test_settings_out_of_range(bad: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=next(iter(bad))):
-        Sampling(**bad)  # type: ignore[arg-type]
+def test_settings_out_of_range(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(bad))}=.*: pass "):
+        Sampling(**bad)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers: Any = [np.float32(0.5), np.int32(3), np.float64(0.5), 1, np.uint64(2**64 - 1), [np.int64(4)]]
+    more: Any = {"logit_bias": {np.int64(7): np.float32(1.5)}, "logprobs": np.int8(2)}
+    sampling = Sampling(*numbers, **more)
+    assert sampling == Sampling(0.5, 3, 0.5, 1.0, 2**64 - 1, (4,), logit_bias={7: 1.5}, logprobs=2)
+    assert type(sampling.seed) is int
+    assert type(sampling.temperature) is float
+
+
+def test_a_sampling_is_a_value() -> None:
+    bias = {9: 1.0, 3: -1.0}
+    sampling = Sampling(stop=["a"], logit_bias=bias)
+    bias[3] = 5.0
+    assert sampling.logit_bias == ((3, -1.0), (9, 1.0))
+    assert {sampling, copy.deepcopy(sampling), pickle.loads(pickle.dumps(sampling))} == {sampling}  # noqa: S301
+    assert dataclasses.replace(sampling, seed=0) == sampling
+
+
+def test_what_a_vocabulary_decides() -> None:
+    check_sampling(Sampling(logit_bias={319: 1.0}), 320)
+    with pytest.raises(TokenError, match="logit_bias: token id 320 "):
+        check_sampling(Sampling(logit_bias={320: 1.0}), 320)
+    for other in (None, {"temperature": 1.0}):
+        with pytest.raises(InputError, match=f"of type {type(other).__name__}: pass"):
+            check_sampling(other, 320)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(value: float, temperature: float) -> None:
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(logit_bias={1: -100.0})])
+@pytest.mark.parametrize("allowed", [None, np.array([True, False, True])])
+def test_logits_that_are_not_finite(value: float, sampling: Sampling, allowed: Any) -> None:
+    logits = floats([0.0, value, 1.0])
+    for bad in (logits, np.full(3, -np.inf, np.float32)):
+        with pytest.raises(NumericError):
+            choose(bad, NOTHING, sampling, 0.5, allowed)
+        with pytest.raises(NumericError):
+            log_probabilities(bad, 0, 1)
+
+
+def test_a_penalty_that_overflows_is_found() -> None:
     with pytest.raises(NumericError):
-        choose(np.array([0.0, value, 1.0], np.float32), np.array([0]), Sampling(temperature), 0.5)
+        choose(floats([3e38, 0.0]), TokenCounts([0]), Sampling(repetition_penalty=1e-30), 0.5)
