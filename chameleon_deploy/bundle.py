@@ -31,6 +31,7 @@ from chameleon_deploy.errors import (
 from chameleon_deploy.manifest import (
     FORMAT,
     FORMAT_VERSION,
+    LM_HEAD,
     MANIFEST,
     AdaptationSpec,
     FileSpec,
@@ -42,12 +43,15 @@ from chameleon_deploy.manifest import (
     Parameters,
     ParitySummary,
     Precision,
+    Protocol,
     Regime,
     Role,
     StoredTensor,
+    TargetSpec,
     TensorSpec,
     available_modes,
     default_mode,
+    factor_names,
     limits_fault,
     parse_manifest,
 )
@@ -55,9 +59,10 @@ from chameleon_deploy.manifest import (
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
     "Bundle", "FloatArray", "file_sha256", "open_bundle", "opening_bundle",
-    "FORMAT", "FORMAT_VERSION", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec", "Manifest", "Mode",
-    "ModelSpec", "Parameters", "ParitySummary", "Precision", "Regime", "Role", "StoredTensor", "TensorSpec",
-    "available_modes", "default_mode", "limits_fault", "parse_manifest",
+    "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
+    "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol", "Regime", "Role",
+    "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names", "limits_fault",
+    "parse_manifest",
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]
@@ -91,12 +96,14 @@ class Bundle:
             return np.empty(shape, np.float32)
         return _read_tensors(self.path / "centroids.safetensors", {"centroids": shape})["centroids"]
 
-    def lora(self) -> tuple[FloatArray, FloatArray]:
-        """The trained pair of a bundle of regime lora, as the decoder takes it: [1, rank, hidden], [1, rank, vocab]."""
-        rank, model = self.manifest.adaptation.rank, self.manifest.model
-        shapes = {"lora_A": (1, rank, model.hidden_size), "lora_B": (1, rank, model.vocab_size)}
-        tensors = _read_tensors(self.path / "lora.safetensors", shapes)
-        return tensors["lora_A"], tensors["lora_B"]
+    def lora(self) -> dict[str, FloatArray]:
+        """The trained factors of a bundle of regime lora, as the decoder takes them.
+
+        -> float32 [adapters, rank, in_features or out_features] by tensor name; there is one adapter
+        """
+        spec = self.manifest.adaptation
+        shapes = {name: (1, spec.rank, width) for name, width in spec.factor_widths.items()}
+        return _read_tensors(self.path / "lora.safetensors", shapes)
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -118,7 +118,7 @@ def check_bundle(
     first = next(iter(runtimes.values()))
     figures.bytes_per_second = gpu_costs.measure_bandwidth(first)
     ceilings = Ceilings(figures.bytes_per_second, math.inf, "not counted")
-    sizes = [size for size in BATCH_SIZES if size <= min(limits.batch, limits.clusters)]
+    sizes = [size for size in BATCH_SIZES if size <= min(limits.batch, limits.factor_sets)]
     texts = text_rows(checkpoint, max(sizes), min(WIDTH, limits.sequence, limits.past - NUM_TOKENS))
     workloads = Workloads(first, checkpoint, _peers(runtimes, checkpoint, torch_device, compiled, figures.skipped))
     works: dict[str, Callable[[], Case]] = {

@@ -18,8 +18,16 @@ FORMAT_VERSION = 1
 
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
 Regime = Literal["chameleon", "lora"]
-Role = Literal["decoder", "hypernetwork", "chooser", "scorer"]
+Protocol = Literal["masked", "paper"]
+Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+LM_HEAD = "lm_head"  # the target that every export has so far, by its PEFT name
+
+
+def factor_names(target: str) -> tuple[str, str]:
+    """The tensor names of one target's factors, A and B, in graphs, in files and in what callers pass."""
+    return f"{target}.lora_A", f"{target}.lora_B"
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +41,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named graph: what it is for, which providers may run it, and its signature.
 
-    role   chooser and scorer read logits where they are: the highest one's token, a target's log-probability
+    role   chooser: logits to the token of the highest; logits_scorer: logits and targets to log-probabilities;
+           hidden_scorer: hidden states, targets and factors to log-probabilities, without whole logits
     cache  of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer
     """
 
@@ -71,16 +80,38 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_token_id: int
 
 
+class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A linear layer that the factors adapt, by its PEFT name: A is [rank, in_features], B [rank, out_features]."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
 class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """alpha is recorded, not applied: it is folded into the factors at export."""
 
     regime: Regime
     rank: int
     alpha: float
+    targets: tuple[TargetSpec, ...]
     num_clusters: int
-    protocol: Literal["masked", "paper"]
+    protocol: Protocol
     max_length: int
-    modes: tuple[Mode, ...]
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that the bundle can serve."""
+        return available_modes(self.regime, self.num_clusters)
+
+    @property
+    def factor_widths(self) -> dict[str, int]:
+        """The name of every factor tensor and its last dimension; the others are [factor_sets, rank]."""
+        return {
+            name: width
+            for target in self.targets
+            for name, width in zip(factor_names(target.name), (target.in_features, target.out_features), strict=True)
+        }
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,16 +125,16 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
 
-    batch     rows
-    sequence  tokens of a row in one call
-    past      tokens of a row that are in the cache already
-    clusters  factor sets
+    batch        rows
+    sequence     tokens of a row in one call
+    past         tokens of a row that are in the cache already
+    factor_sets  factor sets
     """
 
     batch: int
     sequence: int
     past: int
-    clusters: int
+    factor_sets: int
 
 
 class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,7 +156,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     graphs: dict[str, GraphSpec]
     token_embedding: StoredTensor
     files: dict[str, FileSpec]
-    determinism: tuple[Literal["F", "R", "B"], ...]
     parity: ParitySummary
     checkpoint_digest: str
     tools: dict[str, str]
@@ -188,8 +218,7 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: adaptation has a rank, num_clusters or max_length out of range")
     if not 0 <= model.eos_token_id < model.vocab_size:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
-    if set(adaptation.modes) != set(available_modes(adaptation.regime, adaptation.num_clusters)):
-        raise ManifestError(f"{where}: adaptation.modes do not fit its regime and num_clusters")
+    _check_targets(manifest, where)
     if fault := limits_fault(manifest.limits, model):
         raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
@@ -211,3 +240,19 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     end = stored.offset + math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
     if stored.offset < 0 or end > manifest.files[stored.file].size:
         raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")
+
+
+def _check_targets(manifest: Manifest, where: Path) -> None:
+    """The targets are distinct, and every decoder takes their factors and no others."""
+    targets = manifest.adaptation.targets
+    if not targets or len({target.name for target in targets}) < len(targets):
+        raise ManifestError(f"{where}: adaptation.targets must name at least one layer, and each layer once")
+    for target in targets:
+        if not target.name or target.in_features < 1 or target.out_features < 1:
+            raise ManifestError(f"{where}: adaptation.targets: {target.name!r} has no name or a dimension below 1")
+    expected = manifest.adaptation.factor_widths
+    for name, graph in manifest.graphs.items():
+        if graph.role == "decoder":
+            taken = {spec.name: spec.shape[-1] for spec in graph.inputs if ".lora_" in spec.name and spec.shape}
+            if taken != expected:
+                raise ManifestError(f"{where}: graphs.{name} takes factors {taken}, adaptation.targets say {expected}")

@@ -50,18 +50,18 @@ def profiles(manifest: Manifest, graph: GraphSpec) -> tuple[Profile, ...]:
     decode   one token per row behind at least one
     """
     limits, spec = manifest.limits, manifest.adaptation
-    batch, clusters = _up_to(limits.batch, 8), _up_to(limits.clusters, 4)
+    batch, factor_sets = _up_to(limits.batch, 8), _up_to(limits.factor_sets, 4)
     sequence, one, none = _up_to(limits.sequence, 128), Range(1, 1, 1), Range(0, 0, 0)
     positions = Range(1, 1, limits.sequence)
     match graph.role:
         case "hypernetwork":
-            most = max(limits.clusters, spec.num_clusters)  # all centroids at once
-            return (Profile("generate", {"clusters": _up_to(most, 4)}),)
+            most = max(limits.factor_sets, spec.num_clusters)  # all centroids at once
+            return (Profile("generate", {"factor_sets": _up_to(most, 4)}),)
         case "chooser":
             return (Profile("choose", {"batch": batch, "positions": one}),)
-        case "scorer":
+        case "logits_scorer":
             return (Profile("score", {"batch": batch, "positions": sequence}),)
-    rows = {"batch": batch, "clusters": clusters, "rank": Range(1, spec.rank, spec.rank)}
+    rows = {"batch": batch, "factor_sets": factor_sets, "rank": Range(1, spec.rank, spec.rank)}
     past = _up_to(limits.past, 128)
     total = Range(*(size + 1 for size in past))
     prefill = {**rows, "sequence": sequence, "positions": positions, "past": none, "total": sequence}

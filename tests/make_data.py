@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import Regime, available_modes
+from chameleon_deploy.bundle import LM_HEAD, Regime, available_modes, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
@@ -178,23 +178,29 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("precision_unknown", "manifest_invalid", manifest("fp8", "precision"))
     case("regime_unknown", "manifest_invalid", manifest("ia3", "adaptation", "regime"))
     case("protocol_unknown", "manifest_invalid", manifest("author", "adaptation", "protocol"))
-    case("determinism_unknown", "manifest_invalid", manifest(["F", "Q"], "determinism"))
     case("role_unknown", "manifest_invalid", manifest("encoder", "graphs", "decoder", "role"))
-    case("mode_unknown", "manifest_invalid", manifest(["none", "magic"], "adaptation", "modes"))
-    case("modes_do_not_fit", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
-    case(
-        "modes_do_not_fit_lora",
-        "manifest_invalid",
-        manifest(["none", "static", "cohort"], "adaptation", "modes"),
-        base="lora_masked",
-    )
+    case("role_of_an_older_export", "manifest_invalid", manifest("scorer", "graphs", "hidden_scorer", "role"))
+    case("determinism_of_an_older_export", "manifest_invalid", manifest(["F", "R"], "determinism"))
+    case("modes_of_an_older_export", "manifest_invalid", manifest(["none", "static"], "adaptation", "modes"))
+    head = {"name": "lm_head", "in_features": HIDDEN, "out_features": VOCAB_SIZE}
+    case("no_targets", "manifest_invalid", without("adaptation", "targets"))
+    for name, targets in {
+        "empty": [],
+        "twice": [head, head],
+        "no_name": [{**head, "name": ""}],
+        "no_features": [{**head, "in_features": 0}],
+        "other_features": [{**head, "out_features": VOCAB_SIZE + 1}],
+        "of_no_graph": [{**head, "name": "transformer.h.0.attn.c_attn"}],
+        "too_many": [head, {**head, "name": "transformer.h.0.attn.c_attn"}],
+    }.items():
+        case(f"targets_{name}", "manifest_invalid", manifest(targets, "adaptation", "targets"))
     case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
     case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
     case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
     case("layers_zero", "manifest_invalid", manifest(0, "model", "num_layers"))
     case("vocab_differs", "manifest_invalid", manifest(VOCAB_SIZE + 1, "model", "vocab_size"))
-    for limit in ("batch", "sequence", "past", "clusters"):
+    for limit in ("batch", "sequence", "past", "factor_sets"):
         case(f"limit_{limit}_zero", "manifest_invalid", manifest(0, "limits", limit))
     case("limit_sequence_beyond_positions", "manifest_invalid", manifest(POSITIONS + 1, "limits", "sequence"))
     case("limit_past_beyond_positions", "manifest_invalid", manifest(POSITIONS, "limits", "past"))
@@ -202,7 +208,7 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("limit_unknown", "manifest_invalid", manifest(1, "limits", "beams"))
     case("no_decoder", "manifest_invalid", without("graphs", "decoder"), without("graphs", "decoder_cpu"))
     case("no_hypernetwork", "manifest_invalid", without("graphs", "hypernetwork"))
-    case("no_scorer", "manifest_invalid", without("graphs", "scorer_cpu"))  # as bundles of earlier versions
+    case("no_hidden_scorer", "manifest_invalid", without("graphs", "hidden_scorer"))
     for_cuda = [manifest(["cuda"], "graphs", name, "providers") for name in ("decoder", "decoder_cpu")]
     case("no_graph_for_cpu", "manifest_invalid", *for_cuda)
     case("cache_unknown", "manifest_invalid", manifest("paged", "graphs", "decoder_cpu", "cache"))
@@ -249,15 +255,17 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("centroids_cut", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 100), redigest)
     case("centroids_rest", "tensor_invalid", written("centroids.safetensors", length + header + b"\0" * 200), redigest)
     lora_A, lora_B = np.zeros((1, 2, HIDDEN), np.float32), np.zeros((1, 2, VOCAB_SIZE), np.float32)
-    lora = "lora_masked"
+    lora, (name_A, name_B) = "lora_masked", factor_names(LM_HEAD)
     case(
         "lora_rank",
         "tensor_invalid",
-        *tensors("lora.safetensors", lora_A=lora_A[:, :1], lora_B=lora_B[:, :1]),
+        *tensors("lora.safetensors", **{name_A: lora_A[:, :1], name_B: lora_B[:, :1]}),
         base=lora,
     )
-    case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A + np.nan, lora_B=lora_B), base=lora)
-    case("lora_half", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A), base=lora)
+    case("lora_nan", "tensor_invalid", *tensors("lora.safetensors", **{name_A: lora_A + np.nan, name_B: lora_B}),
+         base=lora)  # fmt: skip
+    case("lora_half", "tensor_invalid", *tensors("lora.safetensors", **{name_A: lora_A}), base=lora)
+    case("lora_without_target", "tensor_invalid", *tensors("lora.safetensors", lora_A=lora_A, lora_B=lora_B), base=lora)
     # Graphs
     case(
         "not_onnx",
@@ -283,7 +291,7 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder_cpu", "inputs", "0", "name"))
     case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder_cpu", "inputs", "0", "dtype"))
     case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder_cpu", "inputs", "0", "shape"))
-    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "5"))
+    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "1"))
     case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
     # The tokenizer
     for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):

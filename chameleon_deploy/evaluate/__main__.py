@@ -178,8 +178,8 @@ def _require_one_base(paths: list[Path], checkpoints: list[Checkpoint]) -> None:
 
 def _evaluate_all(checkpoints: list[Checkpoint], texts: list[str], batch_size: int) -> dict[str, list[Evaluation]]:
     """Per protocol: the base, then every checkpoint. The hidden states of a protocol are computed once."""
+    from chameleon_deploy.bundle import Protocol
     from chameleon_deploy.evaluate.scoring import evaluate
-    from chameleon_deploy.reference.checkpoint import Protocol
 
     protocols: tuple[Protocol, ...] = ("paper", "masked")
     found: dict[str, list[Evaluation]] = {}

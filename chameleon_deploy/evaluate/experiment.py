@@ -24,6 +24,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.directory import locked_directory
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import conditioning
@@ -37,7 +38,7 @@ from chameleon_deploy.evaluate.variants import (
     num_parameters,
     usual,
 )
-from chameleon_deploy.reference.checkpoint import Protocol, load_checkpoint
+from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts, split_texts
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states

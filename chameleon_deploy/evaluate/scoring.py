@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.evaluate.conditioning import Conditioning, cohort_mean, members_of
-from chameleon_deploy.reference.checkpoint import Checkpoint, Protocol
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.head import cohort_losses, cohorts

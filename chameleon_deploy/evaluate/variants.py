@@ -9,9 +9,10 @@ from typing import Literal
 import msgspec
 from torch import Tensor
 
+from chameleon_deploy.bundle import Protocol, Regime
 from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.conditioning import Conditioning
-from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, Protocol, Regime
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.hypernetwork import num_factors
 from chameleon_deploy.reference.model import Trunk

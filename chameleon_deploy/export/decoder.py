@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import ModelSpec, StoredTensor
+from chameleon_deploy.bundle import LM_HEAD, ModelSpec, StoredTensor, factor_names
 from chameleon_deploy.export.families import gpt2, llama
 from chameleon_deploy.export.families.trunk import BuildTrunk, TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
@@ -20,7 +20,7 @@ from chameleon_deploy.export.head import build_head
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
 
-HEAD = "lm_head.weight"
+HEAD = f"{LM_HEAD}.weight"
 # By ModelSpec.architecture: the names of the token embedding and of the last norm, and what builds the trunk.
 FAMILIES: dict[str, tuple[str, str, BuildTrunk]] = {
     "gpt2": (gpt2.TOKEN_EMBEDDING, gpt2.LAST_NORM, gpt2.build_trunk),
@@ -37,8 +37,9 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
         input_ids, position_ids           int64 [batch, sequence]
         attention_mask                    int64 [batch, past + sequence], 1 = real token
         logits_positions                  int64 [batch, positions], which of the sequence positions get logits
-        cluster_ids                       int64 [batch], the factor set of each row
-        lora_A, lora_B                    float32 [clusters, rank, hidden], [clusters, rank, vocab]
+        factor_ids                        int64 [batch], the factor set of each row
+        lm_head.lora_A                    float32 [factor_sets, rank, hidden]
+        lm_head.lora_B                    float32 [factor_sets, rank, vocab]
         past_key_values.{i}.{key,value}   float32 [batch, key-value heads, past, head_dim]
     Outputs:
         logits                            float32 [batch, positions, vocab]
@@ -53,9 +54,11 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
     attention_mask = builder.input("attention_mask", INT64, [B, "total"])
     position_ids = builder.input("position_ids", INT64, [B, "sequence"])
     logits_positions = builder.input("logits_positions", INT64, [B, "positions"])
-    cluster_ids = builder.input("cluster_ids", INT64, [B])
-    lora_A = builder.input("lora_A", FLOAT, ["clusters", "rank", model.hidden_size])
-    lora_B = builder.input("lora_B", FLOAT, ["clusters", "rank", model.vocab_size])
+    factor_ids = builder.input("factor_ids", INT64, [B])
+    lora_A, lora_B = (
+        builder.input(name, FLOAT, ["factor_sets", "rank", width])
+        for name, width in zip(factor_names(LM_HEAD), (model.hidden_size, model.vocab_size), strict=True)
+    )
 
     def cached(i: int, kind: str) -> ir.Value:
         return builder.input(f"past_key_values.{i}.{kind}", FLOAT, [B, H, "past", D])
@@ -74,7 +77,7 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
         trunk,
     )
     head = _tied_head(builder, token_embedding) if trunk.is_tied else weights(HEAD)
-    builder.add_output(build_head(op, hidden, head, cluster_ids, lora_A, lora_B, model), "logits")
+    builder.add_output(build_head(op, hidden, head, factor_ids, lora_A, lora_B, model), "logits")
     declare(graph.outputs[-1], [B, "positions", model.vocab_size])
     for i, key_value in enumerate(present):
         for kind, value in zip(("key", "value"), key_value, strict=True):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from chameleon_deploy.bundle import (
     FORMAT_VERSION,
+    LM_HEAD,
     MANIFEST,
     AdaptationSpec,
     FileSpec,
@@ -25,8 +26,9 @@ from chameleon_deploy.bundle import (
     ParitySummary,
     Precision,
     Role,
+    TargetSpec,
     TensorSpec,
-    available_modes,
+    factor_names,
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
@@ -41,7 +43,7 @@ from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
-from chameleon_deploy.export.readout import build_chooser, build_scorer
+from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
@@ -127,17 +129,18 @@ def _write_files(
         else:
             scorer = _make_cpu_variant(decoder, model, precision, weights_file)
             graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
-            graphs["scorer_cpu"] = _save_graph(scorer, "scorer_cpu", "scorer", directory, ("cpu",))
+            graphs["hidden_scorer"] = _save_graph(scorer, "hidden_scorer", "hidden_scorer", directory, ("cpu",))
         if isinstance(checkpoint.factors, Hypernetwork):
             layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
             hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
             graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", "hypernetwork", directory, PROVIDERS)
         else:
             pair = checkpoint.factors.lora_A.numpy(), checkpoint.factors.lora_B.numpy()
-            lora = {"lora_A": np.ascontiguousarray(pair[0])[None], "lora_B": fold_lora_B(pair[1], config.alpha)[None]}
-            save_file(lora, directory / "lora.safetensors")
+            stacked = np.ascontiguousarray(pair[0])[None], fold_lora_B(pair[1], config.alpha)[None]
+            save_file(dict(zip(factor_names(LM_HEAD), stacked, strict=True)), directory / "lora.safetensors")
     graphs["chooser"] = _save_graph(build_chooser(model), "chooser", "chooser", directory, DEVICES)
-    graphs["scorer"] = _save_graph(build_scorer(model), "scorer", "scorer", directory, DEVICES)
+    logits_scorer = build_logits_scorer(model)
+    graphs["logits_scorer"] = _save_graph(logits_scorer, "logits_scorer", "logits_scorer", directory, DEVICES)
     if config.num_clusters:
         save_file({"centroids": checkpoint.centroids.numpy()}, directory / "centroids.safetensors")
     trunk.tokenizer.save(str(directory / "tokenizer.json"))
@@ -151,10 +154,10 @@ def _write_files(
             regime=config.regime,
             rank=config.rank,
             alpha=config.alpha,
+            targets=(TargetSpec(LM_HEAD, model.hidden_size, model.vocab_size),),
             num_clusters=config.num_clusters,
             protocol=config.protocol,
             max_length=config.max_length,
-            modes=available_modes(config.regime, config.num_clusters),
         ),
         limits=limits,
         parameters=Parameters(
@@ -165,7 +168,6 @@ def _write_files(
         graphs=graphs,
         token_embedding=token_embedding,
         files={},
-        determinism=("F", "R"),
         parity=ParitySummary(verified=False),
         checkpoint_digest=checkpoint.digest,
         tools={name: metadata.version(name) for name in ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch",

@@ -1,7 +1,7 @@
 """The linear head and its low-rank update, with a factor set for each row.
 
 The update of rows with different factor sets takes two plain matrix products: the sets are stacked
-into [clusters*rank, hidden] and [clusters*rank, vocab], and between the two each row keeps its own
+into [factor_sets*rank, hidden] and [factor_sets*rank, vocab], and between the two each row keeps its own
 set's columns and zeroes the others. No row copies lora_B.
 """
 
@@ -15,14 +15,14 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
 # What passes find a head by: its hidden states [batch, positions, hidden], and the factor set of each position.
-HIDDEN_STATES, CLUSTER_IDS = "head.hidden_states", "head.cluster_ids"
+HIDDEN_STATES, FACTOR_IDS = "head.hidden_states", "head.factor_ids"
 
 
 def build_head(
     op: Any,
     hidden: Any,
     weight: ir.Value,
-    cluster_ids: ir.Value,
+    factor_ids: ir.Value,
     lora_A: ir.Value,
     lora_B: ir.Value,
     model: ModelSpec,
@@ -32,14 +32,14 @@ def build_head(
     hidden.name = HIDDEN_STATES
     h = op.Reshape(hidden, [-1, hidden_size])  # one row per position: [n, hidden]
     base = op.Gemm(h, weight, transB=1)
-    products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, clusters*rank]
+    products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, factor_sets*rank]
     num_sets, rank = op.Squeeze(op.Shape(lora_A, start=0, end=1)), op.Shape(lora_A, start=1, end=2)
     sets = op.Unsqueeze(op.Range(integer(op, 0), num_sets, integer(op, 1)), [1])
     columns = op.Reshape(op.Expand(sets, op.Concat(op.Shape(lora_A, start=0, end=1), rank, axis=0)), [1, -1])
     positions = op.Shape(hidden, start=0, end=2)
-    rows = op.Expand(op.Unsqueeze(cluster_ids, [1]), positions)
-    rows.name = CLUSTER_IDS
-    own = op.Equal(op.Reshape(rows, [-1, 1]), columns)  # [n, clusters*rank]
+    rows = op.Expand(op.Unsqueeze(factor_ids, [1]), positions)
+    rows.name = FACTOR_IDS
+    own = op.Equal(op.Reshape(rows, [-1, 1]), columns)  # [n, factor_sets*rank]
     products = op.Where(own, products, real(op, 0.0))
     logits = op.Gemm(products, op.Reshape(lora_B, [-1, vocab_size]), base)
     return op.Reshape(logits, op.Concat(positions, integers(op, [vocab_size]), axis=0))

@@ -1,4 +1,4 @@
-"""hypernetwork.onnx: conditioning [clusters, hidden] -> lora_A, lora_B as the decoder takes them.
+"""hypernetwork.onnx: conditioning [factor_sets, hidden] -> the factor tensors as the decoder takes them.
 
 The reference's last layer gives lora_B as [vocab, rank]; its rows are reordered here so that the
 graph gives [rank, vocab] without a transpose, and alpha is multiplied into them, so that the
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec, factor_names
 from chameleon_deploy.export.graph import FLOAT, OPSET
 from chameleon_deploy.export.weights import WeightsFile
 
@@ -32,14 +32,15 @@ def build_hypernetwork(
     def initializer(name: str, array: FloatArray) -> ir.Value:
         return builder.initializer(weights_file.add(f"hypernetwork.{name}", array), name)
 
-    x = builder.input("conditioning", FLOAT, ["clusters", model.hidden_size])
+    x = builder.input("conditioning", FLOAT, ["factor_sets", model.hidden_size])
     *inner, (weight, bias) = layers
     for i, (w, b) in enumerate(inner):
         x = op.Relu(op.Gemm(x, initializer(f"{i}.weight", w), initializer(f"{i}.bias", b), transB=1))
     split = rank * model.hidden_size
+    name_A, name_B = factor_names(LM_HEAD)
     parts = {
-        "lora_A": (weight[:split], bias[:split], model.hidden_size),
-        "lora_B": (
+        name_A: (weight[:split], bias[:split], model.hidden_size),
+        name_B: (
             fold_lora_B(weight[split:].reshape(model.vocab_size, rank, -1), alpha).reshape(rank * model.vocab_size, -1),
             fold_lora_B(bias[split:].reshape(model.vocab_size, rank), alpha).reshape(-1),
             model.vocab_size,
@@ -48,6 +49,6 @@ def build_hypernetwork(
     for name, (w, b, width) in parts.items():
         flat = op.Gemm(x, initializer(f"{name}.weight", w), initializer(f"{name}.bias", b), transB=1)
         builder.add_output(op.Reshape(flat, [-1, rank, width]), name)
-        graph.outputs[-1].shape = ir.Shape(["clusters", rank, width])
+        graph.outputs[-1].shape = ir.Shape(["factor_sets", rank, width])
         graph.outputs[-1].type = ir.TensorType(FLOAT)
     return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")

@@ -1,4 +1,4 @@
-"""chooser.onnx and scorer.onnx: what is read from logits that stay on a device.
+"""chooser.onnx and logits_scorer.onnx: what is read from logits that stay on a device.
 
 On a GPU the logits of a step are megabytes, and what a caller wants of them is one number per row. These
 two graphs give it, so that nothing else crosses to the host. They have no weights.
@@ -28,12 +28,12 @@ def build_chooser(model: ModelSpec) -> ir.Model:
     return _model(graph, INT64)
 
 
-def build_scorer(model: ModelSpec) -> ir.Model:
+def build_logits_scorer(model: ModelSpec) -> ir.Model:
     """logits float32 [batch, positions, vocab], targets int64 [batch, positions] -> logprobs float32 [batch, positions]
 
     log softmax(logits)[target], in float32.
     """
-    graph, builder = _graph("scorer")
+    graph, builder = _graph("logits_scorer")
     op = builder.op
     logits = builder.input("logits", FLOAT, ["batch", "positions", model.vocab_size])
     targets = builder.input("targets", INT64, ["batch", "positions"])

@@ -15,16 +15,16 @@ from chameleon_deploy.errors import RecipeError
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The largest call that engines are built for; see LimitsSpec. None takes what `resolve` says.
 
-    batch     32
-    sequence  the model's positions, at most 1,024
-    past      all of the model's positions but one
-    clusters  enough for any batch, and for all centroids at once
+    batch        32
+    sequence     the model's positions, at most 1,024
+    past         all of the model's positions but one
+    factor_sets  enough for any batch, and for all centroids at once
     """
 
     batch: int = 32
     sequence: int | None = None
     past: int | None = None
-    clusters: int | None = None
+    factor_sets: int | None = None
 
     def resolve(self, model: ModelSpec, num_clusters: int) -> LimitsSpec:
         """The numbers for one model. Raises RecipeError for what is below 1 or outside the model's positions."""
@@ -32,7 +32,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             batch=self.batch,
             sequence=min(model.max_positions, 1024) if self.sequence is None else self.sequence,
             past=model.max_positions - 1 if self.past is None else self.past,
-            clusters=max(self.batch, num_clusters) if self.clusters is None else self.clusters,
+            factor_sets=max(self.batch, num_clusters) if self.factor_sets is None else self.factor_sets,
         )
         if fault := limits_fault(limits, model):
             raise RecipeError(f"{fault}: change [limits] in the recipe")

@@ -1,4 +1,4 @@
-"""scorer_cpu.onnx: log-probabilities of given tokens from hidden states, one tile of the vocabulary after the other.
+"""hidden_scorer.onnx: log-probabilities of given tokens from hidden states, one tile of the vocabulary after the other.
 
 The logits of 1,024 positions of GPT-2 are 206 MB, and an update, its sum and a softmax each go through all of them. The
 logits of a tile stay in the processor's cache until they are summed up, and no more than a tile of them ever exists.
@@ -16,9 +16,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import LM_HEAD, ModelSpec, factor_names
 from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, subgraph, take_nodes
-from chameleon_deploy.export.head import CLUSTER_IDS, HIDDEN_STATES
+from chameleon_deploy.export.head import FACTOR_IDS, HIDDEN_STATES
 from chameleon_deploy.export.weights import WeightsFile, rows_of
 
 TILE = 2048  # tokens: the logits of 512 positions take 4 MB
@@ -54,8 +54,9 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
     Inputs:
         hidden_states   float32 [positions, hidden], of the decoder
         targets         int64 [positions]
-        cluster_ids     int64 [positions], the factor set of each position
-        lora_A, lora_B  float32 [clusters, rank, hidden], [clusters, rank, vocab]
+        factor_ids      int64 [positions], the factor set of each position
+        lm_head.lora_A  float32 [factor_sets, rank, hidden]
+        lm_head.lora_B  float32 [factor_sets, rank, vocab]
     Outputs:
         logprobs        float32 [positions], log softmax(logits)[target]
 
@@ -64,13 +65,13 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
     reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
     if reshape is None or (logits := reshape.inputs[0]) is None:
         raise ValueError("the decoder's logits do not come from a Reshape")
-    inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, CLUSTER_IDS, "lora_A", "lora_B")]
+    inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, FACTOR_IDS, *factor_names(LM_HEAD))]
     graph = ir.convenience.extract(decoder.graph, inputs, [logits])
-    graph.name = "scorer"
+    graph.name = "hidden_scorer"
     for name in sorted(graph.initializers):  # which come in another order each time; an export is always the same bytes
         graph.initializers[name] = graph.initializers.pop(name)
     _declare(graph.inputs[0], "hidden_states", FLOAT, ["positions", model.hidden_size])
-    _declare(graph.inputs[1], "cluster_ids", INT64, ["positions"])
+    _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
     builder = GraphBuilder(graph)
     targets = builder.input("targets", INT64, ["positions"])
     graph.outputs[0] = _logprobs(builder, targets, model.vocab_size, weights_file)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chameleon_deploy.bundle import LM_HEAD, Protocol, Regime, factor_names
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA
@@ -27,9 +28,6 @@ from chameleon_deploy.reference.model import Trunk, load_trunk
 CONFIG_FILE = "chameleon_config.json"
 TENSOR_FILE = "chameleon.safetensors"
 FORMAT_VERSION = 1
-
-Regime = Literal["chameleon", "lora"]
-Protocol = Literal["masked", "paper"]
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,6 +41,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     num_clusters: int
     protocol: Protocol = "masked"
     max_length: int = 256
+    targets: tuple[str, ...] = (LM_HEAD,)
 
 
 @dataclass
@@ -97,7 +96,10 @@ def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -
 
 
 def _stored_name(parameter: str) -> str:
-    return parameter.replace("layers.", "hypernetwork.", 1) if parameter.startswith("layers.") else parameter
+    """The name in the file: hypernetwork.{i}.weight or .bias, lm_head.lora_A or .lora_B."""
+    if parameter.startswith("layers."):
+        return parameter.replace("layers.", "hypernetwork.", 1)
+    return f"{LM_HEAD}.{parameter}"
 
 
 def _load_own(path: Path, base: str | None, trunk: Trunk | None) -> Checkpoint:
@@ -122,8 +124,8 @@ def _load_peft(path: Path, base: str | None) -> Checkpoint:
         base_model = str(base or peft["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / 'adapter_config.json'}: not a PEFT LoRA configuration: {error!r}") from error
-    if peft.get("peft_type", "LORA") != "LORA" or targets != ["lm_head"]:
-        raise CheckpointError(f"{path}: only a LoRA whose single target is lm_head can be deployed, found {targets}")
+    if peft.get("peft_type", "LORA") != "LORA" or targets != [LM_HEAD]:
+        raise CheckpointError(f"{path}: only a LoRA whose single target is {LM_HEAD} can be deployed, found {targets}")
     for option in ("use_rslora", "use_dora", "lora_bias"):
         if peft.get(option):
             raise CheckpointError(f"{path}: {option} is set; only a plain LoRA can be deployed")
@@ -140,7 +142,7 @@ def _load_peft(path: Path, base: str | None) -> Checkpoint:
     config = CheckpointConfig(
         regime="lora", base_model=base_model, rank=rank, alpha=scaling, num_clusters=0, max_length=trunk.max_positions
     )
-    tensors = {"lora_A": named["A"], "lora_B": named["B"]}
+    tensors = dict(zip(factor_names(LM_HEAD), (named["A"], named["B"]), strict=True))
     files = [path / "adapter_config.json", path / "adapter_model.safetensors"]
     return _assemble(path, config, trunk, tensors, torch.empty(0, trunk.config.hidden_size), files)
 
@@ -226,6 +228,8 @@ def _read_config(path: Path) -> CheckpointConfig:
         raise CheckpointError(f"{path}: {error}") from error
     if config.rank < 1 or config.max_length < 1 or config.num_clusters < 0:
         raise CheckpointError(f"{path}: rank and max_length must be at least 1, num_clusters at least 0")
+    if config.targets != (LM_HEAD,):
+        raise CheckpointError(f"{path}: targets {list(config.targets)}: this release adapts [{LM_HEAD!r}] only")
     return config
 
 

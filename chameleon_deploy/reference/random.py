@@ -12,8 +12,9 @@ import torch
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.bundle import Regime
 from chameleon_deploy.errors import OutputExistsError
-from chameleon_deploy.reference.checkpoint import CheckpointConfig, Regime, build_factors, save_checkpoint
+from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES

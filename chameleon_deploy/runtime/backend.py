@@ -45,7 +45,7 @@ class CpuBackend:
         ort_value, model = import_onnxruntime().OrtValue, bundle.manifest.model
         self.decoder: Decoder
         if graphs[self.graph].cache == "shared":
-            scorer = open_session(bundle, graphs[bundle.graph("scorer", "cpu")], threads)
+            scorer = open_session(bundle, graphs[bundle.graph("hidden_scorer", "cpu")], threads)
             self.decoder = SharedCacheDecoder(session, TiledScorer(scorer), ort_value, bundle.manifest)
         else:
             self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or len(os.sched_getaffinity(0)))
@@ -55,7 +55,7 @@ class CpuBackend:
             self._hypernetwork = open_session(bundle, graphs[name], threads, share_weights=share_weights)
 
     def generate_factors(self, conditioning: FloatArray) -> Factors:
-        lora_A, lora_B = self._hypernetwork.run(["lora_A", "lora_B"], {"conditioning": conditioning})
+        lora_A, lora_B = self._hypernetwork.run(["lm_head.lora_A", "lm_head.lora_B"], {"conditioning": conditioning})
         return lora_A, lora_B
 
     def place(self, factors: Factors) -> Factors:
@@ -77,7 +77,7 @@ class DeviceBackend:
             name for name, spec in bundle.manifest.graphs.items() if spec.file == graphs["decoder"].spec.file
         )
         decoder = SlotCacheDecoder(
-            device, graphs["decoder"], graphs["chooser"], graphs["scorer"], bundle.manifest.model, limits
+            device, graphs["decoder"], graphs["chooser"], graphs["logits_scorer"], bundle.manifest.model, limits
         )
         self.decoder: Decoder = decoder
         self._place = decoder.place
@@ -91,7 +91,7 @@ class DeviceBackend:
             }
             tensors["conditioning"] = self.device.upload(conditioning, "float32")
             hypernetwork.bind(tensors).run()
-        return cast(Factors, (tensors["lora_A"], tensors["lora_B"]))
+        return cast(Factors, (tensors["lm_head.lora_A"], tensors["lm_head.lora_B"]))
 
     def place(self, factors: Factors) -> Factors:
         with self.device.lock:

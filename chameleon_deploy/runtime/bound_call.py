@@ -67,7 +67,7 @@ class BoundCall:
             "num_logits": np.array([num_logits], np.int64),
             "seqlens_k": self.seqlens_k,
             "total_sequence_length": self.total_sequence_length,
-            "cluster_ids": self.factor_ids,
+            "factor_ids": self.factor_ids,
         })  # fmt: skip
         flat = self.logits.reshape(-1, vocab_size)  # the same memory
         name, array = ("logits", flat) if num_logits else ("hidden_states", self.hidden_states)

@@ -85,9 +85,9 @@ class GrowingCacheDecoder:
             "attention_mask": attention_mask,
             "position_ids": cache.lengths[:, None] + np.maximum(real - 1, 0),
             "logits_positions": logits_positions,
-            "cluster_ids": adaptation.factor_ids,
-            "lora_A": adaptation.lora_A,
-            "lora_B": adaptation.lora_B,
+            "factor_ids": adaptation.factor_ids,
+            "lm_head.lora_A": adaptation.lora_A,
+            "lm_head.lora_B": adaptation.lora_B,
         }
         values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
         values |= zip(self._past, cache.tensors, strict=True)

@@ -77,9 +77,9 @@ def open_tensorrt(bundle: Bundle) -> Backend:
 
 def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:
     """The graphs that a device needs, by role."""
-    roles: tuple[Role, ...] = ("decoder", "hypernetwork", "chooser", "scorer")
+    roles: tuple[Role, ...] = ("decoder", "hypernetwork", "chooser", "logits_scorer")
     if bundle.manifest.adaptation.regime == "lora":
-        roles = ("decoder", "chooser", "scorer")
+        roles = ("decoder", "chooser", "logits_scorer")
     return {role: bundle.graph(role, provider) for role in roles}
 
 

@@ -83,7 +83,10 @@ class Runtime:
         self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
-        self._lora = backend.place(bundle.lora()) if self.manifest.adaptation.regime == "lora" else None
+        self._lora: Factors | None = None
+        if self.manifest.adaptation.regime == "lora":
+            lora_A, lora_B = bundle.lora().values()
+            self._lora = backend.place((lora_A, lora_B))
         # In mode none: the decoder takes a pair of factors in any case.
         shapes = (self.manifest.model.hidden_size, self.manifest.model.vocab_size)
         lora_A, lora_B = (np.zeros((1, 1, size), np.float32) for size in shapes)
@@ -277,4 +280,4 @@ class Runtime:
 
 def _one_set(factors: Factors, index: int = 0) -> dict[str, FloatArray]:
     lora_A, lora_B = factors
-    return {"lora_A": np.asarray(lora_A[index]), "lora_B": np.asarray(lora_B[index])}
+    return {"lm_head.lora_A": np.asarray(lora_A[index]), "lm_head.lora_B": np.asarray(lora_B[index])}

@@ -89,7 +89,7 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long
     # they wait for the next step of a generation.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
-    if graph.role == "scorer":
+    if graph.role == "hidden_scorer":
         # Packed weights would be a copy of the head's matrix; as they are they stay in the file.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "hypernetwork":

@@ -159,7 +159,7 @@ class SharedCacheDecoder:
 
 def _bind(call: BoundCall, adaptation: Adaptation) -> None:
     call.factor_ids[:] = adaptation.factor_ids
-    call.bind_factors({"lora_A": adaptation.lora_A, "lora_B": adaptation.lora_B})
+    call.bind_factors({"lm_head.lora_A": adaptation.lora_A, "lm_head.lora_B": adaptation.lora_B})
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

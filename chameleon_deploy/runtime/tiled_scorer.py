@@ -19,7 +19,7 @@ Piece = tuple[int, int, FloatArray]  # a row, the first of some of its positions
 class TiledScorer:
     """Positions of all rows go through the head together, as many as a call takes.
 
-    session  of scorer_cpu.onnx
+    session  of hidden_scorer.onnx
     """
 
     def __init__(self, session: Any) -> None:
@@ -39,9 +39,9 @@ class TiledScorer:
             inputs = {
                 "hidden_states": np.concatenate([states for _, _, states in call]),
                 "targets": np.concatenate([np.asarray(ids, np.int64) for ids in targets]),
-                "cluster_ids": np.repeat(adaptation.factor_ids[[row for row, _, _ in call]], counts),
-                "lora_A": adaptation.lora_A,
-                "lora_B": adaptation.lora_B,
+                "factor_ids": np.repeat(adaptation.factor_ids[[row for row, _, _ in call]], counts),
+                "lm_head.lora_A": adaptation.lora_A,
+                "lm_head.lora_B": adaptation.lora_B,
             }
             (found,) = self.session.run(["logprobs"], inputs)
             for (row, start, _), values in zip(call, np.split(found, np.cumsum(counts)[:-1]), strict=True):

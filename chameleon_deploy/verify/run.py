@@ -53,7 +53,7 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: boo
 
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
     """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
-    most = min(limits.batch, limits.clusters, len(rows))
+    most = min(limits.batch, limits.factor_sets, len(rows))
     return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
 
 

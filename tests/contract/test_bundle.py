@@ -13,8 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import errors
-from chameleon_deploy.bundle import open_bundle, opening_bundle
+from chameleon_deploy.bundle import factor_names, open_bundle, opening_bundle
 from tests.damage import Damage, edit, reseal
+
+HEAD = {"name": "lm_head", "in_features": 64, "out_features": 512}
+A, B = factor_names("lm_head")
+
+
+def targets(*specs: dict[str, Any]) -> Damage:
+    return edit(adaptation__targets=list(specs))
 
 
 def centroids(change: Callable[[Any], Any], name: str = "centroids") -> Damage:
@@ -83,8 +90,21 @@ FAULTS: dict[str, tuple[Damage, type[errors.ChameleonError], str]] = {
     "negative rank": (edit(adaptation__rank=-1), errors.ManifestError, "rank"),
     "eos outside": (edit(model__eos_token_id=512), errors.ManifestError, "eos_token_id"),
     "unknown precision": (edit(precision="fp13"), errors.ManifestError, "precision"),
-    "modes do not fit": (edit(adaptation__modes=["none"]), errors.ManifestError, "modes"),
-    "regime does not fit": (edit(adaptation__regime="lora"), errors.ManifestError, "modes"),
+    "regime does not fit": (edit(adaptation__regime="lora"), errors.ManifestError, "lora.safetensors"),
+    "no targets": (targets(), errors.ManifestError, "at least one layer"),
+    "a target twice": (targets(HEAD, HEAD), errors.ManifestError, "each layer once"),
+    "a target without features": (
+        targets({**HEAD, "in_features": 0}),
+        errors.ManifestError,
+        "below 1",
+    ),
+    "a target of other features": (
+        targets({**HEAD, "in_features": 63}),
+        errors.ManifestError,
+        "takes",
+    ),
+    "a target that no graph has": (targets({**HEAD, "name": "h"}), errors.ManifestError, "takes"),
+    "a field of an older export": (edit(determinism=["F"]), errors.ManifestError, "determinism"),
     "limit zero": (edit(limits__batch=0), errors.ManifestError, "limits.batch must be at least 1"),
     "limit beyond": (edit(limits__sequence=129), errors.ManifestError, "limits.sequence 129 is beyond"),
     "past beyond": (edit(limits__past=128), errors.ManifestError, "limits.past 128 is beyond"),
@@ -171,9 +191,9 @@ def test_faults_that_show_when_loading(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {"lora_A": t["lora_A"][0], "lora_B": t["lora_B"]}, "lora_A is float32"),
-        (lambda t: {"lora_A": t["lora_A"], "lora_B": t["lora_B"] * np.float32("inf")}, "lora_B holds NaN or infinity"),
-        (lambda t: {"lora_A": t["lora_A"]}, "expected"),
+        (lambda t: {**t, A: t[A][0]}, "lm_head.lora_A is float32"),
+        (lambda t: {**t, B: t[B] * np.float32("inf")}, "lm_head.lora_B holds NaN or infinity"),
+        (lambda t: {A: t[A]}, "expected"),
     ],
 )
 def test_faults_of_a_stored_lora(

@@ -184,10 +184,10 @@ POSITIONS = MANIFEST.model.max_positions
     batch=st.integers(1, 4096),
     sequence=st.integers(1, POSITIONS),
     past=st.integers(1, POSITIONS - 1),
-    clusters=st.integers(1, 4096),
+    factor_sets=st.integers(1, 4096),
 )
-def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, clusters: int) -> None:
-    limits = LimitsSpec(batch, sequence, past, clusters)
+def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, factor_sets: int) -> None:
+    limits = LimitsSpec(batch, sequence, past, factor_sets)
     manifest = msgspec.structs.replace(MANIFEST, limits=limits)
     for name in engines.engine_graphs(manifest):
         graph = manifest.graphs[name]
@@ -201,7 +201,7 @@ def test_any_limits_give_good_profiles(batch: int, sequence: int, past: int, clu
     assert prefill.shapes(tensors["input_ids"])[2] == (batch, sequence)
     assert decode.shapes(tensors["past_key_values.0.key"])[2][2] == past
     assert decode.shapes(tensors["attention_mask"])[2] == (batch, past + 1)
-    assert decode.shapes(tensors["lora_A"])[2][0] == clusters
+    assert decode.shapes(tensors["lm_head.lora_A"])[2][0] == factor_sets
 
 
 def test_prefill_and_decode_are_the_profiles_of_a_decoder() -> None:

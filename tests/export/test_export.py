@@ -66,11 +66,11 @@ def test_paging_out_changes_no_value(tmp_path: Path) -> None:
 def test_tensor_names_are_the_contract(bundle: Path) -> None:
     graphs = open_bundle(bundle).manifest.graphs
     inputs = {spec.name: (spec.dtype, spec.shape) for spec in graphs["decoder"].inputs}
-    assert inputs["lora_A"] == ("float32", ("clusters", "rank", 64))
-    assert inputs["lora_B"] == ("float32", ("clusters", "rank", 512))
-    assert inputs["cluster_ids"] == ("int64", ("batch",))
+    assert inputs["lm_head.lora_A"] == ("float32", ("factor_sets", "rank", 64))
+    assert inputs["lm_head.lora_B"] == ("float32", ("factor_sets", "rank", 512))
+    assert inputs["factor_ids"] == ("int64", ("batch",))
     assert inputs["past_key_values.1.value"] == ("float32", ("batch", 4, "past", 16))
-    assert [spec.name for spec in graphs["hypernetwork"].outputs] == ["lora_A", "lora_B"]
+    assert [spec.name for spec in graphs["hypernetwork"].outputs] == ["lm_head.lora_A", "lm_head.lora_B"]
 
 
 def test_the_tied_embedding_is_stored_once(bundle: Path, mini: Checkpoint) -> None:
@@ -312,17 +312,18 @@ def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_limits_of_the_recipe_are_in_the_manifest(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
-    assert open_bundle(bundle).manifest.limits == LimitsSpec(batch=32, sequence=128, past=127, clusters=32)
+    assert open_bundle(bundle).manifest.limits == LimitsSpec(batch=32, sequence=128, past=127, factor_sets=32)
     (tmp_path / "recipe.toml").write_text('checkpoint = "x"\n[limits]\nbatch = 2\npast = 16\n')
     manifest = export_bundle(mini, tmp_path / "b", None, read_recipe(tmp_path / "recipe.toml").limits)
-    assert manifest.limits == LimitsSpec(batch=2, sequence=128, past=16, clusters=4)  # all centroids at once
+    assert manifest.limits == LimitsSpec(batch=2, sequence=128, past=16, factor_sets=4)  # all centroids at once
     assert open_bundle(tmp_path / "b").manifest == manifest
 
 
 @pytest.mark.parametrize(
     ("limits", "message"),
     [(Limits(batch=0), "limits.batch must be at least 1"), (Limits(sequence=129), "limits.sequence 129 is beyond"),
-     (Limits(past=128), "limits.past 128 is beyond"), (Limits(clusters=-1), "limits.clusters must be at least 1")],
+     (Limits(past=128), "limits.past 128 is beyond"),
+     (Limits(factor_sets=-1), "limits.factor_sets must be at least 1")],
 )  # fmt: skip
 def test_limits_are_checked_before_anything_is_written(
     limits: Limits, message: str, mini: Checkpoint, tmp_path: Path

@@ -58,7 +58,7 @@ def test_products_are_16_bits_and_the_rest_is_float32(halves: dict[Any, Path], c
             assert of_inputs == {half}
         if node.op_type in ("LayerNormalization", "Softmax", "Gelu", "Gemm", "Sigmoid", "Pow", "Div", "Sqrt"):
             assert of_inputs == {onnx.TensorProto.FLOAT}
-    assert types["logits"] == types["lora_A"] == types["lora_B"] == onnx.TensorProto.FLOAT
+    assert types["logits"] == types["lm_head.lora_A"] == types["lm_head.lora_B"] == onnx.TensorProto.FLOAT
     assert types["past_key_values.1.key"] == types["present.1.value"] == half
 
 
@@ -113,9 +113,9 @@ def test_the_variant_for_the_cpu_rounds_where_the_decoder_does(halves: dict[Any,
             "attention_mask": np.ones((2, past + width), np.int64),
             "position_ids": past + positions,
             "logits_positions": positions,
-            "cluster_ids": np.array([1, 0]),
-            "lora_A": random.normal(size=(2, 4, model.hidden_size)).astype(np.float32),
-            "lora_B": random.normal(size=(2, 4, model.vocab_size)).astype(np.float32),
+            "factor_ids": np.array([1, 0]),
+            "lm_head.lora_A": random.normal(size=(2, 4, model.hidden_size)).astype(np.float32),
+            "lm_head.lora_B": random.normal(size=(2, 4, model.vocab_size)).astype(np.float32),
         }
         expected: list[Any] = list(evaluator.run(None, {**feeds, **caches[0]}))
         actual = session.run(None, {**feeds, **caches[1]})

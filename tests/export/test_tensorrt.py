@@ -48,7 +48,7 @@ def test_every_graph_of_a_bundle_becomes_an_engine_once(bundle: Path, device: De
     told: list[tuple[str, int, int]] = []
     path, built_for = build_engines(bundle, lambda *progress: told.append(progress))
     names = engine_graphs(open_bundle(bundle).manifest)
-    assert set(names) == {"decoder", "hypernetwork", "chooser", "scorer"}
+    assert set(names) == {"decoder", "hypernetwork", "chooser", "logits_scorer"}
     assert {file.name for file in path.iterdir()} == {"entry.json", *(f"{name}.engine" for name in names)}
     assert built_for == device
     assert engines.find_engines(open_bundle(bundle), TENSORRT, device) == path
@@ -68,7 +68,7 @@ def test_every_precision_of_both_families(
 ) -> None:
     export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", None, precision=precision)
     path, _ = build_engines(tmp_path / "b", ignore)
-    assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "scorer"}
+    assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}
 
 
 def test_tampered_engines_are_built_again(bundle: Path) -> None:

@@ -64,18 +64,18 @@ def test_scores_are_what_the_logits_say(tiled: Runtime, seed: int, batch: int) -
 def test_the_graph_alone(tiled: Runtime) -> None:
     """Against numpy, with factors as large as the logits and a target in every tile."""
     bundle = tiled.bundle
-    session = open_session(bundle, bundle.manifest.graphs["scorer_cpu"], 1)
+    session = open_session(bundle, bundle.manifest.graphs["hidden_scorer"], 1)
     decoder = ir.load(bundle.path / "decoder.onnx").graph.initializers
     head = decoder["lm_head.weight"].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
     hidden_states = rng.standard_normal((90, 64)).astype(np.float32)
     lora_A, lora_B = (rng.standard_normal((3, 2, n)).astype(np.float32) for n in (64, 512))
-    targets, cluster_ids = rng.permutation(512)[:90], rng.integers(0, 3, 90)
-    (found,) = session.run(None, {"hidden_states": hidden_states, "targets": targets, "cluster_ids": cluster_ids,
-                                  "lora_A": lora_A, "lora_B": lora_B})  # fmt: skip
+    targets, factor_ids = rng.permutation(512)[:90], rng.integers(0, 3, 90)
+    (found,) = session.run(None, {"hidden_states": hidden_states, "targets": targets, "factor_ids": factor_ids,
+                                  "lm_head.lora_A": lora_A, "lm_head.lora_B": lora_B})  # fmt: skip
     h = hidden_states.astype(np.float64)
-    products = np.einsum("nh,nrh->nr", h, lora_A[cluster_ids])
-    logits = h @ head.T + np.einsum("nr,nrv->nv", products, lora_B[cluster_ids])
+    products = np.einsum("nh,nrh->nr", h, lora_A[factor_ids])
+    logits = h @ head.T + np.einsum("nr,nrv->nv", products, lora_B[factor_ids])
     highest = logits.max(1)
     sums = np.log(np.exp(logits - highest[:, None]).sum(1))
     np.testing.assert_allclose(found, logits[np.arange(90), targets] - highest - sums, rtol=1e-5, atol=1e-4)
@@ -84,7 +84,7 @@ def test_the_graph_alone(tiled: Runtime) -> None:
 def test_what_the_tiles_take(tiled: Runtime) -> None:
     """In float32 they are part of what is stored already. In int8 they are stored, without a change."""
     path, int8 = tiled.bundle.path, tiled.manifest.precision == "int8"
-    decoder, scorer = (ir.load(path / f"{name}.onnx").graph for name in ("decoder_cpu", "scorer_cpu"))
+    decoder, scorer = (ir.load(path / f"{name}.onnx").graph for name in ("decoder_cpu", "hidden_scorer"))
     name = "lm_head.weight.int8" if int8 else "lm_head.weight"
     whole: Any = decoder.initializers[name].const_value
     tiles: Any = [scorer.initializers[f"{name}.{start}"].const_value for start in range(0, 512, TILE)]
@@ -100,11 +100,11 @@ def test_what_the_tiles_take(tiled: Runtime) -> None:
 def test_verify_catches_a_wrong_tile(mini: Checkpoint, tmp_path: Path, copy_of: Callable[[Path], Path]) -> None:
     path = copy_of(_export(mini, "fp32", tmp_path))
     assert missed(path, mini) == set()
-    scorer = ir.load(path / "scorer_cpu.onnx")
+    scorer = ir.load(path / "hidden_scorer.onnx")
     second, third = (scorer.graph.initializers[f"lm_head.weight.{start}"] for start in (TILE, 2 * TILE))
     second.const_value, third.const_value = third.const_value, second.const_value
     for value in (second, third):
         value.const_value.name = value.name  # type: ignore[union-attr]
-    ir.save(scorer, path / "scorer_cpu.onnx")
+    ir.save(scorer, path / "hidden_scorer.onnx")
     reseal(path)
     assert "scores against logits, max abs difference" in missed(path, mini)

@@ -222,7 +222,7 @@ def test_logits_that_are_not_finite(on_device: Runtime) -> None:
         ((2, 128, 127, 8), InputError, "batch 3: the engines of this bundle take 2"),
         ((8, 20, 127, 8), LengthError, "sequence 30: the engines of this bundle take 20"),
         ((8, 128, 32, 8), LengthError, "past 33: the engines of this bundle take 32"),
-        ((8, 128, 127, 1), InputError, "clusters 3: the engines of this bundle take 1"),
+        ((8, 128, 127, 1), InputError, "factor_sets 3: the engines of this bundle take 1"),
     ],
 )
 def test_a_call_beyond_the_limits(opened: Bundle, limits: tuple[int, ...], error: Any, message: str) -> None:
@@ -241,7 +241,7 @@ def test_scoring_respects_the_batch_of_the_engines(opened: Bundle, runtime: Runt
 def test_a_profile_that_does_not_fit_is_refused(opened: Bundle) -> None:
     runtime = with_engines(opened, FakeCudart())
     rank = np.zeros((9, 64), np.float32), np.zeros((9, 512), np.float32)
-    with pytest.raises(InputError, match=r"no profile of the engine of decoder.onnx takes this call: lora_A"):
+    with pytest.raises(InputError, match=r"no profile of the engine of decoder.onnx takes this call: lm_head.lora_A"):
         runtime.score([[1, 2]], mode="static", factors=rank)
 
 

@@ -73,9 +73,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "x1 factors: logits",
     ),
     "a layer norm forgotten": (change_weights("transformer.h.0.ln_1.weight", lambda w: w * 0 + 1.1), "mode none"),
-    "alpha folded in twice": (change_weights("lora_B.bias", lambda b: b * 2), "factors, max abs"),
+    "alpha folded in twice": (change_weights("lm_head.lora_B.bias", lambda b: b * 2), "factors, max abs"),
     "lora_B not reordered": (
-        change_weights("lora_B.weight", lambda w: w.reshape(4, 512, -1).swapaxes(0, 1).reshape(w.shape)),
+        change_weights("lm_head.lora_B.weight", lambda w: w.reshape(4, 512, -1).swapaxes(0, 1).reshape(w.shape)),
         "factors, max abs",
     ),
     "centroids in another order": (swap_centroids, "cluster ids"),
@@ -174,7 +174,7 @@ def test_the_command_exits_1_on_a_missed_gate(
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["verified"] is True
     wrong = copy_of(bundle)
-    change_weights("lora_B.bias", lambda b: b * 2)(wrong)
+    change_weights("lm_head.lora_B.bias", lambda b: b * 2)(wrong)
     bad = subprocess.run(
         [*command, wrong, "--reference", mini_path, "--out", tmp_path / "record.json"],
         capture_output=True, text=True, check=False,

@@ -29,7 +29,7 @@ class WithoutLoRA(Bundle):
         plain.mode, plain.decoder = "none", decoder
         decoder.session = _session(runtime.bundle, runtime.graph, decoder.session)
         if isinstance(decoder, SharedCacheDecoder):
-            scorer = runtime.bundle.graph("scorer", "cpu")
+            scorer = runtime.bundle.graph("hidden_scorer", "cpu")
             decoder.scorer = TiledScorer(_session(runtime.bundle, scorer, decoder.scorer.session))
         super().__init__(plain, "without LoRA")
 
@@ -41,8 +41,8 @@ def remove_lora(graph: ir.Graph) -> None:
     """
     found = False
     values = {value.name: value for value in graph.inputs}
-    adapted = {values["lora_A"], values["lora_B"], values["cluster_ids"]}
-    from_b = {values["lora_B"]}
+    adapted = {values["lm_head.lora_A"], values["lm_head.lora_B"], values["factor_ids"]}
+    from_b = {values["lm_head.lora_B"]}
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]

@@ -92,7 +92,7 @@ class SlotCacheDecoder:
         self._model, self._limits = model, limits
         self._past = [spec.name for spec in decoder.spec.inputs if spec.name.startswith("past_key_values.")]
         dtypes = {spec.name: spec.dtype for spec in decoder.spec.inputs}
-        self._cache_dtype, self.factors_dtype = dtypes[self._past[0]], dtypes["lora_A"]
+        self._cache_dtype, self.factors_dtype = dtypes[self._past[0]], dtypes["lm_head.lora_A"]
         self._slot_bytes = model.head_dim * ITEM_SIZES[self._cache_dtype]
 
     def prefill(
@@ -183,11 +183,11 @@ class SlotCacheDecoder:
             "attention_mask": mask,
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
             "logits_positions": logits_positions,
-            "cluster_ids": factor_ids,
+            "factor_ids": factor_ids,
         }
         tensors = {name: self.device.upload(values, "int64") for name, values in numbers.items()}
         nothing = self._buffer(present.shape[1], 0)
-        tensors |= {"lora_A": factors[0], "lora_B": factors[1], "logits": logits}
+        tensors |= {"lm_head.lora_A": factors[0], "lm_head.lora_B": factors[1], "logits": logits}
         self._decoder.bind(tensors | self._cache_tensors(nothing, present, len(input_ids))).run()
         return logits
 
@@ -202,9 +202,9 @@ class SlotCacheDecoder:
             "position_ids": numbers.view((batch, 1), padded * ITEM_SIZES["int64"]),
             "attention_mask": cache.mask,
             "logits_positions": self.device.zeros((batch, 1), "int64"),
-            "cluster_ids": self.device.upload(adaptation.factor_ids, "int64"),
-            "lora_A": cache.factors[0],
-            "lora_B": cache.factors[1],
+            "factor_ids": self.device.upload(adaptation.factor_ids, "int64"),
+            "lm_head.lora_A": cache.factors[0],
+            "lm_head.lora_B": cache.factors[1],
             "logits": logits.view((batch, 1, self._model.vocab_size)),
         }
         decoder = self._decoder.bind(tensors | self._cache_tensors(cache.past, present, batch))
@@ -273,10 +273,10 @@ class SlotCacheDecoder:
         most = self._limits.past if self._limits else self._model.max_positions
         return min(_round_up(width + 1, SLOTS), longest, most)
 
-    def _check_limits(self, batch: int, width: int, capacity: int, clusters: int) -> None:
+    def _check_limits(self, batch: int, width: int, capacity: int, factor_sets: int) -> None:
         if self._limits is None:
             return
-        given = LimitsSpec(batch=batch, sequence=width, past=capacity - 1, clusters=clusters)
+        given = LimitsSpec(batch=batch, sequence=width, past=capacity - 1, factor_sets=factor_sets)
         for name in given.__struct_fields__:
             if (number := getattr(given, name)) > (limit := getattr(self._limits, name)):
                 error = LengthError if name in ("sequence", "past") else InputError
