@@ -199,11 +199,11 @@ class Engine:
                 self._take(self._commands.get_nowait())
         self._close_cohorts()
         with self._lock:
-            return not (self._closing and not self._present)
+            return bool(self._present or self._loop or not self._closing)
 
     def _idle_seconds(self) -> float | None:
         """How long nothing is to be done unless something is submitted; None for ever."""
-        if self._loop or (self._closing and not self._present):
+        if self._loop or (self._closing and not self._present):  # the latter ends the thread
             return 0
         closings = [closing for closing, _ in self._open_cohorts.values()]
         return max(0.0, min(closings) - time.monotonic()) if closings else None

@@ -46,21 +46,22 @@ class Loop:
 
     def iterate(self) -> tuple[dict[Stream, list[Token]], Iteration]:
         """One iteration.  -> the tokens it made, of each stream, and what it did"""
-        self._tokens, self._report = {}, Iteration()
         self._end_expired()
         self._drop()
         self._admit()
         self._read()
         self._step()
-        return self._tokens, self._report
+        return self._take_result()
 
     def fail(self, error: ChameleonError) -> tuple[dict[Stream, list[Token]], Iteration]:
-        """End every row.  -> as `iterate`"""
+        """End every row after `iterate` has raised.  -> as `iterate`"""
+        self._end_all([member for member in self.waiting + self.batch.members if member not in self._ended], error)
+        return self._take_result()
+
+    def _take_result(self) -> tuple[dict[Stream, list[Token]], Iteration]:
+        result = self._tokens, self._report
         self._tokens, self._report = {}, Iteration()
-        self._end_all(self.waiting + [member for member in self.batch.members if member not in self._ended], error)
-        self.waiting = []
-        self._drop()
-        return self._tokens, self._report
+        return result
 
     def _end_expired(self) -> None:
         """End the rows that were cancelled, or are past their deadline."""
