@@ -80,7 +80,7 @@ std::shared_ptr<Request> read_request(const std::string& body, const chameleon::
   sampling.repetition_penalty = json.value("repetition_penalty", sampling.repetition_penalty);
   sampling.seed = json.value("seed", sampling.seed);
   sampling.stop = json.value("stop", sampling.stop);
-  chameleon::check(sampling);
+  chameleon::check(sampling, runtime.manifest().model.vocab_size);
   request->tenant = json.value("tenant", "");
   return request;
 }

@@ -227,7 +227,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
   check_count(options.max_new_tokens, prompt_ids.size(), "max_new_tokens");
   check_count(options.sampling, prompt_ids.size(), "sampling");
   for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
-    check(value_of(options.sampling, i));
+    check(value_of(options.sampling, i), manifest().model.vocab_size);
     if (value_of(options.max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
   }
   const Adaptation adaptation = impl_->adapt(prompt_ids, options);

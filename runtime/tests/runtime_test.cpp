@@ -70,13 +70,17 @@ TEST(Inputs, SamplingIsChecked) {
   for (const Sampling& sampling :
        {Sampling{.temperature = -1}, Sampling{.temperature = 1e-6}, Sampling{.temperature = NAN}, Sampling{.top_k = -1},
         Sampling{.top_p = 0}, Sampling{.top_p = 1.1}, Sampling{.top_p = NAN}, Sampling{.repetition_penalty = 0},
-        Sampling{.repetition_penalty = INFINITY}, Sampling{.stop = {""}}}) {
+        Sampling{.repetition_penalty = INFINITY}, Sampling{.repetition_penalty = 1e-38}, Sampling{.stop = {""}},
+        Sampling{.presence_penalty = 2.1}, Sampling{.frequency_penalty = NAN}, Sampling{.logit_bias = {{5, 101}}},
+        Sampling{.logit_bias = {{-1, 1}}}, Sampling{.logprobs = 6}, Sampling{.logprobs = -1}}) {
     GenerateOptions bad = options(Mode::cohort);
     bad.sampling = sampling;
     EXPECT_THROW(runtime().generate(kRows, bad), InputError);
   }
   EXPECT_THROW(runtime().generate(kRows, options(Mode::cohort, 0)), InputError);
   GenerateOptions bad = options(Mode::cohort);
+  bad.sampling = Sampling{.logit_bias = {{320, 1}}};
+  EXPECT_THROW(runtime().generate(kRows, bad), TokenError);
   bad.sampling = std::vector<Sampling>(2);
   EXPECT_THROW(runtime().generate(kRows, bad), InputError);
   bad = options(Mode::cohort);

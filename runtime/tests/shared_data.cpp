@@ -111,14 +111,24 @@ GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
 
 Sampling read_sampling(const Json& json) {
   Sampling sampling;
-  sampling.temperature = json.at("temperature");
-  sampling.top_k = json.at("top_k");
-  sampling.top_p = json.at("top_p");
-  sampling.repetition_penalty = json.at("repetition_penalty");
-  sampling.seed = json.value("seed", std::uint64_t{0});
+  sampling.temperature = json.value("temperature", sampling.temperature);
+  sampling.top_k = json.value("top_k", sampling.top_k);
+  sampling.top_p = json.value("top_p", sampling.top_p);
+  sampling.repetition_penalty = json.value("repetition_penalty", sampling.repetition_penalty);
+  sampling.presence_penalty = json.value("presence_penalty", sampling.presence_penalty);
+  sampling.frequency_penalty = json.value("frequency_penalty", sampling.frequency_penalty);
+  sampling.logit_bias = json.value("logit_bias", sampling.logit_bias);
+  sampling.seed = json.value("seed", sampling.seed);
   sampling.stop_token_ids = json.value("stop_token_ids", std::vector<std::int64_t>());
   sampling.stop = json.value("stop", std::vector<std::string>());
   return sampling;
+}
+
+std::vector<float> read_logits(const Json& json) {
+  if (json.contains("logits")) return json.at("logits").get<std::vector<float>>();
+  std::vector<float> logits;
+  for (std::int64_t i = 0; i < json.at("vocab_size"); ++i) logits.push_back(static_cast<float>(7919 * i % 10007) / 512);
+  return logits;
 }
 
 }  // namespace chameleon::test

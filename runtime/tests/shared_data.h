@@ -35,6 +35,10 @@ struct GoldenCase {
   AdaptOptions options;
 };
 
+/// Settings that the record does not name are the default.
 Sampling read_sampling(const Json& json);
+
+/// The logits of a case of sampling.json, which are written down or have a formula.
+std::vector<float> read_logits(const Json& json);
 
 }  // namespace chameleon::test

@@ -100,6 +100,9 @@ def test_a_cancelled_row_leaves_the_others_alone(mini_bundles: dict[str, Path]) 
         (["a"], {"sampling": {"temperature": -1.0}}),
         (["a"], {"sampling": {"top_p": 1.5}}),
         (["a"], {"sampling": {"top_k": -1}}),
+        (["a"], {"sampling": {"presence_penalty": 3.0}}),
+        (["a"], {"sampling": {"logit_bias": ((5, 101.0),)}}),
+        (["a"], {"sampling": {"logprobs": 6}}),
         (["a"], {"max_new_tokens": 0}),
     ],
 )

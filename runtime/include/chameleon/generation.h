@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -23,6 +24,8 @@ struct Generation {
   std::string text;
   std::int64_t cluster_id = 0;
   FinishReason finish_reason = FinishReason::length;
+  std::vector<float> token_logprobs{};  ///< of each of token_ids; empty unless Sampling::logprobs is set
+  std::vector<std::vector<TokenLogprob>> top_logprobs{};  ///< the most probable tokens at each place, likewise
 };
 
 /// One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
@@ -31,7 +34,9 @@ struct Token {
   std::size_t row;
   std::int64_t token_id;
   std::string_view text;
-  const Generation* generation;  ///< set on a row's last Token
+  const Generation* generation;                  ///< set on a row's last Token
+  std::optional<float> logprob{};                ///< of token_id, unless Sampling::logprobs is not set
+  std::span<const TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
 };
 
 /// Told about every token, within a step in the order of the rows. False cancels this row; the others go on.
