@@ -58,7 +58,7 @@ from chameleon_deploy.manifest import (
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
-    "Bundle", "FloatArray", "file_sha256", "open_bundle", "opening_bundle",
+    "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "opening_bundle",
     "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
     "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol", "Regime", "Role",
     "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names", "limits_fault",
@@ -66,6 +66,7 @@ __all__ = [
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

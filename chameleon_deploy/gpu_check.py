@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int], None]
 Open = Callable[[Bundle], "Runtime"]
 
-PROVIDERS = ("tensorrt", "cuda")
 BATCH_SIZES, WIDTH, NUM_TOKENS, ROUNDS = (1, 8, 32), 128, 33, 5
 
 
@@ -142,15 +141,12 @@ def _peers(
     skipped: list[str],
 ) -> list[Peer]:  # fmt: skip
     """Every provider, the first without adaptation, and PyTorch."""
-    import copy
-
     from chameleon_deploy.bench.peers.bundle import Bundle as BundlePeer
     from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
+    from chameleon_deploy.runtime import Runtime
 
     first = next(iter(runtimes.values()))
-    plain = copy.copy(first)
-    plain.mode = "none"
-    without = BundlePeer(plain, "no adaptation")
+    without = BundlePeer(Runtime(first.bundle, first.backend, "none"), "no adaptation")
     without.adapts = False
     peers: list[Peer] = [*(BundlePeer(runtime, provider) for provider, runtime in runtimes.items()), without]
     if torch_device is None:
@@ -212,9 +208,13 @@ def main(
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.runtime.providers import open_cuda, open_tensorrt
 
     checkpoint, device = load_checkpoint(reference, base), engines.current_device()
-    openers: dict[str, Open] = {p: lambda bundle, p=p: Runtime(bundle, p) for p in PROVIDERS}  # type: ignore[misc]
+    openers: dict[str, Open] = {
+        "tensorrt": lambda bundle: Runtime(bundle, open_tensorrt(bundle)),
+        "cuda": lambda bundle: Runtime(bundle, open_cuda(bundle)),
+    }
     rows, torch_device = RowLogits(checkpoint), "cuda" if torch.cuda.is_available() else None
     figures: list[BundleFigures] = []
     with console.progress() as report:

@@ -19,6 +19,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, 
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.reference.random import random_checkpoint
+from tests.devices import on_cpu
 
 REPOSITORY = Path(__file__).parent.parent
 torch.set_num_threads(2)
@@ -108,7 +109,7 @@ def runtime(bundle: Path) -> Runtime:
 @pytest.fixture(scope="session")
 def portable(bundle: Path) -> Runtime:
     """The same bundle on the graph that every provider runs."""
-    return Runtime(open_bundle(bundle), "cpu", threads=1, graph="decoder")
+    return on_cpu(open_bundle(bundle), "decoder")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runtimes that drive a GPU, on the memory of this machine: real graphs at real addresses, see fake_cuda.py."""
+"""Runtimes on a given graph or device. GPUs are driven on this machine's memory: see fake_cuda.py."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ from tests.fake_cuda import FAKE_TENSORRT, FakeCudart, FakeEngine
 needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 
 
+def on_cpu(bundle: Bundle, graph: str | None = None) -> Runtime:
+    """One of the bundle's decoder graphs for the CPU, on one thread; None takes the CPU's own."""
+    return Runtime(bundle, providers.open_cpu(bundle, threads=1, graph=graph))
+
+
 def with_sessions(bundle: Bundle, cudart: FakeCudart) -> Runtime:
     """As provider `cuda`: ONNX Runtime with IO binding."""
     graphs = providers.open_sessions(bundle, providers.graph_names(bundle, "cuda"), CPU, "cpu", threads=1)
-    return Runtime(bundle, "cuda", backend=DeviceBackend(CudaDevice(cudart), bundle, graphs, None))
+    return Runtime(bundle, DeviceBackend("cuda", CudaDevice(cudart), bundle, graphs, None))
 
 
 def with_engines(bundle: Bundle, cudart: FakeCudart, limits: LimitsSpec | None = None) -> Runtime:
@@ -38,4 +43,4 @@ def with_engines(bundle: Bundle, cudart: FakeCudart, limits: LimitsSpec | None =
         shapes = [{t.name: profile.shapes(t) for t in spec.inputs} for profile in profiles(manifest, spec)]
         engine = FakeEngine(bundle.path / spec.file, shapes, cudart)
         graphs[role] = EngineGraph(FAKE_TENSORRT, engine, spec, device)
-    return Runtime(bundle, "tensorrt", backend=DeviceBackend(device, bundle, graphs, manifest.limits))
+    return Runtime(bundle, DeviceBackend("tensorrt", device, bundle, graphs, manifest.limits))

@@ -346,12 +346,13 @@ def golden_cases() -> list[dict[str, Any]]:
 def golden(runtime: Any, case: dict[str, Any]) -> dict[str, Any]:
     rows, how = case_arguments(case, runtime.manifest.model)
     adaptation = runtime.adapt(rows, **how)
+    lora_B = np.asarray(adaptation.factors.sets.tensors[factor_names(LM_HEAD)[1]])
     limit, sampling = case["max_new_tokens"], Sampling(**case["sampling"])
     return {
         "cluster_ids": adaptation.cluster_ids.tolist(),
-        "factor_ids": adaptation.factor_ids.tolist(),
+        "factor_ids": adaptation.factors.factor_ids.tolist(),
         "embeddings": adaptation.embeddings.tolist(),
-        "lora_B_first": adaptation.lora_B[:, 0, :4].tolist(),
+        "lora_B_first": lora_B[:, 0, :4].tolist(),
         "token_logprobs": [score.token_logprobs for score in runtime.score(rows, **how)],
         "greedy": [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, **how)],
         "sampled": [vars(g) for g in runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how)],

@@ -12,6 +12,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import ModelSpec, file_sha256
 from chameleon_deploy.runtime.sampling import Sampling, TokenCounts
+from tests.rows import head_factors
 
 DATA = Path(__file__).parent / "data"
 
@@ -24,11 +25,11 @@ def good_bundle(name: str) -> Path:
     return DATA / "bundles" / name
 
 
-def caller_factors(rank: int, model: ModelSpec) -> tuple[Any, Any]:
-    """lora_A and lora_B that every language computes alike: value i is ((7 i + 3) mod 11 - 5) / 16."""
+def caller_factors(rank: int, model: ModelSpec) -> dict[str, Any]:
+    """A and B of the head that every language computes alike: value i is ((7 i + 3) mod 11 - 5) / 16."""
     values = (((7 * np.arange(rank * (model.hidden_size + model.vocab_size)) + 3) % 11 - 5) / 16).astype(np.float32)
     split = rank * model.hidden_size
-    return values[:split].reshape(rank, -1), values[split:].reshape(rank, -1)
+    return head_factors(values[:split].reshape(rank, -1), values[split:].reshape(rank, -1))
 
 
 def long_logits(vocab_size: int) -> Any:

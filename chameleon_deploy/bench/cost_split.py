@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.runtime import Runtime, Sampling
 from chameleon_deploy.runtime.adaptation import assign, embed
+from chameleon_deploy.runtime.backend import CpuBackend
 from chameleon_deploy.runtime.sampling import TokenCounts, choose
 
 ROUNDS = 5
@@ -22,9 +22,12 @@ def cost_split(runtime: Runtime, texts: list[str], num_tokens: int) -> dict[str,
 
     What is left of the whole, copies and bookkeeping, stands under "copies and the rest".
     """
-    watched = copy.copy(runtime)
-    watched.decoder, watched._backend = copy.copy(runtime.decoder), copy.copy(runtime._backend)
-    decoder, hypernetwork = _watch(watched.decoder, "session"), _watch(watched._backend, "_hypernetwork")
+    if not isinstance(runtime.backend, CpuBackend):
+        raise TypeError(f"provider {runtime.provider} has no sessions to watch")
+    seconds: dict[str, list[float]] = {role: [] for role in ("decoder", "hidden_scorer", "hypernetwork")}
+    sessions = {role: _WatchedSession(session, seconds[role]) for role, session in runtime.backend.sessions.items()}
+    watched = Runtime(runtime.bundle, CpuBackend(runtime.bundle, runtime.graph, sessions), runtime.mode)
+    decoder, hypernetwork = seconds["decoder"], seconds["hypernetwork"]
     calls: list[list[float]] = []
     wholes, factors = [], []
     for _ in range(ROUNDS + 1):
@@ -56,15 +59,9 @@ def cost_split(runtime: Runtime, texts: list[str], num_tokens: int) -> dict[str,
     return parts | {"copies and the rest": statistics.median(wholes[1:]) - sum(parts.values())}
 
 
-def _watch(owner: Any, attribute: str) -> list[float]:
-    """Replace an ONNX Runtime session by one that also writes down the seconds of its calls."""
-    seconds: list[float] = []
-    if (session := getattr(owner, attribute, None)) is not None:
-        setattr(owner, attribute, _WatchedSession(session, seconds))
-    return seconds
-
-
 class _WatchedSession:
+    """An ONNX Runtime session that also records the seconds of its calls."""
+
     def __init__(self, session: Any, seconds: list[float]) -> None:
         self._session, self._seconds = session, seconds
 

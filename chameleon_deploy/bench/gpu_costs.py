@@ -14,7 +14,6 @@ from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.adaptation import assign, embed
 from chameleon_deploy.runtime.backend import DeviceBackend
-from chameleon_deploy.runtime.decoder import greedy
 
 ROUNDS = 5
 
@@ -27,9 +26,9 @@ def cost_split(runtime: Runtime, rows: Rows, num_tokens: int) -> dict[str, float
     backend, spec = device_backend(runtime), runtime.manifest.adaptation
     device, table, centroids = backend.device, runtime.bundle.token_embedding(), runtime.bundle.centroids()
     eos, steps = runtime.manifest.model.eos_token_id, num_tokens - 1
-    adaptation = runtime._adapt([list(ids) for ids in rows], None, None, None)
-    vectors = adaptation.embeddings[: len(adaptation.lora_A)]
-    logits, _ = runtime.decoder.prefill(rows, adaptation, len(rows[0]))
+    adaptation = runtime.adapt(rows, on_device=True)
+    vectors = adaptation.embeddings[: len(adaptation.factors.sets)]
+    logits, _ = runtime.decoder.prefill(rows, adaptation.factors, len(rows[0]))
     numbers = device.zeros((2, 32), "int64")
 
     def hypernetwork() -> None:
@@ -43,7 +42,7 @@ def cost_split(runtime: Runtime, rows: Rows, num_tokens: int) -> dict[str, float
 
     parts: dict[str, Callable[[], object]] = {
         "embed and cluster, on the host": lambda: assign(embed(rows, table, spec, eos), centroids),
-        f"of decoding: choosing, {steps} steps": lambda: [greedy(logits) for _ in range(steps)],
+        f"of decoding: choosing, {steps} steps": lambda: [logits.greedy() for _ in range(steps)],
         f"of decoding: copies, {steps} steps": copies,
     }
     if spec.regime == "chameleon":
@@ -65,12 +64,12 @@ def cost_split(runtime: Runtime, rows: Rows, num_tokens: int) -> dict[str, float
 
 def bytes_per_step(runtime: Runtime, rows: Rows, steps: int) -> dict[str, float]:
     """Bytes that crossed in a greedy step, counted by the device; the step that binds the others is left out."""
-    device, adaptation = device_backend(runtime).device, runtime._adapt([list(ids) for ids in rows], None, None, None)
-    logits, cache = runtime.decoder.prefill(rows, adaptation, len(rows[0]) + steps + 1)
-    logits = runtime.decoder.step(greedy(logits), adaptation, cache)
+    device, factors = device_backend(runtime).device, runtime.adapt(rows, on_device=True).factors
+    logits, cache = runtime.decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
+    logits = runtime.decoder.step(logits.greedy(), factors, cache)
     uploaded, downloaded = device.uploaded, device.downloaded
     for _ in range(steps):
-        logits = runtime.decoder.step(greedy(logits), adaptation, cache)
+        logits = runtime.decoder.step(logits.greedy(), factors, cache)
     return {"to device": (device.uploaded - uploaded) / steps, "to host": (device.downloaded - downloaded) / steps}
 
 
@@ -92,7 +91,7 @@ def measure_bandwidth(runtime: Runtime, size: int = 2**30) -> float:
 
 def device_backend(runtime: Runtime) -> DeviceBackend:
     """Raises TypeError for a runtime on the CPU."""
-    backend = runtime._backend
+    backend = runtime.backend
     if not isinstance(backend, DeviceBackend):
         raise TypeError(f"provider {runtime.provider} does not run on a device")
     return backend

@@ -52,7 +52,7 @@ class Workloads:
     def generation(self, rows: Rows, num_tokens: int) -> Case:
         """Prompts to their first tokens, clustering and hypernetwork included, and on by cached steps."""
         batch, width, steps = len(rows), len(rows[0]), num_tokens - 1
-        clusters = len(set(self._runtime.adapt(rows).factor_ids.tolist()))
+        clusters = len(set(self._runtime.adapt(rows).factors.factor_ids.tolist()))
         mixed = f", {clusters} cluster{'s' * (clusters > 1)}"
         prefill = self._weights.work(batch * width, batch)
         decode = self._weights.work(steps * batch, steps * batch, passes=steps, cached=steps * batch * width)

@@ -7,43 +7,28 @@ conditioning vectors to the last bit, and with them the same factors.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import AdaptationSpec, FloatArray, Mode, ModelSpec
-from chameleon_deploy.errors import FactorsError, InputError
-
-IntArray = npt.NDArray[np.int64]
-Factors = tuple[FloatArray, FloatArray]
+from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray, Mode
+from chameleon_deploy.errors import InputError
+from chameleon_deploy.runtime.factors import RowFactors
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The factors of a batch.
+    """A batch after embedding, clustering and the generation of its factors.
 
-    embeddings   float32 [batch, hidden]         text embeddings, of length one
-    cluster_ids  int64 [batch]                   nearest centroid; -1 in a bundle without centroids
-    lora_A       float32 [clusters, rank, hidden]
-    lora_B       float32 [clusters, rank, vocab]   alpha is already in it
-    factor_ids   int64 [batch]                   which factor set each row uses: the decoder's input `cluster_ids`
+    embeddings   float32 [batch, hidden], text embeddings of length one
+    cluster_ids  int64 [batch], the nearest centroid; -1 in a bundle without centroids
+    factors      the factor sets of the batch, and the one that each row uses
     """
 
     embeddings: FloatArray
     cluster_ids: IntArray
-    lora_A: FloatArray
-    lora_B: FloatArray
-    factor_ids: IntArray
-
-    def rows(self, rows: IntArray) -> Adaptation:
-        """The same factor sets for some rows only."""
-        return replace(
-            self,
-            embeddings=self.embeddings[rows],
-            cluster_ids=self.cluster_ids[rows],
-            factor_ids=self.factor_ids[rows],
-        )
+    factors: RowFactors
 
 
 def embed(
@@ -79,7 +64,7 @@ def conditioning(
 ) -> tuple[FloatArray, IntArray]:
     """What the hypernetwork is fed in a mode that depends on the texts themselves.
 
-    -> conditioning float32 [clusters, hidden], factor_ids int64 [batch]; sets in order of first appearance
+    -> conditioning float32 [factor_sets, hidden], factor_ids int64 [batch]; sets in order of first appearance
     """
     batch = len(embeddings)
     if mode == "request":
@@ -103,24 +88,3 @@ def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) ->
         raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")
     if tenants is not None and len(tenants) != batch:
         raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")
-
-
-def check_factors(factors: Factors, model: ModelSpec) -> Factors:
-    """A caller's pair lora_A [rank, hidden], lora_B [rank, vocab] as one factor set, of any rank.
-
-    Raises FactorsError.
-    """
-    try:
-        lora_A, lora_B = (np.asarray(factor) for factor in factors)
-    except (TypeError, ValueError) as error:
-        raise FactorsError("factors must be the pair (lora_A [rank, hidden], lora_B [rank, vocab])") from error
-    for name, array, width in (("lora_A", lora_A, model.hidden_size), ("lora_B", lora_B, model.vocab_size)):
-        if array.dtype != np.float32:
-            raise FactorsError(f"{name} has dtype {array.dtype}, expected float32")
-        if array.ndim != 2 or array.shape[1] != width or not len(array):
-            raise FactorsError(f"{name} has shape {array.shape}, expected (rank, {width})")
-        if not np.isfinite(array).all():
-            raise FactorsError(f"{name} holds NaN or infinity")
-    if len(lora_A) != len(lora_B):
-        raise FactorsError(f"lora_A has rank {len(lora_A)}, lora_B has rank {len(lora_B)}")
-    return np.ascontiguousarray(lora_A)[None], np.ascontiguousarray(lora_B)[None]

@@ -4,62 +4,68 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
+
+import numpy as np
 
 from chameleon_deploy.bundle import Bundle, FloatArray, LimitsSpec, Role
-from chameleon_deploy.runtime.adaptation import Factors
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device.cuda import CudaDevice
+from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
+from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
-from chameleon_deploy.runtime.session import import_onnxruntime, open_session
+from chameleon_deploy.runtime.session import import_onnxruntime
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class Backend(Protocol):
-    """graph: the name of the decoder's graph in the manifest."""
+    """The opened graphs of a bundle on one provider. `open_backend` makes one.
 
+    provider  "cpu", "cuda" or "tensorrt"
+    graph     the name of the decoder's graph in the manifest
+    """
+
+    provider: str
     graph: str
     decoder: Decoder
 
-    def generate_factors(self, conditioning: FloatArray) -> Factors:
-        """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, rank, vocab]
+    def generate_factors(self, conditioning: FloatArray) -> FactorSets:
+        """Run the hypernetwork: conditioning float32 [factor_sets, hidden] to as many sets, placed already."""
 
-        On a device they stay there: each is a DeviceArray, which takes the same indices as a numpy array.
-        """
-
-    def place(self, factors: Factors) -> Factors:
-        """Factors of the host where the decoder reads them."""
+    def place(self, sets: FactorSets) -> FactorSets:
+        """The same sets where the decoder reads them. Sets that are there already are returned as they are."""
 
 
 class CpuBackend:
-    """ONNX Runtime on the CPU. See `Backend`."""
+    """ONNX Runtime on the CPU. See `Backend`.
 
-    def __init__(self, bundle: Bundle, threads: int | None, graph: str | None, share_weights: bool) -> None:
-        """graph: which of the decoder graphs, where it is not to be the provider's own. share_weights: see `load`."""
-        graphs = bundle.manifest.graphs
-        self.graph = graph or bundle.graph("decoder", "cpu")
-        session = open_session(bundle, graphs[self.graph], threads, share_weights=share_weights)
-        ort_value, model = import_onnxruntime().OrtValue, bundle.manifest.model
+    sessions  by role
+    """
+
+    provider = "cpu"
+
+    def __init__(self, bundle: Bundle, graph: str, sessions: Mapping[Role, Any]) -> None:
+        """Take sessions of the decoder graph `graph`, of the hidden_scorer where that graph's cache is shared, and of
+        the hypernetwork where the regime has one."""
+        self.graph, self.sessions = graph, sessions
+        session, ort_value = sessions["decoder"], import_onnxruntime().OrtValue
         self.decoder: Decoder
-        if graphs[self.graph].cache == "shared":
-            scorer = open_session(bundle, graphs[bundle.graph("hidden_scorer", "cpu")], threads)
-            self.decoder = SharedCacheDecoder(session, TiledScorer(scorer), ort_value, bundle.manifest)
+        if bundle.manifest.graphs[graph].cache == "shared":
+            scorer = TiledScorer(sessions["hidden_scorer"])
+            self.decoder = SharedCacheDecoder(session, scorer, ort_value, bundle.manifest)
         else:
-            self.decoder = GrowingCacheDecoder(session, ort_value, model, threads or len(os.sched_getaffinity(0)))
-        self._hypernetwork: Any = None
-        if bundle.manifest.adaptation.regime == "chameleon":
-            name = bundle.graph("hypernetwork", "cpu")
-            self._hypernetwork = open_session(bundle, graphs[name], threads, share_weights=share_weights)
+            threads = session.get_session_options().intra_op_num_threads or len(os.sched_getaffinity(0))
+            self.decoder = GrowingCacheDecoder(session, ort_value, bundle.manifest.model, threads)
 
-    def generate_factors(self, conditioning: FloatArray) -> Factors:
-        lora_A, lora_B = self._hypernetwork.run(["lm_head.lora_A", "lm_head.lora_B"], {"conditioning": conditioning})
-        return lora_A, lora_B
+    def generate_factors(self, conditioning: FloatArray) -> FactorSets:
+        session = self.sessions["hypernetwork"]
+        names = [node.name for node in session.get_outputs()]
+        return FactorSets(dict(zip(names, session.run(names, {"conditioning": conditioning}), strict=True)))
 
-    def place(self, factors: Factors) -> Factors:
-        return factors
+    def place(self, sets: FactorSets) -> FactorSets:
+        return sets
 
 
 class DeviceBackend:
@@ -69,30 +75,42 @@ class DeviceBackend:
     """
 
     def __init__(
-        self, device: CudaDevice, bundle: Bundle, graphs: Mapping[Role, DeviceGraph], limits: LimitsSpec | None
+        self,
+        provider: str,
+        device: CudaDevice,
+        bundle: Bundle,
+        graphs: Mapping[Role, DeviceGraph],
+        limits: LimitsSpec | None,
     ) -> None:
         """graphs: by role, without a hypernetwork for regime lora. limits: of engines; None where any shape runs."""
-        self.device, self._graphs = device, graphs
-        self.graph = next(
-            name for name, spec in bundle.manifest.graphs.items() if spec.file == graphs["decoder"].spec.file
+        self.provider, self.device, self._graphs = provider, device, graphs
+        decoder = graphs["decoder"]
+        self.graph = next(name for name, spec in bundle.manifest.graphs.items() if spec.file == decoder.spec.file)
+        self.decoder: Decoder = SlotCacheDecoder(
+            device, decoder, graphs["chooser"], graphs["logits_scorer"], bundle.manifest.model, limits
         )
-        decoder = SlotCacheDecoder(
-            device, graphs["decoder"], graphs["chooser"], graphs["logits_scorer"], bundle.manifest.model, limits
-        )
-        self.decoder: Decoder = decoder
-        self._place = decoder.place
+        self._dtypes = {spec.name: spec.dtype for spec in decoder.spec.inputs}
 
-    def generate_factors(self, conditioning: FloatArray) -> Factors:
-        hypernetwork, sets = self._graphs["hypernetwork"], len(conditioning)
+    def generate_factors(self, conditioning: FloatArray) -> FactorSets:
+        hypernetwork = self._graphs["hypernetwork"]
         with self.device.lock:
-            tensors = {
-                spec.name: self.device.empty((sets, *cast(tuple[int, ...], spec.shape[1:])), spec.dtype)
+            outputs = {
+                spec.name: self.device.empty(
+                    (len(conditioning), *(size for size in spec.shape if isinstance(size, int))), spec.dtype
+                )
                 for spec in hypernetwork.spec.outputs
             }
-            tensors["conditioning"] = self.device.upload(conditioning, "float32")
-            hypernetwork.bind(tensors).run()
-        return cast(Factors, (tensors["lm_head.lora_A"], tensors["lm_head.lora_B"]))
+            inputs = {"conditioning": self.device.upload(conditioning, "float32")}
+            hypernetwork.bind(inputs | outputs).run()
+        return FactorSets(outputs)
 
-    def place(self, factors: Factors) -> Factors:
+    def place(self, sets: FactorSets) -> FactorSets:
         with self.device.lock:
-            return cast(Factors, self._place(factors))
+            return FactorSets(
+                {
+                    name: array
+                    if isinstance(array, DeviceArray)
+                    else self.device.upload(np.asarray(array), self._dtypes[name])
+                    for name, array in sets.tensors.items()
+                }
+            )

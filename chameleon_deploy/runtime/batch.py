@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.runtime.decoder import Decoder, Logits
-from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable, RowFactors
+from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
+from chameleon_deploy.runtime.logits import HostLogits, Logits
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
@@ -24,7 +26,6 @@ FORKED_PER_READ = 8
 class Member:
     """One continuation of one prompt, from its submit to its end.
 
-    stream, place  which row of which stream it is
     submitted      time of the submit, in seconds of the monotonic clock, as all times here
     deadline       when it ends at the latest
     last_token     time of its last token, or of the submit
@@ -33,7 +34,6 @@ class Member:
     """
 
     stream: Stream
-    place: int
     row: Row
     submitted: float
     deadline: float
@@ -150,23 +150,16 @@ class ContinuousBatch:
     def step(self) -> Logits:
         rows = [member.row for member in self.members[: self.ready]]
         token_ids = [row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in rows]
-        return self._slots.step(token_ids, _row_factors(self._table, self.members[: self.ready]))
+        return HostLogits(self._slots.step(token_ids, _row_factors(self._table, self.members[: self.ready])))
 
 
-@dataclass
 class StaticBatch:
-    """Members join while nothing runs; then the batch runs to its end, and grows no more. See `Batch`.
+    """Members join while nothing runs; then the batch runs to its end, and none joins it. See `Batch`."""
 
-    place  what puts factors where the decoder reads them
-    """
-
-    decoder: Decoder
-    table: FactorTable
-    rows: int
-    place: Callable[[RowFactors], Any]
-    members: list[Member] = field(default_factory=list)
-    _factors: Any = None
-    _cache: Any = None
+    def __init__(self, backend: Backend, table: FactorTable, rows: int) -> None:
+        self._backend, self._table, self._rows = backend, table, rows
+        self.members: list[Member] = []
+        self._running: tuple[Any, RowFactors] | None = None  # cache and factors of the members
 
     @property
     def ready(self) -> int:
@@ -174,34 +167,38 @@ class StaticBatch:
 
     @property
     def cached_tokens(self) -> int:
-        return 0 if self._cache is None else int(self._cache.lengths.sum())
+        return 0 if self._running is None else int(self._running[0].lengths.sum())
 
     def room(self) -> int:
-        return self.rows - len(self.members) if self._cache is None else 0
+        return self._rows - len(self.members) if self._running is None else 0
 
     def admit(self, member: Member) -> None:
         self.members.append(member)
 
     def drop(self, gone: Collection[Member]) -> None:
         kept = np.array([i for i, member in enumerate(self.members) if member not in gone], np.int64)
-        if len(kept) == len(self.members):
-            return
         self.members = [self.members[i] for i in kept]
         if not self.members:
-            self._cache = self._factors = None
-        elif self._cache is not None:
-            self._cache, self._factors = self.decoder.keep(self._cache, kept), self._factors.rows(kept)
+            self._running = None
+        elif self._running is not None:
+            cache, factors = self._running
+            self._running = self._backend.decoder.keep(cache, kept), factors.rows(kept)
 
     def read(self) -> int:
         return 0
 
     def step(self) -> Logits:
-        rows = [member.row for member in self.members]
-        if self._cache is not None:
-            return self.decoder.step(np.array([row.token_ids[-1] for row in rows]), self._factors, self._cache)
-        self._factors = self.place(_row_factors(self.table, self.members))
+        rows, decoder = [member.row for member in self.members], self._backend.decoder
+        if self._running is not None:
+            cache, factors = self._running
+            return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
+        factors = _row_factors(self._table, self.members)
+        # A copy of the sets: the table changes when the first member has left.
+        copies = self._backend.place(factors.sets[np.arange(len(self._table))])
+        factors = RowFactors(copies, factors.factor_ids)
         capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-        logits, self._cache = self.decoder.prefill([row.prompt for row in rows], self._factors, capacity)
+        logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
+        self._running = cache, factors
         return logits
 
 
@@ -209,7 +206,7 @@ def open_batch(runtime: Runtime, table: FactorTable, rows: int, capacity: int, c
     """Continuous where the decoder has slots, else static."""
     if isinstance(runtime.decoder, SharedCacheDecoder):
         return ContinuousBatch(runtime.decoder.slots(rows, capacity), table, chunk_tokens)
-    return StaticBatch(runtime.decoder, table, rows, runtime.place)
+    return StaticBatch(runtime.backend, table, rows)
 
 
 def _row_factors(table: FactorTable, members: list[Member]) -> RowFactors:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +33,6 @@ class BoundCall:
 
     input_ids, position_ids  int64 [batch, width]
     logits_positions         int64 [batch, positions]
-    factor_ids               int64 [batch]
     seqlens_k                int32 [batch]
     total_sequence_length    int32 []
     logits                   float32 [batch, num_logits, vocab]
@@ -59,7 +59,7 @@ class BoundCall:
         self.hidden_states = np.empty((batch, 0 if num_logits else positions, graph.model.hidden_size), np.float32)
         self._session, self._binding, self._ort_value = graph.session, graph.session.io_binding(), graph.ort_value
         self._values: dict[str, Any] = {}  # an OrtValue is its array's memory: keep them alive together
-        self._factors: Mapping[str, FloatArray] | None = None
+        self._sets: FactorSets | None = None
         self._bind_inputs({
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -76,18 +76,19 @@ class BoundCall:
             self._bind_inputs({past: buffer})
             self._binding.bind_ortvalue_output(past.replace("past_key_values", "present"), self._values[past])
 
-    def bind_factors(self, factors: Mapping[str, FloatArray]) -> None:
-        """factors: every factor tensor of the graph, contiguous. The mapping that is bound already costs nothing."""
-        if factors is not self._factors:
-            self._bind_inputs(factors)
-            self._factors = factors
+    def bind_factors(self, factors: RowFactors) -> None:
+        """Take factors for the next runs. Sets that are bound already cost nothing."""
+        self.factor_ids[:] = factors.factor_ids
+        if factors.sets is not self._sets:
+            self._bind_inputs(factors.sets.tensors)
+            self._sets = factors.sets
 
     def run(self) -> FloatArray:
         """-> logits [batch, num_logits, vocab]: this call's own array, overwritten by its next run"""
         self._session.run_with_iobinding(self._binding)
         return self.logits
 
-    def _bind_inputs(self, arrays: Mapping[str, Array]) -> None:
+    def _bind_inputs(self, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():
             self._values[name] = self._ort_value.ortvalue_from_numpy(array)
             self._binding.bind_ortvalue_input(name, self._values[name])

@@ -7,27 +7,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
-from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
-from chameleon_deploy.runtime.device.logits import DeviceLogits
-
-Logits = FloatArray | DeviceLogits
+from chameleon_deploy.bundle import FloatArray, IntArray
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.logits import Logits
 
 
 class Decoder(Protocol):
     """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread.
 
     Each decoder has its own kind of cache; all have `lengths`, int64 [batch]: the real tokens of each row, which is the
-    position of its next one. Logits are numpy arrays, or stay on the device until they are asked for.
+    position of its next one. Factors are where the backend placed them (`Backend.place`), one entry of `factor_ids` for
+    each row.
     """
 
-    def prefill(self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int) -> tuple[Logits, Any]:
+    def prefill(self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int) -> tuple[Logits, Any]:
         """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
 
         capacity  how many tokens of a row the cache must be able to hold in the end
         """
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: Any) -> Logits:
+    def step(self, token_ids: IntArray, factors: RowFactors, cache: Any) -> Logits:
         """One more token per row.  int64 [batch] -> logits [batch, vocab], valid until the next step
 
         The cache grows by the token.
@@ -36,19 +35,14 @@ class Decoder(Protocol):
     def keep(self, cache: Any, rows: IntArray) -> Any:
         """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, Logits]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, Logits]]:
         """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
 
-    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
         """Of every row the log-probability of each token after the first, float32 [length - 1].
 
         rows  of at least two tokens. Those of similar length are best beside each other, where they share a call
         """
-
-
-def greedy(logits: Logits) -> IntArray:
-    """The highest logit of each row, found where the logits are.  [batch, vocab] -> int64 [batch]"""
-    return logits.greedy() if isinstance(logits, DeviceLogits) else logits.argmax(1).astype(np.int64)
 
 
 def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterator[slice]:

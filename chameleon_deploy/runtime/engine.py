@@ -15,9 +15,9 @@ from typing import Literal, Self
 
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
-from chameleon_deploy.runtime.adaptation import Factors
 from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import Token
 from chameleon_deploy.runtime.inputs import Texts
 from chameleon_deploy.runtime.iteration import Iteration

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
-
-
-@dataclass(frozen=True)
-class FactorSets:
-    """tensors  float32 [factor_sets, rank, in or out] by the graph's names"""
-
-    tensors: Mapping[str, FloatArray]
-
-
-@dataclass(frozen=True)
-class RowFactors:
-    """sets        of all rows
-    factor_ids  int64 [batch], which set each row uses
-    """
-
-    sets: FactorSets
-    factor_ids: npt.NDArray[np.int64]
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 
 
 @dataclass(frozen=True)
 class FactorSource:
     """key   equal for rows that share a set
-    make  the set, tensors float32 [rank, in or out] by the graph's names
+    make  a stack of that set alone, in memory or on a device
     """
 
     key: Hashable
-    make: Callable[[], Mapping[str, FloatArray]]
+    make: Callable[[], FactorSets]
 
 
 class FactorTable:
@@ -52,7 +35,7 @@ class FactorTable:
         self._keys: list[Hashable] = []  # in the order of the stack
         self._ranks: list[int] = []
         self._references: dict[Hashable, int] = {}
-        self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in or out]
+        self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features]
         self.sets = FactorSets({})
 
     def __len__(self) -> int:
@@ -90,18 +73,19 @@ class FactorTable:
             del self._references[key]
             self._remove(self.index(key))
 
-    def _append(self, key: Hashable, factors: Mapping[str, FloatArray]) -> None:
+    def _append(self, key: Hashable, made: FactorSets) -> None:
+        factors = {name: np.asarray(array, np.float32)[0] for name, array in made.tensors.items()}
         # A set that is not finite would reach every row: 0 * inf is NaN in the product over all sets.
-        if not all(np.isfinite(tensor).all() for tensor in factors.values()):
+        if not all(np.isfinite(array).all() for array in factors.values()):
             raise NumericError("the factors of a request are not finite: check the hypernetwork")
         rank = len(next(iter(factors.values())))
         if not self._tensors:
-            self._tensors = {n: np.zeros((self._max_sets, rank, t.shape[1]), np.float32) for n, t in factors.items()}
+            self._tensors = {n: np.zeros((self._max_sets, rank, a.shape[1]), np.float32) for n, a in factors.items()}
         self._keys.append(key)
         self._ranks.append(rank)
         self._set_rank()
-        for name, tensor in factors.items():
-            self._tensors[name][len(self) - 1, :rank] = tensor
+        for name, array in factors.items():
+            self._tensors[name][len(self) - 1, :rank] = array
             self._tensors[name][len(self) - 1, rank:] = 0
         self._restack()
 

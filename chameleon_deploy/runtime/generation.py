@@ -9,11 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError
-from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
 from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.device.logits import DeviceLogits
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling, check_sampling
 
 # Those after the first two come from an Engine alone.
@@ -59,10 +58,14 @@ class Token:
 class Row:
     """A row while it is being generated.
 
+    index    its place among the caller's rows
     sampler  chooses its tokens; `append` counts them
     """
 
-    def __init__(self, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int) -> None:
+    def __init__(
+        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int
+    ) -> None:
+        self.index = index
         self.prompt, self.limit, self.sampling, self.cluster_id = ids, limit, sampling, cluster_id
         self.sampler = Sampler(sampling, ids, stream)
         self.token_ids: list[int] = []
@@ -71,7 +74,7 @@ class Row:
         self._text = ""
         self._shown = 0  # characters of the text that the caller has been given
 
-    def append(self, choice: Choice, row: int, tokenizer: Any, eos_token_id: int) -> Token:
+    def append(self, choice: Choice, tokenizer: Any, eos_token_id: int) -> Token:
         token_id = choice.token_id
         self.sampler.append(token_id)
         self.token_ids.append(token_id)
@@ -89,7 +92,7 @@ class Row:
         shown = self._text[self._shown : len(self._text) - (0 if finished else self._held_back())]
         self._shown += len(shown)
         generation = self._generation("stop" if stopped else "length") if finished else None
-        return Token(row, token_id, shown, generation, choice.logprob, choice.top_logprobs)
+        return Token(self.index, token_id, shown, generation, choice.logprob, choice.top_logprobs)
 
     def _is_stop_token(self, token_id: int, eos_token_id: int) -> bool:
         is_eos = token_id == eos_token_id and not self.sampling.ignore_eos
@@ -105,10 +108,10 @@ class Row:
             top_logprobs=[choice.top_logprobs for choice in self._choices if choice.top_logprobs is not None],
         )
 
-    def end(self, row: int, reason: FinishReason, error: ChameleonError | None = None) -> Token:
+    def end(self, reason: FinishReason, error: ChameleonError | None = None) -> Token:
         """End the row without another token."""
         generation = replace(self._generation(reason), error=error)
-        return Token(row, -1, self._text[self._shown :], generation)
+        return Token(self.index, -1, self._text[self._shown :], generation)
 
     def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -148,38 +151,42 @@ def begin_rows(
         raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
     for each in samplings:
         check_sampling(each, model.vocab_size)
-    positions = capacity or model.max_positions
+    # The last new token is never fed back, so it needs no position.
+    room = [(capacity or model.max_positions) - len(ids) + 1 for ids in prompts]
     return [
-        # The last new token is never fed back, so it needs no position.
-        Row(ids, min(limits[i], positions - len(ids) + 1), samplings[i], i * n * single + k, int(cluster_ids[i]))
+        Row(i * n + k, ids, min(limits[i], room[i]), samplings[i], i * n * single + k, int(cluster_ids[i]))
         for i, ids in enumerate(prompts)
         for k in range(n)
     ]
 
 
 def stream_tokens(
-    rows: list[Row], decoder: Decoder, adaptation: Adaptation, tokenizer: Any, model: ModelSpec
+    rows: list[Row], decoder: Decoder, factors: RowFactors, tokenizer: Any, eos_token_id: int
 ) -> Iterator[Token]:
-    """Tokens of all rows, step by step; within a step in the order of the rows."""
+    """Tokens of all rows, step by step; within a step in the order of the rows.
+
+    factors       of the rows, placed
+    eos_token_id  ends a row; -1 ends none
+
+    Raises NumericError for logits that are not finite.
+    """
     capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-    logits, cache = decoder.prefill([row.prompt for row in rows], adaptation, capacity)
-    active = np.arange(len(rows))
+    logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
     while True:
         going, chosen = [], []
-        if isinstance(logits, DeviceLogits) and all(rows[row].sampler.is_argmax for row in active):
-            choices = map(Choice, logits.greedy().tolist())  # nothing but the chosen ids leaves the device
+        if all(row.sampler.is_argmax for row in rows):
+            choices = map(Choice, logits.greedy().tolist())  # nothing but the chosen ids leaves a device
         else:
-            samplers = (rows[row].sampler for row in active)
-            choices = map(Sampler.choose, samplers, np.asarray(logits))
-        for i, (row, choice) in enumerate(zip(active, choices, strict=True)):
-            token = rows[row].append(choice, int(row), tokenizer, model.eos_token_id)
+            choices = map(Sampler.choose, (row.sampler for row in rows), np.asarray(logits))
+        for i, (row, choice) in enumerate(zip(rows, choices, strict=True)):
+            token = row.append(choice, tokenizer, eos_token_id)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)
             yield token
         if not going:
             return
-        if len(going) < len(active):
+        if len(going) < len(rows):
             kept = np.array(going)
-            cache, adaptation, active = decoder.keep(cache, kept), adaptation.rows(kept), active[kept]
-        logits = decoder.step(np.array(chosen, np.int64), adaptation, cache)
+            cache, factors, rows = decoder.keep(cache, kept), factors.rows(kept), [rows[i] for i in going]
+        logits = decoder.step(np.array(chosen, np.int64), factors, cache)

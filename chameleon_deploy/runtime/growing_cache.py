@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.bundle import FloatArray, IntArray, ModelSpec
 from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
 PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
@@ -38,32 +39,33 @@ class GrowingCacheDecoder:
         self._present = [name.replace("past_key_values", "present") for name in self._past]
 
     def prefill(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
-    ) -> tuple[FloatArray, GrowingCache]:
+        self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int
+    ) -> tuple[HostLogits, GrowingCache]:
         input_ids, mask = pad(rows)
         last = mask.sum(1) - 1
         logits = np.empty((len(rows), self._model.vocab_size), np.float32)
         cache = self._empty_cache(len(rows))
         for start, stop in self._pieces(len(rows), input_ids.shape[1]):
             position = np.clip(last - start, 0, stop - start - 1)[:, None]
-            piece = self._run(input_ids[:, start:stop], mask[:, start:stop], position, adaptation, cache)
+            piece = self._run(input_ids[:, start:stop], mask[:, start:stop], position, factors, cache)
             ends_here = (start <= last) & (last < stop)
             logits[ends_here] = piece[ends_here, 0]
-        return logits, cache
+        return HostLogits(logits), cache
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: GrowingCache) -> FloatArray:
+    def step(self, token_ids: IntArray, factors: RowFactors, cache: GrowingCache) -> HostLogits:
         ones, zeros = np.ones((len(token_ids), 1), np.int64), np.zeros((len(token_ids), 1), np.int64)
-        return self._run(token_ids[:, None], ones, zeros, adaptation, cache)[:, 0]
+        return HostLogits(self._run(token_ids[:, None], ones, zeros, factors, cache)[:, 0])
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         input_ids, mask = pad(rows)
         cache = self._empty_cache(len(rows))
         for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
             positions = np.tile(np.arange(stop - start), (len(rows), 1))
-            yield start, self._run(input_ids[:, start:stop], mask[:, start:stop], positions, adaptation, cache)
+            logits = self._run(input_ids[:, start:stop], mask[:, start:stop], positions, factors, cache)
+            yield start, HostLogits(logits, self._threads)
 
-    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return logprobs_of_logits(self, rows, adaptation, threads=self._threads)
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
+        return logprobs_of_logits(self, rows, factors)
 
     def keep(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
         tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]
@@ -74,7 +76,7 @@ class GrowingCacheDecoder:
         input_ids: IntArray,
         mask: IntArray,
         logits_positions: IntArray,
-        adaptation: Adaptation,
+        factors: RowFactors,
         cache: GrowingCache,
     ) -> FloatArray:
         """input_ids and mask int64 [batch, sequence] -> logits [batch, positions, vocab]; the cache grows by them"""
@@ -85,9 +87,8 @@ class GrowingCacheDecoder:
             "attention_mask": attention_mask,
             "position_ids": cache.lengths[:, None] + np.maximum(real - 1, 0),
             "logits_positions": logits_positions,
-            "factor_ids": adaptation.factor_ids,
-            "lm_head.lora_A": adaptation.lora_A,
-            "lm_head.lora_B": adaptation.lora_B,
+            "factor_ids": factors.factor_ids,
+            **factors.sets.tensors,
         }
         values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
         values |= zip(self._past, cache.tensors, strict=True)

@@ -12,11 +12,10 @@ import numpy as np
 
 from chameleon_deploy.errors import ChameleonError, NumericError, RequestError
 from chameleon_deploy.runtime.batch import Batch, Member
-from chameleon_deploy.runtime.decoder import Logits
-from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.generation import FinishReason, Token
 from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.schedule import take_next
 from chameleon_deploy.runtime.stream import Stream
@@ -122,7 +121,7 @@ class Loop:
 
     def _append(self, member: Member, choose: Callable[[], Choice]) -> None:
         row = member.row
-        token = row.append(choose(), member.place, self._tokenizer, self._eos_token_id)
+        token = row.append(choose(), self._tokenizer, self._eos_token_id)
         now = time.monotonic()
         times = self._report.first_tokens if len(row.token_ids) == 1 else self._report.later_tokens
         times.append(now - member.last_token)
@@ -133,7 +132,7 @@ class Loop:
             self._finish(member, token, token.generation.finish_reason)
 
     def _end(self, member: Member, reason: FinishReason, error: ChameleonError | None = None) -> None:
-        self._finish(member, member.row.end(member.place, reason, error), reason)
+        self._finish(member, member.row.end(reason, error), reason)
 
     def _end_all(self, members: Sequence[Member], error: Exception) -> None:
         for member in members:
@@ -149,7 +148,7 @@ class Loop:
 
 def _choosers(members: Sequence[Member], logits: Logits) -> list[Callable[[], Choice]]:
     """Of each member what chooses its next token, or raises."""
-    if isinstance(logits, DeviceLogits) and all(member.row.sampler.is_argmax for member in members):
+    if all(member.row.sampler.is_argmax for member in members):
         with contextlib.suppress(NumericError):  # of some row: find out below whose
             return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]
     values = np.asarray(logits)

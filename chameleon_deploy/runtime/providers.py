@@ -9,6 +9,7 @@ auto      the first of tensorrt, cuda, cpu that this machine has
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from chameleon_deploy.bundle import Bundle, Role
 from chameleon_deploy.errors import DependencyError, ProviderError
@@ -27,16 +28,8 @@ def check_provider(provider: str) -> None:
         raise ProviderError(f"provider {provider!r} does not exist: choose one of {', '.join(PROVIDERS)}")
 
 
-def open_backend(
-    bundle: Bundle,
-    provider: str,
-    threads: int | None = None,
-    graph: str | None = None,
-    share_weights: bool = False,
-) -> tuple[str, Backend]:
-    """The provider that was taken, which tells for `auto`, and what runs on it.
-
-    threads, graph, share_weights  of the CPU; see `load` and `Runtime`
+def open_backend(bundle: Bundle, provider: str, threads: int | None = None, share_weights: bool = False) -> Backend:
+    """Open a bundle on a provider. `Backend.provider` tells what `auto` took; `load` explains the other arguments.
 
     Raises ProviderError or DependencyError, which say what is missing, or GraphError.
     """
@@ -49,14 +42,38 @@ def open_backend(
                 return open_backend(bundle, candidate)
             except (ProviderError, DependencyError):
                 continue
-        provider = "cpu"
-    if provider == "cpu":
-        return provider, CpuBackend(bundle, threads, graph, share_weights)
-    return provider, open_cuda(bundle) if provider == "cuda" else open_tensorrt(bundle)
+    if provider == "cuda":
+        return open_cuda(bundle)
+    return open_tensorrt(bundle) if provider == "tensorrt" else open_cpu(bundle, threads, share_weights)
 
 
-def open_cuda(bundle: Bundle) -> Backend:
-    """ONNX Runtime on the first visible GPU."""
+def open_cpu(
+    bundle: Bundle, threads: int | None = None, share_weights: bool = False, graph: str | None = None
+) -> CpuBackend:
+    """Open a bundle with ONNX Runtime on the CPU.
+
+    threads, share_weights  see `load`
+    graph                   one of the manifest's decoder graphs by name; None takes the CPU's own
+
+    Raises GraphError, DependencyError, or OutputError when the local cache cannot be written.
+    """
+    graphs = bundle.manifest.graphs
+    names: dict[Role, str] = {"decoder": graph or bundle.graph("decoder", "cpu")}
+    if graphs[names["decoder"]].cache == "shared":
+        names["hidden_scorer"] = bundle.graph("hidden_scorer", "cpu")
+    if bundle.manifest.adaptation.regime == "chameleon":
+        names["hypernetwork"] = bundle.graph("hypernetwork", "cpu")
+    sessions: dict[Role, Any] = {
+        role: open_session(bundle, graphs[name], threads, share_weights=share_weights) for role, name in names.items()
+    }
+    return CpuBackend(bundle, names["decoder"], sessions)
+
+
+def open_cuda(bundle: Bundle) -> DeviceBackend:
+    """Open a bundle with ONNX Runtime on the first visible GPU.
+
+    Raises ProviderError, DependencyError or GraphError.
+    """
     device = CudaDevice(import_cudart())
     if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
         raise ProviderError(
@@ -65,14 +82,17 @@ def open_cuda(bundle: Bundle) -> Backend:
         )
     options = {"user_compute_stream": str(device.stream), "use_tf32": "0"}  # the stream that our copies are on
     graphs = open_sessions(bundle, graph_names(bundle, "cuda"), ("CUDAExecutionProvider", options), "cuda")
-    return DeviceBackend(device, bundle, graphs, None)
+    return DeviceBackend("cuda", device, bundle, graphs, None)
 
 
-def open_tensorrt(bundle: Bundle) -> Backend:
-    """TensorRT on the first visible GPU, with engines that have been built for it."""
+def open_tensorrt(bundle: Bundle) -> DeviceBackend:
+    """Open a bundle with the TensorRT engines that have been built for the first visible GPU.
+
+    Raises ProviderError, DependencyError or GraphError.
+    """
     device = CudaDevice(import_cudart())
     graphs = open_engines(bundle, device, graph_names(bundle, "tensorrt"))
-    return DeviceBackend(device, bundle, graphs, bundle.manifest.limits)
+    return DeviceBackend("tensorrt", device, bundle, graphs, bundle.manifest.limits)
 
 
 def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, FloatArray, Mode, default_mode, opening_bundle
+from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, opening_bundle
 from chameleon_deploy.errors import ManifestError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
-from chameleon_deploy.runtime.adaptation import Adaptation, Factors, IntArray
+from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.factor_table import FactorSource, RowFactors
+from chameleon_deploy.runtime.factor_table import FactorSource
+from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
@@ -45,53 +47,41 @@ def load(
     """
     check_provider(provider)
     with opening_bundle(Path(path)) as bundle:
-        return Runtime(bundle, provider, mode, threads, share_weights=share_weights)
+        return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
 
 
 class Runtime:
     """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
 
-    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host.
+    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host by default.
 
-    bundle, provider, mode, graph, tokenizer, decoder   what it was loaded from and runs on
+    bundle, backend, mode      what it was made of
+    manifest, tokenizer        of the bundle
+    provider, graph, decoder   of the backend
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: str,
-        mode: Mode | None = None,
-        threads: int | None = None,
-        graph: str | None = None,
-        backend: Backend | None = None,
-        share_weights: bool = False,
-    ) -> None:
-        """graph: which of the manifest's decoder graphs to run, where it is not to be the provider's own.
+    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None) -> None:
+        """Run a bundle on a backend that was opened for it; `load` opens both.
 
-        backend: one that is open already, of this provider. share_weights: see `load`.
+        mode  where a call names none; None takes "cohort", or "static" for a bundle of regime lora
+
+        Raises ManifestError for a tokenizer.json that does not load, ModeError for a mode that the bundle cannot serve.
         """
-        self.bundle = bundle
+        self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
         try:
             self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
         except Exception as error:  # tokenizers raises Exception itself
             raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
-        self.provider = provider
-        if backend is None:
-            self.provider, backend = open_backend(bundle, provider, threads, graph, share_weights)
-        self._backend, self.graph, self.decoder = backend, backend.graph, backend.decoder
+        self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
-        self._lora: Factors | None = None
+        self._lora: FactorSets | None = None
         if self.manifest.adaptation.regime == "lora":
-            lora_A, lora_B = bundle.lora().values()
-            self._lora = backend.place((lora_A, lora_B))
-        # In mode none: the decoder takes a pair of factors in any case.
-        shapes = (self.manifest.model.hidden_size, self.manifest.model.vocab_size)
-        lora_A, lora_B = (np.zeros((1, 1, size), np.float32) for size in shapes)
-        self._no_factors = backend.place((lora_A, lora_B))
-        self._centroid_factors: Factors | None = None
+            self._lora = backend.place(FactorSets(bundle.lora()))
+        self._no_factors = backend.place(no_factors(self.manifest.adaptation))  # the decoder takes some in any case
+        self._centroid_factors: FactorSets | None = None
         self._check_mode(self.mode)
         if self.mode == "centroid":
             self._factors_of_centroids()
@@ -103,19 +93,24 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        on_device: bool = False,
     ) -> Adaptation:
         """Embed and cluster a batch and generate its factors.
 
-        texts    texts, or lists of token ids
-        mode     none, static, centroid, request, cohort or tenant; None takes the runtime's
-        tenants  mode tenant: who each text belongs to, any hashable values
-        factors  mode static: lora_A [rank, hidden] and lora_B [rank, vocab], alpha already in them
+        texts      texts, or lists of token ids
+        mode       none, static, centroid, request, cohort or tenant; None takes the runtime's
+        tenants    mode tenant: who each text belongs to, any hashable values
+        factors    mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
+                   "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already in it, any rank
+        on_device  leave the factors where the decoder reads them, which on a GPU is its memory; False copies them
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
         adaptation = self._adapt(self.encode(texts), mode, tenants, factors)
-        lora_A, lora_B = (np.asarray(factor, np.float32) for factor in (adaptation.lora_A, adaptation.lora_B))
-        return replace(adaptation, lora_A=lora_A, lora_B=lora_B)
+        if on_device:
+            return adaptation
+        row_factors = adaptation.factors
+        return replace(adaptation, factors=replace(row_factors, sets=row_factors.sets.in_memory()))
 
     def score(
         self,
@@ -171,7 +166,7 @@ class Runtime:
         rows = self.encode(prompts)
         adaptation = self._adapt(rows, mode, tenants, factors)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model)
-        return stream_tokens(active, self.decoder, adaptation, self.tokenizer, self.manifest.model)
+        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
 
     def encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)
@@ -187,16 +182,16 @@ class Runtime:
         embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
-            lora_A, lora_B = self._no_factors
+            sets = self._no_factors
         elif mode == "static":
-            lora_A, lora_B = self._static_factors(factors)
+            sets = self._static_factors(factors)
         elif mode == "centroid":
             present, factor_ids = np.unique(cluster_ids, return_inverse=True)
-            lora_A, lora_B = (stacked[present] for stacked in self._factors_of_centroids())
+            sets = self._factors_of_centroids()[present]
         else:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-            lora_A, lora_B = self._generate_factors(vectors)
-        return Adaptation(embeddings, cluster_ids, lora_A, lora_B, factor_ids.astype(np.int64))
+            sets = self.backend.generate_factors(vectors)
+        return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
 
     def check_arguments(
         self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
@@ -223,49 +218,36 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
     ) -> list[FactorSource]:
-        """Of each row where its factors come from, which are made later. A caller's factors are copied now."""
+        """Where the factors of each row come from; they are made when they are asked for, but for a caller's own."""
         if mode == "none":
-            return [FactorSource("none", lambda: _one_set(self._no_factors))] * len(embeddings)
+            return [FactorSource("none", lambda: self._no_factors)] * len(embeddings)
         if mode == "static":
             sets = self._static_factors(factors)
-            own = _one_set(sets) if factors is None else {name: a.copy() for name, a in _one_set(sets).items()}
+            own = sets[np.array([0])]  # a copy, which the caller cannot change
             return [FactorSource("static" if factors is None else object(), lambda: own)] * len(embeddings)
         if mode == "centroid":
-            return [
-                FactorSource(int(c), lambda c=int(c): _one_set(self._factors_of_centroids(), c))  # type: ignore[misc]
-                for c in cluster_ids
-            ]
+            return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
         vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-        sources = [
-            # The same vector has the same factors, whoever it belongs to.
-            FactorSource(vector.tobytes(), lambda v=vector: _one_set(self._generate_factors(v[None])))  # type: ignore[misc]
-            for vector in vectors
-        ]
+        # The same vector has the same factors, whoever it belongs to.
+        sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
-    def place(self, factors: RowFactors) -> Adaptation:
-        """A copy of factors of the host where the decoder reads them."""
-        lora_A, lora_B = (tensor.copy() for tensor in factors.sets.tensors.values())
-        lora_A, lora_B = self._backend.place((lora_A, lora_B))
-        ids = factors.factor_ids
-        return Adaptation(np.empty((len(ids), 0), np.float32), ids, lora_A, lora_B, ids)
-
-    def _static_factors(self, factors: Factors | None) -> Factors:
+    def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            return self._backend.place(adapting.check_factors(factors, self.manifest.model))
+            return self.backend.place(check_factors(factors, self.manifest.adaptation))
         if self._lora is None:
-            raise ModeError("mode 'static' needs factors=(lora_A, lora_B): this bundle has no trained LoRA of its own")
+            names = ", ".join(self.manifest.adaptation.factor_widths)
+            raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA of its own")
         return self._lora
 
-    def _factors_of_centroids(self) -> Factors:
+    def _factors_of_centroids(self) -> FactorSets:
         # Two threads may both compute it the first time; they get the same values.
         if self._centroid_factors is None:
-            self._centroid_factors = self._generate_factors(self._centroids)
+            self._centroid_factors = self.backend.generate_factors(self._centroids)
         return self._centroid_factors
 
-    def _generate_factors(self, conditioning: Any) -> Factors:
-        """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, rank, vocab]"""
-        return self._backend.generate_factors(conditioning)
+    def _factors_of_centroid(self, cluster_id: int) -> FactorSets:
+        return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
         if mode not in get_args(Mode):
@@ -276,8 +258,3 @@ class Runtime:
                 f"mode {mode!r} cannot be served by this bundle of regime {self.manifest.adaptation.regime!r} with "
                 f"{self.manifest.adaptation.num_clusters} clusters: choose one of {', '.join(available)}"
             )
-
-
-def _one_set(factors: Factors, index: int = 0) -> dict[str, FloatArray]:
-    lora_A, lora_B = factors
-    return {"lm_head.lora_A": np.asarray(lora_A[index]), "lm_head.lora_B": np.asarray(lora_B[index])}

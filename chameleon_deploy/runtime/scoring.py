@@ -43,7 +43,7 @@ def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adap
     members = np.array([row for row in np.argsort(lengths, kind="stable") if lengths[row] > 1], np.int64)
     logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(rows)
     if len(members):
-        found = decoder.token_logprobs([rows[row] for row in members], adaptation.rows(members))
+        found = decoder.token_logprobs([rows[row] for row in members], adaptation.factors.rows(members))
         for row, values in zip(members, found, strict=True):
             if not np.isfinite(values).all():
                 raise NumericError(f"text {row}: the decoder produced logits that are not finite: check the factors")

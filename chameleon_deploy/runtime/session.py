@@ -46,14 +46,15 @@ def open_session(
 
     threads             of one operator; None lets ONNX Runtime choose
     execution_provider  ONNX Runtime's name of it, and its options
-    share_weights       on the CPU: map the weights from the local cache, see `load`
+    share_weights       on the CPU: map the weights from the local cache, see `load`; those of a hidden_scorer are
+                        mapped from the bundle in any case
 
     Raises GraphError when the graph does not load or its signature is not the manifest's, ProviderError when
     ONNX Runtime would run it on another provider, OutputError when the local cache cannot be written.
     """
     options = _session_options(graph, threads)
     path = bundle.path / graph.file
-    if share_weights:
+    if share_weights and graph.role != "hidden_scorer":
         path = _prepacked_graph(bundle, graph, threads)
         # It was optimised before it was saved, and its packed weights belong to its nodes as they are.
         options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL

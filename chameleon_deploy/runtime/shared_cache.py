@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, Manifest
-from chameleon_deploy.runtime.adaptation import Adaptation, IntArray
+from chameleon_deploy.bundle import FloatArray, IntArray, Manifest
 from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
@@ -69,8 +70,8 @@ class SharedCacheDecoder:
         self._buffer_dtype = np.int8 if past[0].type == "tensor(int8)" else np.float32
 
     def prefill(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
-    ) -> tuple[FloatArray, SharedCache]:
+        self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int
+    ) -> tuple[HostLogits, SharedCache]:
         lengths = np.array([len(ids) for ids in rows], np.int64)
         memory, buffers = self._buffers(len(rows), max(capacity, int(lengths.max())))
         cache = SharedCache(buffers, lengths, memory)
@@ -78,22 +79,22 @@ class SharedCacheDecoder:
         for part in parts(lengths, self.prefill_tokens):
             # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
-            adapted = adaptation.rows(np.arange(len(rows))[part])
+            own = factors.rows(np.arange(len(rows))[part])
             for start, piece in _pieces(rows[part], self.prefill_tokens):
-                logits[part] = self._read(piece, adapted, buffers, start, last_only=True).run()[:, 0]
-        return logits, cache
+                logits[part] = self._read(piece, own, buffers, start, last_only=True).run()[:, 0]
+        return HostLogits(logits), cache
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SharedCache) -> FloatArray:
+    def step(self, token_ids: IntArray, factors: RowFactors, cache: SharedCache) -> HostLogits:
         call = cache.step
         if call is None:
             call = cache.step = BoundCall(self, len(token_ids), 1, 1, 1, cache.buffers)
-            _bind(call, adaptation)
+            call.bind_factors(factors)
         call.input_ids[:, 0] = token_ids
         call.position_ids[:, 0] = cache.lengths
         call.seqlens_k[:] = cache.lengths
         call.total_sequence_length[...] = cache.lengths.max() + 1
         cache.lengths = cache.lengths + 1
-        return call.run()[:, 0]
+        return HostLogits(call.run()[:, 0])
 
     def keep(self, cache: SharedCache, rows: IntArray) -> SharedCache:
         used = int(cache.lengths.max())
@@ -105,23 +106,23 @@ class SharedCacheDecoder:
         """The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""
         return Slots(self, rows, capacity, self._buffer_dtype)
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, FloatArray]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
         for start, piece in _pieces(rows, SCORED_TOKENS):
-            yield start, self._read(piece, adaptation, buffers, start).run()
+            yield start, HostLogits(self._read(piece, factors, buffers, start).run())
         del memory  # held until here: the calls write where it points
 
-    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], adaptation), adaptation)
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
+        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], factors), factors)
 
-    def _hidden_states(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[Piece]:
+    def _hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
         """Of every position."""
         lengths = np.array([len(ids) for ids in rows])
         for part in parts(lengths, SCORED_TOKENS):
-            members, adapted = np.arange(len(rows))[part], adaptation.rows(np.arange(len(rows))[part])
+            members, own = np.arange(len(rows))[part], factors.rows(np.arange(len(rows))[part])
             memory, buffers = self._buffers(len(members), int(lengths[part].max()))
             for start, piece in _pieces(rows[part], SCORED_TOKENS):
-                call = self._read(piece, adapted, buffers, start, logits=False)
+                call = self._read(piece, own, buffers, start, logits=False)
                 call.run()
                 for row, ids, states in zip(members.tolist(), piece, call.hidden_states, strict=True):
                     yield row, start, states[: len(ids)]
@@ -130,7 +131,7 @@ class SharedCacheDecoder:
     def _read(
         self,
         rows: Sequence[Sequence[int]],
-        adaptation: Adaptation,
+        factors: RowFactors,
         buffers: list[Array],
         start: int,
         last_only: bool = False,
@@ -143,7 +144,7 @@ class SharedCacheDecoder:
         lengths = mask.sum(1)
         positions = 1 if last_only else width
         call = BoundCall(self, batch, width, positions, positions if logits else 0, buffers)
-        _bind(call, adaptation)
+        call.bind_factors(factors)
         call.input_ids[:] = input_ids
         call.position_ids[:] = start + np.arange(width)
         call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)
@@ -155,11 +156,6 @@ class SharedCacheDecoder:
         shape = (len(self.past), batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
         memory = _Memory(self._spare_buffers, math.prod(shape), self._buffer_dtype)
         return memory, list(memory.values[: math.prod(shape)].reshape(shape))
-
-
-def _bind(call: BoundCall, adaptation: Adaptation) -> None:
-    call.factor_ids[:] = adaptation.factor_ids
-    call.bind_factors({"lm_head.lora_A": adaptation.lora_A, "lm_head.lora_B": adaptation.lora_B})
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.bound_call import BoundCall, Graph
-from chameleon_deploy.runtime.factor_table import RowFactors
+from chameleon_deploy.runtime.factors import RowFactors
 
 
 class Slots:
@@ -41,8 +41,7 @@ class Slots:
         """
         start, width = int(self.lengths[row]), len(token_ids)
         call = BoundCall(self._graph, 1, width, 1, 0, self._cache[:, row : row + 1])
-        call.bind_factors(factors.sets.tensors)
-        call.factor_ids[:] = factors.factor_ids
+        call.bind_factors(factors)
         call.input_ids[0] = token_ids
         call.position_ids[0] = np.arange(start, start + width)
         call.logits_positions[...] = width - 1
@@ -61,8 +60,7 @@ class Slots:
         if call is None:
             call = self._steps[rows] = BoundCall(self._graph, rows, 1, 1, 1, self._cache[:, :rows], self._logits[:rows])
         lengths = self.lengths[:rows]
-        call.bind_factors(factors.sets.tensors)
-        call.factor_ids[:] = factors.factor_ids
+        call.bind_factors(factors)
         call.input_ids[:, 0] = token_ids
         call.position_ids[:, 0] = lengths
         call.seqlens_k[:] = lengths

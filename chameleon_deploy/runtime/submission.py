@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.bundle import FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError, LengthError
-from chameleon_deploy.runtime.adaptation import Factors, IntArray
 from chameleon_deploy.runtime.batch import Member
+from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
 from chameleon_deploy.runtime.inputs import Texts
 from chameleon_deploy.runtime.runtime import Runtime
@@ -73,7 +73,7 @@ def prepare(
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
     now = time.monotonic()
     end = math.inf if deadline is None else now + deadline
-    members = [Member(stream, place, row, now, end, now) for place, row in enumerate(rows)]
+    members = [Member(stream, row, now, end, now) for row in rows]
     return Submission(stream, members, embeddings, cluster_ids, tenant, factors)
 
 
@@ -92,4 +92,4 @@ def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: 
             submission.stream.cohort = Cohort(cohort_id, len(embeddings))
         of_prompt = [next(sources) for _ in submission.stream.prompts]
         for member in submission.members:
-            member.source = of_prompt[member.place // submission.stream.n]
+            member.source = of_prompt[member.row.index // submission.stream.n]

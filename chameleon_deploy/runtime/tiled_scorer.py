@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
-from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.runtime.factors import RowFactors
 
 # Of one call: fewer read the head's weights more often, of more a tile's logits leave the processor's cache.
 POSITIONS = 512
@@ -25,9 +25,7 @@ class TiledScorer:
     def __init__(self, session: Any) -> None:
         self.session = session
 
-    def logprobs(
-        self, rows: Sequence[Sequence[int]], pieces: Iterable[Piece], adaptation: Adaptation
-    ) -> list[FloatArray]:
+    def logprobs(self, rows: Sequence[Sequence[int]], pieces: Iterable[Piece], factors: RowFactors) -> list[FloatArray]:
         """Of every row the log-probability of each token after the first, float32 [length - 1].
 
         pieces  every position of every row but its last, in any pieces
@@ -39,9 +37,8 @@ class TiledScorer:
             inputs = {
                 "hidden_states": np.concatenate([states for _, _, states in call]),
                 "targets": np.concatenate([np.asarray(ids, np.int64) for ids in targets]),
-                "factor_ids": np.repeat(adaptation.factor_ids[[row for row, _, _ in call]], counts),
-                "lm_head.lora_A": adaptation.lora_A,
-                "lm_head.lora_B": adaptation.lora_B,
+                "factor_ids": np.repeat(factors.factor_ids[[row for row, _, _ in call]], counts),
+                **factors.sets.tensors,
             }
             (found,) = self.session.run(["logprobs"], inputs)
             for (row, start, _), values in zip(call, np.split(found, np.cumsum(counts)[:-1]), strict=True):

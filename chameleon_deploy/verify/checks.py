@@ -13,11 +13,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.bundle import LM_HEAD, FloatArray, Mode, factor_names
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
-from chameleon_deploy.runtime import Adaptation, Runtime
+from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, Gate
 from chameleon_deploy.verify.logit_figures import LogitFigures, max_abs
 
@@ -84,9 +85,10 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
         wrong = (ours.cluster_ids != theirs.cluster_ids.numpy())[clear].sum()
         yield Check("cluster ids that differ", float(wrong), 0, note=f"{clear.sum()} rows with a margin over 1e-5")
     expected_B = checkpoint.config.alpha * theirs.lora_B.numpy().swapaxes(1, 2)
-    ids, their_ids = ours.factor_ids, theirs.factor_ids.numpy()
+    lora_A, lora_B = (np.asarray(ours.factors.sets.tensors[name]) for name in factor_names(LM_HEAD))
+    ids, their_ids = ours.factors.factor_ids, theirs.factor_ids.numpy()
     difference = max(
-        max(max_abs(ours.lora_A[i], theirs.lora_A.numpy()[j]), max_abs(ours.lora_B[i], expected_B[j]))
+        max(max_abs(lora_A[i], theirs.lora_A.numpy()[j]), max_abs(lora_B[i], expected_B[j]))
         for i, j in zip(ids, their_ids, strict=True)
     )
     yield Check("factors, max abs difference", difference, 1e-4)
@@ -94,8 +96,8 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
 
 def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
     """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
-    ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
-    ours = replace(ours, lora_B=ours.lora_B * np.float32(scale))
+    ours, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
+    ours = with_B(ours, lambda lora_B: lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
     figures = LogitFigures(gate.top1_gap)
     for row, start, actual in _logits_pieces(runtime, rows, ours, batch_size=8):
@@ -119,7 +121,8 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
 
 def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
-    ours, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
+    ours = runtime.adapt(rows, on_device=True).factors
+    theirs = inference.adapt(reference.checkpoint, rows, runtime.mode)
     length = min(map(len, rows))
     whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
@@ -141,21 +144,21 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
-    adaptation = runtime.adapt(rows)
+    factors = runtime.adapt(rows, on_device=True).factors
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
-    alone = [next(_row_logits(runtime, [ids], adaptation.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
+    alone = [next(_row_logits(runtime, [ids], factors.rows(np.array([i])))) for i, ids in enumerate(rows[:8])]
     by_size: dict[int, float] = {}
     for size in BATCH_SIZES[1:]:
         members = rows[:size]
-        batch = _row_logits(runtime, members, adaptation.rows(np.arange(len(members))))
+        batch = _row_logits(runtime, members, factors.rows(np.arange(len(members))))
         by_size[size] = max(max_abs(a, b) for a, b in zip(alone, batch, strict=False))
     worst = max(by_size, key=lambda size: by_size[size])
     yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", by_size[worst], gate.rounding,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
-    backwards = list(_row_logits(runtime, rows[:8][::-1], adaptation.rows(np.arange(8)[::-1])))
+    backwards = list(_row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
     yield Check("row order, max abs difference", max(map(max_abs, alone, backwards[::-1])), gate.rounding)
-    padded = next(_row_logits(runtime, [rows[0], wide], adaptation.rows(np.array([0, longest]))))
+    padded = next(_row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
     yield Check("padding, max abs difference", max_abs(alone[0], padded), gate.rounding,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
@@ -164,7 +167,7 @@ def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
     difference = 0.0
     for ids, score, logits in zip(
-        rows, runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows)), strict=True
+        rows, runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows).factors), strict=True
     ):
         logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -174,12 +177,11 @@ def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Mode none, and factors whose alpha is 0, are the frozen base model."""
-    none, theirs = runtime.adapt(rows, mode="none"), inference.adapt(reference.checkpoint, rows, "none")
+    none, theirs = runtime.adapt(rows, mode="none").factors, inference.adapt(reference.checkpoint, rows, "none")
     ours = list(_row_logits(runtime, rows, none))
     base = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
     yield Check("mode none against the base model", max(map(max_abs, ours, base)), gate.max_abs_logit)
-    adapted = runtime.adapt(rows)
-    silent = replace(adapted, lora_B=np.zeros_like(adapted.lora_B))
+    silent = with_B(runtime.adapt(rows).factors, np.zeros_like)
     difference = max(map(max_abs, ours, _row_logits(runtime, rows, silent)))
     yield Check("alpha 0 against mode none", difference, 0)
 
@@ -193,7 +195,9 @@ def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
             theirs = inference.adapt(reference.checkpoint, rows[:1], "request")
             theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
             lora_B = reference.checkpoint.config.alpha * theirs.lora_B[0].numpy().T
-            scores = runtime.score(rows, mode=mode, factors=(theirs.lora_A[0].numpy(), lora_B.astype(np.float32)))
+            pair = theirs.lora_A[0].numpy(), lora_B.astype(np.float32)
+            factors = dict(zip(factor_names(LM_HEAD), pair, strict=True))
+            scores = runtime.score(rows, mode=mode, factors=factors)
         else:
             theirs = inference.adapt(reference.checkpoint, rows, mode, tenants)
             scores = runtime.score(rows, mode=mode, tenants=tenants)
@@ -207,8 +211,8 @@ def check_modes(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
 
 def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     """Promise R: a rerun gives the same bits."""
-    adaptation = runtime.adapt(rows)
-    first, second = (list(_row_logits(runtime, rows, adaptation)) for _ in range(2))
+    factors = runtime.adapt(rows).factors
+    first, second = (list(_row_logits(runtime, rows, factors)) for _ in range(2))
     yield Check("promise R: rerun, max abs difference", max(map(max_abs, first, second)), 0)
 
 
@@ -217,9 +221,7 @@ def check_neighbours(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     length = min(8, runtime.manifest.model.max_positions)
     first = next(ids for ids in rows if len(ids) >= length)[:length]
     edited = [(i * 7919 + 1) % runtime.manifest.model.vocab_size for i in range(length)]
-    adaptation = runtime.adapt([first], mode="none")
-    both = replace(adaptation, factor_ids=np.zeros(2, np.int64), cluster_ids=np.repeat(adaptation.cluster_ids, 2),
-                   embeddings=np.repeat(adaptation.embeddings, 2, axis=0))  # fmt: skip
+    both = runtime.adapt([first], mode="none").factors.rows(np.zeros(2, np.int64))
     logits = [next(_row_logits(runtime, [first, other], both)) for other in (first, edited)]
     yield Check("a neighbour's text: max abs difference", max_abs(*logits), 0)
 
@@ -228,23 +230,23 @@ def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     """Promise F: in a batch-independent mode a row's factors are the same bits, whatever stands beside it."""
     modes: tuple[Mode, ...] = ("none", "centroid", "request")
     for mode in (m for m in modes if m in runtime.manifest.adaptation.modes):
-        together, difference = runtime.adapt(rows, mode=mode), 0.0
+        together, difference = runtime.adapt(rows, mode=mode).factors, 0.0
         for row, ids in enumerate(rows):
-            alone, own = runtime.adapt([ids], mode=mode), together.factor_ids[row]
-            difference = max(difference, max_abs(alone.lora_A[0], together.lora_A[own]),
-                             max_abs(alone.lora_B[0], together.lora_B[own]))  # fmt: skip
+            alone, own = runtime.adapt([ids], mode=mode).factors, together.rows(np.array([row]))
+            for name, array in own.sets[own.factor_ids].tensors.items():
+                difference = max(difference, max_abs(alone.sets.tensors[name], array))
         yield Check(f"promise F: mode {mode}, factors alone and in a batch", difference, 0)
 
 
 def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """The gate notices wrong factors: each mutation must move the logits well beyond it."""
-    right, theirs = runtime.adapt(rows), inference.adapt(reference.checkpoint, rows, runtime.mode)
+    right, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
     expected = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
-    mutations = {"lora_B of the opposite sign": replace(right, lora_B=-right.lora_B)}
-    sets = len(right.lora_A)
+    mutations = {"lora_B of the opposite sign": with_B(right, np.negative)}
+    sets = len(right.sets)
     if sets > 1:
         mutations["A and B of another cluster"] = replace(right, factor_ids=(right.factor_ids + 1) % sets)
-        mutations["B of another cluster"] = replace(right, lora_B=np.roll(right.lora_B, 1, axis=0))
+        mutations["B of another cluster"] = with_B(right, lambda lora_B: np.roll(lora_B, 1, axis=0))
     # Where the gate sets no limit on logits, it is what the right factors give here.
     usual = gate.max_abs_logit or max(map(max_abs, _row_logits(runtime, rows, right), expected))
     for name, wrong in mutations.items():
@@ -254,10 +256,19 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate
         )
 
 
-def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation) -> Iterator[FloatArray]:
+def with_B(factors: RowFactors, change: Callable[[FloatArray], FloatArray]) -> RowFactors:
+    """The same factors with the B of every target changed; [factor_sets, rank, out_features] each."""
+    changed = {
+        name: change(np.asarray(array)) if name.endswith(".lora_B") else array
+        for name, array in factors.sets.tensors.items()
+    }
+    return replace(factors, sets=FactorSets(changed))
+
+
+def _row_logits(runtime: Runtime, rows: Rows, factors: RowFactors) -> Iterator[FloatArray]:
     """Logits [sequence, vocab] of every row of a batch."""
     pieces: list[list[FloatArray]] = [[] for _ in rows]
-    for row, _, logits in _logits_pieces(runtime, rows, adaptation, len(rows)):
+    for row, _, logits in _logits_pieces(runtime, rows, factors, len(rows)):
         pieces[row].append(logits.copy())
     for row, parts in enumerate(pieces):
         yield np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -265,16 +276,17 @@ def _row_logits(runtime: Runtime, rows: Rows, adaptation: Adaptation) -> Iterato
 
 
 def _logits_pieces(
-    runtime: Runtime, rows: Rows, adaptation: Adaptation, batch_size: int
+    runtime: Runtime, rows: Rows, factors: RowFactors, batch_size: int
 ) -> Iterator[tuple[int, int, FloatArray]]:
     """Row, first position and logits [positions, vocab] of every piece of every row, batch_size rows at a time.
 
     A text of thousands of positions is never held whole: its logits would be gigabytes.
     """
+    factors = replace(factors, sets=runtime.backend.place(factors.sets))
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
-        adapted = adaptation.rows(np.arange(first, first + len(batch)))
-        for start, piece in runtime.decoder.all_logits(batch, adapted):
+        own = factors.rows(np.arange(first, first + len(batch)))
+        for start, piece in runtime.decoder.all_logits(batch, own):
             logits = np.asarray(piece)
             for i, ids in enumerate(batch):
                 if len(ids) > start:

@@ -74,7 +74,8 @@ def verify_bundle(
     """
     from chameleon_deploy.bundle import default_mode, open_bundle
     from chameleon_deploy.reference.inference import RowLogits
-    from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.runtime import Runtime, load
+    from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checks as parity
 
     reference = RowLogits(checkpoint)
@@ -92,11 +93,11 @@ def verify_bundle(
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
-                runtime = Runtime(opened, "cpu", threads=threads, graph=name)
+                runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
                 checks += parity.verify(runtime, reference, rows, name == own, report)
                 del runtime  # one session's weights at a time
     else:
-        runtime = Runtime(opened, provider, threads=threads)
+        runtime = load(bundle, provider, threads=threads)
         provider = runtime.provider
         checks = parity.verify(runtime, reference, rows, True, report)
     record = {

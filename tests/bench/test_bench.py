@@ -30,6 +30,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from tests.commands import run
 from tests.conftest import REPOSITORY
+from tests.devices import on_cpu
 from tests.page import Page
 
 
@@ -122,7 +123,7 @@ def test_behind_the_last_attention_only_positions_with_logits_count(
     graph: str, fixture: str, last_layer: int, request: pytest.FixtureRequest
 ) -> None:
     """In the graph too: its products are found by what their inputs come from."""
-    runtime = Runtime(open_bundle(request.getfixturevalue(fixture)), "cpu", threads=1, graph=graph)
+    runtime = on_cpu(open_bundle(request.getfixturevalue(fixture)), graph)
     weights = _Weights(runtime)
     assert weights.of_positions == 512 * 64 + last_layer
     assert weights.work(tokens=5, positions=2)[1] == 2 * (5 * weights.of_tokens + 2 * weights.of_positions)
@@ -130,7 +131,7 @@ def test_behind_the_last_attention_only_positions_with_logits_count(
 
 @pytest.mark.parametrize("graph", ["decoder", "decoder_cpu"])
 def test_the_cost_split_is_a_whole(graph: str, bundle: Path) -> None:
-    runtime = Runtime(open_bundle(bundle), "cpu", threads=1, graph=graph)
+    runtime = on_cpu(open_bundle(bundle), graph)
     parts = cost_split(runtime, ["The river runs.", "def area(r):"], 4)
     assert set(parts) == {"tokenise", "embed and cluster", "hypernetwork", "decoder, prefill", "decoder, 3 steps",
                           "sampling", "copies and the rest"}  # fmt: skip

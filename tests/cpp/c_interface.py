@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_deploy.bundle import LM_HEAD, factor_names
 from chameleon_deploy.runtime import Adaptation, Generation, Sampling, Score
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from tests.rows import head_factors
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("CHAMELEON_BUILD", ROOT / "runtime" / "build" / "release"))
@@ -107,12 +110,14 @@ class NativeRuntime:
                 shape
             )
 
+        head = head_factors(
+            array("lora_A", np.float32, sets, rank, self._hidden_size),
+            array("lora_B", np.float32, sets, rank, self._vocab_size),
+        )
         adaptation = Adaptation(
             array("embeddings", np.float32, len(texts), self._hidden_size),
             array("cluster_ids", np.int64, len(texts)),
-            array("lora_A", np.float32, sets, rank, self._hidden_size),
-            array("lora_B", np.float32, sets, rank, self._vocab_size),
-            array("factor_ids", np.int64, len(texts)),
+            RowFactors(FactorSets(head), array("factor_ids", np.int64, len(texts))),
         )
         self._c.chameleon_adaptation_free(handle)
         return adaptation
@@ -212,8 +217,8 @@ class NativeRuntime:
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            keep += [np.ascontiguousarray(factor) for factor in factors]
-            batch.rank, batch.lora_A, batch.lora_B = len(factors[0]), keep[-2].ctypes.data, keep[-1].ctypes.data
+            keep += [np.ascontiguousarray(factors[name]) for name in factor_names(LM_HEAD)]
+            batch.rank, batch.lora_A, batch.lora_B = len(keep[-2]), keep[-2].ctypes.data, keep[-1].ctypes.data
         return batch, keep
 
     def _check(self, error: int | None) -> None:

@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.bundle import LM_HEAD, factor_names
+from chameleon_deploy.runtime import Adaptation, Sampling
 from tests.cpp.c_interface import NativeRuntime
+from tests.rows import head_factors
 
 MODES = ("none", "static", "centroid", "request", "cohort", "tenant")
+
+
+PARTS = ("cluster_ids", "embeddings", "factor_ids", *factor_names(LM_HEAD))
+
+
+def _parts(adaptation: Adaptation) -> list[Any]:
+    factors = adaptation.factors
+    tensors = [np.asarray(factors.sets.tensors[name]) for name in factor_names(LM_HEAD)]
+    return [adaptation.cluster_ids, adaptation.embeddings, factors.factor_ids, *tensors]
 
 
 def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[list[list[int]], dict[str, Any]]:
@@ -28,7 +39,7 @@ def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[
         how["tenants"] = [f"tenant {n}" for n in random.integers(0, 3, len(rows))]
     if mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5):
         rank = int(random.integers(1, 6))
-        how["factors"] = (
+        how["factors"] = head_factors(
             random.standard_normal((rank, model.hidden_size)).astype(np.float32),
             random.standard_normal((rank, model.vocab_size)).astype(np.float32),
         )
@@ -67,8 +78,8 @@ def largest_difference(bundle: Path, batches: int, first: int = 0) -> float:
         if number < first:
             continue
         expected, actual = python.adapt(rows, **how), native.adapt(rows, **how)
-        for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
-            assert getattr(expected, name).tobytes() == getattr(actual, name).tobytes(), (number, name)
+        for name, left, right in zip(PARTS, _parts(expected), _parts(actual), strict=True):
+            assert left.tobytes() == right.tobytes(), (number, name)
         for left, right in zip(python.score(rows, **how), native.score(rows, **how), strict=True):
             assert (left.token_ids, left.cluster_id) == (right.token_ids, right.cluster_id)
             ours, theirs = (np.array(score.token_logprobs, np.float32) for score in (left, right))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from chameleon_deploy import Runtime
+from chameleon_deploy import load
 from chameleon_deploy.bundle import Precision, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export import exporter
@@ -141,7 +141,7 @@ def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
     reference, rows = RowLogits(tiny), verification_rows(tiny, None)[:32:2]
 
     def of(path: Path, precision: Precision) -> list[str]:
-        runtime = Runtime(open_bundle(path), "cpu", threads=2)
+        runtime = load(path, threads=2)
         checks = [c for scale in (1.0, 10.0) for c in check_logits(runtime, reference, rows, GATES[precision], scale)]
         return [check.name for check in checks if not check.passed]
 

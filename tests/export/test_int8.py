@@ -21,7 +21,6 @@ from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
-from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
@@ -154,8 +153,11 @@ def test_clusters_do_not_depend_on_the_precision(tiny: Checkpoint, int8_bundle: 
     export_bundle(tiny, tmp_path / "fp32", None)
     rows = verification_rows(tiny, None)
     exact, reduced = (chameleon_deploy.load(path).adapt(rows) for path in (tmp_path / "fp32", int8_bundle))
-    for name in ("cluster_ids", "factor_ids", "embeddings", "lora_A", "lora_B"):
-        assert getattr(exact, name).tobytes() == getattr(reduced, name).tobytes()
+    assert exact.cluster_ids.tolist() == reduced.cluster_ids.tolist()
+    assert exact.embeddings.tobytes() == reduced.embeddings.tobytes()
+    assert exact.factors.factor_ids.tolist() == reduced.factors.factor_ids.tolist()
+    for name, array in exact.factors.sets.tensors.items():
+        assert np.asarray(array).tobytes() == np.asarray(reduced.factors.sets.tensors[name]).tobytes()
 
 
 @pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
@@ -168,10 +170,10 @@ def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest
     for _ in range(3):
         other = random.integers(0, vocab_size, 40).tolist()
         scores.append(runtime.score([row, other])[0].token_logprobs)
-        adaptation = runtime.adapt([row, other], mode="none")
-        _, cache = runtime.decoder.prefill([row, other], adaptation, 50)
+        factors = runtime.adapt([row, other], mode="none").factors
+        _, cache = runtime.decoder.prefill([row, other], factors, 50)
         steps.append(
-            [np.asarray(runtime.decoder.step(np.array([5, 9]), adaptation, cache))[0].tobytes() for _ in range(4)]
+            [np.asarray(runtime.decoder.step(np.array([5, 9]), factors, cache))[0].tobytes() for _ in range(4)]
         )
     assert scores[0] == scores[1] == scores[2]
     assert steps[0] == steps[1] == steps[2]
@@ -183,13 +185,13 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
     runtime = chameleon_deploy.load(request.getfixturevalue(fixture), threads=2)
     decoder: Any = runtime.decoder
     ids = np.random.default_rng(4).integers(0, runtime.manifest.model.vocab_size, 40).tolist()
-    adaptation = runtime.adapt([ids], mode="none")
+    factors = runtime.adapt([ids], mode="none").factors
     caches = []
     for tokens, first in ((256, 40), (16, 40), (256, 1)):
         decoder.prefill_tokens = tokens
-        logits, cache = decoder.prefill([ids[:first]], adaptation, 50)
+        logits, cache = decoder.prefill([ids[:first]], factors, 50)
         for token in ids[first:]:
-            logits = decoder.step(np.array([token]), adaptation, cache)
+            logits = decoder.step(np.array([token]), factors, cache)
         caches.append(([buffer[:, :, :40].copy() for buffer in cache.buffers], np.array(logits)))
     (whole, expected), *others = caches
     assert all(buffer.dtype == np.int8 and np.abs(buffer).max() > 50 for buffer in whole)
@@ -205,7 +207,7 @@ def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_b
     """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
     rows = verification_rows(tiny, None, more=True)
-    _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none"), 300)
+    _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none").factors, 300)
     seen: Any = cache
     for buffer in seen.buffers:
         used = np.concatenate([row[:, : len(ids)] for row, ids in zip(buffer, rows, strict=True)], axis=1)
@@ -215,10 +217,10 @@ def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_b
 
 def _difference(path: Path, checkpoint: Checkpoint) -> float:
     """Of the bundle's logits from the reference's, beside the standard deviation of those."""
-    runtime = Runtime(open_bundle(path), "cpu", threads=1, mode="none")
+    runtime = chameleon_deploy.load(path, threads=1, mode="none")
     ids = np.random.default_rng(5).integers(0, runtime.manifest.model.vocab_size, 60).tolist()
-    adaptation = runtime.adapt([ids], mode="none")
-    (_, logits), *_ = runtime.decoder.all_logits([ids], adaptation)
+    factors = runtime.adapt([ids], mode="none").factors
+    (_, logits), *_ = runtime.decoder.all_logits([ids], factors)
     hidden, _ = checkpoint.trunk.hidden_states(torch.tensor([ids]))
     expected = (hidden[0] @ checkpoint.trunk.head_weight.T).numpy()
     return float(np.abs(np.asarray(logits)[0] - expected).max() / expected.std())
@@ -250,7 +252,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
 
     monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
-    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
     checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
     assert [check.passed for check in checks if "KL" in check.name] == [False, False]
@@ -263,7 +265,7 @@ def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("chameleon_deploy.export.int8.weights.round_weights", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
-    runtime = Runtime(open_bundle(tmp_path / "wrong"), "cpu", threads=2)
+    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = verification_rows(tiny, None)
     checks = parity.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
     assert any(not check.passed for check in checks)

@@ -19,11 +19,12 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.random import base_config
-from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime import load
 from chameleon_deploy.verify.checks import check_logits
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verify_bundle
 from tests.conftest import checkpoint_around
+from tests.devices import on_cpu
 
 ROWS = [[7, 300, 41, 9, 250, 77, 8], [5, 9, 200, 3], list(range(1, 128))]
 
@@ -62,7 +63,7 @@ def test_variants(changes: dict[str, Any], tmp_path: Path) -> None:
     export_bundle(checkpoint, tmp_path / "bundle", None)
     theirs = inference.adapt(checkpoint, ROWS, "cohort")
     for graph in ("decoder", "decoder_cpu"):
-        runtime = Runtime(open_bundle(tmp_path / "bundle"), "cpu", threads=1, graph=graph)
+        runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
         for row, score in enumerate(runtime.score(ROWS)):
             logits = inference.row_logits(checkpoint, ROWS[row], theirs, row)
             expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ROWS[row][1:])[:, None])[:, 0]
@@ -121,7 +122,7 @@ def test_the_gates_catch(
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
     export_bundle(llama, tmp_path / "bundle", None)
     for graph in graphs:
-        runtime = Runtime(open_bundle(tmp_path / "bundle"), "cpu", threads=1, graph=graph)
+        runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
         checks = list(check_logits(runtime, RowLogits(llama), ROWS, GATES["fp32"], 1.0))
         assert not checks[0].passed, checks[0]
 
@@ -133,5 +134,5 @@ def test_a_wrong_epsilon_is_caught(llama: Checkpoint, tmp_path: Path) -> None:
     trunk.causal_lm.config = copy.deepcopy(trunk.config)
     trunk.causal_lm.config.rms_norm_eps = 1e-2
     export_bundle(dataclasses.replace(llama, trunk=trunk), tmp_path / "bundle", None)
-    runtime = Runtime(open_bundle(tmp_path / "bundle"), "cpu", threads=1)
+    runtime = load(tmp_path / "bundle", threads=1)
     assert not next(check_logits(runtime, RowLogits(llama), ROWS, GATES["fp32"], 1.0)).passed

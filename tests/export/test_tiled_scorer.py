@@ -40,9 +40,9 @@ def _export(checkpoint: Checkpoint, precision: Any, directory: Path) -> Path:
 
 def _expected(runtime: Runtime, rows: list[list[int]]) -> list[Any]:
     """log softmax of the decoder's own logits, one row at a time."""
-    adaptation, expected = runtime.adapt(rows), []
+    factors, expected = runtime.adapt(rows).factors, []
     for row, ids in enumerate(rows):
-        (_, logits), *_ = runtime.decoder.all_logits([ids], adaptation.rows(np.array([row])))
+        (_, logits), *_ = runtime.decoder.all_logits([ids], factors.rows(np.array([row])))
         z = np.asarray(logits)[0, :-1].astype(np.float64)
         expected.append(z[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(z).sum(1)))
     return expected

@@ -19,13 +19,12 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.backend import DeviceBackend
-from chameleon_deploy.runtime.decoder import greedy
 from chameleon_deploy.runtime.device import slot_cache
 from chameleon_deploy.runtime.device.cuda import CudaDevice
 from chameleon_deploy.verify import checks as parity
-from tests.devices import needs_no_gpu, with_engines, with_sessions
+from tests.devices import needs_no_gpu, on_cpu, with_engines, with_sessions
 from tests.fake_cuda import FakeCudart
-from tests.rows import random_rows
+from tests.rows import head_factors, random_rows
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def on_device(request: pytest.FixtureRequest, opened: Bundle) -> Runtime:
 
 
 def device_of(runtime: Runtime) -> CudaDevice:
-    backend = runtime._backend
+    backend = runtime.backend
     assert isinstance(backend, DeviceBackend)
     return backend.device
 
@@ -77,7 +76,7 @@ def test_a_cache_of_half_precision(mini: Checkpoint, tmp_path: Path) -> None:
     """Slots are counted in bytes; logits differ from the CPU's by what float16 rounds."""
     export_bundle(mini, tmp_path / "fp16", None, precision="fp16")
     opened = open_bundle(tmp_path / "fp16")
-    ours, theirs, rows = with_engines(opened, FakeCudart()), Runtime(opened, "cpu", threads=1), random_rows(1, 5, 60)
+    ours, theirs, rows = with_engines(opened, FakeCudart()), on_cpu(opened), random_rows(1, 5, 60)
     for a, b in zip(ours.score(rows), theirs.score(rows), strict=True):
         np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=5e-3)
     for ours_row, theirs_row in zip(ours.generate(rows), theirs.generate(rows), strict=True):
@@ -87,7 +86,7 @@ def test_a_cache_of_half_precision(mini: Checkpoint, tmp_path: Path) -> None:
 def test_callers_factors(on_device: Runtime, runtime: Runtime) -> None:
     rng = np.random.default_rng(0)
     lora_A, lora_B = (rng.normal(size=(3, n)).astype(np.float32) * 0.2 for n in (64, 512))
-    how: Any = {"mode": "static", "factors": (lora_A, lora_B)}
+    how: Any = {"mode": "static", "factors": head_factors(lora_A, lora_B)}
     assert on_device.generate([[1, 2]], **how) == runtime.generate([[1, 2]], **how)
 
 
@@ -117,16 +116,16 @@ def test_gaps_are_closed_where_an_engine_has_no_more_slots(
 def test_a_step_moves_nothing_but_token_ids(on_device: Runtime) -> None:
     """Per row and step 16 bytes up, an id and its position, padded to 256, and 8 down, whatever the model's size."""
     device, rows = device_of(on_device), random_rows(3, 5, 20)
-    adaptation = on_device._adapt(on_device.encode(rows), None, None, None)
+    factors = on_device.adapt(rows, on_device=True).factors
     up, down = device.uploaded, device.downloaded
-    logits, cache = on_device.decoder.prefill(rows, adaptation, 60)
-    factors = adaptation.lora_A.nbytes + adaptation.lora_B.nbytes
-    assert device.uploaded - up < factors  # the hypernetwork's outputs were bound, not copied
+    logits, cache = on_device.decoder.prefill(rows, factors, 60)
+    size = sum(np.asarray(array).nbytes for array in factors.sets.tensors.values())
+    assert device.uploaded - up < size  # the hypernetwork's outputs were bound, not copied
     for step in range(20):
-        token_ids = greedy(logits)
+        token_ids = logits.greedy()
         if step == 1:
             up, down = device.uploaded, device.downloaded  # binding the first step uploads which factors rows use
-        logits = on_device.decoder.step(token_ids, adaptation, cache)
+        logits = on_device.decoder.step(token_ids, factors, cache)
     assert device.uploaded - up == 19 * 2 * 256
     assert device.downloaded - down == 18 * 5 * 8
 
@@ -158,7 +157,7 @@ def test_steps_are_replayed_and_contexts_used_again(opened: Bundle) -> None:
     for _ in range(5):
         runtime.generate(rows, max_new_tokens=10)
     assert cudart.launched >= 5 * 2 * 7  # decoder and chooser, from the second step on
-    backend = runtime._backend
+    backend = runtime.backend
     assert isinstance(backend, DeviceBackend)
     contexts = {role: len(graph._engine.contexts) for role, graph in backend._graphs.items()}  # type: ignore[attr-defined]
     assert contexts["decoder"] <= 3
@@ -177,13 +176,13 @@ def test_what_cannot_be_recorded_runs_all_the_same(
 def test_the_fake_notices_a_stale_graph(opened: Bundle) -> None:
     """What makes the tests above worth something: a context that is touched after it was recorded is an error."""
     runtime, rows = with_engines(opened, FakeCudart()), [[1, 2], [3]]
-    adaptation = runtime.adapt(rows)
-    _, cache = runtime.decoder.prefill(rows, adaptation, 20)
+    factors = runtime.adapt(rows, on_device=True).factors
+    _, cache = runtime.decoder.prefill(rows, factors, 20)
     for _ in range(3):
-        runtime.decoder.step(np.array([1, 2]), adaptation, cache)
+        runtime.decoder.step(np.array([1, 2]), factors, cache)
     cache.step.decoder._context.set_tensor_address("logits", cache.step.numbers.address)
     with pytest.raises(DeviceError, match="cudaGraphLaunch"):
-        runtime.decoder.step(np.array([1, 2]), adaptation, cache)
+        runtime.decoder.step(np.array([1, 2]), factors, cache)
 
 
 def test_the_fake_notices_memory_that_was_not_set(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +209,7 @@ def test_many_threads(on_device: Runtime, runtime: Runtime) -> None:
 
 
 def test_logits_that_are_not_finite(on_device: Runtime) -> None:
-    huge = (np.full((2, 64), 1e30, np.float32), np.full((2, 512), 1e30, np.float32))
+    huge = head_factors(np.full((2, 64), 1e30, np.float32), np.full((2, 512), 1e30, np.float32))
     for method in (on_device.score, on_device.generate):
         with pytest.raises(NumericError, match="check the factors"):
             method([[1, 2, 3]], mode="static", factors=huge)
@@ -240,7 +239,7 @@ def test_scoring_respects_the_batch_of_the_engines(opened: Bundle, runtime: Runt
 
 def test_a_profile_that_does_not_fit_is_refused(opened: Bundle) -> None:
     runtime = with_engines(opened, FakeCudart())
-    rank = np.zeros((9, 64), np.float32), np.zeros((9, 512), np.float32)
+    rank = head_factors(np.zeros((9, 64), np.float32), np.zeros((9, 512), np.float32))
     with pytest.raises(InputError, match=r"no profile of the engine of decoder.onnx takes this call: lm_head.lora_A"):
         runtime.score([[1, 2]], mode="static", factors=rank)
 
@@ -254,7 +253,7 @@ def test_no_memory_left(opened: Bundle) -> None:
 
 def test_an_address_says_neither_dtype_nor_shape(opened: Bundle) -> None:
     runtime = with_sessions(opened, FakeCudart())
-    device, backend = device_of(runtime), runtime._backend
+    device, backend = device_of(runtime), runtime.backend
     assert isinstance(backend, DeviceBackend)
     logits, ids = device.zeros((1, 1, 512), "float32"), device.zeros((1, 1), "int64")
     for wrong in ({"logits": device.zeros((1, 1, 512), "float16"), "token_ids": ids},

@@ -37,7 +37,7 @@ from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import deliver
 from chameleon_deploy.runtime.submission import form_cohort, prepare
-from tests.rows import random_rows
+from tests.rows import head_factors, random_rows
 
 REQUESTS = int(os.environ.get("CHAMELEON_REQUESTS", "128"))
 LONG = 90  # new tokens: many iterations
@@ -179,9 +179,9 @@ def test_factors_are_bitwise_independent_of_neighbours(runtime: Runtime) -> None
     bench.iterate()
     for member in bench.loop.batch.members:
         expected = runtime.adapt([list(member.row.prompt)], mode="request")
-        found = bench.table.set_of(member.key).sets.tensors
-        assert found["lm_head.lora_A"].tobytes() == np.asarray(expected.lora_A).tobytes()
-        assert found["lm_head.lora_B"].tobytes() == np.asarray(expected.lora_B).tobytes()
+        found = bench.table.set_of(member.key)
+        for name, array in expected.factors.sets.tensors.items():
+            assert np.asarray(found.sets.tensors[name]).tobytes() == np.asarray(array).tobytes()
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -332,9 +332,8 @@ def test_close_cancels_what_takes_too_long(runtime: Runtime) -> None:
 def infinite_factors(runtime: Runtime) -> Any:
     """Finite themselves; the logits of their rows are not."""
     model = runtime.manifest.model
-    return (
-        np.full((2, model.hidden_size), 1e20, np.float32),
-        np.full((2, model.vocab_size), 3e38, np.float32),
+    return head_factors(
+        np.full((2, model.hidden_size), 1e20, np.float32), np.full((2, model.vocab_size), 3e38, np.float32)
     )
 
 
@@ -414,7 +413,7 @@ def test_a_chunk_that_raises_ends_its_own_row(runtime: Runtime, failing: Failing
 def test_factors_that_cannot_be_made_end_their_own_request(
     runtime: Runtime, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = runtime._generate_factors
+    made = runtime.backend.generate_factors
 
     def make(conditioning: Any) -> Any:
         if conditioning[0, 0] == bad:
@@ -423,7 +422,7 @@ def test_factors_that_cannot_be_made_end_their_own_request(
 
     prompts = prompts_of(5, 9, 7)
     bad = runtime.adapt([prompts[1]], mode="request").embeddings[0, 0]
-    monkeypatch.setattr(runtime, "_generate_factors", make)
+    monkeypatch.setattr(runtime.backend, "generate_factors", make)
     found = engine.submit(prompts, mode="request").result(60)
     assert [generation.finish_reason == "error" for generation in found] == [False, True, False]
     assert engine.submit([prompts[0]], mode="request").result(60)[0].error is None
@@ -507,7 +506,7 @@ def test_coroutines_read_streams(runtime: Runtime, engine: Engine) -> None:
     assert awaited == runtime.generate(prompts[:3], mode="none")
     # A reader whose loop is gone harms nobody.
     abandoned = engine.submit(prompts[:1], mode="none", max_new_tokens=LONG)
-    asyncio.run(asyncio.wait_for(abandoned.__anext__(), 60))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(abandoned.__anext__(), 60))
     assert abandoned.result(60)
 
 

@@ -104,9 +104,9 @@ def characters(runtime: Runtime, text: str) -> list[int]:
 
 def shown_of(runtime: Runtime, ids: list[int], limit: int, **settings: Any) -> list[str]:
     """What a row shows with each of these tokens; the last of them ends it."""
-    row = Row([1], limit, Sampling(**settings), 0, 0)
+    row = Row(0, [1], limit, Sampling(**settings), 0, 0)
     eos = runtime.manifest.model.eos_token_id
-    tokens = [row.append(Choice(token_id), 0, runtime.tokenizer, eos) for token_id in ids]
+    tokens = [row.append(Choice(token_id), runtime.tokenizer, eos) for token_id in ids]
     assert [token.generation is not None for token in tokens] == [False] * (len(ids) - 1) + [True]
     assert tokens[-1].generation is not None
     assert "".join(token.text for token in tokens) == tokens[-1].generation.text
@@ -228,10 +228,10 @@ def test_a_bias_of_a_token_outside_the_vocabulary(runtime: Runtime) -> None:
 
 def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtime: Runtime) -> None:
     rows = random_rows(9, 3, 20)
-    adaptation = runtime.adapt(rows)
+    factors = runtime.adapt(rows).factors
 
     def new_cache() -> Any:
-        return runtime.decoder.prefill(rows, adaptation, 30)[1]
+        return runtime.decoder.prefill(rows, factors, 30)[1]
 
     first, second = new_cache(), new_cache()
     assert not np.shares_memory(first.memory.values, second.memory.values)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import chameleon_deploy
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.bundle import Mode, factor_names
 from chameleon_deploy.errors import (
     ChameleonError,
     FactorsError,
@@ -29,7 +29,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime import growing_cache, shared_cache, tiled_scorer
 from chameleon_deploy.runtime.adaptation import assign, conditioning
 from chameleon_deploy.runtime.decoder import parts
-from tests.rows import random_rows
+from tests.rows import head_factors, random_rows
 
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
 
@@ -89,7 +89,7 @@ def test_callers_factors_are_used(runtime: Runtime, mini: Checkpoint) -> None:
     rng = np.random.default_rng(0)
     lora_A, lora_B = (rng.normal(size=(7, n)).astype(np.float32) * 0.2 for n in (64, 512))
     ids = random_rows(5, 1, 30)[0] + [1, 2]
-    score = runtime.score([ids], mode="static", factors=(lora_A, lora_B))[0]
+    score = runtime.score([ids], mode="static", factors=head_factors(lora_A, lora_B))[0]
     hidden, _ = mini.trunk.hidden_states(torch.tensor([ids]))
     logits = hidden[0] @ mini.trunk.head_weight.T + hidden[0] @ torch.from_numpy(lora_A.T @ lora_B)
     expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -106,10 +106,11 @@ def test_clusters_and_groups_follow_design(runtime: Runtime, mini: Checkpoint, s
         ours = runtime.adapt(rows, mode=mode, tenants=given_tenants)
         theirs = inference.adapt(mini, rows, mode, given_tenants)
         assert ours.cluster_ids.tolist() == theirs.cluster_ids.tolist()
-        assert ours.factor_ids.tolist() == theirs.factor_ids.tolist()
-        assert ours.lora_A.shape == theirs.lora_A.shape
-        np.testing.assert_allclose(ours.lora_A, theirs.lora_A, atol=1e-5)
-        np.testing.assert_allclose(ours.lora_B, theirs.lora_B.swapaxes(1, 2), atol=1e-5)
+        lora_A, lora_B = (np.asarray(ours.factors.sets.tensors[name]) for name in factor_names("lm_head"))
+        assert ours.factors.factor_ids.tolist() == theirs.factor_ids.tolist()
+        assert lora_A.shape == theirs.lora_A.shape
+        np.testing.assert_allclose(lora_A, theirs.lora_A, atol=1e-5)
+        np.testing.assert_allclose(lora_B, theirs.lora_B.swapaxes(1, 2), atol=1e-5)
 
 
 def test_conditioning_is_the_mean_and_is_not_normalised_again() -> None:
@@ -130,21 +131,21 @@ def test_factors_do_not_depend_on_neighbours(runtime: Runtime, mode: Any) -> Non
     """Promise F, to the last bit; within the tenant for mode tenant."""
     rows = random_rows(11, 9, 40)
     tenants = list(range(9)) if mode == "tenant" else None
-    together = runtime.adapt(rows, mode=mode, tenants=tenants)
+    together = runtime.adapt(rows, mode=mode, tenants=tenants).factors
     for row, ids in enumerate(rows):
-        alone = runtime.adapt([ids], mode=mode, tenants=[0] if tenants else None)
-        own = together.factor_ids[row]
-        assert np.array_equal(alone.lora_A[0], together.lora_A[own])
-        assert np.array_equal(alone.lora_B[0], together.lora_B[own])
+        alone = runtime.adapt([ids], mode=mode, tenants=[0] if tenants else None).factors
+        own = together.sets[together.factor_ids[[row]]].tensors
+        assert all(np.array_equal(array, own[name]) for name, array in alone.sets.tensors.items())
 
 
 def test_cohort_does_depend_on_neighbours(runtime: Runtime) -> None:
     """What the documentation warns of is so: the paper's mode mixes callers."""
     rows = random_rows(12, 16, 40)
-    together = runtime.adapt(rows, mode="cohort")
+    together = runtime.adapt(rows, mode="cohort").factors
     crowded = int(np.argmax(np.bincount(together.factor_ids)[together.factor_ids]))
-    alone = runtime.adapt([rows[crowded]], mode="cohort")
-    assert not np.array_equal(alone.lora_B[0], together.lora_B[together.factor_ids[crowded]])
+    alone = runtime.adapt([rows[crowded]], mode="cohort").factors
+    own = together.sets[together.factor_ids[[crowded]]]
+    assert not np.array_equal(alone.sets.tensors["lm_head.lora_B"], own.tensors["lm_head.lora_B"])
 
 
 def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +156,9 @@ def test_long_batches_are_read_in_pieces(portable: Runtime, runtime: Runtime, mo
     monkeypatch.setattr(shared_cache, "SCORED_TOKENS", 9)
     monkeypatch.setattr(tiled_scorer, "POSITIONS", 7)
     longest = max(rows, key=len)
-    pieces = list(runtime.decoder.all_logits([longest], runtime.adapt([longest])))
+    pieces = list(runtime.decoder.all_logits([longest], runtime.adapt([longest]).factors))
     assert [start for start, _ in pieces] == list(range(0, len(longest), 9))
-    assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows)))) > 10
+    assert len(list(portable.decoder.all_logits(rows, portable.adapt(rows).factors))) > 10
     assert len(list(parts(np.array([len(ids) for ids in rows]), 150))) > 2
     for engine in (portable, runtime):
         for a, b in zip(whole, engine.score(rows), strict=True):
@@ -214,13 +215,13 @@ def test_one_runtime_many_threads(runtime: Runtime) -> None:
 def test_centroid_factors_are_computed_once(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = chameleon_deploy.load(bundle, mode="centroid", threads=1)
     calls: list[int] = []
-    generate = runtime._generate_factors
+    generate = runtime.backend.generate_factors
 
     def counted(conditioning: Any) -> Any:
         calls.append(len(conditioning))
         return generate(conditioning)
 
-    monkeypatch.setattr(runtime, "_generate_factors", counted)
+    monkeypatch.setattr(runtime.backend, "generate_factors", counted)
     for seed in range(3):
         runtime.adapt(random_rows(seed, 4, 10))
     assert not calls  # loading in this mode has done it
@@ -249,21 +250,24 @@ def test_bad_texts(runtime: Runtime, texts: Any, error: type[ChameleonError], me
             method(texts)
 
 
-GOOD = (np.zeros((2, 64), np.float32), np.zeros((2, 512), np.float32))
+A, B = factor_names("lm_head")
+GOOD = head_factors(np.zeros((2, 64), np.float32), np.zeros((2, 512), np.float32))
 
 
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ((GOOD[0][:, :-1], GOOD[1]), r"lora_A has shape \(2, 63\)"),
-        ((GOOD[0], GOOD[1].T), "lora_B has shape"),
-        ((GOOD[0][:1], GOOD[1]), "lora_A has rank 1, lora_B has rank 2"),
-        ((GOOD[0][:0], GOOD[1][:0]), "lora_A has shape"),
-        ((GOOD[0].astype(np.float64), GOOD[1]), "lora_A has dtype float64"),
-        ((GOOD[0], GOOD[1] + np.float32("nan")), "lora_B holds NaN"),
-        ((GOOD[0] + np.float32("inf"), GOOD[1]), "lora_A holds NaN or infinity"),
-        ((GOOD[0],), "the pair"),
-        (3, "the pair"),
+        ({**GOOD, A: GOOD[A][:, :-1]}, r"lm_head.lora_A has shape \(2, 63\), expected \(rank, 64\)"),
+        ({**GOOD, B: GOOD[B].T}, "lm_head.lora_B has shape"),
+        ({**GOOD, A: GOOD[A][:1]}, "lm_head.lora_A has rank 1; lm_head.lora_B has rank 2: use one"),
+        ({A: GOOD[A][:0], B: GOOD[B][:0]}, "lm_head.lora_A has shape"),
+        ({**GOOD, A: GOOD[A].astype(np.float64)}, "lm_head.lora_A has dtype float64"),
+        ({**GOOD, B: GOOD[B] + np.float32("nan")}, "lm_head.lora_B holds NaN"),
+        ({**GOOD, A: GOOD[A] + np.float32("inf")}, "lm_head.lora_A holds NaN or infinity"),
+        ({A: GOOD[A]}, r"factors hold \['lm_head.lora_A'\]: pass a dict with the arrays lm_head.lora_A, lm_"),
+        ({**GOOD, "lora_A": GOOD[A]}, "'lora_A'"),
+        ((GOOD[A], GOOD[B]), "factors hold a tuple: pass a dict"),
+        (3, "factors hold a int"),
     ],
 )
 def test_bad_factors(runtime: Runtime, factors: Any, message: str) -> None:
@@ -272,7 +276,7 @@ def test_bad_factors(runtime: Runtime, factors: Any, message: str) -> None:
 
 
 def test_factors_that_overflow_are_an_error(runtime: Runtime) -> None:
-    huge = (np.full((2, 64), 1e30, np.float32), np.full((2, 512), 1e30, np.float32))
+    huge = head_factors(np.full((2, 64), 1e30, np.float32), np.full((2, 512), 1e30, np.float32))
     with pytest.raises(NumericError, match="check the factors"):
         runtime.score([[1, 2, 3]], mode="static", factors=huge)
     with pytest.raises(NumericError, match="check the factors"):

@@ -10,6 +10,7 @@ import pytest
 
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, take_next
 
 
@@ -46,8 +47,8 @@ def test_nobody_is_overtaken_for_ever() -> None:
 
 
 def source(key: str, rank: int, value: float) -> FactorSource:
-    tensors = {"A": np.full((rank, 3), value, np.float32), "B": np.full((rank, 5), value, np.float32)}
-    return FactorSource(key, lambda: tensors)
+    tensors = {"A": np.full((1, rank, 3), value, np.float32), "B": np.full((1, rank, 5), value, np.float32)}
+    return FactorSource(key, lambda: FactorSets(tensors))
 
 
 def stacked(table: FactorTable) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def test_sets_are_counted_stacked_and_padded() -> None:
     assert table.sets.tensors["B"].shape == (1, 1, 5), "the rank of a set that left is still computed"
     table.acquire(source("d", 2, 1.0))
     assert stacked(table) == {"c": 9.0, "d": 6.0}
-    assert table.sets.tensors["A"][table.index("c"), 1:].sum() == 0
+    assert np.asarray(table.sets.tensors["A"])[table.index("c"), 1:].sum() == 0
 
 
 def test_a_set_that_is_not_finite_is_refused() -> None:

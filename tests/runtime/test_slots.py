@@ -19,7 +19,8 @@ import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime.factor_table import FactorTable, RowFactors
+from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from tests.rows import random_rows
@@ -40,7 +41,7 @@ def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Alone:
-    """What every row's logits must be, by reading its tokens whole."""
+    """What every row's logits must be: those after its tokens, read whole by the decoder."""
 
     def __init__(self, runtime: Runtime) -> None:
         assert isinstance(runtime.decoder, SharedCacheDecoder)
@@ -52,10 +53,7 @@ class Alone:
         self.sets, self.own = table.sets, [table.set_of(source.key) for source in sources]
 
     def logits(self, tokens: list[int], factor_set: int) -> Any:
-        slots = self.decoder.slots(1, CAPACITY)
-        if tokens[:-1]:
-            slots.read(0, tokens[:-1], self.own[factor_set])
-        return slots.step(tokens[-1:], self.own[factor_set])[0].copy()
+        return np.asarray(self.decoder.prefill([tokens], self.own[factor_set], CAPACITY)[0])[0]
 
 
 class Rows:

@@ -17,11 +17,13 @@ import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures
 from chameleon_deploy.verify.run import verification_rows
 from tests.damage import edit, reseal
+from tests.rows import head_factors
 from tests.verification import missed
 
 
@@ -129,7 +131,9 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
-def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini: Checkpoint) -> None:
+def test_factors_that_change_nothing_are_not_called_verified(
+    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If wrong factors could not be told from right ones, the comparison would prove nothing."""
     import copy
     import dataclasses
@@ -138,9 +142,9 @@ def test_factors_that_change_nothing_are_not_called_verified(bundle: Path, mini:
     for parameter in silent.factors.parameters():
         parameter.data.zero_()
     runtime = chameleon_deploy.load(bundle, threads=1)
-    runtime._generate_factors = lambda c: tuple(  # type: ignore[method-assign,assignment,return-value]
-        np.zeros((len(c), 4, n), np.float32) for n in (64, 512)
-    )
+    zeros = head_factors(np.zeros((4, 64), np.float32), np.zeros((4, 512), np.float32))
+    sets = check_factors(zeros, runtime.manifest.adaptation)
+    monkeypatch.setattr(runtime.backend, "generate_factors", lambda c: sets[np.zeros(len(c), np.int64)])
     gate = GATES["fp32"]
     checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
     assert checks

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
 from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row, stream_tokens
 
 
@@ -22,22 +21,20 @@ class Bundle:
         self.name = name
         self.precision: str = runtime.manifest.precision
         self._runtime = runtime
-        # Every generation is to have the same length, so no token ends one.
-        self._endless = msgspec.structs.replace(runtime.manifest.model, eos_token_id=-1)
 
     def score(self, rows: Rows) -> Any:
         return np.array([score.token_logprobs for score in self._runtime.score(rows)])
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        return self._generate(rows, self._adapt(rows), num_tokens, lap)
+        return self._generate(rows, self._adapt(rows).factors, num_tokens, lap)
 
     def _adapt(self, rows: Rows) -> Adaptation:
-        return self._runtime._adapt([list(ids) for ids in rows], None, None, None)  # which leaves factors on a device
+        return self._runtime.adapt(rows, on_device=True)
 
-    def _generate(self, rows: Rows, adaptation: Adaptation, num_tokens: int, lap: Lap) -> Any:
-        """The loop of `Runtime.stream`."""
-        active = [Row(ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
-        tokens = stream_tokens(active, self._runtime.decoder, adaptation, self._runtime.tokenizer, self._endless)
+    def _generate(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
+        """The loop of `Runtime.stream`. No token ends a generation: all are to have the same length."""
+        active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
+        tokens = stream_tokens(active, self._runtime.decoder, factors, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
             next(tokens)
         lap(PREFILL)
@@ -56,16 +53,11 @@ class OneCallPerCluster(Bundle):
         super().__init__(runtime, "one call per cluster")
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        adaptation = self._adapt(rows)
+        factors = self._adapt(rows).factors
         chosen = np.empty((len(rows), num_tokens), np.int64)
-        for i in range(len(adaptation.lora_A)):
-            members = np.flatnonzero(adaptation.factor_ids == i)
-            own = replace(
-                adaptation.rows(members),
-                lora_A=adaptation.lora_A[i : i + 1],
-                lora_B=adaptation.lora_B[i : i + 1],
-                factor_ids=np.zeros(len(members), np.int64),
-            )
+        for i in range(len(factors.sets)):
+            members = np.flatnonzero(factors.factor_ids == i)
+            own = RowFactors(factors.sets[np.array([i])], np.zeros(len(members), np.int64))
             chosen[members] = self._generate([rows[int(row)] for row in members], own, num_tokens, lap)
         return chosen
 
@@ -79,7 +71,7 @@ class FullLogits(Bundle):
         super().__init__(runtime, "full logits")
 
     def score(self, rows: Rows) -> Any:
-        pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows))
+        pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows).factors)
         # The pieces of a single row share their memory; several rows come whole, and a copy would be another's cost.
         logits, *others = (np.array(piece) if len(rows) == 1 else np.asarray(piece) for _, piece in pieces)
         if others:

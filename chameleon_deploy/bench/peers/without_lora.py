@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from chameleon_deploy.bench.peers.bundle import Bundle
-from chameleon_deploy.bundle import Bundle as BundleFiles
+from chameleon_deploy.bundle import Role
 from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.backend import CpuBackend
 from chameleon_deploy.runtime.session import import_onnxruntime
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class WithoutLoRA(Bundle):
@@ -23,26 +22,29 @@ class WithoutLoRA(Bundle):
 
     def __init__(self, runtime: Runtime) -> None:
         """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
-        if runtime.provider != "cpu":
+        backend = runtime.backend
+        if not isinstance(backend, CpuBackend):
             raise ValueError(f"not done for provider {runtime.provider!r}")
-        plain, decoder = copy.copy(runtime), cast(Any, copy.copy(runtime.decoder))
-        plain.mode, plain.decoder = "none", decoder
-        decoder.session = _session(runtime.bundle, runtime.graph, decoder.session)
-        if isinstance(decoder, SharedCacheDecoder):
-            scorer = runtime.bundle.graph("hidden_scorer", "cpu")
-            decoder.scorer = TiledScorer(_session(runtime.bundle, scorer, decoder.scorer.session))
-        super().__init__(plain, "without LoRA")
+        bundle = runtime.bundle
+        names: dict[Role, str] = {"decoder": runtime.graph}
+        if "hidden_scorer" in backend.sessions:
+            names["hidden_scorer"] = bundle.graph("hidden_scorer", "cpu")
+        sessions = {
+            role: _session(bundle.path / bundle.manifest.graphs[name].file, backend.sessions[role])
+            for role, name in names.items()
+        }
+        super().__init__(Runtime(bundle, CpuBackend(bundle, runtime.graph, sessions), "none"), "without LoRA")
 
 
 def remove_lora(graph: ir.Graph) -> None:
     """Replace every base + update by base, in place. The inputs stay, and nothing reads them.
 
-    Raises ValueError when no node adds what lora_B gives to something else.
+    Raises ValueError when no node adds the product with a B to something else.
     """
     found = False
     values = {value.name: value for value in graph.inputs}
-    adapted = {values["lm_head.lora_A"], values["lm_head.lora_B"], values["factor_ids"]}
-    from_b = {values["lm_head.lora_B"]}
+    adapted = {value for name, value in values.items() if name == "factor_ids" or ".lora_" in str(name)}
+    from_b = {value for name, value in values.items() if str(name).endswith(".lora_B")}
     for node in graph:
         inputs = [value for value in node.inputs if value is not None]
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
@@ -61,12 +63,12 @@ def remove_lora(graph: ir.Graph) -> None:
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
 
 
-def _session(bundle: BundleFiles, graph: str, like: Any) -> Any:
-    """A session of one of a bundle's graphs with the update taken out, with the options of another session."""
-    model = ir.load(bundle.path / bundle.manifest.graphs[graph].file)
+def _session(file: Path, like: Any) -> Any:
+    """A session of a graph with the update taken out, with the options of another session."""
+    model = ir.load(file)
     remove_lora(model.graph)
     options = like.get_session_options()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     return import_onnxruntime().InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -1,21 +1,21 @@
-"""Logits that stay on the device: what is asked of them is found out there."""
+"""Logits that stay on a device: a token or a log-probability is computed there, and it alone is copied to the host."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import NumericError
-from chameleon_deploy.runtime.adaptation import IntArray
 from chameleon_deploy.runtime.device.cuda import DeviceArray
 from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph
 
 
 class DeviceLogits:
-    """float32 [batch, vocab] or [batch, positions, vocab]. numpy.asarray copies them to the host, whole."""
+    """See `Logits`. numpy.asarray copies them to the host, whole."""
 
     def __init__(self, values: DeviceArray, chooser: DeviceGraph, scorer: DeviceGraph) -> None:
         self._values, self._chooser, self._scorer = values, chooser, scorer
@@ -29,10 +29,6 @@ class DeviceLogits:
         return self._values.shape
 
     def greedy(self) -> IntArray:
-        """The highest logit of each row, ties to the lowest id.  -> int64 [batch] or [batch, positions]
-
-        Raises NumericError when a logit is not finite.
-        """
         device = self._values.device
         with device.lock:
             if self._choose is None or self._token_ids is None:  # bound once: a step's logits are always in one place
@@ -44,14 +40,17 @@ class DeviceLogits:
             raise NumericError("the decoder produced logits that are not finite: check the factors")
         return token_ids.reshape(self._values.shape[:-1])
 
-    def logprobs(self, targets: IntArray) -> FloatArray:
-        """log softmax(logits)[target].  int64 [batch, positions] -> float32 [batch, positions]"""
+    def logprobs(self, targets: Sequence[IntArray]) -> Iterator[FloatArray]:
+        padded = np.zeros(self._stacked.shape[:-1], np.int64)
+        for i, ids in enumerate(targets):
+            padded[i, : len(ids)] = ids
         device = self._values.device
         with device.lock:
-            logprobs = device.empty(targets.shape, "float32")
-            tensors = {"logits": self._stacked, "targets": device.upload(targets, "int64"), "logprobs": logprobs}
+            logprobs = device.empty(padded.shape, "float32")
+            tensors = {"logits": self._stacked, "targets": device.upload(padded, "int64"), "logprobs": logprobs}
             self._scorer.bind(tensors).run()
-            return np.asarray(logprobs)
+            values = device.read(logprobs)
+        yield from (row[: len(ids)] for row, ids in zip(values, targets, strict=True))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self._values, dtype)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, LimitsSpec, ModelSpec
+from chameleon_deploy.bundle import FloatArray, IntArray, LimitsSpec, ModelSpec
 from chameleon_deploy.errors import InputError, LengthError
-from chameleon_deploy.runtime.adaptation import Adaptation, Factors, IntArray
 from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.device.cuda import ITEM_SIZES, CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph
 from chameleon_deploy.runtime.device.logits import DeviceLogits
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
 SLOTS = 128  # by how many the cache grows
@@ -44,7 +44,6 @@ class SlotCache:
     lengths   int64 [batch], real tokens per row: the next token's position
     capacity  how many tokens a row may hold in the end
     longest   how many slots can be of use in the end
-    factors   lora_A and lora_B on the device
     step      a decoding step with everything bound, made when the first is taken
     """
 
@@ -56,7 +55,6 @@ class SlotCache:
     lengths: IntArray
     capacity: int
     longest: int
-    factors: tuple[DeviceArray, DeviceArray]
     step: _Step | None = None
 
     @property
@@ -91,37 +89,35 @@ class SlotCacheDecoder:
         self._decoder, self._chooser, self._scorer = decoder, chooser, scorer
         self._model, self._limits = model, limits
         self._past = [spec.name for spec in decoder.spec.inputs if spec.name.startswith("past_key_values.")]
-        dtypes = {spec.name: spec.dtype for spec in decoder.spec.inputs}
-        self._cache_dtype, self.factors_dtype = dtypes[self._past[0]], dtypes["lm_head.lora_A"]
+        self._cache_dtype = next(spec.dtype for spec in decoder.spec.inputs if spec.name == self._past[0])
         self._slot_bytes = model.head_dim * ITEM_SIZES[self._cache_dtype]
 
     def prefill(
-        self, rows: Sequence[Sequence[int]], adaptation: Adaptation, capacity: int
+        self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int
     ) -> tuple[DeviceLogits, SlotCache]:
         input_ids, mask = pad(rows)
         (batch, width), lengths = mask.shape, mask.sum(1)
         capacity = max(capacity, width)
-        self._check_limits(batch, width, capacity, len(adaptation.lora_A))
+        self._check_limits(batch, width, capacity, len(factors.sets))
         with self.device.lock:
-            factors = self._place(adaptation)
             present = self._buffer(self._rows(batch), width)
-            logits = self._read(input_ids, mask, lengths[:, None] - 1, adaptation.factor_ids, factors, present)
+            logits = self._read(input_ids, mask, lengths[:, None] - 1, factors, present)
             longest = width + capacity - int(lengths.min())
             slots = self._slots(width, longest)
             past = self._zeros(present.shape[1], slots)
             self._copy_slots(past, 0, present, 0, min(width, slots))
             opened = self.device.upload(_mask(lengths, width, width, slots), "int64")
-            cache = SlotCache(past, opened, width, width, lengths, lengths, capacity, longest, factors)
+            cache = SlotCache(past, opened, width, width, lengths, lengths, capacity, longest)
             flat = logits.view((batch, self._model.vocab_size))
             return DeviceLogits(flat, self._chooser, self._scorer), cache
 
-    def step(self, token_ids: IntArray, adaptation: Adaptation, cache: SlotCache) -> DeviceLogits:
+    def step(self, token_ids: IntArray, factors: RowFactors, cache: SlotCache) -> DeviceLogits:
         if cache.lengths.max() >= cache.capacity:
             raise LengthError(f"the cache was made for {cache.capacity} tokens per row and is full")
         with self.device.lock:
             if cache.width == cache.slots:
                 self._make_room(cache)
-            step = cache.step = cache.step or self._make_step(cache, adaptation)
+            step = cache.step = cache.step or self._make_step(cache, factors)
             numbers = np.zeros(step.numbers.shape, np.int64)
             numbers[:, : len(token_ids)] = token_ids, cache.lengths
             self.device.write(step.numbers, numbers)
@@ -146,36 +142,29 @@ class SlotCacheDecoder:
         mask = cache.mask.view((len(rows), slots + 1))
         return replace(cache, mask=mask, packed=cache.packed[rows], lengths=cache.lengths[rows], step=None)
 
-    def all_logits(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> Iterator[tuple[int, DeviceLogits]]:
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, DeviceLogits]]:
         input_ids, mask = pad(rows)
         batch, width = mask.shape
-        self._check_limits(batch, width, width, len(adaptation.lora_A))
+        self._check_limits(batch, width, width, len(factors.sets))
         step = max(1, LOGITS_BYTES // (batch * self._model.vocab_size * ITEM_SIZES["float32"]))
         for start in range(0, width, step):
             positions = np.tile(np.arange(start, min(start + step, width)), (batch, 1))
             with self.device.lock:
-                factors, present = self._place(adaptation), self._buffer(self._rows(batch), width)
-                logits = self._read(input_ids, mask, positions, adaptation.factor_ids, factors, present)
+                present = self._buffer(self._rows(batch), width)
+                logits = self._read(input_ids, mask, positions, factors, present)
             yield start, DeviceLogits(logits, self._chooser, self._scorer)
 
-    def token_logprobs(self, rows: Sequence[Sequence[int]], adaptation: Adaptation) -> list[FloatArray]:
-        return logprobs_of_logits(self, rows, adaptation, max_rows=self._limits.batch if self._limits else None)
-
-    def place(self, factors: Factors) -> tuple[DeviceArray, DeviceArray]:
-        """lora_A and lora_B where the decoder reads them; those that are there already stay."""
-        lora_A, lora_B = (
-            factor if isinstance(factor, DeviceArray) else self.device.upload(factor, self.factors_dtype)
-            for factor in factors
-        )
-        return lora_A, lora_B
-
-    def _place(self, adaptation: Adaptation) -> tuple[DeviceArray, DeviceArray]:
-        return self.place((adaptation.lora_A, adaptation.lora_B))
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
+        return logprobs_of_logits(self, rows, factors, max_rows=self._limits.batch if self._limits else None)
 
     def _read(
-        self, input_ids: IntArray, mask: IntArray, logits_positions: IntArray, factor_ids: IntArray,
-        factors: tuple[DeviceArray, DeviceArray], present: DeviceArray,
-    ) -> DeviceArray:  # fmt: skip
+        self,
+        input_ids: IntArray,
+        mask: IntArray,
+        logits_positions: IntArray,
+        factors: RowFactors,
+        present: DeviceArray,
+    ) -> DeviceArray:
         """Whole rows into an empty cache.  -> logits [batch, positions, vocab]"""
         logits = self.device.empty((*logits_positions.shape, self._model.vocab_size), "float32")
         numbers = {
@@ -183,15 +172,15 @@ class SlotCacheDecoder:
             "attention_mask": mask,
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
             "logits_positions": logits_positions,
-            "factor_ids": factor_ids,
+            "factor_ids": factors.factor_ids,
         }
         tensors = {name: self.device.upload(values, "int64") for name, values in numbers.items()}
         nothing = self._buffer(present.shape[1], 0)
-        tensors |= {"lm_head.lora_A": factors[0], "lm_head.lora_B": factors[1], "logits": logits}
+        tensors |= {**_placed(factors.sets), "logits": logits}
         self._decoder.bind(tensors | self._cache_tensors(nothing, present, len(input_ids))).run()
         return logits
 
-    def _make_step(self, cache: SlotCache, adaptation: Adaptation) -> _Step:
+    def _make_step(self, cache: SlotCache, factors: RowFactors) -> _Step:
         batch = len(cache.lengths)
         padded = _round_up(batch, ALIGNMENT // ITEM_SIZES["int64"])
         numbers = self.device.empty((2, padded), "int64")
@@ -202,9 +191,8 @@ class SlotCacheDecoder:
             "position_ids": numbers.view((batch, 1), padded * ITEM_SIZES["int64"]),
             "attention_mask": cache.mask,
             "logits_positions": self.device.zeros((batch, 1), "int64"),
-            "factor_ids": self.device.upload(adaptation.factor_ids, "int64"),
-            "lm_head.lora_A": cache.factors[0],
-            "lm_head.lora_B": cache.factors[1],
+            "factor_ids": self.device.upload(factors.factor_ids, "int64"),
+            **_placed(factors.sets),
             "logits": logits.view((batch, 1, self._model.vocab_size)),
         }
         decoder = self._decoder.bind(tensors | self._cache_tensors(cache.past, present, batch))
@@ -284,6 +272,14 @@ class SlotCacheDecoder:
                     f"{name} {number}: the engines of this bundle take {limit}; export it again with a larger "
                     f"`{name}` under [limits] of its recipe"
                 )
+
+
+def _placed(sets: FactorSets) -> dict[str, DeviceArray]:
+    """The factor tensors. Raises TypeError for sets that `DeviceBackend.place` has not brought to the device."""
+    tensors = {name: array for name, array in sets.tensors.items() if isinstance(array, DeviceArray)}
+    if len(tensors) < len(sets.tensors):
+        raise TypeError("these factors are not on the device: pass what Backend.place returns")
+    return tensors
 
 
 def _mask(packed: IntArray, start: int, width: int, slots: int) -> IntArray:

@@ -1,0 +1,93 @@
+"""Factors of low-rank updates: one set, a stack of sets, and which set of a stack each row uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray
+from chameleon_deploy.errors import FactorsError
+
+# One set, a caller's: "<target>.lora_A" [rank, in_features] and "<target>.lora_B" [rank, out_features] of every target.
+Factors = Mapping[str, FloatArray]
+
+
+class FactorArray(Protocol):
+    """What an array in memory (numpy) and an array on a device (DeviceArray) have in common."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: IntArray, /) -> FactorArray:
+        """Copies of some entries along the first axis, in the order of the indices."""
+
+    def __array__(self, dtype: Any = None, /) -> npt.NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class FactorSets:
+    """A stack of factor sets, in memory or on a device. len() is their number; an array of indices selects sets.
+
+    tensors  "<target>.lora_A" float32 [factor_sets, rank, in_features] and "<target>.lora_B" float32
+             [factor_sets, rank, out_features] of every target; alpha is already multiplied into B
+    """
+
+    tensors: Mapping[str, FactorArray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, indices: IntArray) -> FactorSets:
+        return FactorSets({name: array[indices] for name, array in self.tensors.items()})
+
+    def in_memory(self) -> FactorSets:
+        """The same sets as numpy arrays; those on a device are copied."""
+        return FactorSets({name: np.asarray(array, np.float32) for name, array in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """A stack of factor sets, and the set that each row of a batch uses.
+
+    factor_ids  int64 [batch], indices into `sets`: the decoder's input of that name
+    """
+
+    sets: FactorSets
+    factor_ids: IntArray
+
+    def rows(self, indices: IntArray) -> RowFactors:
+        """The same sets for some of the rows, in the order of the indices."""
+        return RowFactors(self.sets, self.factor_ids[indices])
+
+
+def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
+    """A stack of the one set that a caller passed; its rank may differ from the bundle's.
+
+    Raises FactorsError for missing or unknown tensors, another dtype than float32, wrong shapes, NaN or infinity.
+    """
+    widths = spec.factor_widths
+    if not isinstance(factors, Mapping) or set(factors) != set(widths):
+        found = sorted(factors) if isinstance(factors, Mapping) else f"a {type(factors).__name__}"
+        raise FactorsError(f"factors hold {found}: pass a dict with the arrays {', '.join(widths)}")
+    arrays = {name: np.asarray(factors[name]) for name in widths}
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise FactorsError(f"{name} has dtype {array.dtype}, expected float32")
+        if array.ndim != 2 or array.shape[1] != widths[name] or not len(array):
+            raise FactorsError(f"{name} has shape {array.shape}, expected (rank, {widths[name]})")
+        if not np.isfinite(array).all():
+            raise FactorsError(f"{name} holds NaN or infinity")
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise FactorsError("; ".join(f"{name} has rank {len(array)}" for name, array in arrays.items()) + ": use one")
+    return FactorSets({name: np.ascontiguousarray(array)[None] for name, array in arrays.items()})
+
+
+def no_factors(spec: AdaptationSpec) -> FactorSets:
+    """One set of zeros of rank 1, which leaves the base model as it is."""
+    return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})

@@ -1,0 +1,75 @@
+"""Logits, wherever they are, and what is asked of them: the highest one's token, or log-probabilities of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import FloatArray, IntArray
+from chameleon_deploy.errors import NumericError
+
+SOFTMAX_POSITIONS = 8  # at a time, whose logits stay in the processor's cache
+
+
+class Logits(Protocol):
+    """float32 [batch, vocab] or [batch, positions, vocab]; numpy.asarray gives them in memory, whole."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def greedy(self) -> IntArray:
+        """The token of the highest logit, ties to the lowest id.  -> int64 [batch] or [batch, positions]
+
+        Raises NumericError when that logit is not finite.
+        """
+
+    def logprobs(self, targets: Sequence[IntArray]) -> Iterator[FloatArray]:
+        """log softmax(logits)[target] of logits [batch, positions, vocab], row by row; uses the logits up.
+
+        targets  of each row int64 [n], for its first n positions
+        """
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]: ...
+
+
+class HostLogits:
+    """Logits in memory. See `Logits`."""
+
+    def __init__(self, values: FloatArray, threads: int = 1) -> None:
+        """threads: how many take the softmax of `logprobs`"""
+        self._values, self._threads = values, threads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
+
+    def greedy(self) -> IntArray:
+        best = self._values.argmax(-1)  # argmax gives the first NaN, if there is one
+        if not np.isfinite(np.take_along_axis(self._values, best[..., None], -1)).all():
+            raise NumericError("the decoder produced logits that are not finite: check the factors")
+        return np.asarray(best, np.int64)
+
+    def logprobs(self, targets: Sequence[IntArray]) -> Iterator[FloatArray]:
+        with ThreadPoolExecutor(self._threads) as executor:
+            for row, ids in zip(self._values, targets, strict=True):
+                pieces = [slice(start, start + SOFTMAX_POSITIONS) for start in range(0, len(ids), SOFTMAX_POSITIONS)]
+                found = executor.map(_logprobs, (row[: len(ids)][p] for p in pieces), (ids[p] for p in pieces))
+                yield np.concatenate([np.empty(0, np.float32), *found])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self._values.astype(dtype or np.float32, copy=bool(copy))
+
+
+def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
+    """log softmax(logits)[target].  [n, vocab], [n] -> [n]"""
+    chosen = logits[np.arange(len(targets)), targets]
+    highest = logits.max(1)
+    with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller reports
+        logits -= highest[:, None]  # in place: these logits have no other reader
+        np.exp(logits, out=logits)
+        # The sum in float64: in float32 its rounding shows in the result, and differs from one library to another.
+        return np.asarray(chosen.astype(np.float64) - highest - np.log(logits.sum(1, dtype=np.float64)), np.float32)
