@@ -8,10 +8,9 @@ whatever it does not know, so that a bundle that opens is a bundle that runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,7 @@ from chameleon_deploy.manifest import (
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
-    "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "opening_bundle",
+    "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
     "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
     "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol", "Regime", "Role",
     "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names", "limits_fault",
@@ -71,11 +70,19 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: every check of `open_bundle` has passed."""
+    """An opened bundle: every check of `open_bundle` has passed, of `start_opening` all but the weights' digest."""
 
     path: Path
     manifest: Manifest
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
+    weights_checked: Future[None] = field(compare=False, repr=False)
+
+    def require_weights(self) -> None:
+        """Wait for the weights' digest. Raises DigestError where it is not the manifest's.
+
+        Whoever hands out or stores what is made of the weights calls this first.
+        """
+        self.weights_checked.result()
 
     def graph(self, role: str, provider: str) -> str:
         """Name of the graph of a role for a provider; one made for fewer providers is the more special and wins."""
@@ -113,16 +120,15 @@ def open_bundle(path: Path) -> Bundle:
     Raises BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError,
     DigestError or TensorError.
     """
-    with opening_bundle(path) as bundle:
-        return bundle
+    bundle = start_opening(path)
+    bundle.require_weights()
+    return bundle
 
 
-@contextmanager
-def opening_bundle(path: Path) -> Iterator[Bundle]:
-    """A bundle whose weights' digest is computed while the body opens sessions on it, which takes as long.
+def start_opening(path: Path) -> Bundle:
+    """A bundle whose weights' digest is still computed, while the caller opens sessions on it, which takes as long.
 
-    Everything else is checked before the body. Leaving it raises DigestError for weights that are not the
-    manifest's, whatever the body came to, so that nothing made in it may be used before. Raises as `open_bundle`.
+    Everything else has been checked. The caller calls `Bundle.require_weights` at the end. Raises as `open_bundle`.
     """
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
@@ -134,19 +140,17 @@ def opening_bundle(path: Path) -> Iterator[Bundle]:
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)
     weights = manifest.token_embedding.file
-    with ThreadPoolExecutor(1) as thread:
-        checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
-        try:
-            for name, spec in manifest.files.items():
-                if name != weights:
-                    _check_digest(path / name, spec)
-            bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest())
-            bundle.centroids()
-            if manifest.adaptation.regime == "lora":
-                bundle.lora()
-            yield bundle
-        finally:
-            checked.result()
+    for name, spec in manifest.files.items():
+        if name != weights:
+            _check_digest(path / name, spec)
+    thread = ThreadPoolExecutor(1)
+    weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
+    thread.shutdown(wait=False)  # it ends with its one task
+    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked)
+    bundle.centroids()
+    if manifest.adaptation.regime == "lora":
+        bundle.lora()
+    return bundle
 
 
 def _check_listing(path: Path, manifest: Manifest) -> None:

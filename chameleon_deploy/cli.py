@@ -1,40 +1,59 @@
-"""`chameleon-deploy SUBCOMMAND`: the modules' commands as one program.
+"""`chameleon-deploy COMMAND`: all commands as one program.
 
-A subcommand's module is imported when it is the one that is asked for, so that `chameleon-deploy
-generate` works where only the runtime is installed.
+A command's module is imported when that command is asked for, so that `chameleon-deploy generate` works where only the
+runtime is installed.
 """
 
 from __future__ import annotations
 
-import runpy
-import sys
-from typing import NoReturn
+import importlib
+from typing import Annotated, Any, NoReturn
 
-COMMANDS = {
-    "train": "train the head of a frozen base model into a checkpoint",
-    "evaluate": "held-out perplexity of checkpoints beside their base",
-    "export": "turn a checkpoint into a bundle",
-    "verify": "prove a bundle equal to its PyTorch reference",
-    "generate": "continue prompts",
-    "score": "log-probability and perplexity of texts",
-    "bench": "measure a bundle against the PyTorch reference",
-    "gpu_check": "verify and measure bundles on this machine's GPU",
-}
+from chameleon_deploy import __version__, console
+from chameleon_deploy.commands import COMMANDS
+
+# console says what to install where typer is missing
+import typer  # isort: skip
+from typer.core import TyperCommand  # isort: skip
+
+
+class _LazyCommand(TyperCommand):
+    """A name and a line of help; the module is imported to parse the command's own arguments."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return _load(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
 def main() -> NoReturn:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("--help", "-h"):
-        print("usage: chameleon-deploy SUBCOMMAND ...\n")
-        for command, description in COMMANDS.items():
-            print(f"  {command:10} {description}")
-        sys.exit(0)
-    if name not in COMMANDS:
-        print(f"error: {name!r} is not one of {', '.join(COMMANDS)} [usage]", file=sys.stderr)
-        sys.exit(2)
-    sys.argv[:2] = [f"chameleon-deploy {name}"]
-    runpy.run_module(f"chameleon_deploy.{name}", run_name="__main__")
-    sys.exit(0)
+    console.run_command(build())
+
+
+def build() -> Any:
+    """The program as a click group."""
+    app = typer.Typer(**{**console.SETTINGS, "add_completion": True})
+    app.callback(invoke_without_command=True, help="Train, export, verify and run ChameleonLLM bundles.")(_root)
+    group: Any = typer.main.get_command(app)
+    for name, line in COMMANDS.items():
+        group.add_command(_LazyCommand(name, help=line, rich_markup_mode=None))
+    return group
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"chameleon-deploy {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _load(name: str) -> Any:
+    module = importlib.import_module(f"chameleon_deploy.{name}")
+    if hasattr(module, "__path__"):  # the command of a package is its __main__
+        module = importlib.import_module(f"{module.__name__}.__main__")
+    return console.make_command(getattr(module, "app", None) or module.main)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
 
 import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.table import Sheet
 
 PROMPTS = {
     "prose": "The following expression is evaluated",
@@ -33,7 +34,7 @@ def main(
     with console.stderr.status("importing PyTorch and transformers"):
         from chameleon_deploy.export.exporter import export_bundle
         from chameleon_deploy.reference.checkpoint import load_checkpoint
-        from chameleon_deploy.verify.report import check_table, require_passed
+        from chameleon_deploy.verify.report import check_sheet, require_passed
         from chameleon_deploy.verify.run import summary, verify_bundle
 
     out = models / "demo"
@@ -47,7 +48,7 @@ def main(
             def gates(directory: Path, checkpoint: Any = checkpoint, regime: str = regime) -> Any:
                 checks, record = verify_bundle(directory, checkpoint, None, threads, report)
                 if regime == "chameleon" or not record["verified"]:
-                    console.stdout.print(check_table(checks))
+                    console.show(check_sheet(checks))
                 require_passed(checks)
                 return summary(checks), record
 
@@ -57,14 +58,15 @@ def main(
     _heading("2. Generate", "one batch, mode cohort: each cluster's prompts share factors made for them")
     sampling = chameleon_deploy.Sampling(temperature=0.7, top_p=0.9, seed=1)
     generations = runtimes["chameleon"].generate(list(PROMPTS.values()), max_new_tokens=48, sampling=sampling)
-    table = Table("kind", "cluster", "prompt", "text", show_lines=True)
-    for (kind, prompt), generation in zip(PROMPTS.items(), generations, strict=True):
-        table.add_row(kind, str(generation.cluster_id), console.plain(prompt), console.plain(generation.text))
-    console.stdout.print(table)
+    rows = [
+        [kind, str(g.cluster_id), prompt, g.text]
+        for (kind, prompt), g in zip(PROMPTS.items(), generations, strict=True)
+    ]
+    console.show(Sheet(["kind", "cluster", "prompt", "text"], rows, sections=range(len(rows))))
 
     _heading("3. Held-out perplexity", "text that training never saw; bundle beside PyTorch")
     with console.progress() as report:
-        console.stdout.print(_perplexities(runtimes, checkpoints, report))
+        console.show(_perplexities(runtimes, checkpoints, report))
 
     _heading("4. Speed", f"{threads} threads, interleaved, medians")
     from chameleon_deploy.bench.report import print_tables
@@ -78,13 +80,14 @@ def main(
     console.stdout.print(f"\nBundles are in {out}. The demo took {time.perf_counter() - started:.0f} s.")
 
 
-def _perplexities(runtimes: Any, checkpoints: Any, report: Any) -> Table:
+def _perplexities(runtimes: Any, checkpoints: Any, report: Progress) -> Sheet:
     from chameleon_deploy.evaluate.scoring import evaluate
     from chameleon_deploy.reference.tiny import corpus_split
 
     _, held_out = corpus_split()
     texts = {kind: kept[:HELD_OUT_PER_KIND] for kind, kept in held_out.items() if kept}
-    table = Table("regime", "trained parameters", *texts, "all", "all, PyTorch", "difference")
+    headers = ["regime", "trained parameters", *texts, "all", "all, PyTorch", "difference"]
+    rows = []
     regimes = (("base", "chameleon", "none"), ("lora", "lora", "static"), ("chameleon", "chameleon", "cohort"))
     with TemporaryDirectory() as cache:
         everything = [text for kind in texts.values() for text in kind]
@@ -94,9 +97,9 @@ def _perplexities(runtimes: Any, checkpoints: Any, report: Any) -> Table:
             cells = [_perplexity(runtime, checkpoint, kept, mode) for kept in [*texts.values(), everything]]
             reference = evaluate(checkpoint, everything, Path(cache), adapted=mode != "none")
             trained = f"{reference.parameters:,}" if mode != "none" else "0"
-            table.add_row(name, trained, *(f"{c:.2f}" for c in cells), f"{reference.perplexity:.2f}",
-                          f"{abs(cells[-1] / reference.perplexity - 1):.1e}")  # fmt: skip
-    return table
+            rows.append([name, trained, *(f"{c:.2f}" for c in cells), f"{reference.perplexity:.2f}",
+                         f"{abs(cells[-1] / reference.perplexity - 1):.1e}"])  # fmt: skip
+    return Sheet(headers, rows)
 
 
 def _perplexity(runtime: Any, checkpoint: Any, texts: list[str], mode: str) -> float:
@@ -113,7 +116,7 @@ def _perplexity(runtime: Any, checkpoint: Any, texts: list[str], mode: str) -> f
 
 
 def _heading(title: str, detail: str) -> None:
-    console.stdout.print(f"\n[bold]{title}[/]  {detail}")
+    console.stdout.print(f"\n{title}: {detail}", style="bold")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import chameleon_deploy
 from chameleon_deploy import console
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.table import Sheet
 from chameleon_deploy.texts import read_texts
 
 
@@ -26,7 +26,7 @@ def main(
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all.")] = 1.0,
@@ -59,13 +59,10 @@ def main(
     if as_json:
         for generation in generations:
             record = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record))
         return
-    table = Table("cluster", "prompt", "text", "finish", show_lines=True)
-    for text, generation in zip(texts, generations, strict=True):
-        table.add_row(str(generation.cluster_id), console.plain(text), console.plain(generation.text),
-                      generation.finish_reason)  # fmt: skip
-    console.stdout.print(table)
+    rows = [[str(g.cluster_id), text, g.text, g.finish_reason] for text, g in zip(texts, generations, strict=True)]
+    console.show(Sheet(["cluster", "prompt", "text", "finish"], rows, sections=range(len(rows))))
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -7,7 +7,6 @@ against PyTorch on the same device in one interleaved run.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.bundle import Bundle, open_bundle
 from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import DependencyError, ProviderError
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.table import Sheet
 
 if TYPE_CHECKING:
     from chameleon_deploy.bench.peers import Peer
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from chameleon_deploy.runtime import Runtime
     from chameleon_deploy.verify.gates import Check
 
-Report = Callable[[str, int, int], None]
 Open = Callable[[Bundle], "Runtime"]
 
 BATCH_SIZES, WIDTH, NUM_TOKENS, ROUNDS = (1, 8, 32), 128, 33, 5
@@ -38,12 +37,12 @@ BATCH_SIZES, WIDTH, NUM_TOKENS, ROUNDS = (1, 8, 32), 128, 33, 5
 
 @dataclass
 class BundleFigures:
-    """What was found out about one bundle.
+    """The figures of one bundle.
 
-    unavailable     why a provider could not be had
-    bytes_per_step  that crossed to and from the device in a greedy step at batch 8, by provider
-    cost_split      seconds of the parts of a generation at batch 8, by provider
-    skipped         what was left out, and why
+    unavailable       why a provider could not be opened
+    bytes_per_step    that cross to and from the device in a greedy step at batch 8, by provider
+    bytes_per_second  of the device's memory
+    skipped           what was left out, and why
     """
 
     bundle: str
@@ -52,8 +51,7 @@ class BundleFigures:
     checks: dict[str, list[Check]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     bytes_per_step: dict[str, dict[str, float]] = field(default_factory=dict)
-    cost_split: dict[str, dict[str, float]] = field(default_factory=dict)
-    bytes_per_second: float = 0.0  # of the device's memory
+    bytes_per_second: float = 0.0
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -74,7 +72,7 @@ class BundleFigures:
 
 def check_bundle(
     bundle: Bundle, checkpoint: Checkpoint, reference: Any, openers: Mapping[str, Open], torch_device: str | None,
-    compiled: bool, deadline: float, report: Report,
+    compiled: bool, deadline: float, report: Progress,
 ) -> BundleFigures:  # fmt: skip
     """Verify, then measure, one bundle on every provider that can be had.
 
@@ -85,7 +83,6 @@ def check_bundle(
     deadline      time.monotonic() after which nothing more is begun; it is listed as skipped
     """
     from chameleon_deploy.bench import gpu_costs
-    from chameleon_deploy.bench.ceilings import Ceilings
     from chameleon_deploy.bench.timing import measure
     from chameleon_deploy.bench.workloads import Workloads, text_rows
     from chameleon_deploy.verify import checks as parity
@@ -116,7 +113,6 @@ def check_bundle(
 
     first = next(iter(runtimes.values()))
     figures.bytes_per_second = gpu_costs.measure_bandwidth(first)
-    ceilings = Ceilings(figures.bytes_per_second, math.inf, "not counted")
     sizes = [size for size in BATCH_SIZES if size <= min(limits.batch, limits.factor_sets)]
     texts = text_rows(checkpoint, max(sizes), min(WIDTH, limits.sequence, limits.past - NUM_TOKENS))
     workloads = Workloads(first, checkpoint, _peers(runtimes, checkpoint, torch_device, compiled, figures.skipped))
@@ -126,13 +122,12 @@ def check_bundle(
     works["scoring"] = partial(workloads.scoring, texts[:8])
     for name, work in works.items():
         if in_time(name):
-            timings = measure(work(), lambda: ceilings, ROUNDS, report, max_extra_rounds=1)
+            timings = measure(work(), ROUNDS, report, max_extra_rounds=1)
             figures.timings += timings
             figures.skipped += [f"{name}: {peer}: {reason}" for peer, reason in timings[0].failed.items()]
     for provider, runtime in runtimes.items():
-        if in_time(f"cost split of {provider}"):
+        if in_time(f"bytes per step of {provider}"):
             figures.bytes_per_step[provider] = gpu_costs.bytes_per_step(runtime, texts[:8], NUM_TOKENS - 1)
-            figures.cost_split[provider] = gpu_costs.cost_split(runtime, texts[:8], NUM_TOKENS)
     return figures
 
 
@@ -141,49 +136,65 @@ def _peers(
     skipped: list[str],
 ) -> list[Peer]:  # fmt: skip
     """Every provider, the first without adaptation, and PyTorch."""
+    from chameleon_deploy.bench import gpu_costs
+    from chameleon_deploy.bench.peers import reason
     from chameleon_deploy.bench.peers.bundle import Bundle as BundlePeer
-    from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
     from chameleon_deploy.runtime import Runtime
 
     first = next(iter(runtimes.values()))
-    without = BundlePeer(Runtime(first.bundle, first.backend, "none"), "no adaptation")
-    without.adapts = False
-    peers: list[Peer] = [*(BundlePeer(runtime, provider) for provider, runtime in runtimes.items()), without]
+    plain = Runtime(first.bundle, first.backend, "none")
+    peers: list[Peer] = [
+        BundlePeer(runtime, name, gpu_costs.device_backend(runtime).device.synchronize)
+        for name, runtime in {**runtimes, "no adaptation": plain}.items()
+    ]
     if torch_device is None:
         skipped.append("PyTorch: this torch has no CUDA")
         return peers
-    peers.append(PyTorchGPU(checkpoint, first.mode, first.manifest.precision, torch_device, compiled=False))
-    if compiled:
-        peers.append(PyTorchGPU(checkpoint, first.mode, first.manifest.precision, torch_device, compiled=True))
-    return peers
+    try:
+        from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
+    except ImportError as error:
+        skipped.append(f"PyTorch: {reason(error)}")
+        return peers
+    precision = first.manifest.precision
+    return peers + [
+        PyTorchGPU(checkpoint, first.mode, precision, torch_device, compile_it)
+        for compile_it in ((False, True) if compiled else (False,))
+    ]
 
 
-def tables(figures: BundleFigures) -> Iterator[Table]:
-    """What people read of the figures of a bundle."""
+def sheets(figures: BundleFigures) -> Iterator[Sheet]:
+    """The figures of a bundle for people."""
     engines = list(dict.fromkeys(name for timing in figures.timings for name in timing.seconds))
-    timings = Table("", *engines, "of the floor", "spread",
-                    title=f"{figures.bundle}, {figures.precision}: milliseconds per step or token")  # fmt: skip
-    for timing in figures.timings:
-        cells = [
-            f"{timing.seconds[name] / timing.part.units * 1e3:.4f} ({timing.ratios.get(name, 1.0):.2f})"
-            if name in timing.seconds
-            else ""
-            for name in engines
+    rows = [
+        [
+            timing.part.name,
+            *(
+                f"{timing.seconds[name] / timing.part.units * 1e3:.4f} ({timing.ratios.get(name, 1.0):.2f})"
+                if name in timing.seconds
+                else ""
+                for name in engines
+            ),
+            f"{max(timing.interquartile_range.values()):.0%}",
         ]
-        timings.add_row(timing.part.name, *cells, f"{timing.share:.0%}",
-                        f"{max(timing.spread.values()):.0%}")  # fmt: skip
-    timings.caption = (
-        f"in brackets: how many times faster the first is; floor: reading at {figures.bytes_per_second / 1e9:.0f} GB/s"
+        for timing in figures.timings
+    ]
+    yield Sheet(
+        ["", *engines, "interquartile range"],
+        rows,
+        f"{figures.bundle}, {figures.precision}: milliseconds per step or token",
+        f"in brackets: how many times faster the first is; memory reads and writes {figures.bytes_per_second / 1e9:.0f}"
+        " GB/s",
     )
-    yield timings
-    for provider, parts in figures.cost_split.items():
-        split = Table(f"part of a generation of {NUM_TOKENS} tokens, batch 8", "ms",
-                      title=f"{provider}, {figures.precision}")  # fmt: skip
-        for name, seconds in parts.items():
-            split.add_row(name, f"{seconds * 1e3:.3f}")
-        crossed = figures.bytes_per_step[provider]
-        split.caption = ", ".join(f"{count:.0f} bytes {where}" for where, count in crossed.items()) + " in a step"
-        yield split
+    crossed = [[provider, *(f"{count:.0f}" for count in found.values())]
+               for provider, found in figures.bytes_per_step.items()]  # fmt: skip
+    yield Sheet(["provider", "bytes to the device in a step", "bytes to the host"], crossed)
+
+
+def show(figures: BundleFigures) -> None:
+    """Print all figures, and what was left out and why."""
+    console.show(*(sheet for sheet in sheets(figures) if sheet.rows))
+    for line in (*(f"{name}: {reason}" for name, reason in figures.unavailable.items()), *figures.skipped):
+        console.stdout.print(f"left out: {line}")
 
 
 def main(
@@ -200,6 +211,7 @@ def main(
     from chameleon_deploy.runtime.device.cuda import import_cudart
 
     deadline = time.monotonic() + seconds
+    console.check_output(json_file)
     import_cudart()  # raises, in one line, what is missing
     opened = [open_bundle(path) for path in bundles]
     import torch
@@ -223,10 +235,7 @@ def main(
             if json_file:  # after each: what has been measured is kept whatever comes
                 json_file.write_text(json.dumps(record(asdict(device), figures), indent=2) + "\n")
     for found in figures:
-        for table in tables(found):
-            console.stdout.print(table)
-        for line in (*(f"{p}: {reason}" for p, reason in found.unavailable.items()), *found.skipped):
-            console.stdout.print(f"left out: {line}")
+        show(found)
     missed = [line for found in figures for line in found.missed]
     if missed:
         raise CheckFailedError(f"{len(missed)} missed: {'; '.join(missed)}")

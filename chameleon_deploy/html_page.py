@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chameleon_deploy.errors import DependencyError
+from chameleon_deploy.table import Sheet, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +46,7 @@ _PLOT_STYLE: dict[Any, Any] = {
 }
 
 
-class Report:
+class Page:
     """A page that is put together from top to bottom and written once. Whatever text it is given is shown as it is.
 
     Raises DependencyError when matplotlib, which draws the plots, is not installed: before anything long has begun.
@@ -62,12 +63,12 @@ class Report:
     def text(self, paragraph: str) -> None:
         self._body.append(f"<p>{escape(paragraph)}</p>")
 
-    def table(self, headers: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
-        """Cells that begin with a digit or a sign are aligned as numbers."""
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+    def table(self, sheet: Sheet) -> None:
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in sheet.rows)
+        caption = ". ".join(filter(None, (sheet.title, sheet.caption)))
         self._body.append(
             f'<div class="scroll"><table>{f"<caption>{escape(caption)}</caption>" if caption else ""}'
-            f"<thead><tr>{''.join(f'<th>{escape(header)}</th>' for header in headers)}</tr></thead>\n"
+            f"<thead><tr>{''.join(f'<th>{escape(header)}</th>' for header in sheet.headers)}</tr></thead>\n"
             f"<tbody>\n{body}</tbody></table></div>"
         )
 
@@ -75,7 +76,7 @@ class Report:
     def plot(self, caption: str = "", width: float = 9.0, height: float = 4.0) -> Iterator[Figure]:
         """Yield an empty figure, in inches, to draw on; it enters the page as SVG, with its words as text.
 
-        with report.plot("What it shows.") as figure:
+        with page.plot("What it shows.") as figure:
             figure.subplots().plot(x, y)
         """
         import matplotlib
@@ -113,9 +114,8 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise DependencyError("an HTML report needs matplotlib: pip install 'chameleon-deploy[report]'") from error
+        raise DependencyError("an HTML page needs matplotlib: pip install 'chameleon-deploy[report]'") from error
 
 
 def _cell(text: str) -> str:
-    is_number = text.lstrip("+-\N{MINUS SIGN}")[:1].isdigit()
-    return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
+    return f'<td class="number">{escape(text)}</td>' if is_number(text) else f"<td>{escape(text)}</td>"

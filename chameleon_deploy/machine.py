@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +33,15 @@ def describe_processor() -> str:
     return " ".join([platform.machine(), *(processor.get(key, "") for key in IDENTITY)])
 
 
+def usable_cores() -> int:
+    """Processors that this process may run on; all of them where the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def _processor() -> dict[str, str]:
-    """The lines of /proc/cpuinfo on the first core."""
+    """The lines of /proc/cpuinfo on the first core; on systems without it the name that Python knows."""
+    if not Path("/proc/cpuinfo").exists():
+        return {"model name": platform.processor() or platform.machine()}
     first = Path("/proc/cpuinfo").read_text().strip().split("\n\n")[0]
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import chameleon_deploy
 from chameleon_deploy import console
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.runtime import Score
+from chameleon_deploy.table import Sheet
 from chameleon_deploy.texts import read_texts
 
 
@@ -41,11 +41,12 @@ def main(
         for score in scores:
             print(json.dumps(_record(score)))
         return
-    table = Table("cluster", "tokens", "log-probability", "perplexity", "text")
-    for line, score in zip(texts, scores, strict=True):
-        table.add_row(str(score.cluster_id), str(len(score.token_ids)), f"{score.logprob:.3f}",
-                      f"{score.perplexity:.2f}", console.plain(" ".join(line.split())[:60]))  # fmt: skip
-    console.stdout.print(table)
+    rows = [
+        [str(score.cluster_id), str(len(score.token_ids)), f"{score.logprob:.3f}", f"{score.perplexity:.2f}",
+         " ".join(text.split())[:60]]
+        for text, score in zip(texts, scores, strict=True)
+    ]  # fmt: skip
+    console.show(Sheet(["cluster", "tokens", "log-probability", "perplexity", "text"], rows))
     count = sum(len(score.token_logprobs) for score in scores)
     if count:
         mean = math.fsum(score.logprob for score in scores) / count

@@ -43,7 +43,7 @@ def _read_one(path: Path) -> list[str]:
 def _text_of(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{path}, line {number}: expected a JSON object with a string "text"') from error
     if not isinstance(text, str) or not text:
         raise InputError(f'{path}, line {number}: "text" must be a string that is not empty')

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
-def run(*arguments: Any, program: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: Any, program: str | None = None, env: Mapping[str, str | None] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A module's command, or a program's. env: changes to the environment, None unsets; options: of subprocess.run."""
     start = [program] if program else [sys.executable, "-m"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, check=False)
+    changed = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
+    return subprocess.run(
+        [*start, *map(str, arguments)], **{"capture_output": True, **options}, env=changed, text=True, check=False
+    )

@@ -301,6 +301,21 @@ def hostile_cases() -> list[dict[str, Any]]:
             written("tokenizer.json", content),
             {"do": "redigest", "file": "tokenizer.json"},
         )
+    options: dict[str, tuple[list[str], Any]] = {
+        "truncation": (
+            ["truncation"],
+            {"direction": "Right", "max_length": 32, "strategy": "LongestFirst", "stride": 0},
+        ),
+        "padding": (
+            ["padding"],
+            {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+             "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        ),
+        "dropout": (["model", "dropout"], 0.1),
+    }  # fmt: skip
+    for name, (place, value) in options.items():
+        change = {"do": "set", "file": "tokenizer.json", "path": place, "value": value}
+        case(f"tokenizer_{name}", "manifest_invalid", change, {"do": "redigest", "file": "tokenizer.json"})
     for c in cases:
         with tempfile.TemporaryDirectory() as directory:
             path = hostile_bundle(c, Path(directory) / "bundle")

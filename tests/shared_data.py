@@ -91,7 +91,7 @@ def _apply(change: dict[str, Any], bundle: Path) -> None:
             content["files"][file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
             manifest.write_text(json.dumps(content))
         case "set" | "unset":
-            content = json.loads(manifest.read_text())
+            content = json.loads(file.read_text())
             *parents, last = change["path"]
             place = content
             for key in parents:
@@ -101,6 +101,6 @@ def _apply(change: dict[str, Any], bundle: Path) -> None:
                 place[key] = change["value"]
             else:
                 del place[key]
-            manifest.write_text(json.dumps(content))
+            file.write_text(json.dumps(content))
         case unknown:
             raise ValueError(unknown)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pytest
+import typer
 
-from chameleon_deploy import Runtime, Sampling
+from chameleon_deploy import Runtime, Sampling, __version__, cli, console
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.commands import COMMANDS
 from tests.commands import run
 
 
@@ -69,11 +74,109 @@ def test_console_script(bundle: Path) -> None:
     assert "--reference" in shown.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export", "verify", "generate", "score", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     result = run(f"chameleon_deploy.{command}", "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(command: str) -> None:
+    made = cli.build().get_command(None, command).make_context(command, ["--help"], resilient_parsing=True).command
+    for each in (made, *getattr(made, "commands", {}).values()):
+        for option in each.params:
+            assert getattr(option, "help", None), f"{each.name}: {option.name} has no help"
+
+
+def test_help_is_grouped_and_keeps_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(
+        threads: Annotated[int, typer.Option(help="Install [cpu] first.")] = 1,
+        unknown: Annotated[int, typer.Option(help="Of no group.")] = 1,
+    ) -> None:
+        """Needs [export]."""
+
+    command = console.make_command(work)
+    assert [option.rich_help_panel for option in command.params] == ["Execution", None]
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    shown = capsys.readouterr().out
+    assert "Install [cpu] first." in shown
+    assert "Needs [export]." in shown
+    assert shown.index("Options") < shown.index("Execution")
+
+
+def test_the_program_lists_its_commands_without_importing_them() -> None:
+    code = (
+        "import sys; sys.argv = ['chameleon-deploy', sys.argv[1]]\nfrom chameleon_deploy import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "from chameleon_deploy.commands import COMMANDS\n"
+        "print(sorted(name for name in COMMANDS if f'chameleon_deploy.{name}' in sys.modules), 'torch' in sys.modules)"
+    )
+    for option, shown in (("--help", COMMANDS), ("--version", [__version__])):
+        output = subprocess.run([sys.executable, "-c", code, option], check=True, capture_output=True, text=True).stdout
+        assert all(text in output for text in shown)
+        assert output.splitlines()[-1] == "[] False"
+
+
+def test_generate_runs_where_only_the_runtime_is_installed(bundle: Path) -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'sklearn', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "from chameleon_deploy import cli\ncli.main()"
+    )
+    command = [sys.executable, "-c", code, "generate", str(bundle), "--prompt", "x", "--json"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.startswith("{")
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    program = Path(sys.executable).with_name("chameleon-deploy")
+    for words, expected in (("chameleon-deploy ge", "generate"), ("chameleon-deploy score --thr", "--threads")):
+        asked = {
+            "_CHAMELEON_DEPLOY_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        result = subprocess.run([program], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+        assert result.stdout.split() == [expected], result.stderr
+    shown = run(
+        "--show-completion", "bash", program=str(program), env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    )
+    assert "_CHAMELEON_DEPLOY_COMPLETE=complete_bash" in shown.stdout
+
+
+@pytest.mark.parametrize("path", ["bundle", "lora_bundle"])
+def test_inspect_shows_what_a_bundle_holds(path: str, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(path)
+    manifest = open_bundle(bundle).manifest
+    shown = run("chameleon_deploy.inspect", bundle)
+    assert shown.returncode == 0, shown.stderr
+    for text in (manifest.adaptation.regime, "lm_head [512 x 64]", "not verified", *manifest.graphs, *manifest.files):
+        assert text in shown.stdout
+    record = json.loads(run("chameleon_deploy.inspect", bundle, "--json").stdout)
+    assert record["model"] == msgspec.to_builtins(manifest.model)
+    assert record["modes"] == list(manifest.adaptation.modes)
+    assert record["adapters"] == (path == "lora_bundle")
+    assert record["size"] == sum((bundle / name).stat().st_size for name in manifest.files)
+
+
+def test_the_cache_is_listed_and_pruned(tmp_path: Path) -> None:
+    env = {"CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache")}
+    entry = tmp_path / "cache" / "engines" / ("a" * 32)
+    entry.mkdir(parents=True, mode=0o700)
+    (tmp_path / "cache").chmod(0o700)
+    (entry / "entry.json").write_text('{"key": {"device": "a [GPU]"}, "files": {}}')
+    (entry / "decoder.engine").write_bytes(bytes(1000))
+    shown = run("chameleon_deploy.cache", "list", env=env)
+    assert "a [GPU]" in shown.stdout, shown.stderr
+    listed = json.loads(run("chameleon_deploy.cache", "list", "--json", env=env).stdout)
+    assert (listed["kind"], listed["key"], listed["path"]) == ("engines", {"device": "a [GPU]"}, str(entry))
+    assert run("chameleon_deploy.cache", "prune", env=env).returncode == 2
+    assert run("chameleon_deploy.cache", "prune", "--older-than", 1, "--json", env=env).stdout == ""
+    assert json.loads(run("chameleon_deploy.cache", "prune", "--max-bytes", 500, "--json", env=env).stdout) == listed
+    assert not entry.exists()
+    (tmp_path / "cache").chmod(0o777)
+    assert "[path_unsafe]" in run("chameleon_deploy.cache", "list", env=env).stderr
 
 
 def bad_calls(bundle: Path, mini: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
@@ -146,6 +249,41 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, bundle: Path, mini_pat
     assert result.stdout == ""
     leftovers = {path for path in tmp_path.iterdir() if path not in before}
     assert not leftovers
+
+
+OUTPUTS = {
+    "bench --json": ("bench", "--json"), "bench --html": ("bench", "--html"),
+    "verify --out": ("verify", "--out"),
+    "gpu_check --json": ("gpu_check", "--json"),
+    "evaluate --html": ("evaluate", "--html"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(name: str, tmp_path: Path) -> None:
+    """Neither bundle nor checkpoint exists, which the work would find first."""
+    command, option = OUTPUTS[name]
+    work: list[Any] = [tmp_path / "bundle", "--reference", tmp_path / "checkpoint"]
+    if command == "evaluate":
+        work = ["--table", "--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
+    for target, message in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "missing" / "file", "No such file or directory"),
+        (Path("/proc/file"), "cannot write /proc/file"),
+    ):
+        result = run(f"chameleon_deploy.{command}", *work, option, target)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "[output_failed]" in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_and_an_existing_file_are_outputs(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    console.check_output(None, file, Path("/dev/stdout"), Path("/dev/null"))
+    assert file.read_text() == "old"
 
 
 def test_a_reader_that_goes_away_is_no_error(bundle: Path) -> None:

@@ -8,29 +8,30 @@ from pathlib import Path
 import pytest
 
 from chameleon_deploy.errors import DependencyError
-from chameleon_deploy.html_page import Report
-from tests.page import Page
+from chameleon_deploy.html_page import Page
+from chameleon_deploy.table import Sheet
+from tests import page as reader
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' \N{SNOWMAN}"
 
 
 def example(path: Path) -> str:
-    report = Report(HOSTILE, "subtitle")
-    report.section(HOSTILE)
-    report.text(HOSTILE)
-    report.table(["engine", HOSTILE], [[HOSTILE, "1.5"], ["other", "-2.5"]], caption=HOSTILE)
+    page = Page(HOSTILE, "subtitle")
+    page.section(HOSTILE)
+    page.text(HOSTILE)
+    page.table(Sheet(["engine", HOSTILE], [[HOSTILE, "1.5"], ["other", "-2.5"]], caption=HOSTILE))
     for _ in range(2):
-        with report.plot(HOSTILE) as figure:
+        with page.plot(HOSTILE) as figure:
             axes = figure.subplots()
             axes.plot([1, 2, 3], [1, 4, 9], label="squares <b>")
             axes.legend()
-    report.write(path)
+    page.write(path)
     return path.read_text(encoding="utf-8")
 
 
 def test_a_page_is_whole_escaped_and_self_contained(tmp_path: Path) -> None:
     html = example(tmp_path / "page.html")
-    page = Page(html)
+    page = reader.Page(html)
     assert not page.open
     assert "script" not in page.tags
     assert page.fetched == []
@@ -47,7 +48,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert example(tmp_path / "a.html") == example(tmp_path / "b.html")
 
 
-def test_without_matplotlib_there_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r"chameleon-deploy\[report\]"):
-        Report("title")
+        Page("title")

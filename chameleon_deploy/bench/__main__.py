@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.bench`: measure a bundle against the PyTorch reference and other engines, in one run."""
+"""`python -m chameleon_deploy.bench`: measure a bundle against the PyTorch reference and other engines in one run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of every engine; all cores unless given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every engine; all cores unless given.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to generate at.")] = None,
     width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 33,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples per engine, doubled or tripled where they scatter.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per engine; up to three times as many if noisy.")] = 7,
     smoke: Annotated[bool, typer.Option(help="Few and short samples without foreign engines, for CI.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file.")] = None,
@@ -35,14 +35,15 @@ def main(
     """Time a bundle, its reference and other engines in turn. Exit 1 when a result is wrong."""
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
+    console.check_output(json_file, html_file)
     page = report.new_page(bundle) if html_file else None  # first, in case that plots cannot be drawn
     checkpoint = load_checkpoint(reference, base)
     threads = threads or os.cpu_count() or 1
     batch_sizes = batch or ([1, 8] if smoke else [1, 8, 32])
     if smoke:
         width, tokens, rounds = min(width, 32), min(tokens, 9), min(rounds, 3)
-    with console.progress() as tell:
-        measured = run(bundle, checkpoint, threads, batch_sizes, width, tokens, rounds, tell,
+    with console.progress() as progress:
+        measured = run(bundle, checkpoint, threads, batch_sizes, width, tokens, rounds, progress,
                        0 if smoke else MAX_EXTRA_ROUNDS, foreign=not smoke)  # fmt: skip
     report.print_tables(measured)
     if json_file:

@@ -1,170 +1,170 @@
-"""How a benchmark is shown: the same tables to people on a terminal and, with plots, on an HTML page."""
+"""The figures of a benchmark for people: the same tables on a terminal and, with plots, on an HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-from rich.table import Table
 
 from chameleon_deploy import console
+from chameleon_deploy.bench.peers import FROM_A_CLONE
 from chameleon_deploy.bench.run import Benchmark
 from chameleon_deploy.bench.timing import Timing
-from chameleon_deploy.html_page import Report
+from chameleon_deploy.html_page import Page
+from chameleon_deploy.table import Sheet
 
 
-class Grid(NamedTuple):
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-
-
-def timing_grid(measured: Benchmark) -> Grid:
-    """A row per part: the bundle's time, its share of the floor, and how many times faster it is than the others."""
+def timing_sheet(measured: Benchmark) -> Sheet:
+    """A row per part: the bundle's time, and how many times faster it is than each other engine."""
     others = _others(measured)
     rows = [
         [
             timing.part.name,
-            f"{_bundle(timing) / timing.part.units * 1e3:.3f} ms/{timing.part.unit}",
-            f"{timing.share:.0%}",
+            f"{timing.seconds[timing.baseline] / timing.part.units * 1e3:.3f} ms/{timing.part.unit}",
             *(f"{timing.ratios[name]:.3f}" if name in timing.ratios else "" for name in others),
-            f"{max(timing.spread.values()):.0%}",
-            f"{timing.rounds}, {timing.retries}, {timing.disturbed}",
+        ]
+        for timing in measured.timings
+    ]
+    headers = ["", f"bundle {measured.precision}", *(f"x {name}" for name in others)]
+    return Sheet(headers, rows, caption="x: how many times faster the bundle is; medians of ratios of adjacent samples")
+
+
+def reliability_sheet(measured: Benchmark) -> Sheet:
+    """A row per part: how much its figures vary, and how far results are from the reference at most."""
+    rows = [
+        [
+            timing.part.name,
+            f"{timing.interquartile_range[timing.baseline]:.1%}",
+            f"{max((timing.interquartile_range[name] for name in timing.ratios), default=0.0):.1%}",
+            str(timing.rounds),
+            str(timing.retries),
+            str(timing.disturbed),
             f"{max(timing.deviations.values()):.1e}",
         ]
         for timing in measured.timings
     ]
-    headers = ["", "bundle", "of the floor", *(f"x {name}" for name in others), "spread",
-               "rounds, retries, disturbed", "worst deviation"]  # fmt: skip
-    return Grid(headers, rows, "x: how many times faster the bundle is; medians of ratios of two samples in a row")
+    headers = ["", "bundle's interquartile range", "largest of a ratio", "rounds", "retries", "disturbed",
+               "largest deviation"]  # fmt: skip
+    return Sheet(headers, rows)
 
 
-def spread_grid(measured: Benchmark) -> Grid:
+def interquartile_sheet(measured: Benchmark) -> Sheet:
     """Relative interquartile ranges: of the bundle's seconds, and of each ratio."""
     others = _others(measured)
     rows = [
-        [t.part.name, *(f"{t.spread[name]:.1%}" if name in t.spread else "" for name in ["bundle", *others])]
-        for t in measured.timings
+        [
+            timing.part.name,
+            *(
+                f"{timing.interquartile_range[name]:.1%}" if name in timing.interquartile_range else ""
+                for name in (timing.baseline, *others)
+            ),
+        ]
+        for timing in measured.timings
     ]
-    return Grid(["", "bundle", *(f"x {name}" for name in others)], rows)
+    return Sheet(["", "bundle", *(f"x {name}" for name in others)], rows)
 
 
-def deviation_grid(measured: Benchmark) -> Grid:
+def deviation_sheet(measured: Benchmark) -> Sheet:
     rows = [
         [timing.part.name, name, f"{deviation:.2e}", f"{timing.bounds[name]:g}"]
         for timing in measured.timings
         for name, deviation in timing.deviations.items()
     ]
-    return Grid(["", "engine", "deviation", "allowed"], rows)
+    return Sheet(["", "engine", "deviation", "allowed"], rows)
 
 
-def split_grid(measured: Benchmark) -> Grid:
-    total = sum(measured.cost_split.values())
-    rows = [
-        [name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}"]
-        for name, seconds in sorted(measured.cost_split.items(), key=lambda item: -item[1])
-    ]
-    return Grid(["part of one generation, batch 8", "ms", "share"], rows)
-
-
-def missing_grid(measured: Benchmark) -> Grid:
-    return Grid(["not compared", "why"], [[name, reason] for name, reason in measured.not_compared.items()])
+def missing_sheet(measured: Benchmark) -> Sheet:
+    return Sheet(["not compared", "why"], [[name, reason] for name, reason in measured.not_compared.items()])
 
 
 def summary(measured: Benchmark) -> Iterator[str]:
-    """What needs no table, a sentence each."""
-    footprint, ceilings = measured.footprint, measured.ceilings
-    reading = sorted(found.bytes_per_second / 1e9 for found in ceilings)
-    operations = sorted(found.operations_per_second / 1e9 for found in ceilings)
+    """Sentences on the machine, the footprint and, from a wheel, where other engines are compared."""
+    footprint = measured.footprint
+    yield f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}."
     yield (
-        f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}. Ceilings of its "
-        f"{len(ceilings)} rounds: {reading[0]:.1f} to {reading[-1]:.1f} GB/s reading, {operations[0]:.0f} to "
-        f"{operations[-1]:.0f} G operations/s of {ceilings[0].operations}."
+        f"Loading in a fresh process: {footprint.load_seconds:.2f} s, {footprint.resident / 1e6:.0f} MB resident "
+        f"({footprint.resident / measured.weights_bytes:.2f} x the weights); of a further worker that shares the "
+        f"weights {footprint.shared_load_seconds:.2f} s and {footprint.shared_private / 2**20:.0f} MiB private. "
+        f"Peak with a generation of batch 8: {footprint.peak / 2**20:.0f} MiB."
     )
-    yield (
-        f"Loading in a fresh process: {footprint.seconds:.2f} s, {footprint.resident / 1e6:.0f} MB resident "
-        f"({footprint.resident / measured.weights_bytes:.2f} x the weights), {footprint.private / 2**20:.0f} MiB of it "
-        f"private to a further worker, {footprint.shared_private / 2**20:.0f} MiB where workers share the weights "
-        f"({footprint.shared_seconds:.2f} s to load). Peak with a generation of batch 8: "
-        f"{footprint.peak / 2**20:.0f} MiB, scoring {footprint.peak_scoring / 2**20:.0f} MiB, "
-        f"with full logits {footprint.peak_full_logits / 2**20:.0f} MiB."
-    )
+    if FROM_A_CLONE in measured.missing.values():
+        yield "This is an installed wheel: other engines are compared from a clone of the repository."
 
 
-def new_page(bundle: Path) -> Report:
+def new_page(bundle: Path) -> Page:
     """Raises DependencyError when plots cannot be drawn."""
-    return Report(f"Benchmark of {bundle.name}", "chameleon-deploy bench")
+    return Page(f"Benchmark of {bundle.name}", "chameleon-deploy bench")
 
 
-def fill(page: Report, measured: Benchmark) -> None:
-    page.section("How fast")
-    page.table(*timing_grid(measured))
-    _plot_ratios(page, measured)
-    page.section("How sure")
+def fill(page: Page, measured: Benchmark) -> None:
+    page.section("Speed")
+    page.table(timing_sheet(measured))
+    _plot_ratios(page, measured.timings)
+    page.section("Variation")
     page.text("Relative interquartile ranges over the rounds: of the bundle's seconds, and of each ratio.")
-    page.table(*spread_grid(measured))
-    page.section("How right")
+    page.table(interquartile_sheet(measured))
+    page.section("Correctness")
     page.text(
         "Largest difference from the PyTorch reference's log-probabilities in fp32, root mean square elsewhere; of a "
         "chosen token, by how much its logit falls short of the reference's best."
     )
-    page.table(*deviation_grid(measured))
-    page.section("Distance to the floor")
+    page.table(deviation_sheet(measured))
+    page.section("Loading and memory")
     for line in summary(measured):
         page.text(line)
-    _plot_bars(page, {t.part.name: t.share for t in measured.timings}, "Share of the floor: what no "
-               "engine can beat that reads the weights once and computes the matrix products")  # fmt: skip
-    page.section("Where the time of one generation goes")
-    page.table(*split_grid(measured))
-    _plot_bars(page, measured.cost_split, "Seconds of the parts of one generation, batch 8")
+    page.section("Parts of a generation")
+    for timing, parts in _generations(measured):
+        _plot_bars(page, parts, f"Milliseconds of the bundle: {timing.part.name}")
     page.section("Not compared")
     if measured.not_compared:
-        page.table(*missing_grid(measured))
+        page.table(missing_sheet(measured))
     else:
         page.text("Every engine ran.")
     page.section("Machine")
-    page.table(["", ""], list(measured.machine.items()))
+    page.table(Sheet(["", ""], list(measured.machine.items())))
 
 
-def _plot_ratios(page: Report, measured: Benchmark) -> None:
-    others, timings = _others(measured), measured.timings
+def print_tables(measured: Benchmark) -> None:
+    sheets = (timing_sheet(measured), reliability_sheet(measured), missing_sheet(measured))
+    console.show(*(sheet for sheet in sheets if sheet.rows))
+    for line in summary(measured):
+        console.stdout.print(line)
+
+
+def _generations(measured: Benchmark) -> Iterator[tuple[Timing, dict[str, float]]]:
+    """Each whole generation with the milliseconds of its laps."""
+    for whole in measured.timings:
+        if whole.part.kind == "generation":
+            parts = {
+                timing.part.kind: 1e3 * timing.seconds[timing.baseline]
+                for timing in measured.timings
+                if timing.part.batch == whole.part.batch and timing.part.kind in ("adaptation", "prefill", "decode")
+            }
+            yield whole, parts | {"prefill": parts["prefill"] - parts["adaptation"]}
+
+
+def _plot_ratios(page: Page, timings: list[Timing]) -> None:
+    others = list(dict.fromkeys(name for timing in timings for name in timing.ratios))
     with page.plot(
         "Seconds relative to the bundle's, which is 1: longer is slower", height=0.9 * len(timings)
     ) as figure:
         axes = figure.subplots()
-        height = 0.8 / len(others)
+        height = 0.8 / max(len(others), 1)
         for i, name in enumerate(others):
             places = [row + (i - (len(others) - 1) / 2) * height for row, t in enumerate(timings) if name in t.ratios]
             axes.barh(places, [t.ratios[name] for t in timings if name in t.ratios], height, label=name)
         axes.axvline(1, color="#1f2328", linewidth=1)
         axes.set_yticks(range(len(timings)), [timing.part.name for timing in timings])
         axes.invert_yaxis()
-        axes.legend()
+        if others:
+            axes.legend()
 
 
-def _plot_bars(page: Report, values: dict[str, float], caption: str) -> None:
+def _plot_bars(page: Page, values: Mapping[str, float], caption: str) -> None:
     with page.plot(caption, height=0.7 + 0.3 * len(values)) as figure:
         axes = figure.subplots()
         axes.barh(list(values), list(values.values()))
         axes.invert_yaxis()
 
 
-def _bundle(timing: Timing) -> float:
-    return timing.seconds["bundle"]
-
-
 def _others(measured: Benchmark) -> list[str]:
     return list(dict.fromkeys(name for timing in measured.timings for name in timing.ratios))
-
-
-def print_tables(measured: Benchmark) -> None:
-    for grid in (timing_grid(measured), split_grid(measured),
-                 missing_grid(measured)):  # fmt: skip
-        if grid.rows:
-            table = Table(*grid.headers, caption=grid.caption)
-            for row in grid.rows:
-                table.add_row(*row)
-            console.stdout.print(table)
-    for line in summary(measured):
-        console.stdout.print(line)

@@ -1,8 +1,8 @@
-"""One run of the benchmark: footprint, all timings and the cost split, in this order."""
+"""One run of the benchmark: the footprint, then all timings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from chameleon_deploy.bench.footprint import Footprint, measure_footprint
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS, Timing, measure
 from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from chameleon_deploy.bench.ceilings import Ceilings
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
 
@@ -21,25 +21,22 @@ if TYPE_CHECKING:
 class Benchmark:
     """Everything that one run measured.
 
-    machine     the processor and the versions of all engines
-    ceilings    of every round of every timing
-    cost_split  seconds of the parts of one generation, batch 8
-    missing     engines that could not be had here, and why
+    machine        the processor and the versions of all engines
+    weights_bytes  of the bundle
+    missing        engines that could not be opened here, and why
     """
 
     machine: dict[str, str]
     precision: str
     threads: int
     weights_bytes: int
-    ceilings: list[Ceilings]
     footprint: Footprint
     timings: list[Timing]
-    cost_split: dict[str, float]
     missing: dict[str, str]
 
     @property
     def not_compared(self) -> dict[str, str]:
-        """Every engine that is missing, or failed at something, and why."""
+        """Engines that are missing or failed at something, and why."""
         failed = {
             f"{name}, {timing.part.name}": reason for timing in self.timings for name, reason in timing.failed.items()
         }
@@ -54,19 +51,17 @@ def run(
     width: int,
     num_tokens: int,
     rounds: int,
-    report: Callable[[str, int, int], None],
+    report: Progress,
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
     foreign: bool = True,
 ) -> Benchmark:
-    """Footprint, all timings and the cost split, in this order.
+    """Measure the footprint, then all timings.
 
-    width, num_tokens  of every prompt, and how many to generate after it
+    width, num_tokens  tokens of every prompt, and how many to generate after it
     foreign            also compare with torch.compile, CTranslate2 and OpenVINO
     """
     import chameleon_deploy
     from chameleon_deploy.bench import workloads
-    from chameleon_deploy.bench.ceilings import open_ceilings
-    from chameleon_deploy.bench.cost_split import cost_split
     from chameleon_deploy.bench.peers import open_peers
     from chameleon_deploy.machine import describe_machine
 
@@ -75,13 +70,6 @@ def run(
     footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
     report("footprint", 1, 1)
     runtime = chameleon_deploy.load(bundle, threads=threads)
-    measure_ceilings = open_ceilings(threads, runtime.manifest.precision)
-    ceilings: list[Ceilings] = []
-
-    def now() -> Ceilings:
-        ceilings.append(measure_ceilings())
-        return ceilings[-1]
-
     rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
     with TemporaryDirectory() as directory:
         report("convert for other engines", 0, 1)
@@ -90,15 +78,13 @@ def run(
         work = workloads.Workloads(runtime, checkpoint, peers)
         cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
         cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
-        timings = [timing for case in cases for timing in measure(case, now, rounds, report, max_extra_rounds)]
+        timings = [timing for case in cases for timing in measure(case, rounds, report, max_extra_rounds)]
     return Benchmark(
         machine=describe_machine(),
         precision=runtime.manifest.precision,
         threads=threads,
         weights_bytes=sum(spec.size for name, spec in runtime.manifest.files.items() if name.endswith(".bin")),
-        ceilings=ceilings,
         footprint=footprint,
         timings=timings,
-        cost_split=cost_split(runtime, runtime.tokenizer.decode_batch(rows[:8]), num_tokens),
         missing=missing,
     )

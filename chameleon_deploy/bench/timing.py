@@ -1,186 +1,130 @@
-"""Interleaved timing: machines are noisy, so a figure is a median of ratios, each of two samples that were neighbours.
+"""Interleaved timing: each sample is paired with an adjacent one of the baseline; a ratio is a median over pairs.
 
-A virtual machine becomes a tenth faster or slower within seconds, by what its host does; two samples in a row mostly
-see the same machine.
+The speed of a virtual machine drifts by a tenth within seconds; two adjacent samples mostly see the same machine.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from chameleon_deploy.bench.ceilings import Ceilings
+from chameleon_deploy.bench.processors import Processors, settle
+from chameleon_deploy.progress import Progress
 
-NOISY = 0.10  # ratios whose relative interquartile range is beyond this are taken again
-MAX_EXTRA_ROUNDS = 2  # so many times as many rounds at most
-RETRIES = 2  # of a sample during which others used the processors
-SETTLE_SECONDS = 0.5  # at most, between samples, until the last engine's worker threads stop spinning
+NOISY = 0.10  # relative interquartile range of ratios, above which more rounds are taken
+SHORT = 0.01  # seconds: ratios of shorter parts vary with the scheduler and ask for no more rounds
+MAX_EXTRA_ROUNDS = 2  # at most this many additional batches of rounds
+RETRIES = 2  # of a sample during which other processes used the processors
+
+Lap = Callable[[str], None]  # called with a lap's name when that lap of the work ends
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of work that has a row of its own in the results.
+    """Something that is timed.
 
+    kind   what is done; with batch, width (tokens of every text) and new_tokens (per row) it identifies a part
+    name   the same for people
     units  how often it does `unit`, for a figure per unit
-    num_bytes, num_operations  what it has to read and to multiply and add at the least
+    laps   the laps whose seconds are summed; empty for the whole work
     """
 
+    kind: str
     name: str
     units: int
     unit: str
-    num_bytes: float
-    num_operations: float
+    batch: int = 1
+    width: int = 0
+    new_tokens: int = 0
+    laps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Engine:
-    """run does the whole work, calls its argument with a part's name whenever a stretch of that part ends, and
-    returns a result, whose deviation from the reference may be `bound` at most."""
+    """An engine that does the work of a case.
 
-    run: Callable[[Callable[[str], None]], Any]
+    run        does the whole work, reports its laps, and returns a result
+    deviation  of a result from the reference, at most `bound`
+    """
+
+    run: Callable[[Lap], Any]
     deviation: Callable[[Any], float]
     bound: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing done by several engines; the first is the bundle as users run it, which the others are compared with.
-
-    parts  by the names that engines call them; `whole` is the time from beginning to end
-    """
+    """The same work done by several engines; `baseline` names the one that all others are compared with."""
 
     whole: Part
     engines: Mapping[str, Engine]
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    baseline: str
+    parts: Sequence[Part] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of every engine for one part: medians over the rounds.
+    """The figures of one part, by engine.
 
-    ratios      how many times faster the first engine is than each other: medians of the ratios of neighbours
-    spread      relative interquartile range of those ratios; of the seconds for the first engine
-    deviations  of every engine's result from the reference, and its bounds: a fast wrong answer is an error
-    disturbed   how many of all samples were taken while others used the processors, in spite of retries
-    failed      engines that could not run, and why
-    floor       seconds that no engine can beat on this machine, by ceilings measured in every round: their median
-    share       of the first engine's seconds that the floor is: the median of the shares within each round
+    seconds              medians over all samples
+    ratios               seconds of an engine over those of the baseline: medians over pairs of adjacent samples
+    interquartile_range  relative: of the baseline's seconds, and of the ratios
+    rounds               pairs per engine
+    retries, disturbed   samples taken again, and samples kept, during which other processes used the processors
+    deviations, bounds   of the results from the reference, and what is allowed
+    failed               engines that raised, and why
     """
 
     part: Part
+    baseline: str
     seconds: dict[str, float]
     ratios: dict[str, float]
-    spread: dict[str, float]
+    interquartile_range: dict[str, float]
     rounds: int
     retries: int
     disturbed: int
     deviations: dict[str, float]
     bounds: dict[str, float]
     failed: dict[str, str]
-    floor: float
-    share: float
 
     @property
     def wrong(self) -> list[str]:
         return [name for name, deviation in self.deviations.items() if not deviation <= self.bounds[name]]
 
+    @property
+    def is_noisy(self) -> bool:
+        ranges = [self.interquartile_range[name] for name in self.ratios]
+        return self.seconds[self.baseline] >= SHORT and max(ranges, default=0.0) > NOISY
 
-def measure(
-    case: Case,
-    ceilings: Callable[[], Ceilings],
-    rounds: int,
-    report: Callable[[str, int, int], None],
-    max_extra_rounds: int = MAX_EXTRA_ROUNDS,
-) -> list[Timing]:
-    """Time all engines in turn, each beside the first, `rounds` times after two warm-ups, more often where the ratios
-    scatter.
 
-    With max_extra_rounds 0 nothing is taken again, disturbed samples neither: a quick look is to stay quick.
+def measure(case: Case, rounds: int, report: Progress, max_extra_rounds: int = MAX_EXTRA_ROUNDS) -> list[Timing]:
+    """Time all engines in turn, after two warm-up runs each, and again while the ratios are noisy.
 
-    -> the whole, then its parts. An engine that raises is reported as failed; the first one's error is raised.
+    max_extra_rounds  0 also keeps disturbed samples, for a quick look
+
+    Returns the timing of the whole work, then of its parts. An engine that raises is reported as failed; what the
+    baseline raises is raised.
     """
-    first, *_ = case.engines
     deviations, failed = _warm_up(case, report)
-    order, shuffle = [name for name in deviations if name != first], random.Random(0)
-    own: list[_Sample] = []  # of the first engine beside the ceilings, of each round
-    reached: list[Ceilings] = []
-    pairs: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in order}  # of the first engine and another
-    retries = 0
-
-    def take(name: str) -> _Sample:
-        nonlocal retries
-        sample, thrown_away = _undisturbed_sample(case.engines[name], RETRIES if max_extra_rounds else 0)
-        retries += thrown_away
-        return sample
-
+    bounds = {name: case.engines[name].bound for name in deviations}
+    samples = _Samples(case, [name for name in deviations if name != case.baseline], RETRIES if max_extra_rounds else 0)
+    timings: list[Timing] = []
     for attempt in range(1 + max_extra_rounds):
         for _ in range(rounds):
-            own.append(take(first))
-            _settle()
-            reached.append(ceilings())
-            shuffle.shuffle(order)  # nobody always runs on the same neighbour's caches
-            for name in order:
-                pair = [first, name]
-                shuffle.shuffle(pair)
-                taken = {engine: take(engine) for engine in pair}
-                pairs[name].append((taken[first], taken[name]))
-            report(case.whole.name, len(own), (attempt + 1) * rounds)
-        if all(_spread(_ratios(taken, part)) <= NOISY for taken in pairs.values() for part in [None, *case.parts]):
+            samples.take_round()
+            report(case.whole.name, samples.rounds, (attempt + 1) * rounds)
+        timings = [samples.timing(part, deviations, bounds, failed) for part in (case.whole, *case.parts)]
+        if not any(timing.is_noisy for timing in timings):
             break
-    samples = {first: own + [sample for taken in pairs.values() for sample, _ in taken]}
-    samples |= {name: [sample for _, sample in taken] for name, taken in pairs.items()}
-    disturbed = sum(sample.disturbed for taken in samples.values() for sample in taken)
-    bounds = {name: case.engines[name].bound for name in deviations}
-
-    def timing(key: str | None, part: Part) -> Timing:
-        seconds = {name: [sample.seconds[key] for sample in taken] for name, taken in samples.items()}
-        ratios = {name: _ratios(taken, key) for name, taken in pairs.items()}
-        floors = [found.floor(part.num_bytes, part.num_operations) for found in reached]
-        return Timing(
-            part,
-            {name: statistics.median(values) for name, values in seconds.items()},
-            {name: statistics.median(values) for name, values in ratios.items()},
-            {first: _spread(seconds[first])} | {name: _spread(values) for name, values in ratios.items()},
-            len(own),
-            retries,
-            disturbed,
-            deviations,
-            bounds,
-            failed,
-            statistics.median(floors),
-            statistics.median(floor / sample.seconds[key] for floor, sample in zip(floors, own, strict=True)),
-        )
-
-    return [timing(None, case.whole), *(timing(name, part) for name, part in case.parts.items())]
-
-
-def _warm_up(case: Case, report: Callable[[str, int, int], None]) -> tuple[dict[str, float], dict[str, str]]:
-    """Run every engine twice.  -> deviations of those that could, reasons of those that could not"""
-    first, *_ = case.engines
-    deviations, failed = {}, {}
-    for done, (name, engine) in enumerate(case.engines.items()):
-        report(f"{case.whole.name}: warm-up", done, len(case.engines))
-        try:
-            deviations[name] = engine.deviation(engine.run(_no_lap))
-            engine.run(_no_lap)
-        except Exception as error:  # whatever a foreign engine raises
-            if name == first:
-                raise
-            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
-    return deviations, failed
+    return timings
 
 
 def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
-    """Of one thing alone, after a warm-up."""
+    """The median time of one function, after a warm-up call."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -189,87 +133,127 @@ def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
     return statistics.median(seconds[1:])
 
 
+def _warm_up(case: Case, report: Progress) -> tuple[dict[str, float], dict[str, str]]:
+    """Run every engine twice. Returns the deviations of those that ran, and the reasons of those that did not."""
+    deviations, failed = {}, {}
+    for done, (name, engine) in enumerate(case.engines.items()):
+        report(f"{case.whole.name}: warm-up", done, len(case.engines))
+        try:
+            deviations[name] = engine.deviation(engine.run(_no_lap))
+            engine.run(_no_lap)
+        except Exception as error:  # whatever a foreign engine raises
+            if name == case.baseline:
+                raise
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
+    return deviations, failed
+
+
 @dataclass(frozen=True)
 class _Sample:
-    """seconds of every part, and of the whole under None."""
+    """One run of one engine: seconds of the whole and of its laps."""
 
-    seconds: dict[str | None, float]
+    whole: float
+    laps: dict[str, float]
     disturbed: bool
+
+    def has(self, part: Part) -> bool:
+        return not part.laps or any(lap in self.laps for lap in part.laps)
+
+    def seconds(self, part: Part) -> float:
+        return sum(self.laps.get(lap, 0.0) for lap in part.laps) if part.laps else self.whole
+
+
+@dataclass
+class _Samples:
+    """The samples of a case: all of the baseline, and pairs of an adjacent one of the baseline and one of another."""
+
+    case: Case
+    others: list[str]
+    max_retries: int
+    rounds: int = 0
+    retries: int = 0
+    baseline: list[_Sample] = field(default_factory=list)
+    pairs: dict[str, list[tuple[_Sample, _Sample]]] = field(default_factory=dict)
+    shuffle: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def take_round(self) -> None:
+        """Take a pair of every engine, in random order, so that none always finds the caches of the same neighbour."""
+        self.shuffle.shuffle(self.others)
+        for name in self.others:
+            order = [self.case.baseline, name]
+            self.shuffle.shuffle(order)
+            taken = {engine: self._take(engine) for engine in order}
+            self.baseline.append(taken[self.case.baseline])
+            self.pairs.setdefault(name, []).append((taken[self.case.baseline], taken[name]))
+        if not self.others:
+            self.baseline.append(self._take(self.case.baseline))
+        self.rounds += 1
+
+    def _take(self, name: str) -> _Sample:
+        sample = _sample(self.case.engines[name])
+        for _ in range(self.max_retries):
+            if not sample.disturbed:
+                break
+            self.retries += 1
+            sample = _sample(self.case.engines[name])
+        return sample
+
+    def timing(
+        self, part: Part, deviations: dict[str, float], bounds: dict[str, float], failed: dict[str, str]
+    ) -> Timing:
+        """The figures of a part so far, of those engines that report its laps."""
+        own = [sample.seconds(part) for sample in self.baseline]
+        pairs = {
+            name: [(baseline.seconds(part), other.seconds(part)) for baseline, other in taken]
+            for name, taken in self.pairs.items()
+            if taken[0][1].has(part)
+        }
+        ratios = {name: [theirs / ours for ours, theirs in taken] for name, taken in pairs.items()}
+        seconds = {self.case.baseline: own} | {name: [theirs for _, theirs in taken] for name, taken in pairs.items()}
+        kept = [*self.baseline, *(other for taken in self.pairs.values() for _, other in taken)]
+        return Timing(
+            part=part,
+            baseline=self.case.baseline,
+            seconds={name: statistics.median(values) for name, values in seconds.items()},
+            ratios={name: statistics.median(values) for name, values in ratios.items()},
+            interquartile_range={
+                name: _interquartile_range(values) for name, values in {self.case.baseline: own, **ratios}.items()
+            },
+            rounds=self.rounds,
+            retries=self.retries,
+            disturbed=sum(sample.disturbed for sample in kept),
+            deviations=deviations,
+            bounds=bounds,
+            failed=failed,
+        )
 
 
 def _sample(engine: Engine) -> _Sample:
-    _settle()
-    parts: dict[str | None, float] = {}
-    before = _Processors.now()
+    settle()
+    laps: dict[str, float] = {}
+    before = Processors.now()
     start = last = time.perf_counter()
 
-    def lap(part: str) -> None:
+    def lap(name: str) -> None:
         nonlocal last
         now = time.perf_counter()
-        parts[part] = parts.get(part, 0.0) + now - last
+        laps[name] = laps.get(name, 0.0) + now - last
         last = now
 
     engine.run(lap)
     whole = time.perf_counter() - start
     # The kernel counts in hundredths of a second, so a short sample gets some leeway.
-    return _Sample(parts | {None: whole}, _Processors.now().lost_since(before) > 0.03 + 0.05 * whole)
+    return _Sample(whole, laps, Processors.now().lost_since(before) > 0.03 + 0.05 * whole)
 
 
-def _undisturbed_sample(engine: Engine, max_retries: int) -> tuple[_Sample, int]:
-    """A sample, and how many had to be thrown away for it."""
-    retries = 0
-    while (sample := _sample(engine)).disturbed and retries < max_retries:
-        retries += 1
-    return sample, retries
-
-
-@dataclass(frozen=True)
-class _Processors:
-    """Seconds of processor time so far: used by all, by this process, stolen from this machine by others on its host,
-    and waited for by this process's threads while they were ready to run."""
-
-    used: float
-    own: float
-    stolen: float
-    waited: float
-
-    @classmethod
-    def now(cls) -> _Processors:
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        tick, own, waited = os.sysconf("SC_CLK_TCK"), os.times(), 0
-        for task in Path("/proc/self/task").iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-                waited += int((task / "schedstat").read_text().split()[1])
-        return cls((user + nice + system + irq + softirq) / tick, own.user + own.system, steal / tick, waited / 1e9)
-
-    def lost_since(self, before: _Processors) -> float:
-        """What others took from this process: a thread that waited for one of its own is no loss, nor is an idle
-        processor that another one used."""
-        by_others = (self.used - before.used) - (self.own - before.own)
-        return self.stolen - before.stolen + min(by_others, self.waited - before.waited)
-
-
-def _settle() -> None:
-    """Wait until this process's threads are idle."""
-    deadline = time.perf_counter() + SETTLE_SECONDS
-    while time.perf_counter() < deadline:
-        used = time.process_time()
-        time.sleep(0.01)
-        if time.process_time() - used < 0.002:
-            return
-
-
-def _ratios(pairs: Iterable[tuple[_Sample, _Sample]], part: str | None) -> list[float]:
-    return [other.seconds[part] / first.seconds[part] for first, other in pairs]
-
-
-def _spread(values: list[float]) -> float:
-    """Relative interquartile range; of fewer than four values, from the least to the largest."""
+def _interquartile_range(values: list[float]) -> float:
+    """Relative to the median; the whole range of fewer than four values."""
     low, high = min(values), max(values)
     if len(values) >= 4:
         low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / statistics.median(values)
 
 
-def _no_lap(part: str) -> None:
+def _no_lap(name: str) -> None:
     pass

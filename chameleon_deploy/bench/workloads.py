@@ -1,4 +1,4 @@
-"""What `bench` times: the same work by the bundle and by its peers, and what the reference says of their results."""
+"""The cases that `bench` times: the same work by the bundle and by its peers, checked against the reference."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from chameleon_deploy.bench.peers import DECODE, PREFILL, Peer, Rows
+from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Peer, Rows
 from chameleon_deploy.bench.peers.bundle import OneCallPerCluster
 from chameleon_deploy.bench.timing import Case, Engine, Part
 from chameleon_deploy.reference import inference
@@ -17,7 +16,6 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime import Runtime
-from chameleon_deploy.runtime.device.cuda import ITEM_SIZES
 
 CANDIDATES = 4  # times as many texts as are needed, to choose from by their clusters
 # Of log-probabilities: the largest difference in fp32, elsewhere the root of the mean square.
@@ -27,13 +25,12 @@ BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.1}
 class Workloads:
     """Cases for one bundle and its peers, on texts of one length.
 
-    peers  the first is the bundle as users run it
+    peers  the first is the baseline: the bundle as users run it
     """
 
     def __init__(self, runtime: Runtime, checkpoint: Checkpoint, peers: Sequence[Peer]) -> None:
         self._runtime, self._checkpoint, self._peers = runtime, checkpoint, peers
         self._row_logits = RowLogits(checkpoint)
-        self._weights = _Weights(runtime)
 
     def scoring(self, rows: Rows) -> Case:
         """Log-probabilities of whole texts, clustering and hypernetwork included."""
@@ -45,29 +42,32 @@ class Workloads:
                 BOUNDS[peer.precision],
             )
 
-        tokens = sum(map(len, rows))
-        whole = Part(f"scoring {_shape(rows)}", tokens, "token", *self._weights.work(tokens, tokens))
-        return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.scores})
+        batch, width = len(rows), len(rows[0])
+        whole = Part("scoring", f"scoring {batch}x{width}", batch * width, "token", batch, width)
+        return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.scores}, self._peers[0].name)
 
     def generation(self, rows: Rows, num_tokens: int) -> Case:
-        """Prompts to their first tokens, clustering and hypernetwork included, and on by cached steps."""
+        """Prompts to their first tokens, clustering and hypernetwork included, then cached steps."""
         batch, width, steps = len(rows), len(rows[0]), num_tokens - 1
         clusters = len(set(self._runtime.adapt(rows).factors.factor_ids.tolist()))
         mixed = f", {clusters} cluster{'s' * (clusters > 1)}"
-        prefill = self._weights.work(batch * width, batch)
-        decode = self._weights.work(steps * batch, steps * batch, passes=steps, cached=steps * batch * width)
-        both = prefill[0] + decode[0], prefill[1] + decode[1]
+
+        def part(kind: str, name: str, units: int, unit: str, laps: tuple[str, ...] = ()) -> Part:
+            return Part(kind, name, units, unit, batch, width, num_tokens, laps)
+
         return Case(
-            Part(f"prefill {_shape(rows)} + {num_tokens} tokens{mixed}", batch * num_tokens, "token", *both),
+            part("generation", f"prefill {batch}x{width} + {num_tokens} tokens{mixed}", batch * num_tokens, "token"),
             self._generating(lambda: rows, num_tokens, separate=clusters > 1),
-            {
-                PREFILL: Part(f"prefill {_shape(rows)} + first token", batch * width, "token", *prefill),
-                DECODE: Part(f"decode, batch {batch}, past {width}{mixed}", steps, "step", *decode),
-            },
+            self._peers[0].name,
+            [
+                part("adaptation", f"adapt {batch}x{width}{mixed}", 1, "batch", (ADAPT,)),
+                part("prefill", f"prefill {batch}x{width} + first token", batch * width, "token", (ADAPT, PREFILL)),
+                part("decode", f"decode, batch {batch}, past {width}{mixed}", steps, "step", (DECODE,)),
+            ],
         )
 
     def first_token(self, ids: Sequence[int]) -> Case:
-        """One text in, its first token out: tokenising included."""
+        """One text to its first token, tokenising included."""
         tokenizer = self._runtime.tokenizer
         text = tokenizer.decode(ids)
 
@@ -75,8 +75,8 @@ class Workloads:
             return [encoding.ids for encoding in tokenizer.encode_batch([text], add_special_tokens=False)]
 
         width = len(encode()[0])
-        whole = Part(f"time to first token, text of {width} tokens", 1, "text", *self._weights.work(width, 1))
-        return Case(whole, self._generating(encode, 1, separate=False))
+        whole = Part("first_token", f"time to first token, text of {width} tokens", 1, "text", 1, width, 1)
+        return Case(whole, self._generating(encode, 1, separate=False), self._peers[0].name)
 
     def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Engine]:
         """separate: whether there are clusters to call one by one."""
@@ -153,44 +153,3 @@ def _stretches(checkpoint: Checkpoint, count: int, width: int) -> list[list[int]
         stream = streams[i % len(streams)]
         rows.append([stream[(i * width + j) % len(stream)] for j in range(width)])
     return rows
-
-
-class _Weights:
-    """The matrices that the decoder's graph multiplies by, in bytes and numbers: what the floor is made of."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        model, spec = runtime.manifest.model, runtime.manifest.graphs[runtime.graph]
-        cached = next(tensor for tensor in spec.inputs if tensor.name.startswith("past_key_values."))
-        self.cache_bytes = (
-            ITEM_SIZES[cached.dtype] * 2 * model.num_layers * model.num_key_value_heads * model.head_dim
-        )  # of a token
-        self.bytes = self.of_tokens = self.of_positions = 0
-        graph = ir.load(runtime.bundle.path / spec.file).graph
-        chosen = {value for value in graph.inputs if value.name == "logits_positions"}  # and what comes of them
-        for node in graph:
-            if chosen.intersection(node.inputs):
-                chosen.update(node.outputs)
-        for value in graph.initializers.values():
-            matrix, takers = value.const_value, list(value.consumers())
-            if all(node.op_type == "DequantizeLinear" for node in takers):
-                takers = [taker for node in takers for taker in node.outputs[0].consumers()]
-            if matrix is None or len(matrix.shape) < 2 or all(node.op_type == "Gather" for node in takers):
-                continue  # norms and biases are small, and of an embedding only the rows looked up are read
-            self.bytes += matrix.nbytes
-            if all(chosen.intersection(node.inputs) for node in takers):
-                self.of_positions += matrix.size
-            else:
-                self.of_tokens += matrix.size
-
-    def work(self, tokens: int, positions: int, passes: int = 1, cached: int = 0) -> tuple[float, float]:
-        """Bytes to read and operations to do, for so many tokens, positions that get logits (behind the last attention
-        others are of no use), and tokens read from the cache.
-
-        Attention scores are left out: at these lengths they are a few percent.
-        """
-        operations = 2 * (self.of_tokens * tokens + self.of_positions * positions)
-        return passes * self.bytes + cached * self.cache_bytes, operations
-
-
-def _shape(rows: Rows) -> str:
-    return f"{len(rows)}x{len(rows[0])}"

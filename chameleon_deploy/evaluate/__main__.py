@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.errors import InputError
@@ -37,6 +36,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per cohort.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap, and of the first training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Print all columns in one table.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Train and compare base, LoRA, hypernetwork and the controls.")
     ] = False,
@@ -57,18 +57,19 @@ def main(
         Literal["paper", "residual"],
         typer.Option(help="How hypernetworks come to be; --rank and the rest are told apart.", rich_help_panel=_TABLE),
     ] = "paper",
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_TABLE)] = 4,
-    alpha: Annotated[float, typer.Option(rich_help_panel=_TABLE)] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors.", rich_help_panel=_TABLE)] = 4,
+    alpha: Annotated[float, typer.Option(help="Scale of the update.", rich_help_panel=_TABLE)] = 1.0,
     clusters: Annotated[int, typer.Option(min=2, help="Number of k-means clusters.", rich_help_panel=_TABLE)] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.", rich_help_panel=_TABLE)] = 256,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TABLE)] = 10,
-    lr: Annotated[float, typer.Option(min=0, rich_help_panel=_TABLE)] = 5e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.", rich_help_panel=_TABLE)] = 10,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate.", rich_help_panel=_TABLE)] = 5e-4,
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without improvement before stopping.", rich_help_panel=_TABLE)
     ] = 2,
     html: Annotated[Path | None, typer.Option(help="A page with plots, too.", rich_help_panel=_TABLE)] = None,
 ) -> None:
     """Compare regimes on held-out text: parameters, loss, perplexity, change from the base with its interval."""
+    console.check_output(html)
     if bool(text) == bool(dataset):
         raise InputError("pass either --text FILE or --dataset NAME")
     if table:
@@ -87,7 +88,9 @@ def main(
     else:
         if html or work or validation_text or train_texts or validation_texts:
             raise InputError("--html, --work, --validation-text, --train-texts and --validation-texts go with --table")
-        _evaluate_checkpoints(checkpoints or [], _held_out(text, dataset), base, bundle, batch_size, seed, as_json)
+        _evaluate_checkpoints(
+            checkpoints or [], _held_out(text, dataset), base, bundle, batch_size, seed, as_json, wide
+        )
 
 
 def _evaluate_checkpoints(
@@ -98,7 +101,9 @@ def _evaluate_checkpoints(
     batch_size: int,
     seed: int,
     as_json: bool,
+    wide: bool,
 ) -> None:
+    from chameleon_deploy.evaluate.figures import checkpoint_sheets
     from chameleon_deploy.evaluate.scoring import bootstrap_gain
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
@@ -131,7 +136,7 @@ def _evaluate_checkpoints(
         for record in records:
             print(json.dumps(record))
     else:
-        console.stdout.print(_table(records))
+        console.show(*checkpoint_sheets(records, wide))
     if bundle:
         _require_equal(bundle, *(e.perplexity for e in found["masked"][-2:]))
 
@@ -222,24 +227,6 @@ def _require_equal(bundle: Path, reference: float, ours: float) -> None:
     console.stderr.print(f"bundle and reference differ by {difference:.1e} in perplexity, limit {limit:g}")
     if not difference <= limit:
         raise console.CheckFailedError(f"{bundle} is not this checkpoint: perplexity {ours:.4f}, not {reference:.4f}")
-
-
-def _table(records: list[dict[str, Any]]) -> Table:
-    clusters = sorted({c for record in records for c in record["perplexity_by_cluster"]})
-    table = Table("protocol", "regime", "parameters", "loss", "perplexity", "positions", "change", "95 % interval",
-                  *(f"cluster {c}" for c in clusters))  # fmt: skip
-    for record, following in zip(records, [*records[1:], records[-1]], strict=True):
-        interval = record["change_interval"]
-        by_cluster = record["perplexity_by_cluster"]
-        table.add_row(
-            record["protocol"], record["regime"], f"{record['parameters']:,}", f"{record['loss']:.4f}",
-            f"{record['perplexity']:.4f}", f"{record['positions']:,}",
-            f"{record['change']:+.2%}" if interval else "",
-            f"{interval[0]:+.2%} to {interval[1]:+.2%}" if interval else "",
-            *(f"{by_cluster[c]:.2f}" if c in by_cluster else "" for c in clusters),
-            end_section=record["protocol"] != following["protocol"],
-        )  # fmt: skip
-    return table
 
 
 if __name__ == "__main__":

@@ -8,22 +8,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
-
 from chameleon_deploy import console
+from chameleon_deploy.evaluate import page as comparison_page
 from chameleon_deploy.evaluate.experiment import PROTOCOLS, run_experiment
-from chameleon_deploy.evaluate.figures import (
-    Sheet,
-    cluster_sheet,
-    conclusion,
-    control_sheet,
-    figures,
-    regime_sheet,
-)
-from chameleon_deploy.evaluate.page import comparison_report
+from chameleon_deploy.evaluate.figures import cluster_sheet, control_sheet, figures, regime_sheet
 from chameleon_deploy.evaluate.variants import Experiment
-from chameleon_deploy.html_page import Report
+from chameleon_deploy.html_page import Page
 from chameleon_deploy.reference.model import load_trunk
 
 
@@ -39,7 +29,7 @@ def run_comparison(
 ) -> None:
     """Train, score and print; the same arguments on the same `work` go on where a killed run was, or print again."""
     started = time.perf_counter()
-    page = Report(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
+    page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
     trunk = load_trunk(base)
     with console.progress() as report:
         outcome = run_experiment(trunk, base, train_texts, scored_texts, settings, num_seeds, work, report)
@@ -51,24 +41,14 @@ def run_comparison(
         f"({outcome.train_positions:,} positions, masked), {len(scored_texts):,} scored texts"
     )
     if page and html:
-        comparison_report(page, outcome, all_figures, made_of)
+        comparison_page.fill(page, outcome, all_figures, made_of)
         page.write(html)
     if as_json:
         for f in all_figures:
             print(json.dumps(asdict(f)))
     else:
         console.stdout.print(made_of)
-        for sheet in (regime_sheet(all_figures), *(control_sheet(all_figures, p) for p in reversed(PROTOCOLS)),
-                      cluster_sheet(all_figures)):  # fmt: skip
-            console.stdout.print(_rich(sheet))
-        for protocol in reversed(PROTOCOLS):
-            console.stdout.print(conclusion(all_figures, protocol) + "\n")
+        console.show(regime_sheet(all_figures), *(control_sheet(all_figures, p) for p in reversed(PROTOCOLS)),
+                     cluster_sheet(all_figures))  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     console.stderr.print(f"{time.perf_counter() - started:.0f} s, peak resident memory {peak:.2f} GB")
-
-
-def _rich(sheet: Sheet) -> Table:
-    table = Table(*map(escape, sheet.headers), title=sheet.title, title_justify="left")
-    for number, row in enumerate(sheet.rows):
-        table.add_row(*map(escape, row), end_section=number in sheet.sections)
-    return table

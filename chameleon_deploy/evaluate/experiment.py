@@ -38,13 +38,14 @@ from chameleon_deploy.evaluate.variants import (
     num_parameters,
     usual,
 )
+from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts, split_texts
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import RECIPES
-from chameleon_deploy.reference.training import Report, train_on_states
+from chameleon_deploy.reference.training import train_on_states
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 STOPPING = 0.1  # of the training texts: they decide when to stop, so that the scored texts decide nothing
@@ -103,7 +104,7 @@ def run_experiment(
     settings: Experiment,
     num_seeds: int,
     work: Path,
-    report: Report,
+    report: Progress,
 ) -> Outcome:
     """Do, or finish, the whole experiment in `work`. A tenth of the training texts decides when to stop.
 
@@ -147,7 +148,7 @@ def run_experiment(
 
 
 def _side(
-    trunk: Trunk, protocol: Protocol, parts: dict[str, list[str]], settings: Experiment, work: Path, report: Report
+    trunk: Trunk, protocol: Protocol, parts: dict[str, list[str]], settings: Experiment, work: Path, report: Progress
 ) -> _Side:
     states, ids = {}, []
     for part, texts in parts.items():
@@ -170,7 +171,7 @@ def _train_and_score(
     settings: Experiment,
     seed: int,
     path: Path,
-    report: Report,
+    report: Progress,
 ) -> dict[str, FloatArray]:
     """Scores [texts] by "protocol.conditioning" of one checkpoint, trained if it is not there."""
     side, scores = sides[protocol], path.with_name(f"{path.name}.safetensors")
@@ -236,7 +237,9 @@ def _collect(
 @contextmanager
 def _work_directory(work: Path, made_of: str) -> Iterator[None]:
     """One process at a time works there, and on one experiment only."""
-    with locked_directory(work, f"another process is at work in {work}: wait for it or choose another --work"):
+    with locked_directory(
+        work.resolve(), f"another process is at work in {work}: wait for it or choose another --work"
+    ):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")

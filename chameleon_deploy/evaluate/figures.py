@@ -1,15 +1,17 @@
-"""What an experiment's scores say: figures with their intervals, tables of them, and a paragraph in words."""
+"""What an experiment's scores say: figures with their intervals, and tables of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from chameleon_deploy.evaluate.experiment import PROTOCOLS, Scored
 from chameleon_deploy.evaluate.scoring import bootstrap_change, seed_interval
+from chameleon_deploy.table import Sheet
 
 Interval = tuple[float, float]
 
@@ -58,16 +60,6 @@ class Figures:
     beside_chameleon_seeds: Interval | None
     beside_chameleon_texts: Interval | None
     perplexity_by_cluster: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table for any medium. sections: the numbers of the rows after which a line is drawn."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
-    sections: list[int]
 
 
 def figures(scored: Sequence[Scored], seed: int) -> list[Figures]:
@@ -135,7 +127,7 @@ def regime_sheet(all_figures: Sequence[Figures]) -> Sheet:
         rows.append([trained, regime, f"{row[0].parameters:,}", *cells])
     counts = "; ".join(f"{f.scored}: {f.positions:,} positions of {f.texts:,} texts" for f in all_figures
                        if f.regime == "base")  # fmt: skip
-    return Sheet(f"The three regimes ({counts})", headers, rows, [0, 2])
+    return Sheet(headers, rows, f"The three regimes ({counts})", sections=[0, 2])
 
 
 def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
@@ -149,47 +141,42 @@ def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
         rows.append([group, name, f"{f.parameters:,}", _loss(f), number(f.perplexity),
                      _change(f.change, f.change_interval), beside, _percents(f.beside_chameleon_texts)])  # fmt: skip
     sections = [i for i in range(len(rows) - 1) if rows[i][0] != rows[i + 1][0]]
-    return Sheet(f"Modes and controls, protocol {protocol}", headers, rows, sections)
+    return Sheet(headers, rows, f"Modes and controls, protocol {protocol}", sections=sections)
 
 
 def cluster_sheet(all_figures: Sequence[Figures]) -> Sheet:
     """Perplexity per cluster of the scored texts."""
     regimes = (("base", "none"), ("lora", "static"), ("chameleon", "cohort of 32"))
     shown = [find(all_figures, *regime, protocol, protocol) for protocol in PROTOCOLS for regime in regimes]
-    clusters = sorted({c for f in shown for c in f.perplexity_by_cluster})
-    rows = [[f.scored, f.regime, *(number(f.perplexity_by_cluster[c]) if c in f.perplexity_by_cluster else ""
-             for c in clusters)] for f in shown]  # fmt: skip
-    return Sheet("Perplexity by cluster", ["protocol", "regime", *(f"cluster {c}" for c in clusters)], rows, [2])
+    return by_cluster([(f"{f.scored}: {f.regime}", f.perplexity_by_cluster) for f in shown])
 
 
-def conclusion(all_figures: Sequence[Figures], protocol: str) -> str:
-    """What the figures of one protocol say, and no more than that."""
-
-    def of(regime: str, conditioning: str) -> Figures:
-        return find(all_figures, regime, conditioning, protocol, protocol)
-
-    lora, chameleon = of("lora", "static"), of("chameleon", "cohort of 32")
-    sentences = [
-        f"Protocol {protocol}: {chameleon.positions:,} positions, {chameleon.texts:,} texts, {chameleon.seeds} seeds. "
-        f"One LoRA changes the base's perplexity by {_change(lora.change, lora.change_interval)}, the hypernetwork in "
-        f"mode cohort by {_change(chameleon.change, chameleon.change_interval)} (over texts).",
-        _beside("The same network trained on a constant vector", of("chameleon-constant", "constant")),
-        _beside("The hypernetwork fed another cluster's mean", of("chameleon", "another cluster's mean")),
-        _beside("The hypernetwork fed conditioning dealt at random", of("chameleon", "shuffled")),
-        _beside("A LoRA of equal parameter count", of("lora-large", "static")),
+def by_cluster(perplexities: Sequence[tuple[str, Mapping[int, float]]]) -> Sheet:
+    """A row per cluster and a column per named regime."""
+    clusters = sorted({cluster for _, own in perplexities for cluster in own})
+    rows = [
+        [f"cluster {cluster}", *(number(own[cluster]) if cluster in own else "" for _, own in perplexities)]
+        for cluster in clusters
     ]
-    return " ".join(sentences)
+    return Sheet(["", *(name for name, _ in perplexities)], rows, "Perplexity by cluster")
 
 
-def _beside(subject: str, f: Figures) -> str:
-    intervals = [i for i in (f.beside_chameleon_seeds, f.beside_chameleon_texts) if i]
-    sides = {(low > 0) - (high < 0) for low, high in intervals}
-    words = "cannot be told from mode cohort"  # unless all intervals lie on one side of zero
-    if sides in ({1}, {-1}):
-        words = f"is {'worse' if sides == {1} else 'better'} than mode cohort"
-    seeds = f"{_percents(f.beside_chameleon_seeds)} over seeds, " if f.beside_chameleon_seeds else ""
-    beside = _percent(f.beside_chameleon or 0.0)
-    return f"{subject} {words}: {beside} perplexity ({seeds}{_percents(f.beside_chameleon_texts)} over texts)."
+def checkpoint_sheets(records: Sequence[Mapping[str, Any]], wide: bool) -> list[Sheet]:
+    """The records that `evaluate --json` prints as a table of few columns and one of clusters, or as one wide table."""
+    headers = ["protocol", "regime", "parameters", "perplexity", "change [95 % interval]"]
+    rows = [
+        [r["protocol"], r["regime"], f"{r['parameters']:,}", number(r["perplexity"]),
+         _change(r["change"], r["change_interval"])]
+        for r in records
+    ]  # fmt: skip
+    sections = [i for i in range(len(rows) - 1) if rows[i][0] != rows[i + 1][0]]
+    clusters = by_cluster([(f"{r['protocol']}: {r['regime']}", r["perplexity_by_cluster"]) for r in records])
+    if not wide:
+        return [Sheet(headers, rows, sections=sections), clusters]
+    headers += ["loss", "positions", *(name for name, *_ in clusters.rows)]
+    for column, (row, record) in enumerate(zip(rows, records, strict=True), 1):
+        row += [f"{record['loss']:.4f}", f"{record['positions']:,}", *(cells[column] for cells in clusters.rows)]
+    return [Sheet(headers, rows, sections=sections)]
 
 
 def number(value: float) -> str:

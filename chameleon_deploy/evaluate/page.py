@@ -12,45 +12,43 @@ from chameleon_deploy.evaluate.figures import (
     CONTROLS,
     Figures,
     cluster_sheet,
-    conclusion,
     control_sheet,
     find,
     regime_sheet,
 )
-from chameleon_deploy.html_page import Report
+from chameleon_deploy.html_page import Page
 
 COHORTS = (("1", "request"), ("4", "cohort of 4"), ("32", "cohort of 32"), ("32, mixed", "mixed batch of 32"))
 
 
-def comparison_report(report: Report, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:
+def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:
     """Fill the page: tables, then learning curves, clusters, map, gain against cohort size and mode."""
-    report.section("The three regimes")
-    report.text(settings)
-    _table(report, regime_sheet(all_figures))
-    report.text(
+    page.section("The three regimes")
+    page.text(settings)
+    page.table(regime_sheet(all_figures))
+    page.text(
         "paper: the loss of the paper's scripts, the last position of the padded text against its own token. "
         "masked: the next token over real tokens. All intervals are 95 %: over seeds, Student's; "
         "over texts, a paired bootstrap."
     )
-    report.section("Modes and controls")
+    page.section("Modes and controls")
     for protocol in reversed(PROTOCOLS):
-        _table(report, control_sheet(all_figures, protocol))
-        report.text(conclusion(all_figures, protocol))
-    report.section("Learning curves")
-    with report.plot("Loss of the early-stopping texts after each epoch; one thin line per seed.") as figure:
+        page.table(control_sheet(all_figures, protocol))
+    page.section("Learning curves")
+    with page.plot("Loss of the early-stopping texts after each epoch; one thin line per seed.") as figure:
         axes = figure.subplots(1, len(PROTOCOLS))
         for protocol, axis in zip(PROTOCOLS, axes, strict=True):
             _learning_curves(axis, outcome, protocol)
-    report.section("Perplexity by cluster")
-    _table(report, cluster_sheet(all_figures))
-    with report.plot("Protocol masked, mean over seeds.") as figure:
+    page.section("Perplexity by cluster")
+    page.table(cluster_sheet(all_figures))
+    with page.plot("Protocol masked, mean over seeds.") as figure:
         _clusters(figure.subplots(), all_figures)
-    report.section("Map of the text embeddings")
-    with report.plot("Scored texts and frozen centroids, on the first two principal components.", 6, 5) as figure:
+    page.section("Map of the text embeddings")
+    with page.plot("Scored texts and frozen centroids, on the first two principal components.", 6, 5) as figure:
         _map(figure.subplots(), outcome)
-    report.section("Gain against cohort size and mode")
+    page.section("Gain against cohort size and mode")
     caption = "Change of perplexity from the base under protocol masked, with its interval over texts."
-    with report.plot(caption) as figure:
+    with page.plot(caption) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         sizes = [(name, "chameleon", conditioning) for name, conditioning in COHORTS]
         modes = [(name.split(" ")[0], regime, conditioning) for group, regime, conditioning, name in CONTROLS
@@ -58,10 +56,6 @@ def comparison_report(report: Report, outcome: Outcome, all_figures: Sequence[Fi
         _gains(left, all_figures, sizes, "texts per cohort")
         _gains(right, all_figures, modes, "mode")
         left.set_ylabel("change of perplexity, %")
-
-
-def _table(report: Report, sheet: Any) -> None:
-    report.table(sheet.headers, sheet.rows, sheet.title)
 
 
 def _learning_curves(axis: Any, outcome: Outcome, protocol: str) -> None:

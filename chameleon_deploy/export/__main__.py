@@ -41,7 +41,7 @@ def main(
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.checkpoint import load_checkpoint
-    from chameleon_deploy.verify.report import check_table, require_passed
+    from chameleon_deploy.verify.report import check_sheet, require_passed
     from chameleon_deploy.verify.run import summary, verify_bundle
 
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
@@ -55,7 +55,7 @@ def main(
         def gates(directory: Path) -> tuple[ParitySummary, dict[str, Any]]:
             checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False)
             if not record["verified"]:
-                console.stderr.print(check_table(checks))
+                console.show(check_sheet(checks), to=console.stderr)
             require_passed(checks)  # raises: the bundle is not published
             return summary(checks), record
 

@@ -6,7 +6,7 @@ written in the graph, none is the builder's choice. TF32 is off, so that fp32 me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,10 @@ from chameleon_deploy.engines import (
 from chameleon_deploy.errors import EngineError, ProfileError
 from chameleon_deploy.manifest import TensorSpec
 from chameleon_deploy.profiles import Profile, check_profile, profiles
+from chameleon_deploy.progress import Progress
 
-Report = Callable[[str, int, int], None]  # what, done, total
 
-
-def build_engines(path: Path, report: Report) -> tuple[Path, Device]:
+def build_engines(path: Path, report: Progress) -> tuple[Path, Device]:
     """The engines of a bundle for this machine's GPU, or ahead of time with TensorRT for RTX where there is none.
 
     path    a bundle directory
@@ -63,7 +62,7 @@ def build_engine(
     file: Path,
     inputs: Sequence[TensorSpec],
     of_graph: Sequence[Profile],
-    report: Report,
+    report: Progress,
 ) -> memoryview:
     """One graph's engine, serialised.
 
@@ -137,7 +136,7 @@ def _version(tensorrt: Any) -> str:
     return f"{tensorrt.__name__} {tensorrt.__version__}"
 
 
-def _make_monitor(tensorrt: Any, what: str, report: Report) -> Any:
+def _make_monitor(tensorrt: Any, what: str, report: Progress) -> Any:
     """A tensorrt.IProgressMonitor: reports one bar of per mille, and ends the build on Ctrl-C."""
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[misc]

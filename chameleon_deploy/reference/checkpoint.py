@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chameleon_deploy.bundle import LM_HEAD, Protocol, Regime, factor_names
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA
@@ -80,12 +80,9 @@ def save_checkpoint(path: Path, config: CheckpointConfig, factors: HeadFactors, 
     tensors = {_stored_name(name): p.detach().contiguous() for name, p in factors.named_parameters()}
     if len(centroids):
         tensors["centroids"] = centroids.contiguous()
-    partial = path / (TENSOR_FILE + ".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path / TENSOR_FILE)
-    partial = path / (CONFIG_FILE + ".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-    os.replace(partial, path / CONFIG_FILE)
+    encoded = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+    write_whole(path / TENSOR_FILE, lambda partial: save_file(tensors, partial))
+    write_whole(path / CONFIG_FILE, lambda partial: partial.write_bytes(encoded))
 
 
 def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> HeadFactors:

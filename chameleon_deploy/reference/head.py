@@ -8,7 +8,6 @@ grow with the batch.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.reference.hidden_states import HiddenStates
 
 CHUNK_POSITIONS = 1024  # logits of one chunk: 1024 * 50,257 * 4 bytes = 206 MB
@@ -221,6 +221,5 @@ def _restore(factors: nn.Module, optimizer: torch.optim.Optimizer, state_dir: Pa
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, file)
+    contiguous = {name: t.contiguous() for name, t in tensors.items()}
+    write_whole(file, lambda partial: save_file(contiguous, partial))

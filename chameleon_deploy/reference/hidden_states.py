@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.reference.clustering import embed_texts
 from chameleon_deploy.reference.model import Trunk
 
@@ -69,7 +69,9 @@ def cache_hidden_states(
     key_file = directory / "hidden_states.json"
     if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
         key_file.unlink(missing_ok=True)  # a kill must not leave the old key beside new states
-        _compute(trunk, texts, protocol, max_length, offsets, file, report, batch_size)
+        write_whole(
+            file, lambda partial: _compute(trunk, texts, protocol, max_length, offsets, partial, report, batch_size)
+        )
         key_file.write_text(json.dumps({"key": key}))
     embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
     return HiddenStates(np.load(file, mmap_mode="r"), targets, offsets, embeddings)
@@ -85,10 +87,8 @@ def _compute(
     report: Callable[[int], None],
     batch_size: int,
 ) -> None:
-    partial = file.with_suffix(".partial")
-    stored = np.lib.format.open_memmap(
-        partial, mode="w+", dtype=np.float32, shape=(int(offsets[-1]), trunk.config.hidden_size)
-    )
+    shape = (int(offsets[-1]), trunk.config.hidden_size)
+    stored = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding in each batch
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -105,7 +105,6 @@ def _compute(
             stored[offsets[row] : offsets[row + 1]] = kept.numpy()
         report(start + len(rows))
     stored.flush()
-    os.replace(partial, file)
 
 
 def _targets(ids: Sequence[int], protocol: str, max_length: int, eos_token_id: int) -> npt.NDArray[np.int64]:

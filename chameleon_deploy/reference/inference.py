@@ -84,8 +84,3 @@ class RowLogits:
         return adapted_logits(
             self.read(ids)[:, positions], head_weight, adaptation.lora_A, adaptation.lora_B, alpha, ids_of_row
         )[0]
-
-
-def row_logits(checkpoint: Checkpoint, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int) -> Tensor:
-    """One call of `RowLogits`."""
-    return RowLogits(checkpoint)(ids, adaptation, row)

@@ -142,7 +142,19 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
         raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json beside it")
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
-    return trunk_from(causal_lm, backend)
+    return trunk_from(causal_lm, encoding_whole_texts(backend))
+
+
+def encoding_whole_texts(tokenizer: Any) -> Any:
+    """A `tokenizers.Tokenizer` without padding, truncation and dropout, which scripts for training save with it.
+
+    They would make a text's token ids depend on its neighbours or on chance, or cut the text.
+    """
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def trunk_from(causal_lm: Any, tokenizer: Any) -> Trunk:

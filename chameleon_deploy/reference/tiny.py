@@ -16,13 +16,14 @@ import typer
 from torch import Tensor, nn
 
 from chameleon_deploy import console
+from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import corpus
 from chameleon_deploy.reference.checkpoint import CheckpointConfig
 from chameleon_deploy.reference.head import TrainingSettings
 from chameleon_deploy.reference.hypernetwork import HIDDEN_SIZES
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.training import Report, train_checkpoint
+from chameleon_deploy.reference.training import train_checkpoint
 
 HELD_OUT = 0.1
 VOCAB_SIZE, POSITIONS, HIDDEN, LAYERS, HEADS = 2048, 256, 128, 5, 4
@@ -52,7 +53,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def train_base(texts: list[str], steps: int, seed: int, out: Path, report: Report) -> None:
+def train_base(texts: list[str], steps: int, seed: int, out: Path, report: Progress) -> None:
     """Train a GPT-2 from scratch on all texts, each ended by END_OF_TEXT, and save it in Hugging Face format."""
     import transformers
 

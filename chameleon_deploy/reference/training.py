@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
+from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
@@ -24,8 +24,6 @@ from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.residual import add_residual
 
-Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
-
 
 def train_checkpoint(
     trunk: Trunk,
@@ -34,7 +32,7 @@ def train_checkpoint(
     validation_texts: list[str],
     out: Path,
     settings: TrainingSettings,
-    report: Report,
+    report: Progress,
     resume: bool = False,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
@@ -86,7 +84,7 @@ def train_on_states(
     centroids: Tensor,
     out: Path,
     settings: TrainingSettings,
-    report: Report,
+    report: Progress,
     constant: Tensor | None = None,
 ) -> TrainingState:
     """The part of `train_checkpoint` after the trunk's work is done; it goes on where `<out>.training` has a state.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from chameleon_deploy.bundle import Bundle, FloatArray, LimitsSpec, Role
+from chameleon_deploy.machine import usable_cores
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import DeviceGraph
@@ -56,7 +56,7 @@ class CpuBackend:
             scorer = TiledScorer(sessions["hidden_scorer"])
             self.decoder = SharedCacheDecoder(session, scorer, ort_value, bundle.manifest)
         else:
-            threads = session.get_session_options().intra_op_num_threads or len(os.sched_getaffinity(0))
+            threads = session.get_session_options().intra_op_num_threads or usable_cores()
             self.decoder = GrowingCacheDecoder(session, ort_value, bundle.manifest.model, threads)
 
     def generate_factors(self, conditioning: FloatArray) -> FactorSets:

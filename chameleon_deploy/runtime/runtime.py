@@ -7,13 +7,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, opening_bundle
-from chameleon_deploy.errors import ManifestError, ModeError
+from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
@@ -24,6 +23,7 @@ from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
 
 def load(
@@ -46,8 +46,11 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    with opening_bundle(Path(path)) as bundle:
+    bundle = start_opening(Path(path))
+    try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
+    finally:
+        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
 
 
 class Runtime:
@@ -70,10 +73,7 @@ class Runtime:
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
         self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
-        try:
-            self.tokenizer: Any = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ManifestError(f"{bundle.path / 'tokenizer.json'}: {error}") from error
+        self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()

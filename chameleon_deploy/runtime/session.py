@@ -125,6 +125,7 @@ def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> P
         ):
             options.add_session_config_entry(f"session.{name}", value)
         _create_session(bundle.path / graph.file, options, CPU)
+        bundle.require_weights()  # what is made of damaged weights must not get into the cache
 
     return find_or_build(PREPACKED, key, save) / graph.file
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from chameleon_deploy import console
-from chameleon_deploy.verify.report import check_table, require_passed
+from chameleon_deploy.verify.report import check_sheet, require_passed
 from chameleon_deploy.verify.run import verify_bundle
 
 
@@ -28,6 +28,7 @@ def main(
     """Check every numeric gate against the PyTorch reference; exit 1 when one is missed."""
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
+    console.check_output(out)
     checkpoint = load_checkpoint(reference, base)
     with console.progress() as report:
         checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider, keep_trunk=False)
@@ -37,7 +38,7 @@ def main(
     if as_json:
         print(json.dumps(record))
     else:
-        console.stdout.print(check_table(checks))
+        console.show(check_sheet(checks))
     require_passed(checks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -29,7 +30,10 @@ TENSORRT_FP32 = Gate(1e-3, 0.9999, 1e-3, 1e-6, 1e-4, 2e-4, 1e-3)  # its kernels 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit; `at_least` turns the comparison round, limit None is information."""
+    """One figure against its limit; `at_least` turns the comparison round, limit None is information.
+
+    A figure that is not finite passes neither.
+    """
 
     name: str
     value: float
@@ -40,6 +44,6 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        if self.limit is None:
-            return True
-        return self.value >= self.limit if self.at_least else self.value <= self.limit  # NaN passes neither
+        if self.limit is None or not math.isfinite(self.value):
+            return math.isfinite(self.value)
+        return self.value >= self.limit if self.at_least else self.value <= self.limit

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from chameleon_deploy.console import CheckFailedError
+from chameleon_deploy.table import Sheet
 from chameleon_deploy.verify.gates import Check
 
 
-def check_table(checks: list[Check]) -> Table:
-    table = Table("graph", "check", "figure", "limit", "", "note")
-    for check in checks:
-        limit = "" if check.limit is None else f"{'>=' if check.at_least else '<='} {check.limit:g}"
-        mark = "[green]ok[/]" if check.passed else "[red]MISSED[/]"
-        table.add_row(check.graph, check.name, f"{check.value:.3g}", limit, mark, check.note)
-    return table
+def check_sheet(checks: list[Check]) -> Sheet:
+    rows = [
+        [
+            check.graph,
+            check.name,
+            f"{check.value:.3g}",
+            "" if check.limit is None else f"{'>=' if check.at_least else '<='} {check.limit:g}",
+            "ok" if check.passed else "MISSED",
+            check.note,
+        ]
+        for check in checks
+    ]
+    missed = [number for number, check in enumerate(checks) if not check.passed]
+    return Sheet(["graph", "check", "figure", "limit", "result", "note"], rows, marked=missed)
 
 
 def require_passed(checks: list[Check]) -> None:
+    """Raises CheckFailedError with the names of the missed checks."""
     missed = [f"{check.graph}: {check.name}" for check in checks if not check.passed]
     if missed:
         raise CheckFailedError(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")

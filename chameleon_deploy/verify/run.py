@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chameleon_deploy.bundle import LimitsSpec, ParitySummary
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def verify_bundle(
     checkpoint: Checkpoint,
     text: list[Path] | None,
     threads: int | None,
-    report: Any,
+    report: Progress,
     provider: str = "cpu",
     keep_trunk: bool = True,
 ) -> tuple[list[Check], dict[str, Any]]:
@@ -113,5 +114,7 @@ def verify_bundle(
 
 
 def summary(checks: list[Check]) -> ParitySummary:
+    from chameleon_deploy.verify.logit_figures import largest
+
     differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
-    return ParitySummary(all(check.passed for check in checks), len(checks), max(differences))
+    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences))

@@ -1,6 +1,5 @@
 // chameleon-run: generate and score from the shell, with the options and JSON lines of the Python commands.
 
-#include <charconv>
 #include <cstdio>
 #include <functional>
 #include <iostream>
@@ -8,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "chameleon/runtime.h"
+#include "program.h"
 #include "texts.h"
 
 namespace {
@@ -41,11 +41,6 @@ score:
   --batch-size N          texts per batch: what cohort and tenant adapt to (32)
 )";
 
-class UsageError : public chameleon::Error {
- public:
-  explicit UsageError(const std::string& message) : Error("usage", message + " (--help lists the options)") {}
-};
-
 struct Arguments {
   std::filesystem::path bundle;
   std::vector<std::string> texts;
@@ -56,16 +51,6 @@ struct Arguments {
   std::int64_t batch_size = 32;
   bool json = false;
 };
-
-template <class T>
-T number(const std::string& option, const std::string& text, T lowest = std::numeric_limits<T>::lowest()) {
-  T value{};
-  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (problem != std::errc() || end != text.data() + text.size() || !(value >= lowest)) {
-    throw UsageError("invalid value for " + option + ": '" + text + "'");
-  }
-  return value;
-}
 
 std::pair<std::int64_t, double> bias(const std::string& option, const std::string& text) {
   const std::size_t equals = text.find('=');
@@ -204,7 +189,7 @@ int main(int argc, char** argv) {
     std::cout << kHelp;
     return 0;
   }
-  try {
+  return run_program([&] {
     const std::string command = words.empty() ? "" : words.front();
     if (command != "generate" && command != "score") throw UsageError("expected the command generate or score");
     words.erase(words.begin());
@@ -212,11 +197,5 @@ int main(int argc, char** argv) {
     const chameleon::Runtime runtime(arguments.bundle, arguments.load);
     if (arguments.load.provider == "auto") std::cerr << "provider: " << runtime.provider() << '\n';
     command == "generate" ? generate(runtime, arguments) : score(runtime, arguments);
-    return 0;
-  } catch (const chameleon::Error& error) {
-    std::string line = error.what();
-    std::ranges::replace(line, '\n', ' ');
-    std::cerr << "error: " << line << " [" << error.code() << "]\n";
-    return 2;
-  }
+  });
 }

@@ -1,5 +1,5 @@
 // An HTTP service around the runtime: requests that wait together are generated as one batch, and every request is
-// streamed its own tokens as JSON lines.
+// streamed its own tokens as JSON lines. A request that fails before its first token is answered with status 400.
 //
 //   http_server BUNDLE [--port 8080] [--mode centroid] [--max-batch 8]
 //   curl -N localhost:8080/generate -d '{"prompt": "The river", "max_new_tokens": 20}'
@@ -19,12 +19,14 @@
 #include <thread>
 
 #include "chameleon/runtime.h"
+#include "program.h"
 
 namespace {
 
 using Json = nlohmann::json;
 
-/// A queue between two threads; `pop` gives nothing once the queue is closed and empty, or is empty and need not wait.
+/// A queue between two threads. `pop` returns nothing once the queue is closed and empty, or, with wait=false, as soon
+/// as it is empty.
 template <class T>
 class Channel {
  public:
@@ -60,6 +62,7 @@ struct Request {
   chameleon::Sampling sampling;
   std::string tenant;
   Channel<std::string> lines;
+  bool failed = false;             // before its first token: its only line is the error. Read after that line
   std::size_t sent = 0;            // tokens, so that a second attempt does not repeat them
   std::atomic<bool> gone = false;  // the client has closed the connection
 };
@@ -72,7 +75,6 @@ std::shared_ptr<Request> read_request(const std::string& body, const chameleon::
   const std::string prompt = json.at("prompt");
   request->prompt = runtime.encode(std::span(&prompt, 1)).front();
   request->max_new_tokens = json.value("max_new_tokens", request->max_new_tokens);
-  if (request->max_new_tokens < 1) throw chameleon::InputError("max_new_tokens must be at least 1");
   chameleon::Sampling& sampling = request->sampling;
   sampling.temperature = json.value("temperature", sampling.temperature);
   sampling.top_k = json.value("top_k", sampling.top_k);
@@ -80,9 +82,12 @@ std::shared_ptr<Request> read_request(const std::string& body, const chameleon::
   sampling.repetition_penalty = json.value("repetition_penalty", sampling.repetition_penalty);
   sampling.seed = json.value("seed", sampling.seed);
   sampling.stop = json.value("stop", sampling.stop);
-  chameleon::check(sampling, runtime.manifest().model.vocab_size);
   request->tenant = json.value("tenant", "");
   return request;
+}
+
+std::string error_line(const char* code, const char* message) {
+  return Json({{"error", message}, {"code", code}}).dump() + '\n';
 }
 
 void send(Request& request, const chameleon::Token& token) {
@@ -120,12 +125,13 @@ void generate(const chameleon::Runtime& runtime, chameleon::Mode mode, const Bat
   try {
     runtime.generate(prompts, options);
   } catch (const chameleon::Error& error) {
-    // One row's failure must not end the others: each goes on alone, and only the faulty one reports it.
+    // One row's failure must not end the others: each is generated alone, and only the faulty one reports the error.
     for (const auto& request : batch) {
       if (batch.size() > 1) {
         generate(runtime, mode, {request});
       } else {
-        request->lines.push(Json({{"error", error.what()}, {"code", error.code()}}).dump() + '\n');
+        request->failed = request->sent == 0;
+        request->lines.push(error_line(error.code(), error.what()));
       }
     }
   }
@@ -145,54 +151,93 @@ void serve_batches(const chameleon::Runtime& runtime, chameleon::Mode mode, std:
   }
 }
 
+struct Options {
+  std::filesystem::path bundle;
+  std::uint16_t port = 8080;
+  chameleon::Mode mode = chameleon::Mode::centroid;
+  std::size_t max_batch = 8;
+};
+
+constexpr const char* kUsage = "http_server BUNDLE [--port 8080] [--mode centroid] [--max-batch 8]";
+
+Options parse(std::span<char*> words) {
+  Options options;
+  if (words.size() % 2 != 1) throw UsageError(std::string("expected ") + kUsage);
+  options.bundle = words[0];
+  for (std::size_t i = 1; i < words.size(); i += 2) {
+    const std::string option = words[i], value = words[i + 1];
+    if (option == "--port") {
+      options.port = number<std::uint16_t>(option, value, 1);
+    } else if (option == "--mode") {
+      options.mode = chameleon::parse_mode(value);
+    } else if (option == "--max-batch") {
+      options.max_batch = number<std::size_t>(option, value, 1);
+    } else {
+      throw UsageError("no such option: " + option);
+    }
+  }
+  return options;
+}
+
+/// Answer with the request's lines as they come, or with status 400 where the first one is an error.
+void answer(const std::shared_ptr<Request>& request, httplib::Response& response) {
+  std::optional<std::string> line = request->lines.pop();
+  if (request->failed) {
+    response.status = httplib::StatusCode::BadRequest_400;
+    response.set_content(line.value_or(""), "application/json");
+    return;
+  }
+  response.set_chunked_content_provider(
+      "application/x-ndjson",
+      [request, line](std::size_t, httplib::DataSink& sink) mutable {
+        if (!line) {
+          sink.done();
+          return true;
+        }
+        if (!sink.write(line->data(), line->size())) return false;
+        line = request->lines.pop();
+        return true;
+      },
+      [request](bool) { request->gone = true; });
+}
+
+void serve(const Options& options) {
+  const chameleon::Runtime runtime(options.bundle, {.mode = options.mode});
+  Channel<std::shared_ptr<Request>> waiting;
+  std::jthread worker([&] { serve_batches(runtime, options.mode, options.max_batch, waiting); });
+  httplib::Server server;
+  server.new_task_queue = [] { return new httplib::ThreadPool(64); };  // a streaming request holds its thread
+  server.Get("/health", [](const httplib::Request&, httplib::Response& response) {
+    response.set_content("{\"status\": \"ok\"}\n", "application/json");
+  });
+  server.Post("/generate", [&](const httplib::Request& http, httplib::Response& response) {
+    const auto refuse = [&](const char* code, const char* message) {
+      response.status = httplib::StatusCode::BadRequest_400;
+      response.set_content(error_line(code, message), "application/json");
+    };
+    try {
+      const std::shared_ptr<Request> request = read_request(http.body, runtime);
+      waiting.push(request);
+      answer(request, response);
+    } catch (const chameleon::Error& error) {
+      refuse(error.code(), error.what());
+    } catch (const Json::exception& error) {
+      refuse(chameleon::InputError::code_word, error.what());
+    }
+  });
+  std::cout << "listening on port " << options.port << std::endl;
+  const bool listened = server.listen("127.0.0.1", options.port);
+  waiting.close();
+  if (!listened) throw chameleon::InputError("cannot listen on port " + std::to_string(options.port));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::map<std::string, std::string> options = {{"--port", "8080"}, {"--mode", "centroid"}, {"--max-batch", "8"}};
-  for (int i = 2; i + 1 < argc; i += 2) options[argv[i]] = argv[i + 1];
-  if (argc % 2 != 0 || options.size() != 3) {
-    std::cerr << "usage: http_server BUNDLE [--port 8080] [--mode centroid] [--max-batch 8]\n";
-    return 2;
-  }
-  try {
-    const chameleon::Mode mode = chameleon::parse_mode(options["--mode"]);
-    const chameleon::Runtime runtime(argv[1], {.mode = mode});
-    Channel<std::shared_ptr<Request>> waiting;
-    std::jthread worker([&] { serve_batches(runtime, mode, std::stoul(options["--max-batch"]), waiting); });
-    httplib::Server server;
-    server.new_task_queue = [] { return new httplib::ThreadPool(64); };  // a streaming request holds its thread
-    server.Get("/health", [](const httplib::Request&, httplib::Response& response) {
-      response.set_content("{\"status\": \"ok\"}\n", "application/json");
-    });
-    server.Post("/generate", [&](const httplib::Request& http, httplib::Response& response) {
-      const auto refuse = [&](const char* code, const char* what) {
-        response.status = httplib::StatusCode::BadRequest_400;
-        response.set_content(Json({{"error", what}, {"code", code}}).dump() + '\n', "application/json");
-      };
-      try {
-        const std::shared_ptr<Request> request = read_request(http.body, runtime);
-        waiting.push(request);
-        response.set_chunked_content_provider(
-            "application/x-ndjson",
-            [request](std::size_t, httplib::DataSink& sink) {
-              const std::optional<std::string> line = request->lines.pop();
-              if (line) return sink.write(line->data(), line->size());
-              sink.done();
-              return true;
-            },
-            [request](bool) { request->gone = true; });
-      } catch (const chameleon::Error& error) {
-        refuse(error.code(), error.what());
-      } catch (const Json::exception& error) {
-        refuse(chameleon::InputError::code_word, error.what());
-      }
-    });
-    std::cout << "listening on port " << options["--port"] << std::endl;
-    if (!server.listen("127.0.0.1", std::stoi(options["--port"]))) throw chameleon::InputError("cannot listen on it");
-    waiting.close();
+  const std::span words(argv + 1, argv + argc);
+  if (std::ranges::find(words, std::string_view("--help")) != words.end()) {
+    std::cout << kUsage << '\n';
     return 0;
-  } catch (const chameleon::Error& error) {
-    std::cerr << "error: " << error.what() << " [" << error.code() << "]\n";
-    return 2;
   }
+  return run_program([&] { serve(parse(words)); });
 }

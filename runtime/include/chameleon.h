@@ -1,8 +1,8 @@
-/* The C interface of the chameleon runtime, for other languages to embed.
+/* The C interface of the chameleon runtime, for embedding in other languages.
  *
- * Every function that can fail returns a chameleon_error, NULL when it did its work; the caller frees it. No exception
- * leaves a function. Text is UTF-8. Handles may be used from many threads at once, and are freed by the caller with
- * the function named after them; freeing NULL does nothing. Pointers that accessors return belong to the handle.
+ * Every function that can fail returns a chameleon_error, or NULL on success; the caller frees it. No exception leaves
+ * a function. Text is UTF-8. Many threads may use one handle at once. The caller frees a handle with the function named
+ * after it; freeing NULL does nothing. Pointers that accessors return belong to the handle.
  */
 #ifndef CHAMELEON_H
 #define CHAMELEON_H
@@ -22,16 +22,17 @@ typedef struct chameleon_adaptation chameleon_adaptation;
 typedef struct chameleon_scores chameleon_scores;
 typedef struct chameleon_generations chameleon_generations;
 
-/* The stable word, such as "input_invalid", the same as in Python. */
+/* The stable code, such as "input_invalid", the same as in Python. */
 CHAMELEON_EXPORT const char* chameleon_error_code(const chameleon_error* error);
 CHAMELEON_EXPORT const char* chameleon_error_message(const chameleon_error* error);
 CHAMELEON_EXPORT void chameleon_error_free(chameleon_error* error);
 
 typedef struct {
-  const char* provider;    /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
-  const char* mode;        /* where a call names none; NULL is "cohort", or "static" for a bundle of regime lora */
-  int threads;             /* of ONNX Runtime; 0 lets it choose */
-  int keep_weights_mapped; /* 1 saves about half of the memory; slower in batches, last bits differ */
+  const char* provider; /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
+  const char* mode;     /* default mode of the calls; NULL is "cohort", or "static" for a bundle of regime lora */
+  int threads;          /* of ONNX Runtime, within one operator; 0 lets it choose */
+  int share_weights;    /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
+                           processes; slower in batches, and last bits differ */
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,
@@ -48,25 +49,33 @@ typedef struct {
   size_t num_token_ids;
 } chameleon_text;
 
+/* One factor tensor, row-major: "lm_head.lora_A" has `rank` rows of in_features columns, "lm_head.lora_B" has `rank`
+ * rows of out_features columns, with alpha multiplied into it. */
+typedef struct {
+  const char* name;
+  const float* data;
+  size_t rows;
+  size_t columns;
+} chameleon_factor;
+
 typedef struct {
   const chameleon_text* texts;
   size_t num_texts;
-  const char* mode;           /* NULL takes the runtime's */
-  const char* const* tenants; /* mode tenant: num_texts names; else NULL */
-  int64_t rank;               /* mode static: a caller's factors, else 0 */
-  const float* lora_A;        /* [rank, hidden] */
-  const float* lora_B;        /* [rank, vocab], alpha already in it */
+  const char* mode;                /* NULL: the runtime's mode */
+  const char* const* tenants;      /* mode tenant: num_texts names; else NULL */
+  const chameleon_factor* factors; /* mode static: the caller's factor set, both tensors of every target; else NULL */
+  size_t num_factors;
 } chameleon_batch;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                                   chameleon_adaptation** adaptation);
 CHAMELEON_EXPORT size_t chameleon_adaptation_num_factor_sets(const chameleon_adaptation* adaptation);
-CHAMELEON_EXPORT int64_t chameleon_adaptation_rank(const chameleon_adaptation* adaptation);
 CHAMELEON_EXPORT const float* chameleon_adaptation_embeddings(const chameleon_adaptation* adaptation);
 CHAMELEON_EXPORT const int64_t* chameleon_adaptation_cluster_ids(const chameleon_adaptation* adaptation);
 CHAMELEON_EXPORT const int64_t* chameleon_adaptation_factor_ids(const chameleon_adaptation* adaptation);
-CHAMELEON_EXPORT const float* chameleon_adaptation_lora_A(const chameleon_adaptation* adaptation);
-CHAMELEON_EXPORT const float* chameleon_adaptation_lora_B(const chameleon_adaptation* adaptation);
+CHAMELEON_EXPORT size_t chameleon_adaptation_num_factors(const chameleon_adaptation* adaptation);
+/* The factor tensor number `index` of the first factor set; the matrices of the other sets follow it in data. */
+CHAMELEON_EXPORT chameleon_factor chameleon_adaptation_factor(const chameleon_adaptation* adaptation, size_t index);
 CHAMELEON_EXPORT void chameleon_adaptation_free(chameleon_adaptation* adaptation);
 
 CHAMELEON_EXPORT chameleon_error* chameleon_score(const chameleon_runtime* runtime, const chameleon_batch* batch,
@@ -82,7 +91,7 @@ typedef struct {
   float logprob;
 } chameleon_token_logprob;
 
-/* A zeroed struct is greedy: zero stands for "off" in every field but the seed. */
+/* A zeroed struct samples greedily: zero means "off" in every field but the seed. */
 typedef struct {
   double temperature;
   int64_t top_k;
@@ -114,10 +123,11 @@ typedef struct {
   size_t num_top_logprobs;
 } chameleon_token;
 
-/* 0 cancels this row; the others go on. */
+/* Called for every token. Return 0 to cancel this row; the other rows continue. */
 typedef int (*chameleon_on_token)(const chameleon_token* token, void* user);
 
-/* sampling: num_samplings is 1 for all prompts, where row i draws from stream i, or one per prompt, each stream 0. */
+/* sampling: one for all prompts (num_samplings 1), where row i draws from random stream i, or one per prompt, where
+ * each row draws from stream 0. NULL with num_samplings 0 samples greedily. */
 CHAMELEON_EXPORT chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                                      int64_t max_new_tokens, const chameleon_sampling* sampling,
                                                      size_t num_samplings, chameleon_on_token on_token, void* user,
@@ -137,7 +147,8 @@ CHAMELEON_EXPORT const chameleon_token_logprob* chameleon_generation_top_logprob
     const chameleon_generations* generations, size_t row, size_t token, size_t* count);
 CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
 
-/* Token ids of one text without the checks of a batch, and back; the caller frees both with chameleon_free. */
+/* Token ids of one text, without the checks of a batch, and the text of token ids. The caller frees the results with
+ * chameleon_free. */
 CHAMELEON_EXPORT chameleon_error* chameleon_encode(const chameleon_runtime* runtime, const char* text, size_t text_size,
                                                    int64_t** token_ids, size_t* count);
 CHAMELEON_EXPORT chameleon_error* chameleon_decode(const chameleon_runtime* runtime, const int64_t* token_ids,

@@ -14,8 +14,8 @@ namespace chameleon {
 
 namespace {
 
-/// The sum in the order of numpy's pairwise summation over a contiguous axis: eight interleaved sums over blocks of at
-/// most 128, longer arrays split in halves of whole eights.
+/// Numpy's pairwise summation over a contiguous axis: eight interleaved sums over blocks of at most 128 values; a
+/// longer array is split into halves whose lengths are multiples of eight.
 double pairwise_sum(std::span<const double> values) {
   const std::size_t size = values.size();
   if (size < 8) return std::accumulate(values.begin(), values.end(), 0.0);
@@ -34,7 +34,7 @@ double pairwise_sum(std::span<const double> values) {
   return sum;
 }
 
-/// sums += count * E[id], E the token embedding in the file's dtype, at any alignment.
+/// sums += count * E[id], where E is the token embedding in the file's dtype, at any alignment.
 void add_embedding(const Bundle& bundle, std::int64_t id, double count, std::span<double> sums) {
   const bool half = bundle.manifest.token_embedding.dtype == "float16";
   const std::size_t item = half ? 2 : 4;
@@ -130,29 +130,6 @@ Conditioning conditioning(Mode mode, std::span<const float> embeddings, std::spa
   return result;
 }
 
-std::pair<FactorSets, std::vector<std::int64_t>> select(const FactorSets& all,
-                                                        std::span<const std::int64_t> cluster_ids) {
-  std::vector<std::int64_t> present(cluster_ids.begin(), cluster_ids.end());
-  std::ranges::sort(present);
-  present.erase(std::ranges::unique(present).begin(), present.end());
-  const auto copy = [&](std::span<const float> sets) {
-    const std::size_t size = sets.size() / static_cast<std::size_t>(all.count);
-    std::vector<float> chosen;
-    chosen.reserve(present.size() * size);
-    for (const std::int64_t id : present) {
-      const auto set = row_of(sets, static_cast<std::size_t>(id), size);
-      chosen.insert(chosen.end(), set.begin(), set.end());
-    }
-    return chosen;
-  };
-  std::vector<std::int64_t> factor_ids;
-  for (const std::int64_t id : cluster_ids)
-    factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
-  const auto count = static_cast<std::int64_t>(present.size());
-  if (count == all.count) return {all, std::move(factor_ids)};
-  return {make_factor_sets(count, all.rank, copy(all.lora_A), copy(all.lora_B)), std::move(factor_ids)};
-}
-
 void check_tenants(Mode mode, const std::optional<std::vector<std::string>>& tenants, std::size_t batch) {
   if ((mode == Mode::tenant) != tenants.has_value()) {
     throw InputError("mode '" + std::string(to_string(mode)) + "' with tenants " + (tenants ? "given" : "missing") +
@@ -162,22 +139,6 @@ void check_tenants(Mode mode, const std::optional<std::vector<std::string>>& ten
     throw InputError(std::to_string(tenants->size()) + " tenants for " + std::to_string(batch) +
                      " texts: pass one per text");
   }
-}
-
-FactorSets check_factors(const Factors& factors, const ModelSpec& model) {
-  const auto copy = [&](const char* name, std::span<const float> values, std::int64_t width) {
-    if (factors.rank < 1 || values.size() / static_cast<std::size_t>(width) != static_cast<std::size_t>(factors.rank) ||
-        values.size() % static_cast<std::size_t>(width) != 0) {
-      throw FactorsError(std::string(name) + " has " + std::to_string(values.size()) + " values, expected rank " +
-                         std::to_string(factors.rank) + " times " + std::to_string(width));
-    }
-    if (!std::ranges::all_of(values, [](float value) { return std::isfinite(value); })) {
-      throw FactorsError(std::string(name) + " holds NaN or infinity");
-    }
-    return std::vector<float>(values.begin(), values.end());
-  };
-  return make_factor_sets(1, factors.rank, copy("lora_A", factors.lora_A, model.hidden_size),
-                          copy("lora_B", factors.lora_B, model.vocab_size));
 }
 
 }  // namespace chameleon

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "chameleon/error.h"
+#include "factors.h"
 #include "mapped_file.h"
 #include "safetensors.h"
 
@@ -36,7 +37,7 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
 }
 
 void check_digest(const fs::path& file, const FileSpec& spec) {
-  // Unmapped when hashed: the pages stay in the page cache for ONNX Runtime's own mapping, and count once.
+  // Unmapped after hashing: the pages stay in the page cache for ONNX Runtime's own mapping and are counted once.
   const MappedFile mapped(file);
   if (static_cast<std::int64_t>(mapped.bytes().size()) != spec.size) {
     throw DigestError(file.string() + ": " + std::to_string(mapped.bytes().size()) + " bytes, bundle.json says " +
@@ -55,22 +56,27 @@ std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest
 }
 
 FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
-  const std::int64_t rank = manifest.adaptation.rank;
   const fs::path file = path / "lora.safetensors";
-  auto tensors = read_safetensors(
-      MappedFile(file).text(), file.string(),
-      {{"lora_A", {1, rank, manifest.model.hidden_size}}, {"lora_B", {1, rank, manifest.model.vocab_size}}});
-  return make_factor_sets(1, rank, std::move(tensors.at("lora_A")), std::move(tensors.at("lora_B")));
+  const std::int64_t rank = manifest.adaptation.rank;
+  std::map<std::string, std::vector<std::int64_t>> shapes;
+  for (const auto& [name, width] : manifest.adaptation.factor_widths()) shapes[name] = {1, rank, width};
+  return make_factor_sets(1, rank, read_safetensors(MappedFile(file).text(), file.string(), shapes));
+}
+
+/// Every file but the manifest, whose checks have passed.
+void read_files(Bundle& bundle) {
+  const fs::path& path = bundle.path;
+  check_listing(path, bundle.manifest);
+  for (const auto& [name, spec] : bundle.manifest.files) check_digest(path / name, spec);
+  bundle.centroids = read_centroids(path, bundle.manifest);
+  if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
+  const StoredTensor& stored = bundle.manifest.token_embedding;
+  const auto weights = std::make_shared<const MappedFile>(path / stored.file);
+  bundle.embedding = weights->bytes().subspan(static_cast<std::size_t>(stored.offset));
+  bundle.mapping = weights;
 }
 
 }  // namespace
-
-FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::vector<float> lora_A,
-                            std::vector<float> lora_B) {
-  using Pair = std::pair<std::vector<float>, std::vector<float>>;
-  const auto owner = std::make_shared<const Pair>(std::move(lora_A), std::move(lora_B));
-  return {count, rank, owner->first, owner->second, owner};
-}
 
 const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider) const {
   const GraphSpec* best = nullptr;
@@ -85,7 +91,7 @@ const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider)
   return *best;
 }
 
-Bundle open_bundle(const fs::path& path) {
+Bundle open_bundle(const fs::path& path) try {
   if (!fs::is_directory(path)) {
     throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
   }
@@ -97,15 +103,10 @@ Bundle open_bundle(const fs::path& path) {
   bundle.path = path;
   bundle.manifest = parse_manifest(raw.text(), path / kManifest);
   bundle.digest = sha256(raw.bytes());
-  check_listing(path, bundle.manifest);
-  for (const auto& [name, spec] : bundle.manifest.files) check_digest(path / name, spec);
-  bundle.centroids = read_centroids(path, bundle.manifest);
-  if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
-  const StoredTensor& stored = bundle.manifest.token_embedding;
-  const auto weights = std::make_shared<const MappedFile>(path / stored.file);
-  bundle.embedding = weights->bytes().subspan(static_cast<std::size_t>(stored.offset));
-  bundle.mapping = weights;
+  read_files(bundle);
   return bundle;
+} catch (const fs::filesystem_error& error) {
+  throw BundleNotFoundError("cannot read " + path.string() + ": " + error.code().message());
 }
 
 }  // namespace chameleon

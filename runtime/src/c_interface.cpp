@@ -30,9 +30,9 @@ namespace {
 
 using namespace chameleon;
 
-chameleon_error out_of_memory{"error", "out of memory"};  // made in time: there may be no memory for it later
+chameleon_error out_of_memory{"error", "out of memory"};  // made beforehand: there may be no memory for it later
 
-/// Run `work` and turn whatever it throws into a status.
+/// Run `work` and turn any exception into an error.
 template <class Work>
 chameleon_error* guarded(const Work& work) noexcept {
   try {
@@ -51,13 +51,13 @@ chameleon_error* guarded(const Work& work) noexcept {
   }
 }
 
-/// What a chameleon_batch points to, as the C++ interface takes it.
+/// A chameleon_batch in the types of the C++ interface.
 struct Batch {
   std::vector<std::string> strings;
   std::vector<TokenIds> ids;
   AdaptOptions options;
 
-  explicit Batch(const chameleon_batch& batch, const ModelSpec& model) {
+  explicit Batch(const chameleon_batch& batch) {
     for (std::size_t i = 0; i < batch.num_texts; ++i) {
       const chameleon_text& text = batch.texts[i];
       if (text.text != nullptr) {
@@ -69,14 +69,14 @@ struct Batch {
     if (!strings.empty() && !ids.empty()) throw InputError("the batch mixes texts and token id lists: pass one kind");
     if (batch.mode != nullptr) options.mode = parse_mode(batch.mode);
     if (batch.tenants != nullptr) options.tenants.emplace(batch.tenants, batch.tenants + batch.num_texts);
-    if (batch.lora_A == nullptr && batch.lora_B == nullptr) return;
-    if (batch.lora_A == nullptr || batch.lora_B == nullptr || batch.rank < 1) {
-      throw FactorsError("factors must be a rank of at least 1 and both lora_A and lora_B");
+    if (batch.factors == nullptr) return;
+    options.factors.emplace();
+    for (const chameleon_factor& factor : std::span(batch.factors, batch.num_factors)) {
+      const std::span values(factor.data, factor.rows * factor.columns);
+      if (!options.factors->emplace(factor.name, Matrix{factor.rows, factor.columns, values}).second) {
+        throw FactorsError(std::string("factors have '") + factor.name + "' twice");
+      }
     }
-    const auto rank = static_cast<std::size_t>(batch.rank);
-    options.factors = Factors{batch.rank,
-                              {batch.lora_A, rank * static_cast<std::size_t>(model.hidden_size)},
-                              {batch.lora_B, rank * static_cast<std::size_t>(model.vocab_size)}};
   }
 
   [[nodiscard]] Texts texts() const {
@@ -129,7 +129,7 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       if (options->provider != nullptr) load.provider = options->provider;
       if (options->mode != nullptr) load.mode = parse_mode(options->mode);
       if (options->threads != 0) load.threads = options->threads;
-      load.prepack_weights = options->keep_weights_mapped == 0;
+      load.share_weights = options->share_weights != 0;
     }
     *runtime = new chameleon_runtime{Runtime(path, load)};
   });
@@ -141,14 +141,13 @@ int64_t chameleon_hidden_size(const chameleon_runtime* runtime) { return runtime
 chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                  chameleon_adaptation** adaptation) {
   return guarded([&] {
-    const Batch given(*batch, runtime->value.manifest().model);
+    const Batch given(*batch);
     *adaptation = new chameleon_adaptation{runtime->value.adapt(given.texts(), given.options)};
   });
 }
 size_t chameleon_adaptation_num_factor_sets(const chameleon_adaptation* adaptation) {
-  return static_cast<size_t>(adaptation->value.factors.count);
+  return static_cast<size_t>(adaptation->value.factors.sets.count);
 }
-int64_t chameleon_adaptation_rank(const chameleon_adaptation* adaptation) { return adaptation->value.factors.rank; }
 const float* chameleon_adaptation_embeddings(const chameleon_adaptation* adaptation) {
   return adaptation->value.embeddings.data();
 }
@@ -156,20 +155,23 @@ const int64_t* chameleon_adaptation_cluster_ids(const chameleon_adaptation* adap
   return adaptation->value.cluster_ids.data();
 }
 const int64_t* chameleon_adaptation_factor_ids(const chameleon_adaptation* adaptation) {
-  return adaptation->value.factor_ids.data();
+  return adaptation->value.factors.factor_ids.data();
 }
-const float* chameleon_adaptation_lora_A(const chameleon_adaptation* adaptation) {
-  return adaptation->value.factors.lora_A.data();
+size_t chameleon_adaptation_num_factors(const chameleon_adaptation* adaptation) {
+  return adaptation->value.factors.sets.tensors.size();
 }
-const float* chameleon_adaptation_lora_B(const chameleon_adaptation* adaptation) {
-  return adaptation->value.factors.lora_B.data();
+chameleon_factor chameleon_adaptation_factor(const chameleon_adaptation* adaptation, size_t index) {
+  const FactorSets& sets = adaptation->value.factors.sets;
+  const auto& [name, values] = *std::next(sets.tensors.begin(), static_cast<std::ptrdiff_t>(index));
+  const auto rank = static_cast<size_t>(sets.rank), matrices = rank * static_cast<size_t>(sets.count);
+  return {name.c_str(), values.data(), rank, values.size() / matrices};
 }
 void chameleon_adaptation_free(chameleon_adaptation* adaptation) { delete adaptation; }
 
 chameleon_error* chameleon_score(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                  chameleon_scores** scores) {
   return guarded([&] {
-    const Batch given(*batch, runtime->value.manifest().model);
+    const Batch given(*batch);
     *scores = new chameleon_scores{runtime->value.score(given.texts(), given.options)};
   });
 }
@@ -188,7 +190,7 @@ chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const cham
                                     int64_t max_new_tokens, const chameleon_sampling* sampling, size_t num_samplings,
                                     chameleon_on_token on_token, void* user, chameleon_generations** generations) {
   return guarded([&] {
-    const Batch given(*batch, runtime->value.manifest().model);
+    const Batch given(*batch);
     GenerateOptions options{given.options};
     options.max_new_tokens = max_new_tokens;
     std::vector<Sampling> samplings;

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace chameleon {
 
@@ -10,13 +11,26 @@ std::vector<std::span<const std::int64_t>> without_last(Rows rows) {
   return inputs;
 }
 
-std::size_t part_size(Rows rows, std::size_t tokens) {
+std::vector<std::size_t> Part::indices() const {
+  std::vector<std::size_t> rows(count);
+  std::iota(rows.begin(), rows.end(), first);
+  return rows;
+}
+
+std::vector<Part> parts(Rows rows, std::size_t tokens, std::size_t max_rows) {
+  std::vector<Part> result;
   std::size_t width = 0;
-  for (std::size_t count = 0; count < rows.size(); ++count) {
-    width = std::max(width, rows[count].size());
-    if (count > 0 && (count + 1) * width > tokens) return count;
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    width = std::max(width, rows[row].size());
+    const std::size_t count = result.empty() ? 0 : result.back().count;
+    if (count == 0 || count == max_rows || (count + 1) * width > tokens) {
+      result.push_back({row, 1});
+      width = rows[row].size();
+    } else {
+      ++result.back().count;
+    }
   }
-  return rows.size();
+  return result;
 }
 
 }  // namespace chameleon

@@ -75,12 +75,12 @@ std::size_t Row::held_back() const {
   return longest;
 }
 
-void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
+void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
                    const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
                    const std::stop_token& stop) {
   std::vector<std::size_t> active(rows.size());  // rows by their place in the cache
   std::iota(active.begin(), active.end(), 0);
-  RowFactors factors{adaptation.factors, adaptation.factor_ids};
+  RowFactors factors = adaptation.factors;
   std::vector<std::span<const std::int64_t>> prompts;
   for (const Row& row : rows) prompts.push_back(row.prompt());
   try {
@@ -108,12 +108,9 @@ void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation
       if (going.empty()) return;
       if (going.size() < active.size()) {
         decoder.keep(*cache, going);
-        for (std::size_t i = 0; i < going.size(); ++i) {
-          active[i] = active[going[i]];
-          factors.ids[i] = factors.ids[going[i]];
-        }
+        factors = factors.rows(going);
+        for (std::size_t i = 0; i < going.size(); ++i) active[i] = active[going[i]];
         active.resize(going.size());
-        factors.ids.resize(going.size());
       }
       logits = decoder.step(chosen, factors, *cache, stop);
     }

@@ -41,7 +41,7 @@ class Row {
 };
 
 /// Sample, stop, drop finished rows, decode one step, again.
-void generate_rows(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
+void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
                    const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
                    const std::stop_token& stop);
 

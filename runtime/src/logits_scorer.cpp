@@ -10,10 +10,10 @@ namespace chameleon {
 
 namespace {
 
-// Rows times width of one call; a longer row goes alone. Larger ones are no faster.
+// Rows times width of one call; a longer row goes alone. Larger calls are no faster.
 constexpr std::size_t kBatchTokens = 256;
 
-/// log softmax(logits)[target]; the sum in float64, as in Python.
+/// log softmax(logits)[target], summed in float64 as in Python.
 float logprob_of(std::span<const float> logits, std::size_t target) {
   const float highest = logits[argmax(logits)];
   double sum = 0;
@@ -28,19 +28,16 @@ std::vector<std::vector<float>> logprobs_of_logits(
     const std::function<Logits(Rows rows, const RowFactors& factors)>& all_logits) {
   std::vector<std::vector<float>> logprobs;
   const std::vector inputs = without_last(rows);
-  for (std::size_t first = 0; first < rows.size();) {
+  for (const Part& part : parts(inputs, kBatchTokens, max_rows)) {
     if (stop.stop_requested()) throw CancelledError("scoring was cancelled");
-    const Rows rest = Rows(inputs).subspan(first);
-    const Rows members = rest.first(std::min(max_rows, part_size(rest, kBatchTokens)));
-    const auto ids = std::span(factors.ids).subspan(first, members.size());
-    Logits logits = all_logits(members, {factors.sets, {ids.begin(), ids.end()}});
+    const Rows members = Rows(inputs).subspan(part.first, part.count);
+    Logits logits = all_logits(members, factors.rows(part.indices()));
     for (std::size_t i = 0; i < members.size(); ++i) {
       std::vector<float>& values = logprobs.emplace_back();
       for (std::size_t at = 0; at < members[i].size(); ++at) {
-        values.push_back(logprob_of(logits.at(i, at), static_cast<std::size_t>(rows[first + i][at + 1])));
+        values.push_back(logprob_of(logits.at(i, at), static_cast<std::size_t>(rows[part.first + i][at + 1])));
       }
     }
-    first += members.size();
   }
   return logprobs;
 }

@@ -1,10 +1,12 @@
 #include "chameleon/manifest.h"
 
 #include <array>
+#include <limits>
 #include <set>
 
 #include "chameleon/error.h"
 #include "json_fields.h"
+#include "signature.h"
 
 namespace chameleon {
 
@@ -31,16 +33,6 @@ Mode parse_mode(std::string_view name) {
 
 // One `read` per struct, found by json_fields.h through argument-dependent lookup.
 
-static void read(const Json& json, const std::string& at, Mode& mode) {
-  std::string name;
-  read(json, at, name);
-  try {
-    mode = parse_mode(name);
-  } catch (const ModeError& error) {
-    fail_at(at, error.what());
-  }
-}
-
 static void read(const Json& json, const std::string& at, TensorSpec& spec) {
   Fields(json, at)
       .required("name", spec.name)
@@ -52,7 +44,7 @@ static void read(const Json& json, const std::string& at, TensorSpec& spec) {
 static void read(const Json& json, const std::string& at, GraphSpec& spec) {
   Fields(json, at)
       .required("file", spec.file)
-      .one_of("role", spec.role, {"decoder", "hypernetwork", "chooser", "scorer"})
+      .one_of("role", spec.role, {"decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"})
       .required("cache", spec.cache)
       .required("providers", spec.providers)
       .required("inputs", spec.inputs)
@@ -87,15 +79,23 @@ static void read(const Json& json, const std::string& at, ModelSpec& model) {
       .finish();
 }
 
+static void read(const Json& json, const std::string& at, TargetSpec& target) {
+  Fields(json, at)
+      .required("name", target.name)
+      .required("in_features", target.in_features)
+      .required("out_features", target.out_features)
+      .finish();
+}
+
 static void read(const Json& json, const std::string& at, AdaptationSpec& spec) {
   Fields(json, at)
       .one_of("regime", spec.regime, {"chameleon", "lora"})
       .required("rank", spec.rank)
       .required("alpha", spec.alpha)
+      .required("targets", spec.targets)
       .required("num_clusters", spec.num_clusters)
       .one_of("protocol", spec.protocol, {"masked", "paper"})
       .required("max_length", spec.max_length)
-      .required("modes", spec.modes)
       .finish();
 }
 
@@ -104,7 +104,7 @@ static void read(const Json& json, const std::string& at, LimitsSpec& limits) {
       .required("batch", limits.batch)
       .required("sequence", limits.sequence)
       .required("past", limits.past)
-      .required("clusters", limits.clusters)
+      .required("factor_sets", limits.factor_sets)
       .finish();
 }
 
@@ -136,7 +136,6 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
       .required("graphs", manifest.graphs)
       .required("token_embedding", manifest.token_embedding)
       .required("files", manifest.files)
-      .required("determinism", manifest.determinism)
       .required("parity", manifest.parity)
       .required("checkpoint_digest", manifest.checkpoint_digest)
       .required("tools", manifest.tools)
@@ -146,13 +145,18 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
       fail_at(at + ".graphs." + name, "unknown cache " + *graph.cache);
     }
   }
-  for (const std::string& level : manifest.determinism) {
-    if (level != "F" && level != "R" && level != "B") fail_at(at + ".determinism", "unknown level " + level);
-  }
 }
 
-/// Which modes a bundle can serve: generated factors need a hypernetwork, cohorts need centroids.
-static std::set<Mode> available_modes(const AdaptationSpec& spec) {
+std::map<std::string, std::int64_t> AdaptationSpec::factor_widths() const {
+  std::map<std::string, std::int64_t> widths;
+  for (const TargetSpec& target : targets) {
+    widths[target.name + ".lora_A"] = target.in_features;
+    widths[target.name + ".lora_B"] = target.out_features;
+  }
+  return widths;
+}
+
+std::vector<Mode> available_modes(const AdaptationSpec& spec) {
   if (spec.regime == "lora") return {Mode::none, Mode::static_};
   if (spec.num_clusters == 0) return {Mode::none, Mode::static_, Mode::request};
   return {Mode::none, Mode::static_, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant};
@@ -163,7 +167,8 @@ static bool is_plain_name(std::string_view name) {
     return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
            c == '.';
   };
-  return !name.empty() && name.front() != '.' && std::ranges::all_of(name, allowed);
+  // 255 bytes is the longest file name of common file systems.
+  return !name.empty() && name.size() <= 255 && name.front() != '.' && std::ranges::all_of(name, allowed);
 }
 
 /// Whether tensor [vocab, hidden] lies inside a file of `size` bytes; written so that no product overflows.
@@ -173,54 +178,101 @@ static bool fits(const StoredTensor& tensor, std::int64_t size) {
   return tensor.shape[0] <= (size - tensor.offset) / item / tensor.shape[1];
 }
 
-static void check_consistency(const Manifest& manifest, const std::string& where) {
-  const ModelSpec& model = manifest.model;
-  const AdaptationSpec& adaptation = manifest.adaptation;
-  for (const std::int64_t dimension : {model.vocab_size, model.hidden_size, model.num_layers, model.num_attention_heads,
-                                       model.num_key_value_heads, model.head_dim, model.max_positions}) {
-    if (dimension < 1) fail_at(where, "model has a dimension below 1");
+static void check_model(const ModelSpec& model, const std::string& where) {
+  // The largest dimension: graphs count tokens in int32.
+  constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();
+  const std::initializer_list<std::pair<const char*, std::int64_t>> dimensions = {
+      {"vocab_size", model.vocab_size},
+      {"hidden_size", model.hidden_size},
+      {"num_layers", model.num_layers},
+      {"num_attention_heads", model.num_attention_heads},
+      {"num_key_value_heads", model.num_key_value_heads},
+      {"head_dim", model.head_dim},
+      {"max_positions", model.max_positions}};
+  for (const auto& [name, value] : dimensions) {
+    if (value < 1 || value > largest) {
+      fail_at(where, std::string("model.") + name + " must be between 1 and " + std::to_string(largest));
+    }
   }
-  if (adaptation.rank < 1 || adaptation.num_clusters < 0 || adaptation.max_length < 1) {
-    fail_at(where, "adaptation has a rank, num_clusters or max_length out of range");
+  if (model.num_attention_heads % model.num_key_value_heads != 0) {
+    fail_at(where, "model.num_attention_heads is not a multiple of model.num_key_value_heads");
   }
   if (model.eos_token_id < 0 || model.eos_token_id >= model.vocab_size) {
     fail_at(where, "model.eos_token_id " + std::to_string(model.eos_token_id) + " is outside the vocabulary");
   }
-  if (std::set<Mode>(adaptation.modes.begin(), adaptation.modes.end()) != available_modes(adaptation)) {
-    fail_at(where, "adaptation.modes do not fit its regime and num_clusters");
+}
+
+static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& model, const std::string& where) {
+  if (adaptation.rank < 1 || adaptation.num_clusters < 0 || adaptation.max_length < 1) {
+    fail_at(where, "adaptation has a rank, num_clusters or max_length out of range");
   }
-  const LimitsSpec& limits = manifest.limits;
-  for (const std::int64_t limit : {limits.batch, limits.sequence, limits.past, limits.clusters}) {
+  std::set<std::string> names;
+  for (const TargetSpec& target : adaptation.targets) {
+    if (target.name.empty() || target.in_features < 1 || target.out_features < 1) {
+      fail_at(where, "adaptation.targets: '" + target.name + "' has no name or a dimension below 1");
+    }
+    names.insert(target.name);
+    if (target.name == "lm_head" &&
+        (target.in_features != model.hidden_size || target.out_features != model.vocab_size)) {
+      fail_at(where, "adaptation.targets: lm_head is not [hidden_size, vocab_size]");
+    }
+  }
+  if (names.empty() || names.size() != adaptation.targets.size()) {
+    fail_at(where, "adaptation.targets must name at least one layer, and each layer once");
+  }
+}
+
+static void check_limits(const LimitsSpec& limits, const ModelSpec& model, const std::string& where) {
+  for (const std::int64_t limit : {limits.batch, limits.sequence, limits.past, limits.factor_sets}) {
     if (limit < 1) fail_at(where, "limits has a number below 1");
   }
   if (limits.sequence > model.max_positions || limits.past > model.max_positions - 1) {
     fail_at(where, "limits.sequence or limits.past is beyond the model's positions");
   }
+}
+
+static void check_files(const Manifest& manifest, const std::string& where) {
   std::set<std::string> needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file};
+  for (const auto& [name, graph] : manifest.graphs) needed.insert(graph.file);
+  if (manifest.adaptation.regime == "lora") needed.insert("lora.safetensors");
+  if (manifest.adaptation.num_clusters > 0) needed.insert("centroids.safetensors");
+  for (const std::string& name : needed) {
+    if (!manifest.files.contains(name)) fail_at(where, "'" + name + "' is needed but not listed in files");
+  }
+}
+
+static void check_roles(const Manifest& manifest, const std::string& where) {
   std::set<std::string> roles;
   for (const auto& [name, graph] : manifest.graphs) {
-    needed.insert(graph.file);
     roles.insert(graph.role);
     if (graph.cache.has_value() != (graph.role == "decoder")) {
       fail_at(where, "graphs." + name + ".cache does not fit its role '" + graph.role + "'");
     }
   }
-  if (adaptation.regime == "lora") needed.insert("lora.safetensors");
-  if (adaptation.num_clusters > 0) needed.insert("centroids.safetensors");
-  for (const std::string& name : needed) {
-    if (!manifest.files.contains(name)) fail_at(where, "'" + name + "' is needed but not listed in files");
-  }
   if (!roles.contains("decoder")) fail_at(where, "no graph has the role 'decoder'");
-  if (adaptation.regime == "chameleon" && !roles.contains("hypernetwork")) {
+  if (manifest.adaptation.regime == "chameleon" && !roles.contains("hypernetwork")) {
     fail_at(where, "no graph has the role 'hypernetwork'");
   }
+}
+
+static void check_token_embedding(const Manifest& manifest, const std::string& where) {
   const StoredTensor& stored = manifest.token_embedding;
-  if (stored.shape != std::vector{model.vocab_size, model.hidden_size}) {
+  if (stored.shape != std::vector{manifest.model.vocab_size, manifest.model.hidden_size}) {
     fail_at(where, "token_embedding does not have the shape [vocab_size, hidden_size]");
   }
   if (!fits(stored, manifest.files.at(stored.file).size)) {
     fail_at(where, "token_embedding lies outside " + stored.file);
   }
+}
+
+static void check_consistency(const Manifest& manifest, const std::string& where) {
+  check_model(manifest.model, where);
+  check_adaptation(manifest.adaptation, manifest.model, where);
+  check_limits(manifest.limits, manifest.model, where);
+  check_files(manifest, where);
+  check_roles(manifest, where);
+  check_token_embedding(manifest, where);
+  for (const auto& [name, graph] : manifest.graphs) check_graph(graph, manifest, where + ": graphs." + name);
 }
 
 Manifest parse_manifest(std::string_view raw, const std::filesystem::path& where) {

@@ -5,8 +5,10 @@
 
 #include "adaptation.h"
 #include "decoder.h"
+#include "factors.h"
 #include "generation.h"
 #include "mapped_file.h"
+#include "sampling.h"
 #include "scoring.h"
 #include "shared_cache.h"
 #ifdef CHAMELEON_WITH_TENSORRT
@@ -26,17 +28,23 @@ Tokenizer load_tokenizer(const Bundle& bundle) {
   }
 }
 
-Mode default_mode(const Manifest& manifest) {
+bool is_available(Mode mode, const AdaptationSpec& spec) {
+  const std::vector<Mode> modes = available_modes(spec);
+  return std::ranges::find(modes, mode) != modes.end();
+}
+
+Mode default_mode(const AdaptationSpec& spec) {
   for (const Mode mode : {Mode::cohort, Mode::request}) {
-    if (std::ranges::find(manifest.adaptation.modes, mode) != manifest.adaptation.modes.end()) return mode;
+    if (is_available(mode, spec)) return mode;
   }
   return Mode::static_;
 }
 
 void check_mode(Mode mode, const AdaptationSpec& spec) {
-  if (std::ranges::find(spec.modes, mode) != spec.modes.end()) return;
+  if (is_available(mode, spec)) return;
   std::string available;
-  for (const Mode choice : spec.modes) available += (available.empty() ? "" : ", ") + std::string(to_string(choice));
+  for (const Mode choice : available_modes(spec))
+    available += (available.empty() ? "" : ", ") + std::string(to_string(choice));
   throw ModeError("mode '" + std::string(to_string(mode)) + "' cannot be served by this bundle of regime '" +
                   spec.regime + "' with " + std::to_string(spec.num_clusters) + " clusters: choose one of " +
                   available);
@@ -80,7 +88,7 @@ struct Runtime::Impl {
   Bundle bundle;
   Tokenizer tokenizer;
   Mode mode;
-  std::string provider;  // the one that was taken
+  std::string provider;  // the one that runs the decoder
   std::unique_ptr<const Decoder> decoder;
   Ort::Session hypernetwork{nullptr};
   mutable std::once_flag centroid_factors_once;
@@ -98,10 +106,10 @@ struct Runtime::Impl {
 Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options)
     : bundle(open_bundle(path)),
       tokenizer(load_tokenizer(bundle)),
-      mode(options.mode.value_or(default_mode(bundle.manifest))) {
+      mode(options.mode.value_or(default_mode(bundle.manifest.adaptation))) {
   open_decoder(options);
   if (bundle.manifest.adaptation.regime == "chameleon") {
-    hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", "cpu"), options);  // whoever decodes
+    hypernetwork = open_session(env, bundle, bundle.graph("hypernetwork", "cpu"), options);  // also for TensorRT
   }
   check_mode(mode, bundle.manifest.adaptation);
   if (mode == Mode::centroid) (void)factors_of_centroids();
@@ -123,10 +131,11 @@ void Runtime::Impl::open_decoder(const LoadOptions& options) {
   const GraphSpec& graph = bundle.graph("decoder", provider);
   if (graph.cache != "shared") {
     throw ManifestError(graph.file +
-                        " has a growing cache, which this runtime does not drive: export with --precision fp32 "
+                        " has a growing cache, which this runtime does not support: export with --precision fp32 "
                         "or int8");
   }
-  TiledScorer scorer(open_session(env, bundle, bundle.graph("scorer", provider), options), bundle.manifest.model);
+  TiledScorer scorer(open_session(env, bundle, bundle.graph("hidden_scorer", provider), options),
+                     bundle.manifest.model);
   decoder = std::make_unique<const SharedCacheDecoder>(open_session(env, bundle, graph, options), std::move(scorer),
                                                        bundle.manifest);
 }
@@ -161,26 +170,24 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   Adaptation adaptation;
   adaptation.embeddings = embed(rows, bundle);
   adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
-  adaptation.factor_ids.assign(rows.size(), 0);
+  const std::vector<std::int64_t> first_set(rows.size(), 0);
   if (chosen == Mode::none) {
-    adaptation.factors = make_factor_sets(1, 1, std::vector<float>(static_cast<std::size_t>(model.hidden_size)),
-                                          std::vector<float>(static_cast<std::size_t>(model.vocab_size)));
+    adaptation.factors = {zero_factors(bundle.manifest.adaptation), first_set};
   } else if (chosen == Mode::static_) {
-    adaptation.factors = static_factors(options.factors);
+    adaptation.factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {
-    std::tie(adaptation.factors, adaptation.factor_ids) = select(factors_of_centroids(), adaptation.cluster_ids);
+    adaptation.factors = select(factors_of_centroids(), adaptation.cluster_ids);
   } else {
-    Conditioning fed = conditioning(chosen, adaptation.embeddings, adaptation.cluster_ids, options.tenants);
-    adaptation.factors = generate_factors(fed.vectors);
-    adaptation.factor_ids = std::move(fed.factor_ids);
+    Conditioning given = conditioning(chosen, adaptation.embeddings, adaptation.cluster_ids, options.tenants);
+    adaptation.factors = {generate_factors(given.vectors), std::move(given.factor_ids)};
   }
   return adaptation;
 }
 
 FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) const {
-  if (factors) return check_factors(*factors, bundle.manifest.model);
+  if (factors) return check_factors(*factors, bundle.manifest.adaptation);
   if (bundle.lora.count == 0) {
-    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA of its own");
+    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
   }
   return bundle.lora;
 }
@@ -190,22 +197,27 @@ const FactorSets& Runtime::Impl::factors_of_centroids() const {
   return centroid_factors;
 }
 
-/// conditioning [clusters, hidden] -> factor sets in the memory that ONNX Runtime wrote them to.
+/// The factor sets of conditioning vectors [factor_sets, hidden], in the memory that ONNX Runtime wrote them to.
 FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) const {
-  const ModelSpec& model = bundle.manifest.model;
-  const std::int64_t count = static_cast<std::int64_t>(conditioning.size()) / model.hidden_size;
+  const std::int64_t hidden_size = bundle.manifest.model.hidden_size;
+  const std::int64_t count = static_cast<std::int64_t>(conditioning.size()) / hidden_size;
+  const auto widths = bundle.manifest.adaptation.factor_widths();
   const char* input_names[] = {"conditioning"};
-  const char* output_names[] = {"lora_A", "lora_B"};
-  const Ort::Value inputs[] = {tensor_over<float>(conditioning, {count, model.hidden_size})};
+  const Ort::Value inputs[] = {tensor_over(conditioning, {count, hidden_size})};
+  std::vector<const char*> output_names;
   const auto outputs = std::make_shared<std::vector<Ort::Value>>();
-  for (std::size_t i = 0; i < std::size(output_names); ++i) outputs->emplace_back(nullptr);
+  for (const auto& [name, width] : widths) {
+    output_names.push_back(name.c_str());
+    outputs->emplace_back(nullptr);
+  }
   run_session(hypernetwork, {}, input_names, inputs, output_names, *outputs);
-  const std::int64_t rank = outputs->front().GetTensorTypeAndShapeInfo().GetShape().at(1);
-  const auto values = [&](std::size_t i) {
+  FactorSets sets{count, bundle.manifest.adaptation.rank, {}, outputs};
+  for (std::size_t i = 0; i < outputs->size(); ++i) {
     const Ort::Value& output = outputs->at(i);
-    return std::span(output.GetTensorData<float>(), output.GetTensorTypeAndShapeInfo().GetElementCount());
-  };
-  return {count, rank, values(0), values(1), outputs};
+    sets.tensors[output_names[i]] = {output.GetTensorData<float>(),
+                                     output.GetTensorTypeAndShapeInfo().GetElementCount()};
+  }
+  return sets;
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
@@ -241,7 +253,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
     rows.emplace_back(prompt_ids[i], std::min(value_of(options.max_new_tokens, i), room), value_of(options.sampling, i),
                       single ? i : 0, adaptation.cluster_ids[i]);
   }
-  generate_rows(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
+  stream_tokens(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
                 options.stop);
   std::vector<Generation> generations;
   generations.reserve(rows.size());

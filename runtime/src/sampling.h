@@ -7,6 +7,12 @@
 
 namespace chameleon {
 
+/// Throws InputError for a setting out of range, and TokenError for a bias of a token outside the vocabulary.
+void check(const Sampling& sampling, std::int64_t vocab_size);
+
+/// The number in [0, 1) that decides step `step` of stream `stream`.
+double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
+
 /// The tokens of one row, as the penalties count them.
 class TokenCounts {
  public:

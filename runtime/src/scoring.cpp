@@ -8,7 +8,7 @@
 namespace chameleon {
 
 double Score::logprob() const {
-  // float32 values of one text fit the 64 bits of a long double's mantissa, so their order does not matter.
+  // The 64-bit mantissa of a long double holds the sum of one text's float32 values, so their order does not matter.
   return static_cast<double>(std::accumulate(token_logprobs.begin(), token_logprobs.end(), 0.0L));
 }
 
@@ -20,24 +20,20 @@ double Score::perplexity() const {
 std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& decoder, const Adaptation& adaptation,
                               const std::stop_token& stop) {
   std::vector<Score> scores;
-  std::vector<std::size_t> members;  // those with something to predict
+  std::vector<std::size_t> members;  // rows of more than one token
   for (std::size_t row = 0; row < rows.size(); ++row) {
     scores.push_back({rows[row], {}, adaptation.cluster_ids[row]});
     if (rows[row].size() > 1) members.push_back(row);
   }
-  // Similar lengths beside each other, so that little is padding.
+  // Rows of similar length share calls, so that little is padding.
   std::ranges::stable_sort(members, {}, [&](std::size_t row) { return rows[row].size(); });
-  RowFactors factors{adaptation.factors, {}};
   std::vector<std::span<const std::int64_t>> inputs;
-  for (const std::size_t row : members) {
-    factors.ids.push_back(adaptation.factor_ids[row]);
-    inputs.emplace_back(rows[row]);
-  }
+  for (const std::size_t row : members) inputs.emplace_back(rows[row]);
   std::vector<std::vector<float>> logprobs;
   try {
-    logprobs = decoder.token_logprobs(inputs, factors, stop);
+    logprobs = decoder.token_logprobs(inputs, adaptation.factors.rows(members), stop);
   } catch (const GraphError&) {
-    if (stop.stop_requested()) throw CancelledError("scoring was cancelled");  // so ONNX Runtime reports that it was
+    if (stop.stop_requested()) throw CancelledError("scoring was cancelled");  // ONNX Runtime reports it as a failure
     throw;
   }
   for (std::size_t i = 0; i < members.size(); ++i) {

@@ -5,7 +5,7 @@
 
 namespace chameleon {
 
-/// Scores in the order of the rows. The batch was adapted as a whole; it is decoded in passes of bounded memory.
+/// Scores in the order of the rows. The batch is adapted as a whole and decoded in passes of bounded memory.
 /// Throws NumericError, or CancelledError when the stop is requested.
 std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& decoder, const Adaptation& adaptation,
                               const std::stop_token& stop);

@@ -2,19 +2,11 @@
 
 #include <onnxruntime_session_options_config_keys.h>
 
-#include <map>
+#include "signature.h"
 
 namespace chameleon {
 
 namespace {
-
-using Signature = std::map<std::string, std::pair<std::string, std::vector<Dimension>>>;
-
-Signature expected_signature(const std::vector<TensorSpec>& specs) {
-  Signature signature;
-  for (const TensorSpec& spec : specs) signature[spec.name] = {spec.dtype, spec.shape};
-  return signature;
-}
 
 std::string dtype_name(ONNXTensorElementDataType type) {
   switch (type) {
@@ -33,43 +25,44 @@ std::string dtype_name(ONNXTensorElementDataType type) {
   }
 }
 
-std::pair<std::string, std::vector<Dimension>> read_type(const Ort::TypeInfo& type) {
-  if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {"not a tensor", {}};
+TensorSpec read_tensor(const std::string& name, const Ort::TypeInfo& type) {
+  if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {name, "not a tensor", {}};
   const auto tensor = type.GetTensorTypeAndShapeInfo();
   const std::vector<std::int64_t> numbers = tensor.GetShape();
   std::vector<const char*> symbols(numbers.size());
   tensor.GetSymbolicDimensions(symbols.data(), symbols.size());
-  std::vector<Dimension> shape;
+  TensorSpec spec{name, dtype_name(tensor.GetElementType()), {}};
   for (std::size_t i = 0; i < numbers.size(); ++i) {
     if (numbers[i] >= 0) {
-      shape.emplace_back(numbers[i]);
+      spec.shape.emplace_back(numbers[i]);
     } else {
-      shape.emplace_back(std::string(symbols[i]));
+      spec.shape.emplace_back(std::string(symbols[i]));
     }
   }
-  return {dtype_name(tensor.GetElementType()), shape};
+  return spec;
 }
 
-Signature signature_of(const Ort::Session& session, bool inputs) {
+std::vector<TensorSpec> inputs_of(const Ort::Session& session) {
   Ort::AllocatorWithDefaultOptions allocator;
-  Signature signature;
-  for (std::size_t i = 0; i < (inputs ? session.GetInputCount() : session.GetOutputCount()); ++i) {
-    const auto name =
-        inputs ? session.GetInputNameAllocated(i, allocator) : session.GetOutputNameAllocated(i, allocator);
-    signature[name.get()] = read_type(inputs ? session.GetInputTypeInfo(i) : session.GetOutputTypeInfo(i));
+  std::vector<TensorSpec> inputs;
+  for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
+    inputs.push_back(read_tensor(session.GetInputNameAllocated(i, allocator).get(), session.GetInputTypeInfo(i)));
   }
-  return signature;
+  return inputs;
 }
 
-void check_signature(const Signature& expected, const Signature& actual, const std::string& where) {
-  if (expected == actual) return;
-  for (const auto& [name, tensor] : expected) {
-    const auto found = actual.find(name);
-    if (found == actual.end() || found->second != tensor) {
-      throw GraphError(where + " differ from the manifest at '" + name + "'");
-    }
+std::vector<TensorSpec> outputs_of(const Ort::Session& session) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  std::vector<TensorSpec> outputs;
+  for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
+    outputs.push_back(read_tensor(session.GetOutputNameAllocated(i, allocator).get(), session.GetOutputTypeInfo(i)));
   }
-  throw GraphError(where + " are more than the manifest lists");
+  return outputs;
+}
+
+void check_tensors(const std::vector<TensorSpec>& listed, const std::vector<TensorSpec>& actual,
+                   const std::string& where) {
+  if (const auto found = difference(listed, actual)) throw GraphError(where + " differ from the manifest: " + *found);
 }
 
 }  // namespace
@@ -86,28 +79,39 @@ void check_provider(const std::string& provider) {
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
                           const LoadOptions& options) {
   Ort::SessionOptions session_options;
-  session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // warnings about initializers help nobody who serves
-  // Its patterns are kept for every combination of input shapes ever seen: a server sees a new one at each length.
+  session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // its warnings are about initializers, not for users
+  // ONNX Runtime keeps a memory pattern for every combination of input shapes: a server sees a new one at each length.
   session_options.DisableMemPattern();
   if (options.threads.value_or(1) < 1) throw InputError("threads must be at least 1");
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
-  // A second spinning thread pool costs the decoder more than it saves here.
+  // A second spinning thread pool slows the decoder down more than it speeds up the hypernetwork.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);
-  // Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long they
-  // wait for the next step of a generation.
+  // Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to take the cores from
+  // the other session, since decoder and scorer take turns.
   session_options.AddConfigEntry("session.intra_op.spin_duration_us", "500");
-  // A scorer's packed weights would be a copy of the head's matrix; as they are they stay in the file.
-  if (!options.prepack_weights || graph.role == "scorer") {
+  // The scorer's packed weights would be a second copy of the head's matrix; unpacked, they stay in the mapped file.
+  if (options.share_weights || graph.role == "hidden_scorer") {
     session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
   }
   const std::string path = (bundle.path / graph.file).string();
   try {
     Ort::Session session(env, path.c_str(), session_options);
-    check_signature(expected_signature(graph.inputs), signature_of(session, true), path + ": its inputs");
-    check_signature(expected_signature(graph.outputs), signature_of(session, false), path + ": its outputs");
+    check_tensors(graph.inputs, inputs_of(session), path + ": its inputs");
+    check_tensors(graph.outputs, outputs_of(session), path + ": its outputs");
     return session;
   } catch (const Ort::Exception& error) {
     throw GraphError(path + ": ONNX Runtime cannot load it: " + error.what());
+  }
+}
+
+Ort::Value tensor_over(std::span<const std::byte> memory, ONNXTensorElementDataType type,
+                       std::initializer_list<std::int64_t> shape) {
+  static const auto host = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  try {
+    return Ort::Value::CreateTensor(host, const_cast<std::byte*>(memory.data()), memory.size(), shape.begin(),
+                                    shape.size(), type);
+  } catch (const Ort::Exception& error) {
+    throw GraphError(std::string("a tensor does not fit its memory: ") + error.what());
   }
 }
 

@@ -1,4 +1,4 @@
-// ONNX Runtime: opening a graph with it, and refusing what differs from the manifest.
+// ONNX Runtime: opens graphs, refuses those that differ from the manifest, and runs them.
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
@@ -13,25 +13,28 @@ namespace chameleon {
 /// Throws ProviderError for a provider that this build does not have.
 void check_provider(const std::string& provider);
 
-/// A session of one graph. Throws GraphError when the graph does not load or its signature is not the manifest's.
+/// A session of one graph. Throws GraphError when the graph does not load or its inputs and outputs are not those that
+/// the manifest lists.
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
                           const LoadOptions& options);
 
-/// Values as a tensor, without a copy: they must outlive it. ONNX Runtime reads inputs and writes what is an output.
+/// A tensor over the caller's memory, which must outlive it. Throws GraphError where the shape needs more memory.
+Ort::Value tensor_over(std::span<const std::byte> memory, ONNXTensorElementDataType type,
+                       std::initializer_list<std::int64_t> shape);
+
+/// The same for values of a type that is known here. ONNX Runtime reads inputs and writes outputs.
 template <class T>
 Ort::Value tensor_over(std::span<const T> values, std::initializer_list<std::int64_t> shape) {
-  static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(values.data()), values.size(), shape.begin(), shape.size());
+  return tensor_over(std::as_bytes(values), Ort::TypeToTensorType<T>::type, shape);
 }
 
-/// The same for values whose type is only known when the program runs.
-inline Ort::Value tensor_over(std::span<std::byte> values, ONNXTensorElementDataType type,
-                              std::initializer_list<std::int64_t> shape) {
-  static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape.begin(), shape.size(), type);
+/// One tensor of factor sets, [count, rank, width].
+inline Ort::Value factor_tensor(const FactorSets& sets, std::span<const float> values) {
+  const auto width = static_cast<std::int64_t>(values.size()) / (sets.count * sets.rank);
+  return tensor_over(values, {sets.count, sets.rank, width});
 }
 
-/// Session::Run with its errors as GraphError, one of which a stop that is requested meanwhile is.
+/// Session::Run, whose errors become GraphError. So does a stop that is requested while it runs.
 /// outputs: tensors to write, or empty values that it allocates
 void run_session(const Ort::Session& session, const std::stop_token& stop, std::span<const char* const> input_names,
                  std::span<const Ort::Value> inputs, std::span<const char* const> output_names,

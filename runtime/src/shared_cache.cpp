@@ -2,22 +2,22 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+
+#include "chameleon/error.h"
 
 namespace chameleon {
 
 namespace {
 
-// Rows times width of one call when reading prompts: bounds activations, costs nothing at this size; in int8, whose
-// digits then stay in the processor's cache, it is smaller.
+// Rows times width of one call that reads prompts. It bounds the memory of activations and costs no time at this size.
+// It is smaller in int8, whose activations then stay in the processor's cache.
 constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 
-// The same where hidden states of all positions are asked for.
+// The same for calls that compute the hidden states of all positions.
 constexpr std::size_t kScoredTokens = 256;
 
-// What a call gives beside the cache: logits after each row's last token, or hidden states of all.
-constexpr const char *kLogits = "logits", *kHiddenStates = "hidden_states";
-
-/// [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
+/// Logits [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
 Logits logits_of(Ort::Value value) {
   const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
   const auto owner = std::make_shared<Ort::Value>(std::move(value));
@@ -30,23 +30,24 @@ SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer,
     : session_(std::move(session)),
       scorer_(std::move(scorer)),
       model_(manifest.model),
-      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens) {
-  constexpr std::string_view past = "past_key_values";
-  Ort::AllocatorWithDefaultOptions allocator;
-  std::vector<std::string> outputs;
-  for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
-    const std::string name = session_.GetInputNameAllocated(i, allocator).get();
-    if (!name.starts_with(past)) continue;
-    names_.push_back(name);
-    cache_type_ = session_.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType();
-    outputs.push_back("present" + name.substr(past.size()));
+      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens),
+      cache_type_(manifest.precision == "int8" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
+                                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+  std::vector<std::string> present;
+  for (std::int64_t layer = 0; layer < model_.num_layers; ++layer) {
+    for (const char* kind : {".key", ".value"}) {
+      const std::string name = "." + std::to_string(layer) + kind;
+      names_.push_back("past_key_values" + name);
+      present.push_back("present" + name);
+    }
   }
   for (const char* name : {"input_ids", "position_ids", "logits_positions", "num_logits", "seqlens_k",
-                           "total_sequence_length", "cluster_ids", "lora_A", "lora_B"}) {
+                           "total_sequence_length", "factor_ids"}) {
     names_.emplace_back(name);
   }
+  for (const auto& [name, width] : manifest.adaptation.factor_widths()) names_.push_back(name);
   const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
-  names_.insert(names_.end(), outputs.begin(), outputs.end());
+  names_.insert(names_.end(), present.begin(), present.end());
   std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_),
                          &std::string::c_str);
   std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(present_names_),
@@ -58,16 +59,16 @@ std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows,
                                                                       const std::stop_token& stop) const {
   for (const auto& row : rows) capacity = std::max(capacity, row.size());
   auto cache = empty_cache(rows.size(), capacity);
-  const std::int64_t shape[] = {static_cast<std::int64_t>(rows.size()), model_.vocab_size};
-  Logits logits =
-      logits_of(Ort::Value::CreateTensor<float>(Ort::AllocatorWithDefaultOptions(), shape, std::size(shape)));
-  const std::span ids(factors.ids);
-  for (std::size_t first = 0; first < rows.size();) {
-    const std::size_t count = part_size(rows.subspan(first), prefill_tokens_);
-    Logits part = logits_of(
-        read(kLogits, rows.subspan(first, count), ids.subspan(first, count), factors.sets, *cache, first, stop));
-    for (std::size_t row = 0; row < count; ++row) std::ranges::copy(part.at(row), logits.at(first + row).begin());
-    first += count;
+  const auto vocab = static_cast<std::size_t>(model_.vocab_size);
+  const auto values = std::make_shared<std::vector<float>>(rows.size() * vocab);
+  Logits logits(values->data(), 1, vocab, values);
+  for (const Part& part : parts(rows, prefill_tokens_)) {
+    const Rows members = rows.subspan(part.first, part.count);
+    Logits read_logits =
+        logits_of(read(Output::logits, members, factors.rows(part.indices()), *cache, part.first, stop));
+    for (std::size_t row = 0; row < part.count; ++row) {
+      std::ranges::copy(read_logits.at(row), logits.at(part.first + row).begin());
+    }
   }
   return {std::move(logits), std::move(cache)};
 }
@@ -81,7 +82,7 @@ Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const R
                   .num_logits = 1,
                   .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
                   .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
-  Logits logits = logits_of(run(kLogits, call, factors.ids, factors.sets, cache, 0, stop));
+  Logits logits = logits_of(run(Output::logits, call, factors, cache, 0, stop));
   for (std::int64_t& length : cache.lengths) ++length;
   return logits;
 }
@@ -90,19 +91,16 @@ std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, co
                                                                    const std::stop_token& stop) const {
   TiledScorer::Batch batch(scorer_, rows, factors, stop);
   const std::vector inputs = without_last(rows);
-  for (std::size_t first = 0; first < rows.size();) {
-    const std::size_t count = part_size(Rows(inputs).subspan(first), kScoredTokens);
-    const Rows members = Rows(inputs).subspan(first, count);
+  for (const Part& part : parts(inputs, kScoredTokens)) {
+    const Rows members = Rows(inputs).subspan(part.first, part.count);
     const std::size_t width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
-    const auto cache = empty_cache(count, width);
-    const Ort::Value states =
-        read(kHiddenStates, members, std::span(factors.ids).subspan(first, count), factors.sets, *cache, 0, stop);
+    const auto cache = empty_cache(part.count, width);
+    const Ort::Value states = read(Output::hidden_states, members, factors.rows(part.indices()), *cache, 0, stop);
     const auto hidden_size = static_cast<std::size_t>(model_.hidden_size);
-    for (std::size_t row = 0; row < count; ++row) {
-      batch.add(first + row,
+    for (std::size_t row = 0; row < part.count; ++row) {
+      batch.add(part.first + row,
                 {states.GetTensorData<float>() + row * width * hidden_size, members[row].size() * hidden_size});
     }
-    first += count;
   }
   return batch.finish();
 }
@@ -119,32 +117,29 @@ void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> row
   cache.lengths.resize(rows.size());
 }
 
-/// A call that reads whole rows into an empty stretch of the cache, beginning at its row first_row.
-Ort::Value SharedCacheDecoder::read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
-                                    const FactorSets& sets, Buffers& cache, std::size_t first_row,
-                                    const std::stop_token& stop) const {
+Ort::Value SharedCacheDecoder::read(Output output, Rows rows, const RowFactors& factors, Buffers& cache,
+                                    std::size_t first_row, const std::stop_token& stop) const {
   const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
-  Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // the pad id is never attended: any will do
+  Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // padding is never attended: any id will do
             .position_ids = std::vector<std::int64_t>(rows.size() * width),
             .logits_positions = {},
-            .num_logits = output == kLogits ? 1 : 0,
+            .num_logits = output == Output::logits ? 1 : 0,
             .seqlens_k = {},
             .total_sequence_length = static_cast<std::int32_t>(width)};
   for (std::size_t row = 0; row < rows.size(); ++row) {
     std::ranges::copy(rows[row], call.input_ids.begin() + static_cast<std::ptrdiff_t>(row * width));
     for (std::size_t i = 0; i < width; ++i) call.position_ids[row * width + i] = static_cast<std::int64_t>(i);
     const auto length = static_cast<std::int64_t>(rows[row].size());
-    if (output == kLogits) call.logits_positions.push_back(length - 1);
+    if (output == Output::logits) call.logits_positions.push_back(length - 1);
     call.seqlens_k.push_back(static_cast<std::int32_t>(length - 1));
     cache.lengths[first_row + row] = length;
   }
-  if (output == kHiddenStates) call.logits_positions = call.position_ids;
-  return run(output, call, factor_ids, sets, cache, first_row, stop);
+  if (output == Output::hidden_states) call.logits_positions = call.position_ids;
+  return run(output, call, factors, cache, first_row, stop);
 }
 
-Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
-                                   const FactorSets& sets, Buffers& cache, std::size_t first_row,
-                                   const std::stop_token& stop) const {
+Ort::Value SharedCacheDecoder::run(Output output, const Call& call, const RowFactors& factors, Buffers& cache,
+                                   std::size_t first_row, const std::stop_token& stop) const {
   const auto batch = static_cast<std::int64_t>(call.seqlens_k.size());
   const auto columns = [batch](std::span<const std::int64_t> values) {
     return static_cast<std::int64_t>(values.size()) / batch;
@@ -157,7 +152,7 @@ Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::sp
     const auto capacity = static_cast<std::int64_t>(cache.capacity);
     const std::size_t row_size = row_bytes(cache.capacity);
     for (const auto& buffer : cache.values) {
-      // Past and present are the same memory: the graph writes where it reads.
+      // Past and present are the same memory: the graph writes in place.
       const std::span<std::byte> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
       for (auto* values : {&inputs, &outputs}) {
         values->push_back(
@@ -175,18 +170,17 @@ Ort::Value SharedCacheDecoder::run(const char* output, const Call& call, std::sp
   inputs.push_back(tensor_over<std::int64_t>(std::span(&call.num_logits, 1), {1}));
   inputs.push_back(tensor_over<std::int32_t>(call.seqlens_k, {batch}));
   inputs.push_back(tensor_over<std::int32_t>(std::span(&call.total_sequence_length, 1), {}));
-  inputs.push_back(tensor_over<std::int64_t>(factor_ids, {batch}));
-  inputs.push_back(tensor_over<float>(sets.lora_A, {sets.count, sets.rank, model_.hidden_size}));
-  inputs.push_back(tensor_over<float>(sets.lora_B, {sets.count, sets.rank, model_.vocab_size}));
+  inputs.push_back(tensor_over<std::int64_t>(factors.factor_ids, {batch}));
+  for (const auto& [name, values] : factors.sets.tensors) inputs.push_back(factor_tensor(factors.sets, values));
   outputs.emplace_back(nullptr);
   std::vector<const char*> output_names = present_names_;
-  output_names.push_back(output);
+  output_names.push_back(output == Output::logits ? "logits" : "hidden_states");
   run_session(session_, stop, input_names_, inputs, output_names, outputs);
   return std::move(outputs.back());
 }
 
 std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
-                                                                             std::size_t capacity) const {
+                                                                             std::size_t capacity) const try {
   auto cache = std::make_unique<Buffers>();
   cache->capacity = capacity;
   cache->lengths.assign(batch, 0);
@@ -194,6 +188,9 @@ std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std
     cache->values.push_back(std::make_unique_for_overwrite<std::byte[]>(batch * row_bytes(capacity)));
   }
   return cache;
+} catch (const std::bad_alloc&) {
+  throw LengthError("no memory for a cache of " + std::to_string(batch) + " rows of " + std::to_string(capacity) +
+                    " tokens: pass fewer rows or a smaller max_new_tokens");
 }
 
 std::size_t SharedCacheDecoder::row_bytes(std::size_t capacity) const {

@@ -7,7 +7,7 @@
 
 namespace chameleon {
 
-/// See Decoder. One session serves prompts, steps and the hidden states that are scored.
+/// See Decoder. One session reads prompts, runs steps and computes the hidden states for scoring.
 class SharedCacheDecoder final : public Decoder {
  public:
   SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest);
@@ -27,38 +27,40 @@ class SharedCacheDecoder final : public Decoder {
     std::vector<std::unique_ptr<std::byte[]>> values;
     std::size_t capacity = 0;
     std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
-    /// Of the last call. Those over `values` stand until a call is over other rows: they are most of the tensors, and
-    /// to make them anew costs 20 us per step.
+    /// Tensors of the last call. Those over `values` are reused while calls are over the same rows: creating them costs
+    /// 20 us per step.
     std::vector<Ort::Value> inputs, outputs;
     std::size_t first_row = 0;
     std::int64_t batch = 0;
   };
 
-  /// What one call reads beside the factors and the cache: arrays of [batch, width], [batch, positions] and [batch].
+  /// The output of a call besides the cache: logits after each row's last token, or hidden states of all positions.
+  enum class Output { logits, hidden_states };
+
+  /// The inputs of one call besides the factors and the cache.
   struct Call {
-    std::vector<std::int64_t> input_ids, position_ids, logits_positions;
-    std::int64_t num_logits;              // of the positions of a row; of the others there are hidden states alone
-    std::vector<std::int32_t> seqlens_k;  // real tokens of each row after the call, minus one
+    std::vector<std::int64_t> input_ids, position_ids;  // [batch, width]
+    std::vector<std::int64_t> logits_positions;         // [batch, positions]
+    std::int64_t num_logits;                            // how many of a row's positions get logits: the first ones
+    std::vector<std::int32_t> seqlens_k;                // real tokens of each row after the call, minus one
     std::int32_t total_sequence_length;
   };
 
-  /// Of one row in one buffer.
+  /// Bytes of one row in one buffer.
   [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
   [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
-  /// `output` of a call, kLogits or kHiddenStates.
-  [[nodiscard]] Ort::Value read(const char* output, Rows rows, std::span<const std::int64_t> factor_ids,
-                                const FactorSets& sets, Buffers& cache, std::size_t first_row,
-                                const std::stop_token& stop) const;
-  [[nodiscard]] Ort::Value run(const char* output, const Call& call, std::span<const std::int64_t> factor_ids,
-                               const FactorSets& sets, Buffers& cache, std::size_t first_row,
-                               const std::stop_token& stop) const;
+  /// Read whole rows into the cache, beginning at its row first_row.
+  [[nodiscard]] Ort::Value read(Output output, Rows rows, const RowFactors& factors, Buffers& cache,
+                                std::size_t first_row, const std::stop_token& stop) const;
+  [[nodiscard]] Ort::Value run(Output output, const Call& call, const RowFactors& factors, Buffers& cache,
+                               std::size_t first_row, const std::stop_token& stop) const;
 
   Ort::Session session_;
   TiledScorer scorer_;
   ModelSpec model_;
   std::size_t prefill_tokens_;
-  ONNXTensorElementDataType cache_type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  std::vector<std::string> names_;  // owns what the next two point to
+  ONNXTensorElementDataType cache_type_;
+  std::vector<std::string> names_;  // owns the characters that the next two point to
   std::vector<const char*> input_names_, present_names_;
 };
 

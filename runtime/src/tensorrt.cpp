@@ -1,7 +1,6 @@
 #include "tensorrt.h"
 
 #include <NvInferRuntime.h>
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <map>
@@ -9,38 +8,17 @@
 #include <numeric>
 
 #include "chameleon/error.h"
-#include "engines.h"
+#include "cuda.h"
 #include "logits_scorer.h"
 #include "mapped_file.h"
+#include "tensorrt_target.h"
 
 namespace chameleon {
 
 namespace {
 
 constexpr int kPrefill = 0, kDecode = 1;  // the decoder's optimization profiles
-constexpr std::size_t kAlignment = 256;   // bytes: what TensorRT asks of an address
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw DeviceError(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-/// Memory of the device.
-class DeviceMemory {
- public:
-  explicit DeviceMemory(std::size_t size) {
-    check(cudaMalloc(&address_, std::max<std::size_t>(size, 1)), "allocating memory of the GPU");
-  }
-  DeviceMemory(DeviceMemory&& other) noexcept : address_(std::exchange(other.address_, nullptr)) {}
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
-    std::swap(address_, other.address_);
-    return *this;
-  }
-  ~DeviceMemory() { cudaFree(address_); }
-  [[nodiscard]] std::byte* at(std::size_t offset = 0) const { return static_cast<std::byte*>(address_) + offset; }
-
- private:
-  void* address_ = nullptr;
-};
+constexpr std::size_t kAlignment = 256;   // bytes: the alignment that TensorRT requires
 
 class Logger final : public nvinfer1::ILogger {
  public:
@@ -59,8 +37,8 @@ class Logger final : public nvinfer1::ILogger {
   std::string last_;
 };
 
-/// Keys and values as the engine reads them, [batch, heads, width, head_dim] of each layer's key and value, every one
-/// at the beginning of its own stretch of a buffer; a step writes them with one more token into the other buffer.
+/// Keys and values of every layer, [batch, heads, width, head_dim], each at the beginning of its own stretch of a
+/// buffer. A step reads one buffer and writes the values with one more token into the other.
 struct TwoBuffers final : Cache {
   DeviceMemory past, present;
   std::size_t stretch;                  // bytes
@@ -68,17 +46,14 @@ struct TwoBuffers final : Cache {
   std::size_t capacity;                 // the largest width
   std::vector<std::vector<bool>> mask;  // [batch][width], whether a token is a real one
   std::vector<std::int64_t> lengths;    // [batch], real tokens per row: the next token's position
-  DeviceMemory lora_A, lora_B;
+  std::map<std::string, DeviceMemory> factors;
 
   TwoBuffers(std::size_t stretches, std::size_t stretch_size, std::size_t largest, const FactorSets& sets)
-      : past(stretches * stretch_size),
-        present(stretches * stretch_size),
-        stretch(stretch_size),
-        capacity(largest),
-        lora_A(sets.lora_A.size_bytes()),
-        lora_B(sets.lora_B.size_bytes()) {
-    check(cudaMemcpy(lora_A.at(), sets.lora_A.data(), sets.lora_A.size_bytes(), cudaMemcpyHostToDevice), "lora_A");
-    check(cudaMemcpy(lora_B.at(), sets.lora_B.data(), sets.lora_B.size_bytes(), cudaMemcpyHostToDevice), "lora_B");
+      : past(stretches * stretch_size), present(stretches * stretch_size), stretch(stretch_size), capacity(largest) {
+    for (const auto& [name, values] : sets.tensors) {
+      const DeviceMemory& memory = factors.try_emplace(name, values.size_bytes()).first->second;
+      check(cudaMemcpy(memory.at(), values.data(), values.size_bytes(), cudaMemcpyHostToDevice), name);
+    }
   }
 };
 
@@ -99,10 +74,12 @@ class TensorRTDecoder final : public Decoder {
  private:
   using Numbers = std::vector<std::int64_t>;
 
-  /// Refuses what the engine's profiles do not take. width: of the cache in the end
+  /// Throws LengthError for a call that the engine's profiles do not accept. width: the cache's in the end
   void check_limits(Rows rows, const FactorSets& sets, std::size_t width) const;
   [[nodiscard]] Logits read(Rows rows, const RowFactors& factors, bool last_only, TwoBuffers& cache) const;
-  /// One call: what the host gives, by input name, and shapes. The cache grows by `sequence` tokens.
+  /// An empty cache of `width` tokens per row for a batch that is within the limits.
+  [[nodiscard]] TwoBuffers empty_cache(Rows rows, const FactorSets& sets, std::size_t width) const;
+  /// One call: the host's inputs by name, and shapes. The cache grows by `sequence` tokens.
   [[nodiscard]] Logits run(int profile, std::map<std::string, Numbers> numbers, std::size_t sequence,
                            std::size_t positions, const FactorSets& sets, TwoBuffers& cache) const;
   [[nodiscard]] std::size_t row_bytes(std::size_t width) const;
@@ -116,7 +93,7 @@ class TensorRTDecoder final : public Decoder {
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::unique_ptr<nvinfer1::IExecutionContext> contexts_[2];
   cudaStream_t stream_ = nullptr;
-  mutable std::mutex mutex_;  // of the contexts and the stream: a GPU does one thing at a time
+  mutable std::mutex mutex_;  // guards the contexts and the stream: a GPU does one thing at a time
 };
 
 std::size_t item_size(nvinfer1::DataType type) {
@@ -127,7 +104,7 @@ std::size_t item_size(nvinfer1::DataType type) {
     case nvinfer1::DataType::kBF16:
       return 2;
     default:
-      throw GraphError("the engine's cache is of a type that this runtime does not know: build it again");
+      throw GraphError("the engine's cache has a type that this runtime does not know: build it again");
   }
 }
 
@@ -160,14 +137,20 @@ void TensorRTDecoder::check_limits(Rows rows, const FactorSets& sets, std::size_
   const auto longest = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
   const auto require = [](const char* name, std::size_t given, std::int64_t limit) {
     if (static_cast<std::int64_t>(given) <= limit) return;
-    throw LengthError(std::string(name) + " " + std::to_string(given) + ": the engines of this bundle take " +
+    throw LengthError(std::string(name) + " " + std::to_string(given) + ": the engines of this bundle accept " +
                       std::to_string(limit) + "; export it again with a larger `" + name +
                       "` under [limits] of its recipe");
   };
   require("batch", rows.size(), limits_.batch);
-  require("clusters", static_cast<std::size_t>(sets.count), limits_.clusters);
+  require("factor_sets", static_cast<std::size_t>(sets.count), limits_.factor_sets);
   require("sequence", longest, limits_.sequence);
   require("past", width - 1, limits_.past);
+}
+
+TwoBuffers TensorRTDecoder::empty_cache(Rows rows, const FactorSets& sets, std::size_t width) const {
+  check_limits(rows, sets, width);
+  const std::size_t stretch = (rows.size() * row_bytes(width) + kAlignment - 1) / kAlignment * kAlignment;
+  return TwoBuffers(past_.size(), stretch, width, sets);
 }
 
 std::pair<Logits, std::unique_ptr<Cache>> TensorRTDecoder::prefill(Rows rows, const RowFactors& factors,
@@ -175,12 +158,10 @@ std::pair<Logits, std::unique_ptr<Cache>> TensorRTDecoder::prefill(Rows rows, co
                                                                    const std::stop_token& /*stop*/) const {
   const auto size = &std::span<const std::int64_t>::size;
   const auto longest = std::ranges::max(rows, {}, size).size(), shortest = std::ranges::min(rows, {}, size).size();
-  // Rows of unlike length share the columns of the cache: the shortest may be continued behind the longest.
+  // Rows share the columns of the cache: the shortest row continues after the end of the longest.
   const std::size_t width = longest + std::max(capacity, longest) - shortest;
-  check_limits(rows, factors.sets, width);
-  const std::size_t stretch = (rows.size() * row_bytes(width) + kAlignment - 1) / kAlignment * kAlignment;
   const std::lock_guard lock(mutex_);
-  auto cache = std::make_unique<TwoBuffers>(past_.size(), stretch, width, factors.sets);
+  auto cache = std::make_unique<TwoBuffers>(empty_cache(rows, factors.sets, width));
   Logits logits = read(rows, factors, true, *cache);
   return {std::move(logits), std::move(cache)};
 }
@@ -188,13 +169,13 @@ std::pair<Logits, std::unique_ptr<Cache>> TensorRTDecoder::prefill(Rows rows, co
 Logits TensorRTDecoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& any_cache,
                              const std::stop_token& /*stop*/) const {
   auto& cache = dynamic_cast<TwoBuffers&>(any_cache);
-  if (cache.width >= cache.capacity) throw LengthError("the cache is full: it was made for shorter rows");
+  if (cache.width >= cache.capacity) throw LengthError("the cache is full: pass a larger capacity to prefill");
   const std::lock_guard lock(mutex_);
   for (auto& row : cache.mask) row.push_back(true);
   std::map<std::string, Numbers> numbers = {{"input_ids", {token_ids.begin(), token_ids.end()}},
                                             {"position_ids", cache.lengths},
                                             {"logits_positions", Numbers(token_ids.size(), 0)},
-                                            {"cluster_ids", factors.ids}};
+                                            {"factor_ids", factors.factor_ids}};
   for (std::int64_t& length : cache.lengths) ++length;
   return run(kDecode, std::move(numbers), 1, 1, factors.sets, cache);
 }
@@ -203,10 +184,8 @@ std::vector<std::vector<float>> TensorRTDecoder::token_logprobs(Rows rows, const
                                                                 const std::stop_token& stop) const {
   const auto all_logits = [this](Rows members, const RowFactors& own) {
     const auto width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
-    check_limits(members, own.sets, width);
-    const std::size_t stretch = (members.size() * row_bytes(width) + kAlignment - 1) / kAlignment * kAlignment;
     const std::lock_guard lock(mutex_);
-    TwoBuffers cache(past_.size(), stretch, width, own.sets);
+    TwoBuffers cache = empty_cache(members, own.sets, width);
     return read(members, own, false, cache);
   };
   return logprobs_of_logits(rows, factors, static_cast<std::size_t>(limits_.batch), stop, all_logits);
@@ -228,7 +207,7 @@ void TensorRTDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) 
   cache.lengths.resize(rows.size());
 }
 
-/// Whole rows into an empty cache.
+/// Read whole rows into an empty cache.
 Logits TensorRTDecoder::read(Rows rows, const RowFactors& factors, bool last_only, TwoBuffers& cache) const {
   const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
   Numbers input_ids(rows.size() * width), position_ids(rows.size() * width), logits_positions;
@@ -246,7 +225,7 @@ Logits TensorRTDecoder::read(Rows rows, const RowFactors& factors, bool last_onl
   std::map<std::string, Numbers> numbers = {{"input_ids", std::move(input_ids)},
                                             {"position_ids", std::move(position_ids)},
                                             {"logits_positions", std::move(logits_positions)},
-                                            {"cluster_ids", factors.ids}};
+                                            {"factor_ids", factors.factor_ids}};
   return run(kPrefill, std::move(numbers), width, last_only ? 1 : width, factors.sets, cache);
 }
 
@@ -269,19 +248,21 @@ Logits TensorRTDecoder::run(int profile, std::map<std::string, Numbers> numbers,
   for (const auto& row : cache.mask) {
     for (const bool real : row) numbers["attention_mask"].push_back(real ? 1 : 0);
   }
-  std::vector<DeviceMemory> uploaded;  // lives until the stream has been waited for
+  std::vector<DeviceMemory> uploaded;  // freed after the stream has been synchronized
   for (const auto& [name, values] : numbers) {
     const std::size_t size = values.size() * sizeof(std::int64_t);
     const DeviceMemory& memory = uploaded.emplace_back(size);
-    check(cudaMemcpyAsync(memory.at(), values.data(), size, cudaMemcpyHostToDevice, stream_), name.c_str());
-    if (name == "cluster_ids") {
+    check(cudaMemcpyAsync(memory.at(), values.data(), size, cudaMemcpyHostToDevice, stream_), name);
+    if (name == "factor_ids") {
       bind(name, memory.at(), {batch});
     } else {
       bind(name, memory.at(), {batch, static_cast<std::int64_t>(values.size()) / batch});
     }
   }
-  bind("lora_A", cache.lora_A.at(), {sets.count, sets.rank, model_.hidden_size});
-  bind("lora_B", cache.lora_B.at(), {sets.count, sets.rank, model_.vocab_size});
+  for (const auto& [name, values] : sets.tensors) {
+    const auto width = static_cast<std::int64_t>(values.size()) / (sets.count * sets.rank);
+    bind(name, cache.factors.at(name).at(), {sets.count, sets.rank, width});
+  }
   for (std::size_t i = 0; i < past_.size(); ++i) {
     bind(past_[i], cache.past.at(i * cache.stretch), {batch, model_.num_key_value_heads, past, model_.head_dim});
     const std::string present = "present" + past_[i].substr(past_[i].find('.'));
@@ -299,28 +280,6 @@ Logits TensorRTDecoder::run(int profile, std::map<std::string, Numbers> numbers,
   std::swap(cache.past, cache.present);
   cache.width += sequence;
   return {values->data(), positions, vocab, values};
-}
-
-/// The GPU and the library, as `export --target tensorrt` names them in an entry's key.
-EngineTarget current_target() {
-  int driver = 0, count = 0;
-  // Asked first: TensorRT ends the process where there is no driver.
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) throw ProviderError("no NVIDIA driver: install one");
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    throw ProviderError("the NVIDIA driver gives no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES");
-  }
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, 0), "asking for the GPU's properties");
-  const auto numbers = [](std::initializer_list<int> values) {
-    std::string text;
-    for (const int value : values) text += (text.empty() ? "" : ".") + std::to_string(value);
-    return text;
-  };
-  return {
-      .builder = "tensorrt " + numbers({NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD}),
-      .device = properties.name,
-      .compute_capability = numbers({properties.major, properties.minor}),
-      .driver = numbers({driver / 1000, driver % 1000 / 10})};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ namespace chameleon {
 
 namespace {
 
-// Of one call: fewer read the head's weights more often, of more a tile's logits leave the processor's cache.
+// Positions per call: smaller calls read the head's weights more often, larger ones evict a tile's logits from cache.
 constexpr std::size_t kPositions = 512;
 
 }  // namespace
@@ -18,7 +18,7 @@ void TiledScorer::Batch::add(std::size_t row, std::span<const float> hidden_stat
     const auto position = hidden_states.first(size);
     hidden_states_.insert(hidden_states_.end(), position.begin(), position.end());
     targets_.push_back(rows_[row][++added_[row]]);
-    cluster_ids_.push_back(factors_.ids[row]);
+    factor_ids_.push_back(factors_.factor_ids[row]);
     waiting_.push_back(row);
     if (waiting_.size() == kPositions) score();
   }
@@ -30,21 +30,26 @@ std::vector<std::vector<float>> TiledScorer::Batch::finish() {
 }
 
 void TiledScorer::Batch::score() {
-  const ModelSpec& model = scorer_.model_;
-  const FactorSets& sets = factors_.sets;
   const auto count = static_cast<std::int64_t>(waiting_.size());
-  const char* input_names[] = {"hidden_states", "targets", "cluster_ids", "lora_A", "lora_B"};
+  std::vector<const char*> input_names = {"hidden_states", "targets"};
+  std::vector<Ort::Value> inputs;
+  inputs.push_back(tensor_over<float>(hidden_states_, {count, scorer_.model_.hidden_size}));
+  inputs.push_back(tensor_over<std::int64_t>(targets_, {count}));
+  for (const auto& [name, values] : factors_.sets.tensors) {
+    if (!name.starts_with("lm_head.")) continue;  // the decoder has applied the others
+    input_names.push_back(name.c_str());
+    inputs.push_back(factor_tensor(factors_.sets, values));
+  }
+  if (inputs.size() > 2) {
+    input_names.push_back("factor_ids");
+    inputs.push_back(tensor_over<std::int64_t>(factor_ids_, {count}));
+  }
   const char* output_names[] = {"logprobs"};
-  const Ort::Value inputs[] = {tensor_over<float>(hidden_states_, {count, model.hidden_size}),
-                               tensor_over<std::int64_t>(targets_, {count}),
-                               tensor_over<std::int64_t>(cluster_ids_, {count}),
-                               tensor_over<float>(sets.lora_A, {sets.count, sets.rank, model.hidden_size}),
-                               tensor_over<float>(sets.lora_B, {sets.count, sets.rank, model.vocab_size})};
   std::vector<float> logprobs(waiting_.size());
   Ort::Value outputs[] = {tensor_over<float>(logprobs, {count})};
   run_session(scorer_.session_, stop_, input_names, inputs, output_names, outputs);
   for (std::size_t i = 0; i < waiting_.size(); ++i) logprobs_[waiting_[i]].push_back(logprobs[i]);
-  for (auto* values : {&targets_, &cluster_ids_}) values->clear();
+  for (auto* values : {&targets_, &factor_ids_}) values->clear();
   hidden_states_.clear();
   waiting_.clear();
 }

@@ -1,4 +1,4 @@
-// Log-probabilities from hidden states, by a scorer whose logits never exist at once.
+// Log-probabilities from hidden states, by a graph that never holds all logits at once.
 #pragma once
 
 #include "decoder.h"
@@ -6,19 +6,19 @@
 
 namespace chameleon {
 
-/// scorer_cpu.onnx. Positions of all rows go through the head together, as many as a call takes.
+/// hidden_scorer.onnx. Positions of all rows share calls of a fixed size.
 class TiledScorer {
  public:
   TiledScorer(Ort::Session session, const ModelSpec& model) : session_(std::move(session)), model_(model) {}
 
-  /// The log-probabilities of a batch, whose hidden states come in any pieces.
+  /// Collects the log-probabilities of a batch, whose hidden states are added in pieces of any size.
   class Batch {
    public:
-    /// rows: of at least two tokens; they and the rest must outlive this
+    /// rows: at least two tokens each. All arguments must outlive this
     Batch(const TiledScorer& scorer, Rows rows, const RowFactors& factors, const std::stop_token& stop);
-    /// Of the next positions of a row: [n, hidden].
+    /// Add hidden states [n, hidden] of the next positions of a row.
     void add(std::size_t row, std::span<const float> hidden_states);
-    /// -> of every row, as Decoder::token_logprobs gives them. Nothing can be added after it.
+    /// The log-probabilities of every row, as Decoder::token_logprobs returns them. Nothing can be added afterwards.
     std::vector<std::vector<float>> finish();
 
    private:
@@ -30,9 +30,9 @@ class TiledScorer {
     const std::stop_token& stop_;
     std::vector<std::vector<float>> logprobs_;
     std::vector<std::size_t> added_;    // positions of each row so far
-    std::vector<std::size_t> waiting_;  // the row of each position that waits
+    std::vector<std::size_t> waiting_;  // the row of each position that is not scored yet
     std::vector<float> hidden_states_;  // [waiting, hidden]
-    std::vector<std::int64_t> targets_, cluster_ids_;
+    std::vector<std::int64_t> targets_, factor_ids_;
   };
 
  private:

@@ -21,7 +21,8 @@ namespace {
 constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
                                     R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
-// What Digits splits off: `tokenizers` goes by Unicode 17, which has thirteen numbers more than the Unicode 16 of PCRE2.
+// The characters that Digits splits at. `tokenizers` follows Unicode 17, which has thirteen more numbers than the
+// Unicode 16 of PCRE2.
 constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
 
 constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
@@ -70,16 +71,24 @@ void require_type(const Json& json, const char* key, const char* type) {
   }
 }
 
+/// For an option that pads or cuts a text, or makes its token ids depend on chance: export leaves none of them on.
+[[noreturn]] void refuse_option(const char* name) {
+  fail_at("tokenizer.json", std::string(name) + " is not supported: export again, which sets it to null");
+}
+
 /// Options that would change token ids and that GPT-2's family leaves off.
 void refuse_options(const Json& json) {
   require_type(json, "model", "BPE");
   require_type(json, "decoder", "ByteLevel");
-  for (const char* key : {"normalizer", "truncation", "padding"}) {
-    if (!json.value(key, Json()).is_null()) fail_at("tokenizer.json", std::string(key) + " is not supported");
+  for (const char* key : {"truncation", "padding"}) {
+    if (!json.value(key, Json()).is_null()) refuse_option(key);
   }
-  for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+  const Json dropout = json.at("model").value("dropout", Json());
+  if (!dropout.is_null() && dropout != 0) refuse_option("model.dropout");
+  if (!json.value("normalizer", Json()).is_null()) fail_at("tokenizer.json", "normalizer is not supported");
+  for (const char* key : {"unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
     const Json option = json.at("model").value(key, Json());
-    if (!option.is_null() && option != "" && option != 0) {
+    if (!option.is_null() && option != "") {
       fail_at("tokenizer.json", std::string("model.") + key + " is not supported");
     }
   }
@@ -201,7 +210,8 @@ void Tokenizer::Impl::encode_text(std::string_view text, std::vector<std::int64_
 /// What Digits leaves in one piece: its words, each merged on its own.
 void Tokenizer::Impl::encode_words(std::string_view text, std::vector<std::int64_t>& ids) const {
   if (text.empty()) return;
-  const std::string prefixed = rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
+  const std::string prefixed =
+      rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
   if (!prefixed.empty()) text = prefixed;
   std::size_t done = 0;
   while (done < text.size()) {  // the pattern matches at every place: each character is in one of its classes

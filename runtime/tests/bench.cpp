@@ -1,11 +1,14 @@
-// Measures what the issue bounds: decoding speed, the time outside Session::Run, and resident memory.
+// Measures decoding speed, the time spent outside Session::Run, and resident memory. Prints one line of JSON.
 //
-//   chameleon_bench decode BUNDLE [batch] [tokens]           one line of JSON: milliseconds per step, and the share
-//   outside chameleon_bench load BUNDLE [packed|mapped]              resident memory after loading, after one step
-//   chameleon_bench soak BUNDLE [threads] [requests]         resident memory after every tenth of the requests
+//   chameleon_bench decode BUNDLE [batch] [tokens]
+//       milliseconds per step, and the share spent outside Session::Run
+//   chameleon_bench load BUNDLE [packed|shared]
+//       resident memory after loading and after generating 32 tokens
+//   chameleon_bench soak BUNDLE [threads] [requests]
+//       resident memory after every tenth of the requests
 //
-// Time inside Session::Run is taken by putting a clock around OrtApi::Run in this program's copy of the function table,
-// so the library itself carries no instrument.
+// Time inside Session::Run is measured by wrapping OrtApi::Run in this program's copy of the function table, so the
+// library itself carries no instrumentation.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -101,9 +104,9 @@ void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
             << std::endl;
 }
 
-void load(const std::string& bundle, bool packed) {
+void load(const std::string& bundle, bool share_weights) {
   const double before = resident_mib();
-  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .prepack_weights = packed});
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .share_weights = share_weights});
   double weights = 0;
   for (const auto& [name, file] : runtime.manifest().files) weights += static_cast<double>(file.size) / (1 << 20);
   const double loaded = resident_mib();
@@ -170,7 +173,7 @@ int main(int argc, char** argv) {
   if (what == "decode") {
     decode(bundle, std::stoul(word(2, "1")), std::stol(word(3, "64")));
   } else if (what == "load") {
-    load(bundle, word(2, "packed") == "packed");
+    load(bundle, word(2, "packed") == "shared");
   } else if (what == "soak") {
     soak(bundle, std::stoul(word(2, "64")), std::stoul(word(3, "10000")));
   } else {

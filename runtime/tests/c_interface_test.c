@@ -34,7 +34,7 @@ int main(int argc, char** argv) {
 
   const int64_t ids[] = {5, 6, 7};
   chameleon_text texts[] = {{"The river", 9, NULL, 0}, {NULL, 0, ids, 3}};
-  chameleon_batch batch = {texts, 2, NULL, NULL, 0, NULL, NULL};
+  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0};
   chameleon_generations* generations = NULL;
   error = chameleon_generate(runtime, &batch, 4, NULL, 0, NULL, NULL, &generations);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0); /* mixed kinds */
@@ -77,6 +77,24 @@ int main(int argc, char** argv) {
   CHECK(chameleon_score_token_logprobs(scores, 0, &num_logprobs)[0] < 0 && num_logprobs + 1 == count);
   chameleon_scores_free(scores);
 
+  float lora_A[16] = {0}, lora_B[320] = {0};
+  const chameleon_factor factors[] = {{"lm_head.lora_A", lora_A, 1, 16}, {"lm_head.lora_B", lora_B, 1, 320}};
+  batch.mode = "static";
+  batch.factors = factors;
+  batch.num_factors = 2;
+  chameleon_adaptation* adaptation = NULL;
+  CHECK(chameleon_adapt(runtime, &batch, &adaptation) == NULL);
+  CHECK(chameleon_adaptation_num_factor_sets(adaptation) == 1 && chameleon_adaptation_num_factors(adaptation) == 2);
+  const chameleon_factor second = chameleon_adaptation_factor(adaptation, 1);
+  CHECK(strcmp(second.name, "lm_head.lora_B") == 0 && second.rows == 1 && second.columns == 320);
+  CHECK(memcmp(second.data, lora_B, sizeof lora_B) == 0);
+  chameleon_adaptation_free(adaptation);
+  batch.num_factors = 1;
+  error = chameleon_adapt(runtime, &batch, &adaptation);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "factors_invalid") == 0);
+  chameleon_error_free(error);
+
+  batch.factors = NULL;
   batch.mode = "nonsense";
   error = chameleon_score(runtime, &batch, &scores);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "mode_unavailable") == 0);

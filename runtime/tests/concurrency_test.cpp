@@ -85,7 +85,7 @@ TEST(Concurrency, TheFirstUseOfCentroidFactorsFromManyThreads) {
     }
   }
   for (const Adaptation& adaptation : found) {
-    EXPECT_TRUE(std::ranges::equal(adaptation.factors.lora_B, found[0].factors.lora_B));
+    EXPECT_TRUE(std::ranges::equal(lora_B_of(adaptation), lora_B_of(found[0])));
   }
 }
 
@@ -110,7 +110,7 @@ TEST(Concurrency, CancelledAndFailingRequestsLeaveOthersAlone) {
     });
     std::jthread failing([&] {
       const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
-      GenerateOptions options{{.mode = Mode::static_, .factors = Factors{1, lora_A, lora_B}}};
+      GenerateOptions options{{.mode = Mode::static_, .factors = head_factors(1, lora_A, lora_B)}};
       while (!done) {
         EXPECT_THROW(runtime.generate(work[0].rows, options), NumericError);
         ++disturbed;

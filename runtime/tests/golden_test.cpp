@@ -45,18 +45,19 @@ TEST_P(Golden, Agrees) {
 
   const Adaptation adaptation = runtime.adapt(given.rows, given.options);
   EXPECT_EQ(adaptation.cluster_ids, expected.at("cluster_ids").get<TokenIds>());
-  EXPECT_EQ(adaptation.factor_ids, expected.at("factor_ids").get<TokenIds>());
+  EXPECT_EQ(adaptation.factors.factor_ids, expected.at("factor_ids").get<TokenIds>());
   std::vector<float> embeddings;
   for (const Json& row : expected.at("embeddings")) {
     for (const Json& value : row) embeddings.push_back(value.get<float>());
   }
   EXPECT_EQ(adaptation.embeddings, embeddings);
   const Json& first = expected.at("lora_B_first");
-  ASSERT_EQ(adaptation.factors.count, static_cast<std::int64_t>(first.size()));
-  const std::size_t stride = adaptation.factors.lora_B.size() / first.size();
+  ASSERT_EQ(adaptation.factors.sets.count, static_cast<std::int64_t>(first.size()));
+  const std::span<const float> lora_B = lora_B_of(adaptation);
+  const std::size_t stride = lora_B.size() / first.size();
   for (std::size_t set = 0; set < first.size(); ++set) {
     for (std::size_t i = 0; i < first[set].size(); ++i) {
-      EXPECT_NEAR(adaptation.factors.lora_B[set * stride + i], first[set][i].get<float>(), kTolerance);
+      EXPECT_NEAR(lora_B[set * stride + i], first[set][i].get<float>(), kTolerance);
     }
   }
 

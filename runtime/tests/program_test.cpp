@@ -129,6 +129,7 @@ TEST(Program, AMistakeIsOneLineAndExitCodeTwo) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"generate " + bundle(), "input_invalid"},
       {"generate /nowhere --prompt x", "bundle_not_found"},
+      {"generate " + std::string(5000, 'x') + " --prompt x", "bundle_not_found"},
       {"generate " + bundle() + " --prompt x --mode nonsense", "mode_unavailable"},
       {"generate " + bundle() + " --prompt x --max-new-tokens many", "usage"},
       {"generate " + bundle() + " --prompt x --max-new-tokens 0", "usage"},

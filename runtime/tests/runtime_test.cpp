@@ -55,8 +55,8 @@ TEST(Inputs, AreChecked) {
 
 TEST(Inputs, CallersFactorsAreChecked) {
   std::vector<float> lora_A(2 * 16, 1), lora_B(2 * 320, 1);
-  const auto adapt = [&](std::int64_t rank, Mode mode = Mode::static_) {
-    (void)runtime().adapt(kRows, {.mode = mode, .factors = Factors{rank, lora_A, lora_B}});
+  const auto adapt = [&](std::size_t rank, Mode mode = Mode::static_) {
+    (void)runtime().adapt(kRows, {.mode = mode, .factors = head_factors(rank, lora_A, lora_B)});
   };
   EXPECT_NO_THROW(adapt(2));
   EXPECT_THROW(adapt(2, Mode::cohort), ModeError);
@@ -103,9 +103,10 @@ TEST(Generation, CachedStepsEqualReadingAllAtOnce) {
     longer.insert(longer.end(), generations[row].token_ids.begin(), generations[row].token_ids.end() - 1);
     // The factors of a row stay what its prompt made them, so they are passed on.
     const std::vector<TokenIds> prompt = {kRows[row]}, all = {longer};
-    const FactorSets factors = runtime().adapt(prompt, {.mode = Mode::centroid}).factors;
+    const FactorSets sets = runtime().adapt(prompt, {.mode = Mode::centroid}).factors.sets;
     GenerateOptions next = options(Mode::static_, 1);
-    next.factors = Factors{factors.rank, factors.lora_A, factors.lora_B};
+    next.factors = head_factors(static_cast<std::size_t>(sets.rank), sets.tensors.at("lm_head.lora_A"),
+                                sets.tensors.at("lm_head.lora_B"));
     EXPECT_EQ(runtime().generate(all, next)[0].token_ids[0], generations[row].token_ids.back());
   }
 }
@@ -172,7 +173,7 @@ TEST(Callbacks, AnExceptionReachesTheCallerAndHarmsNothing) {
 TEST(Numbers, FactorsThatOverflowAreReported) {
   const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
   GenerateOptions overflowing = options(Mode::static_);
-  overflowing.factors = Factors{1, lora_A, lora_B};
+  overflowing.factors = head_factors(1, lora_A, lora_B);
   EXPECT_THROW(runtime().generate(kRows, overflowing), NumericError);
   EXPECT_THROW((void)runtime().score(kRows, overflowing), NumericError);
 }
@@ -183,17 +184,15 @@ TEST(Isolation, FactorsDoNotDependOnNeighbours) {
     for (std::size_t row = 0; row < kRows.size(); ++row) {
       const std::vector<TokenIds> one = {kRows[row]};
       const Adaptation alone = runtime().adapt(one, {.mode = mode});
-      const std::size_t size = alone.factors.lora_B.size();
-      const auto of_row =
-          together.factors.lora_B.subspan(static_cast<std::size_t>(together.factor_ids[row]) * size, size);
-      // Equal to the last bits: the product of one row may be summed in another order than that of many.
-      for (std::size_t i = 0; i < size; ++i) ASSERT_NEAR(of_row[i], alone.factors.lora_B[i], 1e-6);
+      const std::size_t size = lora_B_of(alone).size();
+      const auto set = static_cast<std::size_t>(together.factors.factor_ids[row]);
+      EXPECT_TRUE(std::ranges::equal(lora_B_of(together).subspan(set * size, size), lora_B_of(alone)));
     }
   }
 }
 
-TEST(Prepacking, ChangesNoResultBeyondTheLastBits) {
-  const Runtime mapped(good_bundle("chameleon_masked"), {.prepack_weights = false});
+TEST(SharedWeights, ChangeNoResultBeyondTheLastBits) {
+  const Runtime mapped(good_bundle("chameleon_masked"), {.share_weights = true});
   const auto packed_scores = runtime().score(kRows), mapped_scores = mapped.score(kRows);
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     for (std::size_t i = 0; i < packed_scores[row].token_logprobs.size(); ++i) {
@@ -227,13 +226,13 @@ TEST(Score, FromLogits) {
   std::vector<std::vector<std::int64_t>> calls;
   // The logit of token t after token id of a text with factor set f is t * id + f * f * t.
   const auto all_logits = [&](Rows members, const RowFactors& factors) {
-    calls.push_back(factors.ids);
+    calls.push_back(factors.factor_ids);
     const auto width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
     auto values = std::make_shared<std::vector<float>>(members.size() * width * 4);
     for (std::size_t row = 0; row < members.size(); ++row) {
       for (std::size_t i = 0; i < members[row].size(); ++i) {
         for (std::size_t t = 0; t < 4; ++t) {
-          const auto slope = static_cast<float>(members[row][i] + factors.ids[row] * factors.ids[row]);
+          const auto slope = static_cast<float>(members[row][i] + factors.factor_ids[row] * factors.factor_ids[row]);
           (*values)[(row * width + i) * 4 + t] = static_cast<float>(t) * slope;
         }
       }

@@ -53,25 +53,24 @@ void apply_change(const Json& change, const fs::path& bundle) {
     fs::create_directory(file);
   } else if (what == "symlink") {
     fs::create_symlink(change.at("target").get<std::string>(), file);
-  } else {
+  } else if (what == "redigest") {
     Json manifest = Json::parse(read_file(bundle / "bundle.json"));
-    if (what == "redigest") {
-      manifest["files"][file.filename().string()] = {{"size", fs::file_size(file)},
-                                                     {"sha256", sha256(MappedFile(file).bytes())}};
-    } else if (what == "set") {
-      set(manifest, change.at("path"), 0, &change.at("value"));
-    } else if (what == "unset") {
-      set(manifest, change.at("path"), 0, nullptr);
-    } else {
-      throw std::invalid_argument(what);
-    }
+    manifest["files"][file.filename().string()] = {{"size", fs::file_size(file)},
+                                                   {"sha256", sha256(MappedFile(file).bytes())}};
     write_file(bundle / "bundle.json", manifest.dump());
+  } else if (what == "set" || what == "unset") {
+    Json content = Json::parse(read_file(file));
+    set(content, change.at("path"), 0, what == "set" ? &change.at("value") : nullptr);
+    write_file(file, content.dump());
+  } else {
+    throw std::invalid_argument(what);
   }
 }
 
 }  // namespace
 
-Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
+Json read_json(const fs::path& path) { return Json::parse(read_file(path)); }
+Json read_data(const std::string& name) { return read_json(fs::path(CHAMELEON_TEST_DATA) / name); }
 fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
 
 std::string from_base64(std::string_view text) {
@@ -106,7 +105,19 @@ GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
     factor_values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
   }
   const auto split = static_cast<std::size_t>(rank * model.hidden_size);
-  options.factors = Factors{rank, std::span(factor_values).first(split), std::span(factor_values).subspan(split)};
+  const std::span values(factor_values);
+  options.factors = head_factors(static_cast<std::size_t>(rank), values.first(split), values.subspan(split));
+}
+
+Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<const float> lora_B) {
+  const auto matrix = [rank](std::span<const float> values) {
+    return Matrix{rank, rank > 0 ? values.size() / rank : 0, values};
+  };
+  return {{"lm_head.lora_A", matrix(lora_A)}, {"lm_head.lora_B", matrix(lora_B)}};
+}
+
+std::span<const float> lora_B_of(const Adaptation& adaptation) {
+  return adaptation.factors.sets.tensors.at("lm_head.lora_B");
 }
 
 Sampling read_sampling(const Json& json) {

@@ -12,6 +12,7 @@ namespace chameleon::test {
 
 using Json = nlohmann::json;
 
+Json read_json(const std::filesystem::path& path);
 Json read_data(const std::string& name);
 std::filesystem::path good_bundle(const std::string& name);
 std::string from_base64(std::string_view text);
@@ -34,6 +35,12 @@ struct GoldenCase {
   std::vector<float> factor_values;
   AdaptOptions options;
 };
+
+/// A caller's factor set for lm_head.
+Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<const float> lora_B);
+
+/// lm_head.lora_B of all factor sets of a batch.
+std::span<const float> lora_B_of(const Adaptation& adaptation);
 
 /// Settings that the record does not name are the default.
 Sampling read_sampling(const Json& json);

@@ -1,4 +1,4 @@
-"""Timing: ratios of neighbours, the share of the floor, failures, scatter and samples that others disturbed."""
+"""Timing: ratios of adjacent samples, parts, failures, noise and samples disturbed by other processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from dataclasses import replace
 import pytest
 
 from chameleon_deploy.bench import timing as measurement
-from chameleon_deploy.bench.ceilings import Ceilings
 from chameleon_deploy.bench.timing import Case, Engine, Part, Timing, measure
 
-PART = Part("work", 10, "unit", 1e7, 2e7)
+PART = Part("kind", "work", 10, "unit")
 
 
 class Clock:
@@ -42,10 +41,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def steady() -> Ceilings:
-    return Ceilings(1e9, 1e9, "float32")
-
-
 def silent(what: str, done: int, total: int) -> None:
     pass
 
@@ -66,22 +61,22 @@ def engine(clock: Clock, first: float, second: float, deviation: float = 0.0) ->
 
 
 def measured(engines: dict[str, Engine]) -> list[Timing]:
-    parts = {"a": replace(PART, name="a"), "b": replace(PART, name="b")}
-    return measure(Case(PART, engines, parts), steady, 3, silent, 0)
+    parts = [replace(PART, name=name, laps=laps) for name, laps in (("a", ("a",)), ("b", ("b",)), ("both", ("a", "b")))]
+    return measure(Case(PART, engines, "bundle", parts), 3, silent, 0)
 
 
 def test_the_whole_and_its_parts_are_timed(clock: Clock) -> None:
-    whole, a, b = measured({"bundle": engine(clock, 1, 4), "slow": engine(clock, 2, 4)})
-    assert [whole.part.name, a.part.name, b.part.name] == ["work", "a", "b"]
+    whole, a, b, both = measured({"bundle": engine(clock, 1, 4), "slow": engine(clock, 2, 4)})
+    assert [timing.part.name for timing in (whole, a, b, both)] == ["work", "a", "b", "both"]
     assert a.seconds == pytest.approx({"bundle": 2, "slow": 4})  # two stretches together
-    assert whole.seconds == pytest.approx({"bundle": 6, "slow": 8})
+    assert whole.seconds == both.seconds == pytest.approx({"bundle": 6, "slow": 8})
     assert [t.ratios["slow"] for t in (whole, a, b)] == pytest.approx([4 / 3, 2, 1])
-    assert whole.spread == pytest.approx({"bundle": 0, "slow": 0}, abs=1e-9)
-    assert whole.floor == 0.02  # the larger of 10 ms of reading and 20 ms of computing
+    assert whole.interquartile_range == pytest.approx({"bundle": 0, "slow": 0}, abs=1e-9)
+    assert whole.baseline == "bundle"
     assert whole.rounds == 3
 
 
-def test_ratios_are_of_neighbours(clock: Clock) -> None:
+def test_ratios_are_of_adjacent_samples(clock: Clock) -> None:
     """A machine that becomes slower and slower changes the seconds, and hardly the ratios: ten engines run between the
     first sample of a round and the last."""
 
@@ -89,26 +84,29 @@ def test_ratios_are_of_neighbours(clock: Clock) -> None:
         return Engine(lambda lap: clock.sleep(seconds * (1 + clock.seconds / 200)), lambda _: 0.0, 0.5)
 
     engines = {"bundle": work(1), "other": work(1)} | {f"slow {i}": work(3) for i in range(8)}
-    (timing,) = measure(Case(PART, engines), steady, 5, silent, 0)
+    (timing,) = measure(Case(PART, engines, "bundle"), 5, silent, 0)
     assert timing.ratios["other"] == pytest.approx(1, abs=0.01)
-    assert timing.spread["other"] < 0.02
-    assert timing.spread["bundle"] > 0.3
+    assert timing.interquartile_range["other"] < 0.02
+    assert timing.interquartile_range["bundle"] > 0.3
 
 
-def test_the_share_of_the_floor_is_taken_within_a_round(clock: Clock) -> None:
-    """A machine that becomes faster lowers the floor, and changes no engine's distance to it."""
-    speed = {"now": 1.0}
+def test_an_engine_without_a_lap_is_left_out_of_its_part(clock: Clock) -> None:
+    def work(lap: Callable[[str], None]) -> None:
+        clock.sleep(1)
+        lap("b")
 
-    def faster(what: str, done: int, total: int) -> None:
-        speed["now"] *= 1.5
+    whole, a, b, both = measured({"bundle": engine(clock, 1, 4), "plain": Engine(work, lambda _: 0.0, 0.5)})
+    assert set(a.seconds) == {"bundle"}
+    assert a.ratios == {}
+    assert (b.ratios["plain"], both.ratios["plain"]) == pytest.approx((1 / 4, 1 / 6))
+    assert whole.seconds["plain"] == pytest.approx(1)
 
-    def ceilings() -> Ceilings:
-        return Ceilings(1e9 * speed["now"], 1e9 * speed["now"], "float32")
 
-    work = Engine(lambda lap: clock.sleep(0.08 / speed["now"]), lambda _: 0.0, 0.5)
-    (timing,) = measure(Case(PART, {"bundle": work}), ceilings, 5, faster, 0)
-    assert timing.share == pytest.approx(0.25)
-    assert timing.floor < 0.02  # of the round in the middle
+def test_noise_of_a_short_part_asks_for_no_more_rounds(clock: Clock) -> None:
+    seconds = itertools.cycle([1e-3, 4e-3])
+    noisy = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
+    (timing,) = measure(Case(PART, {"bundle": engine(clock, 1e-3, 1e-3), "noisy": noisy}, "bundle"), 4, silent, 2)
+    assert timing.rounds == 4
 
 
 def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
@@ -131,12 +129,12 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
         measured({"broken": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
 
 
-def test_scattered_ratios_are_measured_again(clock: Clock) -> None:
+def test_noisy_ratios_are_measured_again(clock: Clock) -> None:
     seconds = itertools.cycle([1, 4])
     scattered = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
-    (timing,) = measure(Case(PART, {"bundle": engine(clock, 1, 1), "scattered": scattered}), steady, 4, silent, 2)
+    (timing,) = measure(Case(PART, {"scattered": scattered, "bundle": engine(clock, 1, 1)}, "bundle"), 4, silent, 2)
     assert timing.rounds == 12
-    assert timing.spread["scattered"] > measurement.NOISY
+    assert timing.interquartile_range["scattered"] > measurement.NOISY
 
 
 def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
@@ -151,8 +149,8 @@ def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
         for other in others:
             assert other.stdout is not None
             other.stdout.readline()
-        (timing,) = measure(Case(PART, {"bundle": work}), steady, 1, silent, 1)
-        (quick,) = measure(Case(PART, {"bundle": work}), steady, 1, silent, 0)
+        (timing,) = measure(Case(PART, {"bundle": work}, "bundle"), 1, silent, 1)
+        (quick,) = measure(Case(PART, {"bundle": work}, "bundle"), 1, silent, 0)
     finally:
         for other in others:
             other.kill()

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import errors
-from chameleon_deploy.bundle import factor_names, open_bundle, opening_bundle
+from chameleon_deploy.bundle import factor_names, open_bundle, start_opening
 from tests.damage import Damage, edit, reseal
 
 HEAD = {"name": "lm_head", "in_features": 64, "out_features": 512}
@@ -142,16 +142,21 @@ def test_faults(name: str, bundle: Path, copy_of: Callable[[Path], Path]) -> Non
     assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("body_fails", [False, True])
+@pytest.mark.parametrize("loading_fails", [False, True])
 def test_weights_that_differ_are_refused_whatever_was_made_of_them(
-    body_fails: bool, bundle: Path, copy_of: Callable[[Path], Path]
+    loading_fails: bool, bundle: Path, copy_of: Callable[[Path], Path]
 ) -> None:
-    """Their digest is computed beside the body: nothing made in it gets out, and the digest is the error to read."""
+    """Their digest is computed while sessions open: no runtime gets out, and the digest is the error to read."""
     path = copy_of(bundle)
     flip_a_byte(path)
-    with pytest.raises(errors.DigestError, match="SHA-256"), opening_bundle(path):
-        if body_fails:
-            raise errors.GraphError("cannot load")
+    if loading_fails:
+        (path / "decoder_cpu.onnx").write_bytes(b"not a graph")
+        reseal(path)
+        flip_a_byte(path)
+    with pytest.raises(errors.DigestError, match=r"weights\.bin: its SHA-256"):
+        chameleon_deploy.load(path)
+    with pytest.raises(errors.DigestError, match="SHA-256"):
+        start_opening(path).require_weights()
 
 
 def other_model(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,13 +141,13 @@ def _changed(bundle: Bundle) -> dict[str, tuple[Bundle, Any, Device]]:
         return msgspec.structs.replace(struct, **fields)
 
     def with_manifest(**fields: Any) -> Bundle:
-        return Bundle(bundle.path, replace(bundle.manifest, **fields), bundle.digest)
+        return dataclasses.replace(bundle, manifest=replace(bundle.manifest, **fields))
 
     newer = SimpleNamespace(__name__="tensorrt", __version__="10.14.0")
     other = SimpleNamespace(__name__="tensorrt_rtx", __version__="10.13.0")
     limits = replace(bundle.manifest.limits, batch=bundle.manifest.limits.batch + 1)
     return {
-        "bundle": (Bundle(bundle.path, bundle.manifest, "0" * 64), TENSORRT, GPU),
+        "bundle": (dataclasses.replace(bundle, digest="0" * 64), TENSORRT, GPU),
         "precision": (with_manifest(precision="fp16"), TENSORRT, GPU),
         "limits": (with_manifest(limits=limits), TENSORRT, GPU),
         "version": (bundle, newer, GPU),

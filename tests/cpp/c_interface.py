@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import LM_HEAD, factor_names
 from chameleon_deploy.runtime import Adaptation, Generation, Sampling, Score
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from tests.rows import head_factors
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("CHAMELEON_BUILD", ROOT / "runtime" / "build" / "release"))
@@ -23,16 +21,20 @@ P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
 
 
 class LoadOptions(c.Structure):
-    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("keep_weights_mapped", c.c_int))
+    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int))
 
 
 class CText(c.Structure):
     _fields_ = (("text", c.c_char_p), ("text_size", Z), ("token_ids", c.POINTER(I64)), ("num_token_ids", Z))
 
 
+class CFactor(c.Structure):
+    _fields_ = (("name", c.c_char_p), ("data", P), ("rows", Z), ("columns", Z))
+
+
 class CBatch(c.Structure):
     _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
-                ("rank", I64), ("lora_A", P), ("lora_B", P))  # fmt: skip
+                ("factors", c.POINTER(CFactor)), ("num_factors", Z))  # fmt: skip
 
 
 class CSampling(c.Structure):
@@ -68,9 +70,9 @@ def _load_library() -> Any:
     for name, result, *arguments in (
         ("error_code", c.c_char_p, P), ("error_message", c.c_char_p, P), ("error_free", None, P),
         ("load", P, c.c_char_p, P, P), ("runtime_free", None, P), ("vocab_size", I64, P), ("hidden_size", I64, P),
-        ("adapt", P, P, P, P), ("adaptation_num_factor_sets", Z, P), ("adaptation_rank", I64, P),
+        ("adapt", P, P, P, P), ("adaptation_num_factor_sets", Z, P), ("adaptation_num_factors", Z, P),
         ("adaptation_embeddings", P, P), ("adaptation_cluster_ids", P, P), ("adaptation_factor_ids", P, P),
-        ("adaptation_lora_A", P, P), ("adaptation_lora_B", P, P), ("adaptation_free", None, P),
+        ("adaptation_factor", CFactor, P, Z), ("adaptation_free", None, P),
         ("score", P, P, P, P), ("score_token_ids", P, P, Z, P), ("score_token_logprobs", P, P, Z, P),
         ("score_cluster_id", I64, P, Z), ("scores_free", None, P),
         ("generate", P, P, P, I64, P, Z, OnToken, P, P), ("generation_token_ids", P, P, Z, P),
@@ -103,21 +105,22 @@ class NativeRuntime:
         batch, _keep = self._batch(texts, **how)
         handle = P()
         self._check(self._c.chameleon_adapt(self._handle, c.byref(batch), c.byref(handle)))
-        sets, rank = self._c.chameleon_adaptation_num_factor_sets(handle), self._c.chameleon_adaptation_rank(handle)
+        sets = self._c.chameleon_adaptation_num_factor_sets(handle)
 
         def array(name: str, dtype: Any, *shape: int) -> Any:
             return _copy(getattr(self._c, f"chameleon_adaptation_{name}")(handle), int(np.prod(shape)), dtype).reshape(
                 shape
             )
 
-        head = head_factors(
-            array("lora_A", np.float32, sets, rank, self._hidden_size),
-            array("lora_B", np.float32, sets, rank, self._vocab_size),
-        )
+        tensors = {}
+        for index in range(self._c.chameleon_adaptation_num_factors(handle)):
+            factor = self._c.chameleon_adaptation_factor(handle, index)
+            shape = (sets, factor.rows, factor.columns)
+            tensors[factor.name.decode()] = _copy(factor.data, int(np.prod(shape)), np.float32).reshape(shape)
         adaptation = Adaptation(
             array("embeddings", np.float32, len(texts), self._hidden_size),
             array("cluster_ids", np.int64, len(texts)),
-            RowFactors(FactorSets(head), array("factor_ids", np.int64, len(texts))),
+            RowFactors(FactorSets(tensors), array("factor_ids", np.int64, len(texts))),
         )
         self._c.chameleon_adaptation_free(handle)
         return adaptation
@@ -213,12 +216,16 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, 0, None, None)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            keep += [np.ascontiguousarray(factors[name]) for name in factor_names(LM_HEAD)]
-            batch.rank, batch.lora_A, batch.lora_B = len(keep[-2]), keep[-2].ctypes.data, keep[-1].ctypes.data
+            named = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
+            keep.append(named)
+            batch.factors = (CFactor * len(named))(
+                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in named.items())
+            )
+            batch.num_factors = len(named)
         return batch, keep
 
     def _check(self, error: int | None) -> None:

@@ -91,7 +91,14 @@ def test_the_report_in_a_browser(browser: str, report: Path, tmp_path: Path) -> 
                         "Map of the text embeddings", "Gain against cohort size and mode"]  # fmt: skip
     assert page.dom.count("<table") == 4
     assert page.dom.count("<svg") == 4
-    for words in ("141,056", "82,272", "shuffled conditioning", "cannot be told from", "texts per cohort", "centroid"):
+    for words in (
+        "141,056",
+        "82,272",
+        "shuffled conditioning",
+        "LoRA of equal parameter count",
+        "texts per cohort",
+        "centroid",
+    ):
         assert words in page.dom, words
     ink = np.asarray((page.pixels < 128).all(2))
     assert 0.003 < ink.mean() < 0.3  # neither blank nor black

@@ -26,7 +26,6 @@ from chameleon_deploy.evaluate.experiment import Scored, run_experiment
 from chameleon_deploy.evaluate.figures import (
     CONTROLS,
     Figures,
-    conclusion,
     control_sheet,
     figures,
     find,
@@ -188,7 +187,7 @@ def _scored(variant: str, conditioning: str, losses: list[list[float]]) -> Score
                   np.arange(texts) % 2)  # fmt: skip
 
 
-def test_intervals_and_their_words() -> None:
+def test_intervals() -> None:
     random_ = np.random.default_rng(0)
     base = random_.normal(3, 0.5, 60)
 
@@ -201,21 +200,25 @@ def test_intervals_and_their_words() -> None:
             _scored("lora", "static", seeds(0.1)),
             _scored("chameleon", "cohort of 32", seeds(0.2)),
             _scored("chameleon", "another cluster's mean", seeds(0.05)),
-            _scored("chameleon", "shuffled", seeds(0.2)),
             _scored("chameleon-constant", "constant", seeds(0.2)),
             _scored("lora-large", "static", seeds(0.3)),
         ],
         0,
     )
+
+    def beside(regime: str, conditioning: str) -> tuple[float, float]:
+        interval = find(found, regime, conditioning, "masked", "masked").beside_chameleon_texts
+        assert interval is not None
+        return interval
+
     lora = find(found, "lora", "static", "masked", "masked")
     assert lora.change == pytest.approx(math.expm1(-0.1), abs=0.01)
     assert lora.loss_interval is not None
     assert lora.loss_interval[0] < lora.loss < lora.loss_interval[1]
     assert lora.perplexity_by_cluster.keys() == {0, 1}
-    words = conclusion(found, "masked")
-    assert "The same network trained on a constant vector cannot be told from mode cohort" in words
-    assert "fed another cluster's mean is worse than mode cohort: +16" in words
-    assert "A LoRA of equal parameter count is better than mode cohort: -9" in words
+    assert beside("chameleon-constant", "constant")[0] < 0 < beside("chameleon-constant", "constant")[1]
+    assert beside("chameleon", "another cluster's mean")[0] > 0.15  # worse, by exp(0.15) - 1
+    assert beside("lora-large", "static")[1] < -0.09  # better, by 1 - exp(-0.1)
 
 
 def test_the_bundle_and_the_reference(

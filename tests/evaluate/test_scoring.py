@@ -21,6 +21,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from tests.logits import row_logits
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:12]]
 
@@ -32,7 +33,7 @@ def test_masked_loss_is_the_next_token_loss(mini: Checkpoint, tmp_path: Path) ->
     for rows in cohorts:
         adaptation = inference.adapt(mini, [ids[row] for row in rows], "cohort")
         for i, row in enumerate(rows):
-            logprobs = inference.row_logits(mini, ids[row], adaptation, i).double().log_softmax(-1)
+            logprobs = row_logits(mini, ids[row], adaptation, i).double().log_softmax(-1)
             nll = -logprobs[:-1].gather(1, torch.tensor(ids[row][1:])[:, None]).sum()
             assert evaluation.nll[row] == pytest.approx(float(nll), rel=1e-5)
     assert evaluation.positions.tolist() == [len(i) - 1 for i in ids]

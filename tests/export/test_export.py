@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import chameleon_deploy
 from chameleon_deploy.bundle import LimitsSpec, open_bundle
@@ -29,9 +30,11 @@ from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from tests.conftest import REPOSITORY, checkpoint_around
+from tests.logits import row_logits
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
@@ -139,7 +142,7 @@ def test_every_gpt2_size_by_config(size: str, option: dict[str, Any], tmp_path: 
     rows = [[7] * 96, [5, 9, 200, 3]]
     theirs = inference.adapt(checkpoint, rows, "cohort")
     for row, score in enumerate(runtime.score(rows)):
-        logprobs = inference.row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
+        logprobs = row_logits(checkpoint, rows[row], theirs, row).log_softmax(-1)
         expected = logprobs[:-1].gather(1, torch.tensor(rows[row][1:])[:, None])[:, 0]
         np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
 
@@ -205,7 +208,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
         import threading
 
         def watch() -> None:
-            while not (tmp_path / ".out.partial" / file).exists():
+            while not (tmp_path / ".out.partial" / "out" / file).exists():
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -220,7 +223,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
         os._exit(1)
     os.waitpid(child, 0)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.partial" / file).exists()
+    assert (tmp_path / ".out.partial" / "out" / file).exists()
     export_bundle(mini, tmp_path / "out", None)
     open_bundle(tmp_path / "out")
 
@@ -332,3 +335,25 @@ def test_limits_are_checked_before_anything_is_written(
     with pytest.raises(RecipeError, match=message):
         export_bundle(mini, tmp_path / "b", None, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_training_in_a_tokenizer_are_cleared(
+    mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Fine-tuning scripts save padding, truncation and dropout with the base; texts of a bundle are whole and alone."""
+    path = copy_of(mini_path)
+    file = path / "base" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.enable_truncation(8)
+    model: Any = tokenizer.model
+    model.dropout = 0.5
+    tokenizer.save(str(file))
+    short, long = "The river", "The river runs through a wide valley, past the mill and the old bridge."
+    trunk, expected = load_trunk(path / "base"), load_trunk(mini_path / "base")
+    alone = [expected.tokenizer.encode(text).ids for text in (short, long)]
+    assert len(alone[1]) > 8
+    assert [encoding.ids for encoding in trunk.tokenizer.encode_batch([short, long])] == alone
+    export_bundle(load_checkpoint(path), tmp_path / "bundle", None)
+    scores = chameleon_deploy.load(tmp_path / "bundle").score([short, long])
+    assert [score.token_ids for score in scores] == alone

@@ -62,8 +62,7 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
     figures = measure_footprint(small[1], threads=2, rounds=1)
     weights = (small[1] / "weights.bin").stat().st_size
     assert figures.resident <= 1.35 * weights
-    assert figures.resident_after_generating <= 1.35 * weights
-    assert figures.private > weights  # what sharing is for
+    assert figures.peak <= 1.5 * weights
     assert figures.shared_private <= 60 * 2**20
 
 

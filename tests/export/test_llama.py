@@ -25,6 +25,7 @@ from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verify_bundle
 from tests.conftest import checkpoint_around
 from tests.devices import on_cpu
+from tests.logits import row_logits
 
 ROWS = [[7, 300, 41, 9, 250, 77, 8], [5, 9, 200, 3], list(range(1, 128))]
 
@@ -65,7 +66,7 @@ def test_variants(changes: dict[str, Any], tmp_path: Path) -> None:
     for graph in ("decoder", "decoder_cpu"):
         runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
         for row, score in enumerate(runtime.score(ROWS)):
-            logits = inference.row_logits(checkpoint, ROWS[row], theirs, row)
+            logits = row_logits(checkpoint, ROWS[row], theirs, row)
             expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ROWS[row][1:])[:, None])[:, 0]
             np.testing.assert_allclose(score.token_logprobs, expected, atol=5e-4)
         written = runtime.generate(ROWS[:2], max_new_tokens=20)
@@ -78,7 +79,7 @@ def greedy(checkpoint: Checkpoint, prompt: list[int], row: int, steps: int) -> l
     adaptation = inference.adapt(checkpoint, ROWS[:2], "cohort")
     ids = list(prompt)
     for _ in range(steps):
-        ids.append(int(inference.row_logits(checkpoint, ids, adaptation, row)[-1].argmax()))
+        ids.append(int(row_logits(checkpoint, ids, adaptation, row)[-1].argmax()))
     return ids[len(prompt) :]
 
 

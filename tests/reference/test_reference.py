@@ -25,6 +25,7 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, n
 from chameleon_deploy.reference.model import adapted_logits, trunk_from
 from chameleon_deploy.reference.random import base_config
 from tests.conftest import checkpoint_around
+from tests.logits import row_logits
 
 
 def test_the_three_counts_of_the_paper() -> None:
@@ -127,7 +128,7 @@ def test_peft_checkpoint_gives_pefts_logits(mini: Checkpoint, mini_path: Path, t
     ids = [5, 6, 7, 8]
     adaptation = inference.adapt(checkpoint, [ids], "static")
     expected = model(input_ids=torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(inference.row_logits(checkpoint, ids, adaptation, 0), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(row_logits(checkpoint, ids, adaptation, 0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_peft_with_another_target_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from chameleon_deploy.errors import InputError, OutputExistsError
-from chameleon_deploy.evaluate.scoring import bigram_perplexity, cohort_rows, evaluate
+from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
 from chameleon_deploy.reference import corpus, head
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.head import TrainingSettings
@@ -22,6 +22,7 @@ from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
+from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]

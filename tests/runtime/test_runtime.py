@@ -29,6 +29,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime import growing_cache, shared_cache, tiled_scorer
 from chameleon_deploy.runtime.adaptation import assign, conditioning
 from chameleon_deploy.runtime.decoder import parts
+from tests.logits import row_logits
 from tests.rows import head_factors, random_rows
 
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
@@ -37,7 +38,7 @@ MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
 def reference_logprobs(checkpoint: Checkpoint, rows: list[list[int]], mode: str, tenants: Any = None) -> list[Any]:
     adaptation = inference.adapt(checkpoint, rows, mode, tenants)
     return [
-        inference.row_logits(checkpoint, ids, adaptation, row)
+        row_logits(checkpoint, ids, adaptation, row)
         .log_softmax(-1)[:-1]
         .gather(1, torch.tensor(ids[1:], dtype=torch.int64)[:, None])[:, 0]
         .numpy()
@@ -68,7 +69,7 @@ def test_greedy_tokens_equal_the_reference(runtime: Runtime, mini: Checkpoint, m
     for row, ids in enumerate(rows):
         produced = list(ids)
         for token in generations[row].token_ids:
-            logits = inference.row_logits(mini, produced, adaptation, row)[-1]
+            logits = row_logits(mini, produced, adaptation, row)[-1]
             best, second = logits.topk(2).values.tolist()
             if best - second <= 1e-3:
                 break  # too close to call: from here on the two texts may part

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy.bundle import file_sha256
-from chameleon_deploy.errors import GraphError, OutputError, ProviderError
+from chameleon_deploy import bundle as bundle_module
+from chameleon_deploy.bundle import FileSpec, file_sha256
+from chameleon_deploy.errors import DigestError, GraphError, OutputError, ProviderError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.local_cache import ENTRY
 from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -92,3 +96,39 @@ def test_what_cannot_be_shared_says_so(bundle: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="set CHAMELEON_DEPLOY_CACHE to a directory"):
         chameleon_deploy.load(bundle, share_weights=True)
+
+
+def test_nothing_made_of_damaged_weights_gets_into_the_cache(
+    bundle: Path, copy_of: Callable[[Path], Path], cache: Path
+) -> None:
+    """A bundle half copied over another: its weights have the right size and one value is wrong."""
+    path, expected = copy_of(bundle), chameleon_deploy.load(bundle).score(TEXTS)
+    weights = (path / "weights.bin").read_bytes()
+    embedding = chameleon_deploy.load(bundle).manifest.token_embedding
+    damaged = np.frombuffer(weights, np.float32).copy()
+    damaged[embedding.offset // 4 :] *= 1.5
+    (path / "weights.bin").write_bytes(damaged.tobytes())
+    with pytest.raises(DigestError, match=r"weights\.bin"):
+        chameleon_deploy.load(path, share_weights=True)
+    assert not list(cache.glob(f"*/{ENTRY}"))
+    (path / "weights.bin").write_bytes(weights)
+    assert chameleon_deploy.load(path, share_weights=True).score(TEXTS) == expected
+
+
+def test_an_entry_is_published_after_the_weights_are_checked(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the digest takes longer than everything else."""
+    check = bundle_module._check_digest
+    seen: list[bool] = []
+
+    def slow(file: Path, spec: FileSpec) -> None:
+        if file.name == "weights.bin":
+            time.sleep(1)
+            seen.append(bool(list(cache.glob(f"*/{ENTRY}"))))
+        check(file, spec)
+
+    monkeypatch.setattr(bundle_module, "_check_digest", slow)
+    chameleon_deploy.load(bundle, share_weights=True)
+    assert seen == [False]
+    assert list(cache.glob(f"*/{ENTRY}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +16,15 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
+from chameleon_deploy.bundle import Precision
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
-from chameleon_deploy.verify.logit_figures import LogitFigures
+from chameleon_deploy.verify.logit_figures import LogitFigures, largest
 from chameleon_deploy.verify.run import verification_rows
+from chameleon_deploy.verify.text_checks import check_texts
 from tests.damage import edit, reseal
 from tests.rows import head_factors
 from tests.verification import missed
@@ -131,6 +134,24 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
+@pytest.mark.parametrize("option", ["padding", "truncation", "dropout"])
+def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
+    option: str, bundle: Path, mini: Checkpoint
+) -> None:
+    """`load` refuses such a bundle; `verify` notices by itself."""
+    runtime, rows = chameleon_deploy.load(bundle, threads=1), verification_rows(mini, None)[:8]
+    assert all(check.passed for check in check_texts(runtime, mini.trunk.tokenizer, rows))
+    match option:
+        case "padding":
+            runtime.tokenizer.enable_padding(pad_id=0)
+        case "truncation":
+            runtime.tokenizer.enable_truncation(8)
+        case "dropout":
+            runtime.tokenizer.model.dropout = 0.5
+    ids, _ = check_texts(runtime, mini.trunk.tokenizer, rows)
+    assert not ids.passed
+
+
 def test_factors_that_change_nothing_are_not_called_verified(
     bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +175,67 @@ def test_factors_that_change_nothing_are_not_called_verified(
 def test_nan_passes_no_check() -> None:
     assert not Check("x", float("nan"), 1.0).passed
     assert not Check("x", float("nan"), 1.0, at_least=True).passed
-    assert Check("x", float("nan"), None).passed
+    assert not Check("x", float("nan"), None).passed
+    assert not Check("x", float("inf"), 1.0, at_least=True).passed
+    assert Check("x", 5.0, None).passed
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_the_largest_of_values_keeps_nan(position: int) -> None:
+    values = [1.0, 2.0]
+    values.insert(position, float("nan"))
+    assert math.isnan(largest(values))
+    assert (largest([]), largest([0.5, 2.0, 1.0])) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("sizes", [{3}, {4}, {32}, {3, 4, 32}])
+@pytest.mark.parametrize("row", [1, 2, -1])
+def test_nan_in_a_row_of_a_batch_is_caught(
+    sizes: set[int], row: int, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_logits = runtime.decoder.all_logits
+
+    def damaged(rows: Any, adaptation: Any) -> Any:
+        for start, piece in all_logits(rows, adaptation):
+            logits = np.array(piece)
+            if len(rows) in sizes:
+                logits[row] = np.nan
+            yield start, logits
+
+    monkeypatch.setattr(runtime.decoder, "all_logits", damaged)
+    batching, *_ = parity.check_batching(runtime, verification_rows(mini, None), GATES["fp32"])
+    assert math.isnan(batching.value)
+    assert not batching.passed
+
+
+@pytest.mark.parametrize("precision", GATES)
+def test_nan_in_one_mode_is_caught(
+    precision: Precision, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_logits = runtime.decoder.all_logits
+
+    def damaged(rows: Any, adaptation: Any) -> Any:
+        for start, piece in all_logits(rows, adaptation):
+            logits = np.array(piece)
+            if not adaptation.lora_B.any():
+                logits[1:] = np.nan
+            yield start, logits
+
+    monkeypatch.setattr(runtime.decoder, "all_logits", damaged)
+    rows = verification_rows(mini, None)[:8]
+    *against_base, _ = parity.check_base(runtime, RowLogits(mini), rows, GATES[precision])
+    assert against_base
+    assert not any(check.passed for check in against_base)
+
+
+def test_figures_keep_nan() -> None:
+    figures = LogitFigures(top1_gap=0.1)
+    actual = torch.zeros(3, 4)
+    actual[1, 2] = float("nan")
+    for rows in (slice(0, 2), slice(2, 3)):
+        figures.add(actual[rows], torch.zeros(3, 4)[rows], torch.empty(0, dtype=torch.int64))
+    assert math.isnan(figures.max_abs)
+    assert math.isnan(float(torch.cat(figures.kl).mean()))
 
 
 def test_kl_and_top1_are_computed_right() -> None:

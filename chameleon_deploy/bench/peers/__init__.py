@@ -1,10 +1,14 @@
-"""What `bench` compares the bundle with: engines that do the same work, each through the calls that its users make.
+"""The engines that `bench` compares: each does the same work through the calls that its users make.
 
-bundle.py       the bundle as users run it, without LoRA in its graph, and one call per cluster
-pytorch.py      the reference, eager and compiled
-pytorch_gpu.py  the same on a GPU, for `gpu_check`
-ctranslate2.py  the frozen base model only: it does not adapt
-openvino.py     the frozen base model only: it does not adapt
+bundle.py        the bundle as users run it, and two ablations: one call per cluster, and full logits
+
+Only in a clone, not in the wheel:
+
+without_lora.py  the bundle with LoRA removed from its graphs
+pytorch.py       the reference, eager and compiled
+pytorch_gpu.py   the same on a GPU, for `gpu_check`
+ctranslate2.py   the frozen base model only: it does not adapt
+openvino.py      the frozen base model only: it does not adapt
 """
 
 from __future__ import annotations
@@ -13,18 +17,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from chameleon_deploy.bench.timing import Lap
+
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
     from chameleon_deploy.runtime import Runtime
 
 Rows = Sequence[Sequence[int]]
-Lap = Callable[[str], None]  # called with the name of the part of the work that ends now
 
-PREFILL, DECODE = "prefill", "decode"  # the parts of a generation: up to the first tokens, and all others
+ADAPT, PREFILL, DECODE = "adapt", "prefill", "decode"  # laps: the factors, the first tokens, all other tokens
+FROM_A_CLONE = "not in the wheel: run bench from a clone of the repository"
 
 
 class Peer(Protocol):
-    """adapts             whether it applies the factors; one that does not is compared with the frozen base model
+    """One engine.
+
+    name               with the engine's own precision, where it is not the bundle
+    adapts             whether it applies the factors; one that does not is checked against the frozen base model
     scores, generates  what it is compared in
     """
 
@@ -35,44 +44,70 @@ class Peer(Protocol):
     generates: bool
 
     def score(self, rows: Rows) -> Any:
-        """Rows of one length.  -> log-probability of every token after the first, [batch, length - 1]"""
+        """Log-probability of every token after the first, [batch, length - 1], of rows of one length."""
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        """Rows of one length.  -> int [batch, num_tokens], the best token at every step, whatever it is"""
+        """Greedy tokens, int [batch, num_tokens], of rows of one length; no token ends a row."""
 
 
 def open_peers(
     runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: Path, foreign: bool
 ) -> tuple[list[Peer], dict[str, str]]:
-    """The bundle first, then all that can be had here, in the bundle's precision. -> them, and why others are missing
+    """Open the bundle, then all other engines of this machine, in the bundle's precision where they have it.
 
     directory  an empty one, for converted models
-    foreign    also those that take half a minute to convert or to compile
+    foreign    also open those that take half a minute to convert or to compile
+
+    Returns the engines, and by name the reasons why others are missing.
     """
     from chameleon_deploy.bench.peers.bundle import Bundle, FullLogits, OneCallPerCluster
-    from chameleon_deploy.bench.peers.ctranslate2 import CTranslate2
-    from chameleon_deploy.bench.peers.openvino import OpenVINO
-    from chameleon_deploy.bench.peers.pytorch import PyTorch
-    from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
 
     trunk, precision = checkpoint.trunk, runtime.manifest.precision
+
+    def without_lora() -> Peer:
+        from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
+
+        return WithoutLoRA(runtime)
+
+    def pytorch(compiled: bool) -> Peer:
+        from chameleon_deploy.bench.peers.pytorch import PyTorch
+
+        return PyTorch(checkpoint, runtime.mode, compiled)
+
+    def ctranslate2() -> Peer:
+        from chameleon_deploy.bench.peers.ctranslate2 import CTranslate2
+
+        return CTranslate2(trunk, precision, threads, directory)
+
+    def openvino() -> Peer:
+        from chameleon_deploy.bench.peers.openvino import OpenVINO
+
+        return OpenVINO(trunk, precision, threads)
+
     openers: dict[str, Callable[[], Peer]] = {
-        "without LoRA": lambda: WithoutLoRA(runtime),
-        "PyTorch eager": lambda: PyTorch(checkpoint, runtime.mode, compiled=False),
+        "without LoRA": without_lora,
+        "PyTorch eager fp32": lambda: pytorch(compiled=False),
     }
     if foreign:
         openers |= {
-            "torch.compile": lambda: PyTorch(checkpoint, runtime.mode, compiled=True),
-            f"CTranslate2 {precision}": lambda: CTranslate2(trunk, precision, threads, directory),
-            f"OpenVINO {precision}": lambda: OpenVINO(trunk, precision, threads),
+            "torch.compile fp32": lambda: pytorch(compiled=True),
+            f"CTranslate2 {precision}": ctranslate2,
+            f"OpenVINO {precision}": openvino,
         }
     peers: list[Peer] = [Bundle(runtime), FullLogits(runtime), OneCallPerCluster(runtime)]
     missing = {}
     for name, opener in openers.items():
         try:
             peers.append(opener())
-        except ImportError as error:
-            missing[name] = f"{error.name} is not installed: pip install 'chameleon-deploy[peers]'"
-        except Exception as error:  # whatever a foreign engine raises; the table says so
-            missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        except Exception as error:  # whatever a foreign engine raises
+            missing[name] = reason(error)
     return peers, missing
+
+
+def reason(error: Exception) -> str:
+    """Why an engine could not be opened, in one line."""
+    if isinstance(error, ImportError) and error.name:
+        if error.name.startswith(__name__):
+            return FROM_A_CLONE
+        return f"{error.name} is not installed: pip install 'chameleon-deploy[peers]'"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,24 +1,29 @@
-"""The bundle: as users run it, and used otherwise, which shows what adapting in one mixed call costs and saves."""
+"""The bundle as users run it, and two ablations: one call per cluster, and full logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
-from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
+from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
+from chameleon_deploy.bench.timing import Lap
+from chameleon_deploy.runtime import Runtime, Sampling
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row, stream_tokens
 
 
 class Bundle:
-    """See `Peer`. Rows of all clusters in one call."""
+    """See `Peer`. Rows of all clusters in one call.
 
-    adapts = scores = generates = True
+    wait  returns when the device has done what is queued: laps end then
+    """
 
-    def __init__(self, runtime: Runtime, name: str = "bundle") -> None:
-        self.name = name
+    scores = generates = True
+
+    def __init__(self, runtime: Runtime, name: str = "bundle", wait: Callable[[], None] = lambda: None) -> None:
+        self.name, self.adapts, self._wait = name, runtime.mode != "none", wait
         self.precision: str = runtime.manifest.precision
         self._runtime = runtime
 
@@ -26,13 +31,16 @@ class Bundle:
         return np.array([score.token_logprobs for score in self._runtime.score(rows)])
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        return self._generate(rows, self._adapt(rows).factors, num_tokens, lap)
+        return self._generate(rows, self._adapt(rows, lap), num_tokens, lap)
 
-    def _adapt(self, rows: Rows) -> Adaptation:
-        return self._runtime.adapt(rows, on_device=True)
+    def _adapt(self, rows: Rows, lap: Lap) -> RowFactors:
+        factors = self._runtime.adapt(rows, on_device=True).factors
+        self._wait()
+        lap(ADAPT)
+        return factors
 
     def _generate(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
-        """The loop of `Runtime.stream`. No token ends a generation: all are to have the same length."""
+        """The loop of `Runtime.stream`. No token ends a generation: all have the same length."""
         active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
         tokens = stream_tokens(active, self._runtime.decoder, factors, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
@@ -45,7 +53,7 @@ class Bundle:
 
 
 class OneCallPerCluster(Bundle):
-    """See `Peer`. As the paper does it: the rows of each cluster apart, with that cluster's factors alone."""
+    """See `Peer`. As the paper does it: one call for the rows of each cluster, with that cluster's factors."""
 
     scores = False
 
@@ -53,7 +61,7 @@ class OneCallPerCluster(Bundle):
         super().__init__(runtime, "one call per cluster")
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        factors = self._adapt(rows).factors
+        factors = self._adapt(rows, lap)
         chosen = np.empty((len(rows), num_tokens), np.int64)
         for i in range(len(factors.sets)):
             members = np.flatnonzero(factors.factor_ids == i)
@@ -63,7 +71,7 @@ class OneCallPerCluster(Bundle):
 
 
 class FullLogits(Bundle):
-    """See `Peer`. Scoring the plain way: the logits of all positions in memory at once, their softmax in numpy."""
+    """See `Peer`. Scoring with the logits of all positions in memory at once and their softmax in numpy."""
 
     generates = False
 
@@ -71,7 +79,7 @@ class FullLogits(Bundle):
         super().__init__(runtime, "full logits")
 
     def score(self, rows: Rows) -> Any:
-        pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows).factors)
+        pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows, lambda lap: None))
         # The pieces of a single row share their memory; several rows come whole, and a copy would be another's cost.
         logits, *others = (np.array(piece) if len(rows) == 1 else np.asarray(piece) for _, piece in pieces)
         if others:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import transformers
 
-from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
+from chameleon_deploy.bench.peers import DECODE, PREFILL, Rows
+from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.reference.model import Trunk
 
 COMPUTE_TYPES: dict[str, str] = {"fp32": "float32", "int8": "int8"}

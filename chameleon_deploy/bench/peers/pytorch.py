@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
+from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
+from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ class PyTorch:
     adapts = scores = generates = True
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, compiled: bool) -> None:
-        self.name = "torch.compile" if compiled else "PyTorch eager"
+        self.name = "torch.compile fp32" if compiled else "PyTorch eager fp32"
         self._checkpoint, self._mode = checkpoint, mode
         # A second model around the same layers: the checkpoint's own keeps its plain head.
         self._model: Any = copy.copy(checkpoint.trunk.causal_lm)
@@ -40,6 +41,7 @@ class PyTorch:
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         input_ids = self._adapt(rows)
+        lap(ADAPT)
         width = input_ids.shape[1]
 
         def after_each_token(so_far: Tensor, scores: Any, **_: Any) -> Tensor:

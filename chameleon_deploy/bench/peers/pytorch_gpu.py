@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from chameleon_deploy.bench.peers import DECODE, PREFILL, Lap, Rows
+from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
+from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -25,13 +26,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 class PyTorchGPU:
-    """See `Peer`. Beside int8, for which PyTorch has no kernels that would do, it runs in float16."""
+    """See `Peer`. An int8 bundle is compared with float16: PyTorch has no int8 kernels for this model."""
 
     adapts = generates = True
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, precision: str, device: str, compiled: bool) -> None:
-        self.name = "torch.compile" if compiled else "PyTorch eager"
         self.precision = "fp16" if precision == "int8" else precision
+        self.name = f"{'torch.compile' if compiled else 'PyTorch eager'} {self.precision}"
         self.scores = not compiled  # one shape once: compiling would take longer than it could save
         self._checkpoint, self._mode, self._device, self._dtype = checkpoint, mode, device, DTYPES[precision]
         self._model = copy.deepcopy(checkpoint.trunk.causal_lm).to(device, self._dtype)
@@ -45,6 +46,7 @@ class PyTorchGPU:
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         ids, adaptation = self._place(rows)
+        lap(ADAPT)
         cache = self._cache(len(rows), ids.shape[1] + num_tokens)
         token_ids = self._logits(ids, adaptation, cache)[:, -1:].argmax(-1)
         chosen = [token_ids.cpu().numpy()]

@@ -1,4 +1,4 @@
-"""The bundle's own engine and graph with everything taken out that adapts."""
+"""The bundle with LoRA removed from its graphs: what adaptation costs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from chameleon_deploy.runtime.session import import_onnxruntime
 
 
 class WithoutLoRA(Bundle):
-    """See `Peer`. What adaptation costs: neither clustering's factors nor a trace of LoRA in the graph."""
-
-    adapts = False
+    """See `Peer`. The same engine on the same weights, in mode none."""
 
     def __init__(self, runtime: Runtime) -> None:
-        """Raises ValueError when the graph's update is not a sum or runs elsewhere than on the CPU."""
+        """Raises ValueError when the bundle runs elsewhere than on the CPU or its graph's update is not a sum."""
         backend = runtime.backend
         if not isinstance(backend, CpuBackend):
             raise ValueError(f"not done for provider {runtime.provider!r}")
@@ -37,7 +35,7 @@ class WithoutLoRA(Bundle):
 
 
 def remove_lora(graph: ir.Graph) -> None:
-    """Replace every base + update by base, in place. The inputs stay, and nothing reads them.
+    """Replace every base + update by base, in place. The inputs stay, unused.
 
     Raises ValueError when no node adds the product with a B to something else.
     """
@@ -64,7 +62,7 @@ def remove_lora(graph: ir.Graph) -> None:
 
 
 def _session(file: Path, like: Any) -> Any:
-    """A session of a graph with the update taken out, with the options of another session."""
+    """A session of a graph without the update, with the options of another session."""
     model = ir.load(file)
     remove_lora(model.graph)
     options = like.get_session_options()

@@ -2,34 +2,26 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
-#include "chameleon/bundle.h"
+#include "chameleon/factors.h"
+#include "chameleon/manifest.h"
 
 namespace chameleon {
 
-/// The factors of a batch.
+/// How a batch was adapted.
 struct Adaptation {
-  std::vector<float> embeddings;          ///< [batch, hidden], text embeddings of length one
+  std::vector<float> embeddings;          ///< [batch, hidden], text embeddings of unit length
   std::vector<std::int64_t> cluster_ids;  ///< [batch], nearest centroid; -1 in a bundle without centroids
-  FactorSets factors;                     ///< lora_A, lora_B
-  std::vector<std::int64_t> factor_ids;   ///< [batch], which factor set each row uses: the decoder's `cluster_ids`
+  RowFactors factors;                     ///< the factor sets of the batch, and the set that each row uses
 };
 
-/// A caller's pair, of any rank, alpha already in it. The values are copied.
-struct Factors {
-  std::int64_t rank = 0;
-  std::span<const float> lora_A;  ///< [rank, hidden]
-  std::span<const float> lora_B;  ///< [rank, vocab]
-};
-
-/// How a batch is adapted.
+/// How to adapt a batch.
 struct AdaptOptions {
-  std::optional<Mode> mode{};                         ///< by default the runtime's
-  std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: who each text belongs to, one per text
-  std::optional<Factors> factors{};                   ///< mode static
+  std::optional<Mode> mode{};                         ///< the runtime's mode by default
+  std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: the owner of each text, one per text
+  std::optional<Factors> factors{};                   ///< mode static: the caller's factor set
 };
 
 }  // namespace chameleon

@@ -13,7 +13,7 @@
 
 namespace chameleon {
 
-/// What the factors of a row depend on (DESIGN section 3).
+/// What the factors of a row depend on (docs/design.md, section 3).
 enum class Mode { none, static_, centroid, request, cohort, tenant };
 
 CHAMELEON_EXPORT std::string_view to_string(Mode mode);
@@ -25,15 +25,16 @@ using Dimension = std::variant<std::int64_t, std::string>;  ///< a number, or a 
 /// An input or output of a graph.
 struct TensorSpec {
   std::string name;
-  std::string dtype;  ///< float32, float16, bfloat16, int32 or int64
+  std::string dtype;  ///< float32, float16, bfloat16, int8, int32 or int64
   std::vector<Dimension> shape;
+  bool operator==(const TensorSpec&) const = default;
 };
 
-/// A named graph: what it is for, which providers may run it, and its signature.
+/// A named graph: its role, the providers that may run it, and its signature.
 struct GraphSpec {
   std::string file;
-  std::string role;  ///< decoder, hypernetwork, chooser or scorer
-  /// Of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer.
+  std::string role;  ///< decoder, hypernetwork, chooser, logits_scorer or hidden_scorer
+  /// Decoders only: "growing" (the graph concatenates past and present) or "shared" (both are one buffer).
   std::optional<std::string> cache;
   std::vector<std::string> providers;
   std::vector<TensorSpec> inputs;
@@ -65,18 +66,28 @@ struct ModelSpec {
   std::int64_t eos_token_id = 0;
 };
 
-/// alpha is recorded, not applied: it is folded into the factors at export.
+/// A linear layer that the factors adapt, by its PEFT name: A is [rank, in_features], B is [rank, out_features].
+struct TargetSpec {
+  std::string name;
+  std::int64_t in_features = 0;
+  std::int64_t out_features = 0;
+};
+
+/// alpha is recorded, not applied: export folds it into the factors.
 struct AdaptationSpec {
   std::string regime;  ///< chameleon or lora
   std::int64_t rank = 0;
   double alpha = 0;
+  std::vector<TargetSpec> targets;
   std::int64_t num_clusters = 0;
   std::string protocol;  ///< masked or paper
   std::int64_t max_length = 0;
-  std::vector<Mode> modes;
+
+  /// The last dimension of every factor tensor, by name, such as "lm_head.lora_A"; the others are [factor_sets, rank].
+  [[nodiscard]] CHAMELEON_EXPORT std::map<std::string, std::int64_t> factor_widths() const;
 };
 
-/// How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora).
+/// Parameter counts: the frozen base model, one factor set, the hypernetwork (0 for regime lora).
 struct Parameters {
   std::int64_t base = 0;
   std::int64_t factors = 0;
@@ -85,13 +96,13 @@ struct Parameters {
 
 /// The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
 struct LimitsSpec {
-  std::int64_t batch = 0;     ///< rows
-  std::int64_t sequence = 0;  ///< tokens of a row in one call
-  std::int64_t past = 0;      ///< tokens of a row that are in the cache already
-  std::int64_t clusters = 0;  ///< factor sets
+  std::int64_t batch = 0;        ///< rows
+  std::int64_t sequence = 0;     ///< tokens of a row in one call
+  std::int64_t past = 0;         ///< tokens of a row that are in the cache already
+  std::int64_t factor_sets = 0;  ///< factor sets
 };
 
-/// verified is false when the export was told not to verify; the figures stand in parity.json.
+/// verified is false when the export skipped verification; parity.json has the figures.
 struct ParitySummary {
   bool verified = false;
   std::int64_t checks = 0;
@@ -110,11 +121,13 @@ struct Manifest {
   std::map<std::string, GraphSpec> graphs;
   StoredTensor token_embedding;
   std::map<std::string, FileSpec> files;
-  std::vector<std::string> determinism;
   ParitySummary parity;
   std::string checkpoint_digest;
   std::map<std::string, std::string> tools;
 };
+
+/// The modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids.
+CHAMELEON_EXPORT std::vector<Mode> available_modes(const AdaptationSpec& spec);
 
 /// Decode and cross-check bundle.json; `where` is named in messages.
 /// Throws ManifestError, VersionError or PathError.

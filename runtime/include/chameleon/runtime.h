@@ -29,7 +29,8 @@ struct LoadOptions {
   std::string provider = "cpu";  ///< cpu, tensorrt in a build that has it, or auto for the best of them
   std::optional<Mode> mode{};    ///< where a call names none: by default cohort, or static for a bundle of regime lora
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
-  bool prepack_weights = true;   ///< false saves about half of the memory; slower in batches, last bits differ
+  bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
+                                 ///< shared between processes; slower in batches, and last bits differ
 };
 
 /// A loaded bundle. It holds no state of a request: one runtime serves any number of threads.

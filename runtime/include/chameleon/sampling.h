@@ -6,8 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "chameleon/export.h"
-
 namespace chameleon {
 
 /// How the tokens of a row are chosen, when it stops, and what is reported of them.
@@ -33,11 +31,5 @@ struct TokenLogprob {
   float logprob;
   bool operator==(const TokenLogprob&) const = default;
 };
-
-/// Throws InputError for a setting out of range, and TokenError for a bias of a token outside the vocabulary.
-CHAMELEON_EXPORT void check(const Sampling& sampling, std::int64_t vocab_size);
-
-/// The number in [0, 1) that decides step `step` of stream `stream`.
-CHAMELEON_EXPORT double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
 
 }  // namespace chameleon

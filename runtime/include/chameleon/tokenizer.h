@@ -11,12 +11,11 @@
 
 namespace chameleon {
 
-/// Byte-level BPE as in GPT-2, or as in SmolLM, where each digit is a word; from the tokenizer.json of Hugging Face `tokenizers`, with the same results.
-/// Immutable: one tokenizer serves any number of threads.
+/// Byte-level BPE as in GPT-2, or as in SmolLM, where each digit is a word. Reads the tokenizer.json of Hugging Face
+/// `tokenizers` and gives the same results. Immutable: one tokenizer serves any number of threads.
 class CHAMELEON_EXPORT Tokenizer {
  public:
-  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or uses an option that GPT-2's family has
-  /// not.
+  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or that uses an unsupported option.
   explicit Tokenizer(std::string_view json);
   Tokenizer(Tokenizer&&) noexcept;
   ~Tokenizer();

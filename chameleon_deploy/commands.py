@@ -1,0 +1,32 @@
+"""The commands with their one-line help, and the groups of their options in --help."""
+
+from __future__ import annotations
+
+# The name of a command is the name of its module in chameleon_deploy.
+COMMANDS = {
+    "train": "Train the head of a frozen base model into a checkpoint.",
+    "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
+    "export": "Turn a checkpoint into a bundle.",
+    "verify": "Check a bundle against its PyTorch reference.",
+    "inspect": "Show what a bundle holds.",
+    "generate": "Continue prompts.",
+    "score": "Give the log-probability and perplexity of texts.",
+    "bench": "Measure a bundle against the PyTorch reference.",
+    "gpu_check": "Verify and measure bundles on this machine's GPU.",
+    "cache": "List or delete what is stored for this machine.",
+}
+
+OPTION_GROUPS = {
+    "Texts": ("prompt", "prompts", "text", "dataset", "validation_text", "train_texts", "validation_texts"),
+    "Adaptation": ("mode", "tenant"),
+    "Sampling": (
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",
+    ),
+    "Training": (
+        "regime", "protocol", "preset", "recipe", "rank", "alpha", "clusters", "max_length", "epochs", "lr", "patience",
+        "resume",
+    ),
+    "Execution": ("provider", "threads", "share_weights"),
+    "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),
+}  # fmt: skip

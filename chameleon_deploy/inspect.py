@@ -1,0 +1,107 @@
+"""`python -m chameleon_deploy.inspect`: show what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from chameleon_deploy import console
+from chameleon_deploy.bundle import Bundle, Manifest, default_mode, open_bundle
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Check every file of a bundle against its manifest, and show its dimensions, graphs, sizes and parity."""
+    opened = open_bundle(bundle)
+    if as_json:
+        print(json.dumps(record(opened)))
+        return
+    manifest = opened.manifest
+    _print("", ["", ""], _summary(opened))
+    graphs = [
+        [name, graph.role, graph.cache or "", ", ".join(graph.providers), graph.file, _bytes(opened, graph.file)]
+        for name, graph in manifest.graphs.items()
+    ]
+    _print("Graphs", ["graph", "role", "cache", "providers", "file", "bytes"], graphs)
+    _print("Files", ["file", "bytes"], [[name, _bytes(opened, name)] for name in manifest.files])
+
+
+def record(bundle: Bundle) -> dict[str, Any]:
+    """The manifest, and what follows from it: digest, size, adapters, modes and default mode."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "size": _size(manifest),
+        "adapters": _adapters(manifest),
+        "modes": list(manifest.adaptation.modes),
+        "default_mode": default_mode(manifest.adaptation),
+        **msgspec.to_builtins(manifest),
+    }
+
+
+def _summary(bundle: Bundle) -> list[list[str]]:
+    manifest = bundle.manifest
+    model, adaptation, parameters, parity = manifest.model, manifest.adaptation, manifest.parameters, manifest.parity
+    default = default_mode(adaptation)
+    targets = (f"{t.name} [{t.out_features:,} x {t.in_features:,}]" for t in adaptation.targets)
+    figures = f"{parity.checks} checks, largest logit difference {parity.max_abs_logit_difference:.2g}" if (
+        parity.verified and parity.max_abs_logit_difference is not None
+    ) else "not verified"  # fmt: skip
+    return [
+        ["bundle", str(bundle.path)],
+        ["digest", bundle.digest],
+        ["size", f"{_size(manifest) / 1e6:,.1f} MB in {len(manifest.files) + 1} files"],
+        ["precision", manifest.precision],
+        ["model", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}, "
+                  f"vocabulary {model.vocab_size:,}, {model.max_positions:,} positions"],
+        ["attention", f"{model.num_attention_heads} heads of {model.head_dim}, {model.num_key_value_heads} for keys "
+                      "and values"],
+        ["regime", f"{adaptation.regime}, protocol {adaptation.protocol}, at most {adaptation.max_length} tokens"],
+        ["targets", "; ".join(targets)],
+        ["rank", f"{adaptation.rank}, alpha {adaptation.alpha:g}"],
+        ["clusters", str(adaptation.num_clusters)],
+        ["adapters", str(_adapters(manifest))],
+        ["modes", ", ".join(f"{mode} (default)" if mode == default else mode for mode in adaptation.modes)],
+        ["parameters", f"base {parameters.base:,}, hypernetwork {parameters.hypernetwork:,}, "
+                       f"one set of factors {parameters.factors:,}"],
+        ["engine limits", ", ".join(f"{k} {v:,}" for k, v in msgspec.structs.asdict(manifest.limits).items())],
+        ["parity", figures],
+        ["checkpoint", manifest.checkpoint_digest],
+        ["exported with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())],
+    ]  # fmt: skip
+
+
+def _adapters(manifest: Manifest) -> int:
+    """How many trained adapters the bundle holds: one for regime lora, none where a hypernetwork generates factors."""
+    return 1 if manifest.adaptation.regime == "lora" else 0
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(file.size for file in manifest.files.values())
+
+
+def _bytes(bundle: Bundle, name: str) -> str:
+    return f"{bundle.manifest.files[name].size:,}"
+
+
+def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title or None, show_header=any(headers))
+    for header in headers:
+        table.add_column(header, justify="right" if header == "bytes" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.stdout.print(table)
+
+
+if __name__ == "__main__":
+    console.run(main)

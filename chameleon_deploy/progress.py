@@ -1,0 +1,7 @@
+"""The type of callbacks that are told how far long work is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is

@@ -1,0 +1,105 @@
+#include "factors.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "chameleon/error.h"
+
+namespace chameleon {
+
+namespace {
+
+using Tensors = std::map<std::string, std::vector<float>>;
+
+std::string shape_text(std::size_t rows, std::size_t columns) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
+
+/// A copy of one matrix. Throws FactorsError.
+std::vector<float> read_matrix(const std::string& name, const Matrix& matrix, std::size_t columns) {
+  if (matrix.rows < 1 || matrix.columns != columns) {
+    throw FactorsError(name + " has shape " + shape_text(matrix.rows, matrix.columns) + ", expected (rank, " +
+                       std::to_string(columns) + ")");
+  }
+  if (matrix.values.size() / columns != matrix.rows || matrix.values.size() % columns != 0) {
+    throw FactorsError(name + " has " + std::to_string(matrix.values.size()) + " values for shape " +
+                       shape_text(matrix.rows, columns));
+  }
+  if (!std::ranges::all_of(matrix.values, [](float value) { return std::isfinite(value); })) {
+    throw FactorsError(name + " holds NaN or infinity");
+  }
+  return {matrix.values.begin(), matrix.values.end()};
+}
+
+/// Whole sets of one tensor.
+std::vector<float> copy_sets(std::span<const float> tensor, std::size_t size, std::span<const std::int64_t> ids) {
+  std::vector<float> chosen;
+  chosen.reserve(ids.size() * size);
+  for (const std::int64_t id : ids) {
+    const auto set = tensor.subspan(static_cast<std::size_t>(id) * size, size);
+    chosen.insert(chosen.end(), set.begin(), set.end());
+  }
+  return chosen;
+}
+
+}  // namespace
+
+RowFactors RowFactors::rows(std::span<const std::size_t> indices) const {
+  RowFactors selected{sets, {}};
+  selected.factor_ids.reserve(indices.size());
+  for (const std::size_t row : indices) selected.factor_ids.push_back(factor_ids[row]);
+  return selected;
+}
+
+FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, Tensors tensors) {
+  const auto owner = std::make_shared<const Tensors>(std::move(tensors));
+  return {count, rank, {owner->begin(), owner->end()}, owner};
+}
+
+FactorSets zero_factors(const AdaptationSpec& spec) {
+  Tensors tensors;
+  for (const auto& [name, width] : spec.factor_widths()) tensors[name].resize(static_cast<std::size_t>(width));
+  return make_factor_sets(1, 1, std::move(tensors));
+}
+
+FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec) {
+  const auto widths = spec.factor_widths();
+  for (const auto& [name, matrix] : factors) {
+    if (!widths.contains(name)) throw FactorsError("'" + name + "' is not a factor tensor of this bundle");
+  }
+  Tensors tensors;
+  for (const auto& [name, width] : widths) {
+    const auto found = factors.find(name);
+    if (found == factors.end()) throw FactorsError("factors have no '" + name + "'");
+    const Matrix& matrix = found->second;
+    tensors[name] = read_matrix(name, matrix, static_cast<std::size_t>(width));
+    if (const std::size_t rank = factors.begin()->second.rows; matrix.rows != rank) {
+      throw FactorsError(factors.begin()->first + " has rank " + std::to_string(rank) + ", " + name + " has rank " +
+                         std::to_string(matrix.rows));
+    }
+  }
+  return make_factor_sets(1, static_cast<std::int64_t>(factors.begin()->second.rows), std::move(tensors));
+}
+
+RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids) {
+  std::vector<std::int64_t> present(set_ids.begin(), set_ids.end());
+  std::ranges::sort(present);
+  present.erase(std::ranges::unique(present).begin(), present.end());
+  RowFactors selected;
+  for (const std::int64_t id : set_ids) {
+    selected.factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
+  }
+  const auto count = static_cast<std::int64_t>(present.size());
+  if (count == all.count) {
+    selected.sets = all;
+    return selected;
+  }
+  Tensors tensors;
+  for (const auto& [name, values] : all.tensors) {
+    tensors[name] = copy_sets(values, values.size() / static_cast<std::size_t>(all.count), present);
+  }
+  selected.sets = make_factor_sets(count, all.rank, std::move(tensors));
+  return selected;
+}
+
+}  // namespace chameleon

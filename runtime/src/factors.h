@@ -1,0 +1,21 @@
+// Making, checking and selecting factor sets.
+#pragma once
+
+#include "chameleon/factors.h"
+#include "chameleon/manifest.h"
+
+namespace chameleon {
+
+/// Factor sets that own their values.
+FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::map<std::string, std::vector<float>> tensors);
+
+/// One set of rank 1 that changes nothing.
+FactorSets zero_factors(const AdaptationSpec& spec);
+
+/// A caller's factors as a stack of one set. Throws FactorsError.
+FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);
+
+/// The sets that `set_ids` name, in ascending order, and which of them each row uses.
+RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids);
+
+}  // namespace chameleon

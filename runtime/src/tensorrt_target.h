@@ -1,0 +1,12 @@
+// The GPU and the TensorRT library of this process.
+#pragma once
+
+#include "engines.h"
+
+namespace chameleon {
+
+/// The target of engines for the first visible GPU, in the words of the key that `export --target tensorrt` writes.
+/// Throws ProviderError without a driver or a GPU.
+EngineTarget current_target();
+
+}  // namespace chameleon
