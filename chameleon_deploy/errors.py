@@ -156,7 +156,7 @@ class QueueFullError(ChameleonError):
 class ClosedError(ChameleonError):
     """The engine is closed, or finishes what it has and takes nothing new."""
 
-    code = "engine_closed"
+    code = "closed"
 
 
 class RequestError(ChameleonError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,8 @@ from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Engine:
         cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
                           that join its cohort; 0 means that a cohort is the prompts of one submit
         capacity          tokens per row that the key-value cache holds; None means the model's positions
-        observe           called by the engine's thread after every iteration; must be quick, and must not raise
+        observe           called by the engine's thread after every iteration; must be quick. What it raises is logged
 
         Raises InputError.
         """
@@ -230,7 +233,10 @@ class Engine:
             self._present -= len(iteration.finished)
         deliver(tokens)
         if self._observe is not None:
-            self._observe(iteration)
+            try:
+                self._observe(iteration)
+            except Exception:  # metrics must not end anyone's request
+                _log.exception("the engine's observer raised")
 
     def _fail(self, error: BaseException) -> None:
         """End everything that was accepted, and accept nothing more."""

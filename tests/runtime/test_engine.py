@@ -479,6 +479,15 @@ def test_what_the_engine_says_of_itself(runtime: Runtime) -> None:
     assert all((iteration.step > 0) == (iteration.rows > 0) for iteration in iterations)
 
 
+def test_an_observer_that_raises_ends_nobody(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    def observe(iteration: Iteration) -> None:
+        raise RuntimeError("no metrics today")
+
+    with Engine(runtime, observe=observe) as engine:
+        assert engine.submit(prompts_of(5), mode="none").result(60)[0].error is None
+    assert "no metrics today" in caplog.text
+
+
 def test_coroutines_read_streams(runtime: Runtime, engine: Engine) -> None:
     prompts = prompts_of(*range(1, 21))
 
