@@ -67,7 +67,8 @@ MAX_LOGPROBS = 5
 _MASK = 2**64 - 1
 _UNIT = 2.0**34  # the weight of the highest logit
 _BLOCK = 8192  # logits whose intermediate results fit the level 2 cache
-_SORTED = 512  # so few weights are sorted sooner than divided
+_DRAWN = 256  # weights whose running sums are all taken
+_SORTED = 512  # candidates that are sorted rather than halved once more
 _FLOAT32 = np.finfo(np.float32)
 _FLOAT64_MAX = float(np.finfo(np.float64).max)
 
@@ -299,8 +300,7 @@ def choose(
     if sampling.top_p < 1.0:
         kept = _top_p(weights, sampling.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
-    sums = np.cumsum(weights)
-    place = int(np.searchsorted(sums, u * sums[-1], side="right"))
+    place = _draw(weights, u)
     return place if ids is None else int(ids[place])
 
 
@@ -392,20 +392,37 @@ def _weights(logits: FloatArray, highest: float, temperature: float) -> WeightAr
 def _top_p(weights: WeightArray, top_p: float) -> IdArray:
     """Places of the weights that top_p keeps, ascending.
 
-    A weighted selection (Cormen et al., Introduction to Algorithms, problem 9-2): only the few weights around the
-    last one that is kept are sorted.
+    A weighted selection (Cormen et al., Introduction to Algorithms, problem 9-2) finds the lowest weight that is kept:
+    candidates for it are halved until they are few enough to sort.
     """
     enough, above = top_p * weights.sum(), 0.0  # above: sum of the weights above the candidates
-    candidates, values = np.arange(len(weights)), weights
-    while len(values) > _SORTED and (lowest := max(values.min(), 1.0)) < (highest := values.max()):
+    candidates = weights
+    while len(candidates) > _SORTED and (lowest := max(candidates.min(), 1.0)) < (highest := candidates.max()):
         pivot = np.sqrt(lowest * highest)
-        part = np.flatnonzero(values >= pivot)  # indices: a mask of random bits is slow to apply
-        mass = above + values[part].sum()
+        upper = candidates[np.flatnonzero(candidates >= pivot)]  # indices: a mask of random bits is slow to apply
+        mass = above + upper.sum()
         if mass < enough:
-            above, part = mass, np.flatnonzero(values < pivot)
-        candidates, values = candidates[part], values[part]
-    order = np.argsort(-values, kind="stable")
-    count = int(np.searchsorted(above + np.cumsum(values[order]), enough)) + 1
-    kept = weights > values[order[count - 1]]
-    kept[candidates[order[:count]]] = True
+            above, candidates = mass, candidates[np.flatnonzero(candidates < pivot)]
+        else:
+            candidates = upper
+    descending = np.sort(candidates)[::-1]
+    count = int(np.searchsorted(above + np.cumsum(descending), enough)) + 1
+    last = descending[count - 1]
+    ties = np.flatnonzero(weights == last)[: np.count_nonzero(descending[:count] == last)]
+    kept = weights > last
+    kept[ties] = True
     return np.flatnonzero(kept)
+
+
+def _draw(weights: WeightArray, u: float) -> int:
+    """The first place whose running sum exceeds u times the sum.
+
+    Running sums are taken of blocks, then within one block: the sum of a block needs no chain of dependent additions.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _DRAWN))
+    running = np.cumsum(sums)
+    bound = u * running[-1]
+    block = int(np.searchsorted(running, bound, side="right"))
+    start = block * _DRAWN
+    within = running[block] - sums[block] + np.cumsum(weights[start : start + _DRAWN])
+    return start + int(np.searchsorted(within, bound, side="right"))
