@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import InputError, NumericError, TokenError
 from chameleon_deploy.runtime import sampling as implementation
-from chameleon_deploy.runtime.sampling import (
-    Sampler,
-    Sampling,
-    TokenCounts,
-    check_sampling,
-    choose,
-    log_probabilities,
-    uniform,
-)
+from chameleon_deploy.runtime.sampling import Sampler, TokenCounts, choose, log_probabilities, uniform
+from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from tests.plain_sampling import plain_choose, plain_log_probabilities, weight
 
 NOTHING = TokenCounts([])

@@ -13,7 +13,8 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device_logits import DeviceLogits
-from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling
+from chameleon_deploy.runtime.sampling import Choice, Sampler
+from chameleon_deploy.runtime.sampling_settings import Sampling
 
 FinishReason = Literal["stop", "length"]
 

@@ -19,7 +19,7 @@ from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling, check_sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 
 
