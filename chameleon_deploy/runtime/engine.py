@@ -24,7 +24,7 @@ from chameleon_deploy.runtime.inputs import Texts
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 

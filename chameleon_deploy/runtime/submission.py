@@ -16,7 +16,7 @@ from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
 from chameleon_deploy.runtime.inputs import Texts
 from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Cohort, Stream
 
 
