@@ -38,7 +38,7 @@ from chameleon_deploy.export.hypernetwork import fold_lora_B
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.families import head_dim, num_key_value_heads, require_supported
+from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_factors, num_parameters
 
 TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # whose versions are recorded
@@ -93,8 +93,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=num_key_value_heads(config),
-        head_dim=head_dim(config),
+        num_key_value_heads=trunk.num_key_value_heads,
+        head_dim=trunk.head_dim,
         max_positions=trunk.max_positions,
         eos_token_id=trunk.eos_token_id,
     )

@@ -21,8 +21,9 @@ from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify.gates import GATES
+from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
 from tests.rounding import nearest
@@ -204,7 +205,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
             # A last bit of a sum can round a number the other way, which goes on from layer to layer.
             assert (ours != theirs).mean() < 0.15
             assert np.abs(ours.astype(int) - theirs).max() <= 3
-        assert np.abs(logits - expected).max() < GATES["int8"].rounding
+        assert np.abs(logits - expected).max() < GATES["int8"].cache_tolerance
 
 
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
@@ -240,6 +241,23 @@ def test_both_ends_of_the_residual_stream_are_rotated(
     monkeypatch.setattr("chameleon_deploy.export.graphs.rotate_residual", lambda *_: None)
     export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
     assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
+
+
+def test_one_percent_of_another_row_is_caught(
+    tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than rounding explains in a cache, and more than the order of sums explains between calls."""
+    runtime, gate = chameleon_deploy.load(int8_bundle, threads=2), gate_of("int8", "cpu")
+    rows, all_logits = verification_rows(tiny, None), runtime.decoder.all_logits
+    assert all(check.passed for check in parity.check_batching(runtime, rows, gate))
+
+    def leaky(*arguments: Any) -> Any:
+        for start, logits in all_logits(*arguments):
+            values = np.asarray(logits)
+            yield start, HostLogits(values + np.float32(0.01) * np.roll(values, 1, axis=0) * (len(values) > 1))
+
+    monkeypatch.setattr(runtime.decoder, "all_logits", leaky)
+    assert not any(check.passed for check in parity.check_batching(runtime, rows, gate))
 
 
 @pytest.mark.parametrize("factor", [0.2, 20])

@@ -272,7 +272,7 @@ def test_the_command_exits_1_on_a_missed_gate(
 
 def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, chameleon_deploy.verify.checks as p\n"
+        "import sys, chameleon_deploy.verify.gates as p\n"
         "from dataclasses import replace\n"
         "p.GATES['fp32'] = replace(p.GATES['fp32'], kl_mean=-1.0)\n"
         "from chameleon_deploy import console\n"

@@ -16,7 +16,6 @@ from transformers.cache_utils import DynamicLayer
 
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.reference.families import head_dim, num_key_value_heads
 from chameleon_deploy.reference.model import Trunk
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
@@ -125,7 +124,7 @@ def _stateful_model(trunk: Trunk) -> Any:
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     config = trunk.config
-    heads, dim = num_key_value_heads(config), head_dim(config)
+    heads, dim = trunk.num_key_value_heads, trunk.head_dim
     names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
     batch, past, width = 2, 5, 3  # of the example; all three stay free
     example = (
