@@ -58,7 +58,7 @@ def require_supported(config: Any, name: str) -> None:
     ]
     if (rope_type := _rope_type(config)) not in ROPE_TYPES:
         missing.append(f"rope_type={rope_type!r}")
-    if family == "llama" and head_dim(config) % 16:  # what GroupQueryAttention turns by position
+    if family == "llama" and head_dim(config) % 16:  # what GroupQueryAttention can rotate by position
         missing.append(f"head_dim={head_dim(config)}, no multiple of 16")
     if config.eos_token_id is None:
         missing.append("no eos_token_id")

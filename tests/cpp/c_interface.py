@@ -94,7 +94,6 @@ class NativeRuntime:
         self._handle = P()
         options = LoadOptions(None, mode.encode() if mode else None, threads, 0)
         self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
-        self._vocab_size = self._c.chameleon_vocab_size(self._handle)
         self._hidden_size = self._c.chameleon_hidden_size(self._handle)
 
     def close(self) -> None:
@@ -220,12 +219,12 @@ class NativeRuntime:
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            named = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
-            keep.append(named)
-            batch.factors = (CFactor * len(named))(
-                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in named.items())
+            matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
+            keep.append(matrices)
+            batch.factors = (CFactor * len(matrices))(
+                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in matrices.items())
             )
-            batch.num_factors = len(named)
+            batch.num_factors = len(matrices)
         return batch, keep
 
     def _check(self, error: int | None) -> None:
