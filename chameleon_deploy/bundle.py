@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from chameleon_deploy.errors import (
+    BundleChangedError,
     BundleNotFoundError,
     DigestError,
     ManifestError,
@@ -77,6 +78,7 @@ class Bundle:
     manifest: Manifest
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
     weights_checked: Future[None] = field(compare=False, repr=False)
+    stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)  # see `_stamp`
 
     def require_weights(self) -> None:
         """Wait for the weights' digest. Raises DigestError where it is not the manifest's.
@@ -84,6 +86,20 @@ class Bundle:
         Whoever hands out or stores what is made of the weights calls this first.
         """
         self.weights_checked.result()
+
+    def check_unchanged(self) -> None:
+        """Compare size, modification time and inode of the manifest and the weights with those at opening.
+
+        Raises BundleChangedError.
+        """
+        for name, stamp in self.stamps.items():
+            try:
+                found = _stamp(self.path / name)
+            except OSError as error:
+                raise BundleChangedError(f"{self.path / name}: {error.strerror}: load the bundle again") from error
+            if found != stamp:
+                how = "changed in place: results may be wrong" if found[:2] == stamp[:2] else "replaced"
+                raise BundleChangedError(f"{self.path / name} was {how}: load the bundle again")
 
     def graph(self, role: str, provider: str) -> str:
         """Name of the graph of a role for a provider; one made for fewer providers is the more special and wins."""
@@ -135,6 +151,7 @@ def start_opening(path: Path) -> Bundle:
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
+    stamps = {MANIFEST: _stamp(path / MANIFEST)}  # each before the file is read: what changes later is noticed
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
     check_graphs(manifest, path / MANIFEST)
@@ -142,13 +159,14 @@ def start_opening(path: Path) -> Bundle:
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)
     weights = manifest.token_embedding.file
+    stamps[weights] = _stamp(path / weights)
     for name, spec in manifest.files.items():
         if name != weights:
             _check_digest(path / name, spec)
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
     thread.shutdown(wait=False)  # it ends with its one task
-    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked)
+    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps)
     bundle.centroids()
     if manifest.adaptation.regime == "lora":
         bundle.lora()
@@ -175,6 +193,12 @@ def _check_size(file: Path, spec: FileSpec) -> None:
 def _check_digest(file: Path, spec: FileSpec) -> None:
     if file_sha256(file) != spec.sha256:
         raise DigestError(f"{file}: its SHA-256 differs from {MANIFEST}: copy the bundle again")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What a write or a replacement changes: device and inode first, then size and modification time."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def file_sha256(file: Path) -> str:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from chameleon_deploy import console, local_cache
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.local_cache import Stored
+from chameleon_deploy.table import Sheet
 
 DAY = 86_400  # seconds
 
@@ -48,13 +47,15 @@ def _print(entries: Sequence[Stored], as_json: bool) -> None:
         for entry in entries:
             print(json.dumps(_record(entry)))
         return
-    table = Table("kind", "entry", "bytes", "last used", "key", title=str(local_cache.cache_root()))
-    for entry in entries:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        key = "incomplete" if entry.key is None else ", ".join(f"{k} {v[:40]}" for k, v in entry.key.items())
-        table.add_row(entry.kind, entry.path.name, f"{entry.size:,}", used, escape(key))
-    console.stdout.print(table)
-    console.stdout.print(f"{len(entries)} entries, {sum(entry.size for entry in entries) / 1e6:,.1f} MB")
+    total = f"{len(entries)} entries, {sum(entry.size for entry in entries) / 1e6:,.1f} MB"
+    headers = ["kind", "entry", "key", "last used", "bytes"]
+    console.show(Sheet(headers, [_row(entry) for entry in entries], str(local_cache.cache_root()), total))
+
+
+def _row(entry: Stored) -> list[str]:
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+    key = "incomplete" if entry.key is None else ", ".join(f"{k} {v[:40]}" for k, v in entry.key.items())
+    return [entry.kind, entry.path.name, key, used, f"{entry.size:,}"]
 
 
 def _record(entry: Stored) -> dict[str, Any]:

@@ -138,12 +138,21 @@ def run_command(command: Any) -> NoReturn:
         _exit(f"error: {cast(Any, error).format_message()} (--help lists the options) [usage]", 2)
     except (KeyboardInterrupt, typer.Abort):
         _exit("interrupted", 130)
-    except BrokenPipeError:  # the reader has gone: that is no fault of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        sys.exit(0)
+    except BrokenPipeError:
+        _stop_writing()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer's exit code for it is 1: a check failed
+            _stop_writing()
+        raise
     except OSError as error:
         _exit(f"error: {error.filename or 'input or output'}: {error.strerror or error} [output_failed]", 2)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _stop_writing() -> NoReturn:
+    """The reader has gone, which is no fault: nothing more is written, and the exit code is 0."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+    sys.exit(0)
 
 
 def _check_streams() -> None:

@@ -63,6 +63,12 @@ class GraphError(ChameleonError):
     code = "graph_invalid"
 
 
+class BundleChangedError(ChameleonError):
+    """A file of a loaded bundle was changed, replaced or removed: load the bundle again."""
+
+    code = "bundle_changed"
+
+
 class CheckpointError(ChameleonError):
     code = "checkpoint_invalid"
 
@@ -145,6 +151,24 @@ class NumericError(ChameleonError):
     """The model produced a value that is not finite."""
 
     code = "not_finite"
+
+
+class QueueFullError(ChameleonError):
+    """As many requests wait as may: try again later."""
+
+    code = "queue_full"
+
+
+class ClosedError(ChameleonError):
+    """The engine is closed, or finishes what it has and takes nothing new."""
+
+    code = "closed"
+
+
+class RequestError(ChameleonError):
+    """A call of the decoder failed and ended the requests that were in it. The cause is its `__cause__`."""
+
+    code = "request_failed"
 
 
 class DependencyError(ChameleonError):

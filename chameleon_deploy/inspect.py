@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from chameleon_deploy import console
 from chameleon_deploy.bundle import Bundle, Manifest, default_mode, open_bundle
+from chameleon_deploy.table import Sheet
 
 
 def main(
@@ -26,13 +24,16 @@ def main(
         print(json.dumps(record(opened)))
         return
     manifest = opened.manifest
-    _print("", ["", ""], _summary(opened))
+    console.show(Sheet(["property", "value"], _summary(opened)))
     graphs = [
         [name, graph.role, graph.cache or "", ", ".join(graph.providers), graph.file, _bytes(opened, graph.file)]
         for name, graph in manifest.graphs.items()
     ]
-    _print("Graphs", ["graph", "role", "cache", "providers", "file", "bytes"], graphs)
-    _print("Files", ["file", "bytes"], [[name, _bytes(opened, name)] for name in manifest.files])
+    files = [[name, _bytes(opened, name)] for name in manifest.files]
+    console.show(
+        Sheet(["graph", "role", "cache", "providers", "file", "bytes"], graphs, "Graphs"),
+        Sheet(["file", "bytes"], files, "Files"),
+    )
 
 
 def record(bundle: Bundle) -> dict[str, Any]:
@@ -92,15 +93,6 @@ def _size(manifest: Manifest) -> int:
 
 def _bytes(bundle: Bundle, name: str) -> str:
     return f"{bundle.manifest.files[name].size:,}"
-
-
-def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title or None, show_header=any(headers))
-    for header in headers:
-        table.add_column(header, justify="right" if header == "bytes" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.stdout.print(table)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from chameleon_deploy.bench.footprint import Footprint, measure_footprint
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS, Timing, measure
 from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -65,7 +66,12 @@ def run(
     from chameleon_deploy.bench.peers import open_peers
     from chameleon_deploy.machine import describe_machine
 
-    width = min(width, open_bundle(bundle).manifest.model.max_positions - num_tokens)
+    positions = open_bundle(bundle).manifest.model.max_positions
+    width = min(width, positions - num_tokens)
+    if width < 2:
+        raise InputError(
+            f"no room for a prompt before {num_tokens} tokens in {positions} positions: pass fewer --tokens"
+        )
     report("footprint", 0, 1)
     footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
     report("footprint", 1, 1)

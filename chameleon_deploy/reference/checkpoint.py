@@ -29,6 +29,7 @@ CONFIG_FILE = "chameleon_config.json"
 TENSOR_FILE = "chameleon.safetensors"
 FORMAT_VERSION = 1
 AUTHORS_BASE = "gpt2"  # the hub id of the base model of the paper's scripts
+MAX_SIZE = 1 << 20  # of any dimension in the configuration; products of larger ones overflow
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,7 +186,9 @@ def _assemble(
     path: Path, config: CheckpointConfig, trunk: Trunk, tensors: dict[str, Tensor], centroids: Tensor, files: list[Path]
 ) -> Checkpoint:
     vocab, hidden = trunk.head_weight.shape
-    factors = build_factors(config, hidden, vocab)
+    with torch.device("meta"):  # shapes only, which take no memory: the configuration may ask for any
+        factors = build_factors(config, hidden, vocab)
+    found = {}
     for name, parameter in factors.named_parameters():
         stored = tensors.pop(_stored_name(name), None)
         if stored is None:
@@ -196,9 +199,10 @@ def _assemble(
                 f"a rank-{config.rank} head on this base model needs {tuple(parameter.shape)}"
             )
         _check_finite(path, _stored_name(name), stored)
-        parameter.data = stored.to(torch.float32)
+        found[name] = stored.to(torch.float32)
     if tensors:
         raise TensorError(f"{path}: unexpected tensors {sorted(tensors)}")
+    factors.load_state_dict(found, assign=True)
     _check_finite(path, "centroids", centroids)
     digest = hashlib.sha256()
     for file in files:
@@ -226,6 +230,10 @@ def _read_config(path: Path) -> CheckpointConfig:
         raise CheckpointError(f"{path}: {error}") from error
     if config.rank < 1 or config.max_length < 1 or config.num_clusters < 0:
         raise CheckpointError(f"{path}: rank and max_length must be at least 1, num_clusters at least 0")
+    if max(config.rank, config.max_length, config.num_clusters, *config.hidden_sizes, 0) > MAX_SIZE:
+        raise CheckpointError(f"{path}: rank, max_length, num_clusters and hidden_sizes must be at most {MAX_SIZE}")
+    if min(config.hidden_sizes, default=1) < 1:
+        raise CheckpointError(f"{path}: hidden_sizes must be at least 1, not {list(config.hidden_sizes)}")
     if config.targets != (LM_HEAD,):
         raise CheckpointError(f"{path}: targets {list(config.targets)}: this release adapts [{LM_HEAD!r}] only")
     return config

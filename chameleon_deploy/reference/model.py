@@ -137,14 +137,15 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     name = str(name_or_path)
     gguf = gguf_file(name_or_path)
     where = converted(gguf) if gguf else name_or_path
+    source = {"local_files_only": not Path(where).exists() and not _is_hub_reachable()}
     try:
-        config = transformers.AutoConfig.from_pretrained(where)
+        config = transformers.AutoConfig.from_pretrained(where, **source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     families.require_supported(config, name)
     try:
-        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -170,6 +171,17 @@ def encoding_whole_texts(tokenizer: Any) -> Any:
 def trunk_from(causal_lm: Any, tokenizer: Any) -> Trunk:
     causal_lm.eval().requires_grad_(False)
     return Trunk(causal_lm, tokenizer)
+
+
+def _is_hub_reachable() -> bool:
+    """One request, where from_pretrained repeats a failing one for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of requests or of httpx, by the release of huggingface_hub
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

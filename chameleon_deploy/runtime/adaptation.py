@@ -72,7 +72,7 @@ def conditioning(
     groups: dict[Hashable, list[int]] = {}
     for row in range(batch):
         tenant = tenants[row] if tenants is not None else None
-        groups.setdefault((tenant, int(cluster_ids[row])), []).append(row)
+        groups.setdefault((type(tenant), tenant, int(cluster_ids[row])), []).append(row)  # 1 == True == 1.0
     vectors = np.empty((len(groups), embeddings.shape[1]), np.float32)
     factor_ids = np.empty(batch, np.int64)
     for i, members in enumerate(groups.values()):
@@ -86,5 +86,14 @@ def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) ->
     if (mode == "tenant") != (tenants is not None):
         passed = "no tenants" if tenants is None else "tenants"
         raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")
-    if tenants is not None and len(tenants) != batch:
+    if tenants is None:
+        return
+    if isinstance(tenants, str | bytes) or not isinstance(tenants, Sequence | np.ndarray):
+        raise InputError(f"tenants must be a list with one tenant per text, got a single {type(tenants).__name__}")
+    if len(tenants) != batch:
         raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")
+    for row, tenant in enumerate(tenants):
+        try:
+            hash(tenant)
+        except TypeError as error:
+            raise InputError(f"tenant {row}: {error}: pass a string or a number") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ import numpy.typing as npt
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError, LengthError, TokenError
+
+MAX_THREADS = 1024  # starting a million takes ONNX Runtime minutes
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
@@ -39,8 +44,51 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
     return rows
 
 
+def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
+    """The largest number of new tokens of each row, from one number or one per row. Raises InputError."""
+    if isinstance(max_new_tokens, Sequence | np.ndarray) and not isinstance(max_new_tokens, str | bytes):
+        limits = [_integer("max_new_tokens", value) for value in max_new_tokens]
+    else:
+        limits = [_integer("max_new_tokens", max_new_tokens)] * batch
+    if len(limits) != batch:
+        raise InputError(f"{len(limits)} values of max_new_tokens for {batch} prompts: pass one, or one per prompt")
+    if min(limits) < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
+    return limits
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a bundle. Raises InputError for what is no path."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise InputError(f"a path must be a string or a pathlib.Path, got {type(path).__name__}") from error
+
+
+def check_threads(threads: int | None) -> int | None:
+    """The number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
+    if threads is None:
+        return None
+    count = _integer("threads", threads)
+    if not 1 <= count <= MAX_THREADS:
+        raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core")
+    return count
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be an integer, got {type(value).__name__} {value!r:.40}") from error
+
+
 def _integers(row: int, ids: Any) -> list[int]:
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError, OverflowError) as error:  # nested lists of unequal lengths
+        raise InputError(f"text {row} is neither a string nor a list of integers") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InputError(f"text {row} is neither a string nor a list of integers")
     return [int(i) for i in array]

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import get_args
 
 import numpy as np
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
-from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
-from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, encode
+from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling, check_sampling
+from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
@@ -36,7 +37,7 @@ def load(
     path           the directory that export wrote
     provider       "cpu", "cuda", "tensorrt", or "auto" for the best of this machine, which `Runtime.provider` tells
     mode           adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
-    threads        of ONNX Runtime, within one operator; None lets it choose
+    threads        of ONNX Runtime, within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
                    processes which load the bundle this way keep one copy. The first of them writes the file.
 
@@ -44,7 +45,8 @@ def load(
     ProviderError or DependencyError that says what is missing.
     """
     check_provider(provider)
-    bundle = start_opening(Path(path))
+    check_threads(threads)
+    bundle = start_opening(checked_path(path))
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
@@ -104,7 +106,7 @@ class Runtime:
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
-        adaptation = self._adapt(self._encode(texts), mode, tenants, factors)
+        adaptation = self._adapt(self.encode(texts), mode, tenants, factors)
         if on_device:
             return adaptation
         row_factors = adaptation.factors
@@ -119,7 +121,7 @@ class Runtime:
         factors: Factors | None = None,
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
-        rows = self._encode(texts)
+        rows = self.encode(texts)
         return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
     def generate(
@@ -161,27 +163,22 @@ class Runtime:
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        rows = self._encode(prompts)
-        limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        single = not isinstance(sampling, Sequence)
-        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
-        for name, values in (("max_new_tokens", limits), ("sampling", samplings)):
-            if len(values) != len(rows):
-                raise InputError(f"{len(values)} values of {name} for {len(rows)} prompts: pass one, or one per prompt")
-        if min(limits) < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
-        for each in samplings:
-            check_sampling(each, self.manifest.model.vocab_size)
+        rows = self.encode(prompts)
         adaptation = self._adapt(rows, mode, tenants, factors)
-        positions = self.manifest.model.max_positions
-        active = [
-            # The last new token is never fed back, so it needs no position.
-            Row(i, ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
-            for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
-        ]
+        active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model)
         return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
 
-    def _encode(self, texts: Texts) -> list[list[int]]:
+    def check_unchanged(self) -> None:
+        """Check that the bundle's files are those that were loaded, by size, modification time and inode.
+
+        The weights are mapped from the file: changing it in place changes results, and truncating it ends the process.
+        A service calls this from time to time, and loads the bundle again when it fails. It takes microseconds.
+
+        Raises BundleChangedError.
+        """
+        self.bundle.check_unchanged()
+
+    def encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)
 
     def _adapt(
@@ -191,14 +188,8 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
     ) -> Adaptation:
-        mode = mode or self.mode
-        self._check_mode(mode)
-        adapting.check_tenants(mode, tenants, len(rows))
-        if factors is not None and mode != "static":
-            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
-        model, spec = self.manifest.model, self.manifest.adaptation
-        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
-        cluster_ids = adapting.assign(embeddings, self._centroids)
+        mode = self.check_arguments(mode, tenants, factors, len(rows))
+        embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
             sets = self._no_factors
@@ -211,6 +202,45 @@ class Runtime:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
             sets = self.backend.generate_factors(vectors)
         return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
+
+    def check_arguments(
+        self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
+    ) -> Mode:
+        """The mode that is meant. Raises ModeError or InputError."""
+        mode = mode or self.mode
+        self._check_mode(mode)
+        adapting.check_tenants(mode, tenants, batch)
+        if factors is not None and mode != "static":
+            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
+        return mode
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> tuple[FloatArray, IntArray]:
+        """Embeddings [batch, hidden] and cluster ids [batch]."""
+        model, spec = self.manifest.model, self.manifest.adaptation
+        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
+        return embeddings, adapting.assign(embeddings, self._centroids)
+
+    def factor_sources(
+        self,
+        mode: Mode,
+        embeddings: FloatArray,
+        cluster_ids: IntArray,
+        tenants: Sequence[Hashable] | None,
+        factors: Factors | None,
+    ) -> list[FactorSource]:
+        """Where the factors of each row come from; they are made when they are asked for, but for a caller's own."""
+        if mode == "none":
+            return [FactorSource("none", lambda: self._no_factors)] * len(embeddings)
+        if mode == "static":
+            sets = self._static_factors(factors)
+            own = sets[np.array([0])]  # a copy, which the caller cannot change
+            return [FactorSource("static" if factors is None else object(), lambda: own)] * len(embeddings)
+        if mode == "centroid":
+            return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
+        vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
+        # The same vector has the same factors, whoever it belongs to.
+        sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
+        return [sources[i] for i in factor_ids]
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
@@ -225,6 +255,9 @@ class Runtime:
         if self._centroid_factors is None:
             self._centroid_factors = self.backend.generate_factors(self._centroids)
         return self._centroid_factors
+
+    def _factors_of_centroid(self, cluster_id: int) -> FactorSets:
+        return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
         if mode not in get_args(Mode):

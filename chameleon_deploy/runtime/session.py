@@ -10,6 +10,7 @@ from chameleon_deploy.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
 from chameleon_deploy.local_cache import find_or_build
 from chameleon_deploy.machine import describe_processor
+from chameleon_deploy.runtime.inputs import check_threads
 
 ExecutionProvider = tuple[str, dict[str, str]]
 CPU: ExecutionProvider = ("CPUExecutionProvider", {})
@@ -85,7 +86,7 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     options.enable_mem_pattern = False
     # Where weights alone are int8, ONNX Runtime would quantise the activations too.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if threads is not None:
+    if check_threads(threads) is not None:
         options.intra_op_num_threads = threads
     # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long
     # they wait for the next step of a generation.
