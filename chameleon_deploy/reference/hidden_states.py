@@ -72,7 +72,7 @@ def cache_hidden_states(
         write_whole(
             file, lambda partial: _compute(trunk, texts, protocol, max_length, offsets, partial, report, batch_size)
         )
-        key_file.write_text(json.dumps({"key": key}))
+        write_whole(key_file, lambda partial: partial.write_text(json.dumps({"key": key})))
     embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
     return HiddenStates(np.load(file, mmap_mode="r"), targets, offsets, embeddings)
 

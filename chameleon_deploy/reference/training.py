@@ -13,6 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
@@ -73,7 +74,8 @@ def train_checkpoint(
     except ChameleonError:
         shutil.rmtree(work)
         raise
-    interrupted.write_text(made_of)  # from here on there is something worth resuming
+    # From here on there is something worth resuming.
+    write_whole(interrupted, lambda partial: partial.write_text(made_of))
     return train_on_states(trunk, config, train, validation, centroids, out, settings, report)
 
 

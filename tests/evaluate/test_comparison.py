@@ -272,7 +272,7 @@ def test_bad_input(mini: Checkpoint, mini_path: Path, corpus: Path, tmp_path: Pa
         ("compare", ["--text", "x", "--work", "w"], "'--base'"),
         ("compare", ["checkpoint", "--text", "x", "--work", "w", "--base", "b"], "unexpected extra argument"),
         ("compare", ["--text", "x", "--work", "w", "--base", "b", "--bundle", "b"], "--bundle"),
-        ("evaluate", ["--text", "x"], "CHECKPOINT..."),
+        ("evaluate", ["--text", "x"], "'CHECKPOINT'"),
         ("evaluate", ["c", "--text", "x", "--table"], "--table"),
         ("evaluate", ["c", "--text", "x", "--rank", "4"], "--rank"),
         ("evaluate", ["c", "--text", "x", "--html", "page.html"], "--html"),

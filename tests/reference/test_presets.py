@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from chameleon_deploy import compare
+from chameleon_deploy import train as train_command
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import variants
 from chameleon_deploy.evaluate.experiment import run_experiment
@@ -26,7 +29,7 @@ from chameleon_deploy.reference.corpus import Split, split_texts
 from chameleon_deploy.reference.head import train_head, validation_loss
 from chameleon_deploy.reference.hidden_states import HiddenStates
 from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA, num_parameters
-from chameleon_deploy.reference.presets import PAPER, PRESETS, TrainingSettings
+from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, TrainingSettings, default_of
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.residual import add_residual, constant_direction, count, detectors, log_ratio
 from chameleon_deploy.reference.training import train_checkpoint
@@ -138,6 +141,36 @@ def test_steps_that_see_several_cohorts_weigh_every_position_alike(tmp_path: Pat
         train(lora, settings, tmp_path / str(batch_size))
         found.append(lora.lora_B)
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_train_and_compare_resolve_a_preset_alike(
+    preset: PresetName, mini_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def stop(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chameleon_deploy.reference.training.train_checkpoint", stop)
+    monkeypatch.setattr("chameleon_deploy.evaluate.experiment.run_experiment", stop)
+    text = tmp_path / "texts.txt"
+    text.write_text("\n\n".join(map(str, range(100))))
+    options: dict[str, Any] = {"base": str(mini_path / "base"), "text": [text], "preset": preset, "lr": 0.125}
+    for command, more in ((train_command, {"out": tmp_path / "out"}), (compare, {"work": tmp_path / "work"})):
+        with pytest.raises(KeyboardInterrupt):
+            command.main(**options, **more)
+    (_, config, _, _, _, training, *_), (_, _, _, settings, *_) = calls
+    assert settings == PRESETS[preset].with_options(lr=0.125)
+    assert training == settings.training
+    shape = settings.rank, settings.alpha, settings.num_clusters, settings.max_length
+    assert (config.rank, config.alpha, config.num_clusters, config.max_length) == shape
+
+
+def test_the_help_names_the_defaults() -> None:
+    assert default_of("rank") == "paper: 4, residual: 16"
+    assert default_of("epochs") == "10"
 
 
 def test_the_preset_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None:
