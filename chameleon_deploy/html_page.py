@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import DependencyError
 from chameleon_deploy.table import Sheet, is_number
 
@@ -94,9 +94,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """The page appears whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self._html(), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, lambda partial: partial.write_text(self._html(), encoding="utf-8"))
 
     def _html(self) -> str:
         return (

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from chameleon_deploy.bundle import Protocol
-from chameleon_deploy.directory import locked_directory
+from chameleon_deploy.directory import locked_directory, write_whole
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.scoring import FloatArray, score_texts
@@ -124,7 +124,8 @@ def run_experiment(
     made_of = _fingerprint(trunk, texts, settings)
     with _work_directory(work, made_of):
         sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in PROTOCOLS}
-        _write_whole(work / "settings.json", made_of)  # from here on there is something worth resuming
+        # From here on there is something worth resuming.
+        write_whole(work / "settings.json", lambda partial: partial.write_text(made_of))
         scored = [_score_base(trunk, side) for side in sides.values()]
         histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]] = {}
         runs: dict[tuple[Protocol, str], list[dict[str, FloatArray]]] = {}
@@ -198,9 +199,7 @@ def _train_and_score(
                     found[f"{other.protocol}.{name}"] = score_texts(
                         checkpoint.factors, settings.alpha, trunk.head_weight, embedded, conditioned
                     )
-        partial = scores.with_suffix(".partial")
-        save_file(found, partial)
-        os.replace(partial, scores)
+        write_whole(scores, lambda partial: save_file(found, partial))
     return load_file(scores)
 
 
@@ -245,12 +244,6 @@ def _work_directory(work: Path, made_of: str) -> Iterator[None]:
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")
         yield
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def _fingerprint(trunk: Trunk, texts: Split, settings: Preset) -> str:
