@@ -6,17 +6,19 @@ runtime.generate(["The river"], max_new_tokens=20)
 """
 
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime import Adaptation, Generation, Runtime, Sampling, Score, Token, load
+from chameleon_deploy.runtime import Adaptation, Engine, Generation, Runtime, Sampling, Score, Stream, Token, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adaptation",
     "ChameleonError",
+    "Engine",
     "Generation",
     "Runtime",
     "Sampling",
     "Score",
+    "Stream",
     "Token",
     "__version__",
     "load",

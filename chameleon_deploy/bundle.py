@@ -55,6 +55,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: who needs both takes them from here.
 __all__ = [
@@ -153,6 +154,7 @@ def start_opening(path: Path) -> Bundle:
     stamps = {MANIFEST: _stamp(path / MANIFEST)}  # each before the file is read: what changes later is noticed
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
+    check_graphs(manifest, path / MANIFEST)
     _check_listing(path, manifest)
     for name, spec in manifest.files.items():
         _check_size(path / name, spec)

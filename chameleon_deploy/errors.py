@@ -153,6 +153,24 @@ class NumericError(ChameleonError):
     code = "not_finite"
 
 
+class QueueFullError(ChameleonError):
+    """As many requests wait as may: try again later."""
+
+    code = "queue_full"
+
+
+class ClosedError(ChameleonError):
+    """The engine is closed, or finishes what it has and takes nothing new."""
+
+    code = "closed"
+
+
+class RequestError(ChameleonError):
+    """A call of the decoder failed and ended the requests that were in it. The cause is its `__cause__`."""
+
+    code = "request_failed"
+
+
 class DependencyError(ChameleonError):
     """An optional package is missing, or two that exclude each other are installed."""
 

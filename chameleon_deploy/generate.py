@@ -32,6 +32,14 @@ def main(
     top_p: Annotated[float, typer.Option(help="1 keeps all.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 leaves the logits alone.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of generated tokens.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as each was generated.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to a token's logit; may be given several times.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities, and those of 0 to 5 alternatives.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -41,16 +49,28 @@ def main(
     if not prompt and not prompts:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompts FILE")
     texts = [*(prompt or []), *(read_texts([prompts]) if prompts else [])]
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()))
+    sampling = Sampling(
+        temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()), presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, logit_bias=dict(map(_bias, logit_bias or ())), logprobs=logprobs,
+    )  # fmt: skip
     runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
     if as_json:
         for generation in generations:
-            print(json.dumps(dataclasses.asdict(generation)))
+            record = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
+            print(json.dumps(record))
         return
     rows = [[str(g.cluster_id), text, g.text, g.finish_reason] for text, g in zip(texts, generations, strict=True)]
     console.show(Sheet(["cluster", "prompt", "text", "finish"], rows, sections=range(len(rows))))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise InputError(f"--logit-bias {text}: pass ID=VALUE, a token id and a number from -100 to 100") from None
 
 
 if __name__ == "__main__":

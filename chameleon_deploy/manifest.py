@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -16,11 +16,15 @@ MANIFEST = "bundle.json"
 FORMAT = "chameleon-bundle"
 FORMAT_VERSION = 1
 
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what every reader of the format can hold
+MAX_DIMENSION = 2**31 - 1  # graphs count tokens in int32
+
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
 Regime = Literal["chameleon", "lora"]
 Protocol = Literal["masked", "paper"]
 Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
 LM_HEAD = "lm_head"  # the target that every export has so far, by its PEFT name
 
@@ -34,8 +38,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
-    shape: tuple[int | str, ...]
+    dtype: ElementType
+    shape: tuple[Int64 | str, ...]
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,45 +63,45 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     file: str
     dtype: Literal["float32", "float16"]
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[Int64, ...]
+    offset: Int64
 
 
 class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    size: int
+    size: Int64
     sha256: str
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_positions: int
-    eos_token_id: int
+    vocab_size: Int64
+    hidden_size: Int64
+    num_layers: Int64
+    num_attention_heads: Int64
+    num_key_value_heads: Int64
+    head_dim: Int64
+    max_positions: Int64
+    eos_token_id: Int64
 
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A linear layer that the factors adapt, by its PEFT name: A is [rank, in_features], B [rank, out_features]."""
 
     name: str
-    in_features: int
-    out_features: int
+    in_features: Int64
+    out_features: Int64
 
 
 class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """alpha is recorded, not applied: it is folded into the factors at export."""
 
     regime: Regime
-    rank: int
+    rank: Int64
     alpha: float
     targets: tuple[TargetSpec, ...]
-    num_clusters: int
+    num_clusters: Int64
     protocol: Protocol
-    max_length: int
+    max_length: Int64
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -117,9 +121,9 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora)."""
 
-    base: int
-    factors: int
-    hypernetwork: int
+    base: Int64
+    factors: Int64
+    hypernetwork: Int64
 
 
 class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,23 +135,23 @@ class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     factor_sets  factor sets
     """
 
-    batch: int
-    sequence: int
-    past: int
-    factor_sets: int
+    batch: Int64
+    sequence: Int64
+    past: Int64
+    factor_sets: Int64
 
 
 class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """verified is false when the export was told not to verify; the figures stand in parity.json."""
 
     verified: bool
-    checks: int = 0
+    checks: Int64 = 0
     max_abs_logit_difference: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["chameleon-bundle"]
-    format_version: int
+    format_version: Int64
     precision: Precision
     model: ModelSpec
     adaptation: AdaptationSpec
@@ -202,7 +206,7 @@ def parse_manifest(raw: bytes, where: Path) -> Manifest:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"{where}: {error}") from error
     for name in manifest.files:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", name):
             raise PathError(f"{where}: file name {name!r} is not a plain name inside the bundle")
     _check_consistency(manifest, where)
     return manifest
@@ -212,8 +216,10 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     model, adaptation = manifest.model, manifest.adaptation
     for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
                  "max_positions"):  # fmt: skip
-        if getattr(model, name) < 1:
-            raise ManifestError(f"{where}: model.{name} must be at least 1")
+        if not 1 <= getattr(model, name) <= MAX_DIMENSION:
+            raise ManifestError(f"{where}: model.{name} must be between 1 and {MAX_DIMENSION}")
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise ManifestError(f"{where}: model.num_attention_heads is not a multiple of model.num_key_value_heads")
     if adaptation.rank < 1 or adaptation.num_clusters < 0 or adaptation.max_length < 1:
         raise ManifestError(f"{where}: adaptation has a rank, num_clusters or max_length out of range")
     if not 0 <= model.eos_token_id < model.vocab_size:
@@ -243,16 +249,12 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
 
 
 def _check_targets(manifest: Manifest, where: Path) -> None:
-    """The targets are distinct, and every decoder takes their factors and no others."""
-    targets = manifest.adaptation.targets
+    """The targets are distinct and have dimensions; those of lm_head follow from the model."""
+    targets, head = manifest.adaptation.targets, (manifest.model.hidden_size, manifest.model.vocab_size)
     if not targets or len({target.name for target in targets}) < len(targets):
         raise ManifestError(f"{where}: adaptation.targets must name at least one layer, and each layer once")
     for target in targets:
         if not target.name or target.in_features < 1 or target.out_features < 1:
             raise ManifestError(f"{where}: adaptation.targets: {target.name!r} has no name or a dimension below 1")
-    expected = manifest.adaptation.factor_widths
-    for name, graph in manifest.graphs.items():
-        if graph.role == "decoder":
-            taken = {spec.name: spec.shape[-1] for spec in graph.inputs if ".lora_" in spec.name and spec.shape}
-            if taken != expected:
-                raise ManifestError(f"{where}: graphs.{name} takes factors {taken}, adaptation.targets say {expected}")
+        if target.name == LM_HEAD and (target.in_features, target.out_features) != head:
+            raise ManifestError(f"{where}: adaptation.targets: {LM_HEAD} is not [hidden_size, vocab_size]")

@@ -225,12 +225,42 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("embedding_overflows", "manifest_invalid", manifest(2**62, "model", "vocab_size"),
          manifest([2**62, HIDDEN], "token_embedding", "shape"))  # fmt: skip
     case("embedding_dtype", "manifest_invalid", manifest("float64", "token_embedding", "dtype"))
+    # Its dimensions against the inputs and outputs of the graphs
+    for field, values in {
+        "num_layers": (1, 3, 2 * 10**9, 2**63, 10**30),
+        "num_attention_heads": (3,),
+        "num_key_value_heads": (1, 4),
+        "head_dim": (4,),
+        "max_positions": (2**31,),
+    }.items():
+        for value in values:
+            case(f"{field}_{value}", "manifest_invalid", manifest(value, "model", field))
+    case("rank_differs", "manifest_invalid", manifest(8, "adaptation", "rank"))
+    for precision in ("int8", "fp16"):
+        case(f"precision_{precision}", "manifest_invalid", manifest(precision, "precision"))
+    case("cache_is_growing", "manifest_invalid", manifest("shared", "graphs", "decoder", "cache"))
+    case("cache_is_shared", "manifest_invalid", manifest("growing", "graphs", "decoder_cpu", "cache"))
+    case("role_differs", "manifest_invalid", manifest("logits_scorer", "graphs", "chooser", "role"))
+    inputs = ("graphs", "decoder_cpu", "inputs")
+    case("input_name", "manifest_invalid", manifest("ids", *inputs, "0", "name"))
+    case("input_dtype", "manifest_invalid", manifest("float32", *inputs, "0", "dtype"))
+    case("input_shape", "manifest_invalid", manifest(["batch", 7], *inputs, "0", "shape"))
+    case("input_missing", "manifest_invalid", without(*inputs, "1"))
+    case("input_twice", "manifest_invalid", manifest("position_ids", *inputs, "0", "name"))
+    case("output_missing", "manifest_invalid", without("graphs", "hypernetwork", "outputs", "1"))
+    case("hypernetwork_rank", "manifest_invalid",
+         manifest(["factor_sets", 3, HIDDEN], "graphs", "hypernetwork", "outputs", "0", "shape"))  # fmt: skip
+    case("chooser_vocab", "manifest_invalid",
+         manifest(["batch", "positions", VOCAB_SIZE - 1], "graphs", "chooser", "inputs", "0", "shape"))  # fmt: skip
+    case("scorer_hidden_size", "manifest_invalid",
+         manifest(["positions", 8], "graphs", "hidden_scorer", "inputs", "0", "shape"))  # fmt: skip
     # Paths
     entry = {"size": 0, "sha256": "0" * 64}
     for number, name in enumerate(
         ("../weights.bin", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", "a\nb", "", "é", "a b")
     ):
         case(f"path_{number}", "path_unsafe", manifest(entry, "files", name))
+    case("path_too_long", "path_unsafe", manifest(entry, "files", "x" * 256))
     # Tensors
     good = np.zeros((3, HIDDEN), np.float32)
     nan = good.copy()
@@ -288,11 +318,6 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder_cpu", "file"))
     embedding_only = {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN}
     case("weights_too_short_for_graph", "graph_invalid", embedding_only, {"do": "redigest", "file": "weights.bin"})
-    case("input_name", "graph_invalid", manifest("ids", "graphs", "decoder_cpu", "inputs", "0", "name"))
-    case("input_dtype", "graph_invalid", manifest("float32", "graphs", "decoder_cpu", "inputs", "0", "dtype"))
-    case("input_shape", "graph_invalid", manifest(["batch", 7], "graphs", "decoder_cpu", "inputs", "0", "shape"))
-    case("input_missing", "graph_invalid", without("graphs", "decoder_cpu", "inputs", "1"))
-    case("output_missing", "graph_invalid", without("graphs", "hypernetwork", "outputs", "1"))
     # The tokenizer
     for name, content in (("not_json", b"{"), ("no_model", b"{}"), ("empty", b"")):
         case(

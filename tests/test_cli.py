@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -30,6 +31,16 @@ def test_generate_prints_json_lines(bundle: Path, runtime: Runtime) -> None:
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["token_ids"] for line in lines] == [g.token_ids for g in expected]
     assert set(lines[0]) == {"token_ids", "text", "cluster_id", "finish_reason"}
+
+
+def test_generate_takes_penalties_and_reports_log_probabilities(bundle: Path, runtime: Runtime) -> None:
+    result = run("chameleon_deploy.generate", bundle, "--prompt", "The river", "--max-new-tokens", 6, "--json",
+                 "--presence-penalty", 1.5, "--frequency-penalty", 0.5, "--logit-bias", "7=2.5",
+                 "--logit-bias", "8=-100", "--logprobs", 2)  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    sampling = Sampling(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={7: 2.5, 8: -100.0}, logprobs=2)
+    expected = runtime.generate(["The river"], max_new_tokens=6, sampling=sampling)[0]
+    assert json.loads(result.stdout) == json.loads(json.dumps(dataclasses.asdict(expected)))
 
 
 def test_generate_reads_prompts_from_a_file(bundle: Path, tmp_path: Path) -> None:
@@ -198,6 +209,8 @@ def bad_calls(bundle: Path, mini: Path, tmp: Path) -> dict[str, tuple[list[Any],
         "no arguments": ([generate], "[usage]"),
         "zero tokens": ([generate, bundle, "--prompt", "x", "--max-new-tokens", 0], "[usage]"),
         "negative temperature": ([generate, bundle, "--prompt", "x", "--temperature", -1], "[input_invalid]"),
+        "bias without a value": ([generate, bundle, "--prompt", "x", "--logit-bias", "7"], "[input_invalid]"),
+        "bias of no token": ([generate, bundle, "--prompt", "x", "--logit-bias", "512=1"], "[token_invalid]"),
         "prompt too long": ([generate, bundle, "--prompt", "word " * 500], "[text_too_long]"),
         "unknown provider": ([generate, bundle, "--prompt", "x", "--provider", "tpu"], "[provider_unavailable]"),
         "text missing": ([score, bundle, "--text", tmp / "gone.txt"], "[input_invalid]"),
@@ -236,7 +249,8 @@ def bad_calls(bundle: Path, mini: Path, tmp: Path) -> dict[str, tuple[list[Any],
 
 NAMES = [
     "no such bundle", "not a bundle", "no prompt", "empty prompt", "unknown mode", "static without factors",
-    "unknown option", "no arguments", "zero tokens", "negative temperature", "prompt too long", "unknown provider",
+    "unknown option", "no arguments", "zero tokens", "negative temperature", "bias without a value",
+    "bias of no token", "prompt too long", "unknown provider",
     "text missing", "text not UTF-8", "text empty", "text a directory", "bad jsonl", "deeply nested jsonl",
     "no tenants", "too many threads", "threads beyond any integer", "rank beyond any", "rank beyond memory",
     "negative size", "hub out of reach", "no room for a prompt",
@@ -264,7 +278,7 @@ OUTPUTS = {
     "bench --json": ("bench", "--json"), "bench --html": ("bench", "--html"),
     "verify --out": ("verify", "--out"),
     "gpu_check --json": ("gpu_check", "--json"),
-    "evaluate --html": ("evaluate", "--html"),
+    "compare --html": ("compare", "--html"),
 }  # fmt: skip
 
 
@@ -273,8 +287,8 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(name: str, tmp
     """Neither bundle nor checkpoint exists, which the work would find first."""
     command, option = OUTPUTS[name]
     work: list[Any] = [tmp_path / "bundle", "--reference", tmp_path / "checkpoint"]
-    if command == "evaluate":
-        work = ["--table", "--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
+    if command == "compare":
+        work = ["--base", tmp_path / "base", "--text", tmp_path / "text", "--work", tmp_path / "work"]
     for target, message in (
         (tmp_path, "is a directory"),
         (tmp_path / "missing" / "file", "No such file or directory"),

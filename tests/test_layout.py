@@ -55,6 +55,33 @@ def test_base_install_stays_small() -> None:
     assert names == {"msgspec", "numpy", "safetensors", "tokenizers"}
 
 
+# Names of families, of their modules and of their matrices.
+FAMILY_NAMES = re.compile(
+    r"""["']gpt2["']|["']llama["']|c_attn|c_fc|c_proj|\bwte\b|\bwpe\b|\bln_[12f]\b|qkv_proj|gate_up_proj|down_proj|\bo_proj\b"""
+    r"""|embed_tokens|input_layernorm|rotary_emb\b|\.h\.|transformer\.h|model\.layers"""
+)
+
+
+def family_names(module: Path) -> list[str]:
+    """Lines of a module that name a family."""
+    lines = module.read_text().splitlines()
+    return [line for line in lines if FAMILY_NAMES.search(line) and not line.startswith("AUTHORS_BASE = ")]
+
+
+def test_families_are_known_in_one_place() -> None:
+    package = REPOSITORY / "chameleon_deploy"
+    known = {package / "reference" / "families.py", *(package / "export" / "families").glob("*.py")}
+    assert all(map(family_names, known - {package / "export" / "families" / f"{n}.py" for n in ("__init__", "family")}))
+    assert {module: found for module in set(package.rglob("*.py")) - known if (found := family_names(module))} == {}
+
+
+def test_a_family_named_elsewhere_is_found(tmp_path: Path) -> None:
+    module = tmp_path / "rotation.py"
+    for line in ('if model.architecture == "gpt2":', 'AFTER_NORM = ("c_attn.weight", HEAD)', 'FIRST = ".h.0."'):
+        module.write_text(f"import copy\n{line}\n")
+        assert family_names(module) == [line]
+
+
 def test_no_test_file_imports_another() -> None:
     importing = [
         str(file.relative_to(REPOSITORY))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints on one base model.")],
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="Checkpoints on one base model.")],
     text: Annotated[
         list[Path] | None, typer.Option(help='Held-out text: UTF-8 files, or .jsonl with a "text" field.')
     ] = None,

@@ -13,19 +13,14 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.bundle import LM_HEAD, ModelSpec, StoredTensor, factor_names
-from chameleon_deploy.export.families import gpt2, llama
-from chameleon_deploy.export.families.trunk import BuildTrunk, TrunkInputs
+from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.head import build_head
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
 
 HEAD = f"{LM_HEAD}.weight"
-# By ModelSpec.architecture: the names of the token embedding and of the last norm, and what builds the trunk.
-FAMILIES: dict[str, tuple[str, str, BuildTrunk]] = {
-    "gpt2": (gpt2.TOKEN_EMBEDDING, gpt2.LAST_NORM, gpt2.build_trunk),
-    "llama": (llama.TOKEN_EMBEDDING, llama.LAST_NORM, llama.build_trunk),
-}
 
 
 def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
@@ -65,10 +60,10 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
 
     past = [(cached(i, "key"), cached(i, "value")) for i in range(model.num_layers)]
 
-    name, _, build_trunk = FAMILIES[model.architecture]
+    family = family_of(model.architecture)
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
-    token_embedding = weights(name)
-    hidden, present = build_trunk(
+    token_embedding = weights(family.token_embedding)
+    hidden, present = family.build_trunk(
         op,
         weights,
         token_embedding,
@@ -88,7 +83,7 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
 
 def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
     """Where a decoder's token embedding is stored."""
-    return stored_tensor(decoder.graph.initializers[FAMILIES[model.architecture][0]])
+    return stored_tensor(decoder.graph.initializers[family_of(model.architecture).token_embedding])
 
 
 def _tied_head(builder: Any, token_embedding: ir.Value) -> ir.Value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,36 +25,23 @@ from chameleon_deploy.bundle import (
     Parameters,
     ParitySummary,
     Precision,
-    Role,
+    StoredTensor,
     TargetSpec,
     TensorSpec,
     factor_names,
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.export.decoder import build_decoder, token_embedding_of
-from chameleon_deploy.export.hypernetwork import build_hypernetwork, fold_lora_B
-from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import activations_of, highest_of_layers
-from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
-from chameleon_deploy.export.int8.rows import quantize_rows
-from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
-from chameleon_deploy.export.passes.flat_logits import flatten_logits
-from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
-from chameleon_deploy.export.passes.shared_cache import share_cache
-from chameleon_deploy.export.passes.sum_update import sum_update
-from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
+from chameleon_deploy.export.decoder import token_embedding_of
+from chameleon_deploy.export.graphs import Graph, build_graphs
+from chameleon_deploy.export.hypernetwork import fold_lora_B
 from chameleon_deploy.export.recipe import Limits
-from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
-from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
-from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_factors, num_parameters
 
-PROVIDERS = ("cpu", "cuda", "tensorrt")  # the portable graphs run everywhere
-DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
-
+TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # whose versions are recorded
 DTYPES: dict[Any, Any] = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -106,8 +93,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_key_value_heads=trunk.num_key_value_heads,
+        head_dim=trunk.head_dim,
         max_positions=trunk.max_positions,
         eos_token_id=trunk.eos_token_id,
     )
@@ -116,35 +103,48 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
 def _write_files(
     checkpoint: Checkpoint, directory: Path, model: ModelSpec, limits: LimitsSpec, precision: Precision
 ) -> Manifest:
-    config, trunk = checkpoint.config, checkpoint.trunk
-    graphs: dict[str, GraphSpec] = {}
+    """Write everything but bundle.json and parity.json; the manifest does not list files yet."""
     with WeightsFile(directory / "weights.bin") as weights_file:
-        decoder = _build_decoder(model, trunk, precision, weights_file)
-        token_embedding = token_embedding_of(decoder, model)
-        providers = DEVICES if precision in HALVES else PROVIDERS
-        graphs["decoder"] = _save_graph(decoder, "decoder", "decoder", directory, providers, "growing")
-        if precision in HALVES:
-            float_products(decoder)
-            graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "growing")
-        else:
-            scorer = _make_cpu_variant(decoder, model, precision, weights_file)
-            graphs["decoder_cpu"] = _save_graph(decoder, "decoder_cpu", "decoder", directory, ("cpu",), "shared")
-            graphs["hidden_scorer"] = _save_graph(scorer, "hidden_scorer", "hidden_scorer", directory, ("cpu",))
-        if isinstance(checkpoint.factors, Hypernetwork):
-            layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
-            hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
-            graphs["hypernetwork"] = _save_graph(hypernetwork, "hypernetwork", "hypernetwork", directory, PROVIDERS)
-        else:
-            pair = checkpoint.factors.lora_A.numpy(), checkpoint.factors.lora_B.numpy()
-            stacked = np.ascontiguousarray(pair[0])[None], fold_lora_B(pair[1], config.alpha)[None]
-            save_file(dict(zip(factor_names(LM_HEAD), stacked, strict=True)), directory / "lora.safetensors")
-    graphs["chooser"] = _save_graph(build_chooser(model), "chooser", "chooser", directory, DEVICES)
-    logits_scorer = build_logits_scorer(model)
-    graphs["logits_scorer"] = _save_graph(logits_scorer, "logits_scorer", "logits_scorer", directory, DEVICES)
+        graphs = build_graphs(checkpoint, model, precision, weights_file)
+        specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
+        token_embedding = token_embedding_of(graphs["decoder"].model, model)
+    _save_factors(checkpoint, directory)
+    checkpoint.trunk.tokenizer.save(str(directory / "tokenizer.json"))
+    return _manifest(checkpoint, model, limits, precision, specs, token_embedding)
+
+
+def _save_graph(name: str, graph: Graph, directory: Path) -> GraphSpec:
+    ir.save(graph.model, directory / f"{name}.onnx")
+    return GraphSpec(
+        file=f"{name}.onnx",
+        role=graph.role,
+        cache=graph.cache,
+        providers=graph.providers,
+        inputs=_tensor_specs(graph.model.graph.inputs),
+        outputs=_tensor_specs(graph.model.graph.outputs),
+    )
+
+
+def _save_factors(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the factors of a LoRA and the centroids, where the checkpoint has them."""
+    factors, config = checkpoint.factors, checkpoint.config
+    if isinstance(factors, StaticLoRA):
+        pair = np.ascontiguousarray(factors.lora_A.numpy()), fold_lora_B(factors.lora_B.numpy(), config.alpha)
+        tensors = {name: factor[None] for name, factor in zip(factor_names(LM_HEAD), pair, strict=True)}
+        save_file(tensors, directory / "lora.safetensors")
     if config.num_clusters:
         save_file({"centroids": checkpoint.centroids.numpy()}, directory / "centroids.safetensors")
-    trunk.tokenizer.save(str(directory / "tokenizer.json"))
-    hypernetwork_size = num_parameters(checkpoint.factors) if config.regime == "chameleon" else 0
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    limits: LimitsSpec,
+    precision: Precision,
+    graphs: dict[str, GraphSpec],
+    token_embedding: StoredTensor,
+) -> Manifest:
+    config = checkpoint.config
     return Manifest(
         format="chameleon-bundle",
         format_version=FORMAT_VERSION,
@@ -161,70 +161,16 @@ def _write_files(
         ),
         limits=limits,
         parameters=Parameters(
-            base=trunk.num_parameters(),
+            base=checkpoint.trunk.num_parameters(),
             factors=num_factors(model.hidden_size, model.vocab_size, config.rank),
-            hypernetwork=hypernetwork_size,
+            hypernetwork=num_parameters(checkpoint.factors) if config.regime == "chameleon" else 0,
         ),
         graphs=graphs,
         token_embedding=token_embedding,
         files={},
         parity=ParitySummary(verified=False),
         checkpoint_digest=checkpoint.digest,
-        tools={name: metadata.version(name) for name in ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch",
-                                                         "transformers")},
-    )  # fmt: skip
-
-
-def _build_decoder(model: ModelSpec, trunk: Trunk, precision: Precision, weights_file: WeightsFile) -> ir.Model:
-    """The portable decoder with its weights in weights_file, in the precision asked for."""
-    if precision == "fp32":
-        return build_decoder(model, trunk, weights_file)
-    floats = weights_file.path.with_name("float32.bin")
-    with WeightsFile(floats) as floats_file:
-        if precision == "int8":
-            trunk = rotate_trunk(trunk, model)
-            scale_trunk(trunk, model, highest_of_layers(trunk, model))
-            decoder = build_decoder(model, trunk, floats_file)
-            rotate_residual(decoder, model)
-            quantize_weights(decoder, activations_of(trunk), weights_file)
-        else:
-            decoder = build_decoder(model, trunk, floats_file)
-            halve_products(decoder, HALVES[precision], weights_file)
-    weights_file.take(decoder.graph)
-    floats.unlink()
-    return decoder
-
-
-def _make_cpu_variant(decoder: ir.Model, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> ir.Model:
-    """Rewrite the portable decoder in place for a shared cache. Returns the scorer that goes with it."""
-    share_cache(decoder, model)
-    if precision == "int8":
-        quantize_cache(decoder, model)
-        quantize_rows(decoder)
-    give_hidden_states(decoder, model)
-    scorer = build_tiled_scorer(decoder, model, weights_file)
-    for graph in (decoder, scorer):
-        sum_update(graph)
-    flatten_logits(decoder)
-    return scorer
-
-
-def _save_graph(
-    graph: ir.Model,
-    name: str,
-    role: Role,
-    directory: Path,
-    providers: tuple[str, ...],
-    cache: Literal["growing", "shared"] | None = None,
-) -> GraphSpec:
-    ir.save(graph, directory / f"{name}.onnx")
-    return GraphSpec(
-        file=f"{name}.onnx",
-        role=role,
-        cache=cache,
-        providers=providers,
-        inputs=_tensor_specs(graph.graph.inputs),
-        outputs=_tensor_specs(graph.graph.outputs),
+        tools={package: metadata.version(package) for package in TOOLS},
     )
 
 

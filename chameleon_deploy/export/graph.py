@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,16 @@ def real(op: Any, value: float) -> Any:
 def declare(value: ir.Value, shape: list[int | str]) -> None:
     """Give a float32 output its shape."""
     value.shape, value.type = ir.Shape(shape), ir.TensorType(FLOAT)
+
+
+def copy_of(model: ir.Model) -> ir.Model:
+    """A copy that passes can rewrite while the model stays as it is; tensors are shared."""
+    copied = model.clone()
+    graph = copied.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in values:
+        value.type = copy.copy(value.type)  # which clone shares, and passes change in place
+    return copied
 
 
 def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:

@@ -10,6 +10,7 @@ import msgspec
 
 from chameleon_deploy.bundle import LimitsSpec, ModelSpec, Precision, limits_fault
 from chameleon_deploy.errors import RecipeError
+from chameleon_deploy.manifest import Int64
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,10 +22,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     factor_sets  enough for any batch, and for all centroids at once
     """
 
-    batch: int = 32
-    sequence: int | None = None
-    past: int | None = None
-    factor_sets: int | None = None
+    batch: Int64 = 32
+    sequence: Int64 | None = None
+    past: Int64 | None = None
+    factor_sets: Int64 | None = None
 
     def resolve(self, model: ModelSpec, num_clusters: int) -> LimitsSpec:
         """The numbers for one model. Raises RecipeError for what is below 1 or outside the model's positions."""

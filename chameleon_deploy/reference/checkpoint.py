@@ -28,6 +28,7 @@ from chameleon_deploy.reference.model import Trunk, load_trunk
 CONFIG_FILE = "chameleon_config.json"
 TENSOR_FILE = "chameleon.safetensors"
 FORMAT_VERSION = 1
+AUTHORS_BASE = "gpt2"  # the hub id of the base model of the paper's scripts
 MAX_SIZE = 1 << 20  # of any dimension in the configuration; products of larger ones overflow
 
 
@@ -68,7 +69,7 @@ def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = N
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: pass a directory that training wrote")
     if path.is_file():
-        return _load_authors_state_dict(path, base or "gpt2")
+        return _load_authors_state_dict(path, base or AUTHORS_BASE)
     if (path / CONFIG_FILE).is_file():
         return _load_own(path, base, trunk)
     if (path / "adapter_config.json").is_file():

@@ -34,6 +34,16 @@ _FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
+def num_key_value_heads(config: Any) -> int:
+    """The heads of keys and values in a Hugging Face configuration; left out, as many as of queries."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim(config: Any) -> int:
+    """The channels of one head in a Hugging Face configuration; left out, the hidden size over the heads."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def require_supported(config: Any, name: str) -> None:
     """Raise UnsupportedBaseError, naming the family or the options of a Hugging Face configuration that are missing.
 
@@ -48,9 +58,8 @@ def require_supported(config: Any, name: str) -> None:
     ]
     if (rope_type := _rope_type(config)) not in ROPE_TYPES:
         missing.append(f"rope_type={rope_type!r}")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if family == "llama" and head_dim % 16:  # what GroupQueryAttention turns by position
-        missing.append(f"head_dim={head_dim}, no multiple of 16")
+    if family == "llama" and head_dim(config) % 16:  # what GroupQueryAttention can rotate by position
+        missing.append(f"head_dim={head_dim(config)}, no multiple of 16")
     if config.eos_token_id is None:
         missing.append("no eos_token_id")
     if family not in SUPPORTED_FAMILIES:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
-from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference import families
 from chameleon_deploy.reference.gguf import converted, gguf_file
 
 
@@ -57,6 +57,16 @@ class Trunk:
     @property
     def max_positions(self) -> int:
         return int(self.config.max_position_embeddings)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The heads of keys and values, of which several query heads may share one."""
+        return families.num_key_value_heads(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        """The channels of one head."""
+        return families.head_dim(self.config)
 
     def num_parameters(self) -> int:
         """Each tensor once, tied weights included once: 124,439,808 for GPT-2 small."""
@@ -132,7 +142,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
         config = transformers.AutoConfig.from_pretrained(where, **source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
-    require_supported(config, name)
+    families.require_supported(config, name)
     try:
         causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **source)

@@ -9,11 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from chameleon_deploy.bundle import IntArray, ModelSpec
+from chameleon_deploy.errors import ChameleonError, InputError
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling
+from chameleon_deploy.runtime.inputs import token_limits
+from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling, check_sampling
 
-FinishReason = Literal["stop", "length"]
+# Those after the first two come from an Engine alone.
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Generation:
 
     token_logprobs  log-probability of each of token_ids; None unless Sampling.logprobs is set
     top_logprobs    (token id, log-probability) of the most probable tokens at the place of each of token_ids, likewise
+    error           what ended the row, where finish_reason is "error"
     """
 
     token_ids: list[int]
@@ -30,12 +35,14 @@ class Generation:
     finish_reason: FinishReason
     token_logprobs: list[float] | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    error: ChameleonError | None = None
 
 
 @dataclass(frozen=True)
 class Token:
     """One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
 
+    token_id      -1 where the row ended without a new token
     generation    set on a row's last Token
     logprob       log-probability of token_id; None unless Sampling.logprobs is set
     top_logprobs  (token id, log-probability) of the most probable tokens, highest first, likewise
@@ -52,7 +59,7 @@ class Token:
 class Row:
     """A row while it is being generated.
 
-    index    its place among the caller's prompts
+    index    its place among the caller's rows
     sampler  chooses its tokens; `append` counts them
     """
 
@@ -96,8 +103,16 @@ class Row:
         generation = Generation(self.token_ids, self._text, self.cluster_id, reason)
         if self.sampling.logprobs is None:
             return generation
-        _, logprobs, top_logprobs = zip(*self._choices, strict=True)
-        return replace(generation, token_logprobs=list(logprobs), top_logprobs=list(top_logprobs))
+        return replace(
+            generation,
+            token_logprobs=[choice.logprob for choice in self._choices if choice.logprob is not None],
+            top_logprobs=[choice.top_logprobs for choice in self._choices if choice.top_logprobs is not None],
+        )
+
+    def end(self, reason: FinishReason, error: ChameleonError | None = None) -> Token:
+        """End the row without another token."""
+        generation = replace(self._generation(reason), error=error)
+        return Token(self.index, -1, self._text[self._shown :], generation)
 
     def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -108,6 +123,39 @@ class Row:
             n for stop in self.sampling.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])
         )  # fmt: skip
         return max(lengths, default=0)
+
+
+def begin_rows(
+    prompts: Sequence[Sequence[int]],
+    cluster_ids: IntArray,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling],
+    model: ModelSpec,
+    capacity: int | None = None,
+    n: int = 1,
+) -> list[Row]:
+    """n rows of each prompt, one prompt's beside each other.
+
+    With one Sampling for all, row i draws from random stream i; with one per prompt, its k-th row from stream k.
+
+    capacity  tokens that a row can hold; None means the model's positions
+
+    Raises InputError or TokenError.
+    """
+    limits = token_limits(max_new_tokens, len(prompts))
+    single = not isinstance(sampling, Sequence)
+    samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+    if len(samplings) != len(prompts):
+        raise InputError(f"{len(samplings)} samplings for {len(prompts)} prompts: pass one, or one per prompt")
+    for each in samplings:
+        check_sampling(each, model.vocab_size)
+    # The last new token is never fed back, so it needs no position.
+    room = [(capacity or model.max_positions) - len(ids) + 1 for ids in prompts]
+    return [
+        Row(i * n + k, ids, min(limits[i], room[i]), samplings[i], i * n * single + k, int(cluster_ids[i]))
+        for i, ids in enumerate(prompts)
+        for k in range(n)
+    ]
 
 
 def stream_tokens(

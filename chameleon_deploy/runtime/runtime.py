@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
 
-from chameleon_deploy.bundle import Bundle, Mode, default_mode, start_opening
-from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
-from chameleon_deploy.runtime.generation import Generation, Row, Token, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, token_limits
+from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling, check_sampling
+from chameleon_deploy.runtime.sampling import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 
@@ -104,7 +106,7 @@ class Runtime:
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
-        adaptation = self._adapt(self._encode(texts), mode, tenants, factors)
+        adaptation = self._adapt(self.encode(texts), mode, tenants, factors)
         if on_device:
             return adaptation
         row_factors = adaptation.factors
@@ -119,7 +121,7 @@ class Runtime:
         factors: Factors | None = None,
     ) -> list[Score]:
         """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
-        rows = self._encode(texts)
+        rows = self.encode(texts)
         return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
     def generate(
@@ -161,21 +163,9 @@ class Runtime:
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        rows = self._encode(prompts)
-        limits = token_limits(max_new_tokens, len(rows))
-        single = not isinstance(sampling, Sequence)
-        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(rows)
-        if len(samplings) != len(rows):
-            raise InputError(f"{len(samplings)} samplings for {len(rows)} prompts: pass one, or one per prompt")
-        for each in samplings:
-            check_sampling(each, self.manifest.model.vocab_size)
+        rows = self.encode(prompts)
         adaptation = self._adapt(rows, mode, tenants, factors)
-        positions = self.manifest.model.max_positions
-        active = [
-            # The last new token is never fed back, so it needs no position.
-            Row(i, ids, min(limits[i], positions - len(ids) + 1), samplings[i], i if single else 0, int(cluster_id))
-            for i, (ids, cluster_id) in enumerate(zip(rows, adaptation.cluster_ids, strict=True))
-        ]
+        active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model)
         return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
 
     def check_unchanged(self) -> None:
@@ -188,7 +178,7 @@ class Runtime:
         """
         self.bundle.check_unchanged()
 
-    def _encode(self, texts: Texts) -> list[list[int]]:
+    def encode(self, texts: Texts) -> list[list[int]]:
         return encode(texts, self.tokenizer, self.manifest.model)
 
     def _adapt(
@@ -198,14 +188,8 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
     ) -> Adaptation:
-        mode = mode or self.mode
-        self._check_mode(mode)
-        adapting.check_tenants(mode, tenants, len(rows))
-        if factors is not None and mode != "static":
-            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
-        model, spec = self.manifest.model, self.manifest.adaptation
-        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
-        cluster_ids = adapting.assign(embeddings, self._centroids)
+        mode = self.check_arguments(mode, tenants, factors, len(rows))
+        embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
             sets = self._no_factors
@@ -218,6 +202,45 @@ class Runtime:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
             sets = self.backend.generate_factors(vectors)
         return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
+
+    def check_arguments(
+        self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
+    ) -> Mode:
+        """The mode that is meant. Raises ModeError or InputError."""
+        mode = mode or self.mode
+        self._check_mode(mode)
+        adapting.check_tenants(mode, tenants, batch)
+        if factors is not None and mode != "static":
+            raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
+        return mode
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> tuple[FloatArray, IntArray]:
+        """Embeddings [batch, hidden] and cluster ids [batch]."""
+        model, spec = self.manifest.model, self.manifest.adaptation
+        embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
+        return embeddings, adapting.assign(embeddings, self._centroids)
+
+    def factor_sources(
+        self,
+        mode: Mode,
+        embeddings: FloatArray,
+        cluster_ids: IntArray,
+        tenants: Sequence[Hashable] | None,
+        factors: Factors | None,
+    ) -> list[FactorSource]:
+        """Where the factors of each row come from; they are made when they are asked for, but for a caller's own."""
+        if mode == "none":
+            return [FactorSource("none", lambda: self._no_factors)] * len(embeddings)
+        if mode == "static":
+            sets = self._static_factors(factors)
+            own = sets[np.array([0])]  # a copy, which the caller cannot change
+            return [FactorSource("static" if factors is None else object(), lambda: own)] * len(embeddings)
+        if mode == "centroid":
+            return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
+        vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
+        # The same vector has the same factors, whoever it belongs to.
+        sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
+        return [sources[i] for i in factor_ids]
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
@@ -232,6 +255,9 @@ class Runtime:
         if self._centroid_factors is None:
             self._centroid_factors = self.backend.generate_factors(self._centroids)
         return self._centroid_factors
+
+    def _factors_of_centroid(self, cluster_id: int) -> FactorSets:
+        return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
         if mode not in get_args(Mode):

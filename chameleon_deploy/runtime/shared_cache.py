@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, IntArray, Manifest
+from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
-
-Array = npt.NDArray[Any]
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
 INT8_TOKENS = 256  # the same for int8, whose digits then stay in the processor's cache
@@ -56,56 +55,7 @@ class SharedCache:
     buffers: list[Array]
     lengths: IntArray
     memory: _Memory
-    step: _Call | None = None
-
-
-class _Call:
-    """One shape of call, bound to memory: arrays to fill in, then `run`.
-
-    logits         float32 [batch, num_logits, vocab]
-    hidden_states  float32 [batch, positions, hidden], where there are no logits
-    """
-
-    def __init__(
-        self, decoder: SharedCacheDecoder, batch: int, width: int, positions: int, num_logits: int,
-        factors: RowFactors, buffers: list[Array],
-    ) -> None:  # fmt: skip
-        """positions: of a row that get hidden states; num_logits: of those get logits, or none"""
-        self.input_ids = np.zeros((batch, width), np.int64)
-        self.position_ids = np.zeros((batch, width), np.int64)
-        self.logits_positions = np.zeros((batch, positions), np.int64)
-        self.seqlens_k = np.zeros(batch, np.int32)
-        self.total_sequence_length = np.zeros((), np.int32)
-        self.logits = np.empty((batch, num_logits, decoder.model.vocab_size), np.float32)
-        self.hidden_states = np.empty((batch, 0 if num_logits else positions, decoder.model.hidden_size), np.float32)
-        self._session, self._binding = decoder.session, decoder.session.io_binding()
-        inputs = {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "logits_positions": self.logits_positions,
-            "num_logits": np.array([num_logits], np.int64),
-            "seqlens_k": self.seqlens_k,
-            "total_sequence_length": self.total_sequence_length,
-            "factor_ids": np.ascontiguousarray(factors.factor_ids),
-            **factors.sets.tensors,
-        }
-        # An OrtValue made from a contiguous numpy array is that array's memory; keep them alive together.
-        self._values = {name: decoder.ort_value.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        for name, value in self._values.items():
-            self._binding.bind_ortvalue_input(name, value)
-        flat = self.logits.reshape(-1, decoder.model.vocab_size)  # the same memory
-        name, array = ("logits", flat) if num_logits else ("hidden_states", self.hidden_states)
-        self._values[name] = decoder.ort_value.ortvalue_from_numpy(array)
-        self._binding.bind_ortvalue_output(name, self._values[name])
-        for past, buffer in zip(decoder.past, buffers, strict=True):
-            value = self._values[past] = decoder.ort_value.ortvalue_from_numpy(buffer)
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(past.replace("past_key_values", "present"), value)
-
-    def run(self) -> FloatArray:
-        """-> logits [batch, positions, vocab]: this call's own array, overwritten by its next run"""
-        self._session.run_with_iobinding(self._binding)
-        return self.logits
+    step: BoundCall | None = None
 
 
 class SharedCacheDecoder:
@@ -137,7 +87,8 @@ class SharedCacheDecoder:
     def step(self, token_ids: IntArray, factors: RowFactors, cache: SharedCache) -> HostLogits:
         call = cache.step
         if call is None:
-            call = cache.step = _Call(self, len(token_ids), 1, 1, 1, factors, cache.buffers)
+            call = cache.step = BoundCall(self, len(token_ids), 1, 1, 1, cache.buffers)
+            call.bind_factors(factors)
         call.input_ids[:, 0] = token_ids
         call.position_ids[:, 0] = cache.lengths
         call.seqlens_k[:] = cache.lengths
@@ -150,6 +101,10 @@ class SharedCacheDecoder:
         for buffer in cache.buffers:
             buffer[: len(rows), :, :used] = buffer[rows, :, :used]
         return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows], cache.memory)
+
+    def slots(self, rows: int, capacity: int) -> Slots:
+        """The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""
+        return Slots(self, rows, capacity, self._buffer_dtype)
 
     def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
@@ -181,14 +136,15 @@ class SharedCacheDecoder:
         start: int,
         last_only: bool = False,
         logits: bool = True,
-    ) -> _Call:
+    ) -> BoundCall:
         """A call that reads rows into buffers that hold `start` tokens already, and gives logits or else hidden states
         of each row's last position only, or of all."""
         input_ids, mask = pad(rows)
         batch, width = input_ids.shape
         lengths = mask.sum(1)
         positions = 1 if last_only else width
-        call = _Call(self, batch, width, positions, positions if logits else 0, factors, buffers)
+        call = BoundCall(self, batch, width, positions, positions if logits else 0, buffers)
+        call.bind_factors(factors)
         call.input_ids[:] = input_ids
         call.position_ids[:] = start + np.arange(width)
         call.logits_positions[:] = lengths[:, None] - 1 if last_only else np.arange(width)

@@ -24,7 +24,7 @@ from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
-from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, Gate
+from chameleon_deploy.verify.gates import Check, Gate, gate_of
 from chameleon_deploy.verify.logit_figures import LogitFigures, factor_difference, largest, max_abs, score_difference
 from chameleon_deploy.verify.text_checks import check_texts
 
@@ -40,8 +40,7 @@ def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, repo
     rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
     """
-    precision = runtime.manifest.precision
-    gate = TENSORRT_FP32 if (runtime.provider, precision) == ("tensorrt", "fp32") else GATES[precision]
+    gate = gate_of(runtime.manifest.precision, runtime.provider)
     everything, rows = rows, rows[:33]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     steps: list[Callable[[], Iterator[Check]]] = [
@@ -132,14 +131,14 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
         figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
         if position < length:
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
-    yield Check("cached decoding, max abs difference", largest(differences), gate.rounding,
+    yield Check("cached decoding, max abs difference", largest(differences), gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
     yield from _check_kl("cached decoding:", figures, gate)
 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
-    factors = runtime.adapt(rows, on_device=True).factors
+    factors, tolerance = runtime.adapt(rows, on_device=True).factors, gate.summation_order_tolerance
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
 
@@ -155,19 +154,19 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         expected = itertools.chain(alone[: len(members)], further)
         differences.append(largest(max_abs(a, b) for a, b in zip(expected, batch, strict=True)))
     worst = BATCH_SIZES[1:][int(np.argmax(differences))]
-    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", largest(differences), gate.rounding,
+    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", largest(differences), tolerance,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
     backwards = list(_row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
-    yield Check("row order, max abs difference", largest(map(max_abs, alone, backwards[::-1])), gate.rounding)
+    yield Check("row order, max abs difference", largest(map(max_abs, alone, backwards[::-1])), tolerance)
     padded = next(_row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
-    yield Check("padding, max abs difference", max_abs(alone[0], padded), gate.rounding,
+    yield Check("padding, max abs difference", max_abs(alone[0], padded), tolerance,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
 def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
     difference = score_difference(runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows).factors))
-    yield Check("scores against logits, max abs difference", difference, gate.rounding)
+    yield Check("scores against logits, max abs difference", difference, gate.summation_order_tolerance)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
@@ -192,7 +191,9 @@ def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, m
     logits = list(_row_logits(runtime, rows, ours.factors))
     yield from _check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
     yield Check(
-        f"mode {mode}: scores against logits, max abs difference", score_difference(scores, logits), gate.rounding
+        f"mode {mode}: scores against logits, max abs difference",
+        score_difference(scores, logits),
+        gate.summation_order_tolerance,
     )
     again = score_rows(rows, runtime.decoder, ours)
     difference = largest(max_abs(a.token_logprobs, b.token_logprobs) for a, b in zip(scores, again, strict=True))

@@ -3,29 +3,101 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from chameleon_deploy.bundle import Precision
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gate:
-    """Limits of one precision; None is reported and not limited."""
+    """The limits of one precision; None is reported and not limited.
+
+    max_abs_logit              largest difference of a logit from the reference's
+    top1_agreement             share of positions with the reference's best token, where its top-1 gap exceeds top1_gap
+    kl_mean, kl_p999           KL divergence from the reference, mean and 99.9th percentile over positions
+    perplexity                 relative difference from the reference's
+    summation_order_tolerance  of a logit or log-probability between calls that differ in batch size, row order, padding
+                               or graph, and so in the order of their sums only
+    cache_tolerance            of a logit between cached decoding and reading the text whole
+    """
 
     max_abs_logit: float | None
-    top1_agreement: float  # share of positions, where the reference's top-1 gap exceeds top1_gap
+    top1_agreement: float
     top1_gap: float
     kl_mean: float
     kl_p999: float
-    perplexity: float  # relative
-    rounding: float  # how far two orders of the same sums may lie apart in a logit
+    perplexity: float
+    summation_order_tolerance: float
+    cache_tolerance: float
 
 
-GATES = {
-    "fp32": Gate(5e-4, 1.0, 1e-3, 1e-7, 1e-5, 1e-4, 5e-4),
-    "fp16": Gate(None, 0.997, 1e-2, 1e-4, 5e-3, 1e-3, 5e-2),
-    "bf16": Gate(None, 0.995, 1e-1, 5e-4, 1e-2, 5e-3, 3e-1),
-    "int8": Gate(None, 0.99, 1e-1, 1e-3, 2e-2, 1e-2, 3e-1),  # a last bit can decide how a value is rounded
+GATES: dict[Precision, Gate] = {
+    "fp32": Gate(
+        max_abs_logit=5e-4,
+        top1_agreement=1.0,
+        top1_gap=1e-3,
+        kl_mean=1e-7,
+        kl_p999=1e-5,
+        perplexity=1e-4,
+        summation_order_tolerance=5e-4,
+        cache_tolerance=5e-4,
+    ),
+    # In reduced precisions a last bit of a sum can decide how an activation is rounded, which a cache keeps.
+    "fp16": Gate(
+        max_abs_logit=None,
+        top1_agreement=0.997,
+        top1_gap=1e-2,
+        kl_mean=1e-4,
+        kl_p999=5e-3,
+        perplexity=1e-3,
+        summation_order_tolerance=1e-4,
+        cache_tolerance=5e-2,
+    ),
+    "bf16": Gate(
+        max_abs_logit=None,
+        top1_agreement=0.995,
+        top1_gap=1e-1,
+        kl_mean=5e-4,
+        kl_p999=1e-2,
+        perplexity=5e-3,
+        summation_order_tolerance=1e-4,
+        cache_tolerance=3e-1,
+    ),
+    "int8": Gate(
+        max_abs_logit=None,
+        top1_agreement=0.99,
+        top1_gap=1e-1,
+        kl_mean=1e-3,
+        kl_p999=2e-2,
+        perplexity=1e-2,
+        summation_order_tolerance=1e-3,
+        cache_tolerance=3e-1,
+    ),
 }
-TENSORRT_FP32 = Gate(1e-3, 0.9999, 1e-3, 1e-6, 1e-4, 2e-4, 1e-3)  # its kernels sum in other orders
+TENSORRT_FP32 = Gate(  # its kernels sum in other orders than the reference
+    max_abs_logit=1e-3,
+    top1_agreement=0.9999,
+    top1_gap=1e-3,
+    kl_mean=1e-6,
+    kl_p999=1e-4,
+    perplexity=2e-4,
+    summation_order_tolerance=1e-3,
+    cache_tolerance=1e-3,
+)
+
+
+def gate_of(precision: Precision, provider: str) -> Gate:
+    """The gate of a precision on a provider ("cpu", "cuda" or "tensorrt").
+
+    A device chooses its kernel by the shape of the call. In a reduced precision each may round an activation
+    differently, so calls of other shapes are held to the tolerance of the cache there.
+    """
+    if provider == "tensorrt" and precision == "fp32":
+        return TENSORRT_FP32
+    gate = GATES[precision]
+    if provider == "cpu":
+        return gate
+    return replace(gate, summation_order_tolerance=gate.cache_tolerance)
 
 
 @dataclass(frozen=True)

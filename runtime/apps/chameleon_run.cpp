@@ -20,7 +20,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
-  --threads N             of ONNX Runtime
+  --threads N             threads of ONNX Runtime
   --json                  one JSON object per text and line
 generate:
   --prompt TEXT           a prompt; may be given several times
@@ -30,6 +30,10 @@ generate:
   --top-k N               0 keeps all (0)
   --top-p X               1 keeps all (1)
   --repetition-penalty X  1 leaves the logits alone (1)
+  --presence-penalty X    subtracted from the logits of generated tokens (0)
+  --frequency-penalty X   the same, as often as each was generated (0)
+  --logit-bias ID=VALUE   added to a token's logit; may be given several times
+  --logprobs N            with --json: log-probabilities, and those of 0 to 5 alternatives
   --seed N                the same seed gives the same tokens (0)
   --stop TEXT             stop before this string; may be given several times
 score:
@@ -47,6 +51,12 @@ struct Arguments {
   std::int64_t batch_size = 32;
   bool json = false;
 };
+
+std::pair<std::int64_t, double> bias(const std::string& option, const std::string& text) {
+  const std::size_t equals = text.find('=');
+  if (equals == std::string::npos) throw UsageError(option + " " + text + ": pass ID=VALUE");
+  return {number<std::int64_t>(option, text.substr(0, equals)), number<double>(option, text.substr(equals + 1))};
+}
 
 Arguments parse(const std::string& command, const std::vector<std::string>& words) {
   Arguments parsed;
@@ -76,6 +86,12 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--top-p", [&](auto& option, auto& text) { sampling.top_p = number<double>(option, text); }},
         {"--repetition-penalty",
          [&](auto& option, auto& text) { sampling.repetition_penalty = number<double>(option, text); }},
+        {"--presence-penalty",
+         [&](auto& option, auto& text) { sampling.presence_penalty = number<double>(option, text); }},
+        {"--frequency-penalty",
+         [&](auto& option, auto& text) { sampling.frequency_penalty = number<double>(option, text); }},
+        {"--logit-bias", [&](auto& option, auto& text) { sampling.logit_bias.insert(bias(option, text)); }},
+        {"--logprobs", [&](auto& option, auto& text) { sampling.logprobs = number<int>(option, text); }},
         {"--seed", [&](auto& option, auto& text) { sampling.seed = number<std::uint64_t>(option, text); }},
         {"--stop", [&](auto&, auto& text) { sampling.stop.push_back(text); }},
     });
@@ -107,6 +123,16 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
   return parsed;
 }
 
+void add_logprobs(Json& record, const chameleon::Generation& generation) {
+  record["token_logprobs"] = std::vector<double>(generation.token_logprobs.begin(), generation.token_logprobs.end());
+  Json& places = record["top_logprobs"] = Json::array();
+  for (const auto& place : generation.top_logprobs) {
+    Json alternatives = Json::array();
+    for (const auto& [token_id, logprob] : place) alternatives.push_back({token_id, static_cast<double>(logprob)});
+    places.push_back(alternatives);
+  }
+}
+
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
   options.max_new_tokens = arguments.max_new_tokens;
@@ -114,10 +140,11 @@ void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);
     if (arguments.json) {
-      const Json record = {{"token_ids", generation.token_ids},
-                           {"text", generation.text},
-                           {"cluster_id", generation.cluster_id},
-                           {"finish_reason", reason}};
+      Json record = {{"token_ids", generation.token_ids},
+                     {"text", generation.text},
+                     {"cluster_id", generation.cluster_id},
+                     {"finish_reason", reason}};
+      if (arguments.sampling.logprobs) add_logprobs(record, generation);
       std::cout << record.dump() << '\n';
     } else {
       std::cout << "cluster " << generation.cluster_id << ", " << reason << ": " << generation.text << '\n';

@@ -26,7 +26,7 @@ std::string read_file(const std::filesystem::path& path) {
   return content;
 }
 
-/// As Python's str.isspace.
+/// Whether Python's str.isspace holds for a whole text, or the text is empty.
 bool is_blank(std::string_view text) {
   for (std::size_t offset = 0; offset < text.size();) {
     const char32_t c = chameleon::next_code_point(text, offset);

@@ -5,8 +5,8 @@
 #   2. the pip wheel `onnxruntime` or `onnxruntime-gpu` of the Python interpreter (-DPython3_EXECUTABLE=)
 #   3. the system's libonnxruntime; exported graphs need 1.23, in int8 1.27, and Debian 13 has 1.21
 #
-# A wheel holds libonnxruntime.so.1.x only, under the soname libonnxruntime.so.1. A link of that name in the build tree
-# (and, on install, beside libchameleon) is what the loader finds through the rpath.
+# A wheel has only libonnxruntime.so.1.x, whose soname is libonnxruntime.so.1. A link of that name in the build tree (and,
+# on install, in the directory of libchameleon) lets the loader find it through the rpath.
 
 find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h HINTS ${ONNXRUNTIME_ROOT} PATH_SUFFIXES include include/onnxruntime onnxruntime)
 

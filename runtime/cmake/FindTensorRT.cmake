@@ -1,8 +1,8 @@
 # Sets TensorRT_INCLUDE_DIRS and, where they can be linked, TensorRT_LIBRARIES: TensorRT and the CUDA runtime.
 #
-# Both are looked for under CHAMELEON_TENSORRT_ROOT, in include/ and lib/, and then where the system has them;
-# CHAMELEON_CUDA_ROOT names another place for CUDA, such as the directory nvidia/cu13 of the wheels nvidia-cuda-runtime
-# and nvidia-cuda-crt.
+# Both are searched under CHAMELEON_TENSORRT_ROOT, in include/ and lib/, and then in the system's directories.
+# CHAMELEON_CUDA_ROOT names another directory for CUDA, such as nvidia/cu13 of the wheels nvidia-cuda-runtime and
+# nvidia-cuda-crt.
 
 find_path(TensorRT_INCLUDE_DIR NvInferRuntime.h HINTS ${CHAMELEON_TENSORRT_ROOT} PATH_SUFFIXES include)
 find_path(TensorRT_CUDA_INCLUDE_DIR cuda_runtime_api.h

@@ -1,2 +1,2 @@
-# The headers need nothing but the C++20 standard library, so neither does a consumer.
+# The headers need only the C++20 standard library, so a consumer has no other dependency.
 include(${CMAKE_CURRENT_LIST_DIR}/chameleonTargets.cmake)

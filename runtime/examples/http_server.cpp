@@ -5,7 +5,7 @@
 //   curl -N localhost:8080/generate -d '{"prompt": "The river", "max_new_tokens": 20}'
 //
 // The default mode is centroid: in mode cohort one caller's text changes another caller's output, so that mode must be
-// asked for. A batch runs to its end before the next one starts, which is as simple as batching gets.
+// chosen explicitly. Batching is the simplest kind: a batch runs to its end before the next one starts.
 
 #include <httplib.h>
 
@@ -62,7 +62,7 @@ struct Request {
   chameleon::Sampling sampling;
   std::string tenant;
   Channel<std::string> lines;
-  bool failed = false;             // before its first token: its only line is the error. Read after that line
+  bool failed = false;             // before its first token; set before its only line, the error
   std::size_t sent = 0;            // tokens, so that a second attempt does not repeat them
   std::atomic<bool> gone = false;  // the client has closed the connection
 };

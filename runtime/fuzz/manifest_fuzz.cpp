@@ -1,4 +1,4 @@
-// parse_manifest on any bytes: it gives a manifest or throws an Error, and nothing else.
+// parse_manifest on any bytes: it returns a manifest or throws an Error, and nothing else.
 
 #include <string_view>
 

@@ -15,7 +15,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   try {
     const auto ids = tokenizer.encode(text);
-    // Special tokens are left out by decode; any other text comes back.
+    // decode skips special tokens; any other text must be unchanged.
     if (text.find("<|endoftext|>") == std::string_view::npos && tokenizer.decode(ids) != text) std::abort();
   } catch (const chameleon::InputError&) {
     if (!chameleon::find_invalid_utf8(text)) std::abort();

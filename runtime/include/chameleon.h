@@ -85,6 +85,12 @@ CHAMELEON_EXPORT const float* chameleon_score_token_logprobs(const chameleon_sco
 CHAMELEON_EXPORT int64_t chameleon_score_cluster_id(const chameleon_scores* scores, size_t row);
 CHAMELEON_EXPORT void chameleon_scores_free(chameleon_scores* scores);
 
+/* The natural logarithm of a token's probability. */
+typedef struct {
+  int64_t token_id;
+  float logprob;
+} chameleon_token_logprob;
+
 /* A zeroed struct samples greedily: zero means "off" in every field but the seed. */
 typedef struct {
   double temperature;
@@ -96,6 +102,14 @@ typedef struct {
   size_t num_stop_token_ids;
   const char* const* stop;
   size_t num_stop;
+  double presence_penalty;
+  double frequency_penalty;
+  const int64_t* logit_bias_token_ids;
+  const double* logit_bias_values; /* one for each of logit_bias_token_ids */
+  size_t num_logit_bias;
+  int ignore_eos;
+  int logprobs;         /* 1 reports the log-probability of every token */
+  int num_top_logprobs; /* and with it those of 0 to 5 alternatives */
 } chameleon_sampling;
 
 typedef struct {
@@ -104,6 +118,9 @@ typedef struct {
   const char* text; /* text_size bytes, valid during the callback */
   size_t text_size;
   int finished;
+  float logprob; /* 0 without chameleon_sampling.logprobs */
+  const chameleon_token_logprob* top_logprobs;
+  size_t num_top_logprobs;
 } chameleon_token;
 
 /* Called for every token. Return 0 to cancel this row; the other rows continue. */
@@ -122,6 +139,12 @@ CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generatio
 CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
 /* "stop", "length" or "cancelled". */
 CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
+/* One for each token id; none without chameleon_sampling.logprobs. */
+CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row,
+                                                                  size_t* count);
+/* The most probable tokens where token number `token` was chosen, highest first. */
+CHAMELEON_EXPORT const chameleon_token_logprob* chameleon_generation_top_logprobs(
+    const chameleon_generations* generations, size_t row, size_t token, size_t* count);
 CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
 
 /* Token ids of one text, without the checks of a batch, and the text of token ids. The caller frees the results with

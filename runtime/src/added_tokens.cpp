@@ -24,7 +24,7 @@ std::optional<Match> find_next(std::string_view text, std::size_t start, const s
 }
 
 bool stands_alone(std::string_view text, Span span) {
-  // \w as Unicode's regular expressions define it (UTS 18, annex C); PCRE2's own is narrower.
+  // \w as defined for Unicode regular expressions (UTS 18, annex C); PCRE2's \w is narrower.
   static const Regex word_at_start(R"(\A[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}])");
   static const Regex word_at_end(R"([\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]\z)");
   return !word_at_end.search(text.substr(0, span.start)) && !word_at_start.search(text.substr(span.end));

@@ -27,7 +27,7 @@ struct Piece {
   std::optional<std::int64_t> token;
 };
 
-/// Split a text at these tokens: leftmost first, the longest of those that begin at one place.
+/// Split a text at these tokens: leftmost first, and the longest of those that start at the same place.
 std::vector<Piece> split_at(std::string_view text, const std::vector<AddedToken>& tokens);
 
 }  // namespace chameleon

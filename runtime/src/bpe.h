@@ -8,7 +8,7 @@
 
 namespace chameleon {
 
-/// Byte-pair encoding on token ids: which pairs merge, in what order, into what.
+/// Byte-pair encoding on token ids.
 class Bpe {
  public:
   struct Merge {
@@ -16,10 +16,10 @@ class Bpe {
     std::int32_t right;
     std::int32_t merged;
   };
-  /// byte_ids: the token of every single byte, -1 where there is none; merges: most urgent first.
+  /// byte_ids: the token of every single byte, or -1; merges: in order of priority, highest first.
   Bpe(const std::array<std::int32_t, 256>& byte_ids, const std::vector<Merge>& merges);
 
-  /// Append the token ids of one word. Bytes that the vocabulary does not have are left out, as `tokenizers` does.
+  /// Append the token ids of one word. Bytes without a token are skipped, as in `tokenizers`.
   void encode(std::string_view word, std::vector<std::int64_t>& ids) const;
 
  private:

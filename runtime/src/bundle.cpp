@@ -19,7 +19,7 @@ constexpr const char* kManifest = "bundle.json";
 void check_listing(const fs::path& path, const Manifest& manifest) {
   std::vector<fs::path> entries;
   for (const fs::directory_entry& entry : fs::directory_iterator(path)) entries.push_back(entry.path());
-  std::ranges::sort(entries);  // the first fault is the same one on every machine
+  std::ranges::sort(entries);  // so that every machine reports the same fault first
   for (const fs::path& entry : entries) {
     if (fs::is_symlink(entry)) {
       throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
@@ -63,7 +63,7 @@ FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
   return make_factor_sets(1, rank, read_safetensors(MappedFile(file).text(), file.string(), shapes));
 }
 
-/// Every file but the manifest, whose checks have passed.
+/// Check and read every file that the manifest lists.
 void read_files(Bundle& bundle) {
   const fs::path& path = bundle.path;
   check_listing(path, bundle.manifest);

@@ -1,3 +1,4 @@
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -20,6 +21,10 @@ struct chameleon_scores {
 struct chameleon_generations {
   std::vector<chameleon::Generation> value;
 };
+
+// Handed out as they are.
+static_assert(sizeof(chameleon_token_logprob) == sizeof(chameleon::TokenLogprob) &&
+              offsetof(chameleon_token_logprob, logprob) == offsetof(chameleon::TokenLogprob, logprob));
 
 namespace {
 
@@ -86,7 +91,18 @@ Sampling read(const chameleon_sampling& given) {
   if (given.repetition_penalty != 0) sampling.repetition_penalty = given.repetition_penalty;
   sampling.stop_token_ids.assign(given.stop_token_ids, given.stop_token_ids + given.num_stop_token_ids);
   sampling.stop.assign(given.stop, given.stop + given.num_stop);
+  sampling.presence_penalty = given.presence_penalty;
+  sampling.frequency_penalty = given.frequency_penalty;
+  for (std::size_t i = 0; i < given.num_logit_bias; ++i) {
+    sampling.logit_bias[given.logit_bias_token_ids[i]] = given.logit_bias_values[i];
+  }
+  sampling.ignore_eos = given.ignore_eos != 0;
+  if (given.logprobs != 0) sampling.logprobs = given.num_top_logprobs;
   return sampling;
+}
+
+const chameleon_token_logprob* as_c(std::span<const TokenLogprob> logprobs) {
+  return reinterpret_cast<const chameleon_token_logprob*>(logprobs.data());
 }
 
 /// A copy that C can free.
@@ -186,8 +202,14 @@ chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const cham
     }
     if (on_token != nullptr) {
       options.on_token = [&](const Token& token) {
-        const chameleon_token seen{token.row, token.token_id, token.text.data(), token.text.size(),
-                                   token.generation != nullptr};
+        const chameleon_token seen{token.row,
+                                   token.token_id,
+                                   token.text.data(),
+                                   token.text.size(),
+                                   token.generation != nullptr,
+                                   token.logprob.value_or(0),
+                                   as_c(token.top_logprobs),
+                                   token.top_logprobs.size()};
         return on_token(&seen, user) != 0;
       };
     }
@@ -207,6 +229,16 @@ int64_t chameleon_generation_cluster_id(const chameleon_generations* generations
 }
 const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row) {
   return to_string(generations->value[row].finish_reason).data();
+}
+const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row, size_t* count) {
+  *count = generations->value[row].token_logprobs.size();
+  return generations->value[row].token_logprobs.data();
+}
+const chameleon_token_logprob* chameleon_generation_top_logprobs(const chameleon_generations* generations, size_t row,
+                                                                 size_t token, size_t* count) {
+  const std::vector<TokenLogprob>& logprobs = generations->value[row].top_logprobs[token];
+  *count = logprobs.size();
+  return as_c(logprobs);
 }
 void chameleon_generations_free(chameleon_generations* generations) { delete generations; }
 

@@ -14,7 +14,7 @@ namespace {
 
 using Key = std::map<std::string, std::string>;
 
-/// $CHAMELEON_DEPLOY_CACHE, else $XDG_CACHE_HOME/chameleon-deploy, else in ~/.cache: as in Python.
+/// $CHAMELEON_DEPLOY_CACHE, else $XDG_CACHE_HOME/chameleon-deploy, else ~/.cache/chameleon-deploy, as in Python.
 fs::path cache_root() {
   const auto variable = [](const char* name) -> std::string {
     const char* value = std::getenv(name);
@@ -25,7 +25,7 @@ fs::path cache_root() {
   return (cache.empty() ? fs::path(variable("HOME")) / ".cache" : fs::path(cache)) / "chameleon-deploy";
 }
 
-/// The key of an entry whose every file has its size and digest; empty for anything else.
+/// The key of a cache entry if every file has the recorded size and digest, else an empty key.
 Key intact_key(const fs::path& path) {
   Key key;
   std::map<std::string, FileSpec> files;
@@ -59,9 +59,9 @@ fs::path find_engines(const Bundle& bundle, const EngineTarget& target) {
     try {
       key = intact_key(entry.path());
     } catch (const std::exception&) {
-      continue;  // damaged: as good as not there
+      continue;  // a damaged entry is treated as missing
     }
-    // The profiles are in the key too; they follow from the bundle.
+    // The key also has the optimization profiles, which follow from the bundle.
     std::erase_if(key, [](const auto& field) { return field.first.starts_with("profiles."); });
     if (key == expected) return entry.path();
   }

@@ -1,4 +1,4 @@
-// The TensorRT engines of a bundle in the local cache, where `export --target tensorrt` puts them.
+// Finds the TensorRT engines of a bundle in the local cache, where `export --target tensorrt` writes them.
 #pragma once
 
 #include <filesystem>
@@ -8,7 +8,7 @@
 
 namespace chameleon {
 
-/// What an engine is made by and for, in the words of its cache entry's key.
+/// The library that builds an engine and the GPU that runs it, as strings of the cache entry's key.
 struct EngineTarget {
   std::string builder;             ///< library and version: "tensorrt 11.1.0.106"
   std::string device;              ///< the GPU's name
@@ -16,8 +16,8 @@ struct EngineTarget {
   std::string driver;              ///< the newest CUDA version that the driver supports: "13.0"
 };
 
-/// The directory that holds the engines of exactly this bundle and target. Key, sizes and digests have been checked, so
-/// that nothing else is ever deserialised. Throws ProviderError when there is none.
+/// The directory with the engines of exactly this bundle and target. Key, sizes and digests are checked before anything
+/// is deserialised. Throws ProviderError when there is none.
 std::filesystem::path find_engines(const Bundle& bundle, const EngineTarget& target);
 
 }  // namespace chameleon

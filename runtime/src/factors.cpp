@@ -56,7 +56,7 @@ FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, Tensors tenso
   return {count, rank, {owner->begin(), owner->end()}, owner};
 }
 
-FactorSets zero_factors(const AdaptationSpec& spec) {
+FactorSets no_factors(const AdaptationSpec& spec) {
   Tensors tensors;
   for (const auto& [name, width] : spec.factor_widths()) tensors[name].resize(static_cast<std::size_t>(width));
   return make_factor_sets(1, 1, std::move(tensors));

@@ -10,7 +10,7 @@ namespace chameleon {
 FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::map<std::string, std::vector<float>> tensors);
 
 /// One set of rank 1 that changes nothing.
-FactorSets zero_factors(const AdaptationSpec& spec);
+FactorSets no_factors(const AdaptationSpec& spec);
 
 /// A caller's factors as a stack of one set. Throws FactorsError.
 FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);

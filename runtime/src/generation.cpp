@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "sampling.h"
 #include "utf8.h"
 
 namespace chameleon {
@@ -14,48 +13,46 @@ std::string_view to_string(FinishReason reason) {
 
 Row::Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
          std::int64_t cluster_id)
-    : prompt_(prompt), limit_(static_cast<std::size_t>(limit)), sampling_(sampling), stream_(stream) {
+    : prompt_(prompt),
+      limit_(static_cast<std::size_t>(limit)),
+      sampling_(sampling),
+      sampler_(sampling, prompt, stream) {
   generation_.cluster_id = cluster_id;
-  if (sampling.repetition_penalty == 1.0) return;
-  seen_.assign(prompt.begin(), prompt.end());
-  std::ranges::sort(seen_);
-  seen_.erase(std::ranges::unique(seen_).begin(), seen_.end());
 }
 
-std::int64_t Row::choose(std::span<float> logits) {
-  const double u = uniform(sampling_.seed, stream_, generation_.token_ids.size());
-  const std::int64_t token_id = chameleon::choose(logits, seen_, sampling_, u);
-  if (sampling_.repetition_penalty != 1.0) {
-    const auto place = std::ranges::lower_bound(seen_, token_id);
-    if (place == seen_.end() || *place != token_id) seen_.insert(place, token_id);
-  }
-  return token_id;
-}
-
-bool Row::append(std::int64_t token_id, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
-  auto& [token_ids, text, cluster_id, reason] = generation_;
+bool Row::append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
+  const std::int64_t token_id = choice.token_id;
+  auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs] = generation_;
+  sampler_.append(token_id);
   token_ids.push_back(token_id);
-  bool stopped = token_id == eos_token_id ||
-                 std::ranges::find(sampling_.stop_token_ids, token_id) != sampling_.stop_token_ids.end();
-  if (stopped) {
-    text = tokenizer.decode(std::span(token_ids).first(token_ids.size() - 1));
+  if (choice.logprob) {
+    token_logprobs.push_back(*choice.logprob);
+    top_logprobs.push_back(choice.top_logprobs);
+  }
+  bool stopped = is_stop_token(token_id, eos_token_id);
+  finished_ = stopped || token_ids.size() >= limit_;
+  if (finished_) {  // with the bytes of a character cut in half
+    text = tokenizer.decode(std::span(token_ids).first(token_ids.size() - (stopped ? 1 : 0)));
   } else {
     pending_ += tokenizer.bytes(token_id);
     if (const std::string decoded = replace_invalid_utf8(pending_); !decoded.ends_with(kReplacement)) {
       text += decoded;
       pending_.clear();
     }
-    std::size_t cut = std::string::npos;
-    for (const std::string& stop : sampling_.stop) cut = std::min(cut, text.find(stop));
-    if (cut != std::string::npos) {
-      stopped = true;
-      text.resize(cut);
-    }
   }
-  finished_ = stopped || token_ids.size() >= limit_;
-  if (finished_ && !stopped) text = tokenizer.decode(token_ids);  // with the bytes of a character cut in half
+  std::size_t cut = std::string::npos;
+  for (const std::string& stop : sampling_.stop) cut = std::min(cut, text.find(stop));
+  if (cut != std::string::npos) {
+    stopped = finished_ = true;
+    text.resize(cut);
+  }
   reason = stopped ? FinishReason::stop : FinishReason::length;
   return finished_;
+}
+
+bool Row::is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const {
+  const auto& ids = sampling_.stop_token_ids;
+  return (token_id == eos_token_id && !sampling_.ignore_eos) || std::ranges::find(ids, token_id) != ids.end();
 }
 
 std::string_view Row::take_text() {
@@ -95,14 +92,15 @@ void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation
       std::vector<std::int64_t> chosen;
       for (std::size_t i = 0; i < active.size(); ++i) {
         Row& row = rows[active[i]];
-        const std::int64_t token_id = row.choose(logits.at(i));
-        const bool finished = row.append(token_id, tokenizer, eos_token_id);
-        const Token token{active[i], token_id, row.take_text(), finished ? &row.generation() : nullptr};
+        const Choice choice = row.sampler().choose(logits.at(i));
+        const bool finished = row.append(choice, tokenizer, eos_token_id);
+        const Token token{active[i],      choice.token_id,    row.take_text(), finished ? &row.generation() : nullptr,
+                          choice.logprob, choice.top_logprobs};
         const bool wanted = !on_token || on_token(token);
         if (finished) continue;
         if (wanted) {
           going.push_back(i);
-          chosen.push_back(token_id);
+          chosen.push_back(choice.token_id);
         } else {
           row.cancel();
         }

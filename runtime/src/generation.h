@@ -2,19 +2,20 @@
 
 #include "chameleon/runtime.h"
 #include "decoder.h"
+#include "sampling.h"
 
 namespace chameleon {
 
-/// A row while it is being generated.
+/// A row during generation.
 class Row {
  public:
   Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
       std::int64_t cluster_id);
 
-  [[nodiscard]] std::int64_t choose(std::span<float> logits);
+  [[nodiscard]] const Sampler& sampler() const { return sampler_; }
 
   /// Take the chosen token into the text. True when the row is finished.
-  bool append(std::int64_t token_id, const Tokenizer& tokenizer, std::int64_t eos_token_id);
+  bool append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t eos_token_id);
 
   /// Text that was not given out before and can be now.
   [[nodiscard]] std::string_view take_text();
@@ -26,15 +27,15 @@ class Row {
   [[nodiscard]] std::size_t capacity() const { return prompt_.size() + limit_ - 1; }
 
  private:
+  [[nodiscard]] bool is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const;
   [[nodiscard]] std::size_t held_back() const;
 
   std::span<const std::int64_t> prompt_;
   std::size_t limit_;
   const Sampling& sampling_;
-  std::uint64_t stream_;
-  std::vector<std::int64_t> seen_;  // ascending; kept only where the repetition penalty needs it
-  std::string pending_;             // bytes of a character that is not complete yet
-  std::size_t shown_ = 0;           // bytes of the text that the caller has been given
+  Sampler sampler_;
+  std::string pending_;    // bytes of a character that is not complete yet
+  std::size_t shown_ = 0;  // bytes of the text that the caller has been given
   bool finished_ = false;
   Generation generation_;
 };

@@ -1,4 +1,4 @@
-// Strict reading of JSON objects: every field must be there, have its type, and be known.
+// Strict reading of JSON objects: a missing field, a wrong type and an unknown field are errors.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ inline void read(const Json& json, const std::string& at, bool& value) {
 }
 
 inline void read(const Json& json, const std::string& at, std::int64_t& value) {
-  // nlohmann would convert a float, a boolean or an unsigned number out of range without a word.
+  // nlohmann converts floats, booleans and unsigned numbers out of range silently.
   if (!json.is_number_integer() ||
       (json.is_number_unsigned() && json.get<std::uint64_t>() > std::numeric_limits<std::int64_t>::max())) {
     fail_at(at, "must be an integer of 64 bits");

@@ -22,7 +22,7 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
   void* memory = MAP_FAILED;
   if (descriptor >= 0 && ::fstat(descriptor, &status) == 0) {
     size_ = static_cast<std::size_t>(status.st_size);
-    // An empty file cannot be mapped, and needs no memory.
+    // An empty file cannot be mapped and needs no memory.
     memory = size_ > 0 ? ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0) : nullptr;
   }
   const int problem = errno;
@@ -42,7 +42,7 @@ std::string sha256(std::span<const std::byte> bytes) {
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
   unsigned int length = 0;
   if (EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr) != 1) {
-    throw std::bad_alloc();  // a one-shot digest of a built-in algorithm has no other way to fail
+    throw std::bad_alloc();  // the only way in which a digest of a built-in algorithm fails
   }
   std::string hex;
   for (unsigned int i = 0; i < length; ++i) {

@@ -8,7 +8,7 @@
 
 namespace chameleon {
 
-/// A whole file as read-only memory. Pages are loaded when touched, and shared with every other mapping of the file.
+/// A file mapped into read-only memory. Pages are loaded when touched, and shared with all other mappings of the file.
 class MappedFile {
  public:
   /// Throws MissingFileError when the file cannot be opened.

@@ -172,7 +172,7 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
   const std::vector<std::int64_t> first_set(rows.size(), 0);
   if (chosen == Mode::none) {
-    adaptation.factors = {zero_factors(bundle.manifest.adaptation), first_set};
+    adaptation.factors = {no_factors(bundle.manifest.adaptation), first_set};
   } else if (chosen == Mode::static_) {
     adaptation.factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {
@@ -239,7 +239,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
   check_count(options.max_new_tokens, prompt_ids.size(), "max_new_tokens");
   check_count(options.sampling, prompt_ids.size(), "sampling");
   for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
-    check(value_of(options.sampling, i));
+    check(value_of(options.sampling, i), manifest().model.vocab_size);
     if (value_of(options.max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
   }
   const Adaptation adaptation = impl_->adapt(prompt_ids, options);

@@ -67,7 +67,7 @@ std::map<std::string, std::vector<float>> read_safetensors(
     entries = read_header(content.substr(sizeof header_size, header_size), where);
   } catch (const Json::exception& error) {
     throw TensorError(where + ": " + error.what());
-  } catch (const ManifestError& error) {  // what json_fields.h throws; here the fault is a tensor's
+  } catch (const ManifestError& error) {  // json_fields.h throws it; here a tensor is at fault
     throw TensorError(error.what());
   }
   const std::string_view data = content.substr(sizeof header_size + header_size);

@@ -12,35 +12,146 @@ namespace chameleon {
 
 namespace {
 
-struct Choice {
-  double z;
+constexpr double kUnit = 0x1p34;  // the weight of the highest logit
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// A token that may be chosen.
+struct Candidate {
   std::int64_t id;
+  float logit;
+  double weight;  // an integer, so that sums are exact in any order
 };
 
-bool before(const Choice& a, const Choice& b) { return a.z != b.z ? a.z > b.z : a.id < b.id; }
-bool by_id(const Choice& a, const Choice& b) { return a.id < b.id; }
+bool by_id(const Candidate& a, const Candidate& b) { return a.id < b.id; }
+bool by_logit(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : by_id(a, b); }
+bool by_weight(const Candidate& a, const Candidate& b) {
+  return a.weight != b.weight ? a.weight > b.weight : by_id(a, b);
+}
+double add_weight(double sum, const Candidate& candidate) { return sum + candidate.weight; }
 
-/// exp(z - highest) of each, and their running sums.
-std::vector<double> running_sums(std::span<const Choice> choices, double highest) {
-  std::vector<double> sums;
-  sums.reserve(choices.size());
-  double sum = 0;
-  for (const Choice& choice : choices) sums.push_back(sum += std::exp(choice.z - highest));
-  return sums;
+/// Number of candidates in the shortest prefix whose sum of weights fulfils `enough`.
+template <class Predicate>
+std::size_t prefix_length(std::span<const Candidate> candidates, double sum, const Predicate& enough) {
+  const auto last = std::ranges::find_if(candidates, [&](const Candidate& candidate) {
+    sum += candidate.weight;
+    return enough(sum);
+  });
+  return static_cast<std::size_t>(last - candidates.begin()) + 1;
+}
+
+std::size_t finite_argmax(std::span<const float> logits) {
+  const std::size_t best = argmax(logits);
+  if (!std::isfinite(logits[best])) {
+    throw NumericError("the decoder produced logits that are not finite: check the factors");
+  }
+  return best;
+}
+
+double weight(float logit, double highest, double scale) {
+  const double t = std::max((static_cast<double>(logit) - highest) * scale, -25.0 / 512);
+  double q = 1 + t * (1 + t * (1.0 / 2 + t * (1.0 / 6 + t * (1.0 / 24))));
+  for (int i = 0; i < 9; ++i) q *= q;
+  return (q * kUnit + 0x1p52) - 0x1p52;  // rounds to an integer, and unlike std::rint as a vector instruction
+}
+
+double weight_scale(double temperature) { return 0x1p-9 / temperature; }
+
+bool changes_logits(const Sampling& s) {
+  return s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0 || !s.logit_bias.empty();
+}
+
+/// The logits after steps 1 to 4.
+std::vector<float> changed(std::span<const float> raw, const TokenCounts& counts, const Sampling& s,
+                           std::span<const bool> allowed) {
+  std::vector<float> logits(raw.begin(), raw.end());
+  const auto logit_of = [&](std::int64_t id) -> float& { return logits[static_cast<std::size_t>(id)]; };
+  for (const auto& [id, bias] : s.logit_bias) logit_of(id) += static_cast<float>(bias);
+  for (std::size_t id = 0; id < allowed.size(); ++id) {
+    if (!allowed[id]) logits[id] = -kInfinity;
+  }
+  if (s.repetition_penalty != 1) {
+    const auto penalty = static_cast<float>(s.repetition_penalty);
+    for (const std::int64_t id : counts.seen()) {
+      float& logit = logit_of(id);
+      logit = logit > 0 ? logit / penalty : logit * penalty;
+    }
+  }
+  for (const auto& [id, count] : counts.generated()) {
+    logit_of(id) -= static_cast<float>(s.presence_penalty + s.frequency_penalty * static_cast<double>(count));
+  }
+  return logits;
+}
+
+/// Keep the shortest prefix by weight whose sum reaches top_p. Only candidates above a bound are sorted; it is lowered
+/// until their sum is enough.
+void keep_top_p(std::vector<Candidate>& kept, double top_p) {
+  const double enough = top_p * std::accumulate(kept.begin(), kept.end(), 0.0, add_weight);
+  double sum = 0, bound = kUnit / 16;
+  auto sorted = kept.begin(), end = sorted;  // [begin, sorted) is part of the prefix
+  for (;; bound /= 16) {
+    end = std::partition(sorted, kept.end(), [&](const Candidate& candidate) { return candidate.weight >= bound; });
+    const double more = std::accumulate(sorted, end, sum, add_weight);
+    if (more >= enough) break;
+    sum = more;
+    sorted = end;
+  }
+  std::sort(sorted, end, by_weight);
+  const std::size_t more = prefix_length({sorted, end}, sum, [&](double reached) { return reached >= enough; });
+  kept.erase(sorted + static_cast<std::ptrdiff_t>(more), kept.end());
 }
 
 }  // namespace
 
-void check(const Sampling& sampling) {
-  const auto require = [](bool good, const char* name) {
-    if (!good) throw InputError(std::string(name) + " is out of range");
+void check(const Sampling& sampling, std::int64_t vocab_size) {
+  const auto require = [](bool good, const std::string& name, const char* expected) {
+    if (!good) throw InputError(name + " is out of range: pass " + expected);
   };
   const double temperature = sampling.temperature, penalty = sampling.repetition_penalty;
-  require(temperature == 0 || (temperature >= 1e-5 && std::isfinite(temperature)), "temperature");
-  require(sampling.top_k >= 0, "top_k");
-  require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p");
-  require(std::isfinite(penalty) && penalty > 0, "repetition_penalty");
-  require(std::ranges::none_of(sampling.stop, &std::string::empty), "stop");
+  require(temperature == 0 || (temperature >= 1e-5 && std::isfinite(temperature)), "temperature",
+          "0, which is greedy, or a finite number of at least 1e-5");
+  require(sampling.top_k >= 0, "top_k", "an integer of at least 0 (0 keeps all)");
+  require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", "a number above 0, at most 1 (1 keeps all)");
+  require(penalty >= std::numeric_limits<float>::min() && penalty <= std::numeric_limits<float>::max(),
+          "repetition_penalty", "a positive number that float32 can hold (1 leaves the logits alone)");
+  require(std::ranges::none_of(sampling.stop, &std::string::empty), "stop", "strings that are not empty");
+  const char* expected = "a number from -2 to 2 (0 leaves the logits alone)";
+  require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
+  require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
+  require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= 5), "logprobs",
+          "an integer from 0 to 5");
+  for (const auto& [id, bias] : sampling.logit_bias) {
+    require(id >= 0 && std::abs(bias) <= 100, "logit_bias of token " + std::to_string(id),
+            "token ids and numbers from -100 to 100");
+    if (id >= vocab_size) {
+      throw TokenError("logit_bias: token id " + std::to_string(id) + " is outside the vocabulary of " +
+                       std::to_string(vocab_size));
+    }
+  }
+}
+
+TokenCounts::TokenCounts(std::span<const std::int64_t> prompt, std::span<const std::int64_t> generated)
+    : seen_(prompt.begin(), prompt.end()) {
+  for (const std::int64_t token_id : generated) append(token_id);
+}
+
+void TokenCounts::append(std::int64_t token_id) {
+  seen_.insert(token_id);
+  ++generated_[token_id];
+}
+
+Sampler::Sampler(const Sampling& sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
+    : sampling_(sampling), stream_(stream), counts_(prompt) {}
+
+Choice Sampler::choose(std::span<const float> logits, std::span<const bool> allowed) const {
+  const double u = uniform(sampling_.seed, stream_, step_);
+  const std::int64_t token_id = chameleon::choose(logits, counts_, sampling_, u, allowed);
+  if (!sampling_.logprobs) return {token_id};
+  return log_probabilities(logits, token_id, *sampling_.logprobs);
+}
+
+void Sampler::append(std::int64_t token_id) {
+  ++step_;
+  counts_.append(token_id);
 }
 
 double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
@@ -51,77 +162,72 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 }
 
 std::size_t argmax(std::span<const float> values) {
-  // It reads all logits of every step, a megabyte and more, out of a far cache: plain loops, which compilers turn into
-  // vector instructions, over blocks, so that only one is read again, and a prefetch across pages, where the
-  // processor's own stops. That halves its time.
-  constexpr std::size_t kBlock = 2048, kLanes = 32, kAhead = 4096, kCacheLine = 16;
-  float best = -std::numeric_limits<float>::infinity();
-  auto best_block = values.first(1);
-  for (std::size_t start = 0; start < values.size(); start += kBlock) {
-    const auto block = values.subspan(start, std::min(kBlock, values.size() - start));
-    std::array<float, kLanes> highest;
-    highest.fill(best);
-    int nans = 0;
-    const auto take = [&](std::size_t lane, float value) {
-      highest[lane] = value > highest[lane] ? value : highest[lane];
-      nans += value != value;
-    };
-    std::size_t i = 0;
-    for (; i + kLanes <= block.size(); i += kLanes) {
-      for (std::size_t j = 0; j < kLanes; j += kCacheLine) __builtin_prefetch(block.data() + i + kAhead + j);
-      for (std::size_t lane = 0; lane < kLanes; ++lane) take(lane, block[i + lane]);
-    }
-    for (; i < block.size(); ++i) take(0, block[i]);
-    if (nans > 0) {
-      best = std::numeric_limits<float>::quiet_NaN();
-      best_block = block;
-      break;
-    }
-    if (const float found = std::ranges::max(highest); found > best) {
-      best = found;
-      best_block = block;
-    }
+  // Lanes, which compilers turn into vector instructions: the maximum of one lane is a chain of dependent comparisons.
+  constexpr std::size_t kLanes = 32;
+  std::array<float, kLanes> highest;
+  highest.fill(-kInfinity);
+  int nans = 0;
+  const auto take = [&](std::size_t lane, float value) {
+    highest[lane] = value > highest[lane] ? value : highest[lane];
+    nans += value != value;
+  };
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) take(lane, values[i + lane]);
   }
-  const auto place = std::ranges::find_if(
-      best_block, [best](float value) { return std::isnan(best) ? std::isnan(value) : value == best; });
-  return static_cast<std::size_t>(best_block.data() - values.data() + (place - best_block.begin()));
+  for (; i < values.size(); ++i) take(0, values[i]);
+  const auto found = nans > 0 ? std::ranges::find_if(values, [](float value) { return std::isnan(value); })
+                              : std::ranges::find(values, std::ranges::max(highest));
+  return static_cast<std::size_t>(found - values.begin());
 }
 
-std::int64_t choose(std::span<float> logits, std::span<const std::int64_t> seen, const Sampling& sampling, double u) {
-  if (sampling.repetition_penalty != 1.0) {
-    const auto penalty = static_cast<float>(sampling.repetition_penalty);
-    for (const std::int64_t id : seen) {
-      float& logit = logits[static_cast<std::size_t>(id)];
-      logit = logit > 0 ? logit / penalty : logit * penalty;
+std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, const Sampling& sampling, double u,
+                    std::span<const bool> allowed) {
+  std::size_t best = finite_argmax(logits);
+  std::vector<float> own;
+  if (!allowed.empty() || changes_logits(sampling)) {
+    own = changed(logits, counts, sampling, allowed);
+    logits = own;
+    if (!allowed.empty() && std::ranges::max(logits) == -kInfinity) {  // raw logits were finite
+      throw InputError("the mask allows no token of finite logit: allow at least one");
     }
-  }
-  const std::size_t best = argmax(logits);
-  if (!std::isfinite(logits[best])) {
-    throw NumericError("the decoder produced logits that are not finite: check the factors");
+    best = finite_argmax(logits);
   }
   if (sampling.temperature == 0) return static_cast<std::int64_t>(best);
 
-  std::vector<Choice> kept;
+  const double highest = logits[best], scale = weight_scale(sampling.temperature);
+  std::vector<Candidate> kept;
   kept.reserve(logits.size());
   for (std::size_t id = 0; id < logits.size(); ++id) {
-    kept.push_back({static_cast<double>(logits[id]) / sampling.temperature, static_cast<std::int64_t>(id)});
+    kept.push_back({static_cast<std::int64_t>(id), logits[id], weight(logits[id], highest, scale)});
   }
-  const double highest = kept[best].z;
   if (sampling.top_k > 0 && sampling.top_k < static_cast<std::int64_t>(kept.size())) {
-    std::ranges::nth_element(kept, kept.begin() + sampling.top_k, before);
+    std::ranges::nth_element(kept, kept.begin() + sampling.top_k, by_logit);
     kept.resize(static_cast<std::size_t>(sampling.top_k));
-    std::ranges::sort(kept, by_id);
   }
-  if (sampling.top_p < 1) {
-    std::ranges::sort(kept, before);
-    const std::vector<double> sums = running_sums(kept, highest);
-    const auto last = std::ranges::lower_bound(sums, sampling.top_p * sums.back());
-    kept.resize(static_cast<std::size_t>(last - sums.begin()) + 1);
-    std::ranges::sort(kept, by_id);
+  if (sampling.top_p < 1) keep_top_p(kept, sampling.top_p);
+  if (kept.size() < logits.size()) std::ranges::sort(kept, by_id);
+  const double bound = u * std::accumulate(kept.begin(), kept.end(), 0.0, add_weight);
+  return kept[prefix_length(kept, 0, [&](double sum) { return sum > bound; }) - 1].id;
+}
+
+Choice log_probabilities(std::span<const float> logits, std::int64_t token_id, int count) {
+  const double highest = logits[finite_argmax(logits)], scale = weight_scale(1);
+  double total = 0;
+  for (const float logit : logits) total += weight(logit, highest, scale);
+  const double log_total = std::log(total / kUnit);
+  const auto logprob = [&](std::size_t id) {
+    return static_cast<float>(static_cast<double>(logits[id]) - highest - log_total);
+  };
+  Choice choice{token_id, logprob(static_cast<std::size_t>(token_id))};
+  std::vector<float> rest(logits.begin(), logits.end());
+  for (int i = 0; i < count; ++i) {
+    const std::size_t best = argmax(rest);
+    if (rest[best] == -kInfinity) break;
+    choice.top_logprobs.push_back({static_cast<std::int64_t>(best), logprob(best)});
+    rest[best] = -kInfinity;
   }
-  const std::vector<double> sums = running_sums(kept, highest);
-  const auto drawn = std::ranges::upper_bound(sums, u * sums.back()) - sums.begin();
-  return kept[std::min(static_cast<std::size_t>(drawn), kept.size() - 1)].id;
+  return choice;
 }
 
 }  // namespace chameleon

@@ -1,26 +1,77 @@
 #pragma once
 
+#include <set>
 #include <span>
 
 #include "chameleon/sampling.h"
 
 namespace chameleon {
 
-/// Throws InputError for a setting out of range.
-void check(const Sampling& sampling);
+/// Throws InputError for a setting out of range, and TokenError for a bias of a token outside the vocabulary.
+void check(const Sampling& sampling, std::int64_t vocab_size);
 
 /// The number in [0, 1) that decides step `step` of stream `stream`.
 double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step);
 
-/// The next token id, specified so exactly that Python and C++ choose the same one
-/// (chameleon_deploy/runtime/sampling.py states the steps).
+/// The tokens of one row, as the penalties count them.
+class TokenCounts {
+ public:
+  explicit TokenCounts(std::span<const std::int64_t> prompt, std::span<const std::int64_t> generated = {});
+  /// Count a generated token.
+  void append(std::int64_t token_id);
+  /// Tokens of the prompt and generated ones.
+  [[nodiscard]] const std::set<std::int64_t>& seen() const { return seen_; }
+  /// Generated tokens, and how often each was generated.
+  [[nodiscard]] const std::map<std::int64_t, std::int64_t>& generated() const { return generated_; }
+
+ private:
+  std::set<std::int64_t> seen_;
+  std::map<std::int64_t, std::int64_t> generated_;
+};
+
+/// A chosen token; the other fields are empty unless Sampling::logprobs asks for them.
+struct Choice {
+  std::int64_t token_id;
+  std::optional<float> logprob{};
+  std::vector<TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
+};
+
+/// Chooses the tokens of one row, one after another.
+class Sampler {
+ public:
+  /// sampling  must outlive this
+  /// prompt    token ids of the row
+  /// stream    which of the seed's random streams it draws from
+  Sampler(const Sampling& sampling, std::span<const std::int64_t> prompt, std::uint64_t stream);
+
+  /// The next token, by the row's own random number. It is not counted until `append`. See `choose` below.
+  [[nodiscard]] Choice choose(std::span<const float> logits, std::span<const bool> allowed = {}) const;
+  /// The row goes on with this token.
+  void append(std::int64_t token_id);
+
+ private:
+  const Sampling& sampling_;
+  std::uint64_t stream_, step_ = 0;
+  TokenCounts counts_;
+};
+
+/// The next token id, the same as in Python to the last bit (chameleon_deploy/runtime/sampling.py states the steps).
 ///
-/// logits  [vocab]; the repetition penalty is applied in place
-/// seen    the row's tokens so far, each once
-/// u       in [0, 1), from `uniform`; not used when greedy
+/// logits   [vocab]
+/// counts   the row's tokens so far
+/// u        in [0, 1), from `uniform`; not used when greedy
+/// allowed  [vocab], the tokens to choose from; empty allows all
+///
+/// Throws NumericError when a logit is not finite, and InputError when no token is allowed.
+std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, const Sampling& sampling, double u,
+                    std::span<const bool> allowed = {});
+
+/// The log-probability of a chosen token, and the `count` most probable tokens with theirs.
+///
+/// logits  [vocab], raw
 ///
 /// Throws NumericError when a logit is not finite.
-std::int64_t choose(std::span<float> logits, std::span<const std::int64_t> seen, const Sampling& sampling, double u);
+Choice log_probabilities(std::span<const float> logits, std::int64_t token_id, int count);
 
 /// Index of the highest value, the first of equals; of the first NaN where there is one, as numpy has it.
 std::size_t argmax(std::span<const float> values);

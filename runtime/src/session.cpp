@@ -121,7 +121,7 @@ void run_session(const Ort::Session& session, const std::stop_token& stop, std::
   Ort::RunOptions options;
   const std::stop_callback terminate(stop, [&options] { options.SetTerminate(); });
   try {
-    // Run is thread-safe; only the C++ wrapper of it is not marked const.
+    // Run is thread-safe, but the C++ wrapper is not marked const.
     const_cast<Ort::Session&>(session).Run(options, input_names.data(), inputs.data(), inputs.size(),
                                            output_names.data(), outputs.data(), outputs.size());
   } catch (const Ort::Exception& error) {

@@ -22,7 +22,7 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
 Ort::Value tensor_over(std::span<const std::byte> memory, ONNXTensorElementDataType type,
                        std::initializer_list<std::int64_t> shape);
 
-/// The same for values of a type that is known here. ONNX Runtime reads inputs and writes outputs.
+/// The same for values of type T.
 template <class T>
 Ort::Value tensor_over(std::span<const T> values, std::initializer_list<std::int64_t> shape) {
   return tensor_over(std::as_bytes(values), Ort::TypeToTensorType<T>::type, shape);

@@ -22,7 +22,7 @@ std::string text_of(const TensorSpec& tensor) {
   return text + "]";
 }
 
-/// factor_ids and the factor tensors whose names begin with `prefix`, where there are any.
+/// Add the factor tensors whose names begin with `prefix` and, if there are any, factor_ids.
 void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, const char* rows,
                  const std::string& prefix = "") {
   for (const auto& [name, width] : spec.factor_widths()) {
@@ -33,7 +33,7 @@ void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, co
   }
 }
 
-/// The element type of a decoder's cache. On the CPU, which has no 16-bit kernels, the halves are kept in float32.
+/// The element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32.
 std::string cache_dtype(const GraphSpec& graph, const std::string& precision) {
   if (graph.cache == "shared") return precision == "int8" ? "int8" : "float32";
   const bool on_cpu = std::ranges::find(graph.providers, "cpu") != graph.providers.end();
@@ -127,7 +127,7 @@ std::optional<std::string> difference(const std::vector<TensorSpec>& expected, c
 }
 
 void check_graph(const GraphSpec& graph, const Manifest& manifest, const std::string& where) {
-  // Compared first, so that the lists below stay as short as the graph's own.
+  // Checked first: it bounds the length of the lists that decoder_signature makes.
   if (graph.role == "decoder" && manifest.model.num_layers > static_cast<std::int64_t>(graph.inputs.size())) {
     fail_at(where, "fewer inputs than model.num_layers: export again");
   }

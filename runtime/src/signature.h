@@ -1,4 +1,4 @@
-// The inputs and outputs of graphs: what each role needs for a model, and how two lists differ.
+// The inputs and outputs that a graph of each role has for a model.
 #pragma once
 
 #include <optional>
@@ -13,7 +13,7 @@ namespace chameleon {
 /// name, dtype and dimension. `where` is named in messages. Throws ManifestError.
 void check_graph(const GraphSpec& graph, const Manifest& manifest, const std::string& where);
 
-/// The first difference of two lists of tensors, whose order does not matter; nothing where they are equal.
+/// The first difference of two lists of tensors in any order, or nothing if they are equal.
 std::optional<std::string> difference(const std::vector<TensorSpec>& expected, const std::vector<TensorSpec>& actual);
 
 }  // namespace chameleon

@@ -29,7 +29,7 @@ class Logger final : public nvinfer1::ILogger {
   }
   [[nodiscard]] std::string last() const {
     const std::lock_guard lock(mutex_);
-    return last_.empty() ? "it does not say why" : last_;
+    return last_.empty() ? "no reason was logged" : last_;
   }
 
  private:
@@ -87,8 +87,8 @@ class TensorRTDecoder final : public Decoder {
   ModelSpec model_;
   LimitsSpec limits_;
   std::vector<std::string> past_;  // names of the cache's inputs
-  std::size_t item_size_;          // bytes of a number in the cache
-  mutable Logger logger_;          // outlives what is made with it
+  std::size_t item_size_;          // bytes of a value in the cache
+  mutable Logger logger_;          // outlives the objects that use it
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::unique_ptr<nvinfer1::IExecutionContext> contexts_[2];
@@ -116,11 +116,11 @@ TensorRTDecoder::TensorRTDecoder(const Bundle& bundle, const std::filesystem::pa
   if (!engine_) throw ProviderError(file.string() + ": TensorRT cannot read it: " + logger_.last());
   check(cudaStreamCreate(&stream_), "creating a stream");
   for (const int profile : {kPrefill, kDecode}) {
-    // Memory for the chosen profile alone: a step needs far less than the longest prompts.
+    // Memory for the chosen profile only: a step needs far less than the longest prompts.
     contexts_[profile].reset(
         engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kON_PROFILE_CHANGE));
     if (!contexts_[profile] || !contexts_[profile]->setOptimizationProfileAsync(profile, stream_)) {
-      throw DeviceError("TensorRT made no execution context: " + logger_.last());
+      throw DeviceError("TensorRT cannot create an execution context: " + logger_.last());
     }
   }
   for (const TensorSpec& input : bundle.graph("decoder", "tensorrt").inputs) {
@@ -195,7 +195,7 @@ void TensorRTDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) 
   auto& cache = dynamic_cast<TwoBuffers&>(any_cache);
   const std::lock_guard lock(mutex_);
   const std::size_t row = row_bytes(cache.width);
-  for (std::size_t i = 0; i < rows.size(); ++i) {  // ascending: no row is overwritten before it has moved
+  for (std::size_t i = 0; i < rows.size(); ++i) {  // ascending: no row is overwritten before it is copied
     if (i == rows[i]) continue;
     check(cudaMemcpy2DAsync(cache.past.at(i * row), cache.stretch, cache.past.at(rows[i] * row), cache.stretch, row,
                             past_.size(), cudaMemcpyDeviceToDevice, stream_),

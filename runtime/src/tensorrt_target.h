@@ -5,7 +5,7 @@
 
 namespace chameleon {
 
-/// The target of engines for the first visible GPU, in the words of the key that `export --target tensorrt` writes.
+/// The target of engines for the first visible GPU, as `export --target tensorrt` records it in the key.
 /// Throws ProviderError without a driver or a GPU.
 EngineTarget current_target();
 

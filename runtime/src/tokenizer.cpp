@@ -17,7 +17,7 @@ namespace chameleon {
 namespace {
 
 // GPT-2's pattern: contractions, then runs of letters, numbers or anything else with one space in front, then spaces.
-// Its \s is Unicode's White_Space, which PCRE2's own \s is not: that one counts U+180E.
+// Its \s is Unicode's White_Space; PCRE2's \s also contains U+180E.
 constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
                                     R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
@@ -25,9 +25,9 @@ constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+
 // Unicode 16 of PCRE2.
 constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
 
-constexpr std::int64_t kMaxId = 1 << 24;  // a vocabulary beyond it is a mistake, and would be a table of that size
+constexpr std::int64_t kMaxId = 1 << 24;  // bounds the table of tokens; no vocabulary is that large
 
-/// GPT-2 writes every byte as a printable character: itself where it is one, else the next from U+0100 on.
+/// GPT-2 writes every byte as a printable character: a printable byte as itself, others as U+0100 and following.
 std::array<char32_t, 256> byte_characters() {
   std::array<char32_t, 256> characters{};
   char32_t next = 0x100;
@@ -38,7 +38,7 @@ std::array<char32_t, 256> byte_characters() {
   return characters;
 }
 
-/// The bytes that a token stands for; a token with a character outside the alphabet stands for its own UTF-8.
+/// The bytes of a token. A token with a character outside the byte alphabet means its own UTF-8.
 std::string token_bytes(const std::string& token, const std::unordered_map<char32_t, char>& bytes_of) {
   std::string bytes;
   for (std::size_t offset = 0; offset < token.size();) {
@@ -76,7 +76,7 @@ void require_type(const Json& json, const char* key, const char* type) {
   fail_at("tokenizer.json", std::string(name) + " is not supported: export again, which sets it to null");
 }
 
-/// Options that would change token ids and that GPT-2's family leaves off.
+/// Refuse options that would change token ids and that the GPT-2 family does not use.
 void refuse_options(const Json& json) {
   require_type(json, "model", "BPE");
   require_type(json, "decoder", "ByteLevel");
@@ -98,7 +98,7 @@ void refuse_options(const Json& json) {
   }
 }
 
-/// How a text is cut into words: ByteLevel alone, as in GPT-2, or after Digits, as in SmolLM.
+/// How a text is split into words: by ByteLevel alone, as in GPT-2, or by Digits first, as in SmolLM.
 struct WordRules {
   bool split_digits = false;  ///< each digit is a word
   bool add_prefix_space = false;
@@ -142,7 +142,7 @@ static void read(const Json& json, const std::string& at, AddedToken& token) {
 
 struct Tokenizer::Impl {
   Regex words{kWords}, digit{kDigit};
-  std::vector<AddedToken> plain, normalized;  // the second kind is looked for after the first
+  std::vector<AddedToken> plain, normalized;  // plain tokens are searched first
   WordRules rules;
   std::vector<std::string> bytes;  // by id; empty for special tokens
   std::unique_ptr<const Bpe> bpe;
@@ -195,7 +195,7 @@ Tokenizer::Impl::Impl(const Json& json) {
   bpe = std::make_unique<const Bpe>(byte_ids, merges);
 }
 
-/// A text between added tokens.
+/// Encode the text between added tokens.
 void Tokenizer::Impl::encode_text(std::string_view text, std::vector<std::int64_t>& ids) const {
   if (!rules.split_digits) return encode_words(text, ids);
   std::size_t done = 0;
@@ -207,14 +207,14 @@ void Tokenizer::Impl::encode_text(std::string_view text, std::vector<std::int64_
   encode_words(text.substr(done), ids);
 }
 
-/// What Digits leaves in one piece: its words, each merged on its own.
+/// Encode a piece that Digits does not split: each of its words is merged separately.
 void Tokenizer::Impl::encode_words(std::string_view text, std::vector<std::int64_t>& ids) const {
   if (text.empty()) return;
   const std::string prefixed =
       rules.add_prefix_space && !text.starts_with(' ') ? ' ' + std::string(text) : std::string();
   if (!prefixed.empty()) text = prefixed;
   std::size_t done = 0;
-  while (done < text.size()) {  // the pattern matches at every place: each character is in one of its classes
+  while (done < text.size()) {  // the pattern matches everywhere: each character is in one of its classes
     const Span word = words.search(text, done).value();
     bpe->encode(text.substr(word.start, word.end - word.start), ids);
     done = word.end;

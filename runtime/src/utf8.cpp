@@ -9,14 +9,15 @@ struct Part {
   bool valid;
 };
 
-/// The character at the front, or the longest part of one that could still become valid.
+/// The first character, or the longest prefix of one that could still become valid.
 Part front_part(std::string_view text) {
   const auto at = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned char lead = at(0);
   if (lead < 0x80) return {1, true};
   if (lead < 0xC2 || lead > 0xF4) return {1, false};
   const std::size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-  // The second byte has a narrower range behind four leads: no overlong forms, no surrogates, no end beyond U+10FFFF.
+  // After four lead bytes the second byte has a narrower range: no overlong forms, no surrogates, nothing over
+  // U+10FFFF.
   const unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
   const unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
   for (std::size_t i = 1; i < length; ++i) {

@@ -18,7 +18,7 @@ std::string replace_invalid_utf8(std::string_view bytes);
 /// Append a code point as UTF-8.
 void append_utf8(std::string& text, char32_t code_point);
 
-/// The code point at `offset` of valid UTF-8, and the offset behind it.
+/// The code point at `offset` of valid UTF-8. Moves `offset` to the next one.
 char32_t next_code_point(std::string_view text, std::size_t& offset);
 
 }  // namespace chameleon

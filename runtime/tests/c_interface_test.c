@@ -48,6 +48,23 @@ int main(int argc, char** argv) {
   CHECK(chameleon_generation_cluster_id(generations, 0) >= 0);
   chameleon_generations_free(generations);
 
+  const int64_t biased = 7;
+  double bias = 101;
+  const chameleon_sampling reporting = {.logit_bias_token_ids = &biased,
+                                        .logit_bias_values = &bias,
+                                        .num_logit_bias = 1,
+                                        .logprobs = 1,
+                                        .num_top_logprobs = 3};
+  error = chameleon_generate(runtime, &batch, 4, &reporting, 1, NULL, NULL, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+  bias = 100;
+  CHECK(chameleon_generate(runtime, &batch, 4, &reporting, 1, NULL, NULL, &generations) == NULL);
+  CHECK(chameleon_generation_token_logprobs(generations, 0, &count)[3] <= 0 && count == 4);
+  const chameleon_token_logprob* top = chameleon_generation_top_logprobs(generations, 0, 3, &count);
+  CHECK(count == 3 && top[0].logprob >= top[1].logprob && top[1].logprob >= top[2].logprob);
+  chameleon_generations_free(generations);
+
   int calls = 0;
   CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, cancel_after_two, &calls, &generations) == NULL);
   CHECK(calls == 2 && strcmp(chameleon_generation_finish_reason(generations, 0), "cancelled") == 0);

@@ -1,4 +1,4 @@
-// Which engines are taken from the local cache: what is checked before any of them is read.
+// The checks of the local cache before an engine is read.
 #include "engines.h"
 
 #include <gtest/gtest.h>

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <map>
+#include <memory>
 
 #include "sampling.h"
 #include "shared_data.h"
@@ -12,7 +14,7 @@ namespace chameleon::test {
 
 namespace {
 
-// Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
+// Kernels of other processors may add in another order; tokens and embeddings must be equal.
 constexpr float kTolerance = 2e-5F;
 
 const Runtime& runtime_of(const std::string& name) {
@@ -64,7 +66,7 @@ TEST_P(Golden, Agrees) {
     const Json& logprobs = expected.at("token_logprobs")[row];
     ASSERT_EQ(scores[row].token_logprobs.size(), logprobs.size());
     for (std::size_t i = 0; i < logprobs.size(); ++i) {
-      const auto logprob = logprobs[i].get<float>();  // down to -1000, of random factors
+      const auto logprob = logprobs[i].get<float>();  // random factors give values down to -1000
       EXPECT_NEAR(scores[row].token_logprobs[i], logprob, kTolerance + 1e-6F * std::abs(logprob));
     }
   }
@@ -100,12 +102,38 @@ TEST(Sampling, Uniform) {
 TEST(Sampling, Choose) {
   const Json cases = read_data("sampling.json");
   for (const Json& expected : cases.at("choose")) {
-    auto logits = expected.at("logits").get<std::vector<float>>();
-    const TokenIds seen = expected.at("seen");
-    EXPECT_EQ(choose(logits, seen, read_sampling(expected), expected.at("u")),
-              expected.at("token_id").get<std::int64_t>())
+    const TokenCounts counts(expected.value("prompt", TokenIds()), expected.value("generated", TokenIds()));
+    const Json& mask = expected.contains("allowed") ? expected.at("allowed") : Json();
+    const auto allowed = std::make_unique<bool[]>(mask.size());
+    std::ranges::copy(mask, allowed.get());
+    EXPECT_EQ(
+        choose(read_logits(expected), counts, read_sampling(expected), expected.at("u"), {allowed.get(), mask.size()}),
+        expected.at("token_id").get<std::int64_t>())
         << expected;
   }
+}
+
+TEST(Sampling, LogProbabilities) {
+  const Json cases = read_data("sampling.json");
+  for (const Json& expected : cases.at("log_probabilities")) {
+    const Choice choice = log_probabilities(read_logits(expected), expected.at("token_id"), expected.at("count"));
+    EXPECT_EQ(choice.logprob, expected.at("logprob").get<float>());
+    Json top = Json::array();
+    for (const auto& [id, logprob] : choice.top_logprobs) top.push_back({id, static_cast<double>(logprob)});
+    EXPECT_EQ(top, expected.at("top_logprobs"));
+  }
+}
+
+TEST(Sampling, ATokenOfNoProbabilityIsNeitherChosenNorListed) {
+  const std::vector<float> logits = {-std::numeric_limits<float>::infinity(), 3};
+  for (const double u : {0.0, 0.5, 0.999}) {
+    EXPECT_EQ(choose(logits, TokenCounts({}), {.temperature = 5}, u), 1);
+  }
+  EXPECT_EQ(log_probabilities(logits, 1, 5).top_logprobs, (std::vector<TokenLogprob>{{1, 0}}));
+}
+
+TEST(Sampling, AMaskThatAllowsNothing) {
+  EXPECT_THROW((void)choose(std::vector<float>{0, 1}, TokenCounts({}), {}, 0, std::array{false, false}), InputError);
 }
 
 TEST(Sampling, ArgmaxIsNumpys) {
@@ -127,10 +155,14 @@ TEST(Sampling, ArgmaxIsNumpys) {
 }
 
 TEST(Sampling, LogitsThatAreNotFinite) {
-  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
-    std::vector<float> logits = {0, bad, 1};
-    EXPECT_THROW((void)choose(logits, {}, {}, 0), NumericError);
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    const std::vector<float> logits = {0, bad, 1};
+    EXPECT_THROW((void)choose(logits, TokenCounts({}), {}, 0), NumericError);
+    EXPECT_THROW((void)choose(logits, TokenCounts({}), {}, 0, std::array{true, false, true}), NumericError);
+    EXPECT_THROW((void)log_probabilities(logits, 0, 1), NumericError);
   }
+  EXPECT_THROW((void)choose(std::vector<float>(3, -infinity), TokenCounts({}), {}, 0), NumericError);
 }
 
 TEST(Tokenizer, Golden) {

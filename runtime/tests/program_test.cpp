@@ -64,6 +64,35 @@ TEST(Program, GenerateWritesJsonLines) {
   }
 }
 
+TEST(Program, GenerateReportsLogProbabilities) {
+  const Result result = run("generate " + bundle() +
+                            " --prompt 'The river' --max-new-tokens 5 --json --logprobs 2 --presence-penalty 1.5 "
+                            "--frequency-penalty 0.5 --logit-bias 7=2.5 --logit-bias 8=-100");
+  ASSERT_EQ(result.exit_code, 0) << result.output;
+  const std::vector<std::string> prompts = {"The river"};
+  GenerateOptions options;
+  options.max_new_tokens = std::int64_t{5};
+  options.sampling =
+      Sampling{.presence_penalty = 1.5, .frequency_penalty = 0.5, .logit_bias = {{7, 2.5}, {8, -100}}, .logprobs = 2};
+  std::vector<float> told;
+  options.on_token = [&](const Token& token) {
+    told.push_back(token.logprob.value());
+    EXPECT_EQ(token.top_logprobs.size(), 2U);
+    return true;
+  };
+  const Generation expected = Runtime(bundle()).generate(prompts, options).front();
+  EXPECT_EQ(told, expected.token_logprobs);
+  const Json record = lines(result.output).front();
+  EXPECT_EQ(record.at("token_ids").get<TokenIds>(), expected.token_ids);
+  EXPECT_EQ(record.at("token_logprobs").get<std::vector<float>>(), expected.token_logprobs);
+  for (std::size_t place = 0; place < 5; ++place) {
+    const Json& alternatives = record.at("top_logprobs").at(place);
+    ASSERT_EQ(alternatives.size(), 2U);
+    EXPECT_EQ(alternatives[1].at(0), expected.top_logprobs[place][1].token_id);
+    EXPECT_EQ(alternatives[1].at(1).get<float>(), expected.top_logprobs[place][1].logprob);
+  }
+}
+
 TEST(Program, SaysWhichProviderItTook) {
   const Result taken = run("generate " + bundle() + " --prompt x --provider auto --json");
   EXPECT_EQ(taken.exit_code, 0) << taken.output;
@@ -108,6 +137,9 @@ TEST(Program, AMistakeIsOneLineAndExitCodeTwo) {
       {"generate " + bundle() + " --prompt", "usage"},
       {"generate --prompt x", "usage"},
       {"generate " + bundle() + " --prompt x --temperature -1", "input_invalid"},
+      {"generate " + bundle() + " --prompt x --logit-bias 7", "usage"},
+      {"generate " + bundle() + " --prompt x --logit-bias 320=1", "token_invalid"},
+      {"generate " + bundle() + " --prompt x --logprobs 6", "input_invalid"},
       {"generate " + bundle() + " --prompt x --provider cuda", "provider_unavailable"},
       {"generate " + bundle() + " --prompt \"$(printf '\\377')\"", "input_invalid"},
       {"score " + bundle() + " --text /nowhere", "input_invalid"},

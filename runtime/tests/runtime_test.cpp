@@ -1,4 +1,4 @@
-// What callers may get wrong, cancel or break, and what must not change for the others.
+// Bad inputs, cancellation and failures, and their effect on other rows and calls.
 
 #include <gtest/gtest.h>
 
@@ -62,6 +62,18 @@ TEST(Inputs, CallersFactorsAreChecked) {
   EXPECT_THROW(adapt(2, Mode::cohort), ModeError);
   EXPECT_THROW(adapt(1), FactorsError);
   EXPECT_THROW(adapt(0), FactorsError);
+  const auto adapt_changed = [&](const auto& change) {
+    Factors factors = head_factors(2, lora_A, lora_B);
+    change(factors);
+    (void)runtime().adapt(kRows, {.mode = Mode::static_, .factors = factors});
+  };
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors.clear(); }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors.erase("lm_head.lora_B"); }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors["lora_A"] = factors["lm_head.lora_A"]; }), FactorsError);
+  EXPECT_THROW(adapt_changed([](Factors& factors) { factors["lm_head.lora_A"].rows = 3; }), FactorsError);
+  EXPECT_THROW(
+      adapt_changed([&](Factors& factors) { factors["lm_head.lora_A"] = {1, 16, std::span(lora_A).first(16)}; }),
+      FactorsError);
   lora_B.back() = std::numeric_limits<float>::quiet_NaN();
   EXPECT_THROW(adapt(2), FactorsError);
 }
@@ -70,13 +82,17 @@ TEST(Inputs, SamplingIsChecked) {
   for (const Sampling& sampling :
        {Sampling{.temperature = -1}, Sampling{.temperature = 1e-6}, Sampling{.temperature = NAN}, Sampling{.top_k = -1},
         Sampling{.top_p = 0}, Sampling{.top_p = 1.1}, Sampling{.top_p = NAN}, Sampling{.repetition_penalty = 0},
-        Sampling{.repetition_penalty = INFINITY}, Sampling{.stop = {""}}}) {
+        Sampling{.repetition_penalty = INFINITY}, Sampling{.repetition_penalty = 1e-38}, Sampling{.stop = {""}},
+        Sampling{.presence_penalty = 2.1}, Sampling{.frequency_penalty = NAN}, Sampling{.logit_bias = {{5, 101}}},
+        Sampling{.logit_bias = {{-1, 1}}}, Sampling{.logprobs = 6}, Sampling{.logprobs = -1}}) {
     GenerateOptions bad = options(Mode::cohort);
     bad.sampling = sampling;
     EXPECT_THROW(runtime().generate(kRows, bad), InputError);
   }
   EXPECT_THROW(runtime().generate(kRows, options(Mode::cohort, 0)), InputError);
   GenerateOptions bad = options(Mode::cohort);
+  bad.sampling = Sampling{.logit_bias = {{320, 1}}};
+  EXPECT_THROW(runtime().generate(kRows, bad), TokenError);
   bad.sampling = std::vector<Sampling>(2);
   EXPECT_THROW(runtime().generate(kRows, bad), InputError);
   bad = options(Mode::cohort);
@@ -97,7 +113,7 @@ TEST(Generation, CachedStepsEqualReadingAllAtOnce) {
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     TokenIds longer = kRows[row];
     longer.insert(longer.end(), generations[row].token_ids.begin(), generations[row].token_ids.end() - 1);
-    // The factors of a row stay what its prompt made them, so they are passed on.
+    // The factors of a row depend on its prompt alone, so the second call gets the same ones.
     const std::vector<TokenIds> prompt = {kRows[row]}, all = {longer};
     const FactorSets sets = runtime().adapt(prompt, {.mode = Mode::centroid}).factors.sets;
     GenerateOptions next = options(Mode::static_, 1);
@@ -198,12 +214,12 @@ TEST(SharedWeights, ChangeNoResultBeyondTheLastBits) {
 }
 
 TEST(Score, OfABatchThatTakesSeveralCallsIsThatOfEachText) {
-  std::vector<TokenIds> rows;  // 24 texts, 944 positions: more than a call of the scorer takes, and one text in both
+  std::vector<TokenIds> rows;  // 24 texts, 944 positions: two calls of the scorer, with one text in both
   for (std::int64_t row = 0; row < 24; ++row) {
     TokenIds& ids = rows.emplace_back();
     for (std::int64_t i = 0; i < 29 + row % 20; ++i) ids.push_back((row * 37 + i * 101) % 320);
   }
-  const AdaptOptions request{.mode = Mode::request};  // in which a text's factors are its own
+  const AdaptOptions request{.mode = Mode::request};  // a text's factors do not depend on the others
   const auto together = runtime().score(rows, request);
   for (std::size_t row = 0; row < rows.size(); ++row) {
     const std::vector<TokenIds> one = {rows[row]};

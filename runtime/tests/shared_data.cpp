@@ -15,7 +15,7 @@ namespace {
 std::string read_file(const fs::path& path) { return std::string(MappedFile(path).text()); }
 
 void write_file(const fs::path& path, const std::string& content) {
-  // Replaced, not overwritten: the content may come from a mapping of the same file.
+  // Removed first: the content may come from a mapping of the same file.
   fs::remove(path);
   std::ofstream(path, std::ios::binary) << content;
 }
@@ -69,8 +69,7 @@ void apply_change(const Json& change, const fs::path& bundle) {
 
 }  // namespace
 
-Json read_json(const fs::path& path) { return Json::parse(read_file(path)); }
-Json read_data(const std::string& name) { return read_json(fs::path(CHAMELEON_TEST_DATA) / name); }
+Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
 fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
 
 std::string from_base64(std::string_view text) {
@@ -122,14 +121,24 @@ std::span<const float> lora_B_of(const Adaptation& adaptation) {
 
 Sampling read_sampling(const Json& json) {
   Sampling sampling;
-  sampling.temperature = json.at("temperature");
-  sampling.top_k = json.at("top_k");
-  sampling.top_p = json.at("top_p");
-  sampling.repetition_penalty = json.at("repetition_penalty");
-  sampling.seed = json.value("seed", std::uint64_t{0});
+  sampling.temperature = json.value("temperature", sampling.temperature);
+  sampling.top_k = json.value("top_k", sampling.top_k);
+  sampling.top_p = json.value("top_p", sampling.top_p);
+  sampling.repetition_penalty = json.value("repetition_penalty", sampling.repetition_penalty);
+  sampling.presence_penalty = json.value("presence_penalty", sampling.presence_penalty);
+  sampling.frequency_penalty = json.value("frequency_penalty", sampling.frequency_penalty);
+  sampling.logit_bias = json.value("logit_bias", sampling.logit_bias);
+  sampling.seed = json.value("seed", sampling.seed);
   sampling.stop_token_ids = json.value("stop_token_ids", std::vector<std::int64_t>());
   sampling.stop = json.value("stop", std::vector<std::string>());
   return sampling;
+}
+
+std::vector<float> read_logits(const Json& json) {
+  if (json.contains("logits")) return json.at("logits").get<std::vector<float>>();
+  std::vector<float> logits;
+  for (std::int64_t i = 0; i < json.at("vocab_size"); ++i) logits.push_back(static_cast<float>(7919 * i % 10007) / 512);
+  return logits;
 }
 
 }  // namespace chameleon::test

@@ -1,4 +1,4 @@
-// Reading tests/data (made by tests/make_data.py); the Python counterpart is tests/shared_data.py.
+// Reads tests/data, which tests/make_data.py writes; the Python counterpart is tests/shared_data.py.
 #pragma once
 
 #include <filesystem>
@@ -12,12 +12,11 @@ namespace chameleon::test {
 
 using Json = nlohmann::json;
 
-Json read_json(const std::filesystem::path& path);
 Json read_data(const std::string& name);
 std::filesystem::path good_bundle(const std::string& name);
 std::string from_base64(std::string_view text);
 
-/// The good bundle of a case after what the case does to it, in a directory that lives as long as this.
+/// A copy of the good bundle of a case with the case's changes, in a directory that is removed with this object.
 class HostileBundle {
  public:
   explicit HostileBundle(const Json& hostile_case);
@@ -42,6 +41,10 @@ Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<
 /// lm_head.lora_B of all factor sets of a batch.
 std::span<const float> lora_B_of(const Adaptation& adaptation);
 
+/// Settings that the record does not name are the default.
 Sampling read_sampling(const Json& json);
+
+/// The logits of a case of sampling.json, which are written down or have a formula.
+std::vector<float> read_logits(const Json& json);
 
 }  // namespace chameleon::test

@@ -126,7 +126,7 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
         assert timing.failed == {"broken": "RuntimeError: no such kernel"}
         assert "broken" not in timing.ratios
     with pytest.raises(RuntimeError):  # without the bundle there is nothing to compare
-        measured({"broken": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
+        measured({"bundle": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
 
 
 def test_noisy_ratios_are_measured_again(clock: Clock) -> None:

@@ -40,11 +40,20 @@ class CBatch(c.Structure):
 class CSampling(c.Structure):
     _fields_ = (("temperature", c.c_double), ("top_k", I64), ("top_p", c.c_double), ("repetition_penalty", c.c_double),
                 ("seed", c.c_uint64), ("stop_token_ids", c.POINTER(I64)), ("num_stop_token_ids", Z),
-                ("stop", c.POINTER(c.c_char_p)), ("num_stop", Z))  # fmt: skip
+                ("stop", c.POINTER(c.c_char_p)), ("num_stop", Z), ("presence_penalty", c.c_double),
+                ("frequency_penalty", c.c_double), ("logit_bias_token_ids", c.POINTER(I64)),
+                ("logit_bias_values", c.POINTER(c.c_double)), ("num_logit_bias", Z), ("ignore_eos", c.c_int),
+                ("logprobs", c.c_int), ("num_top_logprobs", c.c_int))  # fmt: skip
+
+
+class CTokenLogprob(c.Structure):
+    _fields_ = (("token_id", I64), ("logprob", c.c_float))
 
 
 class CToken(c.Structure):
-    _fields_ = (("row", Z), ("token_id", I64), ("text", P), ("text_size", Z), ("finished", c.c_int))
+    _fields_ = (("row", Z), ("token_id", I64), ("text", P), ("text_size", Z), ("finished", c.c_int),
+                ("logprob", c.c_float), ("top_logprobs", c.POINTER(CTokenLogprob)),
+                ("num_top_logprobs", Z))  # fmt: skip
 
 
 OnToken = c.CFUNCTYPE(c.c_int, c.POINTER(CToken), P)
@@ -68,7 +77,8 @@ def _load_library() -> Any:
         ("score_cluster_id", I64, P, Z), ("scores_free", None, P),
         ("generate", P, P, P, I64, P, Z, OnToken, P, P), ("generation_token_ids", P, P, Z, P),
         ("generation_text", P, P, Z, P), ("generation_cluster_id", I64, P, Z),
-        ("generation_finish_reason", c.c_char_p, P, Z), ("generations_free", None, P),
+        ("generation_finish_reason", c.c_char_p, P, Z), ("generation_token_logprobs", P, P, Z, P),
+        ("generation_top_logprobs", c.POINTER(CTokenLogprob), P, Z, Z, P), ("generations_free", None, P),
         ("encode", P, P, c.c_char_p, Z, P, P), ("decode", P, P, P, Z, P, P), ("free", None, P),
     ):  # fmt: skip
         function = getattr(library, f"chameleon_{name}")
@@ -84,7 +94,6 @@ class NativeRuntime:
         self._handle = P()
         options = LoadOptions(None, mode.encode() if mode else None, threads, 0)
         self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
-        self._vocab_size = self._c.chameleon_vocab_size(self._handle)
         self._hidden_size = self._c.chameleon_hidden_size(self._handle)
 
     def close(self) -> None:
@@ -157,11 +166,21 @@ class NativeRuntime:
                 self._row("generation_text", handle, row, np.uint8).tobytes().decode(),
                 self._c.chameleon_generation_cluster_id(handle, row),
                 self._c.chameleon_generation_finish_reason(handle, row).decode(),
+                *self._logprobs(handle, row),
             )
             for row in range(len(texts))
         ]
         self._c.chameleon_generations_free(handle)
         return generations
+
+    def _logprobs(self, handle: Any, row: int) -> tuple[Any, Any]:
+        """Generation.token_logprobs and top_logprobs."""
+        logprobs = self._row("generation_token_logprobs", handle, row, np.float32).tolist()
+        places, count = [], Z()
+        for token in range(len(logprobs)):
+            found = self._c.chameleon_generation_top_logprobs(handle, row, token, c.byref(count))
+            places.append(tuple((found[i].token_id, found[i].logprob) for i in range(count.value)))
+        return logprobs or None, places or None
 
     def encode(self, text: bytes) -> list[int]:
         ids, count = P(), Z()
@@ -200,12 +219,12 @@ class NativeRuntime:
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if factors is not None:
-            named = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
-            keep.append(named)
-            batch.factors = (CFactor * len(named))(
-                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in named.items())
+            matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
+            keep.append(matrices)
+            batch.factors = (CFactor * len(matrices))(
+                *(CFactor(name.encode(), matrix.ctypes.data, *matrix.shape) for name, matrix in matrices.items())
             )
-            batch.num_factors = len(named)
+            batch.num_factors = len(matrices)
         return batch, keep
 
     def _check(self, error: int | None) -> None:
@@ -222,12 +241,17 @@ def _samplings(samplings: list[Sampling]) -> tuple[Any, Any]:
     for item, s in zip(native, samplings, strict=True):
         ids = (I64 * max(len(s.stop_token_ids), 1))(*s.stop_token_ids)
         stop = (c.c_char_p * max(len(s.stop), 1))(*(text.encode() for text in s.stop))
-        keep += [ids, stop]
+        bias = dict(s.logit_bias)
+        bias_ids, bias_values = (I64 * len(bias))(*bias), (c.c_double * len(bias))(*bias.values())
+        keep += [ids, stop, bias_ids, bias_values]
         item.temperature, item.top_k, item.top_p, item.repetition_penalty = (
             s.temperature, s.top_k, s.top_p, s.repetition_penalty,
         )  # fmt: skip
         item.seed, item.stop_token_ids, item.num_stop_token_ids = s.seed, ids, len(s.stop_token_ids)
         item.stop, item.num_stop = stop, len(s.stop)
+        item.presence_penalty, item.frequency_penalty = s.presence_penalty, s.frequency_penalty
+        item.logit_bias_token_ids, item.logit_bias_values, item.num_logit_bias = bias_ids, bias_values, len(bias)
+        item.ignore_eos, item.logprobs, item.num_top_logprobs = s.ignore_eos, s.logprobs is not None, s.logprobs or 0
     return native, keep
 
 

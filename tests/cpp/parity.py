@@ -6,6 +6,7 @@ FIRST goes on at that batch: a thousand of GPT-2 small take an hour of processor
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def random_sampling(random: np.random.Generator) -> Sampling:
         seed=int(random.integers(0, 2**63)),
         stop_token_ids=[7, 8] if random.random() < 0.3 else [],
         stop=["e", "ing"] if random.random() < 0.2 else [],
+        presence_penalty=float(random.choice([0.0, 0.7])),
+        frequency_penalty=float(random.choice([0.0, 0.4, -0.2])),
+        logit_bias={int(random.integers(1, 300)): float(random.uniform(-5, 5))} if random.random() < 0.3 else {},
+        ignore_eos=bool(random.random() < 0.3),
     )
 
 
@@ -83,6 +88,14 @@ def largest_difference(bundle: Path, batches: int, first: int = 0) -> float:
         for sampling in samplings:
             wanted = python.generate(rows, max_new_tokens=8, sampling=sampling, **how)
             assert native.generate(rows, max_new_tokens=8, sampling=sampling, **how) == wanted, (number, sampling)
+        reporting = replace(random_sampling(random), logprobs=int(random.integers(0, 6)))
+        wanted = python.generate(rows, max_new_tokens=8, sampling=reporting, **how)
+        found = native.generate(rows, max_new_tokens=8, sampling=reporting, **how)
+        for python_row, native_row in zip(wanted, found, strict=True):
+            assert python_row.token_ids == native_row.token_ids
+            ours, theirs = (np.array(row.token_logprobs, np.float32) for row in (python_row, native_row))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)  # of logits that differ in their last bits
+            assert len(python_row.top_logprobs or ()) == len(native_row.top_logprobs or ())
     native.close()
     return largest
 

@@ -93,3 +93,20 @@ def test_a_bad_request_is_refused_alone(port: int, body: Any, code: str) -> None
     status, lines = post(port, body)
     assert (status, lines[0]["code"]) == (400, code)
     assert post(port, {"prompt": "The river", "max_new_tokens": 3})[1][-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--port", "abc"], "usage"),
+        (["--port", "65536"], "usage"),
+        (["--max-batch", "0"], "usage"),
+        (["--surprise", "1"], "usage"),
+        (["--port"], "usage"),
+        (["--mode", "nonsense"], "mode_unavailable"),
+    ],
+)
+def test_a_bad_option_is_one_line(options: list[str], code: str) -> None:
+    result = subprocess.run([BUILD / "http_server", BUNDLE, *options], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.fullmatch(rf"error: .*\[{code}\]\n", result.stderr)

@@ -16,8 +16,13 @@ from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.runtime import Sampling
 from tests.cpp.c_interface import NativeError, NativeRuntime
 from tests.cpp.parity import largest_difference, random_batch
+from tests.rows import head_factors
 
 BATCHES = 1000
+
+
+def factors(value: float = 1) -> dict[str, Any]:
+    return head_factors(np.full((1, 64), value, np.float32), np.full((1, 512), value, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -91,15 +96,20 @@ def test_a_cancelled_row_leaves_the_others_alone(mini_bundles: dict[str, Path]) 
         (["a"], {"mode": "cohort", "tenants": ["x"]}),
         (["a"], {"mode": "static"}),
         (["a"], {"mode": "nonsense"}),
-        (["a"], {"mode": "cohort", "factors": (np.ones((1, 64), np.float32), np.ones((1, 512), np.float32))}),
-        (["a"], {"mode": "static", "factors": (np.full((1, 64), np.nan, np.float32), np.ones((1, 512), np.float32))}),
-        (
-            ["a"],
-            {"mode": "static", "factors": (np.full((1, 64), 3e38, np.float32), np.full((1, 512), 3e38, np.float32))},
-        ),
+        (["a"], {"mode": "cohort", "factors": factors()}),
+        (["a"], {"mode": "static", "factors": factors(np.nan)}),
+        (["a"], {"mode": "static", "factors": factors(3e38)}),
+        (["a"], {"mode": "static", "factors": {}}),
+        (["a"], {"mode": "static", "factors": {"lm_head.lora_A": np.ones((1, 64), np.float32)}}),
+        (["a"], {"mode": "static", "factors": factors() | {"lora_A": np.ones((1, 64), np.float32)}}),
+        (["a"], {"mode": "static", "factors": factors() | {"lm_head.lora_A": np.ones((2, 64), np.float32)}}),
+        (["a"], {"mode": "static", "factors": factors() | {"lm_head.lora_A": np.ones((1, 63), np.float32)}}),
         (["a"], {"sampling": {"temperature": -1.0}}),
         (["a"], {"sampling": {"top_p": 1.5}}),
         (["a"], {"sampling": {"top_k": -1}}),
+        (["a"], {"sampling": {"presence_penalty": 3.0}}),
+        (["a"], {"sampling": {"logit_bias": ((5, 101.0),)}}),
+        (["a"], {"sampling": {"logprobs": 6}}),
         (["a"], {"max_new_tokens": 0}),
     ],
 )

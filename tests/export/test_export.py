@@ -307,7 +307,8 @@ def test_a_recipe_is_exported(mini_path: Path, tmp_path: Path) -> None:
     ("content", "message"),
     [('checkpoint = "x"\nsurprise = 1', "surprise"), ("checkpoint = ", "bad.toml"), ("", "checkpoint"),
      ('checkpoint = "x"\nprecision = "fp8"', "fp8"), ('checkpoint = "x"\n[limits]\nbeams = 2', "beams"),
-     ('checkpoint = "x"\n[limits]\nbatch = "8"', "limits.batch")],
+     ('checkpoint = "x"\n[limits]\nbatch = "8"', "limits.batch"),
+     (f'checkpoint = "x"\n[limits]\nbatch = {2**63}', "limits.batch")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "bad.toml").write_text(content)

@@ -14,15 +14,16 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.int8.calibration import highest_of_layers
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify.gates import GATES
+from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
 from tests.rounding import nearest
@@ -47,6 +48,10 @@ def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+LLAMA = ModelSpec(
+    architecture="llama", vocab_size=8, hidden_size=8, num_layers=2, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=8, max_positions=8, eos_token_id=0,
+)  # fmt: skip
 KINDS = {  # of products: the name of a matrix
     "rows": "model.layers.1.mlp.down_proj.weight.int8",
     "rows of the first layer": "model.layers.0.mlp.down_proj.weight.int8",
@@ -70,7 +75,7 @@ def _product(kind: str, weight: FloatArray) -> Any:
     graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(graph, ir_version=10)
     if kind != "dynamic":
-        assert quantize_rows(model) == 1
+        assert quantize_rows(model, LLAMA) == 1
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
@@ -200,7 +205,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
             # A last bit of a sum can round a number the other way, which goes on from layer to layer.
             assert (ours != theirs).mean() < 0.15
             assert np.abs(ours.astype(int) - theirs).max() <= 3
-        assert np.abs(logits - expected).max() < GATES["int8"].rounding
+        assert np.abs(logits - expected).max() < GATES["int8"].cache_tolerance
 
 
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
@@ -233,9 +238,26 @@ def test_both_ends_of_the_residual_stream_are_rotated(
     """And a graph in which they are not is seen."""
     checkpoint = request.getfixturevalue(name)
     export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
-    monkeypatch.setattr("chameleon_deploy.export.exporter.rotate_residual", lambda *_: None)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.rotate_residual", lambda *_: None)
     export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
     assert _difference(tmp_path / "right", checkpoint) < 0.5 < 3 < _difference(tmp_path / "wrong", checkpoint)
+
+
+def test_one_percent_of_another_row_is_caught(
+    tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than rounding explains in a cache, and more than the order of sums explains between calls."""
+    runtime, gate = chameleon_deploy.load(int8_bundle, threads=2), gate_of("int8", "cpu")
+    rows, all_logits = verification_rows(tiny, None), runtime.decoder.all_logits
+    assert all(check.passed for check in parity.check_batching(runtime, rows, gate))
+
+    def leaky(*arguments: Any) -> Any:
+        for start, logits in all_logits(*arguments):
+            values = np.asarray(logits)
+            yield start, HostLogits(values + np.float32(0.01) * np.roll(values, 1, axis=0) * (len(values) > 1))
+
+    monkeypatch.setattr(runtime.decoder, "all_logits", leaky)
+    assert not any(check.passed for check in parity.check_batching(runtime, rows, gate))
 
 
 @pytest.mark.parametrize("factor", [0.2, 20])
@@ -250,7 +272,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
                 getattr(layer, name).mul_(factor)
         return layers
 
-    monkeypatch.setattr("chameleon_deploy.export.exporter.highest_of_layers", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.highest_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]

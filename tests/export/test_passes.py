@@ -9,10 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
+from chameleon_deploy.export.tiled_scorer import give_hidden_states
 
 
 def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> None:
@@ -33,6 +35,20 @@ def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> 
     names = {value.name for value in decoder.graph.inputs}
     assert "attention_mask" not in names
     assert {"seqlens_k", "total_sequence_length"} <= names
+
+
+def test_passes_on_a_copy_leave_the_original(bundle: Path) -> None:
+    """A copy shares tensors with its original, and no type: passes change those in place."""
+    decoder, model = ir.load(bundle / "decoder.onnx"), open_bundle(bundle).manifest.model
+    before = ir.to_proto(decoder).SerializeToString(deterministic=True)
+    rewritten = copy_of(decoder)
+    for rewrite in (share_cache, quantize_cache, give_hidden_states):
+        rewrite(rewritten, model)
+    other = copy_of(decoder)
+    for value in other.graph.inputs:
+        value.dtype = ir.DataType.FLOAT16
+    assert ir.to_proto(decoder).SerializeToString(deterministic=True) == before
+    assert ir.to_proto(rewritten).SerializeToString(deterministic=True) != before
 
 
 def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path) -> None:

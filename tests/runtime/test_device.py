@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_deploy import Runtime, Sampling
+from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bundle import Bundle, LimitsSpec, open_bundle
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, LengthError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
@@ -59,6 +59,21 @@ def test_results_equal_the_cpus(on_device: Runtime, runtime: Runtime, seed: int,
             assert ours == theirs
     for a, b in zip(on_device.score(rows, mode=mode), runtime.score(rows, mode=mode), strict=True):
         np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
+
+
+def test_the_engine_runs_static_batches(on_device: Runtime, runtime: Runtime) -> None:
+    rows, hot = random_rows(9, 7, 60), Sampling(temperature=1.2, seed=4)
+    modes: tuple[Any, ...] = ("request", "none", "centroid", "cohort", "request", "centroid", "none")
+    with Engine(on_device, rows=3) as engine:
+        assert engine.batching == "static"
+        streams = [
+            engine.submit([row], mode=mode, sampling=[hot if i % 2 else Sampling()], max_new_tokens=3 + 2 * i)
+            for i, (row, mode) in enumerate(zip(rows, modes, strict=True))
+        ]
+        found = [stream.result(60)[0] for stream in streams]
+    for i, (row, mode) in enumerate(zip(rows, modes, strict=True)):
+        sampling = [hot if i % 2 else Sampling()]
+        assert found[i] == runtime.generate([row], mode=mode, sampling=sampling, max_new_tokens=3 + 2 * i)[0]
 
 
 def test_it_passes_the_gates(opened: Bundle, mini: Checkpoint) -> None:

@@ -195,8 +195,8 @@ def test_nan_in_a_row_of_a_batch_is_caught(
 ) -> None:
     all_logits = runtime.decoder.all_logits
 
-    def damaged(rows: Any, adaptation: Any) -> Any:
-        for start, piece in all_logits(rows, adaptation):
+    def damaged(rows: Any, factors: Any) -> Any:
+        for start, piece in all_logits(rows, factors):
             logits = np.array(piece)
             if len(rows) in sizes:
                 logits[row] = np.nan
@@ -214,10 +214,10 @@ def test_nan_in_one_mode_is_caught(
 ) -> None:
     all_logits = runtime.decoder.all_logits
 
-    def damaged(rows: Any, adaptation: Any) -> Any:
-        for start, piece in all_logits(rows, adaptation):
+    def damaged(rows: Any, factors: Any) -> Any:
+        for start, piece in all_logits(rows, factors):
             logits = np.array(piece)
-            if not adaptation.lora_B.any():
+            if not np.asarray(factors.sets.tensors["lm_head.lora_B"]).any():
                 logits[1:] = np.nan
             yield start, logits
 
@@ -272,7 +272,7 @@ def test_the_command_exits_1_on_a_missed_gate(
 
 def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, chameleon_deploy.verify.checks as p\n"
+        "import sys, chameleon_deploy.verify.gates as p\n"
         "from dataclasses import replace\n"
         "p.GATES['fp32'] = replace(p.GATES['fp32'], kl_mean=-1.0)\n"
         "from chameleon_deploy import console\n"

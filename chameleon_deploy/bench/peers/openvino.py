@@ -124,8 +124,7 @@ def _stateful_model(trunk: Trunk) -> Any:
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     config = trunk.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, dim = trunk.num_key_value_heads, trunk.head_dim
     names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
     batch, past, width = 2, 5, 3  # of the example; all three stay free
     example = (

@@ -1,46 +1,83 @@
-"""The trunk of a GPT-2: layer norms, learned positions, an MLP of one inner layer."""
+"""GPT-2: layer norms, learned positions, an MLP with one inner layer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
-from chameleon_deploy.export.families.trunk import TrunkInputs, TrunkOutputs, at_positions
+from chameleon_deploy.export.families.family import (
+    Family,
+    Layer,
+    Linear,
+    MatrixNames,
+    TrunkInputs,
+    TrunkOutputs,
+    at_positions,
+)
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
-TOKEN_EMBEDDING = "transformer.wte.weight"  # noqa: S105, the name of a tensor
-LAST_NORM = "transformer.ln_f"
+POSITION_EMBEDDING, LAST_NORM = "transformer.wpe.weight", "transformer.ln_f"
+
+
+def matrix_names(i: int) -> MatrixNames:
+    """See `Family`."""
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    return MatrixNames(*(f"transformer.h.{i}.{part}.weight" for part in parts))
 
 
 def build_trunk(
     op: Any, weights: GraphWeights, token_embedding: ir.Value, inputs: TrunkInputs, model: ModelSpec, trunk: Trunk
 ) -> TrunkOutputs:
-    """See `trunk.BuildTrunk`."""
+    """See `BuildTrunk`."""
 
     def norm(x: Any, name: str) -> Any:
         scale, bias = weights(f"{name}.weight"), weights(f"{name}.bias")
         return op.LayerNormalization(x, scale, bias, epsilon=trunk.config.layer_norm_epsilon)
 
-    def linear(x: Any, name: str) -> Any:
+    def linear(x: Any, matrix: str) -> Any:
         """GPT-2 stores its projections as [in, out] (Conv1D), which is what MatMul takes."""
-        return op.Add(op.MatMul(x, weights(f"{name}.weight")), weights(f"{name}.bias"))
+        return op.Add(op.MatMul(x, weights(matrix)), weights(f"{matrix.removesuffix('.weight')}.bias"))
 
-    positions = op.Gather(weights("transformer.wpe.weight"), inputs.position_ids)
+    positions = op.Gather(weights(POSITION_EMBEDDING), inputs.position_ids)
     x = op.Add(op.Gather(token_embedding, inputs.input_ids), positions)
     bias = attention_bias(op, inputs.past[0][0], inputs.input_ids, inputs.attention_mask)
     present = []
     for i, past in enumerate(inputs.past):
-        layer = f"transformer.h.{i}"
-        qkv = linear(norm(x, f"{layer}.ln_1"), f"{layer}.attn.c_attn")
+        layer, names = f"transformer.h.{i}", matrix_names(i)
+        qkv = linear(norm(x, f"{layer}.ln_1"), names.qkv)
         context, key, value = attention(op, model, qkv, *past, bias)
         present.append((key, value))
         if past is inputs.past[-1]:
             x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
-        x = op.Add(x, linear(context, f"{layer}.attn.c_proj"))
-        inner = linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")
-        x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), f"{layer}.mlp.c_proj"))
+        x = op.Add(x, linear(context, names.o))
+        inner = linear(norm(x, f"{layer}.ln_2"), names.up)
+        x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), names.down))
     return norm(x, LAST_NORM), present
+
+
+def layers(trunk: Trunk) -> Iterator[Layer]:
+    """See `Family`."""
+    for i, block in enumerate(trunk.causal_lm.base_model.h):
+        attn, mlp = block.attn, block.mlp
+        weights, biases = attn.c_attn.weight.chunk(3, 1), attn.c_attn.bias.chunk(3)
+        q, k, v = (Linear(*part) for part in zip(weights, biases, strict=True))
+        o, up, down = (Linear(linear.weight, linear.bias) for linear in (attn.c_proj, mlp.c_fc, mlp.c_proj))
+        readers = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        yield Layer(block.ln_1, block.ln_2, q, k, v, o, [up], down, matrix_names(i), readers)
+
+
+GPT2 = Family(
+    name="gpt2",
+    token_embedding="transformer.wte.weight",  # noqa: S106, the name of a tensor
+    last_norm=LAST_NORM,
+    position_embedding=POSITION_EMBEDDING,
+    rotary_tables=None,
+    build_trunk=build_trunk,
+    layers=layers,
+    matrix_names=matrix_names,
+)

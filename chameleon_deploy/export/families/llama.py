@@ -1,10 +1,11 @@
-"""The trunk of a Llama: RMS norms, rotary embedding, grouped-query attention, a gated MLP.
+"""Llama: RMS norms, rotary embedding, grouped-query attention, a gated MLP.
 
-Projections that read the same input stand side by side in one matrix: one product instead of three, or two.
+Projections of the same input are side by side in one matrix of the graph: one product instead of three, or two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -12,20 +13,32 @@ import torch
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
-from chameleon_deploy.export.families.trunk import TrunkInputs, TrunkOutputs, at_positions
+from chameleon_deploy.export.families.family import (
+    Family,
+    Layer,
+    Linear,
+    MatrixNames,
+    TrunkInputs,
+    TrunkOutputs,
+    at_positions,
+)
 from chameleon_deploy.export.graph import integers, real
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
-TOKEN_EMBEDDING = "model.embed_tokens.weight"  # noqa: S105, the name of a tensor
-LAST_NORM = "model.norm"
-ROTARY_TABLES = ("rotary_emb.cos", "rotary_emb.sin")
+LAST_NORM, ROTARY_TABLES = "model.norm", ("rotary_emb.cos", "rotary_emb.sin")
+
+
+def matrix_names(i: int) -> MatrixNames:
+    """See `Family`."""
+    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    return MatrixNames(*(f"model.layers.{i}.{part}.weight" for part in parts))
 
 
 def build_trunk(
     op: Any, weights: GraphWeights, token_embedding: ir.Value, inputs: TrunkInputs, model: ModelSpec, trunk: Trunk
 ) -> TrunkOutputs:
-    """See `trunk.BuildTrunk`."""
+    """See `BuildTrunk`."""
     epsilon, inner_size = trunk.config.rms_norm_eps, trunk.config.intermediate_size
 
     def norm(x: Any, name: str) -> Any:
@@ -39,22 +52,39 @@ def build_trunk(
     cos, sin = (op.Unsqueeze(op.Gather(weights.add(*table), inputs.position_ids), [1]) for table in tables)
     present = []
     for i, past in enumerate(inputs.past):
-        layer = f"model.layers.{i}"
+        layer, names = f"model.layers.{i}", matrix_names(i)
         normed = norm(x, f"{layer}.input_layernorm")
         parts = [f"{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
-        qkv = op.MatMul(normed, weights.side_by_side(f"{layer}.self_attn.qkv_proj.weight", parts))
+        qkv = op.MatMul(normed, weights.side_by_side(names.qkv, parts))
         context, key, value = attention(op, model, qkv, *past, bias, (cos, sin))
         present.append((key, value))
         if past is inputs.past[-1]:
             x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
-        x = op.Add(x, op.MatMul(context, weights.side_by_side(f"{layer}.self_attn.o_proj.weight")))
+        x = op.Add(x, op.MatMul(context, weights.side_by_side(names.o)))
         normed = norm(x, f"{layer}.post_attention_layernorm")
         parts = [f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]
-        gate_up = op.MatMul(normed, weights.side_by_side(f"{layer}.mlp.gate_up_proj.weight", parts))
+        gate_up = op.MatMul(normed, weights.side_by_side(names.up, parts))
         gate, up = op.Split(gate_up, [inner_size, inner_size], axis=2, _outputs=2)
         inner = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)  # SwiGLU (https://arxiv.org/abs/2002.05202)
-        x = op.Add(x, op.MatMul(inner, weights.side_by_side(f"{layer}.mlp.down_proj.weight")))
+        x = op.Add(x, op.MatMul(inner, weights.side_by_side(names.down)))
     return norm(x, LAST_NORM), present
+
+
+def layers(trunk: Trunk) -> Iterator[Layer]:
+    """See `Family`."""
+    for i, block in enumerate(trunk.causal_lm.base_model.layers):
+        attn, mlp = block.self_attn, block.mlp
+        q, k, v, o = (_linear(attn, part) for part in "qkvo")
+        gate, up, down = (_linear(mlp, part) for part in ("gate", "up", "down"))
+        norms = block.input_layernorm, block.post_attention_layernorm
+        readers = (attn.q_proj, attn.o_proj, mlp.gate_proj, mlp.down_proj)
+        yield Layer(*norms, q, k, v, o, [gate, up], down, matrix_names(i), readers)
+
+
+def _linear(of: Any, part: str) -> Linear:
+    """PyTorch's linear layers store their weights as [out, in]."""
+    linear = getattr(of, f"{part}_proj")
+    return Linear(linear.weight.T, linear.bias)
 
 
 def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:
@@ -65,3 +95,15 @@ def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:
         cos, sin = trunk.causal_lm.base_model.rotary_emb(torch.empty(1), positions)
     half = cos.shape[-1] // 2  # the second half repeats the first
     return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()
+
+
+LLAMA = Family(
+    name="llama",
+    token_embedding="model.embed_tokens.weight",  # noqa: S106, the name of a tensor
+    last_norm=LAST_NORM,
+    position_embedding=None,
+    rotary_tables=ROTARY_TABLES,
+    build_trunk=build_trunk,
+    layers=layers,
+    matrix_names=matrix_names,
+)

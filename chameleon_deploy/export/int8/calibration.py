@@ -17,8 +17,8 @@ from torch import Tensor
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD
+from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.int8.hadamard import rotate
-from chameleon_deploy.export.int8.layers import last_norm, layers_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 
@@ -28,8 +28,6 @@ BEGINNINGS = 64, 32  # texts of each, tokens: the first keys of a text are like 
 MARGIN = 1.1  # over the highest absolute value that was seen
 STEPS = 127  # of 8 bits, on either side of zero
 TOGETHER = 256  # channels whose products with each other are kept
-# Matrices whose activations are rotated in the graph: what an activation function or the last norm gives.
-ROTATED_IN_GRAPH = ("mlp.c_proj.weight", "mlp.down_proj.weight", HEAD)
 
 
 @dataclass
@@ -47,21 +45,23 @@ class Highest:
 class Activations:
     """What a matrix is multiplied with, n channels.
 
+    rotated   whether the graph rotates it: the outputs of an activation function or of the last norm
     highest   float32 [n]: the highest absolute value, and a margin
     products  float32 [256, 256] for each 256 channels, the last as many as are left: the sum over tokens of x^T x
     """
 
+    rotated: bool
     highest: Tensor
     products: list[Tensor]
 
     @staticmethod
-    def of(channels: int) -> Activations:
+    def of(channels: int, rotated: bool) -> Activations:
         sizes = [len(part) for part in torch.empty(channels).split(TOGETHER)]
-        return Activations(torch.full((channels,), 1e-6), [torch.zeros(size, size) for size in sizes])
+        return Activations(rotated, torch.full((channels,), 1e-6), [torch.zeros(size, size) for size in sizes])
 
     def add(self, x: Tensor) -> None:
-        """x  [..., n]"""
-        x = x.flatten(0, -2)
+        """x  [..., n], before the rotation"""
+        x = (rotate(x) if self.rotated else x).flatten(0, -2)
         torch.maximum(self.highest, x.abs().amax(0) * MARGIN, out=self.highest)
         for product, part in zip(self.products, x.split(TOGETHER, -1), strict=True):
             product.addmm_(part.T, part)
@@ -69,7 +69,7 @@ class Activations:
     def divided(self, by: Tensor) -> Activations:
         """by  float32 [n]"""
         parts = zip(self.products, by.split(TOGETHER), strict=True)
-        return Activations(self.highest / by, [product / part / part[:, None] for product, part in parts])
+        return Activations(self.rotated, self.highest / by, [product / part / part[:, None] for product, part in parts])
 
 
 def highest_of_layers(trunk: Trunk, model: ModelSpec) -> list[Highest]:
@@ -87,7 +87,7 @@ def highest_of_layers(trunk: Trunk, model: ModelSpec) -> list[Highest]:
 
     hooks = [
         norm.register_forward_hook(lambda module, inputs, output, highest=highest: see(highest, output))
-        for layer, seen in zip(layers_of(trunk), layers, strict=True)
+        for layer, seen in zip(family_of(model.architecture).layers(trunk), layers, strict=True)
         for norm, highest in ((layer.norm_1, seen.norm_1), (layer.norm_2, seen.norm_2))
     ]
     for rows in _texts(trunk):
@@ -99,19 +99,22 @@ def highest_of_layers(trunk: Trunk, model: ModelSpec) -> list[Highest]:
     return layers
 
 
-def activations_of(trunk: Trunk) -> dict[str, Activations]:
+def activations_of(trunk: Trunk, model: ModelSpec) -> dict[str, Activations]:
     """By the name of a matrix in the graph."""
-    seen: dict[str, Activations] = {}
+    family, seen = family_of(model.architecture), dict[str, Activations]()
 
-    def see(name: str, x: Tensor) -> None:
-        seen.setdefault(name, Activations.of(x.shape[-1])).add(rotate(x) if name.endswith(ROTATED_IN_GRAPH) else x)
+    def see(name: str, x: Tensor, rotated: bool) -> None:
+        seen.setdefault(name, Activations.of(x.shape[-1], rotated)).add(x)
 
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
-        for layer in layers_of(trunk)
-        for name, module in layer.readers.items()
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name, rotated=name == layer.names.down: see(name, inputs[0], rotated)
+        )
+        for layer in family.layers(trunk)
+        for name, module in zip(layer.names, layer.readers, strict=True)
     ]
-    hooks.append(last_norm(trunk).register_forward_hook(lambda module, inputs, output: see(HEAD, output)))
+    last_norm = family.last_norm_of(trunk)
+    hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, True)))
     for rows in _texts(trunk):
         trunk.hidden_states(rows)
     _remove(hooks)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.families.family import Linear
 from chameleon_deploy.export.int8.calibration import STEPS, Highest
 from chameleon_deploy.export.int8.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.layers import Linear, last_norm, layers_of
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -31,8 +32,8 @@ from chameleon_deploy.reference.model import Trunk
 def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
     """A copy with the residual stream and the values rotated. Its token embedding is the same."""
     rotated = Trunk(copy.deepcopy(trunk.causal_lm), trunk.tokenizer)
-    head = block_of(model.head_dim)
-    for layer in layers_of(rotated):
+    family, head = family_of(model.architecture), block_of(model.head_dim)
+    for layer in family.layers(rotated):
         _take_norm(layer.norm_1, [layer.q, layer.k, layer.v])
         _take_norm(layer.norm_2, layer.ups)
         for linear, block in ((layer.v, head), (layer.o, None), (layer.down, None)):
@@ -40,23 +41,23 @@ def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
             if linear.bias is not None:
                 linear.bias.copy_(rotate(linear.bias, block))
         layer.o.matrix.copy_(rotate(layer.o.matrix.T, head).T)
-    if model.architecture == "gpt2":
-        positions = rotated.causal_lm.transformer.wpe.weight
+    if family.position_embedding:
+        positions = rotated.causal_lm.get_parameter(family.position_embedding)
         positions.copy_(rotate(positions))
     rotated.causal_lm.get_input_embeddings().register_forward_hook(lambda module, inputs, output: rotate(output))
-    last_norm(rotated).register_forward_pre_hook(lambda module, inputs: rotate(inputs[0]))
+    family.last_norm_of(rotated).register_forward_pre_hook(lambda module, inputs: rotate(inputs[0]))
     return rotated
 
 
 @torch.no_grad()
 def scale_trunk(trunk: Trunk, model: ModelSpec, highest: Sequence[Highest]) -> None:
     """Make keys, values and what the norms before matrices give whole numbers, but for their rounding, of up to 127."""
-    groups = model.num_attention_heads // model.num_key_value_heads
-    for layer, seen in zip(layers_of(trunk), highest, strict=True):
+    family, groups = family_of(model.architecture), model.num_attention_heads // model.num_key_value_heads
+    for layer, seen in zip(family.layers(trunk), highest, strict=True):
         _scale_norm(layer.norm_1, seen.norm_1 / STEPS, [layer.q, layer.k, layer.v])
         _scale_norm(layer.norm_2, seen.norm_2 / STEPS, layer.ups)
         key, value = seen.keys / STEPS, seen.values / STEPS
-        if model.architecture == "llama":  # the two coordinates of a rotary embedding have one step
+        if family.rotary_tables:  # the two coordinates of a rotary embedding have one step
             key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
         _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
         _multiply_outputs(layer.k, 1 / key.flatten())

@@ -25,20 +25,21 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
+from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD
+from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant
 from chameleon_deploy.export.int8.calibration import STEPS
 
 ZERO_POINT = 128
 FINER = 255  # the second digit spans half a step of the first on either side
-# How the names of matrices after a norm end, and what the names of the first layer hold, GPT-2's and Llama's.
-AFTER_NORM = ("c_attn.weight", "c_fc.weight", "qkv_proj.weight", "gate_up_proj.weight", HEAD)
-FIRST_LAYER = (".h.0.", ".layers.0.")
 
 
-def quantize_rows(decoder: ir.Model) -> int:
+def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
     """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten."""
     graph = decoder.graph
+    layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
+    first_layer, after_norm = set(layers[0]), {HEAD, *(name for names in layers for name in (names.qkv, names.up))}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
     part = constant(graph, "int8_rows.part", np.float32(1 / STEPS))
@@ -70,10 +71,10 @@ def quantize_rows(decoder: ir.Model) -> int:
         return op.Add(weight_only(op, x, weight, scale), bias)
 
     def is_after_norm(context: Any, weight: Any, **_: Any) -> bool:
-        return str(weight.name).removesuffix(".int8").endswith(AFTER_NORM)
+        return str(weight.name).removesuffix(".int8") in after_norm
 
     def is_first(context: Any, weight: Any, **_: Any) -> bool:
-        return any(part in weight.name for part in FIRST_LAYER)
+        return str(weight.name).removesuffix(".int8") in first_layer
 
     def is_first_after_norm(context: Any, weight: Any, **_: Any) -> bool:
         return is_first(context, weight) and is_after_norm(context, weight)

@@ -21,9 +21,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
 from chameleon_deploy.bundle import ModelSpec
-from chameleon_deploy.export.decoder import FAMILIES, HEAD
+from chameleon_deploy.export.decoder import HEAD
+from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, integers, subgraph, take_nodes
-from chameleon_deploy.export.int8.calibration import ROTATED_IN_GRAPH, STEPS, Activations
+from chameleon_deploy.export.int8.calibration import STEPS, Activations
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.weights import WeightsFile
@@ -41,10 +42,10 @@ def quantize_weights(decoder: ir.Model, activations: Mapping[str, Activations], 
     def product(op: Any, x: Any, weight: Any, transpose: bool) -> Any:
         matrix = torch.tensor(weight.const_value.numpy())
         matrix = matrix.T if transpose else matrix
-        if weight.name.endswith(ROTATED_IN_GRAPH):
+        seen = activations[weight.name]
+        if seen.rotated:
             matrix = rotate(matrix.T).T
             x = rotated(op, x, len(matrix), decoder.graph)
-        seen = activations[weight.name]
         if weight.name == HEAD:  # the last norm's weights are the update's as well, so that its steps are set here
             step = seen.highest / STEPS
             seen, matrix = seen.divided(step), matrix * step[:, None]
@@ -81,10 +82,9 @@ def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
 
     The table itself, on which clusters depend, stays as it is.
     """
-    graph = decoder.graph
-    token_embedding, last_norm, _ = FAMILIES[model.architecture]
-    (lookup,) = graph.initializers[token_embedding].consumers()
-    (norm,) = graph.initializers[f"{last_norm}.weight"].consumers()
+    graph, family = decoder.graph, family_of(model.architecture)
+    (lookup,) = graph.initializers[family.token_embedding].consumers()
+    (norm,) = graph.initializers[f"{family.last_norm}.weight"].consumers()
     embedded, last = lookup.outputs[0], norm.inputs[0]
     for value, takers in ((embedded, embedded.consumers()), (last, [norm])):
         _rotate_value(graph, value, takers, model.hidden_size)

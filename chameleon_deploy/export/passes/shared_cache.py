@@ -25,7 +25,7 @@ from onnxscript.rewriter.pattern import RewriteRule
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention
-from chameleon_deploy.export.families.llama import ROTARY_TABLES
+from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant
 
 
@@ -34,10 +34,10 @@ def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
     graph = decoder.graph
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
-    # Llama: the operator turns queries and keys itself, by the position that follows from the lengths.
-    tables: list[ir.Value | None]
-    tables = [graph.initializers[name] for name in ROTARY_TABLES if name in graph.initializers] or [None, None]
-    rotary = tables[0] is not None
+    # With a rotary embedding the operator rotates queries and keys itself, by the position that the lengths give.
+    names = family_of(model.architecture).rotary_tables
+    tables = [graph.initializers[name] for name in names] if names else [None, None]
+    rotary = names is not None
 
     lowest = np.full(model.num_attention_heads, np.finfo(np.float32).min, np.float32)
     sink = constant(graph, "shared_cache.head_sink", lowest)

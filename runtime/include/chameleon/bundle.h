@@ -12,7 +12,7 @@
 
 namespace chameleon {
 
-/// An opened bundle: every check has passed.
+/// An opened bundle, whose checks have all passed.
 struct Bundle {
   std::filesystem::path path;
   Manifest manifest;
@@ -29,7 +29,7 @@ struct Bundle {
 
 /// Read the manifest and check every file against it.
 /// Throws BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError, DigestError
-/// or TensorError.
+/// or TensorError. The graphs' files are checked when a runtime opens them.
 CHAMELEON_EXPORT Bundle open_bundle(const std::filesystem::path& path);
 
 }  // namespace chameleon

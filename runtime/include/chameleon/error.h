@@ -8,19 +8,19 @@
 
 namespace chameleon {
 
-/// Base of all errors thrown on purpose. `code()` is the same word that the Python runtime uses for the same fault;
-/// `what()` says what was wrong, where, and what to do.
+/// Base of all errors of the library. `code()` is stable and the same as in Python; `what()` says what was wrong,
+/// where, and what to do.
 class CHAMELEON_EXPORT Error : public std::runtime_error {
  public:
   Error(const char* code, const std::string& message) : std::runtime_error(message), code_(code) {}
-  ~Error() override;  // out of line: one type_info for every library that catches it
+  ~Error() override;  // out of line, so that all libraries share one type_info
   [[nodiscard]] const char* code() const noexcept { return code_; }
 
  private:
   const char* code_;
 };
 
-/// A word as a template argument.
+/// A string literal as a template argument.
 template <std::size_t N>
 struct Word {
   constexpr Word(const char (&text)[N]) {

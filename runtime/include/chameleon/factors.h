@@ -18,7 +18,7 @@ struct Matrix {
   std::span<const float> values;
 };
 
-/// One factor set, a caller's: a matrix for each factor tensor, such as "lm_head.lora_A" [rank, in_features] and
+/// A caller's factor set: a matrix for each factor tensor, such as "lm_head.lora_A" [rank, in_features] and
 /// "lm_head.lora_B" [rank, out_features], with alpha multiplied into lora_B. Every target needs both, all of one rank,
 /// which need not be the bundle's. The values are copied.
 using Factors = std::map<std::string, Matrix>;

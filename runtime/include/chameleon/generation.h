@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -17,28 +18,34 @@ enum class FinishReason { stop, length, cancelled };
 
 CHAMELEON_EXPORT std::string_view to_string(FinishReason reason);
 
-/// token_ids are the new ones, a stop token included; text leaves out the stop token or stop string.
+/// A continued prompt. token_ids are the new tokens, a stop token included; text is without the stop token or stop
+/// string.
 struct Generation {
   std::vector<std::int64_t> token_ids;
   std::string text;
   std::int64_t cluster_id = 0;
   FinishReason finish_reason = FinishReason::length;
+  std::vector<float> token_logprobs{};  ///< of each of token_ids; empty unless Sampling::logprobs is set
+  std::vector<std::vector<TokenLogprob>> top_logprobs{};  ///< the most probable tokens at each place, likewise
 };
 
-/// One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
-/// Valid during the callback only.
+/// One step of one row. text is the part that can be shown now: it may be empty, or have the characters of several
+/// tokens. Valid during the callback only.
 struct Token {
   std::size_t row;
   std::int64_t token_id;
   std::string_view text;
-  const Generation* generation;  ///< set on a row's last Token
+  const Generation* generation;                  ///< set on a row's last Token
+  std::optional<float> logprob{};                ///< of token_id, unless Sampling::logprobs is not set
+  std::span<const TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
 };
 
-/// Told about every token, within a step in the order of the rows. False cancels this row; the others go on.
+/// Called for every token, within a step in the order of the rows. Return false to cancel this row; the others
+/// continue.
 using OnToken = std::function<bool(const Token&)>;
 
 struct GenerateOptions : AdaptOptions {
-  /// At least 1, one number or one per prompt; the model's positions bound it too.
+  /// At least 1: one number, or one per prompt. The model's positions are a limit too.
   std::variant<std::int64_t, std::vector<std::int64_t>> max_new_tokens = std::int64_t{20};
   /// One Sampling for all, where row i draws from random stream i, or one per prompt, each drawing from stream 0, so
   /// that a row does not depend on its place in the batch.

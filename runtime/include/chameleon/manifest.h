@@ -17,7 +17,7 @@ namespace chameleon {
 enum class Mode { none, static_, centroid, request, cohort, tenant };
 
 CHAMELEON_EXPORT std::string_view to_string(Mode mode);
-/// Throws ModeError for a word that names no mode.
+/// Throws ModeError for a word that is not a mode.
 CHAMELEON_EXPORT Mode parse_mode(std::string_view name);
 
 using Dimension = std::variant<std::int64_t, std::string>;  ///< a number, or a symbol such as "batch"
@@ -94,7 +94,7 @@ struct Parameters {
   std::int64_t hypernetwork = 0;
 };
 
-/// The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
+/// The largest call that engines with fixed profiles (TensorRT) accept; ONNX Runtime has no such limits.
 struct LimitsSpec {
   std::int64_t batch = 0;        ///< rows
   std::int64_t sequence = 0;     ///< tokens of a row in one call
@@ -109,7 +109,7 @@ struct ParitySummary {
   std::optional<double> max_abs_logit_difference;
 };
 
-/// bundle.json.
+/// The content of bundle.json.
 struct Manifest {
   std::string format;
   std::int64_t format_version = 0;

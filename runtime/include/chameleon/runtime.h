@@ -27,16 +27,16 @@ using Texts = std::variant<std::span<const std::string>, std::span<const TokenId
 
 struct LoadOptions {
   std::string provider = "cpu";  ///< cpu, tensorrt in a build that has it, or auto for the best of them
-  std::optional<Mode> mode{};    ///< where a call names none: by default cohort, or static for a bundle of regime lora
+  std::optional<Mode> mode{};    ///< default mode of the calls: by default cohort, or static in regime lora
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
   bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
                                  ///< shared between processes; slower in batches, and last bits differ
 };
 
-/// A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
+/// A loaded bundle. It keeps no state of requests: one runtime serves any number of threads.
 class CHAMELEON_EXPORT Runtime {
  public:
-  /// Open a bundle and make it ready to run; every file is checked before anything runs. Throws an Error.
+  /// Open a bundle and prepare it for running. Every file is checked before anything runs. Throws an Error.
   explicit Runtime(const std::filesystem::path& path, const LoadOptions& options = {});
   Runtime(Runtime&&) noexcept;
   ~Runtime();
@@ -46,17 +46,17 @@ class CHAMELEON_EXPORT Runtime {
   [[nodiscard]] Adaptation adapt(Texts texts, const AdaptOptions& options = {}) const;
 
   /// Log-probability of every token of every text, given the tokens before it.
-  /// stop: ends the call, whose results are then lost. Throws CancelledError.
+  /// stop: ends the call without results. Throws CancelledError.
   [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {},
                                          const std::stop_token& stop = {}) const;
 
-  /// Continue every prompt; the factors of a row stay what its prompt made them. A callback's exception ends the call.
+  /// Continue every prompt. The factors of a row depend on its prompt alone. A callback's exception ends the call.
   std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
 
-  /// Token ids of texts after every check that the calls above make.
+  /// The token ids of texts. Makes the same checks as the calls above.
   [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;
 
-  /// What runs the decoder: cpu or tensorrt; it tells what `auto` has taken.
+  /// The provider that runs the decoder: cpu or tensorrt, also with provider `auto`.
   [[nodiscard]] const std::string& provider() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;

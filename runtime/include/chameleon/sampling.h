@@ -1,20 +1,35 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace chameleon {
 
-/// How the tokens of a row are chosen and when it stops.
+/// How the tokens of a row are chosen, when it stops, and what is reported of them.
+/// chameleon_deploy/runtime/sampling.py is the specification.
 struct Sampling {
-  double temperature = 0;                      ///< 0 is greedy, else at least 1e-5
-  std::int64_t top_k = 0;                      ///< 0 keeps all
-  double top_p = 1;                            ///< 1 keeps all
-  double repetition_penalty = 1;               ///< 1 leaves the logits alone
-  std::uint64_t seed = 0;                      ///< the same seed gives the same tokens, here and in Python
-  std::vector<std::int64_t> stop_token_ids{};  ///< stop after one of these, besides the model's end of text
-  std::vector<std::string> stop{};             ///< stop before one of these strings
+  double temperature = 0;                       ///< 0 is greedy, else at least 1e-5
+  std::int64_t top_k = 0;                       ///< 0 keeps all
+  double top_p = 1;                             ///< 1 keeps all
+  double repetition_penalty = 1;                ///< 1 leaves the logits alone; counts the prompt and generated tokens
+  std::uint64_t seed = 0;                       ///< the same seed gives the same tokens, here and in Python
+  std::vector<std::int64_t> stop_token_ids{};   ///< stop after one of these, besides the model's end of text
+  std::vector<std::string> stop{};              ///< stop before one of these strings
+  double presence_penalty = 0;                  ///< -2 to 2, subtracted from the logit of every generated token
+  double frequency_penalty = 0;                 ///< -2 to 2, subtracted as often as the token was generated
+  std::map<std::int64_t, double> logit_bias{};  ///< token id -> -100 to 100, added to its logit
+  bool ignore_eos = false;                      ///< do not stop at the model's end of text
+  std::optional<int> logprobs{};                ///< report log-probabilities, and those of 0 to 5 alternatives
+};
+
+/// A token and the natural logarithm of its probability.
+struct TokenLogprob {
+  std::int64_t token_id;
+  float logprob;
+  bool operator==(const TokenLogprob&) const = default;
 };
 
 }  // namespace chameleon

@@ -7,15 +7,16 @@
 
 namespace chameleon {
 
-/// token_logprobs[i] is the natural logarithm of the probability of token_ids[i + 1] given token_ids[0..i].
+/// The score of a text: token_logprobs[i] is the natural logarithm of the probability of token_ids[i + 1] given
+/// token_ids[0..i].
 struct Score {
   std::vector<std::int64_t> token_ids;
   std::vector<float> token_logprobs;
   std::int64_t cluster_id = 0;
 
-  /// Of the whole text given its first token.
+  /// Log-probability of the whole text, given its first token.
   [[nodiscard]] CHAMELEON_EXPORT double logprob() const;
-  /// NaN for a text of one token, which predicts nothing.
+  /// NaN for a text of one token, which has no predicted token.
   [[nodiscard]] CHAMELEON_EXPORT double perplexity() const;
 };
 

@@ -20,13 +20,14 @@ class CHAMELEON_EXPORT Tokenizer {
   Tokenizer(Tokenizer&&) noexcept;
   ~Tokenizer();
 
-  /// Token ids of a text; added tokens are recognised, none is put around. Throws InputError for invalid UTF-8.
+  /// Token ids of a text. Added tokens in the text are recognised; no token is added. Throws InputError for invalid
+  /// UTF-8.
   [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text) const;
 
-  /// The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD.
+  /// The text of token ids, without special tokens. Invalid UTF-8 becomes U+FFFD.
   [[nodiscard]] std::string decode(std::span<const std::int64_t> ids) const;
 
-  /// The bytes of one token, which may be part of a character; none for special tokens and unknown ids.
+  /// The bytes of one token, which may be part of a character. Empty for special tokens and unknown ids.
   [[nodiscard]] std::string_view bytes(std::int64_t id) const;
 
  private:

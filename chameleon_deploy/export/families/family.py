@@ -1,0 +1,127 @@
+"""A family of base models: what every module of export asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.weights import GraphWeights
+from chameleon_deploy.reference.model import Trunk
+
+# Final hidden states [batch, positions, hidden], and key and value of every layer.
+TrunkOutputs = tuple[Any, Sequence[tuple[Any, Any]]]
+
+
+@dataclass(frozen=True)
+class TrunkInputs:
+    """input_ids, position_ids  int64 [batch, sequence]
+    attention_mask           int64 [batch, past + sequence]
+    logits_positions         int64 [batch, positions], which of the sequence get final hidden states
+    past                     key and value of every layer, float32 [batch, key-value heads, past, head_dim]
+    """
+
+    input_ids: ir.Value
+    position_ids: ir.Value
+    attention_mask: ir.Value
+    logits_positions: ir.Value
+    past: Sequence[tuple[ir.Value, ir.Value]]
+
+
+class BuildTrunk(Protocol):
+    """From token ids to the final hidden states (after the last norm): the operators of `Trunk.hidden_states`.
+
+    Behind the last attention no position depends on another: the rest of that layer is for `logits_positions` alone.
+
+    token_embedding  the table [vocab, hidden], written already because the head may share it
+    trunk            the reference: its configuration
+    """
+
+    def __call__(
+        self,
+        op: Any,
+        weights: GraphWeights,
+        token_embedding: ir.Value,
+        inputs: TrunkInputs,
+        model: ModelSpec,
+        trunk: Trunk,
+    ) -> TrunkOutputs: ...
+
+
+class MatrixNames(NamedTuple):
+    """Names in the graph of the four matrices of a layer. qkv and up follow a norm, down an activation function."""
+
+    qkv: str
+    o: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the reference.
+
+    matrix  [in, out], a view of a parameter: writing to it changes the model
+    bias    [out], also a view, or None
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the reference: x += o(attention(q, k, v of norm_1(x))); x += down(activation(ups of norm_2(x)))
+
+    names    of its matrices in the graph
+    readers  for each of them, a module that is given what the matrix is multiplied with
+    """
+
+    norm_1: Any
+    norm_2: Any
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    ups: list[Linear]
+    down: Linear
+    names: MatrixNames
+    readers: tuple[nn.Module, nn.Module, nn.Module, nn.Module]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that export knows about one family.
+
+    name                ModelSpec.architecture
+    token_embedding     name of the table, in the reference and in the graph
+    last_norm           name of the module whose outputs are the final hidden states
+    position_embedding  name of the table of learned positions, which is added to the residual stream; None without
+    rotary_tables       names in the graph of the cosines and sines [max_positions, head_dim / 2]; None without
+    build_trunk         builds the graph
+    layers              the layers of a reference, first to last
+    matrix_names        names in the graph of the matrices of layer i
+    """
+
+    name: str
+    token_embedding: str
+    last_norm: str
+    position_embedding: str | None
+    rotary_tables: tuple[str, str] | None
+    build_trunk: BuildTrunk
+    layers: Callable[[Trunk], Iterator[Layer]]
+    matrix_names: Callable[[int], MatrixNames]
+
+    def last_norm_of(self, trunk: Trunk) -> nn.Module:
+        """The module whose outputs are the final hidden states."""
+        norm: nn.Module = trunk.causal_lm.get_submodule(self.last_norm)
+        return norm
+
+
+def at_positions(op: Any, x: Any, positions: ir.Value) -> Any:
+    """[batch, sequence, channels], [batch, positions] -> [batch, positions, channels]"""
+    return op.GatherND(x, op.Unsqueeze(positions, [2]), batch_dims=1)

@@ -1,0 +1,151 @@
+"""The graphs of a bundle, by precision. No other module of export tells precisions apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import onnx_ir as ir
+
+from chameleon_deploy.bundle import ModelSpec, Precision, Role
+from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.export.graph import copy_of
+from chameleon_deploy.export.hypernetwork import build_hypernetwork
+from chameleon_deploy.export.int8.cache import quantize_cache
+from chameleon_deploy.export.int8.calibration import activations_of, highest_of_layers
+from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.rows import quantize_rows
+from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
+from chameleon_deploy.export.passes.flat_logits import flatten_logits
+from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
+from chameleon_deploy.export.passes.shared_cache import share_cache
+from chameleon_deploy.export.passes.sum_update import sum_update
+from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
+from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
+from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.model import Trunk
+
+CPU = ("cpu",)
+DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
+PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
+
+Pass = Callable[[ir.Model, ModelSpec], object]
+# Passes from the portable decoder to the decoder of the CPU.
+SHARED_CACHE: tuple[Pass, ...] = (
+    share_cache,  # first, because it looks for attention as attention.py builds it
+    give_hidden_states,  # last, because the scorer is extracted from where it cuts the head off
+)
+SHARED_INT8_CACHE: tuple[Pass, ...] = (
+    share_cache,
+    quantize_cache,  # rewrites the operator of share_cache
+    quantize_rows,  # before the scorer is extracted, which has the same product as the head
+    give_hidden_states,
+)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph with its role, providers and kind of cache: see GraphSpec."""
+
+    model: ir.Model
+    role: Role
+    providers: tuple[str, ...]
+    cache: Literal["growing", "shared"] | None = None
+
+
+Graphs = dict[str, Graph]
+
+
+def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> Graphs:
+    """All graphs of a bundle by their names, their weights in weights_file.
+
+    Raises TensorError for a weight that float16 cannot hold.
+    """
+    graphs = _DECODERS[precision](model, checkpoint.trunk, weights_file)
+    if isinstance(checkpoint.factors, Hypernetwork):
+        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
+        config = checkpoint.config
+        hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
+        graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
+    graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
+    graphs["logits_scorer"] = Graph(build_logits_scorer(model), "logits_scorer", DEVICES)
+    return graphs
+
+
+def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+    decoder = build_decoder(model, trunk, weights_file)
+    return {
+        "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
+        **_shared_cache(decoder, model, weights_file, SHARED_CACHE),
+    }
+
+
+def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+    decoder = _int8_decoder(model, trunk, weights_file)
+    return {
+        "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
+        **_shared_cache(decoder, model, weights_file, SHARED_INT8_CACHE),
+    }
+
+
+def _half(half: ir.DataType, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+    """The CPU has no kernels for 16 bits: it runs the portable decoder with the same rounding in float32."""
+    with _float32_weights(weights_file) as floats:
+        decoder = build_decoder(model, trunk, floats)
+        halve_products(decoder, half, weights_file)
+        weights_file.take(decoder.graph)
+    decoder_cpu = copy_of(decoder)
+    float_products(decoder_cpu)
+    return {
+        "decoder": Graph(decoder, "decoder", DEVICES, "growing"),
+        "decoder_cpu": Graph(decoder_cpu, "decoder", CPU, "growing"),
+    }
+
+
+_DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = {
+    "fp32": _fp32,
+    "int8": _int8,
+    "fp16": partial(_half, HALVES["fp16"]),
+    "bf16": partial(_half, HALVES["bf16"]),
+}
+
+
+def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
+    rotated = rotate_trunk(trunk, model)
+    scale_trunk(rotated, model, highest_of_layers(rotated, model))
+    with _float32_weights(weights_file) as floats:
+        decoder = build_decoder(model, rotated, floats)
+        rotate_residual(decoder, model)
+        quantize_weights(decoder, activations_of(rotated, model), weights_file)
+        weights_file.take(decoder.graph)
+    return decoder
+
+
+@contextmanager
+def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
+    """A file beside weights_file for matrices before they are rounded. It is deleted at the end."""
+    path = weights_file.path.with_name("float32.bin")
+    with WeightsFile(path) as floats:
+        yield floats
+    path.unlink()
+
+
+def _shared_cache(portable: ir.Model, model: ModelSpec, weights_file: WeightsFile, passes: tuple[Pass, ...]) -> Graphs:
+    """The decoder and the scorer of the CPU."""
+    decoder = copy_of(portable)
+    for rewrite in passes:
+        rewrite(decoder, model)
+    # The scorer is extracted before the last two passes: it finds the head by the operators that they rewrite.
+    scorer = build_tiled_scorer(decoder, model, weights_file)
+    for graph in (decoder, scorer):
+        sum_update(graph)
+    flatten_logits(decoder)
+    return {
+        "decoder_cpu": Graph(decoder, "decoder", CPU, "shared"),
+        "hidden_scorer": Graph(scorer, "hidden_scorer", CPU),
+    }

@@ -1,0 +1,213 @@
+"""The rows that are being generated, and their state in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.generation import Row
+from chameleon_deploy.runtime.logits import HostLogits, Logits
+from chameleon_deploy.runtime.runtime import Runtime
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.stream import Stream
+
+# Copying the cache of a token that a sibling has read takes less than an eighth of the time of reading it.
+FORKED_PER_READ = 8
+
+
+@dataclass(eq=False)
+class Member:
+    """One continuation of one prompt, from its submit to its end.
+
+    submitted      time of the submit, in seconds of the monotonic clock, as all times here
+    deadline       when it ends at the latest
+    last_token     time of its last token, or of the submit
+    overtaken      see schedule.py
+    source         of its factors, set when its cohort is complete
+    """
+
+    stream: Stream
+    row: Row
+    submitted: float
+    deadline: float
+    last_token: float
+    overtaken: int = 0
+    source: FactorSource = field(init=False)
+
+    @property
+    def key(self) -> Any:
+        return self.source.key
+
+
+class Batch(Protocol):
+    """members: those in the batch. Those whose prompt is read come first and take part in `step`.
+
+    ready          how many these are
+    cached_tokens  in the cache
+    """
+
+    members: list[Member]
+
+    @property
+    def ready(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+    def room(self) -> int:
+        """How many members may be admitted now."""
+
+    def admit(self, member: Member) -> None:
+        """Its factor set is in the table already."""
+
+    def drop(self, gone: Collection[Member]) -> None: ...
+
+    def read(self) -> int:
+        """Read one chunk of a prompt. Returns its tokens.
+
+        An exception of the decoder concerns members[ready] alone.
+        """
+
+    def step(self) -> Logits:
+        """The logits [ready, vocab] of the next token of each member that is ready.
+
+        An exception of the decoder concerns all of them.
+        """
+
+
+class ContinuousBatch:
+    """Members join and leave at any time. See `Batch`.
+
+    A prompt is read but for its last token, which goes through the first step like a token that was sampled.
+    """
+
+    def __init__(self, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
+        self._slots, self._table, self._chunk_tokens = slots, table, chunk_tokens
+        self.members: list[Member] = []
+        self.ready = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        return int(self._slots.lengths[: len(self.members)].sum())
+
+    def room(self) -> int:
+        return len(self._slots.lengths) - len(self.members)
+
+    def admit(self, member: Member) -> None:
+        self._slots.admit(len(self.members))
+        self.members.append(member)
+
+    def drop(self, gone: Collection[Member]) -> None:
+        for place in reversed(range(len(self.members))):
+            if self.members[place] in gone:
+                self._drop(place)
+
+    def _drop(self, place: int) -> None:
+        if place < self.ready:  # the last member that is ready moves into the hole, and leaves one
+            self.ready -= 1
+            self._move(self.ready, place)
+            place = self.ready
+        for follower in range(place + 1, len(self.members)):  # in order; all but the first have read nothing yet
+            self._move(follower, follower - 1)
+        self.members.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self._slots.move(source, target)
+            self.members[target] = self.members[source]
+
+    def read(self) -> int:
+        forked = tokens = 0
+        while self.ready < len(self.members):
+            prompt = self.members[self.ready].row.prompt
+            start, stop = int(self._slots.lengths[self.ready]), len(prompt) - 1
+            sibling = self._sibling() if start == 0 else None
+            if start == stop:
+                self.ready += 1
+            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_READ:
+                self._slots.fork(sibling, self.ready, stop)
+                forked += stop
+            elif sibling is None and not tokens:
+                chunk = prompt[start : min(start + self._chunk_tokens, stop)]
+                tokens = len(chunk)
+                self._slots.read(self.ready, chunk, self._table.set_of(self.members[self.ready].key))
+            else:
+                break
+        return tokens
+
+    def _sibling(self) -> int | None:
+        """A member with the same prompt, which it has read."""
+        prompt = self.members[self.ready].row.prompt
+        return next((i for i in range(self.ready) if self.members[i].row.prompt is prompt), None)
+
+    def step(self) -> Logits:
+        rows = [member.row for member in self.members[: self.ready]]
+        token_ids = [row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in rows]
+        return HostLogits(self._slots.step(token_ids, _row_factors(self._table, self.members[: self.ready])))
+
+
+class StaticBatch:
+    """Members join while nothing runs; then the batch runs to its end, and none joins it. See `Batch`."""
+
+    def __init__(self, backend: Backend, table: FactorTable, rows: int) -> None:
+        self._backend, self._table, self._rows = backend, table, rows
+        self.members: list[Member] = []
+        self._running: tuple[Any, RowFactors] | None = None  # cache and factors of the members
+
+    @property
+    def ready(self) -> int:
+        return len(self.members)
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self._running is None else int(self._running[0].lengths.sum())
+
+    def room(self) -> int:
+        return self._rows - len(self.members) if self._running is None else 0
+
+    def admit(self, member: Member) -> None:
+        self.members.append(member)
+
+    def drop(self, gone: Collection[Member]) -> None:
+        kept = np.array([i for i, member in enumerate(self.members) if member not in gone], np.int64)
+        self.members = [self.members[i] for i in kept]
+        if not self.members:
+            self._running = None
+        elif self._running is not None:
+            cache, factors = self._running
+            self._running = self._backend.decoder.keep(cache, kept), factors.rows(kept)
+
+    def read(self) -> int:
+        return 0
+
+    def step(self) -> Logits:
+        rows, decoder = [member.row for member in self.members], self._backend.decoder
+        if self._running is not None:
+            cache, factors = self._running
+            return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
+        factors = _row_factors(self._table, self.members)
+        # A copy of the sets: the table changes when the first member has left.
+        copies = self._backend.place(factors.sets[np.arange(len(self._table))])
+        factors = RowFactors(copies, factors.factor_ids)
+        capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
+        logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
+        self._running = cache, factors
+        return logits
+
+
+def open_batch(runtime: Runtime, table: FactorTable, rows: int, capacity: int, chunk_tokens: int) -> Batch:
+    """Continuous where the decoder has slots, else static."""
+    if isinstance(runtime.decoder, SharedCacheDecoder):
+        return ContinuousBatch(runtime.decoder.slots(rows, capacity), table, chunk_tokens)
+    return StaticBatch(runtime.backend, table, rows)
+
+
+def _row_factors(table: FactorTable, members: list[Member]) -> RowFactors:
+    return RowFactors(table.sets, np.array([table.index(member.key) for member in members], np.int64))

@@ -1,0 +1,98 @@
+"""A call of a shared-cache decoder whose inputs and outputs are bound to memory once: fill in the arrays, then run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+
+Array = npt.NDArray[Any]
+
+
+class Graph(Protocol):
+    """What a call is made of.
+
+    session    of the decoder
+    ort_value  onnxruntime.OrtValue
+    past       names of the inputs that are the cache, in the graph's order
+    """
+
+    session: Any
+    ort_value: Any
+    model: ModelSpec
+    past: list[str]
+
+
+class BoundCall:
+    """One shape of call.
+
+    input_ids, position_ids  int64 [batch, width]
+    logits_positions         int64 [batch, positions]
+    seqlens_k                int32 [batch]
+    total_sequence_length    int32 []
+    logits                   float32 [batch, num_logits, vocab]
+    hidden_states            float32 [batch, positions, hidden], where there are no logits
+    """
+
+    def __init__(
+        self, graph: Graph, batch: int, width: int, positions: int, num_logits: int, buffers: Sequence[Array] | Array,
+        logits: FloatArray | None = None,
+    ) -> None:  # fmt: skip
+        """
+        positions   of a row that get hidden states; num_logits: of those get logits, or none
+        buffers     the cache, [batch, heads, capacity, head_dim] of each of graph.past
+        logits      where they are written, contiguous; None for memory of the call's own
+        """
+        vocab_size = graph.model.vocab_size
+        self.input_ids = np.zeros((batch, width), np.int64)
+        self.position_ids = np.zeros((batch, width), np.int64)
+        self.logits_positions = np.zeros((batch, positions), np.int64)
+        self.factor_ids = np.zeros(batch, np.int64)
+        self.seqlens_k = np.zeros(batch, np.int32)
+        self.total_sequence_length = np.zeros((), np.int32)
+        self.logits = np.empty((batch, num_logits, vocab_size), np.float32) if logits is None else logits
+        self.hidden_states = np.empty((batch, 0 if num_logits else positions, graph.model.hidden_size), np.float32)
+        self._session, self._binding, self._ort_value = graph.session, graph.session.io_binding(), graph.ort_value
+        self._values: dict[str, Any] = {}  # an OrtValue is its array's memory: keep them alive together
+        self._sets: FactorSets | None = None
+        self._bind_inputs({
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "logits_positions": self.logits_positions,
+            "num_logits": np.array([num_logits], np.int64),
+            "seqlens_k": self.seqlens_k,
+            "total_sequence_length": self.total_sequence_length,
+            "factor_ids": self.factor_ids,
+        })  # fmt: skip
+        flat = self.logits.reshape(-1, vocab_size)  # the same memory
+        name, array = ("logits", flat) if num_logits else ("hidden_states", self.hidden_states)
+        self._bind_output(name, array)
+        for past, buffer in zip(graph.past, buffers, strict=True):
+            self._bind_inputs({past: buffer})
+            self._binding.bind_ortvalue_output(past.replace("past_key_values", "present"), self._values[past])
+
+    def bind_factors(self, factors: RowFactors) -> None:
+        """Take factors for the next runs. Sets that are bound already cost nothing."""
+        self.factor_ids[:] = factors.factor_ids
+        if factors.sets is not self._sets:
+            self._bind_inputs(factors.sets.tensors)
+            self._sets = factors.sets
+
+    def run(self) -> FloatArray:
+        """-> logits [batch, num_logits, vocab]: this call's own array, overwritten by its next run"""
+        self._session.run_with_iobinding(self._binding)
+        return self.logits
+
+    def _bind_inputs(self, arrays: Mapping[str, Any]) -> None:
+        for name, array in arrays.items():
+            self._values[name] = self._ort_value.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(name, self._values[name])
+
+    def _bind_output(self, name: str, array: Array) -> None:
+        self._values[name] = self._ort_value.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_output(name, self._values[name])

@@ -1,0 +1,252 @@
+"""Continuous batching: one thread drives the decoder, any number of threads and coroutines submit to it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Literal, Self
+
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
+from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.factors import Factors
+from chameleon_deploy.runtime.generation import Token
+from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.iteration import Iteration
+from chameleon_deploy.runtime.loop import Loop
+from chameleon_deploy.runtime.runtime import Runtime
+from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.stream import Stream, deliver
+from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The state of an engine at one moment.
+
+    running, waiting  rows that hold a place in the batch, and rows that wait for one
+    rows              places in the batch
+    cached_tokens     tokens in the key-value cache, of cache_capacity
+    factor_sets       resident
+    """
+
+    running: int
+    waiting: int
+    rows: int
+    cached_tokens: int
+    cache_capacity: int
+    factor_sets: int
+
+
+class Engine:
+    """Generate for many callers at once on one runtime. See `submit`.
+
+    runtime   what it drives; other threads may go on using it, each call then takes its share of the processor
+    batching  "continuous", where rows join and leave a running batch; "static" on a decoder that cannot do that: a
+              batch of waiting rows runs to its end
+    """
+
+    runtime: Runtime
+    batching: Literal["continuous", "static"]
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        rows: int = 8,
+        max_waiting: int = 256,
+        prefill_tokens: int = 64,
+        max_factor_sets: int | None = None,
+        cohort_window_ms: float = 0,
+        capacity: int | None = None,
+        observe: Callable[[Iteration], None] | None = None,
+    ) -> None:
+        """
+        rows              places in the batch
+        max_waiting       rows that may wait for a place; a submit beyond that is a QueueFullError
+        prefill_tokens    of a prompt that are read between two steps of the running rows
+        max_factor_sets   different factor sets in the batch at a time; None means as many as rows
+        cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
+                          that join its cohort; 0 means that a cohort is the prompts of one submit
+        capacity          tokens per row that the key-value cache holds; None means the model's positions
+        observe           called by the engine's thread after every iteration; must be quick. What it raises is logged
+
+        Raises InputError.
+        """
+        for name, value, least in (
+            ("rows", rows, 1), ("max_waiting", max_waiting, 0), ("prefill_tokens", prefill_tokens, 1),
+            ("max_factor_sets", max_factor_sets or rows, 1), ("cohort_window_ms", cohort_window_ms, 0),
+        ):  # fmt: skip
+            if not value >= least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
+        positions = runtime.manifest.model.max_positions
+        self.runtime, self.rows, self.max_waiting = runtime, rows, max_waiting
+        self._capacity = positions if capacity is None else min(capacity, positions)
+        self._window, self._observe = cohort_window_ms / 1000, observe
+        table = FactorTable(max_factor_sets or rows)
+        self._batch = open_batch(runtime, table, rows, self._capacity, prefill_tokens)
+        self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
+        self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
+        self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None: look again at what was asked
+        self._open_cohorts: dict[Hashable, tuple[float, list[Submission]]] = {}  # when each closes, and its members
+        self._cohort_ids = itertools.count()
+        self._present = 0  # rows submitted that have not ended
+        self._closing = self._cancelling = False
+        self._lock = threading.Lock()  # of _present and _closing
+        self._thread = threading.Thread(target=self._run, name="chameleon-engine", daemon=True)
+        self._thread.start()
+        # A daemon thread inside a native call at the interpreter's end would crash it.
+        atexit.register(self.close, 0)
+
+    def submit(
+        self,
+        prompts: Texts,
+        *,
+        max_new_tokens: int | Sequence[int] = 20,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
+        mode: Mode | None = None,
+        tenant: Hashable | None = None,
+        factors: Factors | None = None,
+        n: int = 1,
+        deadline: float | None = None,
+        adapt_tokens: int | None = None,
+    ) -> Stream:
+        """Queue every prompt. Returns at once; safe to call from any thread.
+
+        prompts         texts, or lists of token ids
+        max_new_tokens  at least 1, one number or one per prompt; the capacity of a row bounds it too
+        sampling        one Sampling for all, where row i draws from random stream i, or one per prompt, where its
+                        continuation k draws from stream k whatever the place of the prompt
+        mode            adaptation mode; None takes the runtime's
+        tenant          mode tenant: whom the prompts belong to, any hashable value
+        factors         mode static: a caller's own, see `Runtime.adapt`
+        n               continuations per prompt
+        deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
+        adapt_tokens    embed only the first so many tokens of every prompt; None embeds all
+
+        Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
+        can hold), ModeError, FactorsError, QueueFullError, or ClosedError after `close`.
+        """
+        submission = prepare(
+            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
+            adapt_tokens,
+        )  # fmt: skip
+        rows = len(submission.members)
+        if rows > self.rows + self.max_waiting:
+            raise InputError(f"{rows} rows in one submit: this engine has room for {self.rows + self.max_waiting}")
+        if not self._window or submission.cohort_key is None:
+            form_cohort(self.runtime, [submission], next(self._cohort_ids))
+        with self._lock:
+            if self._closing:
+                raise ClosedError("the engine is closed and takes no new requests")
+            if self._present + rows > self.rows + self.max_waiting:
+                raise QueueFullError(f"no room for {rows} rows, at most {self.max_waiting} may wait: try again later")
+            self._present += rows
+            self._commands.put(submission)
+        return submission.stream
+
+    def stats(self) -> Stats:
+        """Safe to call from any thread."""
+        running, capacity = len(self._batch.members), self.rows * self._capacity
+        waiting = max(0, self._present - running)
+        return Stats(running, waiting, self.rows, self._batch.cached_tokens, capacity, len(self._loop.table))
+
+    def close(self, drain_seconds: float = 30) -> None:
+        """Take nothing new, finish what was accepted, and end the thread. Closing twice does nothing.
+
+        What has not ended after drain_seconds is cancelled.
+        """
+        with self._lock:
+            self._closing = True
+            self._commands.put(None)
+        self._thread.join(drain_seconds)
+        self._cancelling = True
+        self._commands.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self._cancelling:
+                    self._loop.cancel()
+                self._hand_out(*self._loop.iterate())
+        except BaseException as error:  # a fault of this package: nobody may wait for ever
+            self._fail(error)
+
+    def _take_commands(self) -> bool:
+        """Take everything that was submitted; wait for it where there is nothing to do. False at the end."""
+        timeout = self._idle_seconds()
+        with contextlib.suppress(Empty):
+            self._take(self._commands.get(timeout != 0, timeout))
+            while True:
+                self._take(self._commands.get_nowait())
+        self._close_cohorts()
+        with self._lock:
+            return bool(self._present or self._loop or not self._closing)
+
+    def _idle_seconds(self) -> float | None:
+        """How long nothing is to be done unless something is submitted; None for ever."""
+        if self._loop or (self._closing and not self._present):  # the latter ends the thread
+            return 0
+        closings = [closing for closing, _ in self._open_cohorts.values()]
+        return max(0.0, min(closings) - time.monotonic()) if closings else None
+
+    def _take(self, submission: Submission | None) -> None:
+        if submission is None:
+            return
+        if not self._window or submission.cohort_key is None:
+            self._loop.waiting.extend(submission.members)
+            return
+        closing = time.monotonic() + self._window
+        self._open_cohorts.setdefault(submission.cohort_key, (closing, []))[1].append(submission)
+
+    def _close_cohorts(self) -> None:
+        now = time.monotonic()
+        for key, (closing, submissions) in list(self._open_cohorts.items()):
+            if now >= closing:
+                form_cohort(self.runtime, submissions, next(self._cohort_ids))
+                self._loop.waiting.extend(member for submission in submissions for member in submission.members)
+                del self._open_cohorts[key]
+
+    def _hand_out(self, tokens: dict[Stream, list[Token]], iteration: Iteration) -> None:
+        with self._lock:
+            self._present -= len(iteration.finished)
+        deliver(tokens)
+        if self._observe is not None:
+            try:
+                self._observe(iteration)
+            except Exception:  # metrics must not end anyone's request
+                _log.exception("the engine's observer raised")
+
+    def _fail(self, error: BaseException) -> None:
+        """End everything that was accepted, and accept nothing more."""
+        with self._lock:
+            self._closing = True
+        with contextlib.suppress(Empty):
+            while True:
+                self._take(self._commands.get_nowait())
+        for _, submissions in self._open_cohorts.values():
+            self._loop.waiting.extend(member for submission in submissions for member in submission.members)
+        failure = RequestError(f"the engine failed: {error!r}")
+        failure.__cause__ = error
+        self._hand_out(*self._loop.fail(failure))

@@ -1,0 +1,113 @@
+"""The factor sets that a batch uses, stacked as the decoder reads them and counted by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+
+
+@dataclass(frozen=True)
+class FactorSource:
+    """key   equal for rows that share a set
+    make  a stack of that set alone, in memory or on a device
+    """
+
+    key: Hashable
+    make: Callable[[], FactorSets]
+
+
+class FactorTable:
+    """A set is made when the first row asks for it, never changes, and leaves with the last row.
+
+    Sets of a smaller rank than the largest are padded with zeros, which add nothing to a row's logits.
+
+    sets  the stack; the same object until a set comes or leaves
+    """
+
+    def __init__(self, max_sets: int) -> None:
+        self._max_sets = max_sets
+        self._keys: list[Hashable] = []  # in the order of the stack
+        self._ranks: list[int] = []
+        self._references: dict[Hashable, int] = {}
+        self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features]
+        self.sets = FactorSets({})
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._references
+
+    @property
+    def is_full(self) -> bool:
+        return len(self) >= self._max_sets
+
+    def index(self, key: Hashable) -> int:
+        return self._keys.index(key)
+
+    def set_of(self, key: Hashable) -> RowFactors:
+        """One row's own set alone."""
+        i = self.index(key)
+        alone = {name: tensor[i : i + 1] for name, tensor in self._tensors.items()}
+        return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
+
+    def acquire(self, source: FactorSource) -> None:
+        """Count one more row of a set; the set is made first where it is not here. `is_full` must be false then.
+
+        Raises NumericError for a set that is not finite, and what making it raises.
+        """
+        if source.key not in self:
+            self._append(source.key, source.make())
+        self._references[source.key] = self._references.get(source.key, 0) + 1
+
+    def release(self, key: Hashable) -> None:
+        """Count one row less."""
+        self._references[key] -= 1
+        if not self._references[key]:
+            del self._references[key]
+            self._remove(self.index(key))
+
+    def _append(self, key: Hashable, made: FactorSets) -> None:
+        factors = {name: np.asarray(array, np.float32)[0] for name, array in made.tensors.items()}
+        # A set that is not finite would reach every row: 0 * inf is NaN in the product over all sets.
+        if not all(np.isfinite(array).all() for array in factors.values()):
+            raise NumericError("the factors of a request are not finite: check the hypernetwork")
+        rank = len(next(iter(factors.values())))
+        if not self._tensors:
+            self._tensors = {n: np.zeros((self._max_sets, rank, a.shape[1]), np.float32) for n, a in factors.items()}
+        self._keys.append(key)
+        self._ranks.append(rank)
+        self._set_rank()
+        for name, array in factors.items():
+            self._tensors[name][len(self) - 1, :rank] = array
+            self._tensors[name][len(self) - 1, rank:] = 0
+        self._restack()
+
+    def _remove(self, i: int) -> None:
+        """The last set moves into the hole."""
+        for tensor in self._tensors.values():
+            tensor[i] = tensor[len(self) - 1]
+        self._keys[i], self._ranks[i] = self._keys[-1], self._ranks[-1]
+        self._keys.pop()
+        self._ranks.pop()
+        if self._keys:
+            self._set_rank()
+        self._restack()
+
+    def _set_rank(self) -> None:
+        """The stack's rank is the largest of its sets': a larger one would be computed for nothing."""
+        rank = max(self._ranks)
+        for name, old in self._tensors.items():
+            if old.shape[1] != rank:
+                kept = min(rank, old.shape[1])
+                new = self._tensors[name] = np.zeros((self._max_sets, rank, old.shape[2]), np.float32)
+                new[:, :kept] = old[:, :kept]
+
+    def _restack(self) -> None:
+        self.sets = FactorSets({name: tensor[: len(self)] for name, tensor in self._tensors.items()})

@@ -1,0 +1,39 @@
+"""Which waiting row is admitted next: first come, first served, with a bounded number of exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, MutableSequence
+from typing import Protocol, TypeVar
+
+# How often a row may be overtaken by rows whose factor set is resident while its own has no room.
+MAX_OVERTAKES = 16
+
+
+class Waiting(Protocol):
+    """overtaken  counted here"""
+
+    overtaken: int
+
+    @property
+    def key(self) -> Hashable: ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool], is_full: bool) -> W | None:
+    """Remove and return the row that may be admitted next, where there is one.
+
+    queue        in order of arrival
+    is_resident  whether a factor set is in the table
+    is_full      whether the table has no room for another
+    """
+    for place, row in enumerate(queue):
+        if not is_full or is_resident(row.key):
+            for overtaken in queue[:place]:
+                overtaken.overtaken += 1
+            del queue[place]
+            return row
+        if row.overtaken >= MAX_OVERTAKES:
+            return None
+    return None

@@ -1,0 +1,79 @@
+"""A batch whose rows join, read their prompts, step and leave each at its own time, on one shared key-value buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.runtime.bound_call import BoundCall, Graph
+from chameleon_deploy.runtime.factors import RowFactors
+
+
+class Slots:
+    """Rows 0..n-1 are in use, by the caller's count; nothing is computed for the others. For one thread.
+
+    lengths  int64 [rows], tokens of each row in the cache
+    capacity tokens that a row can hold
+    """
+
+    def __init__(self, graph: Graph, rows: int, capacity: int, dtype: Any) -> None:
+        """dtype: of the cache"""
+        model = graph.model
+        self.capacity = capacity
+        self.lengths = np.zeros(rows, np.int64)
+        # Virtual memory: only what is written becomes resident.
+        self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
+        self._logits = np.empty((rows, 1, model.vocab_size), np.float32)
+        self._graph = graph
+        self._steps: dict[int, BoundCall] = {}  # by rows
+
+    def admit(self, row: int) -> None:
+        """Begin a new row, empty."""
+        self.lengths[row] = 0
+
+    def read(self, row: int, token_ids: Sequence[int], factors: RowFactors) -> None:
+        """Append tokens to a row, without logits: the last token of a prompt is left to `step`.
+
+        factors  of this row
+        """
+        start, width = int(self.lengths[row]), len(token_ids)
+        call = BoundCall(self._graph, 1, width, 1, 0, self._cache[:, row : row + 1])
+        call.bind_factors(factors)
+        call.input_ids[0] = token_ids
+        call.position_ids[0] = np.arange(start, start + width)
+        call.logits_positions[...] = width - 1
+        call.seqlens_k[...] = start + width - 1
+        call.total_sequence_length[...] = start + width
+        call.run()
+        self.lengths[row] += width
+
+    def step(self, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
+        """Append one token to each of the rows 0..n-1.  [n] -> logits float32 [n, vocab], valid until the next step
+
+        factors  of these rows
+        """
+        rows = len(token_ids)
+        call = self._steps.get(rows)
+        if call is None:
+            call = self._steps[rows] = BoundCall(self._graph, rows, 1, 1, 1, self._cache[:, :rows], self._logits[:rows])
+        lengths = self.lengths[:rows]
+        call.bind_factors(factors)
+        call.input_ids[:, 0] = token_ids
+        call.position_ids[:, 0] = lengths
+        call.seqlens_k[:] = lengths
+        call.total_sequence_length[...] = lengths.max() + 1
+        logits = call.run()[:, 0]
+        lengths += 1
+        return logits
+
+    def move(self, source: int, target: int) -> None:
+        """Make target what source is."""
+        self.fork(source, target, int(self.lengths[source]))
+
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Make target the first `length` tokens of source."""
+        self._cache[:, target, :, :length] = self._cache[:, source, :, :length]
+        self.lengths[target] = length

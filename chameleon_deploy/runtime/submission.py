@@ -1,0 +1,95 @@
+"""One submit, and the cohort whose prompts are averaged together."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray, IntArray, Mode
+from chameleon_deploy.errors import InputError, LengthError
+from chameleon_deploy.runtime.batch import Member
+from chameleon_deploy.runtime.factors import Factors
+from chameleon_deploy.runtime.generation import begin_rows
+from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.runtime import Runtime
+from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.stream import Cohort, Stream
+
+
+@dataclass(frozen=True)
+class Submission:
+    """members      n of each prompt, one prompt's beside each other
+    embeddings   float32 [prompts, hidden]
+    cluster_ids  int64 [prompts]
+    """
+
+    stream: Stream
+    members: list[Member]
+    embeddings: FloatArray
+    cluster_ids: IntArray
+    tenant: Hashable
+    factors: Factors | None
+
+    @property
+    def cohort_key(self) -> Hashable | None:
+        """Equal for submits that may share a cohort; None in modes without."""
+        return {"cohort": ("cohort", None), "tenant": ("tenant", self.tenant)}.get(self.stream.mode)
+
+
+def prepare(
+    runtime: Runtime,
+    capacity: int,
+    prompts: Texts,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | Sequence[Sampling],
+    mode: Mode | None,
+    tenant: Hashable | None,
+    factors: Factors | None,
+    n: int,
+    deadline: float | None,
+    adapt_tokens: int | None,
+) -> Submission:
+    """Check the arguments of `Engine.submit`, which see, and embed the prompts.
+
+    capacity  tokens that a row can hold
+    """
+    for name, value in (("n", n), ("adapt_tokens", 1 if adapt_tokens is None else adapt_tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if deadline is not None and not deadline > 0:
+        raise InputError(f"deadline must be a number of seconds above 0, got {deadline}")
+    ids = runtime.encode(prompts)
+    for i, prompt in enumerate(ids):
+        if len(prompt) > capacity:
+            raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}")
+    tenants = None if tenant is None else [tenant] * len(ids)
+    mode = runtime.check_arguments(mode, tenants, factors, len(ids))
+    embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
+    rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
+    stream = Stream(ids, cluster_ids.tolist(), mode, n)
+    now = time.monotonic()
+    end = math.inf if deadline is None else now + deadline
+    members = [Member(stream, row, now, end, now) for row in rows]
+    return Submission(stream, members, embeddings, cluster_ids, tenant, factors)
+
+
+def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:
+    """Decide where the factors of all members come from. Submissions of equal `cohort_key`, or a single one.
+
+    Raises ModeError or FactorsError.
+    """
+    first = submissions[0]
+    embeddings = np.concatenate([submission.embeddings for submission in submissions])
+    cluster_ids = np.concatenate([submission.cluster_ids for submission in submissions])
+    tenants = [first.tenant] * len(embeddings) if first.stream.mode == "tenant" else None
+    sources = iter(runtime.factor_sources(first.stream.mode, embeddings, cluster_ids, tenants, first.factors))
+    for submission in submissions:
+        if submission.cohort_key is not None:
+            submission.stream.cohort = Cohort(cohort_id, len(embeddings))
+        of_prompt = [next(sources) for _ in submission.stream.prompts]
+        for member in submission.members:
+            member.source = of_prompt[member.row.index // submission.stream.n]

@@ -1,0 +1,84 @@
+"""Admission in order of arrival, with a bounded number of exceptions; and the table of factor sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factors import FactorSets
+from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, take_next
+
+
+@dataclass
+class Row:
+    key: str
+    overtaken: int = 0
+
+
+def taken(queue: list[Row], resident: set[str], is_full: bool) -> str | None:
+    row = take_next(queue, resident.__contains__, is_full)
+    return None if row is None else row.key
+
+
+def test_first_come_first_served_while_there_is_room() -> None:
+    queue = [Row("a"), Row("b"), Row("c")]
+    assert [taken(queue, {"c"}, is_full=False) for _ in range(4)] == ["a", "b", "c", None]
+
+
+def test_a_resident_set_overtakes_where_the_table_is_full() -> None:
+    queue = [Row("a"), Row("b"), Row("c"), Row("c")]
+    assert taken(queue, {"c"}, is_full=True) == "c"
+    assert [row.overtaken for row in queue] == [1, 1, 0]
+    assert taken(queue, {"x"}, is_full=True) is None
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    queue = [Row("a"), *(Row("c") for _ in range(3 * MAX_OVERTAKES))]
+    passed = 0
+    while taken(queue, {"c"}, is_full=True) is not None:
+        passed += 1
+    assert passed == MAX_OVERTAKES
+    assert taken(queue, {"c"}, is_full=False) == "a"
+
+
+def source(key: str, rank: int, value: float) -> FactorSource:
+    tensors = {"A": np.full((1, rank, 3), value, np.float32), "B": np.full((1, rank, 5), value, np.float32)}
+    return FactorSource(key, lambda: FactorSets(tensors))
+
+
+def stacked(table: FactorTable) -> dict[str, Any]:
+    """Of each resident set its sum over A, which padding does not change."""
+    return {str(key): float(np.asarray(table.set_of(key).sets.tensors["A"]).sum()) for key in table._references}
+
+
+def test_sets_are_counted_stacked_and_padded() -> None:
+    table = FactorTable(3)
+    for key, rank, value in (("a", 2, 1.0), ("b", 4, 2.0), ("a", 2, 1.0), ("c", 1, 3.0)):
+        table.acquire(source(key, rank, value))
+    assert len(table) == 3
+    assert table.is_full
+    assert stacked(table) == {"a": 6.0, "b": 24.0, "c": 9.0}
+    assert table.sets.tensors["A"].shape == (3, 4, 3)
+    before = table.sets
+    table.release("a")
+    assert table.sets is before, "a set that is still in use was touched"
+    table.release("a")
+    table.release("b")
+    assert stacked(table) == {"c": 9.0}
+    assert table.sets.tensors["B"].shape == (1, 1, 5), "the rank of a set that left is still computed"
+    table.acquire(source("d", 2, 1.0))
+    assert stacked(table) == {"c": 9.0, "d": 6.0}
+    assert np.asarray(table.sets.tensors["A"])[table.index("c"), 1:].sum() == 0
+
+
+def test_a_set_that_is_not_finite_is_refused() -> None:
+    table = FactorTable(2)
+    table.acquire(source("a", 2, 1.0))
+    with pytest.raises(NumericError):
+        table.acquire(source("b", 2, float("nan")))
+    assert stacked(table) == {"a": 6.0}

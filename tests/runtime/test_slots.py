@@ -1,0 +1,187 @@
+"""Rows that join, read, step, move, fork and leave: each as if it were alone.
+
+CHAMELEON_EXAMPLES=10000 makes as many random sequences; a run of the suite makes a few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import chameleon_deploy
+from chameleon_deploy import Runtime
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
+from tests.rows import random_rows
+
+EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40"))
+ROWS, CAPACITY, SETS = 4, 24, 4
+OPERATIONS = ("admit", "read", "read", "step", "step", "move", "fork", "drop")
+SEQUENCES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**32 - 1)), min_size=4, max_size=24)
+
+slowly = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000)
+
+
+@pytest.fixture(scope="module")
+def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    path = tmp_path_factory.mktemp("int8") / "mini"
+    export_bundle(mini, path, None, precision="int8")
+    return chameleon_deploy.load(path, threads=1)
+
+
+class Alone:
+    """What every row's logits must be: those after its tokens, read whole by the decoder."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        assert isinstance(runtime.decoder, SharedCacheDecoder)
+        self.decoder = runtime.decoder
+        sources = runtime.factor_sources("centroid", np.empty((SETS, 0), np.float32), np.arange(SETS), None, None)
+        table = FactorTable(SETS)
+        for source in sources:
+            table.acquire(source)
+        self.sets, self.own = table.sets, [table.set_of(source.key) for source in sources]
+
+    def logits(self, tokens: list[int], factor_set: int) -> Any:
+        return np.asarray(self.decoder.prefill([tokens], self.own[factor_set], CAPACITY)[0])[0]
+
+
+class Rows:
+    """Slots, and what each row of them holds."""
+
+    def __init__(self, alone: Alone, rows: int = ROWS) -> None:
+        self.alone, self.slots = alone, alone.decoder.slots(rows, CAPACITY)
+        self.slots._cache.fill(np.nan if self.slots._cache.dtype == np.float32 else 127)  # nobody may read it
+        self.tokens: list[list[int]] = []
+        self.sets: list[int] = []
+
+    def apply(self, operation: str, seed: int, check: Callable[[list[int], int, Any], None]) -> None:
+        rng, rows = np.random.default_rng(seed), len(self.tokens)
+        row, other = (int(rng.integers(max(rows, 1))) for _ in range(2))
+        if operation == "admit" and rows < len(self.slots.lengths):
+            self.slots.admit(rows)
+            self.tokens.append([])
+            self.sets.append(int(rng.integers(SETS)))
+        elif rows == 0:
+            return
+        elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
+            chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
+            self.slots.read(row, chunk, self.alone.own[self.sets[row]])
+            self.tokens[row] += chunk
+        elif operation == "step":
+            self.step(rng.integers(0, 512, rng.integers(1, rows + 1)).tolist(), check)
+        elif operation == "move":
+            self.slots.move(row, other)
+            self.tokens[other], self.sets[other] = list(self.tokens[row]), self.sets[row]
+        elif operation == "fork":
+            length = int(rng.integers(len(self.tokens[row]) + 1))
+            self.slots.fork(row, other, length)
+            self.tokens[other] = self.tokens[row][:length]
+        elif operation == "drop":
+            self.slots.move(rows - 1, row)
+            self.tokens[row], self.sets[row] = self.tokens[-1], self.sets[-1]
+            del self.tokens[-1], self.sets[-1]
+
+    def step(self, token_ids: list[int], check: Callable[[list[int], int, Any], None]) -> None:
+        rows = len(token_ids)
+        if max(map(len, self.tokens[:rows])) == CAPACITY:
+            return
+        factor_ids = np.array(self.sets[:rows], np.int64)
+        logits = self.slots.step(token_ids, RowFactors(self.alone.sets, factor_ids))
+        for row, token_id in enumerate(token_ids):
+            self.tokens[row].append(token_id)
+            check(self.tokens[row], self.sets[row], logits[row])
+        assert self.slots.lengths[: len(self.tokens)].tolist() == [len(tokens) for tokens in self.tokens]
+
+
+def run(alone: Alone, sequence: list[tuple[str, int]]) -> None:
+    def check(tokens: list[int], factor_set: int, logits: Any) -> None:
+        np.testing.assert_allclose(logits, alone.logits(tokens, factor_set), rtol=0, atol=1e-5)
+
+    rows = Rows(alone)
+    for operation, seed in sequence:
+        rows.apply(operation, seed, check)
+
+
+def test_every_row_is_as_if_alone(runtime: Runtime) -> None:
+    alone = Alone(runtime)
+
+    @slowly
+    @given(sequence=SEQUENCES)
+    def sequences(sequence: list[tuple[str, int]]) -> None:
+        run(alone, sequence)
+
+    sequences()
+
+
+def test_of_a_llama_too(llama_bundle: Path) -> None:
+    alone = Alone(chameleon_deploy.load(llama_bundle, threads=1))
+
+    @slowly
+    @given(sequence=SEQUENCES)
+    def sequences(sequence: list[tuple[str, int]]) -> None:
+        run(alone, sequence)
+
+    sequences()
+
+
+def fork_one_token_less(slots: Slots, source: int, target: int, length: int) -> None:
+    slots._cache[:, target, :, : length - 1] = slots._cache[:, source, :, : length - 1]
+    slots.lengths[target] = length
+
+
+def forget_the_position(slots: Slots, row: int) -> None:
+    """Admit without emptying the row."""
+
+
+def read_with_the_first_rows_place(slots: Slots, source: int, target: int) -> None:
+    Slots.fork(slots, source, 0, int(slots.lengths[source]))
+    slots.lengths[target] = slots.lengths[source]
+
+
+@pytest.mark.parametrize(
+    ("method", "fault"),
+    [("fork", fork_one_token_less), ("admit", forget_the_position), ("move", read_with_the_first_rows_place)],
+)
+def test_a_planted_fault_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, method: str, fault: Any) -> None:
+    alone = Alone(runtime)
+    monkeypatch.setattr(Slots, method, fault)
+    rng = np.random.default_rng(0)
+    with pytest.raises(AssertionError):
+        for _ in range(100):
+            run(alone, [(str(rng.choice(OPERATIONS)), int(rng.integers(2**32))) for _ in range(24)])
+
+
+def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None:
+    """The same prompts in the same chunks, at other places in the batch."""
+    alone = Alone(int8_runtime)
+
+    def logits(order: list[int], seed: int) -> dict[int, list[bytes]]:
+        prompts, rng, rows = random_rows(seed, ROWS, 16), np.random.default_rng(seed), Rows(alone)
+        fed, found = rng.integers(0, 512, (6, ROWS)), {row: list[bytes]() for row in order}
+        for place, row in enumerate(order):
+            rows.slots.admit(place)
+            rows.sets.append(row)
+            rows.tokens.append(list(prompts[row]))
+            for start in range(0, len(prompts[row]), 5):
+                rows.slots.read(place, prompts[row][start : start + 5], alone.own[row])
+        for token_ids in fed.tolist():
+            rows.step([token_ids[row] for row in order], lambda _, row, values: found[row].append(values.tobytes()))
+        return found
+
+    @slowly
+    @given(order=st.permutations(range(ROWS)), seed=st.integers(0, 2**32 - 1))
+    def orders(order: list[int], seed: int) -> None:
+        assert logits(order, seed) == logits(list(range(ROWS)), seed)
+
+    orders()
