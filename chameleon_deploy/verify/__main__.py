@@ -34,7 +34,7 @@ def main(
         checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider, keep_trunk=False)
     console.tell_provider(provider, record["provider"])
     if out:
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        console.write_json(record, out)
     if as_json:
         print(json.dumps(record))
     else:
