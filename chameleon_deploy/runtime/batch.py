@@ -18,7 +18,7 @@ from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import Stream
 
-# Copying the cache of a token that a sibling has read takes less than an eighth of the time of reading it.
+# Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
 FORKED_PER_READ = 8
 
 
@@ -26,11 +26,11 @@ FORKED_PER_READ = 8
 class Member:
     """One continuation of one prompt, from its submit to its end.
 
-    submitted      time of the submit, in seconds of the monotonic clock, as all times here
-    deadline       when it ends at the latest
-    last_token     time of its last token, or of the submit
+    submitted      time of the submit; all times are seconds of the monotonic clock
+    deadline       latest time of the end
+    last_token     time of the last token, or of the submit
     overtaken      see schedule.py
-    source         of its factors, set when its cohort is complete
+    source         the source of its factors, set when its cohort is complete
     """
 
     stream: Stream
@@ -47,10 +47,11 @@ class Member:
 
 
 class Batch(Protocol):
-    """members: those in the batch. Those whose prompt is read come first and take part in `step`.
+    """The rows in the decoder.
 
-    ready          how many these are
-    cached_tokens  in the cache
+    members        rows in the batch; rows with a finished prefill come first and take part in `step`
+    ready          number of rows with a finished prefill
+    cached_tokens  tokens in the cache
     """
 
     members: list[Member]
@@ -62,30 +63,30 @@ class Batch(Protocol):
     def cached_tokens(self) -> int: ...
 
     def room(self) -> int:
-        """How many members may be admitted now."""
+        """Return how many members may be admitted now."""
 
     def admit(self, member: Member) -> None:
-        """Its factor set is in the table already."""
+        """Admit a member whose factor set is in the table already."""
 
     def drop(self, gone: Collection[Member]) -> None: ...
 
-    def read(self) -> int:
-        """Read one chunk of a prompt. Returns its tokens.
+    def prefill(self) -> int:
+        """Prefill one chunk of a prompt. Returns the number of its tokens.
 
-        An exception of the decoder concerns members[ready] alone.
+        An exception of the decoder concerns members[ready] only.
         """
 
     def step(self) -> Logits:
-        """The logits [ready, vocab] of the next token of each member that is ready.
+        """Return logits [ready, vocab] of the next token of each ready member.
 
         An exception of the decoder concerns all of them.
         """
 
 
 class ContinuousBatch:
-    """Members join and leave at any time. See `Batch`.
+    """A batch whose members join and leave at any time. See `Batch`.
 
-    A prompt is read but for its last token, which goes through the first step like a token that was sampled.
+    The last token of a prompt is not part of the prefill: it is the input of the first step, like a sampled token.
     """
 
     def __init__(self, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
@@ -110,11 +111,11 @@ class ContinuousBatch:
                 self._drop(place)
 
     def _drop(self, place: int) -> None:
-        if place < self.ready:  # the last member that is ready moves into the hole, and leaves one
+        if place < self.ready:  # the last ready member moves into the gap and leaves one itself
             self.ready -= 1
             self._move(self.ready, place)
             place = self.ready
-        for follower in range(place + 1, len(self.members)):  # in order; all but the first have read nothing yet
+        for follower in range(place + 1, len(self.members)):  # in order; all but the first have no prefilled token yet
             self._move(follower, follower - 1)
         self.members.pop()
 
@@ -123,7 +124,7 @@ class ContinuousBatch:
             self._slots.move(source, target)
             self.members[target] = self.members[source]
 
-    def read(self) -> int:
+    def prefill(self) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
             prompt = self.members[self.ready].row.prompt
@@ -137,13 +138,13 @@ class ContinuousBatch:
             elif sibling is None and not tokens:
                 chunk = prompt[start : min(start + self._chunk_tokens, stop)]
                 tokens = len(chunk)
-                self._slots.read(self.ready, chunk, self._table.set_of(self.members[self.ready].key))
+                self._slots.prefill(self.ready, chunk, self._table.set_of(self.members[self.ready].key))
             else:
                 break
         return tokens
 
     def _sibling(self) -> int | None:
-        """A member with the same prompt, which it has read."""
+        """Return a member with the same, already prefilled prompt."""
         prompt = self.members[self.ready].row.prompt
         return next((i for i in range(self.ready) if self.members[i].row.prompt is prompt), None)
 
@@ -154,7 +155,7 @@ class ContinuousBatch:
 
 
 class StaticBatch:
-    """Members join while nothing runs; then the batch runs to its end, and none joins it. See `Batch`."""
+    """A batch that runs to its end; members join only while nothing runs. See `Batch`."""
 
     def __init__(self, backend: Backend, table: FactorTable, rows: int) -> None:
         self._backend, self._table, self._rows = backend, table, rows
@@ -182,9 +183,9 @@ class StaticBatch:
             self._running = None
         elif self._running is not None:
             cache, factors = self._running
-            self._running = self._backend.decoder.keep(cache, kept), factors.rows(kept)
+            self._running = self._backend.decoder.select(cache, kept), factors.rows(kept)
 
-    def read(self) -> int:
+    def prefill(self) -> int:
         return 0
 
     def step(self) -> Logits:
@@ -193,7 +194,7 @@ class StaticBatch:
             cache, factors = self._running
             return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
         factors = _row_factors(self._table, self.members)
-        # A copy of the sets: the table changes when the first member has left.
+        # A copy of the sets, since the table changes when the first member leaves.
         copies = self._backend.place(factors.sets[np.arange(len(self._table))])
         factors = RowFactors(copies, factors.factor_ids)
         capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
@@ -203,7 +204,7 @@ class StaticBatch:
 
 
 def open_batch(runtime: Runtime, table: FactorTable, rows: int, capacity: int, chunk_tokens: int) -> Batch:
-    """Continuous where the decoder has slots, else static."""
+    """Return a continuous batch if the decoder has slots, else a static one."""
     if isinstance(runtime.decoder, SharedCacheDecoder):
         return ContinuousBatch(runtime.decoder.slots(rows, capacity), table, chunk_tokens)
     return StaticBatch(runtime.backend, table, rows)

@@ -1,16 +1,19 @@
-"""Which waiting row is admitted next: first come, first served, with a bounded number of exceptions."""
+"""The admission order of waiting rows: first come, first served, with a bounded number of exceptions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, MutableSequence
 from typing import Protocol, TypeVar
 
-# How often a row may be overtaken by rows whose factor set is resident while its own has no room.
+# How often rows with a resident factor set may overtake a row whose set has no room.
 MAX_OVERTAKES = 16
 
 
 class Waiting(Protocol):
-    """overtaken  counted here"""
+    """A waiting row.
+
+    overtaken  counted here
+    """
 
     overtaken: int
 
@@ -22,10 +25,10 @@ W = TypeVar("W", bound=Waiting)
 
 
 def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool], is_full: bool) -> W | None:
-    """Remove and return the row that may be admitted next, where there is one.
+    """Remove and return the row that may be admitted next, or None.
 
     queue        in order of arrival
-    is_resident  whether a factor set is in the table
+    is_resident  returns whether a factor set is in the table
     is_full      whether the table has no room for another
     """
     for place, row in enumerate(queue):

@@ -76,7 +76,7 @@ class Rows:
             return
         elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
             chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
-            self.slots.read(row, chunk, self.alone.own[self.sets[row]])
+            self.slots.prefill(row, chunk, self.alone.own[self.sets[row]])
             self.tokens[row] += chunk
         elif operation == "step":
             self.step(rng.integers(0, 512, rng.integers(1, rows + 1)).tolist(), check)
@@ -174,7 +174,7 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
             rows.sets.append(row)
             rows.tokens.append(list(prompts[row]))
             for start in range(0, len(prompts[row]), 5):
-                rows.slots.read(place, prompts[row][start : start + 5], alone.own[row])
+                rows.slots.prefill(place, prompts[row][start : start + 5], alone.own[row])
         for token_ids in fed.tolist():
             rows.step([token_ids[row] for row in order], lambda _, row, values: found[row].append(values.tobytes()))
         return found
