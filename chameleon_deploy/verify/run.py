@@ -53,9 +53,14 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: boo
 
 
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
-    """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
+    """Select as many rows as engines take in one batch with a factor set for each, cut to the longest that they take.
+
+    The longest row is the last.
+    """
     most = min(limits.batch, limits.factor_sets, len(rows))
-    return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    others = [ids for row, ids in enumerate(rows) if row != longest]
+    return [ids[: limits.sequence] for ids in (*others[: most - 1], rows[longest])]
 
 
 def verify_bundle(
