@@ -24,7 +24,7 @@ from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
-from chameleon_deploy.verify.gates import Check, Gate, gate_of
+from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.logit_figures import (
     LogitFigures,
     factor_difference,
@@ -42,13 +42,18 @@ CAUGHT = 0.5  # wrong factors must move logits by at least this share of what th
 Rows = Sequence[Sequence[int]]
 
 
-def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Progress) -> list[Check]:
+def verify(
+    runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Progress, max_kl: float | None = None
+) -> list[Check]:
     """The checks of one decoder graph on real text.
 
     rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
+    max_kl  accept a mean KL of this much; None keeps the gate
     """
     gate = gate_of(runtime.manifest.precision, runtime.provider)
+    if max_kl is not None:
+        gate = accept(gate, max_kl)
     everything, rows = rows, rows[:33]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     steps: list[Callable[[], Iterator[Check]]] = [

@@ -104,6 +104,18 @@ def gate_of(precision: Precision, provider: str) -> Gate:
     return replace(gate, summation_order_tolerance=gate.cache_tolerance)
 
 
+def accept(gate: Gate, max_kl: float) -> Gate:
+    """Relax a gate to a mean KL of max_kl, and what grows with the KL in proportion. Never tightens."""
+    factor = max(1.0, max_kl / gate.kl_mean)
+    return replace(
+        gate,
+        kl_mean=gate.kl_mean * factor,
+        kl_p999=gate.kl_p999 * factor,
+        perplexity=gate.perplexity * factor,
+        top1_agreement=max(0.0, 1 - (1 - gate.top1_agreement) * factor),
+    )
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure against its limit; `at_least` turns the comparison round, limit None is information.

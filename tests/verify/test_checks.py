@@ -18,15 +18,16 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.bundle import Precision, open_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify.gates import GATES, Check
+from chameleon_deploy.verify.gates import GATES, Check, accept
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
 from chameleon_deploy.verify.run import verification_rows
 from chameleon_deploy.verify.text_checks import check_texts
+from tests.commands import run
 from tests.damage import edit, reseal
 from tests.rows import head_factors
 from tests.verification import missed
@@ -191,6 +192,25 @@ def test_a_check_that_cannot_be_made_says_so(
     assert first.passed
     assert first.limit is not None
     assert [check.note for check in others] == ["not checked: mode static has one factor set"] * 2
+
+
+def test_a_larger_kl_is_accepted_and_never_a_smaller() -> None:
+    gate = GATES["int8"]
+    assert accept(gate, 1e-4) == gate
+    relaxed = accept(gate, 4 * gate.kl_mean)
+    assert relaxed.kl_mean == 4 * gate.kl_mean
+    assert relaxed.kl_p999 == 4 * gate.kl_p999
+    assert relaxed.top1_agreement == pytest.approx(0.88)
+
+
+def test_export_records_the_kl_that_it_was_told_to_accept(mini_path: Path, tmp_path: Path) -> None:
+    done = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "b", "--max-kl", 0.25)
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(tmp_path / "b").manifest.parity.accepted_kl == 0.25
+    assert json.loads((tmp_path / "b/parity.json").read_text())["accepted_kl"] == 0.25
+    assert "accepting a mean KL of 0.25" in run("chameleon_deploy.inspect", tmp_path / "b").stdout
+    refused = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "c", "--max-kl", 0.25, "--no-verify")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 def test_logits_are_compared_relative_to_their_scale() -> None:
