@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from chameleon_deploy.bundle import Manifest, Mode, default_mode
+from chameleon_deploy.errors import ModeError
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.schemas import Model, ModelList
 
@@ -17,11 +18,15 @@ class Models:
     """
 
     def __init__(self, name: str, manifest: Manifest, mode: Mode | None, has_tenants: bool) -> None:
-        """mode: what the name alone means; None is centroid, or the bundle's default where it has no centroids"""
+        """mode: what the name alone means; None is centroid, or the bundle's default where it has no centroids
+
+        Raises ModeError.
+        """
         served = _served(manifest, has_tenants)
-        own = default_mode(manifest.adaptation)
         self.name = name
-        self.default: Mode = mode or ("centroid" if "centroid" in served else own)
+        self.default: Mode = mode or ("centroid" if "centroid" in served else default_mode(manifest.adaptation))
+        if self.default not in served:
+            raise ModeError(f"mode {self.default!r} cannot be served: choose one of {', '.join(served)}")
         self._modes: dict[str, Mode] = {name: self.default, **{f"{name}:{mode}": mode for mode in served}}
         self._created, self._length = int(time.time()), manifest.model.max_positions
 
@@ -29,9 +34,8 @@ class Models:
         """The name to answer with and the mode that is meant. Raises ApiError."""
         named = self.name if model is None else model
         if named not in self._modes:
-            raise ApiError(
-                404, "model_not_found", f"no model {named!r}: choose one of {', '.join(self._modes)}", "model"
-            )
+            message = f"no model {named!r}: choose one of {', '.join(self._modes)}"
+            raise ApiError(404, "model_not_found", message, "model")
         if mode is None or mode == self._modes[named]:
             return named, self._modes[named]
         if named != self.name:

@@ -91,7 +91,7 @@ class Service:
         runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights)
         name = runtime.bundle.path.resolve().name
         models = Models(name, runtime.manifest, s.mode, bool(self.keys))
-        runtime.check_arguments(models.default, [""] if models.default == "tenant" else None, None, 1)
+        runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
