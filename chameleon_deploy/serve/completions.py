@@ -15,7 +15,8 @@ from starlette.responses import Response
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import ChameleonError, InputError, TokenError
 from chameleon_deploy.runtime import Generation, Sampling, Stream
-from chameleon_deploy.runtime.sampling import Choice, check_sampling
+from chameleon_deploy.runtime.sampling import Choice
+from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.bodies import Receive
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.errors import ApiError, api_error
