@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from chameleon_deploy.commands import OPTION_GROUPS
+from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, OutputError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.table import UNLIMITED, Sheet
@@ -58,6 +60,11 @@ def check_output(*files: Path | None) -> None:
                 pass
         except OSError as error:
             raise OutputError(f"cannot write {file}: {file.parent}: {error.strerror}") from error
+
+
+def write_json(value: Any, file: Path) -> None:
+    """Write a record for other programs. The file appears whole or not at all. Raises OutputError."""
+    write_whole(file, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def tell_provider(asked: str, taken: str) -> None:
@@ -132,6 +139,10 @@ def run_command(command: Any) -> NoReturn:
         sys.stdout.flush()  # here, where a full disk or a reader that has gone is noticed
     except ChameleonError as error:
         _exit(f"error: {error} [{error.code}]", 2)
+    except ModuleNotFoundError as error:  # extras that a command can do without say more themselves
+        if str(error.name).startswith("chameleon_deploy"):
+            raise
+        _exit(f"error: {error.name} is missing: pip install 'chameleon-deploy[export]' [dependency_missing]", 2)
     except CheckFailedError as error:
         _exit(f"failed: {error}", 1)
     except ClickException as error:

@@ -6,7 +6,6 @@ against PyTorch on the same device in one interleaved run.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -233,7 +232,7 @@ def main(
         for bundle in opened:
             figures.append(check_bundle(bundle, checkpoint, rows, openers, torch_device, compiled, deadline, report))
             if json_file:  # after each: what has been measured is kept whatever comes
-                json_file.write_text(json.dumps(record(asdict(device), figures), indent=2) + "\n")
+                console.write_json(record(asdict(device), figures), json_file)
     for found in figures:
         show(found)
     missed = [line for found in figures for line in found.missed]

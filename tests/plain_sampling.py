@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling
 
 FAULTS = (
     "ties to the higher id",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,7 @@ def main(
                        0 if smoke else MAX_EXTRA_ROUNDS, foreign=not smoke)  # fmt: skip
     report.print_tables(measured)
     if json_file:
-        json_file.write_text(json.dumps(asdict(measured), indent=2) + "\n")
+        console.write_json(asdict(measured), json_file)
     if page and html_file:
         report.fill(page, measured)
         page.write(html_file)

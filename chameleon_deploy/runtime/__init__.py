@@ -4,7 +4,7 @@ from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.engine import Engine
 from chameleon_deploy.runtime.generation import Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score
 from chameleon_deploy.runtime.stream import Stream
 

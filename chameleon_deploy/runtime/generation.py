@@ -14,7 +14,8 @@ from chameleon_deploy.errors import ChameleonError, InputError
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import token_limits
-from chameleon_deploy.runtime.sampling import Choice, Sampler, Sampling, check_sampling
+from chameleon_deploy.runtime.sampling import Choice, Sampler
+from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 
 # Those after the first two come from an Engine alone.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]

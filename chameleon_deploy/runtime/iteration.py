@@ -28,7 +28,7 @@ class FinishedRow:
 class Iteration:
     """All times in seconds.
 
-    rows             in the decoder's step; each got one token, or failed
+    rows             that were given a token, or failed; most of them by the decoder's step
     factor_sets      resident during the step
     factor_set_hits  rows admitted whose factor set was resident already
     chunk_tokens     prompt tokens read; `chunk` is the time that took, with copies of prompts for more continuations

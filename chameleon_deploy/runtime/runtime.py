@@ -20,7 +20,7 @@ from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, ch
 from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
-from chameleon_deploy.runtime.sampling import Sampling
+from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 

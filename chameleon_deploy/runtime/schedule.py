@@ -1,4 +1,7 @@
-"""Which waiting row is admitted next: first come, first served, with a bounded number of exceptions."""
+"""What the engine decides: who is admitted next, and how much of a prompt is read at a time.
+
+Admission is first come, first served, with a bounded number of exceptions.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +40,11 @@ def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool]
         if row.overtaken >= MAX_OVERTAKES:
             return None
     return None
+
+
+def chunk_length(unread: int, chunk_tokens: int) -> int:
+    """How many tokens of a prompt to read next, at most chunk_tokens.
+
+    A single token is never left for the last chunk: it would be a step to the decoder, which rounds otherwise in int8.
+    """
+    return chunk_tokens - 1 if unread == chunk_tokens + 1 else min(unread, chunk_tokens)

@@ -15,8 +15,9 @@ from chameleon_deploy.runtime.factors import RowFactors
 class Slots:
     """Rows 0..n-1 are in use, by the caller's count; nothing is computed for the others. For one thread.
 
-    lengths  int64 [rows], tokens of each row in the cache
-    capacity tokens that a row can hold
+    capacity  tokens that a row can hold
+    lengths   int64 [rows], tokens of each row in the cache
+    logits    float32 [rows, vocab], where `step` writes them
     """
 
     def __init__(self, graph: Graph, rows: int, capacity: int, dtype: Any) -> None:
@@ -26,7 +27,7 @@ class Slots:
         self.lengths = np.zeros(rows, np.int64)
         # Virtual memory: only what is written becomes resident.
         self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
-        self._logits = np.empty((rows, 1, model.vocab_size), np.float32)
+        self.logits = np.empty((rows, model.vocab_size), np.float32)
         self._graph = graph
         self._steps: dict[int, BoundCall] = {}  # by rows
 
@@ -34,21 +35,22 @@ class Slots:
         """Begin a new row, empty."""
         self.lengths[row] = 0
 
-    def read(self, row: int, token_ids: Sequence[int], factors: RowFactors) -> None:
-        """Append tokens to a row, without logits: the last token of a prompt is left to `step`.
+    def read(self, row: int, token_ids: Sequence[int], factors: RowFactors, num_logits: int = 0) -> FloatArray:
+        """Append tokens to a row.  -> logits float32 [num_logits, vocab], 0 or 1: after the last token
 
         factors  of this row
         """
         start, width = int(self.lengths[row]), len(token_ids)
-        call = BoundCall(self._graph, 1, width, 1, 0, self._cache[:, row : row + 1])
+        call = BoundCall(self._graph, 1, width, 1, num_logits, self._cache[:, row : row + 1])
         call.bind_factors(factors)
         call.input_ids[0] = token_ids
         call.position_ids[0] = np.arange(start, start + width)
         call.logits_positions[...] = width - 1
         call.seqlens_k[...] = start + width - 1
         call.total_sequence_length[...] = start + width
-        call.run()
+        logits = call.run()
         self.lengths[row] += width
+        return np.asarray(logits[0])
 
     def step(self, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
         """Append one token to each of the rows 0..n-1.  [n] -> logits float32 [n, vocab], valid until the next step
@@ -58,7 +60,9 @@ class Slots:
         rows = len(token_ids)
         call = self._steps.get(rows)
         if call is None:
-            call = self._steps[rows] = BoundCall(self._graph, rows, 1, 1, 1, self._cache[:, :rows], self._logits[:rows])
+            call = self._steps[rows] = BoundCall(
+                self._graph, rows, 1, 1, 1, self._cache[:, :rows], self.logits[:rows, None]
+            )
         lengths = self.lengths[:rows]
         call.bind_factors(factors)
         call.input_ids[:, 0] = token_ids

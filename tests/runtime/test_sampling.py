@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import InputError, NumericError, TokenError
 from chameleon_deploy.runtime import sampling as implementation
-from chameleon_deploy.runtime.sampling import (
-    Sampler,
-    Sampling,
-    TokenCounts,
-    check_sampling,
-    choose,
-    log_probabilities,
-    uniform,
-)
+from chameleon_deploy.runtime.sampling import Sampler, TokenCounts, choose, log_probabilities, uniform
+from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from tests.plain_sampling import plain_choose, plain_log_probabilities, weight
 
 NOTHING = TokenCounts([])
@@ -73,6 +66,17 @@ def test_top_p_by_selection_equals_top_p_by_sorting(seed: int, spread: float, to
     order = np.lexsort((np.arange(3000), -weights))
     count = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1
     assert implementation._top_p(weights, top_p).tolist() == sorted(order[:count])
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 1100), u=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=100, deadline=None)
+def test_a_draw_by_blocks_equals_a_draw_by_running_sums(seed: int, size: int, u: float) -> None:
+    random = np.random.default_rng(seed)
+    weights = np.floor(2.0 ** random.uniform(-3, 34, size)) * (random.random(size) < 0.5)
+    weights[random.integers(size)] = 2.0**34
+    sums = np.cumsum(weights)
+    for number in (u, 0.0, 1 - 2.0**-53):
+        assert implementation._draw(weights, number) == np.flatnonzero(sums > number * sums[-1])[0]
 
 
 def test_weights_are_integers_close_to_the_exponential_function() -> None:

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
@@ -31,13 +29,6 @@ OPERATIONS = ("admit", "read", "read", "step", "step", "move", "fork", "drop")
 SEQUENCES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**32 - 1)), min_size=4, max_size=24)
 
 slowly = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000)
-
-
-@pytest.fixture(scope="module")
-def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    path = tmp_path_factory.mktemp("int8") / "mini"
-    export_bundle(mini, path, None, precision="int8")
-    return chameleon_deploy.load(path, threads=1)
 
 
 class Alone:
@@ -76,8 +67,10 @@ class Rows:
             return
         elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
             chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
-            self.slots.read(row, chunk, self.alone.own[self.sets[row]])
+            logits = self.slots.read(row, chunk, self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
             self.tokens[row] += chunk
+            for values in logits:
+                check(self.tokens[row], self.sets[row], values)
         elif operation == "step":
             self.step(rng.integers(0, 512, rng.integers(1, rows + 1)).tolist(), check)
         elif operation == "move":

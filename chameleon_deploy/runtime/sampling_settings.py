@@ -1,0 +1,147 @@
+"""The settings of sampling, checked and immutable; runtime/sampling.py specifies what they do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy.errors import InputError, TokenError
+
+MAX_LOGPROBS = 5
+_FLOAT32 = np.finfo(np.float32)
+_FLOAT64_MAX = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a row are chosen, when it stops, and what is reported of them.
+
+    temperature         0 is greedy, else at least 1e-5
+    top_k               0 keeps all
+    top_p               1 keeps all
+    repetition_penalty  1 leaves the logits alone; counts the prompt and the generated tokens
+    seed                0 <= seed < 2**64; the same seed gives the same tokens
+    stop_token_ids      stop after one of these, besides the model's end of text
+    stop                stop before one of these strings
+    presence_penalty    -2 to 2, subtracted from the logit of every generated token
+    frequency_penalty   -2 to 2, subtracted as often as the token was generated
+    logit_bias          token id -> -100 to 100, added to its logit; kept as a tuple of pairs in the order of the ids
+    ignore_eos          do not stop at the model's end of text
+    logprobs            report the log-probability of every token, and of 0 to 5 alternatives; None reports none
+
+    Raises InputError for a value of the wrong type or out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (convert, expected) in _FIELDS.items():
+            value = getattr(self, name)
+            try:
+                converted = convert(value)
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(f"{name}={value!r}: pass {expected}") from None
+            object.__setattr__(self, name, converted)
+
+
+def _real(lowest: float, highest: float) -> Callable[[Any], float]:
+    def convert(value: Any) -> float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError
+        return float(_within(float(value), lowest, highest))
+
+    return convert
+
+
+def _integer(lowest: int, highest: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError
+        return int(_within(operator.index(value), lowest, highest))
+
+    return convert
+
+
+def _within(value: float, lowest: float, highest: float) -> float:
+    if not lowest <= value <= highest:  # NaN is not
+        raise ValueError
+    return value
+
+
+def _temperature(value: Any) -> float:
+    number = _real(0, _FLOAT64_MAX)(value)
+    return 0.0 if number == 0 else _within(number, 1e-5, _FLOAT64_MAX)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    strings = tuple(value)
+    if isinstance(value, str) or not all(isinstance(string, str) and string for string in strings):
+        raise TypeError
+    return strings
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    return tuple(_token_id(token_id) for token_id in value)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((_token_id(token_id), _bias(bias)) for token_id, bias in dict(value).items()))
+
+
+_token_id = _integer(0, 2**63 - 1)
+_bias = _real(-100, 100)
+_penalty = (_real(-2, 2), "a number from -2 to 2 (0 leaves the logits alone)")
+_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "temperature": (_temperature, "0, which is greedy, or a finite number of at least 1e-5"),
+    "top_k": (_integer(0, 2**63 - 1), "an integer of at least 0 (0 keeps all)"),
+    "top_p": (_real(5e-324, 1), "a number above 0, at most 1 (1 keeps all)"),
+    "repetition_penalty": (
+        _real(float(_FLOAT32.smallest_normal), float(_FLOAT32.max)),
+        "a positive number that float32 can hold (1 leaves the logits alone)",
+    ),
+    "seed": (_integer(0, 2**64 - 1), "an integer from 0 to 2**64 - 1"),
+    "stop_token_ids": (_stop_token_ids, "a sequence of token ids"),
+    "stop": (_stop, "a sequence of strings that are not empty"),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "logit_bias": (_logit_bias, "a mapping of token ids to numbers from -100 to 100"),
+    "ignore_eos": (_flag, "True or False"),
+    "logprobs": (
+        lambda value: None if value is None else _integer(0, MAX_LOGPROBS)(value),
+        f"None, or an integer from 0 to {MAX_LOGPROBS}",
+    ),
+}
+
+
+def check_sampling(sampling: Any, vocab_size: int) -> None:
+    """Check what `Sampling` alone cannot know.
+
+    Raises InputError for what is no Sampling, and TokenError for a bias of a token outside the vocabulary.
+    """
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling")
+    for token_id in dict(sampling.logit_bias):
+        if token_id >= vocab_size:
+            raise TokenError(f"logit_bias: token id {token_id} is outside the vocabulary of {vocab_size}")
