@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.schedule import chunk_length
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from tests.rows import random_rows
@@ -178,3 +181,28 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
         assert logits(order, seed) == logits(list(range(ROWS)), seed)
 
     orders()
+
+
+def logits_of_chunks(alone: Alone, prompt: list[int], chunks: list[int]) -> Any:
+    slots, start = alone.decoder.slots(1, 128), 0
+    for tokens in chunks:
+        logits = slots.read(0, prompt[start : start + tokens], alone.own[0], num_logits=1)
+        start += tokens
+    assert start == len(prompt)
+    return logits[0]
+
+
+def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:
+    """But for a last chunk of a single token, which the decoder takes for a step: so none is ever read."""
+    export_bundle(llama, tmp_path / "int8", None, precision="int8")
+    alone, stepped = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1)), 0.0
+    for prompt in random_rows(8, 60, 100):
+        whole = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
+        chunks, unread = list[int](), len(prompt)
+        while unread:
+            chunks.append(chunk_length(unread, 16))
+            unread -= chunks[-1]
+        np.testing.assert_allclose(logits_of_chunks(alone, prompt, chunks), whole, rtol=0, atol=1e-5)
+        if len(prompt) > 1:
+            stepped = max(stepped, np.abs(logits_of_chunks(alone, prompt, [len(prompt) - 1, 1]) - whole).max())
+    assert stepped > 1e-4
