@@ -7,10 +7,10 @@ from functools import cache
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Lifespan
 
 from chameleon_deploy import __version__
 from chameleon_deploy.errors import ChameleonError
@@ -24,7 +24,7 @@ from chameleon_deploy.serve.schemas import Health, Version
 from chameleon_deploy.serve.service import Service
 
 
-def build(service: Service) -> Starlette:
+def build(service: Service, lifespan: Lifespan[Starlette] | None = None) -> ASGIApp:
     """The application of a service, which may still be loading."""
     faults = (ApiError, ChameleonError, HTTPException, Exception)
     app = Starlette(
@@ -38,11 +38,11 @@ def build(service: Service) -> Starlette:
             Route("/", page),
             Route("/{name}", page),
         ],
-        middleware=[Middleware(RequestLog)],
+        lifespan=lifespan,
         exception_handlers=dict.fromkeys(faults, _on_error),
     )
     app.state.service = service
-    return app
+    return RequestLog(app)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

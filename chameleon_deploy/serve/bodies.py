@@ -54,4 +54,4 @@ def parse(raw: bytes, type_: type[T]) -> T:
         raise ApiError(400, "input_invalid", f"the body is not valid: {error}", at and (at[1] or at[2])) from None
 
 
-_FIELD = re.compile(r"at `\$\.(\w+)|required field `(\w+)`")
+_FIELD = re.compile(r"\$\.(\w+)|required field `(\w+)`")

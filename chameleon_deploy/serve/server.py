@@ -21,16 +21,24 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, **options: Any) -> None:
         """options: of uvicorn.Config"""
-        app = build(service)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=FLUSH_SECONDS,
+            build(service, self._lifespan),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
             **options,
-        )  # fmt: skip
+        )
         super().__init__(config)
         self._service, self._failure = service, list[BaseException]()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
-        app.router.lifespan_context = self._lifespan
+
+    @property
+    def port(self) -> int:
+        """What it listens on, once `started` is true."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
 
     def serve_until_ended(self) -> None:
         """Run until a signal. Raises what loading the bundle raised."""
