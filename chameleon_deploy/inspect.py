@@ -58,6 +58,8 @@ def _summary(bundle: Bundle) -> list[list[str]]:
     figures = f"{parity.checks} checks, largest logit difference {parity.max_abs_logit_difference:.2g}" if (
         parity.verified and parity.max_abs_logit_difference is not None
     ) else "not verified"  # fmt: skip
+    if parity.accepted_kl is not None:
+        figures += f", accepting a mean KL of {parity.accepted_kl:g}"
     return [
         ["bundle", str(bundle.path)],
         ["digest", bundle.digest],

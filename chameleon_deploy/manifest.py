@@ -142,11 +142,18 @@ class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The summary of parity.json. verified is False if the export skipped verification."""
+    """Summarises parity.json.
+
+    verified                  false when the export was told not to verify
+    checks                    how many checks passed
+    max_abs_logit_difference  largest difference of a logit from the reference's, relative to the logits' scale
+    accepted_kl               the mean KL that `export --max-kl` accepted; None for the gates of the precision
+    """
 
     verified: bool
     checks: Int64 = 0
     max_abs_logit_difference: float | None = None
+    accepted_kl: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -107,6 +107,13 @@ def runtime(bundle: Path) -> Runtime:
 
 
 @pytest.fixture(scope="session")
+def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    path = tmp_path_factory.mktemp("int8_bundle") / "mini"
+    export_bundle(mini, path, None, precision="int8")
+    return chameleon_deploy.load(path, threads=1)
+
+
+@pytest.fixture(scope="session")
 def portable(bundle: Path) -> Runtime:
     """The same bundle on the graph that every provider runs."""
     return on_cpu(open_bundle(bundle), "decoder")

@@ -25,6 +25,9 @@ def main(
         typer.Option(help="tensorrt also builds engines into the local cache; onnx unless a recipe says."),
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Accept a mean KL of this much, recorded; the gate unless given.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or what a recipe names.
@@ -36,6 +39,8 @@ def main(
             raise InputError(f"{source} is a bundle already: pass it with --target tensorrt alone to build its engines")
         build_engines(Path(source))
         return
+    if max_kl is not None and not verify:
+        raise InputError("--max-kl goes with verification: leave out --no-verify")
     if out is None:
         raise typer.BadParameter("--out is missing: name the bundle directory to write")
     from chameleon_deploy.export.exporter import export_bundle
@@ -53,11 +58,11 @@ def main(
     with console.progress() as report:
 
         def gates(directory: Path) -> tuple[ParitySummary, dict[str, Any]]:
-            checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False)
+            checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False, max_kl=max_kl)
             if not record["verified"]:
                 console.show(check_sheet(checks), to=console.stderr)
             require_passed(checks)  # raises: the bundle is not published
-            return summary(checks), record
+            return summary(checks, max_kl), record
 
         manifest = export_bundle(
             checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision

@@ -93,11 +93,11 @@ def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
     }
 
 
-def _half(half: ir.DataType, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
     """The CPU has no kernels for 16 bits: it runs the portable decoder with the same rounding in float32."""
     with _float32_weights(weights_file) as floats:
         decoder = build_decoder(model, trunk, floats)
-        halve_products(decoder, half, weights_file)
+        halve_products(decoder, HALVES[precision], weights_file)
         weights_file.take(decoder.graph)
     decoder_cpu = copy_of(decoder)
     float_products(decoder_cpu)
@@ -110,8 +110,8 @@ def _half(half: ir.DataType, model: ModelSpec, trunk: Trunk, weights_file: Weigh
 _DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = {
     "fp32": _fp32,
     "int8": _int8,
-    "fp16": partial(_half, HALVES["fp16"]),
-    "bf16": partial(_half, HALVES["bf16"]),
+    "fp16": partial(_half, "fp16"),
+    "bf16": partial(_half, "bf16"),
 }
 
 

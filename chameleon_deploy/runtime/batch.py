@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
 from chameleon_deploy.runtime.logits import HostLogits, Logits
 from chameleon_deploy.runtime.runtime import Runtime
+from chameleon_deploy.runtime.schedule import chunk_length
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import Stream
 
 # Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
-FORKED_PER_READ = 8
+FORKED_PER_PREFILL = 8
+
+
+@dataclass(eq=False)
+class Prompt:
+    """The prompt of one or more members.
+
+    ids     token ids
+    logits  float32 [vocab] after the last token, set by the prefill
+    """
+
+    ids: Sequence[int]
+    logits: FloatArray | None = None
 
 
 @dataclass(eq=False)
 class Member:
     """One continuation of one prompt, from its submit to its end.
 
-    submitted      time of the submit; all times are seconds of the monotonic clock
+    prompt         the same object for all its continuations
+    submitted      time of the submit, in seconds of the monotonic clock, like all times here
     deadline       latest time of the end
     last_token     time of the last token, or of the submit
     overtaken      see schedule.py
@@ -34,6 +49,7 @@ class Member:
     """
 
     stream: Stream
+    prompt: Prompt
     row: Row
     submitted: float
     deadline: float
@@ -42,14 +58,14 @@ class Member:
     source: FactorSource = field(init=False)
 
     @property
-    def key(self) -> Any:
+    def key(self) -> Hashable:
         return self.source.key
 
 
 class Batch(Protocol):
     """The rows in the decoder.
 
-    members        rows in the batch; rows with a finished prefill come first and take part in `step`
+    members        rows in the batch; rows with a finished prefill come first
     ready          number of rows with a finished prefill
     cached_tokens  tokens in the cache
     """
@@ -76,17 +92,21 @@ class Batch(Protocol):
         An exception of the decoder concerns members[ready] only.
         """
 
+    def to_step(self) -> list[Member]:
+        """Return members[:n], the input of the decoder's next step, without those that have just been prefilled."""
+
     def step(self) -> Logits:
         """Return logits [ready, vocab] of the next token of each ready member.
 
-        An exception of the decoder concerns all of them.
+        An exception of the decoder concerns those of `to_step` only.
         """
 
 
 class ContinuousBatch:
     """A batch whose members join and leave at any time. See `Batch`.
 
-    The last token of a prompt is not part of the prefill: it is the input of the first step, like a sampled token.
+    The first token of a member follows from the last chunk of its prompt, as in `Runtime.generate`: in int8 a step
+    and a prefill round differently.
     """
 
     def __init__(self, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
@@ -127,31 +147,43 @@ class ContinuousBatch:
     def prefill(self) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
-            prompt = self.members[self.ready].row.prompt
-            start, stop = int(self._slots.lengths[self.ready]), len(prompt) - 1
-            sibling = self._sibling() if start == 0 else None
-            if start == stop:
+            prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
+            sibling = self._sibling(prompt) if start == 0 else None
+            if start == len(prompt.ids):
                 self.ready += 1
-            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_READ:
-                self._slots.fork(sibling, self.ready, stop)
-                forked += stop
+            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_PREFILL:
+                self._slots.fork(sibling, self.ready, len(prompt.ids))
+                forked += len(prompt.ids)
             elif sibling is None and not tokens:
-                chunk = prompt[start : min(start + self._chunk_tokens, stop)]
-                tokens = len(chunk)
-                self._slots.prefill(self.ready, chunk, self._table.set_of(self.members[self.ready].key))
+                tokens = self._prefill_chunk(self.members[self.ready], start)
             else:
                 break
         return tokens
 
-    def _sibling(self) -> int | None:
+    def _sibling(self, prompt: Prompt) -> int | None:
         """Return a member with the same, already prefilled prompt."""
-        prompt = self.members[self.ready].row.prompt
-        return next((i for i in range(self.ready) if self.members[i].row.prompt is prompt), None)
+        return next((i for i in range(self.ready) if self.members[i].prompt is prompt), None)
+
+    def _prefill_chunk(self, member: Member, start: int) -> int:
+        prompt = member.prompt
+        tokens = chunk_length(len(prompt.ids) - start, self._chunk_tokens)
+        is_last = start + tokens == len(prompt.ids)
+        factors = self._table.set_of(member.key)
+        logits = self._slots.prefill(self.ready, prompt.ids[start : start + tokens], factors, num_logits=int(is_last))
+        if is_last:
+            prompt.logits = logits[0]
+        return tokens
+
+    def to_step(self) -> list[Member]:
+        return [member for member in self.members[: self.ready] if member.row.token_ids]
 
     def step(self) -> Logits:
-        rows = [member.row for member in self.members[: self.ready]]
-        token_ids = [row.token_ids[-1] if row.token_ids else row.prompt[-1] for row in rows]
-        return HostLogits(self._slots.step(token_ids, _row_factors(self._table, self.members[: self.ready])))
+        stepped, logits = self.to_step(), self._slots.logits[: self.ready]
+        if stepped:
+            self._slots.step([member.row.token_ids[-1] for member in stepped], _row_factors(self._table, stepped))
+        for place in range(len(stepped), self.ready):
+            logits[place] = self.members[place].prompt.logits
+        return HostLogits(logits)
 
 
 class StaticBatch:
@@ -187,6 +219,9 @@ class StaticBatch:
 
     def prefill(self) -> int:
         return 0
+
+    def to_step(self) -> list[Member]:
+        return self.members
 
     def step(self) -> Logits:
         rows, decoder = [member.row for member in self.members], self._backend.decoder

@@ -28,6 +28,7 @@ from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 
+MIN_PREFILL_TOKENS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +77,7 @@ class Engine:
 
         rows              places in the batch
         max_waiting       rows that may wait for a place; a submit beyond that raises QueueFullError
-        prefill_tokens    prompt tokens that are prefilled between two steps of the running rows
+        prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
         max_factor_sets   different factor sets in the batch at a time; None means as many as rows
         cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
                           that join its cohort; with 0 a cohort is the prompts of one submit
@@ -86,7 +87,7 @@ class Engine:
         Raises InputError.
         """
         for name, value, least in (
-            ("rows", rows, 1), ("max_waiting", max_waiting, 0), ("prefill_tokens", prefill_tokens, 1),
+            ("rows", rows, 1), ("max_waiting", max_waiting, 0), ("prefill_tokens", prefill_tokens, MIN_PREFILL_TOKENS),
             ("max_factor_sets", max_factor_sets or rows, 1), ("cohort_window_ms", cohort_window_ms, 0),
         ):  # fmt: skip
             if not value >= least:
@@ -157,6 +158,11 @@ class Engine:
             self._present += rows
             self._commands.put(submission)
         return submission.stream
+
+    @property
+    def closed(self) -> bool:
+        """Return whether no request is accepted: after `close`, or a fault of the thread."""
+        return self._closing
 
     def stats(self) -> Stats:
         """Return the current state. Safe to call from any thread."""

@@ -28,7 +28,7 @@ class FinishedRow:
 class Iteration:
     """One iteration of the engine. All times are in seconds.
 
-    rows             rows in the decoder's step; each got one token, or failed
+    rows             rows that were given a token, or failed; most of them by the decoder's step
     factor_sets      resident during the step
     factor_set_hits  admitted rows whose factor set was resident already
     chunk_tokens     prefilled prompt tokens; `chunk` is the time of that, with copies of prompts for more continuations

@@ -110,7 +110,7 @@ class Loop:
         try:
             logits = self.batch.step()
         except Exception as error:
-            self._end_all(members, error)
+            self._end_all(self.batch.to_step(), error)
             return
         self._report.step = time.perf_counter() - started
         for member, choose in zip(members, _choosers(members, logits), strict=True):

@@ -1,4 +1,7 @@
-"""The admission order of waiting rows: first come, first served, with a bounded number of exceptions."""
+"""The decisions of the engine: which row is admitted next, and how long a prefill chunk is.
+
+Admission is first come, first served, with a bounded number of exceptions.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,12 @@ def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool]
         if row.overtaken >= MAX_OVERTAKES:
             return None
     return None
+
+
+def chunk_length(remaining: int, chunk_tokens: int) -> int:
+    """Return how many tokens of a prompt to prefill next, at most chunk_tokens.
+
+    A single token is never left for the last chunk: the decoder would run it as a step, which rounds differently in
+    int8.
+    """
+    return chunk_tokens - 1 if remaining == chunk_tokens + 1 else min(remaining, chunk_tokens)

@@ -16,8 +16,9 @@ class Slots:
     """The slots of a batch. Rows 0..n-1 are in use, counted by the caller; nothing is computed for the others. For one
     thread.
 
-    lengths   int64 [rows], tokens of each row in the cache
     capacity  tokens that a row can hold
+    lengths   int64 [rows], tokens of each row in the cache
+    logits    float32 [rows, vocab], where `step` writes them
     """
 
     def __init__(self, graph: Graph, rows: int, capacity: int, dtype: Any) -> None:
@@ -30,7 +31,7 @@ class Slots:
         self.lengths = np.zeros(rows, np.int64)
         # Virtual memory becomes resident only where it is written.
         self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
-        self._logits = np.empty((rows, 1, model.vocab_size), np.float32)
+        self.logits = np.empty((rows, model.vocab_size), np.float32)
         self._graph = graph
         self._steps: dict[int, BoundCall] = {}  # by number of rows
 
@@ -38,21 +39,22 @@ class Slots:
         """Begin a new, empty row."""
         self.lengths[row] = 0
 
-    def prefill(self, row: int, token_ids: Sequence[int], factors: RowFactors) -> None:
-        """Append tokens to a row without logits: the last token of a prompt is left to `step`.
+    def prefill(self, row: int, token_ids: Sequence[int], factors: RowFactors, num_logits: int = 0) -> FloatArray:
+        """Append tokens to a row.  -> logits float32 [num_logits, vocab], 0 or 1: after the last token
 
         factors  of this row
         """
         start, width = int(self.lengths[row]), len(token_ids)
-        call = BoundCall(self._graph, 1, width, 1, 0, self._cache[:, row : row + 1])
+        call = BoundCall(self._graph, 1, width, 1, num_logits, self._cache[:, row : row + 1])
         call.bind_factors(factors)
         call.input_ids[0] = token_ids
         call.position_ids[0] = np.arange(start, start + width)
         call.logits_positions[...] = width - 1
         call.seqlens_k[...] = start + width - 1
         call.total_sequence_length[...] = start + width
-        call.run()
+        logits = call.run()
         self.lengths[row] += width
+        return np.asarray(logits[0])
 
     def step(self, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
         """Append one token to each of the rows 0..n-1.  [n] -> logits float32 [n, vocab], valid until the next step
@@ -62,7 +64,9 @@ class Slots:
         rows = len(token_ids)
         call = self._steps.get(rows)
         if call is None:
-            call = self._steps[rows] = BoundCall(self._graph, rows, 1, 1, 1, self._cache[:, :rows], self._logits[:rows])
+            call = self._steps[rows] = BoundCall(
+                self._graph, rows, 1, 1, 1, self._cache[:, :rows], self.logits[:rows, None]
+            )
         lengths = self.lengths[:rows]
         call.bind_factors(factors)
         call.input_ids[:, 0] = token_ids

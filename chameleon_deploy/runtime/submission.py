@@ -11,7 +11,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError, LengthError
-from chameleon_deploy.runtime.batch import Member
+from chameleon_deploy.runtime.batch import Member, Prompt
 from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
 from chameleon_deploy.runtime.inputs import Texts
@@ -75,7 +75,8 @@ def prepare(
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
     now = time.monotonic()
     end = math.inf if deadline is None else now + deadline
-    members = [Member(stream, row, now, end, now) for row in rows]
+    shared = [Prompt(prompt) for prompt in ids]
+    members = [Member(stream, shared[row.index // n], row, now, end, now) for row in rows]
     return Submission(stream, members, embeddings, cluster_ids, tenant, factors)
 
 

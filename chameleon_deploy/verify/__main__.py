@@ -22,6 +22,9 @@ def main(
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Accept a mean KL of this much, recorded; the gate unless given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
@@ -31,7 +34,9 @@ def main(
     console.check_output(out)
     checkpoint = load_checkpoint(reference, base)
     with console.progress() as report:
-        checks, record = verify_bundle(bundle, checkpoint, text, threads, report, provider, keep_trunk=False)
+        checks, record = verify_bundle(
+            bundle, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
+        )
     console.tell_provider(provider, record["provider"])
     if out:
         console.write_json(record, out)

@@ -1,4 +1,4 @@
-"""The numeric gates: is this bundle the same model as its PyTorch reference? (DESIGN section 8)
+"""The numeric gates: is this bundle the same model as its PyTorch reference? (docs/design.md section 8)
 
 Everything is teacher-forced on real text. Each function below checks one promise and returns its
 figures; `verify` runs them all.
@@ -24,23 +24,36 @@ from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
-from chameleon_deploy.verify.gates import Check, Gate, gate_of
-from chameleon_deploy.verify.logit_figures import LogitFigures, factor_difference, largest, max_abs, score_difference
+from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
+from chameleon_deploy.verify.logit_figures import (
+    LogitFigures,
+    factor_difference,
+    largest,
+    logit_scale,
+    max_abs,
+    score_difference,
+)
 from chameleon_deploy.verify.text_checks import check_texts
 
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
 # Tokens of a row where 32 rows, or two very unequal ones, run in one call: GPT-2's logits of 512 positions are 103 MB.
 BATCHED, PADDED_TO = 16, 256
+CAUGHT = 0.5  # wrong factors must move logits by at least this share of what they move the reference's
 Rows = Sequence[Sequence[int]]
 
 
-def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Progress) -> list[Check]:
+def verify(
+    runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, report: Progress, max_kl: float | None = None
+) -> list[Check]:
     """The checks of one decoder graph on real text.
 
     rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
+    max_kl  accept a mean KL of this much; None keeps the gate
     """
     gate = gate_of(runtime.manifest.precision, runtime.provider)
+    if max_kl is not None:
+        gate = accept(gate, max_kl)
     everything, rows = rows, rows[:33]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     steps: list[Callable[[], Iterator[Check]]] = [
@@ -52,7 +65,7 @@ def verify(runtime: Runtime, reference: RowLogits, rows: Rows, whole: bool, repo
         lambda: check_base(runtime, reference, few, gate),
         lambda: check_rerun(runtime, few),
         lambda: check_neighbours(runtime, few),
-        lambda: check_wrong_factors(runtime, reference, few, gate),
+        lambda: check_wrong_factors(runtime, reference, few),
     ]
     if whole:
         steps += [
@@ -92,11 +105,21 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows) -> It
 
 
 def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
-    """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
+    """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`.
+
+    A reduced precision is gated with its own factors. With others its figures are reported and not limited.
+    """
+    if scale != 1.0 and gate.max_abs_logit is None:
+        yield from (replace(check, limit=None) for check in _logit_checks(runtime, reference, rows, gate, scale))
+    else:
+        yield from _logit_checks(runtime, reference, rows, gate, scale)
+
+
+def _logit_checks(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
     ours, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
     ours = with_B(ours, lambda lora_B: lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
-    figures = LogitFigures(gate.top1_gap)
+    figures = LogitFigures()
     for row, start, actual in _logits_pieces(runtime, rows, ours, batch_size=8):
         stop = start + len(actual)
         expected = reference(rows[row], theirs, row, slice(start, stop))
@@ -105,10 +128,12 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
         )
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
     name = f"x{scale:g} factors:"
-    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit,
-                note=f"{figures.positions} positions, up to {max(map(len, rows))} of a text")  # fmt: skip
-    yield Check(f"{name} top-1 agreement", figures.agreed / max(figures.clear, 1), gate.top1_agreement, at_least=True,
-                note=f"{figures.clear} positions with a gap over {gate.top1_gap:g}")  # fmt: skip
+    clear, agreed = figures.top1(gate.top1_gap)
+    yield Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit,
+                note=f"of the logits' scale {figures.scale:.3g}; {figures.positions} positions, up to "
+                f"{max(map(len, rows))} of a text")  # fmt: skip
+    yield Check(f"{name} top-1 agreement", agreed / max(clear, 1), gate.top1_agreement, at_least=True,
+                note=f"{clear} positions with a gap over {gate.top1_gap:g} of the scale")  # fmt: skip
     yield from _check_kl(name, figures, gate)
     yield Check(f"{name} perplexity, relative difference", abs(perplexities[0] / perplexities[1] - 1), gate.perplexity,
                 note=f"reference {perplexities[1]:.4f}")  # fmt: skip
@@ -122,7 +147,7 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
     whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
     logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
-    differences, figures = [], LogitFigures(gate.top1_gap)
+    differences, figures = [], LogitFigures()
     for position in range(start, length + 1):
         actual = np.asarray(logits)
         at = slice(position - 1, position)
@@ -131,7 +156,7 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
         figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
         if position < length:
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
-    yield Check("cached decoding, max abs difference", largest(differences), gate.cache_tolerance,
+    yield Check("cached decoding, max abs difference", largest(differences) / figures.scale, gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
     yield from _check_kl("cached decoding:", figures, gate)
 
@@ -146,7 +171,7 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         return next(_row_logits(runtime, [rows[row]], factors.rows(np.array([row]))))
 
     alone = [run_alone(row) for row in range(len(rows[:8]))]
-    differences = []
+    scale, differences = logit_scale(alone), []
     for size in BATCH_SIZES[1:]:
         members = rows[:size]
         batch = _row_logits(runtime, members, factors.rows(np.arange(len(members))))
@@ -154,18 +179,19 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
         expected = itertools.chain(alone[: len(members)], further)
         differences.append(largest(max_abs(a, b) for a, b in zip(expected, batch, strict=True)))
     worst = BATCH_SIZES[1:][int(np.argmax(differences))]
-    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", largest(differences), tolerance,
+    yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", largest(differences) / scale, tolerance,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
     backwards = list(_row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
-    yield Check("row order, max abs difference", largest(map(max_abs, alone, backwards[::-1])), tolerance)
+    yield Check("row order, max abs difference", largest(map(max_abs, alone, backwards[::-1])) / scale, tolerance)
     padded = next(_row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
-    yield Check("padding, max abs difference", max_abs(alone[0], padded), tolerance,
+    yield Check("padding, max abs difference", max_abs(alone[0], padded) / scale, tolerance,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
 def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
-    difference = score_difference(runtime.score(rows), _row_logits(runtime, rows, runtime.adapt(rows).factors))
+    logits = list(_row_logits(runtime, rows, runtime.adapt(rows).factors))
+    difference = score_difference(runtime.score(rows), logits) / logit_scale(logits)
     yield Check("scores against logits, max abs difference", difference, gate.summation_order_tolerance)
 
 
@@ -192,7 +218,7 @@ def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, m
     yield from _check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
     yield Check(
         f"mode {mode}: scores against logits, max abs difference",
-        score_difference(scores, logits),
+        score_difference(scores, logits) / logit_scale(logits),
         gate.summation_order_tolerance,
     )
     again = score_rows(rows, runtime.decoder, ours)
@@ -247,32 +273,57 @@ def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
         yield Check(f"promise F: mode {mode}, factors alone and in a batch", largest(differences), 0)
 
 
-def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
-    """The gate notices wrong factors: each mutation must move the logits well beyond it."""
-    right, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
-    expected = [reference(ids, theirs, row).numpy() for row, ids in enumerate(rows)]
-    mutations = {"lora_B of the opposite sign": with_B(right, np.negative)}
-    sets = len(right.sets)
-    if sets > 1:
-        mutations["A and B of another cluster"] = replace(right, factor_ids=(right.factor_ids + 1) % sets)
-        mutations["B of another cluster"] = with_B(right, lambda lora_B: np.roll(lora_B, 1, axis=0))
-    # Where the gate sets no limit on logits, it is what the right factors give here.
-    usual = gate.max_abs_logit or largest(map(max_abs, _row_logits(runtime, rows, right), expected))
-    for name, wrong in mutations.items():
-        difference = largest(map(max_abs, _row_logits(runtime, rows, wrong), expected))
-        yield Check(
-            f"caught: {name}", difference, 2 * usual, at_least=True, note="differs from the reference, as it must"
+def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows) -> Iterator[Check]:
+    """Wrong factors change the bundle's logits as much as they change the reference's.
+
+    Like is compared with like: how far a mutation moves the logits of each model from its own right ones. So a coarse
+    precision is not refused for being coarse, and a decoder that ignores its factors is caught in every precision.
+    """
+    mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
+    ours, theirs = runtime.adapt(rows, mode=mode).factors, inference.adapt(reference.checkpoint, rows, mode)
+    right, expected = list(_row_logits(runtime, rows, ours)), _reference_logits(reference, rows, theirs)
+    for name, (wrong, theirs_wrong) in _mutations(ours, theirs).items():
+        moved = largest(map(max_abs, _row_logits(runtime, rows, wrong), right))
+        must_move = largest(map(max_abs, _reference_logits(reference, rows, theirs_wrong), expected))
+        if must_move > 0:
+            yield Check(f"caught: {name}", moved / must_move, CAUGHT, at_least=True,
+                        note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
+        else:
+            yield Check(f"caught: {name}", moved, None, note="not checked: it changes no logit of the reference")
+    if len(ours.sets) < 2:
+        for name in ("A and B of another row", "B of another row"):
+            yield Check(f"caught: {name}", 0, None, note=f"not checked: mode {mode} has one factor set")
+
+
+def _mutations(ours: RowFactors, theirs: ReferenceAdaptation) -> dict[str, tuple[RowFactors, ReferenceAdaptation]]:
+    """The same faults of the factors of both models."""
+    found = {"lora_B of the opposite sign": (with_B(ours, np.negative), replace(theirs, lora_B=-theirs.lora_B))}
+    sets = len(ours.sets)
+    if sets > 1:  # mode request: set i is row i's, in both
+        following = (ours.factor_ids + 1) % sets
+        found["A and B of another row"] = (
+            replace(ours, factor_ids=following),
+            replace(theirs, factor_ids=torch.from_numpy(following)),
         )
+        found["B of another row"] = (
+            with_B(ours, lambda lora_B: np.roll(lora_B, -1, axis=0)),
+            replace(theirs, lora_B=theirs.lora_B.roll(-1, 0)),
+        )
+    return found
+
+
+def _reference_logits(reference: RowLogits, rows: Rows, factors: ReferenceAdaptation) -> list[FloatArray]:
+    return [reference(ids, factors, row).numpy() for row, ids in enumerate(rows)]
 
 
 def _check_few(
     name: str, logits: list[FloatArray], reference: RowLogits, rows: Rows, theirs: ReferenceAdaptation, gate: Gate
 ) -> Iterator[Check]:
     """The figures of the gate that mean something of few texts."""
-    figures = LogitFigures(gate.top1_gap)
+    figures = LogitFigures()
     for row, (ids, actual) in enumerate(zip(rows, logits, strict=True)):
         figures.add(torch.from_numpy(actual), reference(ids, theirs, row), torch.empty(0, dtype=torch.int64))
-    yield Check(f"{name} logits, max abs difference", figures.max_abs, gate.max_abs_logit)
+    yield Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit)
     yield from _check_kl(name, figures, gate)
 
 

@@ -1,4 +1,4 @@
-"""The numeric gates of every precision (DESIGN section 8), and a figure against its limit."""
+"""The numeric gates of every precision (docs/design.md section 8), and a figure against its limit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from chameleon_deploy.bundle import Precision
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """The limits of one precision; None is reported and not limited.
+
+    Differences and gaps of logits are relative to the logits' scale (`logit_figures.logit_scale`).
 
     max_abs_logit              largest difference of a logit from the reference's
     top1_agreement             share of positions with the reference's best token, where its top-1 gap exceeds top1_gap
@@ -63,13 +65,15 @@ GATES: dict[Precision, Gate] = {
         summation_order_tolerance=1e-4,
         cache_tolerance=3e-1,
     ),
+    # Set by real models: on SmolLM2-135M, WikiText-2, OpenVINO's int8 has a mean KL of 1.1e-2 and +0.7 % perplexity,
+    # CTranslate2's 4.1e-2 and +4.0 %.
     "int8": Gate(
         max_abs_logit=None,
-        top1_agreement=0.99,
+        top1_agreement=0.97,
         top1_gap=1e-1,
-        kl_mean=1e-3,
-        kl_p999=2e-2,
-        perplexity=1e-2,
+        kl_mean=5e-3,
+        kl_p999=1e-1,
+        perplexity=5e-3,
         summation_order_tolerance=1e-3,
         cache_tolerance=3e-1,
     ),
@@ -98,6 +102,18 @@ def gate_of(precision: Precision, provider: str) -> Gate:
     if provider == "cpu":
         return gate
     return replace(gate, summation_order_tolerance=gate.cache_tolerance)
+
+
+def accept(gate: Gate, max_kl: float) -> Gate:
+    """Relax a gate to a mean KL of max_kl, and what grows with the KL in proportion. Never tightens."""
+    factor = max(1.0, max_kl / gate.kl_mean)
+    return replace(
+        gate,
+        kl_mean=gate.kl_mean * factor,
+        kl_p999=gate.kl_p999 * factor,
+        perplexity=gate.perplexity * factor,
+        top1_agreement=max(0.0, 1 - (1 - gate.top1_agreement) * factor),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,35 @@ from chameleon_deploy.runtime.factors import RowFactors
 
 
 class LogitFigures:
-    """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large."""
+    """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large.
 
-    def __init__(self, top1_gap: float) -> None:
-        self.top1_gap = top1_gap
+    max_abs  largest difference of two logits
+    kl       per position, KL divergence of the actual from the expected distribution
+    nll      sums over targets, of the actual and of the expected logits
+    """
+
+    def __init__(self) -> None:
         self.max_abs = 0.0
-        self.agreed = self.clear = self.targets = 0
+        self.targets = 0
         self.kl: list[Tensor] = []
-        self.nll = [0.0, 0.0]  # actual, expected
+        self.nll = [0.0, 0.0]
+        self._gaps: list[Tensor] = []  # per position, between the reference's two highest logits
+        self._same_top1: list[Tensor] = []
+        self._variances: list[Tensor] = []
 
     @property
     def positions(self) -> int:
         return sum(map(len, self.kl))
+
+    @property
+    def scale(self) -> float:
+        """The scale of the expected logits, see `logit_scale`."""
+        return _scale(torch.cat(self._variances))
+
+    def top1(self, gap: float) -> tuple[int, int]:
+        """Positions where the reference's gap exceeds `gap` times the scale, and how many agree in the best token."""
+        clear = torch.cat(self._gaps) > gap * self.scale
+        return int(clear.sum()), int(torch.cat(self._same_top1)[clear].sum())
 
     def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
         """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
@@ -35,15 +52,28 @@ class LogitFigures:
             part = slice(start, start + 64)
             self.max_abs = largest([self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy())])
             top = expected[part].topk(2).values
-            sure = top[:, 0] - top[:, 1] > self.top1_gap
-            self.agreed += int((actual[part].argmax(1) == expected[part].argmax(1))[sure].sum())
-            self.clear += int(sure.sum())
+            self._gaps.append(top[:, 0] - top[:, 1])
+            self._same_top1.append(actual[part].argmax(1) == expected[part].argmax(1))
+            self._variances.append(expected[part].double().var(1, correction=0))
             q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
             self.kl.append((p.exp() * (p - q)).sum(-1))
             targets = following[part, None]
             self.targets += len(targets)
             for i, logprobs in enumerate((q, p)):
                 self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
+
+
+def logit_scale(rows: Iterable[FloatArray]) -> float:
+    """The scale of logits [positions, vocab]: a quarter of their standard deviation over the vocabulary, at least 1.
+
+    The deviation is the root mean square over positions. Logits of a few units have scale 1, so that an absolute
+    rounding error counts in full; a strong update makes logits of hundreds, whose rounding errors grow with them.
+    """
+    return _scale(torch.cat([torch.from_numpy(np.asarray(row)).double().var(1, correction=0) for row in rows]))
+
+
+def _scale(variances: Tensor) -> float:
+    return max(1.0, float(variances.mean().sqrt()) / 4)
 
 
 def max_abs(a: Any, b: Any) -> float:

@@ -53,9 +53,14 @@ def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: boo
 
 
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
-    """As many rows, the longest included, as engines take in one batch with a factor set for each, and as long."""
+    """Select as many rows as engines take in one batch with a factor set for each, cut to the longest that they take.
+
+    The longest row is the last.
+    """
     most = min(limits.batch, limits.factor_sets, len(rows))
-    return [ids[: limits.sequence] for ids in (*rows[: most - 1], rows[-1])]
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    others = [ids for row, ids in enumerate(rows) if row != longest]
+    return [ids[: limits.sequence] for ids in (*others[: most - 1], rows[longest])]
 
 
 def verify_bundle(
@@ -66,10 +71,12 @@ def verify_bundle(
     report: Progress,
     provider: str = "cpu",
     keep_trunk: bool = True,
+    max_kl: float | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Run every check on every decoder graph of the CPU, or on the one of another provider.
 
-    keep_trunk  False lets go of the reference's layers before a session takes as much memory for the bundle's
+    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's
+    max_kl      accept a mean KL of this much; None keeps the gates
 
     Returns the checks and the content of parity.json.
     """
@@ -95,17 +102,18 @@ def verify_bundle(
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
                 runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
-                checks += parity.verify(runtime, reference, rows, name == own, report)
+                checks += parity.verify(runtime, reference, rows, name == own, report, max_kl)
                 del runtime  # one session's weights at a time
     else:
         runtime = load(bundle, provider, threads=threads)
         provider = runtime.provider
-        checks = parity.verify(runtime, reference, rows, True, report)
+        checks = parity.verify(runtime, reference, rows, True, report, max_kl)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),
         "mode": default_mode(manifest.adaptation),
         "precision": manifest.precision,
+        "accepted_kl": max_kl,
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
@@ -113,8 +121,9 @@ def verify_bundle(
     return checks, record
 
 
-def summary(checks: list[Check]) -> ParitySummary:
+def summary(checks: list[Check], max_kl: float | None = None) -> ParitySummary:
+    """Summarise checks for the manifest."""
     from chameleon_deploy.verify.logit_figures import largest
 
     differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
-    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences))
+    return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences), max_kl)

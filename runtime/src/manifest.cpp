@@ -121,6 +121,7 @@ static void read(const Json& json, const std::string& at, ParitySummary& parity)
       .required("verified", parity.verified)
       .optional("checks", parity.checks)
       .optional("max_abs_logit_difference", parity.max_abs_logit_difference)
+      .optional("accepted_kl", parity.accepted_kl)
       .finish();
 }
 

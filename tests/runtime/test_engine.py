@@ -122,6 +122,18 @@ def test_a_request_among_others_is_as_if_alone(runtime: Runtime, engine: Engine)
         assert_same(runtime, prompt, stream.result(60)[0], sampling, mode=mode, max_new_tokens=limit)
 
 
+def test_in_int8_too(int8_runtime: Runtime) -> None:
+    """Chunks, steps and neighbours change no bit that a choice depends on."""
+    prompts = prompts_of(5, 30, 1, 17, 60, 2, 9, 33, 65)
+    with Engine(int8_runtime, rows=4, prefill_tokens=16) as engine:
+        streams = [
+            engine.submit([prompt], mode=mode, sampling=[sampling], max_new_tokens=limit)
+            for prompt, (mode, sampling, limit) in zip(prompts, MIXED, strict=True)
+        ]
+        for stream, prompt, (mode, sampling, limit) in zip(streams, prompts, MIXED, strict=True):
+            assert_same(int8_runtime, prompt, stream.result(60)[0], sampling, mode=mode, max_new_tokens=limit)
+
+
 def test_another_rows_factors_are_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FactorTable, "index", lambda self, key: 0)  # every row takes the first set
     with Engine(runtime, rows=4) as engine, pytest.raises(AssertionError):
@@ -159,7 +171,7 @@ def test_continuations_draw_from_streams_of_their_own_and_read_the_prompt_once(r
     iterations = []
     while bench.loop:
         iterations.append(bench.iterate())
-    assert sum(iteration.chunk_tokens for iteration in iterations) == 39
+    assert sum(iteration.chunk_tokens for iteration in iterations) == 40
     found = stream.result(0)
     assert len({tuple(generation.token_ids) for generation in found}) == 4
     together = runtime.generate([prompt] * 4, sampling=HOT, mode="centroid", max_new_tokens=12)  # streams 0 to 3
@@ -246,9 +258,9 @@ def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
     bench, calls, gaps = Bench(runtime), list[Any](), list[Any]()
     prefill, step = Slots.prefill, Slots.step
 
-    def counted_prefill(slots: Slots, row: int, token_ids: Any, factors: Any) -> None:
+    def counted_prefill(slots: Slots, row: int, token_ids: Any, factors: Any, num_logits: int = 0) -> Any:
         calls.append(len(token_ids))
-        prefill(slots, row, token_ids, factors)
+        return prefill(slots, row, token_ids, factors, num_logits)
 
     def counted_step(slots: Slots, token_ids: Any, factors: Any) -> Any:
         calls.append("step")
@@ -269,7 +281,7 @@ def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
         assert gap.count("step") == 1
         assert len(gap) <= 2
         assert all(call == "step" or call <= 8 for call in gap)
-    assert sum(call for gap in gaps for call in gap if call != "step") == 99 + 2 + 89 + 49 + 19
+    assert sum(call for gap in gaps for call in gap if call != "step") == 100 + 3 + 90 + 50 + 1 + 20
 
 
 def test_nobody_starves(runtime: Runtime) -> None:

@@ -11,7 +11,7 @@ import pytest
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
 from chameleon_deploy.runtime.factors import FactorSets
-from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, take_next
+from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, take_next
 
 
 @dataclass
@@ -44,6 +44,18 @@ def test_nobody_is_overtaken_for_ever() -> None:
         passed += 1
     assert passed == MAX_OVERTAKES
     assert taken(queue, {"c"}, is_full=False) == "a"
+
+
+@pytest.mark.parametrize("tokens", range(1, 40))
+def test_a_prompt_is_read_in_chunks_of_which_the_last_is_no_single_token(tokens: int) -> None:
+    chunks, unread = list[int](), tokens
+    while unread:
+        chunks.append(chunk_length(unread, 8))
+        unread -= chunks[-1]
+    assert sum(chunks) == tokens
+    assert len(chunks) == -(-tokens // 8)
+    assert all(1 <= chunk <= 8 for chunk in chunks)
+    assert chunks[-1] > 1 or tokens == 1
 
 
 def source(key: str, rank: int, value: float) -> FactorSource:

@@ -21,6 +21,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.schedule import chunk_length
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from tests.rows import random_rows
@@ -31,13 +32,6 @@ OPERATIONS = ("admit", "read", "read", "step", "step", "move", "fork", "drop")
 SEQUENCES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**32 - 1)), min_size=4, max_size=24)
 
 slowly = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000)
-
-
-@pytest.fixture(scope="module")
-def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    path = tmp_path_factory.mktemp("int8") / "mini"
-    export_bundle(mini, path, None, precision="int8")
-    return chameleon_deploy.load(path, threads=1)
 
 
 class Alone:
@@ -76,8 +70,10 @@ class Rows:
             return
         elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
             chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
-            self.slots.prefill(row, chunk, self.alone.own[self.sets[row]])
+            logits = self.slots.prefill(row, chunk, self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
             self.tokens[row] += chunk
+            for values in logits:
+                check(self.tokens[row], self.sets[row], values)
         elif operation == "step":
             self.step(rng.integers(0, 512, rng.integers(1, rows + 1)).tolist(), check)
         elif operation == "move":
@@ -185,3 +181,28 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
         assert logits(order, seed) == logits(list(range(ROWS)), seed)
 
     orders()
+
+
+def logits_of_chunks(alone: Alone, prompt: list[int], chunks: list[int]) -> Any:
+    slots, start = alone.decoder.slots(1, 128), 0
+    for tokens in chunks:
+        logits = slots.prefill(0, prompt[start : start + tokens], alone.own[0], num_logits=1)
+        start += tokens
+    assert start == len(prompt)
+    return logits[0]
+
+
+def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:
+    """But for a last chunk of a single token, which the decoder takes for a step: so none is ever read."""
+    export_bundle(llama, tmp_path / "int8", None, precision="int8")
+    alone, stepped = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1)), 0.0
+    for prompt in random_rows(8, 60, 100):
+        whole = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
+        chunks, unread = list[int](), len(prompt)
+        while unread:
+            chunks.append(chunk_length(unread, 16))
+            unread -= chunks[-1]
+        np.testing.assert_allclose(logits_of_chunks(alone, prompt, chunks), whole, rtol=0, atol=1e-5)
+        if len(prompt) > 1:
+            stepped = max(stepped, np.abs(logits_of_chunks(alone, prompt, [len(prompt) - 1, 1]) - whole).max())
+    assert stepped > 1e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,15 +18,16 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.bundle import Precision, open_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify.gates import GATES, Check
-from chameleon_deploy.verify.logit_figures import LogitFigures, largest
+from chameleon_deploy.verify.gates import GATES, Check, accept
+from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
 from chameleon_deploy.verify.run import verification_rows
 from chameleon_deploy.verify.text_checks import check_texts
+from tests.commands import run
 from tests.damage import edit, reseal
 from tests.rows import head_factors
 from tests.verification import missed
@@ -152,13 +155,27 @@ def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
     assert not ids.passed
 
 
-def test_factors_that_change_nothing_are_not_called_verified(
-    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_a_decoder_that_ignores_its_factors_is_caught(
+    portable: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If wrong factors could not be told from right ones, the comparison would prove nothing."""
-    import copy
-    import dataclasses
+    rows, reference = verification_rows(mini, None)[:8], RowLogits(mini)
+    checks = list(parity.check_wrong_factors(portable, reference, rows))
+    assert len(checks) == 3
+    assert all(check.passed and check.value > 0.9 for check in checks)
+    decoder: Any = portable.decoder
+    run, none = decoder._run, portable.adapt(rows[:1], mode="none").factors
 
+    def deaf(ids: Any, mask: Any, positions: Any, factors: Any, cache: Any) -> Any:
+        return run(ids, mask, positions, none.rows(np.zeros(len(ids), np.int64)), cache)
+
+    monkeypatch.setattr(decoder, "_run", deaf)
+    assert not any(check.passed for check in parity.check_wrong_factors(portable, reference, rows))
+
+
+def test_a_check_that_cannot_be_made_says_so(
+    bundle: Path, lora_bundle: Path, mini: Checkpoint, mini_lora: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = verification_rows(mini, None)[:8]
     silent = dataclasses.replace(mini, factors=copy.deepcopy(mini.factors))
     for parameter in silent.factors.parameters():
         parameter.data.zero_()
@@ -166,10 +183,60 @@ def test_factors_that_change_nothing_are_not_called_verified(
     zeros = head_factors(np.zeros((4, 64), np.float32), np.zeros((4, 512), np.float32))
     sets = check_factors(zeros, runtime.manifest.adaptation)
     monkeypatch.setattr(runtime.backend, "generate_factors", lambda c: sets[np.zeros(len(c), np.int64)])
-    gate = GATES["fp32"]
-    checks = list(parity.check_wrong_factors(runtime, RowLogits(silent), verification_rows(mini, None)[:8], gate))
-    assert checks
-    assert not any(check.passed for check in checks)
+    notes = [check.note for check in parity.check_wrong_factors(runtime, RowLogits(silent), rows)]
+    assert len(notes) == 3
+    assert all(note.startswith("not checked: it changes no logit") for note in notes)
+
+    one_set = chameleon_deploy.load(lora_bundle, threads=1)
+    first, *others = parity.check_wrong_factors(one_set, RowLogits(mini_lora), rows)
+    assert first.passed
+    assert first.limit is not None
+    assert [check.note for check in others] == ["not checked: mode static has one factor set"] * 2
+
+
+def test_a_larger_kl_is_accepted_and_never_a_smaller() -> None:
+    gate = GATES["int8"]
+    assert accept(gate, 1e-4) == gate
+    relaxed = accept(gate, 4 * gate.kl_mean)
+    assert relaxed.kl_mean == 4 * gate.kl_mean
+    assert relaxed.kl_p999 == 4 * gate.kl_p999
+    assert relaxed.top1_agreement == pytest.approx(0.88)
+
+
+def test_export_records_the_kl_that_it_was_told_to_accept(mini_path: Path, tmp_path: Path) -> None:
+    done = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "b", "--max-kl", 0.25)
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(tmp_path / "b").manifest.parity.accepted_kl == 0.25
+    assert json.loads((tmp_path / "b/parity.json").read_text())["accepted_kl"] == 0.25
+    assert "accepting a mean KL of 0.25" in run("chameleon_deploy.inspect", tmp_path / "b").stdout
+    refused = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "c", "--max-kl", 0.25, "--no-verify")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_logits_are_compared_relative_to_their_scale() -> None:
+    """A strong update makes logits of hundreds; the rounding errors of a right model grow with them."""
+    expected = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    scales = []
+    for factor in (1.0, 400.0):
+        figures = LogitFigures()
+        figures.add(expected * factor * (1 + 1e-6), expected * factor, torch.empty(0, dtype=torch.int64))
+        scales.append((figures.scale, figures.max_abs / figures.scale))
+    assert scales[0][0] == 1
+    assert scales[1][0] == pytest.approx(100, rel=0.02)
+    assert scales[1][1] < 5e-5
+    assert logit_scale([expected.numpy() * 400]) == pytest.approx(scales[1][0])
+
+
+@pytest.mark.parametrize("precision", GATES)
+def test_ten_times_the_factors_is_gated_in_fp32_alone(
+    precision: Precision, portable: Runtime, mini: Checkpoint
+) -> None:
+    rows = verification_rows(mini, None)[:8]
+    own, strong = (
+        list(parity.check_logits(portable, RowLogits(mini), rows, GATES[precision], scale)) for scale in (1.0, 10.0)
+    )
+    assert sum(check.limit is not None for check in own) == (5 if precision == "fp32" else 4)
+    assert [check.limit for check in strong] == ([check.limit for check in own] if precision == "fp32" else [None] * 5)
 
 
 def test_nan_passes_no_check() -> None:
@@ -229,7 +296,7 @@ def test_nan_in_one_mode_is_caught(
 
 
 def test_figures_keep_nan() -> None:
-    figures = LogitFigures(top1_gap=0.1)
+    figures = LogitFigures()
     actual = torch.zeros(3, 4)
     actual[1, 2] = float("nan")
     for rows in (slice(0, 2), slice(2, 3)):
@@ -239,13 +306,13 @@ def test_figures_keep_nan() -> None:
 
 
 def test_kl_and_top1_are_computed_right() -> None:
-    figures = LogitFigures(top1_gap=0.1)
+    figures = LogitFigures()
     expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.05, 0.0]])
     actual = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     figures.add(actual, expected, torch.tensor([2]))
     p, q = expected[0].softmax(0), actual[0].softmax(0)
     assert figures.kl[0][0].item() == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)
-    assert (figures.agreed, figures.clear, figures.max_abs) == (0, 1, 2.0)
+    assert (figures.top1(0.1), figures.max_abs) == ((1, 0), 2.0)
     assert figures.nll[0] == pytest.approx(-float(q[2].log()), abs=1e-6)
 
 

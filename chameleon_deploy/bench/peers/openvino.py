@@ -48,31 +48,35 @@ class OpenVINO:
             nncf.set_log_level(logging.ERROR)
             with redirect_stdout(io.StringIO()):  # it draws its own progress there
                 model = nncf.compress_weights(model)
-        self._request: Any = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+        core = openvino.Core()
+        self._generating: Any = core.compile_model(model, "CPU", config).create_infer_request()
+        self._scoring: Any = core.compile_model(_with_log_softmax(model), "CPU", config).create_infer_request()
 
     def score(self, rows: Rows) -> Any:
         input_ids = np.array(rows)
-        self._request.reset_state()
-        logprobs = self._infer(input_ids, 0, np.arange(input_ids.shape[1] - 1))
+        logprobs = self._infer(self._scoring, "logprobs", input_ids, 0, np.arange(input_ids.shape[1] - 1))
         return np.take_along_axis(logprobs, input_ids[:, 1:, None], -1)[..., 0]
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         input_ids = np.array(rows)
         chosen = np.empty((len(rows), num_tokens), np.int64)
-        self._request.reset_state()
         for step in range(num_tokens):
             past = 0 if step == 0 else len(rows[0]) + step - 1
-            logprobs = self._infer(input_ids, past, np.array([input_ids.shape[1] - 1]))
-            chosen[:, step] = logprobs[:, 0].argmax(-1)
+            last = np.array([input_ids.shape[1] - 1])
+            logits = self._infer(self._generating, "logits", input_ids, past, last)
+            chosen[:, step] = logits[:, 0].argmax(-1)
             input_ids = chosen[:, step : step + 1]
             if step == 0:
                 lap(PREFILL)
         lap(DECODE)
         return chosen
 
-    def _infer(self, input_ids: Any, past: int, logits_positions: Any) -> Any:
+    def _infer(self, request: Any, output: str, input_ids: Any, past: int, logits_positions: Any) -> Any:
+        """The output [batch, positions, vocab] after a pass over `input_ids`, which follow `past` tokens."""
         batch, width = input_ids.shape
-        self._request.infer(
+        if past == 0:
+            request.reset_state()
+        request.infer(
             {
                 "input_ids": input_ids,
                 "attention_mask": np.ones((batch, past + width), np.int64),
@@ -82,7 +86,7 @@ class OpenVINO:
             },
             share_inputs=True,
         )
-        return self._request.get_tensor("logprobs").data
+        return request.get_tensor(output).data
 
 
 class _WithPast(nn.Module):
@@ -112,8 +116,7 @@ class _WithPast(nn.Module):
             use_cache=True,
         ).last_hidden_state
         logits = self.causal_lm.get_output_embeddings()(hidden.index_select(1, logits_positions))
-        # In the model, since numpy's log-softmax on one thread would take longer than the model.
-        return logits.log_softmax(-1), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 @torch.no_grad()
@@ -141,7 +144,7 @@ def _stateful_model(trunk: Trunk) -> Any:
         node.get_tensor().set_names({name})
         shape = [-1] if name == "logits_positions" else [-1, -1] if name in INPUTS else [-1, heads, -1, dim]
         node.get_node().set_partial_shape(openvino.PartialShape(shape))
-    for node, name in zip(model.outputs, ["logprobs", *(f"present.{name}" for name in names)], strict=True):
+    for node, name in zip(model.outputs, ["logits", *(f"present.{name}" for name in names)], strict=True):
         node.get_tensor().set_names({name})
     beam_idx = op.parameter([-1], openvino.Type.i32, name="beam_idx")
     beam_idx.output(0).get_tensor().set_names({"beam_idx"})
@@ -162,3 +165,16 @@ def _stateful_model(trunk: Trunk) -> Any:
             node.set_arguments([op.broadcast(op.constant(0.0, dtype=np.float32), shape).output(0)])
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _with_log_softmax(model: Any) -> Any:
+    """A copy that gives log-probabilities for logits: in numpy, on one thread, they would slow its scoring down."""
+    from openvino import opset13 as op
+
+    scoring = model.clone()
+    result = scoring.output("logits").get_node()
+    logprobs = op.log_softmax(result.input_value(0), axis=-1)
+    logprobs.output(0).get_tensor().set_names({"logprobs"})
+    scoring.remove_result(result)
+    scoring.add_results([op.result(logprobs)])
+    return scoring

@@ -107,6 +107,7 @@ struct ParitySummary {
   bool verified = false;
   std::int64_t checks = 0;
   std::optional<double> max_abs_logit_difference;
+  std::optional<double> accepted_kl;  ///< the mean KL that the export was told to accept, in place of the gate
 };
 
 /// The content of bundle.json.

@@ -1,0 +1,175 @@
+"""A stub of the server in a thread: completions as server-sent events, models, clusters, adapt, metrics and a page.
+
+It invents its tokens, takes its time between them, and fails when it is told to.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+HIDDEN = 8
+TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css"}
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'"
+
+
+class CompletionServer(ThreadingHTTPServer):
+    """What it was asked, and how it is to behave.
+
+    bodies    of all completions that were asked for
+    gone      how many streams their readers left
+    pause     seconds between two tokens
+    fail      every so manieth completion is refused; 0 refuses none
+    break_at  tokens after which a stream ends without its end; 0 never
+    api_key   asked for in every request; "" asks for none
+    files     directory of the page
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.gone = 0
+        self.pause, self.fail, self.break_at, self.api_key = 0.0, 0, 0, ""
+        self.files: Path | None = None
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def serve() -> Iterator[CompletionServer]:
+    server = CompletionServer()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def centroids() -> list[list[float]]:
+    return [[float(i == j) for j in range(HIDDEN)] for i in range(4)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: CompletionServer
+
+    def do_GET(self) -> None:
+        answers: dict[str, Any] = {
+            "/v1/models": {"object": "list", "data": [{"id": name, "object": "model"} for name in
+                                                      ("stub", "stub:none", "stub:centroid")]},
+            "/v1/clusters": {"object": "list", "data": [
+                {"cluster_id": i, "size": 10 + i, "centroid": centroid} for i, centroid in enumerate(centroids())]},
+        }  # fmt: skip
+        if self.path == "/metrics":
+            self._send(200, _METRICS.encode(), "text/plain")
+        elif self.path in answers:
+            self._json(200, answers[self.path])
+        elif self.server.files is not None:
+            self._file(self.server.files / (self.path.lstrip("/") or "index.html"))
+        else:
+            self._error(404, "no such address")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.api_key and self.headers.get("Authorization") != f"Bearer {self.server.api_key}":
+            self._error(401, "the API key is missing or wrong")
+        elif self.path == "/v1/completions":
+            self.server.bodies.append(body)
+            failed = self.server.fail and len(self.server.bodies) % self.server.fail == 0
+            self._error(429, "the queue is full") if failed else self._complete(body)
+        elif self.path == "/v1/adapt":
+            self._json(200, _adapted(body["input"]))
+        else:
+            self._error(404, "no such address")
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        if not body.get("stream"):
+            text = " word" * body["max_tokens"]
+            self._json(200, {"object": "text_completion", "choices": [_choice(text, "length", body)]})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.close_connection = True
+        try:
+            for i in range(body["max_tokens"]):
+                if i == self.server.break_at > 0:
+                    return
+                finish = "length" if i == body["max_tokens"] - 1 else None
+                self._event({"choices": [_choice(f" word{i}", finish, body, i)]})
+                time.sleep(self.server.pause)
+            if (body.get("stream_options") or {}).get("include_usage"):
+                self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+            self._chunk(b"data: [DONE]\n\n")
+            self._chunk(b"")
+        except OSError:
+            self.server.gone += 1
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._chunk(b"data: " + json.dumps({"object": "text_completion", "model": "stub", **event}).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _file(self, path: Path) -> None:
+        if path.is_file():
+            self._send(200, path.read_bytes(), TYPES[path.suffix])
+        else:
+            self._error(404, f"no {path.name}")
+
+    def _error(self, status: int, message: str) -> None:
+        self._json(status, {"error": {"message": message, "type": "error", "param": None, "code": f"code_{status}"}})
+
+    def _json(self, status: int, content: Any) -> None:
+        self._send(status, json.dumps(content).encode(), "application/json")
+
+    def _send(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the base's name)
+        pass
+
+
+_METRICS = """\
+chameleon_num_requests_running 3.0
+chameleon_num_requests_waiting 2.0
+chameleon_generation_tokens_total 100.0
+chameleon_batch_rows_sum 24.0
+chameleon_batch_rows_count 6.0
+chameleon_rows 8.0
+"""
+
+
+def _choice(text: str, finish_reason: str | None, body: dict[str, Any], place: int = 0) -> dict[str, Any]:
+    choice = {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None,
+              "chameleon": {"mode": "centroid", "cluster_id": len(body["prompt"]) % 4, "cohort": None}}  # fmt: skip
+    if body.get("logprobs") is not None:
+        logprob = -0.1 - place % 7
+        alternatives = {text: logprob} | {f" other{k}": -2.0 - k for k in range(4)}
+        choice["logprobs"] = {"tokens": [text], "token_logprobs": [logprob], "top_logprobs": [alternatives],
+                              "text_offset": [0]}  # fmt: skip
+    return choice
+
+
+def _adapted(text: str) -> dict[str, Any]:
+    nearest = len(text) % 4
+    embedding = [0.1 + 0.8 * (i == nearest) for i in range(HIDDEN)]
+    distances = [sum((a - b) ** 2 for a, b in zip(embedding, centroid, strict=True)) ** 0.5 for centroid in centroids()]
+    return {"object": "list", "data": [{"index": 0, "embedding": embedding, "cluster_id": nearest,
+                                        "distances": distances}]}  # fmt: skip
