@@ -35,7 +35,7 @@ def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_wi
         raise InputError("pass either --text FILE or --dataset NAME")
     for option, value in only_with_text.items():
         if dataset and value:
-            raise InputError(f"{option} goes with --text: --dataset {dataset} has splits of its own")
+            raise InputError(f"{option} goes with --text: --dataset {dataset} has its own splits")
 
 
 def _read_one(path: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""The table of docs/performance.md from what `bench --json` wrote: performance_table.py fp32.json int8.json"""
+"""Prints the tables of docs/performance.md from what `bench --json` wrote: performance_table.py fp32.json int8.json
+
+Speed is "times faster than PyTorch eager fp32 / times faster than the better of CTranslate2 and OpenVINO".
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def rows(record: dict[str, Any]) -> dict[str, str]:
     for name, part in SPEED.items():
         own = ratios(*part)
         best = min((own[other] for other in own if other.startswith(FOREIGN)), default=float("nan"))
-        found[f"{name}, x {EAGER} / x best of CTranslate2 and OpenVINO"] = f"{own[EAGER]:.2f} / {best:.2f}"
+        found[name] = f"{own[EAGER]:.2f} / {best:.2f}"
     for name, part in OVERHEAD.items():
         found[f"adaptation overhead, {name}"] = overhead(*part, "without LoRA")
     return found | {

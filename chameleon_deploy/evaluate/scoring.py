@@ -114,7 +114,7 @@ def score_texts(
 
 
 def bootstrap_gain(ours: Evaluation, base: Evaluation, seed: int = 0) -> tuple[float, float]:
-    """`bootstrap_change` from base to ours."""
+    """Return `bootstrap_change` from base to ours."""
     return bootstrap_change(ours.nll, base.nll, base.positions, seed)
 
 

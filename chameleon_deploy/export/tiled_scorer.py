@@ -47,7 +47,7 @@ def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
 
 
 def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: WeightsFile) -> ir.Model:
-    """The scorer that goes with a decoder.
+    """Return the scorer that belongs to a decoder.
 
     weights_file  takes the tiles of a matrix [hidden, vocab]
 
@@ -60,7 +60,7 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
     Outputs:
         logprobs        float32 [positions], log softmax(logits)[target]
 
-    Raises ValueError when the decoder's logits are not Gemm(products, lora_B, base), in a Reshape.
+    Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base), in a Reshape.
     """
     reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
     if reshape is None or (logits := reshape.inputs[0]) is None:

@@ -33,7 +33,9 @@ class Hypernetwork(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank]."""
+        """Return lora_A [clusters, rank, hidden] and lora_B [clusters, vocab, rank] for conditioning [clusters,
+        hidden].
+        """
         x = conditioning
         *inner, last = self.layers
         for layer in inner:
@@ -56,7 +58,9 @@ class StaticLoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.randn(vocab_size, rank) * 0.01)
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        """conditioning [clusters, hidden] -> lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank]."""
+        """Return lora_A [clusters, rank, hidden] and lora_B [clusters, vocab, rank] for conditioning [clusters,
+        hidden].
+        """
         n = len(conditioning)
         return self.lora_A.expand(n, -1, -1), self.lora_B.expand(n, -1, -1)
 

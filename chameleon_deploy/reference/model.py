@@ -152,7 +152,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json beside it")
+        raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json next to it")
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
     return trunk_from(causal_lm, encoding_whole_texts(backend))

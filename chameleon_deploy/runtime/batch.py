@@ -93,7 +93,7 @@ class Batch(Protocol):
         """
 
     def to_step(self) -> list[Member]:
-        """Return members[:n], the input of the decoder's next step, without those that have just been prefilled."""
+        """Return members[:n], the input of the decoder's next step. Other members have logits already."""
 
     def step(self) -> Logits:
         """Return logits [ready, vocab] of the next token of each ready member.
@@ -105,14 +105,16 @@ class Batch(Protocol):
 class ContinuousBatch:
     """A batch whose members join and leave at any time. See `Batch`.
 
-    The first token of a member follows from the last chunk of its prompt, as in `Runtime.generate`: in int8 a step
-    and a prefill round differently.
+    Where a step is as exact, the last token of a prompt is left to it: it reads the head's weights for all members in
+    any case, which is several percent of the time of a prompt. Elsewhere the first new token follows from the last
+    chunk, as in `Runtime.generate`.
     """
 
     def __init__(self, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
         self._slots, self._table, self._chunk_tokens = slots, table, chunk_tokens
         self.members: list[Member] = []
         self.ready = 0
+        self._left_to_step = int(slots.is_exact)
 
     @property
     def cached_tokens(self) -> int:
@@ -148,14 +150,15 @@ class ContinuousBatch:
         forked = tokens = 0
         while self.ready < len(self.members):
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
+            stop = len(prompt.ids) - self._left_to_step
             sibling = self._sibling(prompt) if start == 0 else None
-            if start == len(prompt.ids):
+            if start == stop:
                 self.ready += 1
             elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_PREFILL:
-                self._slots.fork(sibling, self.ready, len(prompt.ids))
-                forked += len(prompt.ids)
+                self._slots.fork(sibling, self.ready, stop)
+                forked += stop
             elif sibling is None and not tokens:
-                tokens = self._prefill_chunk(self.members[self.ready], start)
+                tokens = self._prefill_chunk(self.members[self.ready], start, stop)
             else:
                 break
         return tokens
@@ -164,23 +167,23 @@ class ContinuousBatch:
         """Return a member with the same, already prefilled prompt."""
         return next((i for i in range(self.ready) if self.members[i].prompt is prompt), None)
 
-    def _prefill_chunk(self, member: Member, start: int) -> int:
-        prompt = member.prompt
-        tokens = chunk_length(len(prompt.ids) - start, self._chunk_tokens)
-        is_last = start + tokens == len(prompt.ids)
+    def _prefill_chunk(self, member: Member, start: int, stop: int) -> int:
+        prompt, tokens = member.prompt, chunk_length(stop - start, self._chunk_tokens)
+        num_logits = int(start + tokens == len(prompt.ids))
         factors = self._table.set_of(member.key)
-        logits = self._slots.prefill(self.ready, prompt.ids[start : start + tokens], factors, num_logits=int(is_last))
-        if is_last:
+        logits = self._slots.prefill(self.ready, prompt.ids[start : start + tokens], factors, num_logits)
+        if num_logits:
             prompt.logits = logits[0]
         return tokens
 
     def to_step(self) -> list[Member]:
-        return [member for member in self.members[: self.ready] if member.row.token_ids]
+        return [member for member in self.members[: self.ready] if self._left_to_step or member.row.token_ids]
 
     def step(self) -> Logits:
         stepped, logits = self.to_step(), self._slots.logits[: self.ready]
         if stepped:
-            self._slots.step([member.row.token_ids[-1] for member in stepped], _row_factors(self._table, stepped))
+            last = [(member.row.token_ids or member.prompt.ids)[-1] for member in stepped]
+            self._slots.step(last, _row_factors(self._table, stepped))
         for place in range(len(stepped), self.ready):
             logits[place] = self.members[place].prompt.logits
         return HostLogits(logits)

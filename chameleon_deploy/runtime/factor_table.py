@@ -14,7 +14,7 @@ from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 
 @dataclass(frozen=True)
 class FactorSource:
-    """Where a row's factor set comes from.
+    """The source of a row's factor set.
 
     key   equal for rows that share a set
     make  returns a stack of that set only, in memory or on a device

@@ -12,14 +12,8 @@ from chameleon_deploy.runtime.sampling import Choice, log_probabilities
 
 
 def prompt_logprobs(ids: Sequence[int], decoder: Decoder, factors: RowFactors, count: int) -> list[Choice]:
-    """The choices that would have generated a text after its first token, as `Sampling.logprobs` reports them.
-
-    Logits exist for a bounded number of positions at a time.
-
-    factors  of the one row
-    count    alternatives of each token
-
-    Raises NumericError when a logit is not finite.
+    """Return the choices that would have generated a text after its first token, as `Sampling.logprobs` reports
+    them.
     """
     choices: list[Choice] = []
     if len(ids) == 1:

@@ -19,7 +19,7 @@ _FLOAT64_MAX = float(np.finfo(np.float64).max)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a row are chosen, when it stops, and what is reported.
+    """The settings by which the tokens of a row are chosen, and when it stops.
 
     temperature         0 is greedy, else at least 1e-5
     top_k               0 keeps all

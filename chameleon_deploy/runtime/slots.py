@@ -18,6 +18,7 @@ class Slots:
 
     capacity  tokens that a row can hold
     lengths   int64 [rows], tokens of each row in the cache
+    is_exact  whether a step gives what reading its token gives, up to the order of sums; in int8 it rounds otherwise
     logits    float32 [rows, vocab], where `step` writes them
     """
 
@@ -27,7 +28,7 @@ class Slots:
         dtype  of the cache
         """
         model = graph.model
-        self.capacity = capacity
+        self.capacity, self.is_exact = capacity, dtype == np.float32
         self.lengths = np.zeros(rows, np.int64)
         # Virtual memory becomes resident only where it is written.
         self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)

@@ -1,4 +1,4 @@
-"""The reference: the paper's counts, DESIGN's formulas, and the three kinds of checkpoint."""
+"""The reference: the paper's counts, the formulas of docs/design.md, and the three kinds of checkpoint."""
 
 from __future__ import annotations
 

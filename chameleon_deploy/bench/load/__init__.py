@@ -1,1 +1,1 @@
-"""Load on a server or on a bundle: requests as they arrive, and what each of them waited for."""
+"""Load on a server or on a bundle: requests at their arrival times, and their latencies."""

@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.bench.load URL|BUNDLE`: send requests, and measure what they wait for."""
+"""`python -m chameleon_deploy.bench.load URL|BUNDLE`: send requests and measure their latencies."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ ANY_VOCABULARY = 256  # ids that every model has
 
 def main(
     target: Annotated[str, typer.Argument(metavar="URL|BUNDLE", help="An OpenAI-style server, or a bundle directory.")],
-    requests: Annotated[int, typer.Option(min=1, help="How many to send.")] = 64,
-    streams: Annotated[int, typer.Option(min=1, help="Closed loop: each sends its next when its last ended.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 64,
+    streams: Annotated[
+        int, typer.Option(min=1, help="Closed loop: each stream sends its next request when its last one ended.")
+    ] = 8,
     rate: Annotated[
         float | None, typer.Option(min=1e-6, help="Poisson arrivals, requests per second, instead of a closed loop.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSONL of {"prompt": text or ids, "max_tokens": n, "model": name}.')
     ] = None,
-    prompt_tokens: Annotated[str, typer.Option(help="Without --prompts: a length, or bounds as 16:256.")] = "128",
-    new_tokens: Annotated[str, typer.Option(help="Likewise, of the answers.")] = "64",
-    seed: Annotated[int, typer.Option(min=0, help="Of random prompts and arrivals.")] = 0,
+    prompt_tokens: Annotated[str, typer.Option(help="Without --prompts: a length, or bounds such as 16:256.")] = "128",
+    new_tokens: Annotated[str, typer.Option(help="A length, or bounds, of the answers.")] = "64",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random prompts and arrivals.")] = 0,
     model: Annotated[
-        list[str] | None, typer.Option(help="Model names of a server, adaptation modes of a bundle; they take turns.")
+        list[str] | None, typer.Option(help="Model names of a server, or adaptation modes of a bundle, used in turn.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="BUNDLE: rows in the batch.")] = 8,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="BUNDLE: prompt tokens between two steps.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="BUNDLE: threads; all cores unless given.")] = None,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="BUNDLE: prompt tokens prefilled between two steps.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="BUNDLE: threads; default: all cores.")] = None,
     static: Annotated[bool, typer.Option(help="BUNDLE: static batches in order of arrival, not the engine.")] = False,
     scenario: Annotated[
         bool, typer.Option(help="BUNDLE: interleaved comparison of the engine with static batches, as ratios.")
@@ -113,7 +115,7 @@ def _open(
 async def _run(
     target: Target, requests: list[Request], streams: int, arrivals: list[float] | None, timeout: float
 ) -> tuple[list[Record], float | None]:
-    """One request of two tokens that does not count comes first."""
+    """Run the requests, after one request of two tokens that is not counted."""
     if isinstance(target, HttpTarget):
         await target.open()
     await closed_loop(target, [msgspec.structs.replace(requests[0], max_tokens=2)], 1, timeout)

@@ -28,7 +28,7 @@ CANDIDATES = 4  # times as many prompts as are needed, to choose from by their c
 class Ratio:
     """Medians over pairs of adjacent runs.
 
-    name                 what is compared with what, and in what unit
+    name                 both sides of the comparison, and the unit
     values               median of each side
     ratio                first side over the second
     interquartile_range  of the ratio
@@ -55,7 +55,7 @@ class Plan:
 
 
 def compare(runtime: Runtime, plan: Plan, report: Progress) -> list[Ratio]:
-    """Run every comparison. Raises InputError where the model has too few positions for the plan."""
+    """Run every comparison. Raises InputError if the model has too few positions for the plan."""
     longest = max(plan.prompt_tokens + plan.new_tokens, 2 * plan.ragged[1])
     if longest > runtime.manifest.model.max_positions:
         raise InputError(f"the plan needs {longest} positions, the model has {runtime.manifest.model.max_positions}")
@@ -96,7 +96,7 @@ class _Comparison:
         return ratios
 
     def _ratio(self, name: str, sides: Mapping[str, Callable[[], float]]) -> Ratio:
-        """Both sides in turn, in random order, after a run of each that does not count."""
+        """Measure both sides alternately, in random order, after a run of each that is not counted."""
         values: dict[str, list[float]] = {side: [] for side in sides}
         for taken in range(-1, self._plan.rounds):
             order = list(sides)
@@ -122,7 +122,7 @@ class _Comparison:
     def _run(
         self, target: EngineTarget | StaticTarget, requests: Sequence[Request], arrivals: Sequence[float] | None
     ) -> Figures:
-        """Raises InputError when a request failed: the figures would compare different work."""
+        """Run the requests. Raises InputError if one failed, since the figures would compare different work."""
         if arrivals is None:
             work = closed_loop(target, requests, self._plan.rows, TIMEOUT)
         else:
@@ -149,7 +149,7 @@ class _Comparison:
         return tokens / (time.perf_counter() - start)
 
     def _mixed(self, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int]) -> list[Request]:
-        """Random requests whose clusters take turns, in mode centroid where the bundle has it."""
+        """Return random requests whose clusters alternate, in mode centroid if the bundle has it."""
         plan, manifest = self._plan, self._runtime.manifest
         mode = "centroid" if manifest.adaptation.regime == "chameleon" else None
         found = random_requests(

@@ -21,7 +21,7 @@ class Latency:
 
     @staticmethod
     def of(seconds: Sequence[float]) -> Latency | None:
-        """None where there is nothing to measure."""
+        """Return the percentiles; None for no values."""
         return Latency(*map(float, np.percentile(seconds, (50, 90, 99)))) if seconds else None
 
 

@@ -61,10 +61,10 @@ class HttpTarget:
     """
 
     def __init__(self, url: str, api_key: str | None = None, temperature: float = 0.0) -> None:
-        """Raises InputError for what is no URL."""
+        """Parse the address. Raises InputError if it is not a URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{url!r} is no address of a server: pass one as http://127.0.0.1:8000")
+            raise InputError(f"{url!r} is not the address of a server: pass one as http://127.0.0.1:8000")
         self._host, self._tls = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
@@ -76,9 +76,9 @@ class HttpTarget:
         self._seen = (0.0, 0.0)  # sum and count of the rows of all steps, when last looked at
 
     async def open(self) -> None:
-        """Ask for the name of the first model, which requests that name none are sent to.
+        """Ask for the name of the first model, the target of requests that name none.
 
-        Raises InputError where the server does not answer.
+        Raises InputError if the server does not answer.
         """
         try:
             body = await self._get("/v1/models")
@@ -104,7 +104,9 @@ class HttpTarget:
             raise ResponseError("the stream ended without [DONE]")
 
     async def occupancy(self) -> float | None:
-        """From chameleon_batch_rows and chameleon_rows in /metrics, which other servers do not have."""
+        """Return the figure from chameleon_batch_rows and chameleon_rows in /metrics, which other servers do not
+        have.
+        """
         try:
             metrics = (await self._get("/metrics")).decode("utf-8", "replace")
         except (OSError, ResponseError, asyncio.IncompleteReadError):
@@ -126,7 +128,7 @@ class HttpTarget:
         return b"\n".join([line async for line in self._request("GET", path)])
 
     async def _request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[bytes]:
-        """The lines of the response's body.
+        """Yield the lines of the response's body.
 
         Raises ResponseError for any status but 200.
         """

@@ -21,7 +21,7 @@ LINGER = 0.005  # seconds that a static batch waits for more requests after the 
 
 
 class EngineTarget:
-    """The engine. `decoder_seconds` and `steps` count what its thread spent in the decoder so far."""
+    """The engine as a target. `decoder_seconds` and `steps` count the decoder's time and calls so far."""
 
     def __init__(self, runtime: Runtime, rows: int, prefill_tokens: int, temperature: float = 0.0) -> None:
         self.engine = Engine(runtime, rows=rows, prefill_tokens=prefill_tokens, max_waiting=100_000,
@@ -147,7 +147,7 @@ class _Ticket:
 
 
 def prompts_of(requests: Sequence[Request]) -> list[str] | list[list[int]]:
-    """All texts, or all token ids."""
+    """Return all texts, or all token ids."""
     return cast(list[str] | list[list[int]], [request.prompt for request in requests])
 
 

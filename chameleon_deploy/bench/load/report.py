@@ -1,4 +1,4 @@
-"""The figures of runs under load for people: tables, and a page with plots."""
+"""The figures of runs under load: tables, and a page with plots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sheets(figures: Figures) -> list[Sheet]:
 
 
 def fill(page: Page, figures: Figures, records: Sequence[Record]) -> None:
-    """Tables, the distributions of the latencies, and the requests in flight over time."""
+    """Fill the page: tables, the distributions of the latencies, and the requests in flight over time."""
     page.section("Figures")
     for sheet in sheets(figures):
         page.table(sheet)

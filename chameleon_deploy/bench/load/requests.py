@@ -1,4 +1,4 @@
-"""What is sent: prompts and lengths, from a file or from a seed, and when."""
+"""The requests to send: prompts and lengths, from a file or from a seed, and their times."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def read_requests(path: Path, count: int, models: Sequence[str | None]) -> list[Request]:
-    """The requests of a JSONL file, from its beginning again where it has fewer than `count`.
+    """Return the requests of a JSONL file, repeated if it has fewer than `count`.
 
-    A line is {"prompt": text or token ids, "max_tokens": number, "model": optional name}; `models` take turns where a
-    line names none.
+    A line is {"prompt": text or token ids, "max_tokens": number, "model": optional name}. Lines without a name get
+    `models` in turn.
 
     Raises InputError.
     """
@@ -60,7 +60,7 @@ def random_requests(
     vocab_size: int,
     models: Sequence[str | None] = (None,),
 ) -> list[Request]:
-    """Prompts of random token ids below vocab_size; both lengths are uniform between two bounds, inclusive."""
+    """Return prompts of random token ids below vocab_size; both lengths are uniform between two bounds, inclusive."""
     rng = np.random.default_rng(seed)
     return [
         Request(
@@ -73,7 +73,7 @@ def random_requests(
 
 
 def poisson_arrivals(seed: int, count: int, rate: float) -> list[float]:
-    """Arrival times in seconds, from 0, of a Poisson process of `rate` requests per second."""
+    """Return the arrival times in seconds, from 0, of a Poisson process of `rate` requests per second."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, count)
     gaps[0] = 0.0
     times: list[float] = np.cumsum(gaps).tolist()
@@ -81,7 +81,7 @@ def poisson_arrivals(seed: int, count: int, rate: float) -> list[float]:
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`128` or `16:256`: the least and the most.
+    """Parse `128` or `16:256` into the least and the greatest length.
 
     Raises InputError.
     """
@@ -89,7 +89,7 @@ def parse_range(text: str) -> tuple[int, int]:
     try:
         bounds = int(low), int(high or low)
     except ValueError:
-        raise InputError(f"{text!r} is no length: pass a number, or two as in 16:256") from None
+        raise InputError(f"{text!r} is not a length: pass a number, or two as in 16:256") from None
     if not 1 <= bounds[0] <= bounds[1]:
         raise InputError(f"{text!r}: pass lengths of at least 1, the lower one first")
     return bounds

@@ -34,14 +34,14 @@ class Target(Protocol):
     """Something that completes requests."""
 
     async def complete(self, record: Record) -> None:
-        """Send the request and note its arrivals. What it raises is the record's error."""
+        """Send the request and record its arrivals. An exception becomes the record's error."""
 
     async def occupancy(self) -> float | None:
-        """Mean share of the batch's rows in use, over the steps since the last call; None where it is unknown."""
+        """Return the mean share of the batch's rows in use, over the steps since the last call; None if unknown."""
 
 
 async def closed_loop(target: Target, requests: Sequence[Request], streams: int, timeout: float) -> list[Record]:
-    """Every stream sends its next request when its last one has ended."""
+    """Send the requests in `streams` closed loops: each sends its next request when its last one has ended."""
     waiting, records = deque(requests), []
 
     async def stream() -> None:
@@ -57,7 +57,7 @@ async def closed_loop(target: Target, requests: Sequence[Request], streams: int,
 async def open_loop(
     target: Target, requests: Sequence[Request], arrivals: Sequence[float], timeout: float
 ) -> list[Record]:
-    """Every request is sent at its time, in seconds from now, however many have not ended."""
+    """Send every request at its time, in seconds from now, however many have not ended."""
     start = time.perf_counter()
     records = [Record(request, start + arrival) for request, arrival in zip(requests, arrivals, strict=True)]
 
@@ -77,7 +77,7 @@ async def _complete(target: Target, record: Record, timeout: float) -> None:
             record.error = "no token came"
     except TimeoutError:
         record.error = f"no end within {timeout:g} s"
-    except Exception as error:  # whatever goes wrong is counted as this request's failure
+    except Exception as error:  # any exception is counted as this request's failure
         record.error = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     record.ended = time.perf_counter()
     record.new_tokens = record.new_tokens or len(record.arrivals)
