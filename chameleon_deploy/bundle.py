@@ -1,8 +1,8 @@
-"""The artifact contract between export and the runtimes (DESIGN section 5).
+"""The artifact contract between export and the runtimes (docs/design.md section 5).
 
-A bundle is a flat directory of plain files. `bundle.json` lists every other file with its size and
-SHA-256, every graph with its inputs and outputs, and what the model is. `open_bundle` refuses
-whatever it does not know, so that a bundle that opens is a bundle that runs.
+A bundle is a flat directory of plain files. `bundle.json` lists every other file with its size and SHA-256, every graph
+with its inputs and outputs, and the model's dimensions. `open_bundle` refuses whatever it does not know: a bundle that
+opens is a bundle that runs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from chameleon_deploy.manifest import (
 )
 from chameleon_deploy.signature import check_graphs
 
-# The manifest's types are part of the contract: who needs both takes them from here.
+# The manifest's types are part of the contract: modules that need both import them from here.
 __all__ = [
     "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
     "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
@@ -72,7 +72,10 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: every check of `open_bundle` has passed, of `start_opening` all but the weights' digest."""
+    """An opened bundle.
+
+    After `open_bundle` every check has passed. After `start_opening` the digest of the weights is still being computed.
+    """
 
     path: Path
     manifest: Manifest
@@ -81,9 +84,9 @@ class Bundle:
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)  # see `_stamp`
 
     def require_weights(self) -> None:
-        """Wait for the weights' digest. Raises DigestError where it is not the manifest's.
+        """Wait for the digest of the weights. Raises DigestError if it differs from the manifest's.
 
-        Whoever hands out or stores what is made of the weights calls this first.
+        Call this before returning or storing anything that was computed from the weights.
         """
         self.weights_checked.result()
 
@@ -102,7 +105,9 @@ class Bundle:
                 raise BundleChangedError(f"{self.path / name} was {how}: load the bundle again")
 
     def graph(self, role: str, provider: str) -> str:
-        """Name of the graph of a role for a provider; one made for fewer providers is the more special and wins."""
+        """Return the name of the graph of a role for a provider. The graph with the fewest providers is the most
+        specific and is preferred.
+        """
         graphs = self.manifest.graphs
         fitting = [name for name, graph in graphs.items() if graph.role == role and provider in graph.providers]
         if not fitting:
@@ -110,19 +115,19 @@ class Bundle:
         return min(fitting, key=lambda name: len(graphs[name].providers))
 
     def token_embedding(self) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
-        """The token embedding [vocab, hidden], memory-mapped."""
+        """Return the token embedding [vocab, hidden], memory-mapped."""
         spec = self.manifest.token_embedding
         return np.memmap(self.path / spec.file, spec.dtype, "r", spec.offset, spec.shape)
 
     def centroids(self) -> FloatArray:
-        """float32 [num_clusters, hidden]."""
+        """Return the centroids, float32 [num_clusters, hidden]."""
         shape = (self.manifest.adaptation.num_clusters, self.manifest.model.hidden_size)
         if not shape[0]:
             return np.empty(shape, np.float32)
         return _read_tensors(self.path / "centroids.safetensors", {"centroids": shape})["centroids"]
 
     def lora(self) -> dict[str, FloatArray]:
-        """The trained factors of a bundle of regime lora, as the decoder takes them.
+        """Return the trained factors of a bundle of regime lora, in the layout of the decoder's inputs.
 
         -> float32 [adapters, rank, in_features or out_features] by tensor name; there is one adapter
         """
@@ -143,15 +148,16 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def start_opening(path: Path) -> Bundle:
-    """A bundle whose weights' digest is still computed, while the caller opens sessions on it, which takes as long.
+    """Open a bundle and hash its weights in the background, while the caller opens sessions on it.
 
-    Everything else has been checked. The caller calls `Bundle.require_weights` at the end. Raises as `open_bundle`.
+    All other checks have been made. The caller calls `Bundle.require_weights` at the end. Raises the errors of
+    `open_bundle`.
     """
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
-    stamps = {MANIFEST: _stamp(path / MANIFEST)}  # each before the file is read: what changes later is noticed
+    stamps = {MANIFEST: _stamp(path / MANIFEST)}  # taken before the file is read, so that a later change is noticed
     raw = (path / MANIFEST).read_bytes()
     manifest = parse_manifest(raw, path / MANIFEST)
     check_graphs(manifest, path / MANIFEST)
@@ -165,7 +171,7 @@ def start_opening(path: Path) -> Bundle:
             _check_digest(path / name, spec)
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
-    thread.shutdown(wait=False)  # it ends with its one task
+    thread.shutdown(wait=False)  # the thread ends with its only task
     bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps)
     bundle.centroids()
     if manifest.adaptation.regime == "lora":
@@ -196,7 +202,7 @@ def _check_digest(file: Path, spec: FileSpec) -> None:
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What a write or a replacement changes: device and inode first, then size and modification time."""
+    """Return a fingerprint that a write or a replacement changes: device and inode, then size and modification time."""
     found = file.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

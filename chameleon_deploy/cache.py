@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.cache`: list or delete what is stored for this machine."""
+"""`python -m chameleon_deploy.cache`: list or delete the entries of this machine's cache."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per 
 
 @app.command("list")
 def list_entries(as_json: AsJson = False) -> None:
-    """List the entries, the most recently used first."""
+    """List the entries, most recently used first."""
     _print(local_cache.stored(), as_json)
 
 
 @app.command()
 def prune(
     max_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Keep the most recently used entries of this size together.")
+        int | None, typer.Option(min=0, help="Keep the most recently used entries up to this total size.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(min=0, help="Delete what has not been used for this many days.", metavar="DAYS")
+        float | None, typer.Option(min=0, help="Delete entries that were not used for this many days.", metavar="DAYS")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old or large entries, and incomplete ones; list what was deleted. They are built again when needed."""
+    """Delete old, large and incomplete entries and list what was deleted. They are built again when needed."""
     if max_bytes is None and older_than is None:
         raise InputError("nothing to delete: pass --older-than DAYS or --max-bytes N (0 deletes everything)")
     _print(local_cache.prune(max_bytes, None if older_than is None else older_than * DAY), as_json)

@@ -1,7 +1,7 @@
 """`chameleon-deploy COMMAND`: all commands as one program.
 
-A command's module is imported when that command is asked for, so that `chameleon-deploy generate` works where only the
-runtime is installed.
+A command's module is imported when that command runs, so that `chameleon-deploy generate` works where only the runtime
+is installed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Annotated, Any, NoReturn
 from chameleon_deploy import __version__, console
 from chameleon_deploy.commands import COMMANDS
 
-# console says what to install where typer is missing
+# console says what to install if typer is missing
 import typer  # isort: skip
 from typer.core import TyperCommand  # isort: skip
 
 
 class _LazyCommand(TyperCommand):
-    """A name and a line of help; the module is imported to parse the command's own arguments."""
+    """A command known by its name and help line; its module is imported to parse the arguments."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         return _load(str(self.name)).make_context(info_name, args, parent, **extra)
@@ -29,7 +29,7 @@ def main() -> NoReturn:
 
 
 def build() -> Any:
-    """The program as a click group."""
+    """Return the program as a click group."""
     app = typer.Typer(**{**console.SETTINGS, "add_completion": True})
     app.callback(invoke_without_command=True, help="Train, export, verify and run ChameleonLLM bundles.")(_root)
     group: Any = typer.main.get_command(app)
@@ -51,7 +51,7 @@ def _root(
 
 def _load(name: str) -> Any:
     module = importlib.import_module(f"chameleon_deploy.{name}")
-    if hasattr(module, "__path__"):  # the command of a package is its __main__
+    if hasattr(module, "__path__"):  # a package's command is its __main__
         module = importlib.import_module(f"{module.__name__}.__main__")
     return console.make_command(getattr(module, "app", None) or module.main)
 

@@ -1,21 +1,21 @@
-"""The commands with their one-line help, and the groups of their options in --help."""
+"""The commands with their one-line help, and the option groups of --help."""
 
 from __future__ import annotations
 
-# The name of a command is the name of its module in chameleon_deploy.
+# A command has the name of its module in chameleon_deploy.
 COMMANDS = {
     "train": "Train the head of a frozen base model into a checkpoint.",
     "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
     "compare": "Train and compare base, LoRA, hypernetwork and controls.",
-    "export": "Turn a checkpoint into a bundle.",
+    "export": "Export a checkpoint to a bundle.",
     "verify": "Check a bundle against its PyTorch reference.",
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
-    "score": "Give the log-probability and perplexity of texts.",
+    "score": "Compute the log-probability and perplexity of texts.",
     "serve": "Serve a bundle over HTTP: OpenAI-style API, metrics, playground.",
     "bench": "Measure a bundle against the PyTorch reference.",
     "gpu_check": "Verify and measure bundles on this machine's GPU.",
-    "cache": "List or delete what is stored for this machine.",
+    "cache": "List or delete this machine's cached files.",
 }
 
 OPTION_GROUPS = {

@@ -33,20 +33,18 @@ if TYPE_CHECKING:
 
 def main(
     base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
-    work: Annotated[
-        Path, typer.Option(help="Directory that keeps what is finished: repeat the command to continue it.")
-    ],
+    work: Annotated[Path, typer.Option(help="Directory of finished parts: repeat the command to continue.")],
     text: Annotated[
         list[Path] | None,
         typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
     ] = None,
     validation_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that decides when to stop; else a tenth of the training text."),
+        typer.Option(help="Validation text for early stopping; default: a tenth of the training text."),
     ] = None,
     test_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that is scored; else a fifth of --text, never trained on."),
+        typer.Option(help="Test text; default: a fifth of --text, never trained on."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -54,9 +52,9 @@ def main(
             help="Named dataset instead, such as wikitext: its splits train, validation and test.",
         ),
     ] = None,
-    train_texts: Annotated[int | None, typer.Option(min=1, help="Train on a sample of this many texts.")] = None,
-    validation_texts: Annotated[int | None, typer.Option(min=1, help="Stop by a sample of this many texts.")] = None,
-    test_texts: Annotated[int | None, typer.Option(min=1, help="Score a sample of this many texts.")] = None,
+    train_texts: Annotated[int | None, typer.Option(min=1, help="Number of training texts, sampled.")] = None,
+    validation_texts: Annotated[int | None, typer.Option(min=1, help="Number of validation texts, sampled.")] = None,
+    test_texts: Annotated[int | None, typer.Option(min=1, help="Number of test texts, sampled.")] = None,
     preset: PresetOption = "paper",
     rank: Rank = None,
     alpha: Alpha = None,
@@ -66,9 +64,12 @@ def main(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     patience: Patience = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 5,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first training; the others follow.", rich_help_panel="Training")
+        int,
+        typer.Option(
+            min=0, help="Seed of the first training; later trainings count up from it.", rich_help_panel="Training"
+        ),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row and line.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
@@ -115,7 +116,10 @@ def _texts(
     samples: tuple[int | None, int | None, int | None],
     seed: int,
 ) -> Split:
-    """The three splits, each a sample of so many texts. With --text the validation texts come from the sample."""
+    """Return the training, validation and test splits, each sampled to the given number of texts.
+
+    With --text the validation texts come from the sample.
+    """
     from chameleon_deploy.reference.corpus import Split, load_dataset_texts, sample_texts, split_texts
     from chameleon_deploy.texts import read_texts, require_one_source
 

@@ -26,27 +26,27 @@ try:
 except ImportError:
     sys.exit("error: the command line needs typer: pip install 'chameleon-deploy[cpu]'")
 
-# typer uses click, or in newer releases a copy inside itself: this name is right for both.
+# typer uses click or, in newer releases, a vendored copy of it: this name is right for both.
 ClickException = cast(type[Exception], typer.BadParameter.__mro__[2])
 
-# Without markup, since brackets in paths, names of extras and texts are text. A pipe has no width.
+# Without markup, since brackets in paths, extras and texts are literal. A pipe has no width.
 stdout = Console(highlight=False, markup=False, width=None if sys.stdout and sys.stdout.isatty() else UNLIMITED)
 stderr = Console(highlight=False, markup=False, stderr=True)
 
 
 class CheckFailedError(Exception):
-    """The command did its work and the answer is no: exit code 1."""
+    """The command did its work and a check failed: exit code 1."""
 
 
 def show(*sheets: Sheet, to: Console = stdout) -> None:
-    """Print tables, each in the width of the terminal."""
+    """Print tables in the width of the terminal."""
     for sheet in sheets:
         for table in sheet.to_rich(to.width):
             to.print(table)
 
 
 def check_output(*files: Path | None) -> None:
-    """Check before the work that the files a command is going to write can be written; None is ignored.
+    """Check before the work starts that the command's output files can be written; None is ignored.
 
     Raises OutputError.
     """
@@ -63,21 +63,21 @@ def check_output(*files: Path | None) -> None:
 
 
 def write_json(value: Any, file: Path) -> None:
-    """Write a record for other programs. The file appears whole or not at all. Raises OutputError."""
+    """Write a JSON record. The file appears whole or not at all. Raises OutputError."""
     write_whole(file, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def tell_provider(asked: str, taken: str) -> None:
-    """On standard error, what provider `auto` has taken."""
+    """Print on standard error which provider `auto` selected."""
     if asked == "auto":
         print(f"provider: {taken}", file=sys.stderr)
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on standard error, one for each kind of work.
+    """Draw progress bars on standard error, one for each kind of work.
 
-    Nothing is drawn when standard error is not a terminal.
+    Nothing is drawn if standard error is not a terminal.
     """
     columns = (
         bars.SpinnerColumn(),
@@ -97,7 +97,7 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-# Of every typer.Typer.
+# The arguments of every typer.Typer.
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
@@ -107,7 +107,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_command(command: Callable[..., Any] | typer.Typer) -> Any:
-    """A function, or an app of several, as a click command whose --help is grouped by OPTION_GROUPS."""
+    """Return a function or an app with several commands as a click command; OPTION_GROUPS group its --help."""
     if isinstance(command, typer.Typer):
         app = command
     else:
@@ -126,20 +126,22 @@ _GROUPS = {name: group for group, names in OPTION_GROUPS.items() for name in nam
 
 
 def run(command: Callable[..., Any] | typer.Typer) -> NoReturn:
-    """Run one function, or an app of several, as a program."""
+    """Run one function, or an app with several commands, as a program."""
     run_command(make_command(command))
 
 
 def run_command(command: Any) -> NoReturn:
-    """Run a click command. Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input with one line on
-    standard error."""
+    """Run a click command.
+
+    Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input with one line on standard error.
+    """
     _check_streams()
     try:
         result = command(standalone_mode=False)
-        sys.stdout.flush()  # here, where a full disk or a reader that has gone is noticed
+        sys.stdout.flush()  # flush here, so that a full disk or a closed pipe is noticed
     except ChameleonError as error:
         _exit(f"error: {error} [{error.code}]", 2)
-    except ModuleNotFoundError as error:  # extras that a command can do without say more themselves
+    except ModuleNotFoundError as error:  # a missing optional package raises DependencyError, which says more
         if str(error.name).startswith("chameleon_deploy"):
             raise
         _exit(f"error: {error.name} is missing: pip install 'chameleon-deploy[export]' [dependency_missing]", 2)
@@ -152,7 +154,7 @@ def run_command(command: Any) -> NoReturn:
     except BrokenPipeError:
         _stop_writing()
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # typer's exit code for it is 1: a check failed
+        if isinstance(end.__context__, BrokenPipeError):  # typer exits with 1, which means that a check failed
             _stop_writing()
         raise
     except OSError as error:
@@ -161,14 +163,16 @@ def run_command(command: Any) -> NoReturn:
 
 
 def _stop_writing() -> NoReturn:
-    """The reader has gone, which is no fault: nothing more is written, and the exit code is 0."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+    """Exit with code 0 after the reader closed the pipe, which is no fault. Nothing more is written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
     sys.exit(0)
 
 
 def _check_streams() -> None:
-    """Standard output must be open, since else the first file that is opened takes its place. Text that it cannot
-    encode is escaped."""
+    """Require an open standard output; otherwise the first file that is opened would get its descriptor.
+
+    Text that the output cannot encode is escaped.
+    """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     if sys.stdout is None:

@@ -1,4 +1,4 @@
-"""`make demo`: the tiny model from checkpoint to text, with every claim measured on the way."""
+"""`make demo`: run the tiny model from checkpoint to text and measure every claim."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(
     models: Annotated[Path, typer.Option(help="Directory that holds tiny/.")] = Path("models"),
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Export the tiny checkpoint, verify it, generate, compare the regimes and time it."""
+    """Export the tiny checkpoint, verify it, generate text, compare the regimes and time it."""
     started = time.perf_counter()
     with console.stderr.status("importing PyTorch and transformers"):
         from chameleon_deploy.export.exporter import export_bundle
@@ -55,7 +55,7 @@ def main(
             export_bundle(checkpoint, out / regime, gates)
     runtimes = {regime: chameleon_deploy.load(out / regime, threads=threads) for regime in checkpoints}
 
-    _heading("2. Generate", "one batch, mode cohort: each cluster's prompts share factors made for them")
+    _heading("2. Generate", "one batch, mode cohort: prompts of one cluster share generated factors")
     sampling = chameleon_deploy.Sampling(temperature=0.7, top_p=0.9, seed=1)
     generations = runtimes["chameleon"].generate(list(PROMPTS.values()), max_new_tokens=48, sampling=sampling)
     rows = [
@@ -64,7 +64,7 @@ def main(
     ]
     console.show(Sheet(["kind", "cluster", "prompt", "text"], rows, sections=range(len(rows))))
 
-    _heading("3. Held-out perplexity", "text that training never saw; bundle beside PyTorch")
+    _heading("3. Held-out perplexity", "text that training never saw; bundle and PyTorch")
     with console.progress() as report:
         console.show(_perplexities(runtimes, checkpoints, report))
 

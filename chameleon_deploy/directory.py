@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 
 from chameleon_deploy.errors import OutputError, OutputExistsError
 
-MARKER = ".chameleon-deploy"  # in every working directory: what has none was made by somebody else and is left alone
+MARKER = ".chameleon-deploy"  # in every working directory: one without it was made by something else and is left alone
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears whole or not at all, with the permissions that the umask gives.
 
-    write  is called with a temporary path in the same directory and of the same suffix. A link at `path` stays:
-           its target is replaced. A device or a pipe is written to directly.
+    write  called with a temporary path in the same directory and with the same suffix. If `path` is a link, the
+           link stays and its target is replaced. A device or a pipe is written to directly.
 
-    Raises OutputError when the file cannot be written, or what `write` raises.
+    Raises OutputError if the file cannot be written, and whatever `write` raises.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)  # a device or a pipe
@@ -38,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
-        with suppress(OSError):  # it is gone where it was renamed
+        with suppress(OSError):  # already renamed after success
             partial.unlink()
 
 
@@ -46,11 +46,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a working directory that is renamed to `out` when the block ends without an error.
 
-    The working directory is in `.{name}.partial` beside `out`. A failure removes both; a kill leaves them
-    for the next writer, who clears them. The lock on `.{name}.partial` ends with the process that holds it.
+    The working directory is in `.{name}.partial` next to `out`. A failure removes both. A kill leaves them, and the
+    next writer clears them. The lock on `.{name}.partial` ends with the process that holds it.
 
-    Raises OutputExistsError when `out` exists, OutputError when it cannot be written, another process is writing it,
-    or `.{name}.partial` is a link, another user's, or was not made here.
+    Raises OutputExistsError if `out` exists. Raises OutputError if it cannot be written, if another process is writing
+    it, or if `.{name}.partial` is a link, is owned by another user, or was not created by this package.
     """
     if os.path.lexists(out):
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
@@ -78,10 +78,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked_directory(path: Path, busy: str) -> Iterator[None]:
-    """Create a directory, and lock it so that one process at a time works there; the lock ends with the process.
+    """Create a directory and lock it, so that one process at a time works in it. The lock ends with the process.
 
     path  not a symbolic link
-    busy  the error message when another process has the lock
+    busy  the error message if another process has the lock
 
     Raises OutputError.
     """
@@ -98,13 +98,14 @@ def locked_directory(path: Path, busy: str) -> Iterator[None]:
 
 
 def lock(path: Path, *, wait: bool) -> int:
-    """Take an exclusive lock on a directory. Returns a descriptor; closing it, or the process's end, releases the lock.
+    """Take an exclusive lock on a directory.
 
-    Raises BlockingIOError when another process holds it and wait is False, OSError when the path is a link or no
-    directory, OutputError on systems without such locks.
+    Returns a descriptor; closing it, or the end of the process, releases the lock. Raises BlockingIOError if another
+    process holds it and wait is False, OSError if the path is a link or not a directory, OutputError on systems without
+    such locks.
     """
     try:
-        import fcntl  # here, since the light runtime is imported on Windows too
+        import fcntl  # imported here, since the light runtime is imported on Windows too
     except ImportError as error:
         raise OutputError("this system has no POSIX file locks: write on Linux or macOS") from error
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -129,7 +130,7 @@ def _make_and_lock(path: Path) -> int:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the path leads to the open directory; another process may have removed it before it was locked."""
+    """Return whether the path still leads to the open directory; it may have been removed before the lock."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -145,7 +146,7 @@ def _check_ours(partial: Path) -> None:
 
 
 def _start(partial: Path) -> int:
-    """Clear what a killed process left. Returns the mode of new files."""
+    """Clear what a killed process left. Return the mode of new files."""
     for entry in partial.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -156,7 +157,7 @@ def _start(partial: Path) -> int:
 
 
 def _create(path: Path) -> int:
-    """Create an empty file. Returns its mode, which is what the umask leaves of 0666."""
+    """Create an empty file. Return its mode, which is what the umask leaves of 0666."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(descriptor).st_mode)
@@ -165,14 +166,14 @@ def _create(path: Path) -> int:
 
 
 def _publish(file: Path, mode: int) -> None:
-    """Set the mode, and write the data to the disk before its name: a power failure leaves no half-written file."""
+    """Set the mode, and sync the data before the rename, so that a power failure leaves no half-written file."""
     file.chmod(mode)  # safetensors writes files that only their owner can read
     with file.open("r+b") as opened:
         os.fsync(opened.fileno())
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # which cannot open a directory
+    if os.name == "nt":  # Windows cannot open a directory
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
-"""TensorRT engines on this machine: the library, the device, and where the engines of a bundle are kept.
+"""TensorRT engines on this machine: the library, the device, and where the engines of a bundle are stored.
 
-`export` builds them, the runtime runs them. Nothing here imports TensorRT or CUDA before it is asked to.
+`export` builds them and the runtime runs them. Importing this module imports neither TensorRT nor CUDA.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from chameleon_deploy.profiles import profiles
 P = ParamSpec("P")
 R = TypeVar("R")
 
-KIND = "engines"  # of the local cache's entries
-LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the first that is installed; the second is TensorRT for RTX
-AHEAD_OF_TIME = "any"  # the device's name where an engine is built without one
+KIND = "engines"  # the kind of these entries in the local cache
+LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the first installed one is used; the second is TensorRT for RTX
+AHEAD_OF_TIME = "any"  # the device's name in the key of an engine that was built without a device
 
 
 @dataclass(frozen=True)
 class Device:
-    """What an engine is made for.
+    """The device that an engine is built for.
 
     compute_capability  "8.9", or several with commas for an engine that was built ahead of time
     driver              the newest CUDA version that the driver supports, "13.0"; "none" without a driver
@@ -41,7 +41,7 @@ class Device:
 
 
 def import_tensorrt() -> Any:
-    """The module `tensorrt`, or `tensorrt_rtx` where only that is installed; their interfaces are the same here.
+    """Return the module `tensorrt`, or `tensorrt_rtx` if only that is installed; the interfaces used here are the same.
 
     Raises DependencyError.
     """
@@ -51,7 +51,7 @@ def import_tensorrt() -> Any:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise DependencyError(f"{name} is installed without {error.name}: pip install it again") from error
-        except (ImportError, OSError, RuntimeError) as error:  # a library that does not load on this machine
+        except (ImportError, OSError, RuntimeError) as error:  # the library does not load on this machine
             raise DependencyError(f"{name} is installed and does not load: {error}") from error
     raise DependencyError(
         "TensorRT is not installed: pip install 'chameleon-deploy[tensorrt]' (NVIDIA data center and RTX GPUs), or "
@@ -60,12 +60,14 @@ def import_tensorrt() -> Any:
 
 
 def is_rtx(tensorrt: Any) -> bool:
-    """Whether a module of `import_tensorrt` is TensorRT for RTX, which builds without a GPU for a list of devices."""
+    """Return whether a module of `import_tensorrt` is TensorRT for RTX, which builds without a GPU for a list of
+    devices.
+    """
     return str(tensorrt.__name__) == "tensorrt_rtx"
 
 
 def require_driver() -> None:
-    """Raises ProviderError without an NVIDIA driver. TensorRT's Runtime would end the process instead."""
+    """Raise ProviderError without an NVIDIA driver. TensorRT's Runtime would end the process instead."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -73,11 +75,10 @@ def require_driver() -> None:
 
 
 def released_on_error(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose exceptions let go of its TensorRT objects at once.
+    """Decorate a function so that it releases its TensorRT objects as soon as it raises.
 
-    A traceback keeps what its frames held, often in a cycle with whoever caught the exception. TensorRT's objects must
-    not wait there for Python's collector: it starts anywhere, also in a message that TensorRT logs under the lock that
-    letting go of a builder takes, and follows no order. That blocked the process for ever, or ended it.
+    The frames of the traceback are cleared. Otherwise the cyclic garbage collector destroys the objects later, possibly
+    inside a TensorRT log callback that already holds the lock which the destructor needs. That deadlocks or crashes.
     """
 
     @functools.wraps(function)
@@ -92,13 +93,13 @@ def released_on_error(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def create_runtime(tensorrt: Any, logger: Any) -> Any:
-    """A tensorrt.Runtime. Raises ProviderError without a driver."""
+    """Return a tensorrt.Runtime. Raises ProviderError without a driver."""
     require_driver()
     return tensorrt.Runtime(logger)
 
 
 def current_device() -> Device:
-    """The first GPU that this process sees. Raises ProviderError or DependencyError."""
+    """Return the first GPU that this process sees. Raises ProviderError or DependencyError."""
     require_driver()
     try:
         driver = importlib.import_module("cuda.bindings.driver")
@@ -127,9 +128,10 @@ def current_device() -> Device:
 
 
 def target_device(tensorrt: Any) -> Device:
-    """What `export --target tensorrt` builds for: this machine's GPU, or without one every GPU of TensorRT for RTX.
+    """Return the device that `export --target tensorrt` builds for.
 
-    Raises ProviderError where neither is possible, or DependencyError.
+    It is this machine's GPU, or without one every GPU of TensorRT for RTX. Raises ProviderError if neither is possible,
+    or DependencyError.
     """
     targets = compute_capabilities(tensorrt)
     try:
@@ -147,9 +149,10 @@ def target_device(tensorrt: Any) -> Device:
 
 
 def compute_capabilities(tensorrt: Any) -> dict[str, Any]:
-    """Of TensorRT for RTX: the devices it builds for ahead of time, "8.9": ComputeCapability.SM89; else none.
+    """Return the devices that TensorRT for RTX builds for ahead of time, "8.9": ComputeCapability.SM89; none for
+    TensorRT.
 
-    Without Turing, 7.5, for which it has no float32 matrix products.
+    Turing (7.5) is left out, since the library has no float32 matrix products for it.
     """
     if not is_rtx(tensorrt):
         return {}
@@ -159,17 +162,17 @@ def compute_capabilities(tensorrt: Any) -> dict[str, Any]:
 
 
 def engine_graphs(manifest: Manifest) -> tuple[str, ...]:
-    """Names of the graphs that have an engine each."""
+    """Return the names of the graphs that have an engine each."""
     return tuple(name for name, graph in manifest.graphs.items() if "tensorrt" in graph.providers)
 
 
 def engine_file(graph: str) -> str:
-    """The file of a graph's engine in a directory of `find_engines`."""
+    """Return the path of a graph's engine in a directory of `find_engines`."""
     return f"{graph}.engine"
 
 
 def engine_key(bundle: Bundle, tensorrt: Any, device: Device) -> dict[str, str]:
-    """All that engines depend on: an engine with any other key is never deserialised."""
+    """Return the key of a bundle's engines. An engine with any other key is never deserialised."""
     manifest = bundle.manifest
     key = {
         "bundle": bundle.digest,
@@ -185,9 +188,9 @@ def engine_key(bundle: Bundle, tensorrt: Any, device: Device) -> dict[str, str]:
 
 
 def find_engines(bundle: Bundle, tensorrt: Any, device: Device) -> Path:
-    """The directory of a bundle's engines, whose key and digests have been checked.
+    """Return the directory of a bundle's engines after checking its key and digests.
 
-    Raises ProviderError when there are none for exactly this bundle, library version and device.
+    Raises ProviderError if there are none for exactly this bundle, library version and device.
     """
     found = local_cache.find(KIND, engine_key(bundle, tensorrt, device))
     if found is None:
@@ -199,7 +202,7 @@ def find_engines(bundle: Bundle, tensorrt: Any, device: Device) -> Path:
 
 
 def make_logger(tensorrt: Any) -> Any:
-    """A tensorrt.ILogger that keeps errors in its list `errors` and drops the rest."""
+    """Return a tensorrt.ILogger that collects errors in its list `errors` and drops other messages."""
 
     class Logger(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Every error a user can cause, one class per broken expectation.
+"""Every error that a user can cause, one class per fault.
 
-`code` is part of the contract: the C++ runtime throws the same word for the same fault, and
-`--json` consumers may match on it. The message says what was wrong, where, and what to do.
+`code` is part of the contract: the C++ runtime throws the same word for the same fault, and consumers of `--json` may
+match it. The message says what was wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ManifestError(ChameleonError):
 
 
 class VersionError(ChameleonError):
-    """A format_version that this release does not know."""
+    """A format_version that this release does not support."""
 
     code = "version_unsupported"
 
@@ -40,7 +40,7 @@ class MissingFileError(ChameleonError):
 
 
 class PathError(ChameleonError):
-    """A path that leaves its directory, by `..`, by being absolute, or through a symlink."""
+    """A path that leaves its directory: it contains `..`, is absolute, or leads through a symlink."""
 
     code = "path_unsafe"
 
@@ -124,13 +124,13 @@ class FactorsError(ChameleonError):
 
 
 class ProviderError(ChameleonError):
-    """The execution provider cannot be had on this machine."""
+    """The execution provider is not available on this machine."""
 
     code = "provider_unavailable"
 
 
 class ProfileError(ChameleonError):
-    """A TensorRT optimization profile that contradicts itself or leaves the model's positions."""
+    """A TensorRT optimization profile that is contradictory or exceeds the model's positions."""
 
     code = "profile_invalid"
 
@@ -142,7 +142,7 @@ class EngineError(ChameleonError):
 
 
 class DeviceError(ChameleonError):
-    """A GPU, or the engine that runs on it, failed: no memory left, or a device that is lost."""
+    """A GPU or an engine on it failed: out of memory, or the device is lost."""
 
     code = "device_failed"
 
@@ -154,19 +154,19 @@ class NumericError(ChameleonError):
 
 
 class QueueFullError(ChameleonError):
-    """As many requests wait as may: try again later."""
+    """The engine's queue is full: try again later."""
 
     code = "queue_full"
 
 
 class ClosedError(ChameleonError):
-    """The engine is closed, or finishes what it has and takes nothing new."""
+    """The engine is closed, or is draining and accepts no new request."""
 
     code = "closed"
 
 
 class RequestError(ChameleonError):
-    """A call of the decoder failed and ended the requests that were in it. The cause is its `__cause__`."""
+    """A decoder call failed and ended the requests that were in it. `__cause__` is the original error."""
 
     code = "request_failed"
 

@@ -30,10 +30,10 @@ def main(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 leaves the logits alone.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal tokens.")] = 0,
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of generated tokens.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as each was generated.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, times the token's count.")] = 0.0,
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to a token's logit; may be given several times.")
     ] = None,
@@ -45,7 +45,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
 ) -> None:
-    """Continue prompts: all of them are one batch, which cohort and tenant modes adapt to as a whole."""
+    """Continue prompts. They form one batch, which the cohort and tenant modes adapt to as a whole."""
     if not prompt and not prompts:
         raise InputError("nothing to continue: pass --prompt TEXT or --prompts FILE")
     texts = [*(prompt or []), *(read_texts([prompts]) if prompts else [])]

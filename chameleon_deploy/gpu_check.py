@@ -1,7 +1,7 @@
-"""`python -m chameleon_deploy.gpu_check`: everything that needs a GPU to be known, in one command of minutes.
+"""`python -m chameleon_deploy.gpu_check`: verify and measure every provider and precision on a GPU.
 
-Continuous integration has no GPU. This verifies every backend and precision on one, and measures them
-against PyTorch on the same device in one interleaved run.
+Continuous integration has no GPU. This command takes minutes and compares with PyTorch on the same device in one
+interleaved run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class BundleFigures:
     """The figures of one bundle.
 
     unavailable       why a provider could not be opened
-    bytes_per_step    that cross to and from the device in a greedy step at batch 8, by provider
-    bytes_per_second  of the device's memory
+    bytes_per_step    copied to and from the device in a greedy step at batch 8, by provider
+    bytes_per_second  the bandwidth of the device's memory
     skipped           what was left out, and why
     """
 
@@ -55,7 +55,7 @@ class BundleFigures:
 
     @property
     def missed(self) -> list[str]:
-        """Gates that were missed, and engines whose results are wrong."""
+        """Return the gates that were missed and the engines whose results are wrong."""
         gates = [
             f"{self.bundle}, {provider}: {check.name}"
             for provider, checks in self.checks.items()
@@ -73,13 +73,13 @@ def check_bundle(
     bundle: Bundle, checkpoint: Checkpoint, reference: Any, openers: Mapping[str, Open], torch_device: str | None,
     compiled: bool, deadline: float, report: Progress,
 ) -> BundleFigures:  # fmt: skip
-    """Verify, then measure, one bundle on every provider that can be had.
+    """Verify and then measure one bundle on every available provider.
 
-    reference     a RowLogits of the checkpoint: what one bundle has computed serves the next
+    reference     a RowLogits of the checkpoint, which caches logits from one bundle to the next
     openers       a runtime of each provider, or the error that says why there is none
     torch_device  where PyTorch runs; None leaves it out
     compiled      whether torch.compile is compared too
-    deadline      time.monotonic() after which nothing more is begun; it is listed as skipped
+    deadline      time.monotonic() after which no new part starts; what was left out is listed as skipped
     """
     from chameleon_deploy.bench import gpu_costs
     from chameleon_deploy.bench.timing import measure
@@ -97,7 +97,7 @@ def check_bundle(
             figures.unavailable[provider] = str(error)
     if not runtimes:
         reasons = "; ".join(f"{provider}: {reason}" for provider, reason in figures.unavailable.items())
-        raise ProviderError(f"{bundle.path}: no provider of this machine's GPU can be had: {reasons}")
+        raise ProviderError(f"{bundle.path}: no GPU provider is available: {reasons}")
 
     def in_time(what: str) -> bool:
         if time.monotonic() > deadline:
@@ -134,7 +134,7 @@ def _peers(
     runtimes: Mapping[str, Runtime], checkpoint: Checkpoint, torch_device: str | None, compiled: bool,
     skipped: list[str],
 ) -> list[Peer]:  # fmt: skip
-    """Every provider, the first without adaptation, and PyTorch."""
+    """Return every provider, the first one without adaptation, and PyTorch."""
     from chameleon_deploy.bench import gpu_costs
     from chameleon_deploy.bench.peers import reason
     from chameleon_deploy.bench.peers.bundle import Bundle as BundlePeer
@@ -162,7 +162,7 @@ def _peers(
 
 
 def sheets(figures: BundleFigures) -> Iterator[Sheet]:
-    """The figures of a bundle for people."""
+    """Return the figures of a bundle as tables."""
     engines = list(dict.fromkeys(name for timing in figures.timings for name in timing.seconds))
     rows = [
         [
@@ -200,13 +200,13 @@ def main(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one checkpoint.")],
     reference: Annotated[Path, typer.Option(help="The checkpoint that they were exported from.")],
     base: Annotated[
-        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+        str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compare with torch.compile too.")] = True,
-    seconds: Annotated[int, typer.Option(min=1, help="Nothing more is begun after so many.")] = 400,
+    seconds: Annotated[int, typer.Option(min=1, help="Start no new part after this many seconds.")] = 400,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Verify and measure bundles, one of each precision, on this machine's GPU. Exit 1 when a gate is missed."""
+    """Verify and measure bundles, one of each precision, on this machine's GPU. Exit 1 if a gate is missed."""
     from chameleon_deploy.runtime.device.cuda import import_cudart
 
     deadline = time.monotonic() + seconds
@@ -231,7 +231,7 @@ def main(
     with console.progress() as report:
         for bundle in opened:
             figures.append(check_bundle(bundle, checkpoint, rows, openers, torch_device, compiled, deadline, report))
-            if json_file:  # after each: what has been measured is kept whatever comes
+            if json_file:  # after each bundle, so that figures survive a later failure
                 console.write_json(record(asdict(device), figures), json_file)
     for found in figures:
         show(found)
@@ -241,7 +241,7 @@ def main(
 
 
 def record(device: dict[str, str], figures: list[BundleFigures]) -> dict[str, Any]:
-    """The content of the JSON file: figures as they are, with `passed` for each check."""
+    """Return the content of the JSON file: the figures, with `passed` for each check."""
     bundles = []
     for found in figures:
         entry = asdict(found)

@@ -47,9 +47,9 @@ _PLOT_STYLE: dict[Any, Any] = {
 
 
 class Page:
-    """A page that is put together from top to bottom and written once. Whatever text it is given is shown as it is.
+    """A page that is put together from top to bottom and written once. All text is escaped.
 
-    Raises DependencyError when matplotlib, which draws the plots, is not installed: before anything long has begun.
+    Raises DependencyError if matplotlib, which draws the plots, is not installed: before any long work begins.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -74,7 +74,7 @@ class Page:
 
     @contextmanager
     def plot(self, caption: str = "", width: float = 9.0, height: float = 4.0) -> Iterator[Figure]:
-        """Yield an empty figure, in inches, to draw on; it enters the page as SVG, with its words as text.
+        """Yield an empty figure, in inches, to draw on. The page embeds it as SVG with its text as text.
 
         with page.plot("What it shows.") as figure:
             figure.subplots().plot(x, y)
@@ -86,20 +86,21 @@ class Page:
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             svg = io.StringIO()
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no time, no addresses
+            # no time and no addresses, so that equal figures give equal files
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(svg, format="svg", metadata=nothing)
         drawing = svg.getvalue()
-        drawing = drawing[drawing.index("<svg") :]  # an XML declaration has no place inside HTML
+        drawing = drawing[drawing.index("<svg") :]  # HTML does not allow an XML declaration here
         self._body.append(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def write(self, path: Path) -> None:
-        """The page appears whole or not at all."""
+        """Write the page. The file appears whole or not at all."""
         write_whole(path, lambda partial: partial.write_text(self._html(), encoding="utf-8"))
 
     def _html(self) -> str:
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            # The browser itself is told to fetch and run nothing.
+            # The policy makes the browser fetch and run nothing.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
             '<meta name="viewport" content="width=device-width">\n'
             f"<title>{escape(self._title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"

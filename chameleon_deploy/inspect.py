@@ -37,7 +37,7 @@ def main(
 
 
 def record(bundle: Bundle) -> dict[str, Any]:
-    """The manifest, and what follows from it: digest, size, adapters, modes and default mode."""
+    """Return the manifest with derived facts: digest, size, adapters, modes and default mode."""
     manifest = bundle.manifest
     return {
         "path": str(bundle.path),
@@ -85,7 +85,7 @@ def _summary(bundle: Bundle) -> list[list[str]]:
 
 
 def _adapters(manifest: Manifest) -> int:
-    """How many trained adapters the bundle holds: one for regime lora, none where a hypernetwork generates factors."""
+    """Return the number of trained adapters: one for regime lora, none if a hypernetwork generates factors."""
     return 1 if manifest.adaptation.regime == "lora" else 0
 
 

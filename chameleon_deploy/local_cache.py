@@ -1,14 +1,14 @@
-"""What depends on one machine: TensorRT engines and prepacked weights, made here and never shipped in a bundle.
+"""The local cache: TensorRT engines and packed weights, built on this machine and never shipped in a bundle.
 
     $CHAMELEON_DEPLOY_CACHE (or ~/.cache/chameleon-deploy)/
-        {kind}/{SHA-256 of the key, 32 digits}/
+        {kind}/{SHA-256 of the key, 32 hexadecimal characters}/
             entry.json    the key in full, and the size and SHA-256 of every other file; its mtime is the last use
             ...           whatever the builder wrote
 
-An entry is used only when its key is the key asked for and every file has its digest; anything else in its place
-(damaged, cut off, made for another machine) is deleted and built again. Digests prove that an entry is whole, not who
-made it. Therefore the cache, a kind and an entry must be directories of this user (or root) that nobody else can write
-to, and no link is followed below the root.
+An entry is used only if its key equals the requested key and every file has its digest. Any other entry (damaged,
+truncated, made for another machine) is deleted and built again. Digests prove that an entry is whole, not who made it.
+Therefore the cache, a kind and an entry must be directories of this user (or root) that nobody else can write to, and
+no link is followed below the root.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from chameleon_deploy.errors import OutputError, PathError
 
 ENTRY = "entry.json"
 ENTRY_NAME = re.compile("[0-9a-f]{32}")
-PARTIAL_NAME = re.compile(r"\.[0-9a-f]{32}\.partial")  # what `new_directory` calls its working directory
+PARTIAL_NAME = re.compile(r"\.[0-9a-f]{32}\.partial")  # the name of `new_directory`'s working directory
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """key: all that the files depend on, such as the bundle's digest, the engine's version and the device's name."""
+    """The content of entry.json.
+
+    key  everything that the files depend on, such as the bundle's digest, the engine's version and the device's name
+    """
 
     key: dict[str, str]
     files: dict[str, FileSpec]
@@ -46,7 +49,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Stored:
     """A directory in the cache.
 
-    key        None for an incomplete entry, which a killed process left or which is damaged
+    key        None for an incomplete or damaged entry, such as a killed process leaves
     size       bytes of all files
     last_used  seconds since the epoch
     """
@@ -59,9 +62,10 @@ class Stored:
 
 
 def cache_root() -> Path:
-    """Where all entries are: $CHAMELEON_DEPLOY_CACHE, else $XDG_CACHE_HOME/chameleon-deploy, else in ~/.cache.
+    """Return the directory of all entries: $CHAMELEON_DEPLOY_CACHE, else $XDG_CACHE_HOME/chameleon-deploy, else in
+    ~/.cache.
 
-    Raises OutputError where none of them is set and the user has no home directory.
+    Raises OutputError if none of them is set and the user has no home directory.
     """
     if chosen := os.environ.get("CHAMELEON_DEPLOY_CACHE"):
         return Path(chosen)
@@ -72,37 +76,37 @@ def cache_root() -> Path:
 
 
 def entry_path(kind: str, key: Mapping[str, str]) -> Path:
-    """Where the entry of a key is or would be."""
+    """Return the path of a key's entry, which may not exist."""
     name = hashlib.sha256(msgspec.json.encode(dict(sorted(key.items())))).hexdigest()[:32]
     return cache_root() / kind / name
 
 
 def find(kind: str, key: Mapping[str, str]) -> Path | None:
-    """The directory of an intact entry, or None. Never builds, never deletes.
+    """Return the directory of an intact entry, or None. Never builds, never deletes.
 
-    Raises PathError when others can write to the cache.
+    Raises PathError if others can write to the cache.
     """
     path = entry_path(kind, key)
-    _require_private(cache_root().resolve())  # a link to the cache itself is the user's own
+    _require_private(cache_root().resolve())  # a link to the cache itself belongs to the user
     _require_private(path.parent)
     if not _is_intact(path, key):
         return None
-    with suppress(OSError):  # a cache on a read-only file system
+    with suppress(OSError):  # the cache may be on a read-only file system
         os.utime(path / ENTRY)
     return path
 
 
 def find_or_build(kind: str, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
-    """The directory of an entry, built by `build(empty directory)` unless an intact one is there.
+    """Return the directory of an entry; if there is no intact one, build it with `build(empty directory)`.
 
-    One process builds entries of a kind while the others wait for it. The entry appears whole or not at all.
-    Raises OutputError when the cache cannot be written, PathError when others can write to it, or what build raises.
+    One process builds entries of a kind while the others wait for it. The entry appears whole or not at all. Raises
+    OutputError if the cache cannot be written, PathError if others can write to it, or what build raises.
     """
     if found := find(kind, key):
         return found
     path = entry_path(kind, key)
     with _locked(path.parent, wait=True):
-        if found := find(kind, key):  # another process built it while this one waited
+        if found := find(kind, key):  # another process built it during the wait
             return found
         _remove(path)
         with new_directory(path) as directory:
@@ -115,21 +119,21 @@ def find_or_build(kind: str, key: Mapping[str, str], build: Callable[[Path], Non
 
 
 def stored() -> list[Stored]:
-    """Everything in the cache, the most recently used first. What does not look like an entry is left out.
+    """Return everything in the cache, most recently used first. What does not look like an entry is left out.
 
-    Raises PathError when others can write to the cache.
+    Raises PathError if others can write to the cache.
     """
     found = [_describe(path) for kind in _kinds() for path in kind.iterdir() if _looks_like_entry(path)]
     return sorted(found, key=lambda entry: -entry.last_used)
 
 
 def prune(max_bytes: int | None = None, max_age: float | None = None) -> list[Stored]:
-    """Delete incomplete entries, then entries not used for longer than `max_age` seconds, then the least recently used
-    ones until the rest is at most `max_bytes`. Returns what was deleted.
+    """Delete incomplete and old entries, then the least recently used ones until the rest fits into `max_bytes`.
 
-    A process that has an entry open keeps it until it ends.
+    max_age  seconds since the last use
 
-    Raises OutputError when a process is building an entry, PathError when others can write to the cache.
+    Returns what was deleted. A process that has an entry open keeps it until the process ends. Raises OutputError if a
+    process is building an entry, PathError if others can write to the cache.
     """
     deleted, kept_bytes, now = [], 0, time.time()
     with ExitStack() as locks:
@@ -156,7 +160,7 @@ def _kinds() -> list[Path]:
 
 
 def _require_private(directory: Path) -> None:
-    """Raises PathError unless the directory is missing, or ours (or root's) and writable by nobody else."""
+    """Raise PathError unless the directory is missing, or is this user's (or root's) and writable by nobody else."""
     try:
         found = directory.lstat()
     except (FileNotFoundError, NotADirectoryError):

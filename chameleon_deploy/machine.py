@@ -1,4 +1,4 @@
-"""Which machine and which versions figures were taken with."""
+"""Describe the machine and the library versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib import metadata
 from pathlib import Path
 
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "ctranslate2", "openvino", "nncf", "numpy")
-# Of the many flags of a processor, those that decide which kernels a matrix product gets.
+# The processor flags that decide which kernels a matrix product uses.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
-IDENTITY = ("model name", "CPU part", "flags", "Features")  # of a processor; the second and the last on ARM
+IDENTITY = ("model name", "CPU part", "flags", "Features")  # fields of a processor; "CPU part" and "Features" on ARM
 
 
 def describe_machine() -> dict[str, str]:
-    """The processor, what it can multiply with, the system, and the version of every installed engine."""
+    """Return the processor, its matrix instructions, the system, and the version of every installed engine."""
     processor = _processor()
     flags = set(processor.get("flags", "").split())
     machine = {
@@ -28,19 +28,19 @@ def describe_machine() -> dict[str, str]:
 
 
 def describe_processor() -> str:
-    """What decides which kernels an engine takes: the processor's model and everything that it can do."""
+    """Return what decides which kernels an engine uses: the processor's model and all its flags."""
     processor = _processor()
     return " ".join([platform.machine(), *(processor.get(key, "") for key in IDENTITY)])
 
 
 def usable_cores() -> int:
-    """Processors that this process may run on; all of them where the system does not say."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Return the number of processors that this process may run on; all of them if the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _processor() -> dict[str, str]:
-    """The lines of /proc/cpuinfo on the first core; on systems without it the name that Python knows."""
+    """Return the first core's lines of /proc/cpuinfo; on other systems the name that Python knows."""
     if not Path("/proc/cpuinfo").exists():
         return {"model name": platform.processor() or platform.machine()}
     first = Path("/proc/cpuinfo").read_text().strip().split("\n\n")[0]

@@ -1,4 +1,4 @@
-"""bundle.json: what a bundle is, and the checks that its fields fit each other (DESIGN section 5)."""
+"""bundle.json: the manifest's fields and the checks between them (docs/design.md section 5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST = "bundle.json"
 FORMAT = "chameleon-bundle"
 FORMAT_VERSION = 1
 
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what every reader of the format can hold
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # the range that every reader of the format can hold
 MAX_DIMENSION = 2**31 - 1  # graphs count tokens in int32
 
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
@@ -26,16 +26,16 @@ Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_sc
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
-LM_HEAD = "lm_head"  # the target that every export has so far, by its PEFT name
+LM_HEAD = "lm_head"  # the target of every export so far, by its PEFT name
 
 
 def factor_names(target: str) -> tuple[str, str]:
-    """The tensor names of one target's factors, A and B, in graphs, in files and in what callers pass."""
+    """Return the tensor names of one target's factors, A and B, in graphs, files and callers' factors."""
     return f"{target}.lora_A", f"{target}.lora_B"
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of a graph; a dimension is a number or a symbol such as "batch"."""
+    """An input or output of a graph. A dimension is a number or a symbol such as "batch"."""
 
     name: str
     dtype: ElementType
@@ -43,9 +43,9 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named graph: what it is for, which providers may run it, and its signature.
+    """A graph: its role, the providers that may run it, and its signature.
 
-    role   chooser: logits to the token of the highest; logits_scorer: logits and targets to log-probabilities;
+    role   chooser: logits to the token with the highest; logits_scorer: logits and targets to log-probabilities;
            hidden_scorer: hidden states, targets and factors to log-probabilities, without whole logits
     cache  of a decoder: "growing", past and present are concatenated in the graph, or "shared", they are one buffer
     """
@@ -93,7 +93,7 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """alpha is recorded, not applied: it is folded into the factors at export."""
+    """The adaptation of a bundle. alpha is recorded, not applied: it is folded into the factors at export."""
 
     regime: Regime
     rank: Int64
@@ -105,12 +105,12 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that the bundle can serve."""
+        """Return the modes that the bundle can serve."""
         return available_modes(self.regime, self.num_clusters)
 
     @property
     def factor_widths(self) -> dict[str, int]:
-        """The name of every factor tensor and its last dimension; the others are [factor_sets, rank]."""
+        """Return every factor tensor's name with its last dimension; the others are [factor_sets, rank]."""
         return {
             name: width
             for target in self.targets
@@ -119,7 +119,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many numbers: the frozen base model, one set of factors, the hypernetwork (0 for regime lora)."""
+    """Parameter counts: the frozen base model, one factor set, the hypernetwork (0 for regime lora)."""
 
     base: Int64
     factors: Int64
@@ -127,7 +127,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime takes any.
+    """The largest call that engines of fixed profiles (TensorRT) accept; ONNX Runtime has no limits.
 
     batch        rows
     sequence     tokens of a row in one call
@@ -173,7 +173,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
-    """Which modes a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
+    """Return the modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
     if regime == "lora":
         return ("none", "static")
     if not num_clusters:
@@ -182,7 +182,7 @@ def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
 
 
 def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
-    """What is wrong with limits for a model, or None: each is at least 1, and inside the model's positions."""
+    """Return what is wrong with the limits, or None. Each is at least 1 and within the model's positions."""
     for name in limits.__struct_fields__:
         if getattr(limits, name) < 1:
             return f"limits.{name} must be at least 1, not {getattr(limits, name)}"
@@ -193,7 +193,7 @@ def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
 
 
 def default_mode(adaptation: AdaptationSpec) -> Mode:
-    """What the model was trained for, as far as the bundle can serve it."""
+    """Return the mode that the model was trained for, as far as the bundle can serve it."""
     preferred: tuple[Mode, ...] = ("cohort", "request", "static")
     return next(mode for mode in preferred if mode in adaptation.modes)
 
@@ -256,7 +256,7 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
 
 
 def _check_targets(manifest: Manifest, where: Path) -> None:
-    """The targets are distinct and have dimensions; those of lm_head follow from the model."""
+    """Check that the targets are distinct and have dimensions; those of lm_head follow from the model."""
     targets, head = manifest.adaptation.targets, (manifest.model.hidden_size, manifest.model.vocab_size)
     if not targets or len({target.name for target in targets}) < len(targets):
         raise ManifestError(f"{where}: adaptation.targets must name at least one layer, and each layer once")

@@ -1,7 +1,7 @@
-"""Optimization profiles: which shapes a TensorRT engine takes, from the limits in the manifest.
+"""Optimization profiles: the shapes that a TensorRT engine accepts, from the limits in the manifest.
 
-A profile gives every symbol of a graph's shapes ("batch", "past", ...) a range. Engines are fastest at `opt`
-and refuse what lies outside of `min` and `max`.
+A profile gives every symbol of a graph's shapes ("batch", "past", ...) a range. Engines are fastest at `opt` and
+refuse shapes outside `min` and `max`.
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-with-dynamic-shapes.html
 """
 
@@ -27,7 +27,7 @@ class Profile(NamedTuple):
     ranges: Mapping[str, Range]
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The smallest, usual and largest shape of an input. Raises ProfileError for a symbol without a range."""
+        """Return the least, usual and largest shape of an input. Raises ProfileError for an unknown symbol."""
         unknown = [size for size in tensor.shape if isinstance(size, str) and size not in self.ranges]
         if unknown:
             raise ProfileError(f"profile {self.name} has no range for {unknown[0]!r} of {tensor.name}")
@@ -44,10 +44,10 @@ class Profile(NamedTuple):
 
 
 def profiles(manifest: Manifest, graph: GraphSpec) -> tuple[Profile, ...]:
-    """The profiles of a graph's engine: prefill and decode for a decoder with a growing cache, else one.
+    """Return the profiles of a graph's engine: prefill and decode for a decoder with a growing cache, else one.
 
-    prefill  whole prompts, nothing in the cache; logits of one position, or of all when scoring
-    decode   one token per row behind at least one
+    prefill  whole prompts with an empty cache; logits of one position, or of all when scoring
+    decode   one token per row with at least one token in the cache
     """
     limits, spec = manifest.limits, manifest.adaptation
     batch, factor_sets = _up_to(limits.batch, 8), _up_to(limits.factor_sets, 4)
@@ -70,7 +70,7 @@ def profiles(manifest: Manifest, graph: GraphSpec) -> tuple[Profile, ...]:
 
 
 def check_profile(profile: Profile, max_positions: int) -> None:
-    """Raises ProfileError unless 0 <= min <= opt <= max everywhere and all tokens lie inside the model's positions."""
+    """Raise ProfileError unless 0 <= min <= opt <= max everywhere and all tokens fit into the model's positions."""
     for symbol, r in profile.ranges.items():
         if not 0 <= r.min <= r.opt <= r.max:
             raise ProfileError(

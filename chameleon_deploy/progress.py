@@ -1,4 +1,4 @@
-"""The type of callbacks that are told how far long work is."""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 

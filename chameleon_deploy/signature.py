@@ -1,4 +1,4 @@
-"""The inputs and outputs that a graph of each role has for a model (docs/design.md, section 5)."""
+"""The inputs and outputs that a graph of each role has for a model (docs/design.md section 5)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_graphs(manifest: Manifest, where: Path) -> None:
 
 
 def difference(expected: Iterable[TensorSpec], actual: Iterable[TensorSpec]) -> str | None:
-    """The first difference of two lists of tensors in any order, or None if they are equal."""
+    """Return the first difference of two lists of tensors in any order, or None if they are equal."""
     wanted, found = {tensor.name: tensor for tensor in expected}, {tensor.name: tensor for tensor in actual}
     for name, tensor in wanted.items():
         if name not in found:
@@ -99,14 +99,14 @@ def _hypernetwork(manifest: Manifest) -> Signature:
 
 
 def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "") -> list[TensorSpec]:
-    """The factor tensors whose names begin with a prefix and, where there are any, factor_ids."""
+    """Return the factor tensors whose names begin with a prefix and, if there are any, factor_ids."""
     widths = {name: width for name, width in adaptation.factor_widths.items() if name.startswith(prefix)}
     factors = [_float(name, "factor_sets", "rank", width) for name, width in widths.items()]
     return [_int("factor_ids", rows), *factors] if factors else []
 
 
 def _cache_dtype(graph: GraphSpec, precision: Precision) -> ElementType:
-    """The element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32."""
+    """Return the element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32."""
     if graph.cache == "shared":
         return "int8" if precision == "int8" else "float32"
     if "cpu" in graph.providers:

@@ -1,4 +1,4 @@
-"""One kind of table for every medium: a terminal, a pipe, an HTML page."""
+"""One table type for a terminal, a pipe and an HTML page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FRAME = 3  # characters between the texts of two columns
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of plain text: nothing in it is markup.
+    """A table of plain text without markup.
 
-    sections  numbers of the rows after which a line is drawn
+    sections  numbers of the rows that are followed by a line
     marked    numbers of the rows that need attention
     """
 
@@ -31,10 +31,10 @@ class Sheet:
     marked: Collection[int] = ()
 
     def to_rich(self, width: int = UNLIMITED) -> Iterator[Table]:
-        """The sheet in at most `width` characters (80 or more): no heading and no number is cut.
+        """Return the sheet in at most `width` characters (80 or more). No heading and no number is truncated.
 
-        Text wraps between words. Columns that still do not fit follow in further tables, which repeat the leading
-        columns of text.
+        Text wraps between words. Columns that do not fit follow in further tables, which repeat the leading columns of
+        text.
         """
         columns = [_Column(header, [row[i] for row in self.rows]) for i, header in enumerate(self.headers)]
         parts = list(_split(columns, width))
@@ -46,18 +46,20 @@ class Sheet:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is aligned as a number, perhaps with its interval or unit: "+1.2% [-0.1, 2.5]", "3 ms/token"."""
+    """Return whether a cell is aligned as a number, with an optional interval or unit: "+1.2% [-0.1, 2.5]", "3
+    ms/token".
+    """
     words = sum(word[0].isalpha() for word in cell.split())
     return cell.lstrip("+-\N{MINUS SIGN}")[:1].isdigit() and words <= 1
 
 
 def printable(text: str) -> str:
-    """A text with its control characters made visible."""
+    """Return a text with its control characters made visible."""
     return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text.expandtabs(4))
 
 
 class _Column:
-    """is_number; least and natural: the widths, in characters, below which text is cut and above which it is short."""
+    """A column's widths in characters: below `least` text is truncated, above `natural` there is padding."""
 
     def __init__(self, header: str, cells: Sequence[str]) -> None:
         self.header, self.cells = printable(header), [printable(cell) for cell in cells]
@@ -71,7 +73,7 @@ class _Column:
 
 
 def _split(columns: list[_Column], width: int) -> Iterator[list[_Column]]:
-    """The columns in groups that fit into `width`, each with the leading columns of text in front."""
+    """Group columns so that each group fits into `width`; each starts with the leading columns of text."""
     count = next((i for i, column in enumerate(columns) if column.is_number), len(columns))
     keys, others = columns[:count], columns[count:]
     group: list[_Column] = []
@@ -84,12 +86,12 @@ def _split(columns: list[_Column], width: int) -> Iterator[list[_Column]]:
 
 
 def _total(columns: list[_Column]) -> int:
-    """The least width of a table of these columns, its frame included."""
+    """Return the least width of a table with these columns, including its frame."""
     return sum(column.least + FRAME for column in columns) + 1
 
 
 def _widths(columns: list[_Column], width: int) -> list[int]:
-    """Widths that fill at most `width`: columns get what they lack, those that lack least first."""
+    """Return widths that fill at most `width`; the columns that lack least get their full width first."""
     widths = [column.least for column in columns]
     spare = max(0, width - _total(columns))
     order = sorted(range(len(columns)), key=lambda i: columns[i].natural - columns[i].least)

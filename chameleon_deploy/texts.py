@@ -1,4 +1,4 @@
-"""Texts from files, the same rule for training, scoring and prompts."""
+"""Read texts from files with one rule for training, scoring and prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from chameleon_deploy.errors import InputError
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
-    """Texts of UTF-8 files, in order.
+    """Return the texts of UTF-8 files, in order.
 
-    A `.jsonl` file holds one JSON object with a string "text" per line. Any other file holds
-    paragraphs, separated by blank lines.
+    A `.jsonl` file holds one JSON object with a string "text" per line. Any other file holds paragraphs, separated by
+    blank lines.
 
-    Raises InputError for a file that is missing, empty, not UTF-8, or not of that form.
+    Raises InputError for a file that is missing, empty, not UTF-8, or not in that format.
     """
     texts: list[str] = []
     for path in paths:
@@ -25,9 +25,9 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
 
 
 def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_with_text: Mapping[str, object]) -> None:
-    """Check where a command's texts come from: --text or --dataset.
+    """Check that a command's texts come from one source: --text or --dataset.
 
-    only_with_text  the values of options that make no sense with a dataset, which has splits, by their names
+    only_with_text  values, by option name, of the options that a dataset excludes, since it has splits
 
     Raises InputError.
     """

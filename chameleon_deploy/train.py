@@ -27,10 +27,12 @@ from chameleon_deploy.training_options import (
 def main(
     base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
-    regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="What to train.")] = "chameleon",
+    regime: Annotated[
+        Literal["chameleon", "lora"], typer.Option(help="Train a hypernetwork or a plain LoRA.")
+    ] = "chameleon",
     protocol: Annotated[
         Literal["masked", "paper"],
-        typer.Option(help="Next token over real tokens, or the paper's scripts' loss."),
+        typer.Option(help="Loss over real next tokens, or the loss of the paper's scripts."),
     ] = "masked",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     text: Annotated[
@@ -39,12 +41,12 @@ def main(
     ] = None,
     validation_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text that decides when to stop; else a tenth of --text."),
+        typer.Option(help="Validation text for early stopping; default: a tenth of --text."),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Named dataset instead, such as wikitext: trains on its split train, stops by validation.",
+            help="Named dataset instead, such as wikitext: its splits train and validation.",
         ),
     ] = None,
     preset: PresetOption = "paper",
@@ -91,7 +93,7 @@ def main(
 def _texts(
     text: list[Path] | None, dataset: str | None, validation_text: list[Path] | None
 ) -> tuple[list[str], list[str]]:
-    """Training and validation texts."""
+    """Return the training and validation texts."""
     from chameleon_deploy.reference.corpus import load_dataset_texts, split_texts
     from chameleon_deploy.texts import read_texts, require_one_source
 

@@ -1,4 +1,4 @@
-"""Options that `train` and `compare` share. An option that is left out has the default of the preset."""
+"""The options that `train` and `compare` share. An option that is left out has the preset's default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chameleon_deploy.reference.presets import PresetName, default_of
 
 PresetOption = Annotated[
     PresetName,
-    typer.Option(help="Defaults of the options below, and how the hypernetwork is built."),
+    typer.Option(help="Preset: default values of the options below and the form of the hypernetwork."),
 ]
 Rank = Annotated[
     int | None,
@@ -26,11 +26,11 @@ Clusters = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=2, help="Tokens per text.", show_default=default_of("max_length")),
+    typer.Option(min=2, help="Maximum number of tokens per text.", show_default=default_of("max_length")),
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(min=1, help="Epochs at most.", show_default=default_of("epochs")),
+    typer.Option(min=1, help="Maximum number of epochs.", show_default=default_of("epochs")),
 ]
 BatchSize = Annotated[
     int | None,

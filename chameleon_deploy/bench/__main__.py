@@ -20,22 +20,22 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
     base: Annotated[
-        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+        str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every engine; all cores unless given.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to generate at.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every engine; default: all cores.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes of generation.")] = None,
     width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 33,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 33,
     rounds: Annotated[int, typer.Option(min=1, help="Samples per engine; up to three times as many if noisy.")] = 7,
     smoke: Annotated[bool, typer.Option(help="Few and short samples without foreign engines, for CI.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots to this file.")] = None,
 ) -> None:
-    """Time a bundle, its reference and other engines in turn. Exit 1 when a result is wrong."""
+    """Time a bundle, its reference and other engines in turn. Exit 1 if a result is wrong."""
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
     console.check_output(json_file, html_file)
-    page = report.new_page(bundle) if html_file else None  # first, in case that plots cannot be drawn
+    page = report.new_page(bundle) if html_file else None  # created first, in case that plots cannot be drawn
     checkpoint = load_checkpoint(reference, base)
     threads = threads or os.cpu_count() or 1
     batch_sizes = batch or ([1, 8] if smoke else [1, 8, 32])

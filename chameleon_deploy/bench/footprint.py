@@ -1,4 +1,4 @@
-"""Time to load a bundle, and its memory. Everything is measured in fresh processes, which run worker.py."""
+"""Time to load a bundle, and its memory, measured in fresh processes, which run worker.py."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WORKER = Path(__file__).with_name("worker.py")
 class Footprint:
     """Seconds and bytes of one worker process.
 
-    load_seconds         from the first import to a loaded runtime, files checked
+    load_seconds         from the first import to a loaded runtime with checked files
     resident             after loading
-    peak                 at most, with a generation
-    shared_load_seconds  as load_seconds, of a further worker where all of them share the weights
-    shared_private       after loading, of such a worker: the memory that it shares with no other process
+    peak                 maximum, with a generation
+    shared_load_seconds  load_seconds of an additional worker, if all of them share the weights
+    shared_private       private memory of such a worker after loading
     """
 
     load_seconds: float
@@ -37,10 +37,10 @@ class Footprint:
 def measure_footprint(
     bundle: Path, threads: int, rounds: int, batch: int = 1, width: int = 64, new_tokens: int = 4
 ) -> Footprint:
-    """Medians over `rounds` processes that load and generate batch x (width + new_tokens) tokens, and over as many that
-    load and share the weights.
+    """Return medians over `rounds` processes that load and generate, and over as many that load and share the weights.
 
-    All of them start while another worker of their kind has the bundle loaded. The local cache is a temporary one.
+    They generate batch x (width + new_tokens) tokens. All of them start while another worker of their kind has the
+    bundle loaded. The local cache is a temporary one.
     """
     with TemporaryDirectory() as cache:
         load = _Worker(bundle, cache, threads)
@@ -66,13 +66,13 @@ class _Worker:
         self._environment = {**os.environ, "CHAMELEON_DEPLOY_CACHE": cache}
 
     def figures(self, batch: int = 0, width: int = 0, new_tokens: int = 0) -> dict[str, float]:
-        """What one process prints; it has ended when this returns."""
+        """Return what one process prints; it has ended by then."""
         with self.running(batch, width, new_tokens) as printed:
             return printed
 
     @contextmanager
     def running(self, batch: int = 0, width: int = 0, new_tokens: int = 0) -> Iterator[dict[str, float]]:
-        """A process that has loaded the bundle and done its work, and then waits until the end of the body."""
+        """Yield while a process that has loaded the bundle and done its work waits for the end of the block."""
         work = ["--batch", str(batch), "--width", str(width), "--new-tokens", str(new_tokens)]
         command = [*self._command, *work]
         process = subprocess.Popen(  # noqa: S603  (our own interpreter and code)

@@ -1,4 +1,4 @@
-"""Bytes that cross to and from a device in a step, and the bandwidth of its memory."""
+"""Bytes copied to and from a device in a step, and the bandwidth of its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ ROUNDS = 5
 
 
 def bytes_per_step(runtime: Runtime, rows: Rows, steps: int) -> dict[str, float]:
-    """Bytes that cross in a greedy step, counted by the device, without the first step, which binds the tensors."""
+    """Return the bytes copied in a greedy step, counted by the device, without the first step, which binds the
+    tensors.
+    """
     device, factors = device_backend(runtime).device, runtime.adapt(rows, on_device=True).factors
     logits, cache = runtime.decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
     logits = runtime.decoder.step(logits.greedy(), factors, cache)
@@ -24,7 +26,7 @@ def bytes_per_step(runtime: Runtime, rows: Rows, steps: int) -> dict[str, float]
 
 
 def measure_bandwidth(runtime: Runtime, size: int = 2**30) -> float:
-    """Bytes per second at which the device reads and writes its memory in a large copy: the best of several."""
+    """Return the bytes per second that the device reads and writes in a large copy: the best of several."""
     device = device_backend(runtime).device
     source, target = device.zeros((size // 4,), "float32"), device.zeros((size // 4,), "float32")
 
@@ -40,7 +42,7 @@ def measure_bandwidth(runtime: Runtime, size: int = 2**30) -> float:
 
 
 def device_backend(runtime: Runtime) -> DeviceBackend:
-    """Raises TypeError for a runtime on the CPU."""
+    """Return the device backend. Raises TypeError for a runtime on the CPU."""
     backend = runtime.backend
     if not isinstance(backend, DeviceBackend):
         raise TypeError(f"provider {runtime.provider} does not run on a device")

@@ -1,4 +1,4 @@
-"""Whether other processes use the processors while something is timed."""
+"""Detect whether other processes use the processors while something is timed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SETTLE_SECONDS = 0.5  # at most, between samples, until the worker threads of the last engine stop spinning
+SETTLE_SECONDS = 0.5  # maximum between samples, until the worker threads of the last engine stop spinning
 
 
 @dataclass(frozen=True)
 class Processors:
-    """Seconds of processor time so far: used by all processes, used by this one, stolen by the host's other machines,
-    and spent by this process's threads waiting while they were ready to run."""
+    """Seconds of processor time so far.
+
+    The fields count the time used by all processes, used by this one, stolen by other virtual machines of the host, and
+    spent by this process's threads waiting while they were ready to run.
+    """
 
     used: float
     own: float
@@ -31,8 +34,11 @@ class Processors:
         return cls((user + nice + system + irq + softirq) / tick, own.user + own.system, steal / tick, waited / 1e9)
 
     def lost_since(self, before: Processors) -> float:
-        """Seconds that others took from this process. A thread that waits for another one of this process loses
-        nothing, nor does an idle processor that another process uses."""
+        """Return the seconds that others took from this process.
+
+        A thread that waits for another one of this process loses nothing, nor does an idle processor that another
+        process uses.
+        """
         by_others = (self.used - before.used) - (self.own - before.own)
         return self.stolen - before.stolen + min(by_others, self.waited - before.waited)
 

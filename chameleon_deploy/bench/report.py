@@ -1,4 +1,4 @@
-"""The figures of a benchmark for people: the same tables on a terminal and, with plots, on an HTML page."""
+"""The figures of a benchmark: the same tables on a terminal and, with plots, on an HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chameleon_deploy.table import Sheet
 
 
 def timing_sheet(measured: Benchmark) -> Sheet:
-    """A row per part: the bundle's time, and how many times faster it is than each other engine."""
+    """Return a row per part: the bundle's time, and how many times faster it is than each other engine."""
     others = _others(measured)
     rows = [
         [
@@ -29,7 +29,7 @@ def timing_sheet(measured: Benchmark) -> Sheet:
 
 
 def reliability_sheet(measured: Benchmark) -> Sheet:
-    """A row per part: how much its figures vary, and how far results are from the reference at most."""
+    """Return a row per part: the variation of its figures, and the largest deviation from the reference."""
     rows = [
         [
             timing.part.name,
@@ -48,7 +48,7 @@ def reliability_sheet(measured: Benchmark) -> Sheet:
 
 
 def interquartile_sheet(measured: Benchmark) -> Sheet:
-    """Relative interquartile ranges: of the bundle's seconds, and of each ratio."""
+    """Return relative interquartile ranges: of the bundle's seconds, and of each ratio."""
     others = _others(measured)
     rows = [
         [
@@ -77,7 +77,7 @@ def missing_sheet(measured: Benchmark) -> Sheet:
 
 
 def summary(measured: Benchmark) -> Iterator[str]:
-    """Sentences on the machine, the footprint and, from a wheel, where other engines are compared."""
+    """Return sentences on the machine, the footprint and, in a wheel, the missing engines."""
     footprint = measured.footprint
     yield f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}."
     yield (
@@ -91,7 +91,7 @@ def summary(measured: Benchmark) -> Iterator[str]:
 
 
 def new_page(bundle: Path) -> Page:
-    """Raises DependencyError when plots cannot be drawn."""
+    """Return a page. Raises DependencyError if plots cannot be drawn."""
     return Page(f"Benchmark of {bundle.name}", "chameleon-deploy bench")
 
 
@@ -131,7 +131,7 @@ def print_tables(measured: Benchmark) -> None:
 
 
 def _generations(measured: Benchmark) -> Iterator[tuple[Timing, dict[str, float]]]:
-    """Each whole generation with the milliseconds of its laps."""
+    """Yield each whole generation with the milliseconds of its laps."""
     for whole in measured.timings:
         if whole.part.kind == "generation":
             parts = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that one run measured.
+    """The results of one run.
 
     machine        the processor and the versions of all engines
     weights_bytes  of the bundle
@@ -37,7 +37,7 @@ class Benchmark:
 
     @property
     def not_compared(self) -> dict[str, str]:
-        """Engines that are missing or failed at something, and why."""
+        """Return the engines that are missing or failed at something, and why."""
         failed = {
             f"{name}, {timing.part.name}": reason for timing in self.timings for name, reason in timing.failed.items()
         }
@@ -58,7 +58,7 @@ def run(
 ) -> Benchmark:
     """Measure the footprint, then all timings.
 
-    width, num_tokens  tokens of every prompt, and how many to generate after it
+    width, num_tokens  tokens of every prompt, and tokens to generate after it
     foreign            also compare with torch.compile, CTranslate2 and OpenVINO
     """
     import chameleon_deploy

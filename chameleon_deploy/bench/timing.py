@@ -15,8 +15,8 @@ from typing import Any
 from chameleon_deploy.bench.processors import Processors, settle
 from chameleon_deploy.progress import Progress
 
-NOISY = 0.10  # relative interquartile range of ratios, above which more rounds are taken
-SHORT = 0.01  # seconds: ratios of shorter parts vary with the scheduler and ask for no more rounds
+NOISY = 0.10  # relative interquartile range of ratios above which more rounds are taken
+SHORT = 0.01  # seconds: ratios of shorter parts vary with the scheduler and cause no more rounds
 MAX_EXTRA_ROUNDS = 2  # at most this many additional batches of rounds
 RETRIES = 2  # of a sample during which other processes used the processors
 
@@ -25,11 +25,11 @@ Lap = Callable[[str], None]  # called with a lap's name when that lap of the wor
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is timed.
+    """A timed part of the work.
 
-    kind   what is done; with batch, width (tokens of every text) and new_tokens (per row) it identifies a part
-    name   the same for people
-    units  how often it does `unit`, for a figure per unit
+    kind   the kind of work; with batch, width (tokens of every text) and new_tokens (per row) it identifies a part
+    name   a readable name
+    units  number of `unit`s that it does, for a figure per unit
     laps   the laps whose seconds are summed; empty for the whole work
     """
 
@@ -58,7 +58,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Case:
-    """The same work done by several engines; `baseline` names the one that all others are compared with."""
+    """The same work done by several engines; all others are compared with the engine `baseline`."""
 
     whole: Part
     engines: Mapping[str, Engine]
@@ -75,7 +75,7 @@ class Timing:
     interquartile_range  relative: of the baseline's seconds, and of the ratios
     rounds               pairs per engine
     retries, disturbed   samples taken again, and samples kept, during which other processes used the processors
-    deviations, bounds   of the results from the reference, and what is allowed
+    deviations, bounds   of the results from the reference, and the allowed limits
     failed               engines that raised, and why
     """
 
@@ -102,12 +102,12 @@ class Timing:
 
 
 def measure(case: Case, rounds: int, report: Progress, max_extra_rounds: int = MAX_EXTRA_ROUNDS) -> list[Timing]:
-    """Time all engines in turn, after two warm-up runs each, and again while the ratios are noisy.
+    """Interleave all engines, after two warm-up runs each, and repeat while the ratios are noisy.
 
-    max_extra_rounds  0 also keeps disturbed samples, for a quick look
+    max_extra_rounds  0 also disables retries of disturbed samples, for a quick look
 
-    Returns the timing of the whole work, then of its parts. An engine that raises is reported as failed; what the
-    baseline raises is raised.
+    Returns the timing of the whole work, then of its parts. An engine that raises is reported as failed; an exception
+    of the baseline is raised.
     """
     deviations, failed = _warm_up(case, report)
     bounds = {name: case.engines[name].bound for name in deviations}
@@ -124,7 +124,7 @@ def measure(case: Case, rounds: int, report: Progress, max_extra_rounds: int = M
 
 
 def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
-    """The median time of one function, after a warm-up call."""
+    """Return the median time of one function, after a warm-up call."""
     seconds = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -134,14 +134,14 @@ def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
 
 
 def _warm_up(case: Case, report: Progress) -> tuple[dict[str, float], dict[str, str]]:
-    """Run every engine twice. Returns the deviations of those that ran, and the reasons of those that did not."""
+    """Run every engine twice. Returns the deviations of those that ran, and the errors of those that did not."""
     deviations, failed = {}, {}
     for done, (name, engine) in enumerate(case.engines.items()):
         report(f"{case.whole.name}: warm-up", done, len(case.engines))
         try:
             deviations[name] = engine.deviation(engine.run(_no_lap))
             engine.run(_no_lap)
-        except Exception as error:  # whatever a foreign engine raises
+        except Exception as error:  # a foreign engine may raise anything
             if name == case.baseline:
                 raise
             failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -166,7 +166,7 @@ class _Sample:
 
 @dataclass
 class _Samples:
-    """The samples of a case: all of the baseline, and pairs of an adjacent one of the baseline and one of another."""
+    """The samples of a case: all of the baseline, and pairs of adjacent samples of the baseline and another engine."""
 
     case: Case
     others: list[str]
@@ -178,7 +178,9 @@ class _Samples:
     shuffle: random.Random = field(default_factory=lambda: random.Random(0))
 
     def take_round(self) -> None:
-        """Take a pair of every engine, in random order, so that none always finds the caches of the same neighbour."""
+        """Take a pair of every engine, in random order, so that none always follows the same engine's use of the
+        caches.
+        """
         self.shuffle.shuffle(self.others)
         for name in self.others:
             order = [self.case.baseline, name]
@@ -202,7 +204,7 @@ class _Samples:
     def timing(
         self, part: Part, deviations: dict[str, float], bounds: dict[str, float], failed: dict[str, str]
     ) -> Timing:
-        """The figures of a part so far, of those engines that report its laps."""
+        """Return the figures of a part so far, of the engines that report its laps."""
         own = [sample.seconds(part) for sample in self.baseline]
         pairs = {
             name: [(baseline.seconds(part), other.seconds(part)) for baseline, other in taken]
@@ -243,12 +245,12 @@ def _sample(engine: Engine) -> _Sample:
 
     engine.run(lap)
     whole = time.perf_counter() - start
-    # The kernel counts in hundredths of a second, so a short sample gets some leeway.
+    # The kernel counts in hundredths of a second, so a short sample gets some tolerance.
     return _Sample(whole, laps, Processors.now().lost_since(before) > 0.03 + 0.05 * whole)
 
 
 def _interquartile_range(values: list[float]) -> float:
-    """Relative to the median; the whole range of fewer than four values."""
+    """Return the interquartile range relative to the median; the whole range for fewer than four values."""
     low, high = min(values), max(values)
     if len(values) >= 4:
         low, _, high = statistics.quantiles(values, n=4)

@@ -1,4 +1,4 @@
-"""One worker process of `footprint.py`: load a bundle, generate, print what both took as JSON, and wait.
+"""One worker process of `footprint.py`: load a bundle, generate, print time and memory as JSON, and wait.
 
 It is run as a file, so that its clock starts before the package is imported.
 """
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _memory(file: str, *keys: str) -> int:
-    """Bytes, from a file of /proc/self that gives them in kB."""
+    """Return bytes, from a file of /proc/self that gives them in kB."""
     lines = Path("/proc/self", file).read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(keys))
 

@@ -17,8 +17,8 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime import Runtime
 
-CANDIDATES = 4  # times as many texts as are needed, to choose from by their clusters
-# Of log-probabilities: the largest difference in fp32, elsewhere the root of the mean square.
+CANDIDATES = 4  # times as many texts as needed, to choose from by their clusters
+# Limits of log-probabilities: of the largest difference in fp32, of the root mean square otherwise.
 BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.1}
 
 
@@ -33,7 +33,7 @@ class Workloads:
         self._row_logits = RowLogits(checkpoint)
 
     def scoring(self, rows: Rows) -> Case:
-        """Log-probabilities of whole texts, clustering and hypernetwork included."""
+        """Time the log-probabilities of whole texts, clustering and hypernetwork included."""
 
         def engine(peer: Peer) -> Engine:
             return Engine(
@@ -47,7 +47,7 @@ class Workloads:
         return Case(whole, {peer.name: engine(peer) for peer in self._peers if peer.scores}, self._peers[0].name)
 
     def generation(self, rows: Rows, num_tokens: int) -> Case:
-        """Prompts to their first tokens, clustering and hypernetwork included, then cached steps."""
+        """Time prompts to their first tokens, clustering and hypernetwork included, then cached steps."""
         batch, width, steps = len(rows), len(rows[0]), num_tokens - 1
         clusters = len(set(self._runtime.adapt(rows).factors.factor_ids.tolist()))
         mixed = f", {clusters} cluster{'s' * (clusters > 1)}"
@@ -67,7 +67,7 @@ class Workloads:
         )
 
     def first_token(self, ids: Sequence[int]) -> Case:
-        """One text to its first token, tokenising included."""
+        """Time one text to its first token, tokenising included."""
         tokenizer = self._runtime.tokenizer
         text = tokenizer.decode(ids)
 
@@ -79,7 +79,10 @@ class Workloads:
         return Case(whole, self._generating(encode, 1, separate=False), self._peers[0].name)
 
     def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Engine]:
-        """separate: whether there are clusters to call one by one."""
+        """Return a case of generation.
+
+        separate  whether there are several clusters, to call one by one
+        """
 
         def engine(peer: Peer) -> Engine:
             return Engine(
@@ -103,7 +106,7 @@ class Workloads:
         )
 
     def _regrets(self, rows: Rows, chosen: Any, peer: Peer) -> Any:
-        """By how much the reference's logit of each chosen token falls short of its best, the end of text aside."""
+        """Return by how much the reference's logit of each chosen token is below its best, the end of text excluded."""
         if chosen.shape[0] != len(rows):
             raise ValueError(f"{chosen.shape[0]} rows for {len(rows)} prompts")
         num_tokens = chosen.shape[1]
@@ -117,7 +120,7 @@ class Workloads:
         return regrets
 
     def _reference(self, prompts: Rows, rows: Rows, peer: Peer) -> Any:
-        """Logits [length, vocab] of every row, with the factors that the prompts give, one row at a time."""
+        """Return logits [length, vocab] of every row, with factors made from the prompts, one row at a time."""
         mode = self._runtime.mode if peer.adapts else "none"
         adaptation = inference.adapt(self._checkpoint, prompts, mode)
         return (self._row_logits(ids, adaptation, row) for row, ids in enumerate(rows))
@@ -130,7 +133,7 @@ def _deviation(peer: Peer, errors: Any) -> float:
 
 
 def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> list[list[int]]:
-    """Stretches of real text of `width` tokens. Clusters take turns, so that a batch has as many as it has room for."""
+    """Return stretches of real text of `width` tokens. Clusters take turns, so that a batch has as many as fit."""
     stretches = _stretches(checkpoint, CANDIDATES * batch, width)
     of_cluster: dict[int, list[list[int]]] = {}
     for ids, cluster in zip(
@@ -142,7 +145,7 @@ def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> list[list[int]]
 
 
 def _stretches(checkpoint: Checkpoint, count: int, width: int) -> list[list[int]]:
-    """Kinds of text take turns."""
+    """Return stretches of text whose kinds take turns."""
     streams = []
     for kind in KINDS:
         encoded = checkpoint.trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)

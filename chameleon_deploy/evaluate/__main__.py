@@ -25,9 +25,11 @@ def main(
     dataset: Annotated[
         str | None, typer.Option(help="Named dataset instead, such as wikitext: its split test.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, where a checkpoint's own has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, if a checkpoint's reference to it no longer holds.")
+    ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Score the one checkpoint's exported bundle too; exit 1 where they differ.")
+        Path | None, typer.Option(help="Score the checkpoint's exported bundle too; exit 1 if they differ.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per cohort.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
@@ -36,7 +38,7 @@ def main(
 ) -> None:
     """Compare checkpoints with their base on held-out text, under both protocols.
 
-    Printed are parameters, loss, perplexity, and its change from the base with a 95 % interval.
+    Prints parameters, loss, perplexity, and its change from the base with a 95 % interval.
     """
     from chameleon_deploy.evaluate.figures import checkpoint_sheets
     from chameleon_deploy.evaluate.scoring import bootstrap_gain
@@ -97,7 +99,7 @@ def _require_one_base(paths: list[Path], checkpoints: list[Checkpoint]) -> None:
 
 
 def _evaluate_all(checkpoints: list[Checkpoint], texts: list[str], batch_size: int) -> dict[str, list[Evaluation]]:
-    """Per protocol: the base, then every checkpoint. The hidden states of a protocol are computed once."""
+    """Evaluate, for each protocol, the base and every checkpoint. A protocol's hidden states are computed once."""
     from chameleon_deploy.bundle import Protocol
     from chameleon_deploy.evaluate.scoring import evaluate
 
@@ -116,7 +118,7 @@ def _evaluate_all(checkpoints: list[Checkpoint], texts: list[str], batch_size: i
 def _evaluate_bundle(
     bundle: Path, checkpoint: Checkpoint, texts: list[str], batch_size: int, reference: Evaluation
 ) -> Evaluation:
-    """The same cohorts through the runtime: protocol masked, which is what it scores."""
+    """Score the same cohorts with the runtime, under protocol masked, which it implements."""
     from dataclasses import replace
 
     import numpy as np

@@ -1,5 +1,7 @@
-"""What each text's factors are generated from, when a whole set of texts is scored: the modes of DESIGN section 3 as an
-experiment sees them, and the controls that tell adaptation from capacity."""
+"""The conditioning of each text when a whole set of texts is scored.
+
+It covers the modes of docs/design.md section 3, and the controls that distinguish adaptation from capacity.
+"""
 
 from __future__ import annotations
 
@@ -14,58 +16,58 @@ from chameleon_deploy.reference.head import cohorts
 
 @dataclass(frozen=True)
 class Conditioning:
-    """vectors [sets, hidden], and which of them each text has: ids int64 [texts]."""
+    """Conditioning vectors [sets, hidden], and the vector of each text: ids int64 [texts]."""
 
     vectors: Tensor
     ids: Tensor
 
     def rows(self, batch_size: int) -> Iterable[tuple[Tensor, list[int]]]:
-        """Every vector with the texts that have it, at most batch_size at a time."""
+        """Yield every vector with its texts, at most batch_size at a time."""
         for vector, members in zip(self.vectors, members_of(self.ids, len(self.vectors)), strict=True):
             for rows in cohorts([members], batch_size):
                 yield vector, rows
 
 
 def members_of(ids: Tensor, count: int) -> list[Tensor]:
-    """The texts of each of `count` ids: int64 tensors, together [texts]."""
+    """Return the texts of each of `count` ids: int64 tensors, together [texts]."""
     return [(ids == k).nonzero().flatten() for k in range(count)]
 
 
 def constant(vector: Tensor, num_texts: int) -> Conditioning:
-    """The same vector [hidden] for every text."""
+    """Use the same vector [hidden] for every text."""
     return Conditioning(vector[None], torch.zeros(num_texts, dtype=torch.int64))
 
 
 def own_centroid(centroids: Tensor, cluster_ids: Tensor) -> Conditioning:
-    """Mode centroid: the frozen centroid of the text's cluster."""
+    """Mode centroid: use the frozen centroid of the text's cluster."""
     return Conditioning(centroids, cluster_ids)
 
 
 def own_embedding(embeddings: Tensor) -> Conditioning:
-    """Mode request: the text's own embedding, which is a cohort of one."""
+    """Mode request: use the text's own embedding, which is a cohort of one."""
     return Conditioning(embeddings, torch.arange(len(embeddings)))
 
 
 def cohort_mean(embeddings: Tensor, cluster_ids: Tensor, size: int) -> Conditioning:
-    """Mode cohort: the mean of a batch of `size` texts of one cluster, drawn in the order of the texts."""
+    """Mode cohort: use the mean of a batch of `size` texts of one cluster, drawn in the order of the texts."""
     clusters = members_of(cluster_ids, int(cluster_ids.max()) + 1)
     return _means(embeddings, cohorts(clusters, size))
 
 
 def mixed_mean(embeddings: Tensor, size: int) -> Conditioning:
-    """Control: batches of `size` in the order of the texts, whatever their clusters."""
+    """Control: use batches of `size` in the order of the texts, regardless of their clusters."""
     return _means(embeddings, cohorts([torch.arange(len(embeddings))], size))
 
 
 def other_cluster_mean(embeddings: Tensor, cluster_ids: Tensor) -> Conditioning:
-    """Control: the mean of all texts of the next cluster that has any (the last one's next is the first)."""
+    """Control: use the mean of all texts of the next cluster that is not empty; the first follows the last."""
     present, index = cluster_ids.unique(return_inverse=True)
     own = _means(embeddings, (rows.tolist() for rows in members_of(index, len(present))))
     return Conditioning(own.vectors, (own.ids + 1) % len(present))
 
 
 def shuffled(conditioning: Conditioning, seed: int) -> Conditioning:
-    """Control: the same vectors, dealt to the texts at random."""
+    """Control: use the same vectors, assigned to the texts at random."""
     order = torch.randperm(len(conditioning.ids), generator=torch.Generator().manual_seed(seed))
     return Conditioning(conditioning.vectors, conditioning.ids[order])
 

@@ -1,8 +1,8 @@
 """The whole comparison: train every variant with several seeds under both protocols, score held-out texts in every way.
 
-Everything that is finished stays in the work directory, so a run that was killed goes on where it was:
+Finished parts stay in the work directory, so that a run that was killed continues:
 
-    settings.json                       what the run is made of
+    settings.json                       what identifies the experiment
     hidden_states/{protocol}/{part}/    the trunk's output, computed once for all variants and seeds
     {protocol}/seed-{n}/{variant}/      a checkpoint
     {protocol}/seed-{n}/{variant}.safetensors    its scores: one tensor [texts] per protocol and conditioning
@@ -53,12 +53,12 @@ PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 
 @dataclass(frozen=True)
 class Scored:
-    """One variant, trained under one protocol, scored by one with one conditioning.
+    """One variant, trained under one protocol, scored under one with one conditioning.
 
-    variant       "base" or a Variant's name; the base is trained under no protocol and has one "seed"
-    nll           float64 [seeds, texts], in nats
-    positions     int64 [texts]
-    cluster_ids   int64 [texts], by the centroids of the training protocol
+    variant      "base" or a Variant's name; the base is trained under no protocol and has one "seed"
+    nll          float64 [seeds, texts], in nats
+    positions    int64 [texts]
+    cluster_ids  int64 [texts], by the centroids of the training protocol
     """
 
     variant: str
@@ -73,8 +73,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Outcome:
-    """scored; histories[protocol, variant]: one list of epochs per seed; embeddings [texts, hidden] and centroids
-    [K, hidden] of protocol masked, for the map."""
+    """The results of an experiment.
+
+    scored      every variant, protocol and conditioning
+    histories   [protocol, variant]: one list of epochs per seed
+    embeddings  [texts, hidden] of protocol masked, for the map
+    centroids   [K, hidden] of protocol masked, for the map
+    """
 
     scored: list[Scored]
     histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]]
@@ -108,12 +113,12 @@ def run_experiment(
     work: Path,
     report: Progress,
 ) -> Outcome:
-    """Do, or finish, the whole experiment in `work`.
+    """Run or finish the whole experiment in `work`.
 
-    settings  its seed is that of the first training; the others follow
+    settings  its seed is that of the first training; later ones count up
 
-    Raises InputError when `work` holds an experiment on other texts, base or settings, or when there are too few texts
-    or clusters; OutputError when another process is at work there.
+    Raises InputError if `work` holds an experiment on other texts, base or settings, or if there are too few texts or
+    clusters; OutputError if another process works there.
     """
     if settings.num_clusters < 2:
         raise InputError("a comparison needs at least 2 clusters: with one there is nothing to adapt to")
@@ -124,7 +129,7 @@ def run_experiment(
     made_of = _fingerprint(trunk, texts, settings)
     with _work_directory(work, made_of):
         sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in PROTOCOLS}
-        # From here on there is something worth resuming.
+        # From here on there is progress worth resuming.
         write_whole(work / "settings.json", lambda partial: partial.write_text(made_of))
         scored = [_score_base(trunk, side) for side in sides.values()]
         histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]] = {}
@@ -178,7 +183,7 @@ def _train_and_score(
     path: Path,
     report: Progress,
 ) -> dict[str, FloatArray]:
-    """Scores [texts] by "protocol.conditioning" of one checkpoint, trained if it is not there."""
+    """Return scores [texts] by "protocol.conditioning" of one checkpoint, training it first if it does not exist."""
     side, scores = sides[protocol], path.with_name(f"{path.name}.safetensors")
     if not path.exists():
         base = os.path.relpath(base_model, path) if Path(base_model).exists() else base_model
@@ -236,10 +241,8 @@ def _collect(
 
 @contextmanager
 def _work_directory(work: Path, made_of: str) -> Iterator[None]:
-    """One process at a time works there, and on one experiment only."""
-    with locked_directory(
-        work.resolve(), f"another process is at work in {work}: wait for it or choose another --work"
-    ):
+    """Lock the work directory for one process and one experiment."""
+    with locked_directory(work.resolve(), f"another process works in {work}: wait for it or choose another --work"):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
             raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")
@@ -247,7 +250,7 @@ def _work_directory(work: Path, made_of: str) -> Iterator[None]:
 
 
 def _fingerprint(trunk: Trunk, texts: Split, settings: Preset) -> str:
-    """All that the results depend on but the number of seeds, which may grow."""
+    """Return everything that the results depend on except the number of seeds, which may grow."""
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     base = hashlib.sha256(trunk.token_embedding.numpy().tobytes() + trunk.head_weight.numpy().tobytes()).hexdigest()
     return json.dumps({"settings": msgspec.to_builtins(settings), "texts": digest, "base": base}, indent=2) + "\n"

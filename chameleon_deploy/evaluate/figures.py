@@ -1,4 +1,4 @@
-"""Figures of an experiment with their intervals, and tables of them. The display names of all rows are here."""
+"""Figures of an experiment with their intervals, and tables of them. The display names of all rows are defined here."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ MODES = (
 class Figures:
     """One variant under one conditioning, over all seeds.
 
-    loss                nats per scored position, mean over seeds, with its 95 % Student interval over seeds
-    change              of perplexity from the base, with its 95 % bootstrap interval over texts (seeds averaged)
-    beside_chameleon    perplexity relative to the hypernetwork's own in mode cohort, trained and scored alike: the mean
-                        over seeds paired by seed, its interval over seeds, its interval over texts
-    perplexity_by_cluster  by the clusters of the training protocol, where it is the scoring protocol too
+    loss                   nats per scored position, mean over seeds, with its 95 % Student interval over seeds
+    change                 of perplexity from the base, with its 95 % bootstrap interval over texts (seeds averaged)
+    beside_chameleon       perplexity relative to the hypernetwork's own in mode cohort, trained and scored alike: the
+                           mean over seeds paired by seed, its interval over seeds, its interval over texts
+    perplexity_by_cluster  by the clusters of the training protocol, if it is the scoring protocol too
     """
 
     regime: str
@@ -96,7 +96,7 @@ class Figures:
 
 
 def figures(scored: Sequence[Scored], seed: int) -> list[Figures]:
-    """All figures; `seed` is the bootstrap's."""
+    """Return all figures; `seed` is the bootstrap's."""
     bases = {s.scored: s for s in scored if s.variant == "base"}
     own = {(s.trained, s.scored): s for s in scored if (s.variant, s.conditioning) == ("chameleon", "cohort_32")}
     return [_figures(s, bases[s.scored], own[s.trained, s.scored], seed) for s in scored]
@@ -142,13 +142,13 @@ def _figures(scored: Scored, base: Scored, chameleon: Scored, seed: int) -> Figu
 def find(
     all_figures: Iterable[Figures], variant: str, conditioning: ConditioningName, trained: str, scored: str
 ) -> Figures:
-    """The figures of one variant and conditioning; the base is trained under no protocol."""
+    """Return the figures of one variant and conditioning; the base is trained under no protocol."""
     wanted = (variant, conditioning, "" if variant == "base" else trained, scored)
     return next(f for f in all_figures if (f.regime, f.conditioning, f.trained, f.scored) == wanted)
 
 
 def regime_sheet(all_figures: Sequence[Figures]) -> Sheet:
-    """The paper's table: three regimes, both protocols side by side."""
+    """Return the paper's table: three regimes, with both protocols as columns."""
     headers = ["trained under", "regime", "parameters"]
     for protocol in PROTOCOLS:
         headers += [f"{protocol}: loss", "perplexity", "change [over texts]"]
@@ -164,7 +164,7 @@ def regime_sheet(all_figures: Sequence[Figures]) -> Sheet:
 
 
 def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
-    """All modes and controls, trained and scored under one protocol."""
+    """Return all modes and controls, trained and scored under one protocol."""
     headers = ["", "conditioned on", "parameters", "loss", "perplexity", "change from base [over texts]",
                "beside cohort [over seeds]", "[over texts]"]  # fmt: skip
     rows = []
@@ -178,13 +178,13 @@ def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
 
 
 def cluster_sheet(all_figures: Sequence[Figures]) -> Sheet:
-    """Perplexity per cluster of the test texts."""
+    """Return the perplexity per cluster of the test texts."""
     shown = [find(all_figures, r.variant, r.conditioning, p, p) for p in PROTOCOLS for r in REGIMES]
     return by_cluster([(f"{f.scored}: {f.regime}", f.perplexity_by_cluster) for f in shown])
 
 
 def by_cluster(perplexities: Sequence[tuple[str, Mapping[int, float]]]) -> Sheet:
-    """A row per cluster and a column per named regime."""
+    """Return a row per cluster and a column per named regime."""
     clusters = sorted({cluster for _, own in perplexities for cluster in own})
     rows = [
         [f"cluster {cluster}", *(number(own[cluster]) if cluster in own else "" for _, own in perplexities)]
@@ -194,7 +194,7 @@ def by_cluster(perplexities: Sequence[tuple[str, Mapping[int, float]]]) -> Sheet
 
 
 def checkpoint_sheets(records: Sequence[Mapping[str, Any]], wide: bool) -> list[Sheet]:
-    """The records that `evaluate --json` prints as a table of few columns and one of clusters, or as one wide table."""
+    """Return the records of `evaluate --json` as one table of few columns and one of clusters, or as one wide table."""
     headers = ["protocol", "regime", "parameters", "perplexity", "change [95 % interval]"]
     rows = [
         [r["protocol"], r["regime"], f"{r['parameters']:,}", number(r["perplexity"]),
@@ -212,7 +212,7 @@ def checkpoint_sheets(records: Sequence[Mapping[str, Any]], wide: bool) -> list[
 
 
 def number(value: float) -> str:
-    """Four digits after the point, as the paper prints; fewer where they would mean nothing."""
+    """Format four digits after the point, as in the paper; fewer for large numbers."""
     return f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
 
 

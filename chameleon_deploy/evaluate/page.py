@@ -79,7 +79,7 @@ def _clusters(axis: Any, all_figures: Sequence[Figures]) -> None:
 def _map(axis: Any, outcome: Outcome) -> None:
     mean = outcome.embeddings.mean(0)
     _, _, components = np.linalg.svd(outcome.embeddings - mean, full_matrices=False)
-    components *= np.sign(components.sum(1))[:, None]  # a principal component has no sign of its own
+    components *= np.sign(components.sum(1))[:, None]  # a principal component has an arbitrary sign
     points, centroids = ((x - mean) @ components[:2].T for x in (outcome.embeddings, outcome.centroids))
     for cluster in range(len(centroids)):
         own, colour = points[outcome.cluster_ids == cluster], f"C{cluster % 8}"

@@ -30,9 +30,9 @@ class Evaluation:
     """The scores of one regime under one protocol.
 
     regime       "bundle" is the checkpoint's export, scored by the runtime
-    parameters   what the regime adds to the frozen base, or the base itself
+    parameters   number that the regime adds to the frozen base, or the base's own number
     nll          float64 [texts], negative log-likelihood of each text's scored positions, in nats
-    positions    int64 [texts], how many positions that were
+    positions    int64 [texts], number of scored positions
     cluster_ids  int64 [texts]
     """
 
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per scored position."""
+        """Return nats per scored position."""
         return float(self.nll.sum() / self.positions.sum())
 
     @property
@@ -71,12 +71,13 @@ def evaluate(
 ) -> Evaluation:
     """Score held-out texts with a checkpoint, or with its frozen base (adapted=False).
 
-    Cohorts are drawn per cluster, in the order of the texts, at most batch_size together: as in training.
-    protocol  whose loss: None takes the checkpoint's own. Texts are embedded by the checkpoint's own in any case,
-              since its hypernetwork knows no other embeddings
+    Cohorts are drawn per cluster, in the order of the texts, at most batch_size together, as in training.
+
+    protocol  that of the loss; None takes the checkpoint's. Texts are always embedded by the checkpoint's protocol,
+              since its hypernetwork was trained on those embeddings
     cache     a directory for the hidden states
 
-    Raises InputError when no text has two tokens.
+    Raises InputError if no text has two tokens.
     """
     config, trunk = checkpoint.config, checkpoint.trunk
     protocol = protocol or config.protocol
@@ -100,7 +101,9 @@ def score_texts(
     conditioning: Conditioning,
     batch_size: int = 32,
 ) -> FloatArray:
-    """Negative log-likelihood of each text's stored positions, in nats, float64 [texts]; factors None: the base."""
+    """Return the negative log-likelihood of each text's stored positions, in nats, float64 [texts]; factors None:
+    the base.
+    """
     nll = np.zeros(len(states))
     for vector, rows in conditioning.rows(batch_size):
         hidden, targets = states.batch(rows)
@@ -118,13 +121,13 @@ def bootstrap_gain(ours: Evaluation, base: Evaluation, seed: int = 0) -> tuple[f
 def bootstrap_change(
     nll: FloatArray, base_nll: FloatArray, positions: npt.NDArray[np.int64], seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the relative change of perplexity, resampling whole texts in pairs.  All [texts].
+    """Return the 95 % interval of the relative change of perplexity, resampling whole texts in pairs.  All [texts].
 
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: percentile interval.
     """
     random, difference = np.random.default_rng(seed), nll - base_nll
     changes: list[FloatArray] = []
-    for _ in range(0, BOOTSTRAP_SAMPLES, 100):  # a hundred samples at a time: memory stays bounded
+    for _ in range(0, BOOTSTRAP_SAMPLES, 100):  # a hundred samples at a time, to bound memory
         rows = random.integers(0, len(difference), (100, len(difference)))
         changes.append(np.expm1(difference[rows].sum(1) / positions[rows].sum(1)))
     low, high = np.quantile(np.concatenate(changes), (0.025, 0.975))
@@ -132,7 +135,7 @@ def bootstrap_change(
 
 
 def seed_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
-    """95 % Student interval of the mean over seeds [seeds]; None for a single seed, which says nothing of spread."""
+    """Return the 95 % Student interval of the mean over seeds [seeds]; None for a single seed."""
     from scipy import stats
 
     sample = np.asarray(values, np.float64)
@@ -145,7 +148,9 @@ def seed_interval(values: npt.ArrayLike) -> tuple[float, float] | None:
 def cohort_rows(
     checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The cohorts of protocol `masked` for another engine: token ids of the texts, and the rows of each cohort."""
+    """Return the cohorts of protocol `masked` for another engine: token ids of the texts, and the rows of each
+    cohort.
+    """
     ids = encode_texts(texts, checkpoint.trunk.tokenizer, "masked", checkpoint.config.max_length)
     clusters = _clusters(checkpoint, _embeddings(checkpoint, ids))
     return ids, list(cohorts(members_of(clusters, int(clusters.max()) + 1), batch_size))
@@ -157,7 +162,7 @@ def _embeddings(checkpoint: Checkpoint, ids: Sequence[Sequence[int]]) -> torch.T
 
 
 def _clusters(checkpoint: Checkpoint, embeddings: torch.Tensor) -> torch.Tensor:
-    """int64 [texts]; a checkpoint without centroids (PEFT, the authors' state dict) has one cluster of everything."""
+    """Return int64 [texts]; a checkpoint without centroids (PEFT, the authors' state dict) has a single cluster."""
     if not len(checkpoint.centroids):
         return torch.zeros(len(embeddings), dtype=torch.int64)
     return nearest_centroids(embeddings, checkpoint.centroids)

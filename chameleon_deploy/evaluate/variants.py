@@ -1,4 +1,4 @@
-"""What is compared: the paper's regimes, and the controls that tell adaptation from capacity."""
+"""The compared variants: the paper's regimes, and the controls that distinguish adaptation from capacity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chameleon_deploy.reference.hypernetwork import num_factors
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
 
-# What a text's factors are generated from: the keys of stored scores and of `--json`. Each has a label in figures.py.
+# The conditionings of a text: the keys of stored scores and of `--json`. Each has a label in figures.py.
 ConditioningName = Literal[
     "none",
     "static",
@@ -34,8 +34,11 @@ ConditioningName = Literal[
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """One way to train. constant: the hypernetwork is fed one constant vector, so it has its capacity and nothing to
-    adapt to. large: a LoRA of as many parameters as the hypernetwork."""
+    """One way to train.
+
+    constant  the hypernetwork gets one constant vector, so that it has its capacity and nothing to adapt to
+    large     a LoRA with as many parameters as the hypernetwork
+    """
 
     name: str
     regime: Regime
@@ -75,7 +78,7 @@ def hidden_sizes(variant: Variant, settings: Preset) -> tuple[int, ...]:
 
 
 def large_rank(trunk: Trunk, settings: Preset) -> int:
-    """The rank of a LoRA that has as many parameters as the hypernetwork, to the nearest rank."""
+    """Return the rank, rounded, of a LoRA that has as many parameters as the hypernetwork."""
     vocab_size, hidden_size = trunk.head_weight.shape
     return round(num_parameters(trunk, settings, VARIANTS[1]) / num_factors(hidden_size, vocab_size, 1))
 
@@ -91,7 +94,7 @@ def num_parameters(trunk: Trunk, settings: Preset, variant: Variant) -> int:
 def conditionings(
     variant: Variant, checkpoint: Checkpoint, embeddings: Tensor, centroids: Tensor, seed: int
 ) -> Iterator[tuple[ConditioningName, Conditioning]]:
-    """Every way in which texts of these embeddings [texts, hidden] can be conditioned, the usual one first."""
+    """Return every conditioning of texts with these embeddings [texts, hidden], the usual one first."""
     if variant.regime == "lora":
         yield "static", conditioning.constant(embeddings[0], len(embeddings))
         return
@@ -110,5 +113,5 @@ def conditionings(
 
 
 def usual(variant: Variant) -> ConditioningName:
-    """The conditioning of the paper's table."""
+    """Return the conditioning of the paper's table."""
     return "static" if variant.regime == "lora" else "constant" if variant.constant else "cohort_32"

@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.export`: turn a checkpoint into a bundle."""
+"""`python -m chameleon_deploy.export`: export a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ def main(
     source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml|BUNDLE", help="What to export.")],
     out: Annotated[Path | None, typer.Option(help="Bundle directory to write.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+        str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of the weights; fp32 unless a recipe says.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Precision of the weights; default: the recipe's, else fp32.")
+    ] = None,
     target: Annotated[
         Literal["onnx", "tensorrt"] | None,
-        typer.Option(help="tensorrt also builds engines into the local cache; onnx unless a recipe says."),
+        typer.Option(help="tensorrt also builds engines into the local cache; default: the recipe's, else onnx."),
     ] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Accept a mean KL of this much, recorded; the gate unless given.")
+        float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
-    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or what a recipe names.
+    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or the checkpoint that a recipe
+    names.
 
-    With --target tensorrt a finished bundle is taken too: its engines are built.
+    With --target tensorrt SOURCE may also be a finished bundle: its engines are built.
     """
     if (Path(source) / MANIFEST).is_file():
         if target != "tensorrt" or out is not None:
@@ -52,7 +55,7 @@ def main(
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
     target = target or recipe.target
     if target == "tensorrt":
-        target_device(import_tensorrt())  # what is missing is said before the work begins
+        target_device(import_tensorrt())  # report what is missing before the work begins
     checkpoint = load_checkpoint(Path(recipe.checkpoint), base or recipe.base)
 
     with console.progress() as report:
@@ -61,7 +64,7 @@ def main(
             checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False, max_kl=max_kl)
             if not record["verified"]:
                 console.show(check_sheet(checks), to=console.stderr)
-            require_passed(checks)  # raises: the bundle is not published
+            require_passed(checks)  # raises, so that the bundle is not published
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
@@ -83,7 +86,7 @@ def main(
 
 
 def build_engines(bundle: Path) -> None:
-    """Build what is not in the local cache yet, and say where it is."""
+    """Build the engines that are not in the local cache yet, and print their path."""
     from chameleon_deploy.export import tensorrt
 
     with console.progress() as report:
@@ -91,7 +94,7 @@ def build_engines(bundle: Path) -> None:
     size = sum(file.stat().st_size for file in path.iterdir())
     console.stdout.print(
         f"{path}: {size / 1e6:.1f} MB, engines for {device.name} (compute capability {device.compute_capability})",
-        soft_wrap=True,  # a path is copied whole
+        soft_wrap=True,  # a path is copied from the terminal in one piece
     )
 
 

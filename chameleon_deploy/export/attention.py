@@ -1,6 +1,7 @@
-"""Causal attention over past and present, with as many key-value heads as the model has.
+"""Causal attention over past and present, with any number of key-value heads.
 
-passes/shared_cache.py uses `attention` as the pattern that it looks for: what is built is what is rewritten.
+passes/shared_cache.py uses `attention` as the pattern that it looks for, so that the pass rewrites exactly what is
+built.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from chameleon_deploy.export.graph import integer, real
 
 
 def attention_bias(op: Any, past_key: Any, input_ids: Any, attention_mask: Any) -> Any:
-    """0 where a query may look, the lowest float elsewhere: causal, real tokens only. [batch, 1, sequence, total]"""
+    """Return 0 where a query may attend, the lowest float elsewhere: causal, real tokens only. [batch, 1, sequence,
+    total]
+    """
     past = op.Squeeze(op.Shape(past_key, start=2, end=3))
     total = op.Add(past, op.Squeeze(op.Shape(input_ids, start=1, end=2)))
     queries = op.Unsqueeze(op.Range(past, total, integer(op, 1)), [1])  # [sequence, 1]
@@ -32,11 +35,13 @@ def attention(
     bias: Any,
     rotary: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
-    """qkv [batch, sequence, (heads + 2 * key-value heads) * head_dim] -> context [batch, sequence, heads * head_dim],
+    """Return the context of qkv, and the present key and value.
+
+    qkv [batch, sequence, (heads + 2 * key-value heads) * head_dim] -> context [batch, sequence, heads * head_dim],
     present key and value [batch, key-value heads, total, head_dim]
 
-    bias    as `attention_bias` gives it
-    rotary  cosines and sines [batch, 1, sequence, head_dim / 2], each new query and key turned by its position
+    bias    from `attention_bias`
+    rotary  cosines and sines [batch, 1, sequence, head_dim / 2], by which each new query and key is rotated
     """
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     q, k, v = op.Split(qkv, [heads * dim, key_heads * dim, key_heads * dim], axis=2, _outputs=3)
@@ -56,13 +61,13 @@ def _split_heads(op: Any, x: Any, heads: int, dim: int) -> Any:
 
 
 def _rotate(op: Any, x: Any, dim: int, cos: Any, sin: Any) -> Any:
-    """Rotary embedding (https://arxiv.org/abs/2104.09864), the two halves of a head being the two coordinates."""
+    """Apply the rotary embedding (https://arxiv.org/abs/2104.09864); the halves of a head are the two coordinates."""
     a, b = op.Split(x, [dim // 2, dim // 2], axis=3, _outputs=2)
     return op.Concat(op.Sub(op.Mul(a, cos), op.Mul(b, sin)), op.Add(op.Mul(b, cos), op.Mul(a, sin)), axis=3)
 
 
 def _repeat(op: Any, x: Any, times: int, heads: int, dim: int) -> Any:
-    """Each key-value head once for every query head of its group (https://arxiv.org/abs/2305.13245)."""
+    """Repeat each key-value head for every query head of its group (https://arxiv.org/abs/2305.13245)."""
     if times == 1:
         return x
     return op.Reshape(op.Expand(op.Unsqueeze(x, [2]), [1, 1, times, 1, 1]), [0, heads, -1, dim])

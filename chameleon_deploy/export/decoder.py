@@ -1,8 +1,8 @@
 """decoder.onnx: a language model with a key-value cache and a head whose LoRA factors are inputs.
 
-Written operator by operator from the weights rather than traced, so that the graph has only what it
-needs, under names that other tools can bind to. Standard operators of opset 20 only: what NVIDIA's
-parser and every ONNX runtime accept.
+It is written operator by operator from the weights rather than traced, so that the graph has only what it needs, under
+names that other tools can bind to. It uses only standard operators of opset 20, which NVIDIA's parser and every ONNX
+runtime accept.
 """
 
 from __future__ import annotations
@@ -82,12 +82,15 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
 
 
 def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
-    """Where a decoder's token embedding is stored."""
+    """Return where a decoder's token embedding is stored."""
     return stored_tensor(decoder.graph.initializers[family_of(model.architecture).token_embedding])
 
 
 def _tied_head(builder: Any, token_embedding: ir.Value) -> ir.Value:
-    """Two names for the same bytes: a runtime that repacks the head's matrix can then let go of the original, while
-    the lookup keeps only the pages of the tokens that occur."""
+    """Give the same bytes a second name.
+
+    A runtime that repacks the head's matrix can then free the original, while the lookup keeps only the pages of the
+    tokens that occur.
+    """
     value: ir.Value = builder.initializer(alias(token_embedding, HEAD), HEAD)
     return value

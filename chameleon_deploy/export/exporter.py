@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle."""
+"""Export a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_factors, num_parameters
 
-TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # whose versions are recorded
+TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # recorded with their versions
 DTYPES: dict[Any, Any] = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -51,8 +51,8 @@ DTYPES: dict[Any, Any] = {
     ir.DataType.INT64: "int64",
 }
 
-# Told about a finished bundle before it is published: it returns the summary and the content of
-# parity.json, or raises to refuse the export.
+# Called with a finished bundle before it is published: it returns the summary and the content of parity.json, or
+# raises to refuse the export.
 Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
 
 
@@ -84,7 +84,9 @@ def export_bundle(
 
 
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """The dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported wrongly."""
+    """Return the dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported
+    wrongly.
+    """
     trunk, config = checkpoint.trunk, checkpoint.trunk.config
     require_supported(config, checkpoint.config.base_model)
     return ModelSpec(
@@ -126,7 +128,7 @@ def _save_graph(name: str, graph: Graph, directory: Path) -> GraphSpec:
 
 
 def _save_factors(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the factors of a LoRA and the centroids, where the checkpoint has them."""
+    """Write the factors of a LoRA and the centroids, if the checkpoint has them."""
     factors, config = checkpoint.factors, checkpoint.config
     if isinstance(factors, StaticLoRA):
         pair = np.ascontiguousarray(factors.lora_A.numpy()), fold_lora_B(factors.lora_B.numpy(), config.alpha)

@@ -1,4 +1,4 @@
-"""What every graph is built with: the operator set, element types, constants, parts."""
+"""The parts of every graph: the operator set, element types, constants, subgraphs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def declare(value: ir.Value, shape: list[int | str]) -> None:
 
 
 def copy_of(model: ir.Model) -> ir.Model:
-    """A copy that passes can rewrite while the model stays as it is; tensors are shared."""
+    """Return a copy that passes can rewrite without changing the model; tensors are shared."""
     copied = model.clone()
     graph = copied.graph
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for value in values:
-        value.type = copy.copy(value.type)  # which clone shares, and passes change in place
+        value.type = copy.copy(value.type)  # clone shares types, and passes change them in place
     return copied
 
 
 def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """A numpy array or scalar, stored in the graph itself."""
+    """Return a numpy array or scalar as a constant stored in the graph itself."""
     value = ir.Value(
         name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape),
         type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
@@ -51,7 +51,7 @@ def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 
 def subgraph(graph: ir.Graph, name: str, build: Callable[[Any], Any]) -> ir.Graph:
-    """A graph without inputs, which may use every value of `graph` and has no name that another has.
+    """Build a graph without inputs, which may use every value of `graph` and whose new names are unique.
 
     build  from an operator builder to outputs
     """
@@ -65,7 +65,7 @@ def subgraph(graph: ir.Graph, name: str, build: Callable[[Any], Any]) -> ir.Grap
 
 
 def take_nodes(built: ir.Graph) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The nodes and outputs of a subgraph, to be inserted where they are needed."""
+    """Remove and return the nodes and outputs of a subgraph, to be inserted elsewhere."""
     nodes, outputs = list(built), list(built.outputs)
     built.outputs.clear()
     built.remove(nodes)

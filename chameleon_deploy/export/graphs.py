@@ -1,4 +1,4 @@
-"""The graphs of a bundle, by precision. No other module of export tells precisions apart."""
+"""The graphs of a bundle, by precision. No other module of export distinguishes precisions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import activations_of, highest_of_layers
+from chameleon_deploy.export.int8.calibration import absmax_of_layers, activations_of
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
@@ -31,14 +31,14 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.model import Trunk
 
 CPU = ("cpu",)
-DEVICES = ("cuda", "tensorrt")  # where logits stay on the device
+DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
 PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
 
 Pass = Callable[[ir.Model, ModelSpec], object]
 # Passes from the portable decoder to the decoder of the CPU.
 SHARED_CACHE: tuple[Pass, ...] = (
     share_cache,  # first, because it looks for attention as attention.py builds it
-    give_hidden_states,  # last, because the scorer is extracted from where it cuts the head off
+    give_hidden_states,  # last, because the scorer is extracted at the place where this pass cuts off the head
 )
 SHARED_INT8_CACHE: tuple[Pass, ...] = (
     share_cache,
@@ -62,9 +62,9 @@ Graphs = dict[str, Graph]
 
 
 def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> Graphs:
-    """All graphs of a bundle by their names, their weights in weights_file.
+    """Return all graphs of a bundle by their names, with their weights in weights_file.
 
-    Raises TensorError for a weight that float16 cannot hold.
+    Raises TensorError for a weight that float16 cannot represent.
     """
     graphs = _DECODERS[precision](model, checkpoint.trunk, weights_file)
     if isinstance(checkpoint.factors, Hypernetwork):
@@ -94,7 +94,9 @@ def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
 
 
 def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    """The CPU has no kernels for 16 bits: it runs the portable decoder with the same rounding in float32."""
+    """Return the 16-bit graphs. The CPU has no 16-bit kernels: it runs the portable decoder with the same rounding
+    in float32.
+    """
     with _float32_weights(weights_file) as floats:
         decoder = build_decoder(model, trunk, floats)
         halve_products(decoder, HALVES[precision], weights_file)
@@ -117,7 +119,7 @@ _DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = 
 
 def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
     rotated = rotate_trunk(trunk, model)
-    scale_trunk(rotated, model, highest_of_layers(rotated, model))
+    scale_trunk(rotated, model, absmax_of_layers(rotated, model))
     with _float32_weights(weights_file) as floats:
         decoder = build_decoder(model, rotated, floats)
         rotate_residual(decoder, model)
@@ -128,7 +130,7 @@ def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
 
 @contextmanager
 def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
-    """A file beside weights_file for matrices before they are rounded. It is deleted at the end."""
+    """Yield a file next to weights_file for matrices before they are rounded. It is deleted at the end."""
     path = weights_file.path.with_name("float32.bin")
     with WeightsFile(path) as floats:
         yield floats
@@ -136,11 +138,11 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
 
 
 def _shared_cache(portable: ir.Model, model: ModelSpec, weights_file: WeightsFile, passes: tuple[Pass, ...]) -> Graphs:
-    """The decoder and the scorer of the CPU."""
+    """Return the decoder and the scorer of the CPU."""
     decoder = copy_of(portable)
     for rewrite in passes:
         rewrite(decoder, model)
-    # The scorer is extracted before the last two passes: it finds the head by the operators that they rewrite.
+    # The scorer is extracted before the last two passes, because it finds the head by the operators that they rewrite.
     scorer = build_tiled_scorer(decoder, model, weights_file)
     for graph in (decoder, scorer):
         sum_update(graph)

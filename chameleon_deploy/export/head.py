@@ -1,8 +1,8 @@
 """The linear head and its low-rank update, with a factor set for each row.
 
-The update of rows with different factor sets takes two plain matrix products: the sets are stacked
-into [factor_sets*rank, hidden] and [factor_sets*rank, vocab], and between the two each row keeps its own
-set's columns and zeroes the others. No row copies lora_B.
+The update of rows with different factor sets takes two plain matrix products: the sets are stacked into
+[factor_sets*rank, hidden] and [factor_sets*rank, vocab], and between the two products each row keeps its own set's
+columns and zeroes the others. No row copies lora_B.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import onnx_ir as ir
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
-# What passes find a head by: its hidden states [batch, positions, hidden], and the factor set of each position.
+# The inputs by which passes find a head: its hidden states [batch, positions, hidden], and the factor set of each
+# position.
 HIDDEN_STATES, FACTOR_IDS = "head.hidden_states", "head.factor_ids"
 
 
@@ -27,7 +28,7 @@ def build_head(
     lora_B: ir.Value,
     model: ModelSpec,
 ) -> Any:
-    """h W^T + (h A^T) B, each row with the factors of its own set.  [batch, positions, hidden] -> [.., vocab]"""
+    """Return h W^T + (h A^T) B, each row with its own factor set.  [batch, positions, hidden] -> [.., vocab]"""
     hidden_size, vocab_size = model.hidden_size, model.vocab_size
     hidden.name = HIDDEN_STATES
     h = op.Reshape(hidden, [-1, hidden_size])  # one row per position: [n, hidden]

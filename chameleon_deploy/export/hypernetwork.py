@@ -1,8 +1,7 @@
-"""hypernetwork.onnx: conditioning [factor_sets, hidden] -> the factor tensors as the decoder takes them.
+"""hypernetwork.onnx: conditioning [factor_sets, hidden] -> the factor tensors in the layout of the decoder's inputs.
 
-The reference's last layer gives lora_B as [vocab, rank]; its rows are reordered here so that the
-graph gives [rank, vocab] without a transpose, and alpha is multiplied into them, so that the
-decoder has nothing left to do but the two products.
+The reference's last layer returns lora_B as [vocab, rank]. Its rows are reordered here so that the graph returns [rank,
+vocab] without a transpose, and alpha is multiplied into them, so that the decoder only computes the two products.
 """
 
 from __future__ import annotations
@@ -17,14 +16,17 @@ from chameleon_deploy.export.weights import WeightsFile
 
 
 def fold_lora_B(lora_B: FloatArray, alpha: float) -> FloatArray:
-    """[vocab, rank, ...] -> alpha * [rank, vocab, ...]"""
+    """Return alpha * lora_B transposed: [vocab, rank, ...] -> [rank, vocab, ...]."""
     return np.ascontiguousarray(np.swapaxes(lora_B, 0, 1) * np.float32(alpha))
 
 
 def build_hypernetwork(
     layers: list[tuple[FloatArray, FloatArray]], rank: int, alpha: float, model: ModelSpec, weights_file: WeightsFile
 ) -> ir.Model:
-    """layers: (weight [out, in], bias [out]) of each Linear; the last gives rank*hidden + vocab*rank numbers."""
+    """Build the graph.
+
+    layers  (weight [out, in], bias [out]) of each Linear; the last returns rank*hidden + vocab*rank numbers
+    """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="hypernetwork")
     builder = GraphBuilder(graph)
     op = builder.op

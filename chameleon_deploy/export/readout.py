@@ -1,7 +1,7 @@
-"""chooser.onnx and logits_scorer.onnx: what is read from logits that stay on a device.
+"""chooser.onnx and logits_scorer.onnx: results computed from logits that stay on a device.
 
-On a GPU the logits of a step are megabytes, and what a caller wants of them is one number per row. These
-two graphs give it, so that nothing else crosses to the host. They have no weights.
+On a GPU the logits of a step are megabytes, and a caller needs one number per row. These two graphs compute it, so that
+nothing else is copied to the host. They have no weights.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from chameleon_deploy.export.graph import FLOAT, INT64, OPSET
 
 
 def build_chooser(model: ModelSpec) -> ir.Model:
-    """logits float32 [batch, positions, vocab] -> token_ids int64 [batch, positions]
+    """Build the graph logits float32 [batch, positions, vocab] -> token_ids int64 [batch, positions].
 
-    The highest logit, ties to the lowest id; -1 where a logit is not finite, which the runtime reports.
+    It returns the highest logit, ties to the lowest id; -1 if a logit is not finite, which the runtime reports.
     """
     graph, builder = _graph("chooser")
     op = builder.op
@@ -29,9 +29,10 @@ def build_chooser(model: ModelSpec) -> ir.Model:
 
 
 def build_logits_scorer(model: ModelSpec) -> ir.Model:
-    """logits float32 [batch, positions, vocab], targets int64 [batch, positions] -> logprobs float32 [batch, positions]
+    """Build the graph logits float32 [batch, positions, vocab], targets int64 [batch, positions] -> logprobs float32
+    [batch, positions].
 
-    log softmax(logits)[target], in float32.
+    It returns log softmax(logits)[target], in float32.
     """
     graph, builder = _graph("logits_scorer")
     op = builder.op

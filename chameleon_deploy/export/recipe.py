@@ -1,4 +1,4 @@
-"""Recipes: what to build, in TOML. The files stand in the top-level export/."""
+"""Recipes: what to build, in TOML. The files are in the top-level export/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chameleon_deploy.manifest import Int64
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The largest call that engines are built for; see LimitsSpec. None takes what `resolve` says.
+    """The largest call that engines are built for; see LimitsSpec. None takes the default of `resolve`.
 
     batch        32
     sequence     the model's positions, at most 1,024
@@ -28,7 +28,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     factor_sets: Int64 | None = None
 
     def resolve(self, model: ModelSpec, num_clusters: int) -> LimitsSpec:
-        """The numbers for one model. Raises RecipeError for what is below 1 or outside the model's positions."""
+        """Return the numbers for one model. Raises RecipeError for a number below 1 or outside the model's
+        positions.
+        """
         limits = LimitsSpec(
             batch=self.batch,
             sequence=min(model.max_positions, 1024) if self.sequence is None else self.sequence,
@@ -41,11 +43,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """checkpoint  a directory relative to the recipe, as for the command line
-    base        the base model, where the checkpoint's own reference does not hold
+    """A recipe file.
+
+    checkpoint  a directory relative to the recipe, as for the command line
+    base        the base model, if the checkpoint's reference to it does not hold
     precision   of the weights
     target      the graphs to build; tensorrt also builds engines into the local cache
-    limits      the largest call that engines are built for"""
+    limits      the largest call that engines are built for
+    """
 
     checkpoint: str
     base: str | None = None

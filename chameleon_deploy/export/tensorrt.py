@@ -32,13 +32,13 @@ from chameleon_deploy.progress import Progress
 
 
 def build_engines(path: Path, report: Progress) -> tuple[Path, Device]:
-    """The engines of a bundle for this machine's GPU, or ahead of time with TensorRT for RTX where there is none.
+    """Build the engines of a bundle for this machine's GPU, or ahead of time with TensorRT for RTX if there is none.
 
     path    a bundle directory
-    report  told of progress as (what, done, total)
-    Returns the directory in the local cache, built unless an intact one is there, and the device.
+    report  a progress callback
 
-    Raises DependencyError, ProviderError, ProfileError, EngineError, OutputError, or what open_bundle raises.
+    Returns the directory in the local cache, built unless an intact one is there, and the device. Raises
+    DependencyError, ProviderError, ProfileError, EngineError, OutputError, or what open_bundle raises.
     """
     bundle, tensorrt = open_bundle(path), import_tensorrt()
     device, manifest = target_device(tensorrt), bundle.manifest
@@ -64,9 +64,9 @@ def build_engine(
     of_graph: Sequence[Profile],
     report: Progress,
 ) -> memoryview:
-    """One graph's engine, serialised.
+    """Return one graph's engine, serialised.
 
-    file      an ONNX graph; its external data is read from the directory that it lies in
+    file      an ONNX graph; its external data is read from its directory
     inputs    of the graph, with symbolic shapes
     of_graph  one profile or more, in the order of their indices in the engine
 
@@ -74,7 +74,7 @@ def build_engine(
     """
     logger = make_logger(tensorrt)
     builder = tensorrt.Builder(logger)
-    # TensorRT 11 and TensorRT for RTX ignore the flag: they know nothing but strongly typed networks.
+    # TensorRT 11 and TensorRT for RTX ignore the flag: they support strongly typed networks only.
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
@@ -102,7 +102,7 @@ def build_engine(
 
 
 def _check_inputs(file: Path, network: Any, inputs: Sequence[TensorSpec]) -> None:
-    """What TensorRT read is what the manifest says: profiles are made from the manifest."""
+    """Check that TensorRT's inputs are those of the manifest, from which profiles are made."""
     expected = {tensor.name: tuple(-1 if isinstance(d, str) else d for d in tensor.shape) for tensor in inputs}
     actual = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
     if expected != actual:
@@ -124,7 +124,7 @@ def _add_profile(builder: Any, config: Any, profile: Profile, inputs: Sequence[T
 
 
 def _parser_errors(parser: Any) -> str:
-    """All of a parser's errors in one line, each with the node that it is about."""
+    """Return all of a parser's errors in one line, each with its node."""
     found = []
     for error in map(parser.get_error, range(parser.num_errors)):
         where = f"operator {error.node_operator()} at node {error.node_name()}: " if error.node_operator() else ""
@@ -137,14 +137,14 @@ def _version(tensorrt: Any) -> str:
 
 
 def _make_monitor(tensorrt: Any, what: str, report: Progress) -> Any:
-    """A tensorrt.IProgressMonitor: reports one bar of per mille, and ends the build on Ctrl-C."""
+    """Return a tensorrt.IProgressMonitor that reports one bar in per mille and ends the build on Ctrl-C."""
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             tensorrt.IProgressMonitor.__init__(self)
             self.interrupted = False
-            self._active: list[list[Any]] = []  # phase, steps, steps done; each inside a step of the one before
-            self._shown = 0  # a step may have several phases inside, one after the other
+            self._active: list[list[Any]] = []  # phase, steps, steps done; each inside a step of the previous one
+            self._shown = 0  # a step may contain several phases, one after the other
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self._active.append([phase, steps, 0])
@@ -156,7 +156,7 @@ def _make_monitor(tensorrt: Any, what: str, report: Progress) -> Any:
                         active[2] = step + 1
                 self._shown = max(self._shown, round(1000 * self._done()))
                 report(what, self._shown, 1000)
-            except KeyboardInterrupt:  # Python raises it here, in the only code of ours that runs meanwhile
+            except KeyboardInterrupt:  # Python raises it here, in the only code of ours that runs during a build
                 self.interrupted = True
             return not self.interrupted
 

@@ -1,10 +1,10 @@
 """hidden_scorer.onnx: log-probabilities of given tokens from hidden states, one tile of the vocabulary after the other.
 
-The logits of 1,024 positions of GPT-2 are 206 MB, and an update, its sum and a softmax each go through all of them. The
-logits of a tile stay in the processor's cache until they are summed up, and no more than a tile of them ever exists.
+The logits of 1,024 positions of GPT-2 are 206 MB, and an update, its sum and a softmax each traverse all of them. The
+logits of a tile stay in the processor's cache until they are summed, and only one tile of them exists at a time.
 
-The graph is the head of decoder_cpu.onnx with its matrix in tiles: the same products in the same precision. Where the
-matrix is [vocab, hidden] a tile is part of the bytes that are stored already; where it is [hidden, vocab], in int8, it
+The graph is the head of decoder_cpu.onnx with its matrix in tiles: the same products in the same precision. If the
+matrix is [vocab, hidden], a tile is a range of the bytes that are stored already. If it is [hidden, vocab], in int8, it
 is stored once more, tile by tile.
 """
 
@@ -25,10 +25,10 @@ TILE = 2048  # tokens: the logits of 512 positions take 4 MB
 
 
 def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
-    """Rewrite a decoder in place: hidden states are an output, and logits are formed of some of them.
+    """Rewrite a decoder in place: hidden states are an output, and logits are computed for some of them.
 
     hidden_states  float32 [batch, positions, hidden], of logits_positions
-    num_logits     int64 [1], how many of them get logits: the first
+    num_logits     int64 [1], how many of them get logits: the first ones
     """
     graph = decoder.graph
     hidden = _value(graph, HIDDEN_STATES)
@@ -68,7 +68,7 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
     inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, FACTOR_IDS, *factor_names(LM_HEAD))]
     graph = ir.convenience.extract(decoder.graph, inputs, [logits])
     graph.name = "hidden_scorer"
-    for name in sorted(graph.initializers):  # which come in another order each time; an export is always the same bytes
+    for name in sorted(graph.initializers):  # sorted, so that an export always has the same bytes
         graph.initializers[name] = graph.initializers.pop(name)
     _declare(graph.inputs[0], "hidden_states", FLOAT, ["positions", model.hidden_size])
     _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
@@ -82,7 +82,7 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
 
 
 def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: WeightsFile) -> Any:
-    """Instead of the logits [positions, vocab] that a graph gives."""
+    """Return log-probabilities in place of a graph's logits [positions, vocab]."""
     op = builder.op
     update = builder.graph.outputs[0].producer()
     products, lora_B, base = update.inputs if update and update.op_type == "Gemm" else (None, None, None)
@@ -90,7 +90,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     if product is None:
         raise ValueError("the decoder's logits are not a product and its update")
     attributes = {name: attribute.value for name, attribute in product.attributes.items()}
-    matrix_axis = 0 if attributes.get("transB") else 1  # the vocabulary's
+    matrix_axis = 0 if attributes.get("transB") else 1  # the axis of the vocabulary
     sizes = [min(TILE, vocab_size - start) for start in range(0, vocab_size, TILE)]
     parts_of_B = op.Split(lora_B, integers(op, sizes), axis=1, _outputs=[f"lora_B.{i}" for i in range(len(sizes))])
     parts_of_B = [parts_of_B] if len(sizes) == 1 else parts_of_B
@@ -104,11 +104,11 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
         logits = op.Gemm(products, parts_of_B[i], base)
         if size < TILE:
-            place = op.Min(place, integer(op, size - 1))  # of a target elsewhere, which may be further inside its own
+            place = op.Min(place, integer(op, size - 1))  # a target of another tile may be beyond the end of this one
         logits_there.append(op.GatherElements(logits, place, axis=1))
         logprobs_there.append(op.GatherElements(op.LogSoftmax(logits, axis=1), place, axis=1))
     there = op.Concat(*logits_there, axis=1)  # [positions, tiles]
-    sums = op.Sub(there, op.Concat(*logprobs_there, axis=1))  # of each tile: log sum exp
+    sums = op.Sub(there, op.Concat(*logprobs_there, axis=1))  # log sum exp of each tile
     chosen = op.GatherElements(there, op.Div(wanted, integer(op, TILE)), axis=1)
     return op.Squeeze(op.Sub(chosen, op.ReduceLogSumExp(sums, column)), column)
 
@@ -116,7 +116,9 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
 def _tile(
     builder: Any, value: ir.Value | None, tokens: slice, matrix_axis: int, weights_file: WeightsFile
 ) -> ir.Value | None:
-    """What belongs to some tokens of the matrix, or of the scales of its columns; another value as it is."""
+    """Return the slice of the matrix, or of its columns' scales, that belongs to some tokens; another value
+    unchanged.
+    """
     tensor = value.const_value if value else None
     if value is None or not isinstance(tensor, ir.ExternalTensor):
         return value

@@ -1,8 +1,8 @@
 """weights.bin: the external data that all graphs of a bundle share.
 
-A tensor is written once, as soon as it is added, and never held: the export of a large model needs
-no more memory than the model itself. The format is ONNX's external data: raw little-endian values
-at an offset (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
+A tensor is written once, as soon as it is added, and is not held: the export of a large model needs no more memory than
+the model itself. The format is ONNX's external data: raw little-endian values at an offset
+(https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import FloatArray, StoredTensor
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-MADV_PAGEOUT = 21  # of Linux, which Python's mmap module does not name
+MADV_PAGEOUT = 21  # a Linux constant that Python's mmap module lacks
 
 
 class WeightsFile:
@@ -52,7 +52,7 @@ class WeightsFile:
         )  # fmt: skip
 
     def take(self, graph: ir.Graph) -> None:
-        """Copy what a graph has in another file into this one, so that the other can go.
+        """Copy a graph's tensors from another file into this one, so that the other can be deleted.
 
         Aliases stay aliases: bytes that two initializers share are copied once.
         """
@@ -67,20 +67,21 @@ class WeightsFile:
 
 
 class GraphWeights:
-    """The tensors of a Hugging Face state dict, each written when a graph asks for it: an initializer of its name."""
+    """The tensors of a Hugging Face state dict, each written as an initializer of its name when a graph asks for it."""
 
     def __init__(self, builder: Any, file: WeightsFile, state: Mapping[str, Tensor]) -> None:
         self._builder, self._file, self._state = builder, file, state
 
     def __call__(self, name: str) -> ir.Value:
-        """The tensor as it is."""
+        """Return the tensor unchanged."""
         value = self.add(name, self._state[name].detach().numpy())
         page_out(self._state[name])
         return value
 
     def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
-        """Linear weights [out, in] as MatMul takes them, [in, out]: one, or several beside each other under a new
-        name."""
+        """Return linear weights [out, in] as MatMul takes them, [in, out]; several are concatenated under a new
+        name.
+        """
         tensors = [self._state[part].detach() for part in parts or [name]]
         value = self.add(name, np.concatenate([tensor.numpy() for tensor in tensors]).T)
         for tensor in tensors:
@@ -88,15 +89,16 @@ class GraphWeights:
         return value
 
     def add(self, name: str, array: FloatArray) -> ir.Value:
-        """An array under a name of its own."""
+        """Return an array under a new name."""
         value: ir.Value = self._builder.initializer(self._file.add(name, array), name)
         return value
 
 
 def page_out(tensor: Tensor) -> None:
-    """Give back the memory of a tensor that is mapped from a file, which is read again when it is needed again.
+    """Release the memory of a tensor that is mapped from a file, which is read again when needed.
 
-    What is not mapped stays as it is. A hint: a system without it keeps more memory (madvise(2), MADV_PAGEOUT).
+    A tensor that is not mapped is unchanged. This is a hint: a system without it keeps more memory (madvise(2),
+    MADV_PAGEOUT).
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -105,12 +107,12 @@ def page_out(tensor: Tensor) -> None:
 
 
 def alias(value: ir.Value, name: str) -> ir.ExternalTensor:
-    """A second name for the bytes of an initializer."""
+    """Give the bytes of an initializer a second name."""
     return _renamed(cast(ir.ExternalTensor, value.const_value), name)
 
 
 def rows_of(value: ir.Value, name: str, rows: slice) -> ir.ExternalTensor:
-    """The bytes of some rows of an initializer, under a name of their own."""
+    """Give the bytes of some rows of an initializer a new name."""
     tensor = cast(ir.ExternalTensor, value.const_value)
     part = tensor.numpy()[rows]
     offset = (tensor.offset or 0) + rows.start * (tensor.nbytes // tensor.shape.numpy()[0])
@@ -128,6 +130,6 @@ def _renamed(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
 
 
 def stored_tensor(value: ir.Value) -> StoredTensor:
-    """Where an initializer is, in the words of the manifest."""
+    """Return where an initializer is stored, in the manifest's terms."""
     tensor = cast(ir.ExternalTensor, value.const_value)
     return StoredTensor(str(tensor.location), "float32", tuple(tensor.shape.numpy()), int(tensor.offset or 0))

@@ -1,7 +1,7 @@
-"""The checkpoint: what training writes and export reads (DESIGN section 4).
+"""The checkpoint, which training writes and export reads (docs/design.md section 4).
 
-Three kinds of input give the same `Checkpoint`: our own directory, a PEFT LoRA directory that
-targets lm_head, and a state dict of the authors' script. Nothing is ever unpickled into objects.
+Three kinds of input give the same `Checkpoint`: our own directory, a PEFT LoRA directory that targets lm_head, and a
+state dict of the authors' script. Nothing is ever unpickled into objects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from chameleon_deploy.reference.model import Trunk, load_trunk
 CONFIG_FILE = "chameleon_config.json"
 TENSOR_FILE = "chameleon.safetensors"
 FORMAT_VERSION = 1
-AUTHORS_BASE = "gpt2"  # the hub id of the base model of the paper's scripts
+AUTHORS_BASE = "gpt2"  # the hub id of the base model in the paper's scripts
 MAX_SIZE = 1 << 20  # of any dimension in the configuration; products of larger ones overflow
 
 
@@ -61,8 +61,8 @@ def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = N
     """Load any of the three kinds of checkpoint.
 
     path   a checkpoint directory, a PEFT LoRA directory, or a state-dict file of the authors' script
-    base   the base model, where the input does not name one or its path has moved
-    trunk  the base model of one of our own checkpoints, where it is loaded already
+    base   the base model, if the input does not name one or its path has moved
+    trunk  the base model of one of our own checkpoints, if it is loaded already
 
     Raises CheckpointError, VersionError, TensorError or UnsupportedBaseError.
     """
@@ -88,14 +88,14 @@ def save_checkpoint(path: Path, config: CheckpointConfig, factors: HeadFactors, 
 
 
 def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> HeadFactors:
-    """A freshly initialised hypernetwork or LoRA pair of the right shape."""
+    """Return a freshly initialised hypernetwork or LoRA pair."""
     if config.regime == "chameleon":
         return Hypernetwork(hidden_size, vocab_size, config.rank, config.hidden_sizes)
     return StaticLoRA(hidden_size, vocab_size, config.rank)
 
 
 def _stored_name(parameter: str) -> str:
-    """The name in the file: hypernetwork.{i}.weight or .bias, lm_head.lora_A or .lora_B."""
+    """Return the name in the file: hypernetwork.{i}.weight or .bias, lm_head.lora_A or .lora_B."""
     if parameter.startswith("layers."):
         return parameter.replace("layers.", "hypernetwork.", 1)
     return f"{LM_HEAD}.{parameter}"
@@ -137,7 +137,7 @@ def _load_peft(path: Path, base: str | None) -> Checkpoint:
     named = {n.removeprefix(f"{prefix}lora_").removesuffix(".weight"): t for n, t in tensors.items()}
     if sorted(named) != ["A", "B"]:
         raise TensorError(f"{path}: expected {prefix}lora_{{A,B}}.weight only, found {sorted(tensors)}")
-    # PEFT divides by the rank; the head here does not, so its factor goes into alpha.
+    # PEFT divides by the rank; the head here does not, so PEFT's factor is multiplied into alpha.
     config = CheckpointConfig(
         regime="lora", base_model=base_model, rank=rank, alpha=scaling, num_clusters=0, max_length=trunk.max_positions
     )
@@ -186,7 +186,7 @@ def _assemble(
     path: Path, config: CheckpointConfig, trunk: Trunk, tensors: dict[str, Tensor], centroids: Tensor, files: list[Path]
 ) -> Checkpoint:
     vocab, hidden = trunk.head_weight.shape
-    with torch.device("meta"):  # shapes only, which take no memory: the configuration may ask for any
+    with torch.device("meta"):  # shapes only, which take no memory: the configuration may contain any size
         factors = build_factors(config, hidden, vocab)
     found = {}
     for name, parameter in factors.named_parameters():
@@ -249,7 +249,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _resolve_base(path: Path, base_model: str) -> str:
-    """A path relative to the checkpoint if there is such a directory or GGUF file, else a hub id."""
+    """Return a path relative to the checkpoint if there is such a directory or GGUF file, else a hub id."""
     local = path / base_model
     if local.is_dir() or gguf_file(local):
         return str(local)

@@ -11,11 +11,11 @@ from chameleon_deploy.errors import DatasetError, DependencyError, InputError
 
 
 class Split(NamedTuple):
-    """Texts of three purposes, none in two of them.
+    """Disjoint texts for three purposes.
 
-    train       texts that parameters, clusters and counts are made from
-    validation  texts that choose: the best epoch, the pseudo-count
-    test        texts whose figures are reported; nothing else depends on them
+    train       for parameters, clusters and counts
+    validation  for choices: the best epoch, the pseudo-count
+    test        for reported figures only
     """
 
     train: list[str]
@@ -24,9 +24,10 @@ class Split(NamedTuple):
 
 
 def load_dataset_texts(name: str, split: Literal["train", "validation", "test"]) -> list[str]:
-    """Texts of one split of a named Hugging Face dataset with a "text" column; `wikitext` means wikitext-2-raw-v1.
+    """Return the texts of one split of a named Hugging Face dataset with a "text" column; `wikitext` is
+    wikitext-2-raw-v1.
 
-    Raises DatasetError when it cannot be reached, DependencyError without the `datasets` package.
+    Raises DatasetError if it cannot be reached, DependencyError without the `datasets` package.
     """
     try:
         import datasets  # type: ignore[import-not-found,unused-ignore]
@@ -46,9 +47,10 @@ def load_dataset_texts(name: str, split: Literal["train", "validation", "test"])
 
 
 def split_texts(texts: Sequence[str], held_out: float, salt: str = "") -> tuple[list[str], list[str]]:
-    """Training and held-out texts. A text's side depends on its content alone, so equal texts never straddle.
+    """Return training and held-out texts. The side of a text depends on its content only, so equal texts are on one
+    side.
 
-    salt  a second split of one side needs another, or it would find that side's texts all on one side again
+    salt  must differ for a second split of one side, which would otherwise put all its texts on one side again
     """
     sides: tuple[list[str], list[str]] = ([], [])
     for text in texts:
@@ -58,19 +60,19 @@ def split_texts(texts: Sequence[str], held_out: float, salt: str = "") -> tuple[
 
 
 def sample_texts(texts: Sequence[str], count: int | None, seed: int) -> list[str]:
-    """`count` of the texts, drawn by the seed, in their order; None or more than there are: all."""
+    """Return `count` of the texts, drawn by the seed, in their order; all of them if it is None or too large."""
     if count is None or count >= len(texts):
         return list(texts)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), count))]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, protocol: str, max_length: int) -> list[list[int]]:
-    """Token ids of at most max_length each.
+    """Return token ids of at most max_length each.
 
-    `paper` cuts a longer text off, as the authors' scripts do; `masked` goes on in a new text.
-    Texts of fewer than two tokens have nothing to predict and are left out.
+    `paper` truncates a longer text, as the authors' scripts do; `masked` continues it as a new text. Texts of fewer
+    than two tokens have nothing to predict and are left out.
 
-    Raises InputError when no text is left.
+    Raises InputError if no text is left.
     """
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     pieces = [ids[:max_length] for ids in encoded] if protocol == "paper" else list(_pieces(encoded, max_length))

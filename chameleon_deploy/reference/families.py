@@ -1,7 +1,7 @@
-"""Which base models can be deployed: decoders whose logits are a linear map of the final hidden state.
+"""The base models that can be deployed: decoders whose logits are a linear map of the final hidden state.
 
-The reference runs any of them through Hugging Face; what is refused here is what the exporter could not
-reproduce, so that nobody trains for hours on a base that cannot be shipped.
+The reference runs any of them through Hugging Face. Models that the exporter cannot reproduce are refused here, so that
+nobody trains for hours on a base that cannot be exported.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from chameleon_deploy.errors import UnsupportedBaseError
 
 SUPPORTED_FAMILIES = ("gpt2", "llama")
 
-# Rotary embeddings whose frequencies do not depend on the length of the text.
+# Kinds of rotary embedding whose frequencies do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Options of any family that change the logits or the attention, and the values that leave them as they are.
+# Options of any family that change the logits or the attention, and their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
@@ -35,17 +35,19 @@ _FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def num_key_value_heads(config: Any) -> int:
-    """The heads of keys and values in a Hugging Face configuration; left out, as many as of queries."""
+    """Return the number of key-value heads in a Hugging Face configuration; by default that of query heads."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def head_dim(config: Any) -> int:
-    """The channels of one head in a Hugging Face configuration; left out, the hidden size over the heads."""
+    """Return the number of channels of a head in a Hugging Face configuration; by default the hidden size over the
+    heads.
+    """
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def require_supported(config: Any, name: str) -> None:
-    """Raise UnsupportedBaseError, naming the family or the options of a Hugging Face configuration that are missing.
+    """Raise UnsupportedBaseError, which names the unsupported family or options of a Hugging Face configuration.
 
     name  of the base model, for the message
     """
@@ -58,7 +60,7 @@ def require_supported(config: Any, name: str) -> None:
     ]
     if (rope_type := _rope_type(config)) not in ROPE_TYPES:
         missing.append(f"rope_type={rope_type!r}")
-    if family == "llama" and head_dim(config) % 16:  # what GroupQueryAttention can rotate by position
+    if family == "llama" and head_dim(config) % 16:  # GroupQueryAttention can rotate only these by position
         missing.append(f"head_dim={head_dim(config)}, no multiple of 16")
     if config.eos_token_id is None:
         missing.append("no eos_token_id")
@@ -73,6 +75,8 @@ def require_supported(config: Any, name: str) -> None:
 
 
 def _rope_type(config: Any) -> str:
-    """transformers 5 calls it rope_parameters, 4 rope_scaling, and older files say type."""
+    """Return the kind of rotary embedding: rope_parameters in transformers 5, rope_scaling in 4, type in older
+    files.
+    """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return str(rope.get("rope_type", rope.get("type", "default")))

@@ -1,7 +1,7 @@
 """Base models from GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-transformers reads them, and takes half a minute for a small one. So a file is converted to Hugging Face
-format once, into the local cache, and every load after that is a load of that directory.
+transformers reads them, but takes half a minute for a small one. So a file is converted once to Hugging Face format, in
+the local cache, and later loads use that directory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from chameleon_deploy.local_cache import find_or_build
 
 
 def gguf_file(name_or_path: str | Path) -> Path | None:
-    """The GGUF file that a base model's name means, or None: the file itself, or the only one of a directory that is
-    not in Hugging Face format.
+    """Return the GGUF file of a base model's name, or None: the file itself, or the only one of a directory that is not
+    in Hugging Face format.
 
-    Raises CheckpointError when there are several.
+    Raises CheckpointError if there are several.
     """
     path = Path(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
@@ -34,7 +34,7 @@ def gguf_file(name_or_path: str | Path) -> Path | None:
 
 
 def converted(file: Path) -> Path:
-    """The model in Hugging Face format, float32, in the local cache.
+    """Return the directory of the model in Hugging Face format, float32, in the local cache.
 
     Raises DependencyError without the `gguf` package, CheckpointError, UnsupportedBaseError, OutputError.
     """
@@ -64,21 +64,22 @@ def _convert(file: Path, directory: Path) -> None:
     from chameleon_deploy.reference.families import require_supported
 
     reader = GGUFReader(file)
-    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):  # transformers would leave it out
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):  # transformers would ignore it
         raise UnsupportedBaseError(f"{file} scales its rotary frequencies by a tensor: pass the Hugging Face directory")
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     require_supported(transformers.AutoConfig.from_pretrained(**where), str(file))
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that knows no terminal
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that does not check for a terminal
         model = transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
     if pre_tokenizer and pre_tokenizer.contents() == "smollm":
-        # Each digit is a word, which transformers does not take from the file
+        # Each decimal digit is a word, which transformers does not take from the file
         # (https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/tokenizer.json).
         backend = tokenizer.backend_tokenizer
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    # By now it is plain float32, but transformers 5 remembers, and would not save it or load it again.
+    # The model is plain float32 now, but transformers 5 still has its quantisation entry and would not save or load it
+    # again.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(directory)

@@ -1,8 +1,8 @@
 """Train the head factors on cached hidden states.
 
-A step costs the head alone: base logits need no gradient, and the gradient of the factors is written down
-and accumulated over chunks of positions, in one buffer: four times as fast as autograd, and memory does not
-grow with the batch.
+A step computes the head only: base logits need no gradient, and the factors' gradient is written explicitly and
+accumulated over chunks of positions, in one buffer. This is four times as fast as autograd, and memory does not grow
+with the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK_POSITIONS = 1024  # logits of one chunk: 1024 * 50,257 * 4 bytes = 206 MB
 
 @dataclass
 class TrainingState:
-    """What is on disk after every epoch, beside the parameters and the optimiser's moments."""
+    """The training state saved after every epoch, in addition to the parameters and the optimiser's moments."""
 
     epoch: int = 0
     best_epoch: int = 0
@@ -48,18 +48,18 @@ def train_head(
 ) -> TrainingState:
     """Train `factors` in place and leave the parameters of the best epoch in it.
 
-    Progress is saved in state_dir after every epoch; called again on the same state_dir, training
-    goes on there and ends with the same parameters as an uninterrupted run.
+    Progress is saved in state_dir after every epoch. A second call with the same state_dir continues the training and
+    ends with the same parameters as an uninterrupted run.
 
-    constant  [hidden], what every batch is conditioned on in place of its own mean: the control that has the
-              hypernetwork's capacity and nothing to adapt to
+    constant  [hidden], replaces the mean of every batch as conditioning: the control with the hypernetwork's capacity
+              and nothing to adapt to
     """
     optimizer = torch.optim.AdamW(factors.parameters(), lr=settings.lr)
     state = _restore(factors, optimizer, state_dir) or TrainingState()
     train_clusters = _clusters(train, centroids)
     while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
         state.epoch += 1
-        # All of an epoch's randomness (order, dropout) follows from its number: nothing else to save.
+        # All randomness of an epoch (order, dropout) follows from its number, so nothing else is saved.
         torch.manual_seed(settings.seed * 100_003 + state.epoch)
         factors.train()
         total, count = 0.0, 0
@@ -95,7 +95,9 @@ def validation_loss(
     batch_size: int,
     constant: Tensor | None = None,
 ) -> float:
-    """Mean cross-entropy over all stored positions, cohorts drawn per cluster as in training. None: the base model."""
+    """Return the mean cross-entropy over all stored positions, with cohorts drawn per cluster as in training.
+    factors None: the base model.
+    """
     total = 0.0
     if factors is not None:
         factors.eval()
@@ -115,8 +117,9 @@ def cohort_losses(
     head_weight: Tensor,
     alpha: float,
 ) -> Tensor:
-    """Cross-entropy [positions] of one cohort whose factors come from one conditioning vector [hidden]. None: the base
-    model."""
+    """Return the cross-entropy [positions] of one cohort with one conditioning vector [hidden]. factors None: the
+    base model.
+    """
     if factors is None:
         lora_A, lora_B = torch.zeros(1, head_weight.shape[1]), torch.zeros(len(head_weight), 1)
     else:
@@ -139,7 +142,7 @@ def _backward(
     alpha: float,
     positions: int,
 ) -> float:
-    """Accumulate the gradient of the loss per position of a step of `positions`; return these targets' summed loss."""
+    """Accumulate the gradient of the mean loss of a step of `positions`; return the summed loss of these targets."""
     generated = factors(conditioning)
     lora_A, lora_B = (f[0].detach() for f in generated)
     grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
@@ -150,7 +153,8 @@ def _backward(
         projected = h @ lora_A.T
         logprobs = _logprobs(h, projected, lora_B, head_weight, alpha, buffer)
         total -= float(logprobs.gather(1, t[:, None]).double().sum())
-        # The gradient of the loss by the logits is softmax - onehot(target): the second term is added by index.
+        # The gradient of the loss with respect to the logits is softmax - onehot(target); the second term is added by
+        # index.
         softmax = logprobs.exp_()
         grad_B.addmm_(softmax.T, projected, alpha=scale).index_add_(0, t, projected, alpha=-scale)
         grad_A.addmm_((softmax @ lora_B - lora_B[t]).T, h, alpha=scale)
@@ -159,7 +163,7 @@ def _backward(
 
 
 def _logprobs(h: Tensor, projected: Tensor, lora_B: Tensor, head_weight: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """log softmax(h W^T + alpha * projected B^T) [positions, vocab], computed in place in `out`."""
+    """Return log softmax(h W^T + alpha * projected B^T) [positions, vocab], computed in place in `out`."""
     logits = torch.mm(h, head_weight.T, out=out[: len(h)])
     logits.addmm_(projected, lora_B.T, alpha=alpha)
     return torch.log_softmax(logits, 1, out=logits)
@@ -173,7 +177,7 @@ def _clusters(states: HiddenStates, centroids: Tensor) -> list[Tensor]:
 
 
 def cohorts(clusters: list[Tensor], batch_size: int) -> Iterator[list[int]]:
-    """Rows of one cluster at a time, in order, at most batch_size together."""
+    """Yield rows of one cluster at a time, in order, at most batch_size together."""
     for rows in clusters:
         for chunk in rows.split(batch_size):
             if len(chunk):
@@ -189,7 +193,7 @@ def _save(factors: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingS
     tensors = {f"parameter.{name}": t for name, t in factors.state_dict().items()}
     for (name, _), moments in zip(factors.named_parameters(), optimizer.state_dict()["state"].values(), strict=True):
         tensors |= {f"{key}.{name}": value for key, value in moments.items()}
-    # One file holds everything, so that a kill between two files cannot mix two epochs.
+    # A single file holds everything, so that a kill between two files cannot mix two epochs.
     tensors["json"] = torch.from_numpy(np.frombuffer(json.dumps(asdict(state)).encode(), dtype=np.uint8).copy())
     _save_tensors(tensors, state_dir / "state.safetensors")
 

@@ -1,10 +1,10 @@
 """Final hidden states of the frozen trunk, computed once and memory-mapped.
 
-The update touches the head alone, so training needs the trunk's output and never the trunk.
-A position is stored when its protocol scores it:
+The update changes only the head, so training needs the trunk's output and not the trunk. A position is stored if its
+protocol scores it:
 
-    masked   every real token but the last of each text; its target is the next token
-    paper    the last position of the text padded to max_length with EOS; its target is that position's own token
+masked   every real token but the last of each text; its target is the next token
+paper    the last position of the text padded to max_length with EOS; its target is that position's own token
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ from chameleon_deploy.reference.model import Trunk
 
 @dataclass
 class HiddenStates:
-    """hidden float32 [positions, hidden] (memory-mapped), targets int64 [positions], offsets int64 [texts + 1],
-    embeddings float32 [texts, hidden]. Text i owns positions offsets[i]:offsets[i+1]."""
+    """The stored states of a list of texts.
+
+    hidden      float32 [positions, hidden], memory-mapped
+    targets     int64 [positions]
+    offsets     int64 [texts + 1]; text i has positions offsets[i]:offsets[i+1]
+    embeddings  float32 [texts, hidden]
+    """
 
     hidden: npt.NDArray[np.float32]
     targets: npt.NDArray[np.int64]
@@ -41,7 +46,7 @@ class HiddenStates:
         return int(sum(self.offsets[row + 1] - self.offsets[row] for row in rows))
 
     def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [positions, hidden] and targets [positions] of some texts, one after the other."""
+        """Return hidden [positions, hidden] and targets [positions] of some texts, concatenated."""
         spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
         hidden = np.concatenate([self.hidden[span] for span in spans])
         return torch.from_numpy(hidden), torch.from_numpy(np.concatenate([self.targets[span] for span in spans]))
@@ -56,9 +61,9 @@ def cache_hidden_states(
     report: Callable[[int], None] = lambda done: None,
     batch_size: int = 16,
 ) -> HiddenStates:
-    """Compute, or map again, the hidden states of `texts` in `directory`.
+    """Compute the hidden states of `texts` in `directory`, or map the existing ones.
 
-    A cache made from other texts, weights or settings is recomputed. `report` is told how many texts are done.
+    A cache made from other texts, weights or settings is recomputed. `report` gets the number of finished texts.
     """
     directory.mkdir(parents=True, exist_ok=True)
     key = _key(trunk, texts, protocol, max_length)
@@ -68,7 +73,7 @@ def cache_hidden_states(
     file = directory / "hidden_states.npy"
     key_file = directory / "hidden_states.json"
     if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
-        key_file.unlink(missing_ok=True)  # a kill must not leave the old key beside new states
+        key_file.unlink(missing_ok=True)  # a kill must not leave the old key with new states
         write_whole(
             file, lambda partial: _compute(trunk, texts, protocol, max_length, offsets, partial, report, batch_size)
         )
@@ -89,7 +94,7 @@ def _compute(
 ) -> None:
     shape = (int(offsets[-1]), trunk.config.hidden_size)
     stored = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding in each batch
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # minimises padding in each batch
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         width = max_length if protocol == "paper" else max(len(texts[row]) for row in rows)

@@ -1,6 +1,6 @@
 """The two sources of head factors: a trained pair (LoRA) and a network that generates them.
 
-Both give lora_A [rank, hidden] and lora_B [vocab, rank], and the head computes
+Both return lora_A [rank, hidden] and lora_B [vocab, rank], and the head computes
 `logits = h W^T + alpha * (h lora_A^T) lora_B^T`  (arXiv 2502.04315, section 3).
 """
 
@@ -16,10 +16,10 @@ DROPOUT = 0.5
 
 
 class Hypernetwork(nn.Module):
-    """Conditioning vector -> factors: Linear ReLU Dropout Linear ReLU Dropout Linear.
+    """A network from conditioning vector to factors: Linear ReLU Dropout Linear ReLU Dropout Linear.
 
-    `layers` holds the Linear modules alone, so that parameter i of the checkpoint is
-    `hypernetwork.{i}.weight` whatever stands between them.
+    `layers` has the Linear modules only, so that parameter i of the checkpoint is `hypernetwork.{i}.weight` whatever
+    the other modules are.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int, hidden_sizes: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ class Hypernetwork(nn.Module):
 
 
 class StaticLoRA(nn.Module):
-    """One trained pair of factors for every text; the conditioning vector only says how many sets to give."""
+    """One trained pair of factors for every text; the conditioning only determines the number of sets."""
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ HeadFactors = Hypernetwork | StaticLoRA
 
 
 def num_factors(hidden_size: int, vocab_size: int, rank: int) -> int:
-    """How many numbers one set of factors has: 204,100 for GPT-2 small at rank 4."""
+    """Return how many numbers one factor set has: 204,100 for GPT-2 small at rank 4."""
     return rank * (hidden_size + vocab_size)
 
 

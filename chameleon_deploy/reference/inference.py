@@ -1,6 +1,6 @@
-"""The reference at work: adapt a batch in every mode, and its logits.
+"""Inference with the reference: adapt a batch in every mode, and compute its logits.
 
-Written from DESIGN sections 2 and 3, on its own, so that comparing it with the runtime means something.
+It is written from docs/design.md sections 2 and 3, independently of the runtime, so that a comparison proves something.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from chameleon_deploy.reference.model import adapted_logits
 
 @dataclass
 class ReferenceAdaptation:
-    """embeddings [batch, hidden], cluster_ids [batch], lora_A [clusters, rank, hidden],
-    lora_B [clusters, vocab, rank], factor_ids [batch]: lora_B as the checkpoint has it, alpha not in it."""
+    """The reference's adaptation of a batch.
+
+    embeddings   [batch, hidden]
+    cluster_ids  [batch]
+    lora_A       [clusters, rank, hidden]
+    lora_B       [clusters, vocab, rank], as in the checkpoint, without alpha
+    factor_ids   [batch]
+    """
 
     embeddings: Tensor
     cluster_ids: Tensor
@@ -32,8 +38,9 @@ class ReferenceAdaptation:
 def adapt(
     checkpoint: Checkpoint, rows: Sequence[Sequence[int]], mode: str, tenants: Sequence[Hashable] | None = None
 ) -> ReferenceAdaptation:
-    """The factors of a batch of token ids in one of the modes none, static (regime lora), centroid, request, cohort,
-    tenant."""
+    """Return the factors of a batch of token ids in one of the modes none, static (regime lora), centroid, request,
+    cohort, tenant.
+    """
     config, trunk = checkpoint.config, checkpoint.trunk
     embeddings = embed_texts(rows, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
     clusters = (
@@ -60,8 +67,8 @@ def adapt(
 class RowLogits:
     """Logits [positions, vocab] of one row of a batch, computed alone: no padding, no cache.
 
-    The trunk does not depend on the factors, so the hidden states of a text are computed once and kept. The logits
-    of a long text are large: take a slice of its positions at a time.
+    The trunk does not depend on the factors, so the hidden states of a text are computed once and stored. The logits of
+    a long text are large: request a slice of its positions at a time.
     """
 
     checkpoint: Checkpoint
@@ -69,7 +76,7 @@ class RowLogits:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
-        """Hidden states [1, sequence, hidden] of a text."""
+        """Return hidden states [1, sequence, hidden] of a text."""
         key = tuple(ids)
         if key not in self.hidden:
             self.hidden[key], _ = self.checkpoint.trunk.hidden_states(torch.tensor([key]))

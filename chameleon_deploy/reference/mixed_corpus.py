@@ -3,14 +3,14 @@
     prose             the topics of Python's own help, from the standard library
     dialogue          English conversations, from the package chatterbot-corpus
     python javascript css html   source and markup, from the package django
-    de fr es ...      what Django says to its users, in that language (its compiled message catalogues)
+    de fr es ...      Django's messages to users in that language (its compiled message catalogues)
 
-Nothing of it comes with this project: both packages are under the BSD licence and
+None of the text is part of this project. Both packages are under the BSD licence and are installed with
 
     pip install --no-deps django==5.2.8 chatterbot-corpus==1.3.3
 
-brings them. A text's side of the split depends on its source (a topic, a file, a catalogue) and the seed, so no file
-stands on both sides.
+The side of a text in the split depends on its source (a topic, a file, a catalogue) and the seed, so no file is on both
+sides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REQUIREMENTS = "django==5.2.8 chatterbot-corpus==1.3.3"
 
 
 class Source(NamedTuple):
-    """Where text comes from, and its paragraphs in order."""
+    """A source of text, with its paragraphs in order."""
 
     name: str
     paragraphs: list[str]
@@ -52,11 +52,11 @@ class MixedText(NamedTuple):
 
 
 def mixed_texts(per_kind: int, held_out: float, seed: int) -> tuple[list[MixedText], list[MixedText]]:
-    """Training and held-out texts: of every kind at most per_kind * (1 - held_out) and per_kind * held_out.
+    """Return training and held-out texts, of every kind at most per_kind * (1 - held_out) and per_kind * held_out.
 
     held_out  the share, 0 to 1; of a kind's sources and of its texts
 
-    Raises DependencyError when a package is missing, InputError when a kind has too few texts.
+    Raises DependencyError if a package is missing, InputError if a kind has too few texts.
     """
     sides: tuple[list[MixedText], list[MixedText]] = ([], [])
     wanted = (round(per_kind * (1 - held_out)), round(per_kind * held_out))
@@ -69,14 +69,14 @@ def mixed_texts(per_kind: int, held_out: float, seed: int) -> tuple[list[MixedTe
 
 
 def _split(kind: str, held_out: float, seed: int) -> tuple[list[MixedText], list[MixedText]]:
-    """Whole sources go to one side; a text that both sides have stays on the training side alone."""
+    """Split by whole sources; a text that is on both sides stays on the training side only."""
     sources = list(_sources(kind))
     sources.sort(key=lambda source: hashlib.sha256(f"{seed} {source.name}".encode()).digest())
     pieces = {source.name: list(dict.fromkeys(_pieces(source.paragraphs))) for source in sources}
     total, held = sum(map(len, pieces.values())), 0
     sides: tuple[list[MixedText], list[MixedText]] = ([], [])
     for name, texts in pieces.items():
-        # The first sources in the shuffled order are held out, as long as they do not take more than their share twice.
+        # The first sources in the shuffled order are held out, unless they take more than twice their share.
         takes = held < held_out * total and held + len(texts) <= 2 * held_out * total
         held += len(texts) * takes
         sides[takes].extend(MixedText(kind, name, text) for text in texts)
@@ -102,7 +102,7 @@ def _sources(kind: str) -> Iterator[Source]:
 
 
 def _files(package: str, pattern: str) -> list[tuple[str, Path]]:
-    """Name and path of a package's files whose name matches, in the order of their names."""
+    """Return name and path of a package's files that match, sorted by name."""
     try:
         files = importlib.metadata.files(package)
     except importlib.metadata.PackageNotFoundError as error:
@@ -112,24 +112,24 @@ def _files(package: str, pattern: str) -> list[tuple[str, Path]]:
 
 
 def _conversations(text: str) -> list[str]:
-    """The conversations of one YAML file, a line each turn."""
+    """Return the conversations of one YAML file, a line for each turn."""
     import yaml
 
     return ["\n".join(f"- {turn}" for turn in turns) for turns in yaml.safe_load(text)["conversations"]]
 
 
 def _messages(catalogue: bytes) -> list[str]:
-    """Translations of a compiled message catalogue (GNU gettext manual, "The Format of GNU MO Files")."""
+    """Return the translations of a compiled message catalogue (GNU gettext manual, "The Format of GNU MO Files")."""
     magic, _, count, _, table = struct.unpack_from("<5I", catalogue)
     if magic != 0x950412DE:
         raise InputError("a message catalogue of Django does not start with the magic number of MO files")
     spans = [struct.unpack_from("<2I", catalogue, table + 8 * i) for i in range(count)]
-    # The first entry, of the empty message, is the catalogue's own header. Plural forms are separated by NUL.
+    # The first entry, of the empty message, is the catalogue's header. Plural forms are separated by NUL.
     return [catalogue[start : start + size].decode("utf-8").replace("\0", "\n") for size, start in spans[1:]]
 
 
 def _pieces(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Gather paragraphs until a piece is long enough; cut a long one at a line's end or a space."""
+    """Join paragraphs until a piece is long enough; split a long one at a line's end or a space."""
     piece = ""
     for paragraph in paragraphs:
         joined = f"{piece}\n{paragraph}" if piece else paragraph
@@ -153,8 +153,8 @@ def _sized(piece: str) -> Iterator[str]:
 def main(
     out: Annotated[Path, typer.Option(help="Directory to write train.jsonl and held_out.jsonl into.")],
     per_kind: Annotated[int, typer.Option(min=10, help="Texts of each kind.")] = 75,
-    held_out: Annotated[float, typer.Option(min=0.05, max=0.5, help="Share that is held out.")] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split by source and of the choice of texts.")] = 0,
+    held_out: Annotated[float, typer.Option(min=0.05, max=0.5, help="Share of held-out texts.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split by source and of the choice of texts.")] = 0,
 ) -> None:
     """Write texts of clearly different kinds: one JSON object with "text", "kind" and "source" a line."""
     if out.exists():

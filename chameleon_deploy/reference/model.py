@@ -1,7 +1,7 @@
 """The reference model: a frozen Hugging Face trunk and a head with low-rank updates.
 
-This file is the definition that exported graphs are compared with. It is written for reading:
-no padding tricks, no caching of factors, float32 throughout.
+This file is the definition that exported graphs are compared with. It is written to be read: no padding tricks, no
+caching of factors, float32 throughout.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Trunk:
 
     @property
     def token_embedding(self) -> Tensor:
-        """E [vocab, hidden]."""
+        """Return E [vocab, hidden]."""
         return cast(Tensor, self.causal_lm.get_input_embeddings().weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """W [vocab, hidden] of the linear head."""
+        """Return the linear head's weight W [vocab, hidden]."""
         return cast(Tensor, self.causal_lm.get_output_embeddings().weight)
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head's weight is the token embedding."""
+        """Return whether the head's weight is the token embedding."""
         return self.head_weight.data_ptr() == self.token_embedding.data_ptr()
 
     @property
@@ -60,24 +60,26 @@ class Trunk:
 
     @property
     def num_key_value_heads(self) -> int:
-        """The heads of keys and values, of which several query heads may share one."""
+        """Return the number of key-value heads, each of which several query heads may share."""
         return families.num_key_value_heads(self.config)
 
     @property
     def head_dim(self) -> int:
-        """The channels of one head."""
+        """Return the number of channels of a head."""
         return families.head_dim(self.config)
 
     def num_parameters(self) -> int:
-        """Each tensor once, tied weights included once: 124,439,808 for GPT-2 small."""
+        """Return the number of parameters with tied weights counted once: 124,439,808 for GPT-2 small."""
         return sum(p.numel() for p in self.causal_lm.parameters())
 
     def drop_layers(self) -> None:
-        """Let go of every weight but the embedding's and the head's, which are copied out of the file that they were
-        mapped from. `hidden_states` cannot be called any more."""
+        """Free every weight except those of the embedding and the head, which are copied out of the mapped file.
+
+        `hidden_states` cannot be called afterwards.
+        """
         kept = {id(module): module for module in (self.causal_lm.get_input_embeddings(),
                                                   self.causal_lm.get_output_embeddings())}  # fmt: skip
-        copies: dict[int, Tensor] = {}  # tied weights stay one
+        copies: dict[int, Tensor] = {}  # tied weights stay tied
         for module in kept.values():
             parameter = module.weight
             parameter.data = copies.setdefault(parameter.data_ptr(), parameter.detach().clone())
@@ -89,7 +91,7 @@ class Trunk:
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
-        """Final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
+        """Return final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
 
         input_ids       int64 [batch, sequence]
         attention_mask  int64 [batch, past + sequence], 1 = real token; None attends to everything
@@ -110,10 +112,10 @@ class Trunk:
 def adapted_logits(
     hidden: Tensor, head_weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, factor_ids: Tensor
 ) -> Tensor:
-    """logits = h W^T + alpha * (h A^T) B^T, each row with its own factor set.
+    """Return h W^T + alpha * (h A^T) B^T, each row with its own factor set.
 
-    hidden [batch, sequence, hidden], lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank],
-    factor_ids int64 [batch] -> [batch, sequence, vocab]
+    hidden [batch, sequence, hidden], lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank], factor_ids int64
+    [batch] -> [batch, sequence, vocab]
     """
     logits = nn.functional.linear(hidden, head_weight)
     A, B = lora_A[factor_ids], lora_B[factor_ids]
@@ -132,7 +134,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Renamed in transformers 5; the old name is what the whole supported range understands.
+    # Renamed in transformers 5; the whole supported range accepts the old name.
     warnings.filterwarnings("ignore", message=".*past_key_values.*deprecated", category=FutureWarning)
     name = str(name_or_path)
     gguf = gguf_file(name_or_path)
@@ -157,9 +159,9 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
 
 
 def encoding_whole_texts(tokenizer: Any) -> Any:
-    """A `tokenizers.Tokenizer` without padding, truncation and dropout, which scripts for training save with it.
+    """Return a `tokenizers.Tokenizer` without padding, truncation and dropout, which training scripts may have saved.
 
-    They would make a text's token ids depend on its neighbours or on chance, or cut the text.
+    They would make a text's token ids depend on other rows or on chance, or truncate the text.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -174,12 +176,12 @@ def trunk_from(causal_lm: Any, tokenizer: Any) -> Trunk:
 
 
 def _is_hub_reachable() -> bool:
-    """One request, where from_pretrained repeats a failing one for half a minute."""
+    """Make one request; from_pretrained would repeat a failing one for half a minute."""
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of requests or of httpx, by the release of huggingface_hub
+    except Exception:  # of requests or of httpx, depending on the release of huggingface_hub
         return False
     return True
 

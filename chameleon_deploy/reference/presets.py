@@ -1,10 +1,10 @@
 """Training presets: the defaults of `train --preset NAME` and `compare --preset NAME`.
 
 paper     arXiv 2502.04315 and its authors' scripts
-residual  for text of clearly different kinds: one trained LoRA that all texts share, and a counted correction of it for
-          each cluster (reference/residual.py); optimiser steps that see several clusters
+residual  for text of clearly different kinds: one trained LoRA for all texts, and a counted correction of it for each
+          cluster (reference/residual.py); optimiser steps over several clusters
 
-This module imports nothing heavy: the commands name the defaults in their help.
+This module imports nothing heavy, since the commands name the defaults in their help.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TrainingSettings:
     batch_size        texts of one cluster that share their factors
     lr                learning rate of AdamW
     patience          epochs without a better validation loss before stopping
-    cohorts_per_step  batches, of any clusters, that one step of the optimiser sees
+    cohorts_per_step  batches, of any clusters, in one step of the optimiser
     residual          whether the hypernetwork is built from a trained LoRA and counts (reference/residual.py)
     """
 
@@ -51,13 +51,13 @@ class Preset:
     training: TrainingSettings
 
     def with_options(self, **options: float | None) -> Preset:
-        """A copy with the options that are not None, by the names of the fields of `Preset` and `TrainingSettings`."""
+        """Return a copy with the options that are not None, by the field names of `Preset` and `TrainingSettings`."""
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         training = {name: given.pop(name) for name in list(given) if hasattr(self.training, name)}
         return replace(self, training=replace(self.training, **training), **given)
 
     def hidden_sizes(self, num_clusters: int) -> tuple[int, ...]:
-        """Hidden sizes of a hypernetwork: the paper's, or one unit for each cluster."""
+        """Return the hidden sizes of a hypernetwork: the paper's, or one unit for each cluster."""
         return (num_clusters, num_clusters) if self.training.residual else (64, 32)
 
 
@@ -81,7 +81,7 @@ PAPER = PRESETS["paper"]
 
 
 def default_of(option: str) -> str:
-    """The default of an option for a help text: one value, or each preset's."""
+    """Return the default of an option for a help text: one value, or each preset's."""
     values = {name: _value(preset, option) for name, preset in PRESETS.items()}
     if len(set(values.values())) == 1:
         return f"{values['paper']:g}"

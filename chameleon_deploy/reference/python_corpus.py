@@ -1,12 +1,12 @@
-"""Text that every Python installation carries, in four kinds that really differ.
+"""Text that every Python installation has, in four different kinds.
 
-    prose      the language reference, from pydoc_data
-    code       module source with comments and docstrings taken out
-    docstring  docstrings of the standard library
-    changelog  IDLE's news files
+prose      the language reference, from pydoc_data
+code       module source without comments and docstrings
+docstring  docstrings of the standard library
+changelog  IDLE's news files
 
-It is what the tiny model learns from and what `verify` uses when no text is given. The content
-depends on the Python version; a text's side of the split (`corpus.split_texts`) does not.
+The tiny model is trained on it, and `verify` uses it if no text is given. The content depends on the Python version; a
+text's side of the split (`corpus.split_texts`) does not.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_CHARACTERS = 700
 
 
 def python_texts(kind: str) -> list[str]:
-    """All texts of one kind, each of 80 to 700 characters, in a fixed order, none twice.
+    """Return all texts of one kind, each of 80 to 700 characters, in a fixed order, without duplicates.
 
     Raises KeyError for an unknown kind.
     """
     return list(_texts(kind))
 
 
-@functools.cache  # seconds of parsing, which nothing changes while the process runs
+@functools.cache  # parsing takes seconds and its result is constant in a process
 def _texts(kind: str) -> tuple[str, ...]:
     sources = {"prose": _prose, "code": _code, "docstring": _docstrings, "changelog": _changelogs}
     pieces = (piece for source in sources[kind]() for piece in _pieces(source))
@@ -86,7 +86,7 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def _pieces(source: str) -> Iterator[str]:
-    """Cut at blank lines, then gather paragraphs until a piece is long enough."""
+    """Split at blank lines, then join paragraphs until a piece is long enough."""
     piece = ""
     for paragraph in re.split(r"\n\s*\n", source):
         joined = f"{piece}\n\n{paragraph}" if piece else paragraph

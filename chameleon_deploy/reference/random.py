@@ -27,7 +27,7 @@ SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "
 
 
 def base_config(size: str) -> Any:
-    """The Hugging Face configuration of a size: a GPT-2, or one of the Llama family."""
+    """Return the Hugging Face configuration of a size: a GPT-2, or one of the Llama family."""
     import transformers
 
     if size in SIZES:
@@ -45,12 +45,12 @@ def base_config(size: str) -> Any:
     return transformers.LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.15,  # the usual 0.02 gives attention at this width nothing to choose between
+        initializer_range=0.15,  # with the usual 0.02, attention at this width would be nearly uniform
     )  # fmt: skip
 
 
 def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0) -> None:
-    """Write out/base and the checkpoint around it. The centroids come from real text, the weights from the seed.
+    """Write out/base and its checkpoint. The centroids come from real text, the weights from the seed.
 
     base  a size, or a Hugging Face configuration
 
@@ -87,9 +87,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     size: Annotated[
         Literal["mini", "small", "medium", "large", "xl", "llama-mini", "smollm2-135m"],
-        typer.Option(help="Of the base model: GPT-2 up to xl, Llama from there."),
+        typer.Option(help="Size of the base model: GPT-2 up to xl, Llama from there."),
     ] = "small",
-    regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="What the factors come from.")] = "chameleon",
+    regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="Regime of the factors.")] = "chameleon",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make a checkpoint of random weights."""

@@ -1,18 +1,18 @@
-"""The preset `residual`: a trained LoRA that all texts share, and for each cluster a counted correction of it.
+"""The preset `residual`: a trained LoRA for all texts, and for each cluster a counted correction of it.
 
-What differs between clusters is not trained, because a cluster has too few texts for that: it is counted. On the
+The difference between clusters is counted rather than trained, because a cluster has too few texts for training. On the
 training texts of cluster k the shared LoRA expects token v `expected[k, v]` times (the sum of its probabilities) and
-`observed[k, v]` is how often it came; the logit of v should then be higher by about log(observed / expected). With
+`observed[k, v]` is how often it occurred; the logit of v should then be higher by about log(observed / expected). With
 pseudo-counts (a Gamma prior on a Poisson rate) that is
 
     log_ratio[k, v] = log((observed[k, v] + c) / (expected[k, v] + c))
 
-and c is chosen on the validation texts, among them infinity: no correction at all.
+and c is chosen on the validation texts, from values that include infinity: no correction at all.
 
-All of it is a hypernetwork as any other, Linear ReLU Linear ReLU Linear with hidden sizes (K, K):
+All of it is an ordinary hypernetwork, Linear ReLU Linear ReLU Linear with hidden sizes (K, K):
 
-    first layer   unit k detects cluster k: a ridge regression of "is in cluster k" on the text embeddings, so on
-                  centred and whitened ones, folded into weight and bias; 1 at its own centroid, 0 at the others (ReLU)
+    first layer   unit k detects cluster k: a ridge regression of "is in cluster k" on the centred and whitened text
+                  embeddings, folded into weight and bias; 1 at its own centroid, 0 at the others (ReLU)
     second layer  the identity
     last layer    bias: the shared LoRA, in rows 1 to rank - 1 of the factors; row 0 of lora_A is a direction in which
                   every hidden state is about 1, and column k of the weight holds log_ratio[k] in column 0 of lora_B
@@ -32,7 +32,7 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
 
 PSEUDO_COUNTS = (1.0, 3.0, 10.0, 30.0, math.inf)
 RIDGE = 0.1  # of the detectors, as a share of the embeddings' mean variance
-LEAST_MARGIN = 0.1  # between a cluster's own centroid and its nearest rival, before the scaling; bounds the weights
+LEAST_MARGIN = 0.1  # minimum between a cluster's centroid and its nearest rival, before the scaling; bounds the weights
 
 
 @torch.no_grad()
@@ -45,13 +45,13 @@ def add_residual(
     centroids: Tensor,
     batch_size: int,
 ) -> tuple[Hypernetwork, dict[float, float]]:
-    """A hypernetwork of rank lora.rank + 1 that gives the LoRA and each cluster's correction of it.
+    """Return a hypernetwork of rank lora.rank + 1 that returns the LoRA and each cluster's correction of it.
 
     head_weight  [vocab, hidden]
     centroids    [K, hidden]
     batch_size   texts of a cohort, when the validation texts are scored
 
-    Returns it with the validation loss of every pseudo-count, in nats per position. The one with the least is in it.
+    Also returns the validation loss of every pseudo-count, in nats per position. The hypernetwork has the best one.
     """
     vocab_size, hidden_size = head_weight.shape
     num_clusters, rank = len(centroids), lora.rank + 1
@@ -77,7 +77,7 @@ def add_residual(
 
 
 def log_ratio(expected: Tensor, observed: Tensor, pseudo_count: float) -> Tensor:
-    """By how much the logits of each cluster are too low. Counts [K, vocab] -> [K, vocab]"""
+    """Return by how much the logits of each cluster are too low. Counts [K, vocab] -> [K, vocab]"""
     if math.isinf(pseudo_count):
         return torch.zeros_like(expected)
     return torch.log((observed + pseudo_count) / (expected + pseudo_count))
@@ -87,7 +87,7 @@ def log_ratio(expected: Tensor, observed: Tensor, pseudo_count: float) -> Tensor
 def count(
     lora: StaticLoRA, head_weight: Tensor, alpha: float, states: HiddenStates, centroids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How often each token is expected and observed in each cluster's texts: two float32 [K, vocab]."""
+    """Return how often each token is expected and observed in each cluster's texts: two float32 [K, vocab]."""
     expected, observed = torch.zeros(2, len(centroids), len(head_weight))
     clusters = nearest_centroids(states.embeddings, centroids)
     for k in range(len(centroids)):
@@ -101,9 +101,9 @@ def count(
 
 
 def constant_direction(states: HiddenStates) -> Tensor:
-    """The direction [hidden] whose product with every hidden state is closest to 1, by ridge regression.
+    """Return the direction [hidden] whose product with every hidden state is closest to 1, by ridge regression.
 
-    The last norm gives all hidden states a large component in common, so that one exists.
+    The last norm gives all hidden states a large common component, so that such a direction exists.
     """
     size = states.hidden.shape[1]
     gram, total = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
@@ -117,7 +117,8 @@ def constant_direction(states: HiddenStates) -> Tensor:
 
 
 def detectors(embeddings: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [K, hidden] and bias [K] of `relu(u @ weight.T + bias)`, which is close to 1 for cluster k's own u alone.
+    """Return weight [K, hidden] and bias [K] of `relu(u @ weight.T + bias)`, which is close to 1 only for cluster k's
+    own u.
 
     embeddings [texts, hidden] of the training texts, centroids [K, hidden]
     """
@@ -130,6 +131,6 @@ def detectors(embeddings: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     at_centroids = (centroids - mean) @ slopes.T  # [centroid, unit]
     own = at_centroids.diagonal()
     rival = at_centroids.masked_fill(torch.eye(len(own), dtype=torch.bool), -torch.inf).amax(0)
-    rival = torch.where(rival.isfinite(), rival, own - 1)  # a single cluster has none
+    rival = torch.where(rival.isfinite(), rival, own - 1)  # a single cluster has no rival
     scale = 1 / (own - rival).clamp(min=LEAST_MARGIN)
     return slopes * scale[:, None], -(slopes @ mean + rival) * scale

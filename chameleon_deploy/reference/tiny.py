@@ -1,7 +1,7 @@
-"""The tiny model in models/tiny, from nothing: `python -m chameleon_deploy.reference.tiny --out models/tiny`.
+"""The tiny model in models/tiny, from scratch: `python -m chameleon_deploy.reference.tiny --out models/tiny`.
 
-A byte-level BPE of 2,048 tokens and a GPT-2 of 1.3 million parameters, trained from scratch on the text
-that a Python installation carries, then the head in the regimes lora and chameleon. About 20 minutes on 2 cores.
+A byte-level BPE of 2,048 tokens and a GPT-2 of 1.3 million parameters are trained on text of the Python installation,
+then the head in the regimes lora and chameleon. It takes about 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def corpus_splits() -> dict[str, corpus.Split]:
-    """The splits of every kind of text: a tenth is for tests, a tenth of the rest for validation."""
+    """Split every kind of text: a tenth for tests, a tenth of the rest for validation."""
     return {kind: _splits(python_texts(kind)) for kind in KINDS}
 
 
@@ -39,7 +39,7 @@ def _splits(texts: list[str]) -> corpus.Split:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """A byte-level BPE of at most vocab_size tokens, as a `tokenizers.Tokenizer`; END_OF_TEXT has id 0."""
+    """Return a byte-level BPE of at most vocab_size tokens, as a `tokenizers.Tokenizer`; END_OF_TEXT has id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -84,7 +84,7 @@ def train_base(texts: list[str], steps: int, seed: int, out: Path, report: Progr
 
 
 def save_base(model: Any, tokenizer: Any, out: Path) -> None:
-    """A base model directory in Hugging Face format, tokenizer included."""
+    """Write a base model directory in Hugging Face format, tokenizer included."""
     import transformers
 
     model.save_pretrained(out)

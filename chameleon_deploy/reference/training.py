@@ -1,4 +1,4 @@
-"""A whole training: texts in, checkpoint directory out."""
+"""A whole training: from texts to a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def train_checkpoint(
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
-    Working files (hidden states, the state of the last epoch) stand in `<out>.training` until then.
+    Working files (hidden states, the state of the last epoch) are in `<out>.training` until then.
 
-    resume  go on with an interrupted training of the same `out`
+    resume  continue an interrupted training of the same `out`
 
     Raises OutputExistsError, InputError.
     """
@@ -50,7 +50,7 @@ def train_checkpoint(
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
     interrupted = work / "settings.json"
     if interrupted.exists() and not resume:
-        raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to go on, or delete it")
+        raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to continue it, or delete it")
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
     sizes = (config.num_clusters, config.num_clusters)
@@ -58,7 +58,7 @@ def train_checkpoint(
         raise InputError("the preset residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
     made_of = _fingerprint(config, settings, train_texts, validation_texts)
     if interrupted.exists() and interrupted.read_text() != made_of:
-        raise InputError(f"{work} was begun with other texts or settings: repeat them to resume, or delete it")
+        raise InputError(f"{work} was started with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
 
     def hidden_states(part: str, texts: list[str]) -> HiddenStates:
@@ -74,7 +74,7 @@ def train_checkpoint(
     except ChameleonError:
         shutil.rmtree(work)
         raise
-    # From here on there is something worth resuming.
+    # From here on there is progress worth resuming.
     write_whole(interrupted, lambda partial: partial.write_text(made_of))
     return train_on_states(trunk, config, train, validation, centroids, out, settings, report)
 
@@ -90,10 +90,10 @@ def train_on_states(
     report: Progress,
     constant: Tensor | None = None,
 ) -> TrainingState:
-    """The part of `train_checkpoint` after the trunk's work is done; it goes on where `<out>.training` has a state.
+    """Do the part of `train_checkpoint` that does not need the trunk; continue if `<out>.training` has a state.
 
-    centroids  [K, hidden], what batches are drawn by
-    constant   see `train_head`; it then is the checkpoint's only centroid, so that mode `centroid` is what was trained
+    centroids  [K, hidden], by which batches are drawn
+    constant   see `train_head`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
     """
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
@@ -128,14 +128,14 @@ def train_on_states(
 
 
 def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
-    """Whether the hypernetwork is built from a trained LoRA and counts: reference/residual.py."""
+    """Return whether the hypernetwork is built from a trained LoRA and counts: reference/residual.py."""
     return settings.residual and config.regime == "chameleon"
 
 
 def _fingerprint(
     config: CheckpointConfig, settings: TrainingSettings, train_texts: list[str], validation_texts: list[str]
 ) -> str:
-    """What must be the same for a training to go on. How long it goes on may change."""
+    """Return what must be equal for a training to continue. The number of epochs may change."""
     kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
     texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode()).hexdigest()
     return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts})

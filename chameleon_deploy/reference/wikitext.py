@@ -1,8 +1,8 @@
-"""A file in WikiText's format, cut into lines and split by article.
+"""Split a file in WikiText's format into lines, by article.
 
 python -m chameleon_deploy.reference.wikitext wiki.valid.tokens --out data/wikitext
 
-Neighbouring paragraphs of one article share names and subject, so held-out text must come from other articles.
+Adjacent paragraphs of one article share names and subject, so held-out text must come from other articles.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TITLE = re.compile(r"^ = [^=].*[^=] = $")
 
 
 def read_articles(path: Path) -> list[list[str]]:
-    """The lines of running text of each article: headings, markup of sections and empty lines are left out.
+    """Return the text lines of each article, without headings, section markup and empty lines.
 
-    Raises InputError when the file cannot be read or holds no article title (` = Title = ` on a line of its own).
+    Raises InputError if the file cannot be read or has no article title (` = Title = ` on a separate line).
     """
     try:
         lines = path.read_text("utf-8").split("\n")
@@ -43,9 +43,9 @@ def read_articles(path: Path) -> list[list[str]]:
 
 
 def split_articles(articles: list[list[str]], held_out: float, seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out lines; an article stands on one side whole.
+    """Return training and held-out lines; each article is on one side.
 
-    Raises InputError when either side would be empty.
+    Raises InputError if either side would be empty.
     """
     order = list(range(len(articles)))
     random.Random(seed).shuffle(order)

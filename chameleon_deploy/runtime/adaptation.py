@@ -1,7 +1,7 @@
-"""Embedding, clustering and conditioning of a batch (DESIGN sections 2 and 3), in numpy.
+"""Embedding, clustering and conditioning of a batch (docs/design.md sections 2 and 3), in numpy.
 
-Sums run in float64 and in a fixed order, then round to float32 once: the C++ runtime gets the same
-conditioning vectors to the last bit, and with them the same factors.
+Sums run in float64 in a fixed order and are rounded to float32 once. The C++ runtime therefore computes bitwise equal
+conditioning vectors and factors.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from chameleon_deploy.runtime.factors import RowFactors
 class Adaptation:
     """A batch after embedding, clustering and the generation of its factors.
 
-    embeddings   float32 [batch, hidden], text embeddings of length one
+    embeddings   float32 [batch, hidden], text embeddings of norm one
     cluster_ids  int64 [batch], the nearest centroid; -1 in a bundle without centroids
-    factors      the factor sets of the batch, and the one that each row uses
+    factors      the factor sets of the batch, and the set that each row uses
     """
 
     embeddings: FloatArray
@@ -34,9 +34,9 @@ class Adaptation:
 def embed(
     rows: Sequence[Sequence[int]], token_embedding: npt.NDArray[np.floating], spec: AdaptationSpec, eos_token_id: int
 ) -> FloatArray:
-    """e = p / (||p|| + 1e-8), p the mean token embedding of a row.  -> float32 [batch, hidden]
+    """Return e = p / (||p|| + 1e-8), where p is the mean token embedding of a row.  -> float32 [batch, hidden]
 
-    Protocol `paper` pools the EOS padding up to max_length too.
+    Protocol `paper` also pools the EOS padding up to max_length.
     """
     embeddings = np.empty((len(rows), token_embedding.shape[1]), np.float32)
     for i, ids in enumerate(rows):
@@ -51,7 +51,7 @@ def embed(
 
 
 def assign(embeddings: FloatArray, centroids: FloatArray) -> IntArray:
-    """argmin_k ||e - mu_k||^2, ties to the lowest k; -1 where there are no centroids.  -> int64 [batch]"""
+    """Return argmin_k ||e - mu_k||^2, ties to the lowest k; -1 without centroids.  -> int64 [batch]"""
     if not len(centroids):
         return np.full(len(embeddings), -1, np.int64)
     difference = embeddings[:, None].astype(np.float64) - centroids[None].astype(np.float64)
@@ -62,7 +62,7 @@ def assign(embeddings: FloatArray, centroids: FloatArray) -> IntArray:
 def conditioning(
     mode: Mode, embeddings: FloatArray, cluster_ids: IntArray, tenants: Sequence[Hashable] | None
 ) -> tuple[FloatArray, IntArray]:
-    """What the hypernetwork is fed in a mode that depends on the texts themselves.
+    """Return the hypernetwork's inputs in a mode that depends on the texts themselves.
 
     -> conditioning float32 [factor_sets, hidden], factor_ids int64 [batch]; sets in order of first appearance
     """
@@ -72,7 +72,8 @@ def conditioning(
     groups: dict[Hashable, list[int]] = {}
     for row in range(batch):
         tenant = tenants[row] if tenants is not None else None
-        groups.setdefault((type(tenant), tenant, int(cluster_ids[row])), []).append(row)  # 1 == True == 1.0
+        # the type is in the key because 1 == True == 1.0
+        groups.setdefault((type(tenant), tenant, int(cluster_ids[row])), []).append(row)
     vectors = np.empty((len(groups), embeddings.shape[1]), np.float32)
     factor_ids = np.empty(batch, np.int64)
     for i, members in enumerate(groups.values()):
@@ -82,7 +83,7 @@ def conditioning(
 
 
 def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) -> None:
-    """Raises InputError unless tenants are given exactly in mode `tenant`, one per row."""
+    """Raise InputError unless tenants are given exactly in mode `tenant`, one per row."""
     if (mode == "tenant") != (tenants is not None):
         passed = "no tenants" if tenants is None else "tenants"
         raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")

@@ -1,4 +1,4 @@
-"""What a runtime runs on: a decoder, and the hypernetwork whose outputs the decoder reads where they are."""
+"""Backends: a decoder and the hypernetwork, whose outputs the decoder reads without a copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class Backend(Protocol):
-    """The opened graphs of a bundle on one provider. `open_backend` makes one.
+    """The opened graphs of a bundle on one provider, made by `open_backend`.
 
     provider  "cpu", "cuda" or "tensorrt"
     graph     the name of the decoder's graph in the manifest
@@ -32,10 +32,10 @@ class Backend(Protocol):
     decoder: Decoder
 
     def generate_factors(self, conditioning: FloatArray) -> FactorSets:
-        """Run the hypernetwork: conditioning float32 [factor_sets, hidden] to as many sets, placed already."""
+        """Run the hypernetwork: conditioning float32 [factor_sets, hidden] to as many sets, in the decoder's memory."""
 
     def place(self, sets: FactorSets) -> FactorSets:
-        """The same sets where the decoder reads them. Sets that are there already are returned as they are."""
+        """Move sets to the memory that the decoder reads. Sets that are there already are returned unchanged."""
 
 
 class CpuBackend:
@@ -47,8 +47,9 @@ class CpuBackend:
     provider = "cpu"
 
     def __init__(self, bundle: Bundle, graph: str, sessions: Mapping[Role, Any]) -> None:
-        """Take sessions of the decoder graph `graph`, of the hidden_scorer where that graph's cache is shared, and of
-        the hypernetwork where the regime has one."""
+        """Take sessions of the decoder graph `graph`, of the hidden_scorer if that graph has a shared cache, and of
+        the hypernetwork if the regime has one.
+        """
         self.graph, self.sessions = graph, sessions
         session, ort_value = sessions["decoder"], import_onnxruntime().OrtValue
         self.decoder: Decoder
@@ -69,9 +70,9 @@ class CpuBackend:
 
 
 class DeviceBackend:
-    """Graphs on one device, whoever executes them. See `Backend`.
+    """Graphs on one device, executed by any engine. See `Backend`.
 
-    device  counts the bytes that cross
+    device  counts the bytes that are copied
     """
 
     def __init__(
@@ -82,7 +83,11 @@ class DeviceBackend:
         graphs: Mapping[Role, DeviceGraph],
         limits: LimitsSpec | None,
     ) -> None:
-        """graphs: by role, without a hypernetwork for regime lora. limits: of engines; None where any shape runs."""
+        """Take the graphs of a bundle.
+
+        graphs  by role, without a hypernetwork for regime lora
+        limits  of engines with fixed profiles; None if any shape runs
+        """
         self.provider, self.device, self._graphs = provider, device, graphs
         decoder = graphs["decoder"]
         self.graph = next(name for name, spec in bundle.manifest.graphs.items() if spec.file == decoder.spec.file)

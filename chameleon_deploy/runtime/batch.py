@@ -20,14 +20,16 @@ from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import Stream
 
-# Copying the cache of a token that a sibling has read takes less than an eighth of the time of reading it.
-FORKED_PER_READ = 8
+# Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
+FORKED_PER_PREFILL = 8
 
 
 @dataclass(eq=False)
 class Prompt:
-    """ids     token ids
-    logits  float32 [vocab] after the last of them, once they are read
+    """The prompt of one or more members.
+
+    ids     token ids
+    logits  float32 [vocab] after the last token, set by the prefill
     """
 
     ids: Sequence[int]
@@ -39,11 +41,11 @@ class Member:
     """One continuation of one prompt, from its submit to its end.
 
     prompt         the same object for all its continuations
-    submitted      time of the submit, in seconds of the monotonic clock, as all times here
-    deadline       when it ends at the latest
-    last_token     time of its last token, or of the submit
+    submitted      time of the submit, in seconds of the monotonic clock, like all times here
+    deadline       latest time of the end
+    last_token     time of the last token, or of the submit
     overtaken      see schedule.py
-    source         of its factors, set when its cohort is complete
+    source         the source of its factors, set when its cohort is complete
     """
 
     stream: Stream
@@ -61,10 +63,11 @@ class Member:
 
 
 class Batch(Protocol):
-    """members: those in the batch. Those whose prompt is read come first.
+    """The rows in the decoder.
 
-    ready          how many these are
-    cached_tokens  in the cache
+    members        rows in the batch; rows with a finished prefill come first
+    ready          number of rows with a finished prefill
+    cached_tokens  tokens in the cache
     """
 
     members: list[Member]
@@ -76,34 +79,34 @@ class Batch(Protocol):
     def cached_tokens(self) -> int: ...
 
     def room(self) -> int:
-        """How many members may be admitted now."""
+        """Return how many members may be admitted now."""
 
     def admit(self, member: Member) -> None:
-        """Its factor set is in the table already."""
+        """Admit a member whose factor set is in the table already."""
 
     def drop(self, gone: Collection[Member]) -> None: ...
 
-    def read(self) -> int:
-        """Read one chunk of a prompt. Returns its tokens.
+    def prefill(self) -> int:
+        """Prefill one chunk of a prompt. Returns the number of its tokens.
 
-        An exception of the decoder concerns members[ready] alone.
+        An exception of the decoder concerns members[ready] only.
         """
 
     def to_step(self) -> list[Member]:
-        """The members that the decoder's next step is for: members[:n]. Others have logits already."""
+        """Return members[:n], the input of the decoder's next step, without those that have logits already."""
 
     def step(self) -> Logits:
-        """The logits [ready, vocab] of the next token of each member that is ready.
+        """Return logits [ready, vocab] of the next token of each ready member.
 
-        An exception of the decoder concerns those of `to_step` alone.
+        An exception of the decoder concerns those of `to_step` only.
         """
 
 
 class ContinuousBatch:
-    """Members join and leave at any time. See `Batch`.
+    """A batch whose members join and leave at any time. See `Batch`.
 
-    Where a step is as exact, the last token of a prompt is left to it: it reads the head's weights for all members in
-    any case, which is several percent of the time of a prompt. Elsewhere the first new token follows from the last
+    Where a step is as exact, the last token of a prompt is left to the step, which reads the head's weights for all
+    members in any case: several percent of the time of a prompt. Elsewhere the first new token follows from the last
     chunk, as in `Runtime.generate`.
     """
 
@@ -130,11 +133,11 @@ class ContinuousBatch:
                 self._drop(place)
 
     def _drop(self, place: int) -> None:
-        if place < self.ready:  # the last member that is ready moves into the hole, and leaves one
+        if place < self.ready:  # the last ready member moves into the gap and leaves one itself
             self.ready -= 1
             self._move(self.ready, place)
             place = self.ready
-        for follower in range(place + 1, len(self.members)):  # in order; all but the first have read nothing yet
+        for follower in range(place + 1, len(self.members)):  # in order; all but the first have no prefilled token yet
             self._move(follower, follower - 1)
         self.members.pop()
 
@@ -143,7 +146,7 @@ class ContinuousBatch:
             self._slots.move(source, target)
             self.members[target] = self.members[source]
 
-    def read(self) -> int:
+    def prefill(self) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
@@ -151,24 +154,24 @@ class ContinuousBatch:
             sibling = self._sibling(prompt) if start == 0 else None
             if start == stop:
                 self.ready += 1
-            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_READ:
+            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_PREFILL:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
             elif sibling is None and not tokens:
-                tokens = self._read_chunk(self.members[self.ready], start, stop)
+                tokens = self._prefill_chunk(self.members[self.ready], start, stop)
             else:
                 break
         return tokens
 
     def _sibling(self, prompt: Prompt) -> int | None:
-        """A member that has read the same prompt."""
+        """Return a member with the same, already prefilled prompt."""
         return next((i for i in range(self.ready) if self.members[i].prompt is prompt), None)
 
-    def _read_chunk(self, member: Member, start: int, stop: int) -> int:
+    def _prefill_chunk(self, member: Member, start: int, stop: int) -> int:
         prompt, tokens = member.prompt, chunk_length(stop - start, self._chunk_tokens)
         num_logits = int(start + tokens == len(prompt.ids))
         factors = self._table.set_of(member.key)
-        logits = self._slots.read(self.ready, prompt.ids[start : start + tokens], factors, num_logits)
+        logits = self._slots.prefill(self.ready, prompt.ids[start : start + tokens], factors, num_logits)
         if num_logits:
             prompt.logits = logits[0]
         return tokens
@@ -187,7 +190,7 @@ class ContinuousBatch:
 
 
 class StaticBatch:
-    """Members join while nothing runs; then the batch runs to its end, and none joins it. See `Batch`."""
+    """A batch that runs to its end; members join only while nothing runs. See `Batch`."""
 
     def __init__(self, backend: Backend, table: FactorTable, rows: int) -> None:
         self._backend, self._table, self._rows = backend, table, rows
@@ -215,9 +218,9 @@ class StaticBatch:
             self._running = None
         elif self._running is not None:
             cache, factors = self._running
-            self._running = self._backend.decoder.keep(cache, kept), factors.rows(kept)
+            self._running = self._backend.decoder.select(cache, kept), factors.rows(kept)
 
-    def read(self) -> int:
+    def prefill(self) -> int:
         return 0
 
     def to_step(self) -> list[Member]:
@@ -229,7 +232,7 @@ class StaticBatch:
             cache, factors = self._running
             return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
         factors = _row_factors(self._table, self.members)
-        # A copy of the sets: the table changes when the first member has left.
+        # A copy of the sets, since the table changes when the first member leaves.
         copies = self._backend.place(factors.sets[np.arange(len(self._table))])
         factors = RowFactors(copies, factors.factor_ids)
         capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
@@ -239,7 +242,7 @@ class StaticBatch:
 
 
 def open_batch(runtime: Runtime, table: FactorTable, rows: int, capacity: int, chunk_tokens: int) -> Batch:
-    """Continuous where the decoder has slots, else static."""
+    """Return a continuous batch if the decoder has slots, else a static one."""
     if isinstance(runtime.decoder, SharedCacheDecoder):
         return ContinuousBatch(runtime.decoder.slots(rows, capacity), table, chunk_tokens)
     return StaticBatch(runtime.backend, table, rows)

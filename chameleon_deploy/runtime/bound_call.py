@@ -1,4 +1,4 @@
-"""A call of a shared-cache decoder whose inputs and outputs are bound to memory once: fill in the arrays, then run."""
+"""A call of a shared-cache decoder whose inputs and outputs are bound once: fill in the arrays, then run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Array = npt.NDArray[Any]
 
 
 class Graph(Protocol):
-    """What a call is made of.
+    """The decoder's graph and session that calls are made of.
 
     session    of the decoder
     ort_value  onnxruntime.OrtValue
-    past       names of the inputs that are the cache, in the graph's order
+    past       names of the cache's inputs, in the graph's order
     """
 
     session: Any
@@ -43,10 +43,12 @@ class BoundCall:
         self, graph: Graph, batch: int, width: int, positions: int, num_logits: int, buffers: Sequence[Array] | Array,
         logits: FloatArray | None = None,
     ) -> None:  # fmt: skip
-        """
-        positions   of a row that get hidden states; num_logits: of those get logits, or none
-        buffers     the cache, [batch, heads, capacity, head_dim] of each of graph.past
-        logits      where they are written, contiguous; None for memory of the call's own
+        """Allocate and bind the arrays.
+
+        positions   positions of a row that get hidden states
+        num_logits  how many of those get logits; 0 for hidden states only
+        buffers     the cache, [batch, heads, capacity, head_dim] for each of graph.past
+        logits      contiguous output memory; None allocates it
         """
         vocab_size = graph.model.vocab_size
         self.input_ids = np.zeros((batch, width), np.int64)
@@ -58,7 +60,7 @@ class BoundCall:
         self.logits = np.empty((batch, num_logits, vocab_size), np.float32) if logits is None else logits
         self.hidden_states = np.empty((batch, 0 if num_logits else positions, graph.model.hidden_size), np.float32)
         self._session, self._binding, self._ort_value = graph.session, graph.session.io_binding(), graph.ort_value
-        self._values: dict[str, Any] = {}  # an OrtValue is its array's memory: keep them alive together
+        self._values: dict[str, Any] = {}  # an OrtValue shares its array's memory: keep both alive
         self._sets: FactorSets | None = None
         self._bind_inputs({
             "input_ids": self.input_ids,
@@ -77,14 +79,14 @@ class BoundCall:
             self._binding.bind_ortvalue_output(past.replace("past_key_values", "present"), self._values[past])
 
     def bind_factors(self, factors: RowFactors) -> None:
-        """Take factors for the next runs. Sets that are bound already cost nothing."""
+        """Bind factors for the next runs. Sets that are bound already cost nothing."""
         self.factor_ids[:] = factors.factor_ids
         if factors.sets is not self._sets:
             self._bind_inputs(factors.sets.tensors)
             self._sets = factors.sets
 
     def run(self) -> FloatArray:
-        """-> logits [batch, num_logits, vocab]: this call's own array, overwritten by its next run"""
+        """Run the call.  -> logits [batch, num_logits, vocab], an array that the next run overwrites"""
         self._session.run_with_iobinding(self._binding)
         return self.logits
 

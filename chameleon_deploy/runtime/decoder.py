@@ -1,4 +1,4 @@
-"""What a decoder does, whichever way its graph keeps the key-value cache."""
+"""The decoder's interface, independent of how its graph stores the key-value cache."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ from chameleon_deploy.runtime.logits import Logits
 
 
 class Decoder(Protocol):
-    """One session serves prefill, decoding and scoring. Safe to call from many threads, one cache in one thread.
+    """A decoder whose one session serves prefill, decoding and scoring. Threads share it; each cache belongs to one
+    thread.
 
-    Each decoder has its own kind of cache; all have `lengths`, int64 [batch]: the real tokens of each row, which is the
-    position of its next one. Factors are where the backend placed them (`Backend.place`), one entry of `factor_ids` for
-    each row.
+    Each decoder has its own kind of cache. All have `lengths`, int64 [batch]: the number of real tokens of each row,
+    which is the position of its next one. Factors are in the decoder's memory (`Backend.place`), with one entry of
+    `factor_ids` for each row.
     """
 
     def prefill(self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int) -> tuple[Logits, Any]:
-        """Read whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
+        """Prefill whole prompts.  -> logits [batch, vocab] after each row's last token, and the cache
 
-        capacity  how many tokens of a row the cache must be able to hold in the end
+        capacity  tokens of a row that the cache must be able to hold
         """
 
     def step(self, token_ids: IntArray, factors: RowFactors, cache: Any) -> Logits:
-        """One more token per row.  int64 [batch] -> logits [batch, vocab], valid until the next step
+        """Append one token to each row.  int64 [batch] -> logits [batch, vocab], valid until the next step
 
         The cache grows by the token.
         """
 
-    def keep(self, cache: Any, rows: IntArray) -> Any:
-        """The cache of some rows only, in ascending order: finished rows leave the batch. The old cache is used up."""
+    def select(self, cache: Any, rows: IntArray) -> Any:
+        """Select rows of the cache, in ascending order, when finished rows leave the batch. The old cache becomes
+        invalid.
+        """
 
     def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, Logits]]:
-        """Logits of every position, piece by piece: (first position, float32 [batch, positions, vocab])."""
+        """Yield logits of every position in pieces: (first position, float32 [batch, positions, vocab])."""
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
-        """Of every row the log-probability of each token after the first, float32 [length - 1].
+        """Return for each row the log-probability of each token after the first, float32 [length - 1].
 
-        rows  of at least two tokens. Those of similar length are best beside each other, where they share a call
+        rows  of at least two tokens; similar lengths should be adjacent, since they share a call
         """
 
 
 def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterator[slice]:
-    """Consecutive rows whose padded size stays within so many tokens; a longer row goes alone."""
+    """Yield slices of consecutive rows whose padded size is at most `tokens`; a longer row is alone."""
     start = 0
     for stop in range(1, len(lengths) + 1):
         size = stop + 1 - start
@@ -60,7 +63,9 @@ def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterat
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
-    """Right-padded ids and their mask, int64 [batch, longest]. The pad id is never attended, any id will do."""
+    """Return right-padded ids and their mask, int64 [batch, longest]. The pad id is never attended, so any id will
+    do.
+    """
     mask = np.zeros((len(rows), max(map(len, rows))), np.int64)
     input_ids = np.zeros_like(mask)
     for i, ids in enumerate(rows):

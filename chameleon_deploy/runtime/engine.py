@@ -36,10 +36,10 @@ _log = logging.getLogger(__name__)
 class Stats:
     """The state of an engine at one moment.
 
-    running, waiting  rows that hold a place in the batch, and rows that wait for one
+    running, waiting  rows in the batch, and rows that wait for a place
     rows              places in the batch
     cached_tokens     tokens in the key-value cache, of cache_capacity
-    factor_sets       resident
+    factor_sets       resident factor sets
     """
 
     running: int
@@ -53,9 +53,9 @@ class Stats:
 class Engine:
     """Generate for many callers at once on one runtime. See `submit`.
 
-    runtime   what it drives; other threads may go on using it, each call then takes its share of the processor
-    batching  "continuous", where rows join and leave a running batch; "static" on a decoder that cannot do that: a
-              batch of waiting rows runs to its end
+    runtime   the runtime that it drives; other threads may use it too and share the processor
+    batching  "continuous": rows join and leave a running batch; "static", for decoders without slots: a batch of
+              waiting rows runs to its end
     """
 
     runtime: Runtime
@@ -73,15 +73,16 @@ class Engine:
         capacity: int | None = None,
         observe: Callable[[Iteration], None] | None = None,
     ) -> None:
-        """
+        """Start the engine's thread.
+
         rows              places in the batch
-        max_waiting       rows that may wait for a place; a submit beyond that is a QueueFullError
-        prefill_tokens    of a prompt that are read between two steps of the running rows, at least 8
+        max_waiting       rows that may wait for a place; a submit beyond that raises QueueFullError
+        prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
         max_factor_sets   different factor sets in the batch at a time; None means as many as rows
         cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
-                          that join its cohort; 0 means that a cohort is the prompts of one submit
+                          that join its cohort; with 0 a cohort is the prompts of one submit
         capacity          tokens per row that the key-value cache holds; None means the model's positions
-        observe           called by the engine's thread after every iteration; must be quick. What it raises is logged
+        observe           called by the engine's thread after every iteration; must be quick. Its exceptions are logged
 
         Raises InputError.
         """
@@ -99,15 +100,16 @@ class Engine:
         self._batch = open_batch(runtime, table, rows, self._capacity, prefill_tokens)
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
-        self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None: look again at what was asked
-        self._open_cohorts: dict[Hashable, tuple[float, list[Submission]]] = {}  # when each closes, and its members
+        self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None wakes the thread
+        # the closing time and the members of each
+        self._open_cohorts: dict[Hashable, tuple[float, list[Submission]]] = {}
         self._cohort_ids = itertools.count()
-        self._present = 0  # rows submitted that have not ended
+        self._present = 0  # submitted rows that have not ended
         self._closing = self._cancelling = False
-        self._lock = threading.Lock()  # of _present and _closing
+        self._lock = threading.Lock()  # guards _present and _closing
         self._thread = threading.Thread(target=self._run, name="chameleon-engine", daemon=True)
         self._thread.start()
-        # A daemon thread inside a native call at the interpreter's end would crash it.
+        # A daemon thread inside a native call would crash the interpreter at exit.
         atexit.register(self.close, 0)
 
     def submit(
@@ -126,15 +128,15 @@ class Engine:
         """Queue every prompt. Returns at once; safe to call from any thread.
 
         prompts         texts, or lists of token ids
-        max_new_tokens  at least 1, one number or one per prompt; the capacity of a row bounds it too
+        max_new_tokens  at least 1, one number or one per prompt; also bounded by the capacity of a row
         sampling        one Sampling for all, where row i draws from random stream i, or one per prompt, where its
-                        continuation k draws from stream k whatever the place of the prompt
+                        continuation k draws from stream k
         mode            adaptation mode; None takes the runtime's
-        tenant          mode tenant: whom the prompts belong to, any hashable value
-        factors         mode static: a caller's own, see `Runtime.adapt`
+        tenant          mode tenant: the tenant of the prompts, any hashable value
+        factors         mode static: a caller's factors, see `Runtime.adapt`
         n               continuations per prompt
         deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
-        adapt_tokens    embed only the first so many tokens of every prompt; None embeds all
+        adapt_tokens    embed only this many leading tokens of every prompt; None embeds all
 
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
         can hold), ModeError, FactorsError, QueueFullError, or ClosedError after `close`.
@@ -159,19 +161,19 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing new: after `close`, or a fault of its thread."""
+        """Return whether no request is accepted: after `close`, or a fault of the thread."""
         return self._closing
 
     def stats(self) -> Stats:
-        """Safe to call from any thread."""
+        """Return the current state. Safe to call from any thread."""
         running, capacity = len(self._batch.members), self.rows * self._capacity
         waiting = max(0, self._present - running)
         return Stats(running, waiting, self.rows, self._batch.cached_tokens, capacity, len(self._loop.table))
 
     def close(self, drain_seconds: float = 30) -> None:
-        """Take nothing new, finish what was accepted, and end the thread. Closing twice does nothing.
+        """Accept no new request, finish the accepted ones, and end the thread. A second call does nothing.
 
-        What has not ended after drain_seconds is cancelled.
+        drain_seconds  after which rows that have not ended are cancelled
         """
         with self._lock:
             self._closing = True
@@ -196,11 +198,11 @@ class Engine:
                 if self._cancelling:
                     self._loop.cancel()
                 self._hand_out(*self._loop.iterate())
-        except BaseException as error:  # a fault of this package: nobody may wait for ever
+        except BaseException as error:  # a fault of this package must not leave a caller waiting
             self._fail(error)
 
     def _take_commands(self) -> bool:
-        """Take everything that was submitted; wait for it where there is nothing to do. False at the end."""
+        """Take everything that was submitted; wait for it if nothing else is to be done. False at the end."""
         timeout = self._idle_seconds()
         with contextlib.suppress(Empty):
             self._take(self._commands.get(timeout != 0, timeout))
@@ -211,7 +213,7 @@ class Engine:
             return bool(self._present or self._loop or not self._closing)
 
     def _idle_seconds(self) -> float | None:
-        """How long nothing is to be done unless something is submitted; None for ever."""
+        """Return how long the thread may sleep unless something is submitted; None for no limit."""
         if self._loop or (self._closing and not self._present):  # the latter ends the thread
             return 0
         closings = [closing for closing, _ in self._open_cohorts.values()]
@@ -241,7 +243,7 @@ class Engine:
         if self._observe is not None:
             try:
                 self._observe(iteration)
-            except Exception:  # metrics must not end anyone's request
+            except Exception:  # an observer's fault must not end a request
                 _log.exception("the engine's observer raised")
 
     def _fail(self, error: BaseException) -> None:

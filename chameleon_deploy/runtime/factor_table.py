@@ -1,4 +1,4 @@
-"""The factor sets that a batch uses, stacked as the decoder reads them and counted by reference."""
+"""The factor sets of a batch, stacked for the decoder and counted by reference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 
 @dataclass(frozen=True)
 class FactorSource:
-    """key   equal for rows that share a set
-    make  a stack of that set alone, in memory or on a device
+    """Where a row's factor set comes from.
+
+    key   equal for rows that share a set
+    make  returns a stack of that set only, in memory or on a device
     """
 
     key: Hashable
@@ -23,11 +25,11 @@ class FactorSource:
 
 
 class FactorTable:
-    """A set is made when the first row asks for it, never changes, and leaves with the last row.
+    """A stack of immutable factor sets. A set is made for its first row and removed with its last.
 
     Sets of a smaller rank than the largest are padded with zeros, which add nothing to a row's logits.
 
-    sets  the stack; the same object until a set comes or leaves
+    sets  the stack; the same object until a set is added or removed
     """
 
     def __init__(self, max_sets: int) -> None:
@@ -52,15 +54,15 @@ class FactorTable:
         return self._keys.index(key)
 
     def set_of(self, key: Hashable) -> RowFactors:
-        """One row's own set alone."""
+        """Return the single set of a key."""
         i = self.index(key)
         alone = {name: tensor[i : i + 1] for name, tensor in self._tensors.items()}
         return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
 
     def acquire(self, source: FactorSource) -> None:
-        """Count one more row of a set; the set is made first where it is not here. `is_full` must be false then.
+        """Count one more row of a set, which is made first if it is not resident. `is_full` must be false then.
 
-        Raises NumericError for a set that is not finite, and what making it raises.
+        Raises NumericError for a set that is not finite, and whatever making it raises.
         """
         if source.key not in self:
             self._append(source.key, source.make())
@@ -75,7 +77,7 @@ class FactorTable:
 
     def _append(self, key: Hashable, made: FactorSets) -> None:
         factors = {name: np.asarray(array, np.float32)[0] for name, array in made.tensors.items()}
-        # A set that is not finite would reach every row: 0 * inf is NaN in the product over all sets.
+        # A set that is not finite would spread to every row: 0 * inf is NaN in the product over all sets.
         if not all(np.isfinite(array).all() for array in factors.values()):
             raise NumericError("the factors of a request are not finite: check the hypernetwork")
         rank = len(next(iter(factors.values())))
@@ -90,7 +92,7 @@ class FactorTable:
         self._restack()
 
     def _remove(self, i: int) -> None:
-        """The last set moves into the hole."""
+        """Remove set i; the last set moves into its place."""
         for tensor in self._tensors.values():
             tensor[i] = tensor[len(self) - 1]
         self._keys[i], self._ranks[i] = self._keys[-1], self._ranks[-1]
@@ -101,7 +103,7 @@ class FactorTable:
         self._restack()
 
     def _set_rank(self) -> None:
-        """The stack's rank is the largest of its sets': a larger one would be computed for nothing."""
+        """Set the stack's rank to the largest of its sets; a larger rank would waste computation."""
         rank = max(self._ranks)
         for name, old in self._tensors.items():
             if old.shape[1] != rank:

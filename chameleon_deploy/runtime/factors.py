@@ -1,4 +1,4 @@
-"""Factors of low-rank updates: one set, a stack of sets, and which set of a stack each row uses."""
+"""Factors of low-rank updates: one set, a stack of sets, and the set that each row uses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray
 from chameleon_deploy.errors import FactorsError
 
-# One set, a caller's: "<target>.lora_A" [rank, in_features] and "<target>.lora_B" [rank, out_features] of every target.
+# One set of a caller: "<target>.lora_A" [rank, in_features] and "<target>.lora_B" [rank, out_features] of every
+# target.
 Factors = Mapping[str, FloatArray]
 
 
 class FactorArray(Protocol):
-    """What an array in memory (numpy) and an array on a device (DeviceArray) have in common."""
+    """The common interface of an array in memory (numpy) and an array on a device (DeviceArray)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,7 +26,7 @@ class FactorArray(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: IntArray, /) -> FactorArray:
-        """Copies of some entries along the first axis, in the order of the indices."""
+        """Copy entries along the first axis, in the order of the indices."""
 
     def __array__(self, dtype: Any = None, /) -> npt.NDArray[Any]: ...
 
@@ -47,7 +48,7 @@ class FactorSets:
         return FactorSets({name: array[indices] for name, array in self.tensors.items()})
 
     def in_memory(self) -> FactorSets:
-        """The same sets as numpy arrays; those on a device are copied."""
+        """Return the same sets as numpy arrays; sets on a device are copied."""
         return FactorSets({name: np.asarray(array, np.float32) for name, array in self.tensors.items()})
 
 
@@ -55,21 +56,21 @@ class FactorSets:
 class RowFactors:
     """A stack of factor sets, and the set that each row of a batch uses.
 
-    factor_ids  int64 [batch], indices into `sets`: the decoder's input of that name
+    factor_ids  int64 [batch], indices into `sets`: the decoder's input with that name
     """
 
     sets: FactorSets
     factor_ids: IntArray
 
     def rows(self, indices: IntArray) -> RowFactors:
-        """The same sets for some of the rows, in the order of the indices."""
+        """Return the same sets for the selected rows, in the order of the indices."""
         return RowFactors(self.sets, self.factor_ids[indices])
 
 
 def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
-    """A stack of the one set that a caller passed; its rank may differ from the bundle's.
+    """Return a stack of the one set that a caller passed; its rank may differ from the bundle's.
 
-    Raises FactorsError for missing or unknown tensors, another dtype than float32, wrong shapes, NaN or infinity.
+    Raises FactorsError for missing or unknown tensors, a dtype other than float32, wrong shapes, NaN or infinity.
     """
     widths = spec.factor_widths
     if not isinstance(factors, Mapping) or set(factors) != set(widths):
@@ -89,5 +90,5 @@ def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
 
 
 def no_factors(spec: AdaptationSpec) -> FactorSets:
-    """One set of zeros of rank 1, which leaves the base model as it is."""
+    """Return one set of zeros of rank 1, which leaves the base model unchanged."""
     return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})

@@ -1,4 +1,4 @@
-"""Generating text: sample, stop, drop finished rows, decode one step, again."""
+"""The generation loop: sample, stop, drop finished rows, decode one step, repeat."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from chameleon_deploy.runtime.inputs import token_limits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 
-# Those after the first two come from an Engine alone.
+# Reasons after the first two come from an Engine only.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """token_ids are the new ones, a stop token included; text leaves out the stop token or stop string.
+    """The continuation of one prompt.
 
+    token_ids       the new tokens, a stop token included
+    text            without the stop token or stop string
     token_logprobs  log-probability of each of token_ids; None unless Sampling.logprobs is set
-    top_logprobs    (token id, log-probability) of the most probable tokens at the place of each of token_ids, likewise
-    error           what ended the row, where finish_reason is "error"
+    top_logprobs    (token id, log-probability) of the most probable tokens at each position; None as above
+    error           what ended the row, if finish_reason is "error"
     """
 
     token_ids: list[int]
@@ -41,12 +43,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Token:
-    """One step of one row: text is what can be shown now, and may be empty or hold several tokens' characters.
+    """One step of one row.
 
-    token_id      -1 where the row ended without a new token
+    text          text that can be shown now; may be empty or hold the characters of several tokens
+    token_id      -1 if the row ended without a new token
     generation    set on a row's last Token
     logprob       log-probability of token_id; None unless Sampling.logprobs is set
-    top_logprobs  (token id, log-probability) of the most probable tokens, highest first, likewise
+    top_logprobs  (token id, log-probability) of the most probable tokens, highest first; None as above
     """
 
     row: int
@@ -58,7 +61,7 @@ class Token:
 
 
 class Row:
-    """A row while it is being generated.
+    """The state of a row while it is being generated.
 
     index    its place among the caller's rows
     sampler  chooses its tokens; `append` counts them
@@ -74,7 +77,7 @@ class Row:
         self._choices: list[Choice] = []
         self._decode = DecodeStream(skip_special_tokens=True)
         self._text = ""
-        self._shown = 0  # characters of the text that the caller has been given
+        self._shown = 0  # number of characters that the caller was given
 
     def append(self, choice: Choice, tokenizer: Any, eos_token_id: int) -> Token:
         token_id = choice.token_id
@@ -83,7 +86,7 @@ class Row:
         self._choices.append(choice)
         stopped = self._is_stop_token(token_id, eos_token_id)
         finished = stopped or len(self.token_ids) >= self.limit
-        if finished:  # with the bytes of a character cut in half
+        if finished:  # include the bytes of an incomplete character
             self._text = self._decoded(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
         else:
             self._text += self._decode.step(tokenizer, token_id) or ""
@@ -119,7 +122,7 @@ class Row:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _held_back(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Return how many characters at the end may begin a stop string."""
         lengths = (
             n for stop in self.sampling.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])
         )  # fmt: skip
@@ -135,9 +138,9 @@ def begin_rows(
     capacity: int | None = None,
     n: int = 1,
 ) -> list[Row]:
-    """n rows of each prompt, one prompt's beside each other.
+    """Return n rows for each prompt; rows of one prompt are adjacent.
 
-    With one Sampling for all, row i draws from random stream i; with one per prompt, its k-th row from stream k.
+    With one Sampling for all, row i draws from random stream i. With one per prompt, its k-th row draws from stream k.
 
     capacity  tokens that a row can hold; None means the model's positions
 
@@ -162,9 +165,9 @@ def begin_rows(
 def stream_tokens(
     rows: list[Row], decoder: Decoder, factors: RowFactors, tokenizer: Any, eos_token_id: int
 ) -> Iterator[Token]:
-    """Tokens of all rows, step by step; within a step in the order of the rows.
+    """Yield the tokens of all rows, step by step; within a step in the order of the rows.
 
-    factors       of the rows, placed
+    factors       of the rows, in the decoder's memory
     eos_token_id  ends a row; -1 ends none
 
     Raises NumericError for logits that are not finite.
@@ -174,7 +177,7 @@ def stream_tokens(
     while True:
         going, chosen = [], []
         if all(row.sampler.is_argmax for row in rows):
-            choices = map(Choice, logits.greedy().tolist())  # nothing but the chosen ids leaves a device
+            choices = map(Choice, logits.greedy().tolist())  # only the chosen ids are copied from a device
         else:
             choices = map(Sampler.choose, (row.sampler for row in rows), np.asarray(logits))
         for i, (row, choice) in enumerate(zip(rows, choices, strict=True)):
@@ -187,5 +190,5 @@ def stream_tokens(
             return
         if len(going) < len(rows):
             kept = np.array(going)
-            cache, factors, rows = decoder.keep(cache, kept), factors.rows(kept), [rows[i] for i in going]
+            cache, factors, rows = decoder.select(cache, kept), factors.rows(kept), [rows[i] for i in going]
         logits = decoder.step(np.array(chosen, np.int64), factors, cache)

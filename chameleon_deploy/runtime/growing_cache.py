@@ -19,8 +19,10 @@ PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention 
 
 @dataclass
 class GrowingCache:
-    """tensors  OrtValues float32 [batch, heads, past, head_dim], in the order of the graph's inputs
-    mask     int64 [batch, past], 1 where the slot holds a real token
+    """The key-value cache of a batch.
+
+    tensors  OrtValues float32 [batch, heads, past, head_dim], in the order of the graph's inputs
+    mask     int64 [batch, past], 1 if the slot holds a real token
     lengths  int64 [batch], real tokens per row: the next token's position
     """
 
@@ -30,10 +32,13 @@ class GrowingCache:
 
 
 class GrowingCacheDecoder:
-    """See `Decoder`."""
+    """The decoder on the portable graph. See `Decoder`."""
 
     def __init__(self, session: Any, ort_value: Any, model: ModelSpec, threads: int) -> None:
-        """threads: how many take the softmax of scored logits"""
+        """Take a session.
+
+        threads  number of threads that compute the softmax of scored logits
+        """
         self.session, self._ort_value, self._model, self._threads = session, ort_value, model, threads
         self._past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
@@ -67,7 +72,7 @@ class GrowingCacheDecoder:
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
         return logprobs_of_logits(self, rows, factors)
 
-    def keep(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
+    def select(self, cache: GrowingCache, rows: IntArray) -> GrowingCache:
         tensors = [self._ort_value.ortvalue_from_numpy(value.numpy()[rows]) for value in cache.tensors]
         return GrowingCache(tensors, cache.mask[rows], cache.lengths[rows])
 
@@ -79,7 +84,9 @@ class GrowingCacheDecoder:
         factors: RowFactors,
         cache: GrowingCache,
     ) -> FloatArray:
-        """input_ids and mask int64 [batch, sequence] -> logits [batch, positions, vocab]; the cache grows by them"""
+        """Run input_ids and mask int64 [batch, sequence] and append them to the cache.  -> logits [batch, positions,
+        vocab]
+        """
         real = mask.cumsum(1)
         attention_mask = np.concatenate([cache.mask, mask], axis=1)
         inputs = {
@@ -103,7 +110,7 @@ class GrowingCacheDecoder:
         return GrowingCache([empty] * len(self._past), np.empty((batch, 0), np.int64), np.zeros(batch, np.int64))
 
     def _pieces(self, batch: int, width: int, all_logits: bool = False) -> Iterator[tuple[int, int]]:
-        """Column ranges whose largest tensor stays within PIECE_BYTES."""
+        """Yield column ranges whose largest tensor is at most PIECE_BYTES."""
         per_column = batch * 4 * max(self._model.num_attention_heads * width, self._model.vocab_size * all_logits)
         step = max(1, PIECE_BYTES // per_column)
         for start in range(0, width, step):

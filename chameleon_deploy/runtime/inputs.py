@@ -1,4 +1,4 @@
-"""From what callers pass to lists of token ids, with every check made once, here."""
+"""Convert callers' arguments to lists of token ids, with every check in one place."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy.typing as npt
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError, LengthError, TokenError
 
-MAX_THREADS = 1024  # starting a million takes ONNX Runtime minutes
+MAX_THREADS = 1024  # ONNX Runtime needs minutes to start a million
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
 
 def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
-    """Token ids of texts, or the ids themselves after the same checks.
+    """Return token ids of texts, or the passed ids after the same checks.
 
     Raises InputError (nothing given, empty text, mixed kinds, not encodable), TokenError, LengthError.
     """
@@ -45,7 +45,7 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
 
 
 def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
-    """The largest number of new tokens of each row, from one number or one per row. Raises InputError."""
+    """Return each row's limit of new tokens, from one number or one per row. Raises InputError."""
     if isinstance(max_new_tokens, Sequence | np.ndarray) and not isinstance(max_new_tokens, str | bytes):
         limits = [_integer("max_new_tokens", value) for value in max_new_tokens]
     else:
@@ -58,7 +58,7 @@ def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a bundle. Raises InputError for what is no path."""
+    """Return the path of a bundle. Raises InputError for another type."""
     try:
         return Path(path)
     except TypeError as error:
@@ -66,7 +66,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_threads(threads: int | None) -> int | None:
-    """The number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
+    """Return the number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
     if threads is None:
         return None
     count = _integer("threads", threads)

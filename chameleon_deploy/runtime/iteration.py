@@ -1,4 +1,4 @@
-"""What one iteration of the engine did, for metrics."""
+"""The record of one engine iteration, for metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chameleon_deploy.runtime.generation import FinishReason
 class FinishedRow:
     """A row that ended.
 
-    prompt_tokens, new_tokens  counts
+    prompt_tokens, new_tokens  numbers of tokens
     seconds                    from its submit to its end
     """
 
@@ -26,17 +26,17 @@ class FinishedRow:
 
 @dataclass
 class Iteration:
-    """All times in seconds.
+    """One iteration of the engine. All times are in seconds.
 
-    rows             that were given a token, or failed; most of them by the decoder's step
+    rows             rows that were given a token, or failed; most of them by the decoder's step
     factor_sets      resident during the step
-    factor_set_hits  rows admitted whose factor set was resident already
-    chunk_tokens     prompt tokens read; `chunk` is the time that took, with copies of prompts for more continuations
-    step             the decoder's step
-    queued           of every row admitted: from submit to admission
-    first_tokens     of every row's first token: since its submit
-    later_tokens     of every later token: since the token before it
-    finished         rows that ended, for whatever reason
+    factor_set_hits  admitted rows whose factor set was resident already
+    chunk_tokens     prefilled prompt tokens; `chunk` is the time of that, with copies of prompts for more continuations
+    step             time of the decoder's step
+    queued           time from submit to admission, of every admitted row
+    first_tokens     time from submit to the first token, of every row that got it
+    later_tokens     time since the token before it, of every later token
+    finished         rows that ended, for any reason
     """
 
     rows: int = 0

@@ -1,4 +1,4 @@
-"""Logits, wherever they are, and what is asked of them: the highest one's token, or log-probabilities of tokens."""
+"""Logits in memory or on a device: the token of the highest, and log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import numpy.typing as npt
 from chameleon_deploy.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import NumericError
 
-SOFTMAX_POSITIONS = 8  # at a time, whose logits stay in the processor's cache
+SOFTMAX_POSITIONS = 8  # positions at a time, whose logits fit into the processor's cache
 
 
 class Logits(Protocol):
-    """float32 [batch, vocab] or [batch, positions, vocab]; numpy.asarray gives them in memory, whole."""
+    """Logits float32 [batch, vocab] or [batch, positions, vocab]; numpy.asarray copies all of them to memory."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def greedy(self) -> IntArray:
-        """The token of the highest logit, ties to the lowest id.  -> int64 [batch] or [batch, positions]
+        """Return the token of the highest logit, ties to the lowest id.  -> int64 [batch] or [batch, positions]
 
-        Raises NumericError when that logit is not finite.
+        Raises NumericError if that logit is not finite.
         """
 
     def logprobs(self, targets: Sequence[IntArray]) -> Iterator[FloatArray]:
-        """log softmax(logits)[target] of logits [batch, positions, vocab], row by row; uses the logits up.
+        """Return log softmax(logits)[target] of logits [batch, positions, vocab], row by row. The logits become
+        invalid.
 
-        targets  of each row int64 [n], for its first n positions
+        targets  int64 [n] of each row, for its first n positions
         """
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]: ...
@@ -40,7 +41,10 @@ class HostLogits:
     """Logits in memory. See `Logits`."""
 
     def __init__(self, values: FloatArray, threads: int = 1) -> None:
-        """threads: how many take the softmax of `logprobs`"""
+        """Take values.
+
+        threads  number of threads that compute the softmax of `logprobs`
+        """
         self._values, self._threads = values, threads
 
     @property
@@ -48,7 +52,7 @@ class HostLogits:
         return self._values.shape
 
     def greedy(self) -> IntArray:
-        best = self._values.argmax(-1)  # argmax gives the first NaN, if there is one
+        best = self._values.argmax(-1)  # argmax returns the first NaN, if there is one
         if not np.isfinite(np.take_along_axis(self._values, best[..., None], -1)).all():
             raise NumericError("the decoder produced logits that are not finite: check the factors")
         return np.asarray(best, np.int64)
@@ -65,11 +69,12 @@ class HostLogits:
 
 
 def _logprobs(logits: FloatArray, targets: IntArray) -> FloatArray:
-    """log softmax(logits)[target].  [n, vocab], [n] -> [n]"""
+    """Return log softmax(logits)[target].  [n, vocab], [n] -> [n]"""
     chosen = logits[np.arange(len(targets)), targets]
     highest = logits.max(1)
     with np.errstate(invalid="ignore"):  # infinite logits give NaN, which the caller reports
-        logits -= highest[:, None]  # in place: these logits have no other reader
+        logits -= highest[:, None]  # in place, since these logits have no other reader
         np.exp(logits, out=logits)
-        # The sum in float64: in float32 its rounding shows in the result, and differs from one library to another.
+        # The sum is in float64: in float32 its rounding would show in the result, and differs from one library to
+        # another.
         return np.asarray(chosen.astype(np.float64) - highest - np.log(logits.sum(1, dtype=np.float64)), np.float32)

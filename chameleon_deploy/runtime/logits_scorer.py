@@ -1,4 +1,4 @@
-"""Log-probabilities from logits: on a device, and of the portable graph on the CPU."""
+"""Log-probabilities from logits, on a device and for the portable graph on the CPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.decoder import Decoder, parts
 from chameleon_deploy.runtime.factors import RowFactors
 
-BATCH_TOKENS = 256  # rows times width of one call; a longer row goes alone. Larger ones are no faster
+BATCH_TOKENS = 256  # rows times width of one call; a longer row is alone. Larger calls are no faster
 
 
 def logprobs_of_logits(
     decoder: Decoder, rows: Sequence[Sequence[int]], factors: RowFactors, max_rows: int | None = None
 ) -> list[FloatArray]:
-    """See `Decoder.token_logprobs`. max_rows: of one call; None is any number."""
+    """Return log-probabilities as `Decoder.token_logprobs` does.
+
+    max_rows  of one call; None is any number
+    """
     logprobs = [np.empty(len(ids) - 1, np.float32) for ids in rows]
     lengths = np.array([len(values) for values in logprobs])
     for part in parts(lengths, BATCH_TOKENS, max_rows):

@@ -1,4 +1,4 @@
-"""What the engine's thread does: iterations, each a chunk of a prompt and a step of all rows that are read."""
+"""The work of the engine's thread: iterations, each with a prefill chunk and a step of all ready rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chameleon_deploy.runtime.stream import Stream
 
 
 class Loop:
-    """Rows wait, are admitted to the batch, and end. For one thread.
+    """Rows that wait, are admitted to the batch, and end. For one thread.
 
     waiting  in order of arrival
     """
@@ -35,7 +35,7 @@ class Loop:
         self._report = Iteration()
 
     def __bool__(self) -> bool:
-        """Whether there is anything to do."""
+        """Return whether there is anything to do."""
         return bool(self.waiting or self.batch.members)
 
     def cancel(self) -> None:
@@ -44,7 +44,7 @@ class Loop:
             member.stream.cancel()
 
     def iterate(self) -> tuple[dict[Stream, list[Token]], Iteration]:
-        """One iteration.  -> the tokens it made, of each stream, and what it did"""
+        """Run one iteration.  -> the tokens of each stream, and the record of the iteration"""
         self._end_expired()
         self._drop()
         self._admit()
@@ -63,7 +63,7 @@ class Loop:
         return result
 
     def _end_expired(self) -> None:
-        """End the rows that were cancelled, or are past their deadline."""
+        """End the rows that were cancelled or are past their deadline."""
         now = time.monotonic()
         for member in self.waiting + self.batch.members:
             if member not in self._ended and (member.stream.cancelled or now >= member.deadline):
@@ -85,7 +85,7 @@ class Loop:
             hit = member.key in self.table
             try:
                 self.table.acquire(member.source)
-            except Exception as error:  # of the hypernetwork's session too
+            except Exception as error:  # also errors of the hypernetwork's session
                 self._end_all([member], error)
                 self._ended.discard(member)  # it never was in the batch
                 continue
@@ -96,7 +96,7 @@ class Loop:
     def _read(self) -> None:
         started = time.perf_counter()
         try:
-            self._report.chunk_tokens = self.batch.read()
+            self._report.chunk_tokens = self.batch.prefill()
         except Exception as error:
             self._end_all([self.batch.members[self.batch.ready]], error)
         self._report.chunk = time.perf_counter() - started
@@ -147,9 +147,9 @@ class Loop:
 
 
 def _choosers(members: Sequence[Member], logits: Logits) -> list[Callable[[], Choice]]:
-    """Of each member what chooses its next token, or raises."""
+    """Return for each member a function that chooses its next token, or raises."""
     if all(member.row.sampler.is_argmax for member in members):
-        with contextlib.suppress(NumericError):  # of some row: find out below whose
+        with contextlib.suppress(NumericError):  # some row is not finite: find out below which
             return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]
     values = np.asarray(logits)
     return [partial(member.row.sampler.choose, values[i]) for i, member in enumerate(members)]

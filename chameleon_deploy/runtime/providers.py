@@ -1,9 +1,9 @@
-"""Which provider runs a bundle, and why another cannot: there is no silent fallback.
+"""Open a bundle on a provider, or say why that is impossible: there is no silent fallback.
 
 cpu       ONNX Runtime on the CPU
 cuda      ONNX Runtime's CUDA provider
 tensorrt  TensorRT engines that `export --target tensorrt` built on this machine
-auto      the first of tensorrt, cuda, cpu that this machine has
+auto      the first of tensorrt, cuda, cpu that is available
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ PROVIDERS = ("cpu", "cuda", "tensorrt", "auto")
 
 
 def check_provider(provider: str) -> None:
-    """Raises ProviderError for a name that is none of PROVIDERS."""
+    """Raise ProviderError for a name that is not one of PROVIDERS."""
     if provider not in PROVIDERS:
         raise ProviderError(f"provider {provider!r} does not exist: choose one of {', '.join(PROVIDERS)}")
 
 
 def open_backend(bundle: Bundle, provider: str, threads: int | None = None, share_weights: bool = False) -> Backend:
-    """Open a bundle on a provider. `Backend.provider` tells what `auto` took; `load` explains the other arguments.
+    """Open a bundle on a provider. `Backend.provider` is the one that `auto` selected; `load` explains the other
+    arguments.
 
     Raises ProviderError or DependencyError, which say what is missing, or GraphError.
     """
     check_provider(provider)
     if share_weights and provider in ("cuda", "tensorrt"):
-        raise ProviderError(f"share_weights is about main memory, provider {provider!r} keeps weights on the device")
+        raise ProviderError(f"share_weights needs provider 'cpu': provider {provider!r} keeps weights on the device")
     if provider == "auto":
         for candidate in ("tensorrt", "cuda"):
             try:
@@ -55,7 +56,7 @@ def open_cpu(
     threads, share_weights  see `load`
     graph                   one of the manifest's decoder graphs by name; None takes the CPU's own
 
-    Raises GraphError, DependencyError, or OutputError when the local cache cannot be written.
+    Raises GraphError, DependencyError, or OutputError if the local cache cannot be written.
     """
     graphs = bundle.manifest.graphs
     names: dict[Role, str] = {"decoder": graph or bundle.graph("decoder", "cpu")}
@@ -96,7 +97,7 @@ def open_tensorrt(bundle: Bundle) -> DeviceBackend:
 
 
 def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:
-    """The graphs that a device needs, by role."""
+    """Return the names of the graphs that a device needs, by role."""
     roles: tuple[Role, ...] = ("decoder", "hypernetwork", "chooser", "logits_scorer")
     if bundle.manifest.adaptation.regime == "lora":
         roles = ("decoder", "chooser", "logits_scorer")
@@ -110,7 +111,10 @@ def open_sessions(
     device_type: str,
     threads: int | None = None,
 ) -> dict[Role, DeviceGraph]:
-    """Graphs by role, executed by ONNX Runtime. device_type: its name of where the addresses are."""
+    """Open graphs by role with ONNX Runtime.
+
+    device_type  ONNX Runtime's name of the memory that the addresses are in
+    """
     graphs: dict[Role, DeviceGraph] = {}
     for role, name in names.items():
         spec = bundle.manifest.graphs[name]

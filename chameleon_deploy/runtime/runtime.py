@@ -35,14 +35,14 @@ def load(
     """Open a bundle and make it ready to run.
 
     path           the directory that export wrote
-    provider       "cpu", "cuda", "tensorrt", or "auto" for the best of this machine, which `Runtime.provider` tells
-    mode           adaptation mode where a call names none: by default "cohort", or "static" for a bundle of regime lora
-    threads        of ONNX Runtime, within one operator, at most 1,024; None lets it choose
+    provider       "cpu", "cuda", "tensorrt", or "auto" for the best available one, which `Runtime.provider` names
+    mode           adaptation mode of calls that name none: by default "cohort", or "static" for a bundle of regime lora
+    threads        threads of ONNX Runtime within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
-                   processes which load the bundle this way keep one copy. The first of them writes the file.
+                   processes which load the bundle this way share one copy. The first of them writes the file.
 
-    Raises a ChameleonError: every file is checked before anything runs. A provider that cannot be had is a
-    ProviderError or DependencyError that says what is missing.
+    Raises a ChameleonError. Every file is checked before anything runs. An unavailable provider raises ProviderError or
+    DependencyError, which says what is missing.
     """
     check_provider(provider)
     check_threads(threads)
@@ -50,15 +50,15 @@ def load(
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
-        bundle.require_weights()  # where they are damaged, that is the error to read, whatever came of them
+        bundle.require_weights()  # damaged weights explain any other error, so report them first
 
 
 class Runtime:
-    """A loaded bundle. It holds no state of a request: one runtime serves any number of threads.
+    """A loaded bundle. It has no state of a request: one runtime serves any number of threads.
 
-    On a GPU the factors of score, generate and stream never leave it; `adapt` copies them to the host by default.
+    On a GPU the factors of score, generate and stream stay in its memory; `adapt` copies them to the host by default.
 
-    bundle, backend, mode      what it was made of
+    bundle, backend, mode      as passed to the constructor
     manifest, tokenizer        of the bundle
     provider, graph, decoder   of the backend
     """
@@ -66,7 +66,7 @@ class Runtime:
     def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None) -> None:
         """Run a bundle on a backend that was opened for it; `load` opens both.
 
-        mode  where a call names none; None takes "cohort", or "static" for a bundle of regime lora
+        mode  adaptation mode of calls that name none; None takes "cohort", or "static" for a bundle of regime lora
 
         Raises ManifestError for a tokenizer.json that does not load, ModeError for a mode that the bundle cannot serve.
         """
@@ -80,7 +80,8 @@ class Runtime:
         self._lora: FactorSets | None = None
         if self.manifest.adaptation.regime == "lora":
             self._lora = backend.place(FactorSets(bundle.lora()))
-        self._no_factors = backend.place(no_factors(self.manifest.adaptation))  # the decoder takes some in any case
+        # the decoder has factor inputs in every mode
+        self._no_factors = backend.place(no_factors(self.manifest.adaptation))
         self._centroid_factors: FactorSets | None = None
         self._check_mode(self.mode)
         if self.mode == "centroid":
@@ -99,10 +100,10 @@ class Runtime:
 
         texts      texts, or lists of token ids
         mode       none, static, centroid, request, cohort or tenant; None takes the runtime's
-        tenants    mode tenant: who each text belongs to, any hashable values
+        tenants    mode tenant: the tenant of each text, any hashable values
         factors    mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
-                   "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already in it, any rank
-        on_device  leave the factors where the decoder reads them, which on a GPU is its memory; False copies them
+                   "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already applied, any rank
+        on_device  leave the factors in the decoder's memory, which may be a GPU's; False copies them to the host
 
         Raises InputError, TokenError, LengthError, ModeError or FactorsError.
         """
@@ -120,7 +121,9 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
     ) -> list[Score]:
-        """Log-probability of every token of every text, given the tokens before it. Arguments as in `adapt`."""
+        """Return the log-probability of every token of every text, given the tokens before it. Arguments as in
+        `adapt`.
+        """
         rows = self.encode(texts)
         return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
 
@@ -153,13 +156,13 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
     ) -> Iterator[Token]:
-        """Continue every prompt, token by token. Closing the iterator cancels what is left.
+        """Continue every prompt, token by token. Closing the iterator cancels the rest.
 
         prompts         texts, or lists of token ids
-        max_new_tokens  at least 1, one number or one per prompt; the model's positions bound it too
+        max_new_tokens  at least 1, one number or one per prompt; also bounded by the model's positions
         sampling        one Sampling for all, where row i draws from random stream i, or one per prompt,
                         each drawing from stream 0, so that a row does not depend on its place in the batch
-        mode, tenants, factors  as in `adapt`; the factors of a row stay what its prompt made them
+        mode, tenants, factors  as in `adapt`; the factors of a row are made from its prompt and do not change
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
@@ -172,7 +175,7 @@ class Runtime:
         """Check that the bundle's files are those that were loaded, by size, modification time and inode.
 
         The weights are mapped from the file: changing it in place changes results, and truncating it ends the process.
-        A service calls this from time to time, and loads the bundle again when it fails. It takes microseconds.
+        A service calls this from time to time and loads the bundle again if it fails. It takes microseconds.
 
         Raises BundleChangedError.
         """
@@ -206,7 +209,7 @@ class Runtime:
     def check_arguments(
         self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
     ) -> Mode:
-        """The mode that is meant. Raises ModeError or InputError."""
+        """Return the mode of a call. Raises ModeError or InputError."""
         mode = mode or self.mode
         self._check_mode(mode)
         adapting.check_tenants(mode, tenants, batch)
@@ -215,7 +218,7 @@ class Runtime:
         return mode
 
     def embed(self, rows: Sequence[Sequence[int]]) -> tuple[FloatArray, IntArray]:
-        """Embeddings [batch, hidden] and cluster ids [batch]."""
+        """Return embeddings [batch, hidden] and cluster ids [batch]."""
         model, spec = self.manifest.model, self.manifest.adaptation
         embeddings = adapting.embed(rows, self._token_embedding, spec, model.eos_token_id)
         return embeddings, adapting.assign(embeddings, self._centroids)
@@ -228,7 +231,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
     ) -> list[FactorSource]:
-        """Where the factors of each row come from; they are made when they are asked for, but for a caller's own."""
+        """Return the source of each row's factors. Factors are made on demand, except those that a caller passed."""
         if mode == "none":
             return [FactorSource("none", lambda: self._no_factors)] * len(embeddings)
         if mode == "static":
@@ -238,7 +241,7 @@ class Runtime:
         if mode == "centroid":
             return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
         vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-        # The same vector has the same factors, whoever it belongs to.
+        # Equal vectors have equal factors, for any tenant.
         sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
@@ -247,7 +250,7 @@ class Runtime:
             return self.backend.place(check_factors(factors, self.manifest.adaptation))
         if self._lora is None:
             names = ", ".join(self.manifest.adaptation.factor_widths)
-            raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA of its own")
+            raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA")
         return self._lora
 
     def _factors_of_centroids(self) -> FactorSets:

@@ -64,8 +64,8 @@ IdArray = npt.NDArray[np.int64]
 _MASK = 2**64 - 1
 _UNIT = 2.0**34  # the weight of the highest logit
 _BLOCK = 8192  # logits whose intermediate results fit the level 2 cache
-_DRAWN = 256  # weights whose running sums are all taken
-_SORTED = 512  # candidates that are sorted rather than halved once more
+_DRAWN = 256  # weights whose running sums are all computed
+_SORTED = 512  # number of candidates that are sorted rather than halved again
 
 
 class Choice(NamedTuple):
@@ -81,7 +81,7 @@ class Choice(NamedTuple):
 
 
 class TokenCounts:
-    """The tokens of one row, as the penalties count them."""
+    """The tokens of one row, counted for the penalties."""
 
     def __init__(self, prompt: Iterable[int], generated: Iterable[int] = ()) -> None:
         self._generated = Counter(generated)
@@ -93,11 +93,11 @@ class TokenCounts:
         self._seen[token_id] = None
 
     def seen(self) -> IdArray:
-        """Tokens of the prompt and generated ones, each once.  -> int64 [n]"""
+        """Return the distinct tokens of the prompt and the generated ones.  -> int64 [n]"""
         return np.fromiter(self._seen, np.int64, len(self._seen))
 
     def generated(self) -> tuple[IdArray, IdArray]:
-        """Generated tokens, each once, and how often each was generated.  -> int64 [n], int64 [n]"""
+        """Return the distinct generated tokens, and how often each was generated.  -> int64 [n], int64 [n]"""
         size = len(self._generated)
         return np.fromiter(self._generated, np.int64, size), np.fromiter(self._generated.values(), np.int64, size)
 
@@ -106,7 +106,7 @@ class Sampler:
     """Chooses the tokens of one row, one after another.
 
     prompt  its token ids
-    stream  which of the seed's random streams it draws from
+    stream  number of the random stream, of those of the seed
     """
 
     def __init__(self, sampling: Sampling, prompt: Iterable[int], stream: int) -> None:
@@ -116,24 +116,24 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether `choose` gives the highest raw logit and nothing else, for any row that it is asked for."""
+        """Return whether `choose` always returns the highest raw logit, for any row."""
         s = self.sampling
         return s.temperature == 0.0 and s.logprobs is None and not _changes_logits(s)
 
     def choose(self, logits: FloatArray, allowed: BoolArray | None = None) -> Choice:
-        """The next token, by the row's own random number. It is not counted until `append`. See `choose` below."""
+        """Return the next token, by the row's random number. It is not counted until `append`. See `choose` below."""
         s = self.sampling
         token_id = choose(logits, self._counts, s, uniform(s.seed, self._stream, self._step), allowed)
         return Choice(token_id) if s.logprobs is None else log_probabilities(logits, token_id, s.logprobs)
 
     def append(self, token_id: int) -> None:
-        """The row goes on with this token."""
+        """Append a token to the row."""
         self._step += 1
         self._counts.append(token_id)
 
 
 def uniform(seed: int, stream: int, step: int) -> float:
-    """The number in [0, 1) that decides step `step` of stream `stream`."""
+    """Return the number in [0, 1) that decides step `step` of stream `stream`."""
     z = (seed + (stream * 2**32 + step + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -143,14 +143,14 @@ def uniform(seed: int, stream: int, step: int) -> float:
 def choose(
     logits: FloatArray, counts: TokenCounts, sampling: Sampling, u: float, allowed: BoolArray | None = None
 ) -> int:
-    """The next token id.
+    """Return the next token id.
 
     logits   float32 [vocab]; not changed
     counts   the row's tokens so far
     u        in [0, 1), from `uniform`; not used when greedy
     allowed  bool [vocab], the tokens to choose from; None allows all
 
-    Raises NumericError when a logit is not finite, and InputError when no token is allowed.
+    Raises NumericError if a logit is not finite, and InputError if no token is allowed.
     """
     best = _argmax(logits)
     if allowed is not None or _changes_logits(sampling):
@@ -170,11 +170,11 @@ def choose(
 
 
 def log_probabilities(logits: FloatArray, token_id: int, count: int) -> Choice:
-    """The log-probability of a chosen token, and the `count` most probable tokens with theirs.
+    """Return the log-probability of a chosen token, and the `count` most probable tokens with theirs.
 
     logits  float32 [vocab], raw
 
-    Raises NumericError when a logit is not finite.
+    Raises NumericError if a logit is not finite.
     """
     highest = float(logits[_argmax(logits)])
     log_total = math.log(float(_weights(logits, highest, 1.0).sum()) / _UNIT)
@@ -186,17 +186,17 @@ def log_probabilities(logits: FloatArray, token_id: int, count: int) -> Choice:
 
 
 def _argmax(logits: FloatArray) -> int:
-    best = int(logits.argmax())  # argmax gives the first NaN, if there is one
+    best = int(logits.argmax())  # argmax returns the first NaN, if there is one
     if not np.isfinite(logits[best]):
         raise NumericError("the decoder produced logits that are not finite: check the factors")
     return best
 
 
 def _highest(logits: FloatArray, count: int) -> list[int]:
-    """The ids of the highest logits, ties to the lower id, without those of -inf."""
+    """Return the ids of the highest logits, ties to the lower id, without those of -inf."""
     rest, ids = logits.copy(), []
     for _ in range(min(count, len(rest))):
-        best = int(rest.argmax())  # five times this is faster than one partition
+        best = int(rest.argmax())  # repeating this five times is faster than one partition
         if rest[best] == -np.inf:
             break
         ids.append(best)
@@ -208,9 +208,9 @@ def _changes_logits(s: Sampling) -> bool:
     return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0 or bool(s.logit_bias)
 
 
-@np.errstate(over="ignore")  # an infinite result is found afterwards
+@np.errstate(over="ignore")  # an infinite result is detected afterwards
 def _changed(logits: FloatArray, counts: TokenCounts, s: Sampling, allowed: BoolArray | None) -> FloatArray:
-    """The logits after steps 1 to 4."""
+    """Return the logits after steps 1 to 4."""
     logits = logits.copy()
     for token_id, bias in dict(s.logit_bias).items():
         logits[token_id] += np.float32(bias)
@@ -227,7 +227,7 @@ def _changed(logits: FloatArray, counts: TokenCounts, s: Sampling, allowed: Bool
 
 
 def _top_k(logits: FloatArray, k: int) -> IdArray:
-    """The ids of the k highest logits, ties to the lower id, ascending."""
+    """Return the ids of the k highest logits, ties to the lower id, ascending."""
     threshold = np.partition(logits, len(logits) - k)[len(logits) - k]
     above = np.flatnonzero(logits > threshold)
     ties = np.flatnonzero(logits == threshold)[: k - len(above)]
@@ -255,10 +255,10 @@ def _weights(logits: FloatArray, highest: float, temperature: float) -> WeightAr
 
 
 def _top_p(weights: WeightArray, top_p: float) -> IdArray:
-    """Places of the weights that top_p keeps, ascending.
+    """Return the indices of the weights that top_p keeps, ascending.
 
     A weighted selection (Cormen et al., Introduction to Algorithms, problem 9-2) finds the lowest weight that is kept:
-    candidates for it are halved until they are few enough to sort.
+    the candidates are halved until they are few enough to sort.
     """
     enough, above = top_p * weights.sum(), 0.0  # above: sum of the weights above the candidates
     candidates = weights
@@ -280,9 +280,10 @@ def _top_p(weights: WeightArray, top_p: float) -> IdArray:
 
 
 def _draw(weights: WeightArray, u: float) -> int:
-    """The first place whose running sum exceeds u times the sum.
+    """Return the first index whose running sum exceeds u times the sum.
 
-    Running sums are taken of blocks, then within one block: the sum of a block needs no chain of dependent additions.
+    Running sums are computed over blocks, then within one block: the sum of a block needs no chain of dependent
+    additions.
     """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _DRAWN))
     running = np.cumsum(sums)

@@ -1,4 +1,4 @@
-"""The settings of sampling, checked and immutable; runtime/sampling.py specifies what they do."""
+"""The settings of sampling, checked and immutable; runtime/sampling.py specifies their effect."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _FLOAT64_MAX = float(np.finfo(np.float64).max)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a row are chosen, when it stops, and what is reported of them.
+    """How the tokens of a row are chosen, when it stops, and what is reported.
 
     temperature         0 is greedy, else at least 1e-5
     top_k               0 keeps all
     top_p               1 keeps all
-    repetition_penalty  1 leaves the logits alone; counts the prompt and the generated tokens
-    seed                0 <= seed < 2**64; the same seed gives the same tokens
-    stop_token_ids      stop after one of these, besides the model's end of text
+    repetition_penalty  1 changes nothing; counts the prompt and the generated tokens
+    seed                0 <= seed < 2**64; equal seeds give equal tokens
+    stop_token_ids      stop after one of these, in addition to the model's end of text
     stop                stop before one of these strings
     presence_penalty    -2 to 2, subtracted from the logit of every generated token
     frequency_penalty   -2 to 2, subtracted as often as the token was generated
@@ -79,7 +79,7 @@ def _integer(lowest: int, highest: int) -> Callable[[Any], int]:
 
 
 def _within(value: float, lowest: float, highest: float) -> float:
-    if not lowest <= value <= highest:  # NaN is not
+    if not lowest <= value <= highest:  # false for NaN
         raise ValueError
     return value
 
@@ -112,14 +112,14 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 _token_id = _integer(0, 2**63 - 1)
 _bias = _real(-100, 100)
-_penalty = (_real(-2, 2), "a number from -2 to 2 (0 leaves the logits alone)")
+_penalty = (_real(-2, 2), "a number from -2 to 2 (0 changes nothing)")
 _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "temperature": (_temperature, "0, which is greedy, or a finite number of at least 1e-5"),
     "top_k": (_integer(0, 2**63 - 1), "an integer of at least 0 (0 keeps all)"),
     "top_p": (_real(5e-324, 1), "a number above 0, at most 1 (1 keeps all)"),
     "repetition_penalty": (
         _real(float(_FLOAT32.smallest_normal), float(_FLOAT32.max)),
-        "a positive number that float32 can hold (1 leaves the logits alone)",
+        "a positive number in float32's range (1 changes nothing)",
     ),
     "seed": (_integer(0, 2**64 - 1), "an integer from 0 to 2**64 - 1"),
     "stop_token_ids": (_stop_token_ids, "a sequence of token ids"),
@@ -136,9 +136,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 def check_sampling(sampling: Any, vocab_size: int) -> None:
-    """Check what `Sampling` alone cannot know.
+    """Check the settings that depend on the model.
 
-    Raises InputError for what is no Sampling, and TokenError for a bias of a token outside the vocabulary.
+    Raises InputError for another type than Sampling, and TokenError for a bias of a token outside the vocabulary.
     """
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling")

@@ -1,4 +1,4 @@
-"""What the engine decides: who is admitted next, and how much of a prompt is read at a time.
+"""The decisions of the engine: which row is admitted next, and how long a prefill chunk is.
 
 Admission is first come, first served, with a bounded number of exceptions.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, MutableSequence
 from typing import Protocol, TypeVar
 
-# How often a row may be overtaken by rows whose factor set is resident while its own has no room.
+# How often rows with a resident factor set may overtake a row whose set has no room.
 MAX_OVERTAKES = 16
 
 
 class Waiting(Protocol):
-    """overtaken  counted here"""
+    """A waiting row.
+
+    overtaken  counted here
+    """
 
     overtaken: int
 
@@ -25,10 +28,10 @@ W = TypeVar("W", bound=Waiting)
 
 
 def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool], is_full: bool) -> W | None:
-    """Remove and return the row that may be admitted next, where there is one.
+    """Remove and return the row that may be admitted next, or None.
 
     queue        in order of arrival
-    is_resident  whether a factor set is in the table
+    is_resident  returns whether a factor set is in the table
     is_full      whether the table has no room for another
     """
     for place, row in enumerate(queue):
@@ -42,9 +45,10 @@ def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool]
     return None
 
 
-def chunk_length(unread: int, chunk_tokens: int) -> int:
-    """How many tokens of a prompt to read next, at most chunk_tokens.
+def chunk_length(remaining: int, chunk_tokens: int) -> int:
+    """Return how many tokens of a prompt to prefill next, at most chunk_tokens.
 
-    A single token is never left for the last chunk: it would be a step to the decoder, which rounds otherwise in int8.
+    A single token is never left for the last chunk: the decoder would run it as a step, which rounds differently in
+    int8.
     """
-    return chunk_tokens - 1 if unread == chunk_tokens + 1 else min(unread, chunk_tokens)
+    return chunk_tokens - 1 if remaining == chunk_tokens + 1 else min(remaining, chunk_tokens)

@@ -24,22 +24,22 @@ class Score:
 
     @property
     def logprob(self) -> float:
-        """Of the whole text given its first token."""
+        """Return the log-probability of the whole text given its first token."""
         return math.fsum(self.token_logprobs)
 
     @property
     def perplexity(self) -> float:
-        """NaN for a text of one token, which predicts nothing."""
+        """Return the perplexity; NaN for a text of one token, which predicts nothing."""
         return math.exp(-self.logprob / len(self.token_logprobs)) if self.token_logprobs else math.nan
 
 
 def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adaptation) -> list[Score]:
-    """Scores in the order of the rows. The batch was adapted as a whole; it is decoded in calls of bounded memory.
+    """Return scores in the order of the rows. The batch is adapted as a whole and decoded in calls of bounded memory.
 
-    Raises NumericError when the logits of a row are not finite.
+    Raises NumericError if the logits of a row are not finite.
     """
     lengths = np.array([len(ids) for ids in rows])
-    # A text of one token has nothing to predict. Similar lengths beside each other, so that little is padding.
+    # A text of one token has nothing to predict. Similar lengths are adjacent, which minimises padding.
     members = np.array([row for row in np.argsort(lengths, kind="stable") if lengths[row] > 1], np.int64)
     logprobs: list[FloatArray] = [np.empty(0, np.float32)] * len(rows)
     if len(members):

@@ -1,4 +1,4 @@
-"""ONNX Runtime: finding it, opening a graph with it, and refusing what differs from the manifest."""
+"""Import ONNX Runtime, open a graph with it, and refuse a graph that differs from the manifest."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from chameleon_deploy.runtime.inputs import check_threads
 
 ExecutionProvider = tuple[str, dict[str, str]]
 CPU: ExecutionProvider = ("CPUExecutionProvider", {})
-PREPACKED = "prepacked"  # of the local cache's entries
+PREPACKED = "prepacked"  # the kind of these entries in the local cache
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module.
+    """Return the onnxruntime module.
 
-    Raises DependencyError when none is installed, or two whose files overwrite each other.
+    Raises DependencyError if none is installed, or two whose files overwrite each other.
     """
     installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
     if not installed:
@@ -43,24 +43,24 @@ def open_session(
     execution_provider: ExecutionProvider = CPU,
     share_weights: bool = False,
 ) -> Any:
-    """An InferenceSession of one graph.
+    """Return an InferenceSession of one graph.
 
     threads             of one operator; None lets ONNX Runtime choose
     execution_provider  ONNX Runtime's name of it, and its options
     share_weights       on the CPU: map the weights from the local cache, see `load`; those of a hidden_scorer are
                         mapped from the bundle in any case
 
-    Raises GraphError when the graph does not load or its signature is not the manifest's, ProviderError when
-    ONNX Runtime would run it on another provider, OutputError when the local cache cannot be written.
+    Raises GraphError if the graph does not load or its signature differs from the manifest's, ProviderError if ONNX
+    Runtime would run it on another provider, OutputError if the local cache cannot be written.
     """
     options = _session_options(graph, threads)
     path = bundle.path / graph.file
     if share_weights and graph.role != "hidden_scorer":
         path = _prepacked_graph(bundle, graph, threads)
-        # It was optimised before it was saved, and its packed weights belong to its nodes as they are.
+        # The graph was optimised before it was saved, and its packed weights fit its nodes only as they are.
         options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     session = _create_session(path, options, execution_provider)
-    if session.get_providers()[0] != execution_provider[0]:  # it has logged why, and taken the CPU
+    if session.get_providers()[0] != execution_provider[0]:  # ONNX Runtime logged the reason and fell back to the CPU
         raise ProviderError(
             f"ONNX Runtime cannot use {execution_provider[0]} and would have run on the CPU: its CUDA or cuDNN "
             "libraries do not load: pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -81,21 +81,21 @@ def open_session(
 
 def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = 3  # errors: warnings about initializers help nobody who serves
-    # A pattern per combination of shapes is kept for ever, and every batch has new shapes.
+    options.log_severity_level = 3  # errors: warnings about initializers are of no use to a service
+    # ONNX Runtime would keep a memory pattern for each combination of shapes forever, and every batch has new shapes.
     options.enable_mem_pattern = False
-    # Where weights alone are int8, ONNX Runtime would quantise the activations too.
+    # If only weights are int8, ONNX Runtime would quantise the activations too.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if check_threads(threads) is not None:
         options.intra_op_num_threads = threads
-    # Decoder and scorer take turns: threads that spin on after a call take the processors from the other's. This long
-    # they wait for the next step of a generation.
+    # Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to steal cores from the
+    # scorer's session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     if graph.role == "hidden_scorer":
-        # Packed weights would be a copy of the head's matrix; as they are they stay in the file.
+        # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "hypernetwork":
-        # A second spinning thread pool costs the decoder more than it saves here.
+        # A second spinning thread pool would cost the decoder more than it saves here.
         options.intra_op_num_threads = 1
     return options
 
@@ -108,7 +108,7 @@ def _create_session(path: Path, options: Any, execution_provider: ExecutionProvi
 
 
 def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Path:
-    """The optimised graph and its weights as this processor's kernels want them, in the local cache."""
+    """Return the optimised graph and its weights, packed for this processor's kernels, in the local cache."""
     key = {
         "bundle": bundle.digest,
         "graph": graph.file,
@@ -126,7 +126,7 @@ def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> P
         ):
             options.add_session_config_entry(f"session.{name}", value)
         _create_session(bundle.path / graph.file, options, CPU)
-        bundle.require_weights()  # what is made of damaged weights must not get into the cache
+        bundle.require_weights()  # results of damaged weights must not enter the cache
 
     return find_or_build(PREPACKED, key, save) / graph.file
 

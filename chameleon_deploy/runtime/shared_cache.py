@@ -1,6 +1,6 @@
 """A decoder whose past and present are one buffer, written in place at each row's own length.
 
-Everything that a step reads or writes is bound once per cache: a step fills in a few numbers and runs.
+The inputs and outputs of a step are bound once per cache: a step fills in a few numbers and runs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
-PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations, costs nothing at this size
-INT8_TOKENS = 256  # the same for int8, whose digits then stay in the processor's cache
-SCORED_TOKENS = 256  # the same where hidden states or logits of all positions are asked for
+PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations at no cost
+INT8_TOKENS = 256  # the same for int8, whose values then fit into the processor's cache
+SCORED_TOKENS = 256  # the same if hidden states or logits of all positions are returned
 
 
 class _Memory:
-    """[at least size] of one dtype, from `spare` where there is enough; the last reference to this gives it back.
+    """[at least size] of one dtype, from `spare` if one there is large enough; the last reference returns it.
 
-    New memory costs time when it is first written: 2 to 4 % of a prompt in int8.
+    The first write to new memory costs time: 2 to 4 % of a prefill in int8.
     """
 
     def __init__(self, spare: list[Array], size: int, dtype: Any) -> None:
         self._spare = spare
         try:
             self.values = spare.pop()
-        except IndexError:  # the first call, or others have it
+        except IndexError:  # the first call, or other calls hold all of it
             self.values = np.empty(0, dtype)
         if self.values.size < size:
             self.values = np.empty(size, dtype)
@@ -46,10 +46,12 @@ class _Memory:
 
 @dataclass
 class SharedCache:
-    """buffers  float32 or int8 [batch, heads, capacity, head_dim] of every layer's key and value, in the graph's order
+    """The key-value cache of a batch.
+
+    buffers  float32 or int8 [batch, heads, capacity, head_dim] of every layer's key and value, in the graph's order
     lengths  int64 [batch], real tokens per row
-    memory   what the buffers lie in
-    step     the bound arrays of a decoding step, made when the first is taken
+    memory   backs the buffers
+    step     the bound arrays of a decoding step, created at the first step
     """
 
     buffers: list[Array]
@@ -59,7 +61,7 @@ class SharedCache:
 
 
 class SharedCacheDecoder:
-    """See `Decoder`."""
+    """The CPU's decoder. See `Decoder`."""
 
     def __init__(self, session: Any, scorer: TiledScorer, ort_value: Any, manifest: Manifest) -> None:
         self.session, self.scorer, self.ort_value, self.model = session, scorer, ort_value, manifest.model
@@ -77,7 +79,7 @@ class SharedCacheDecoder:
         cache = SharedCache(buffers, lengths, memory)
         logits = np.empty((len(rows), self.model.vocab_size), np.float32)
         for part in parts(lengths, self.prefill_tokens):
-            # A slice of the batch axis is contiguous: each part fills its own stretch of the buffers.
+            # A slice of the batch axis is contiguous: each part fills its own range of the buffers.
             buffers = [buffer[part] for buffer in cache.buffers]
             own = factors.rows(np.arange(len(rows))[part])
             for start, piece in _pieces(rows[part], self.prefill_tokens):
@@ -96,27 +98,27 @@ class SharedCacheDecoder:
         cache.lengths = cache.lengths + 1
         return HostLogits(call.run()[:, 0])
 
-    def keep(self, cache: SharedCache, rows: IntArray) -> SharedCache:
+    def select(self, cache: SharedCache, rows: IntArray) -> SharedCache:
         used = int(cache.lengths.max())
         for buffer in cache.buffers:
             buffer[: len(rows), :, :used] = buffer[rows, :, :used]
         return SharedCache([buffer[: len(rows)] for buffer in cache.buffers], cache.lengths[rows], cache.memory)
 
     def slots(self, rows: int, capacity: int) -> Slots:
-        """The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""
+        """Return the state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""
         return Slots(self, rows, capacity, self._buffer_dtype)
 
     def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         memory, buffers = self._buffers(len(rows), max(map(len, rows)))
         for start, piece in _pieces(rows, SCORED_TOKENS):
             yield start, HostLogits(self._read(piece, factors, buffers, start).run())
-        del memory  # held until here: the calls write where it points
+        del memory  # kept alive until here, since the calls write to it
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
         return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], factors), factors)
 
     def _hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
-        """Of every position."""
+        """Return the hidden states of every position."""
         lengths = np.array([len(ids) for ids in rows])
         for part in parts(lengths, SCORED_TOKENS):
             members, own = np.arange(len(rows))[part], factors.rows(np.arange(len(rows))[part])
@@ -137,8 +139,9 @@ class SharedCacheDecoder:
         last_only: bool = False,
         logits: bool = True,
     ) -> BoundCall:
-        """A call that reads rows into buffers that hold `start` tokens already, and gives logits or else hidden states
-        of each row's last position only, or of all."""
+        """Run rows whose buffers hold `start` tokens already. Returns logits, or else hidden states, of each row's
+        last position only, or of all.
+        """
         input_ids, mask = pad(rows)
         batch, width = input_ids.shape
         lengths = mask.sum(1)
@@ -159,9 +162,9 @@ class SharedCacheDecoder:
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-    """A single row in pieces of so many tokens, with the position of the first; several rows whole.
+    """Split a single row into pieces of `tokens` tokens with the position of the first; several rows stay whole.
 
-    GroupQueryAttention reads several tokens after a past for a single row only.
+    GroupQueryAttention appends several tokens to a non-empty cache for a single row only.
     """
     if len(rows) > 1:
         yield 0, rows

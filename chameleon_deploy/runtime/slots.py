@@ -1,4 +1,4 @@
-"""A batch whose rows join, read their prompts, step and leave each at its own time, on one shared key-value buffer."""
+"""A batch whose rows join, prefill, step and leave independently, on one shared key-value buffer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from chameleon_deploy.runtime.factors import RowFactors
 
 
 class Slots:
-    """Rows 0..n-1 are in use, by the caller's count; nothing is computed for the others. For one thread.
+    """The slots of a batch. Rows 0..n-1 are in use, counted by the caller; nothing is computed for the others. For one
+    thread.
 
     capacity  tokens that a row can hold
     lengths   int64 [rows], tokens of each row in the cache
@@ -22,21 +23,24 @@ class Slots:
     """
 
     def __init__(self, graph: Graph, rows: int, capacity: int, dtype: Any) -> None:
-        """dtype: of the cache"""
+        """Allocate the buffers.
+
+        dtype  of the cache
+        """
         model = graph.model
         self.capacity, self.is_exact = capacity, dtype == np.float32
         self.lengths = np.zeros(rows, np.int64)
-        # Virtual memory: only what is written becomes resident.
+        # Virtual memory becomes resident only where it is written.
         self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
         self.logits = np.empty((rows, model.vocab_size), np.float32)
         self._graph = graph
-        self._steps: dict[int, BoundCall] = {}  # by rows
+        self._steps: dict[int, BoundCall] = {}  # by number of rows
 
     def admit(self, row: int) -> None:
-        """Begin a new row, empty."""
+        """Begin a new, empty row."""
         self.lengths[row] = 0
 
-    def read(self, row: int, token_ids: Sequence[int], factors: RowFactors, num_logits: int = 0) -> FloatArray:
+    def prefill(self, row: int, token_ids: Sequence[int], factors: RowFactors, num_logits: int = 0) -> FloatArray:
         """Append tokens to a row.  -> logits float32 [num_logits, vocab], 0 or 1: after the last token
 
         factors  of this row
@@ -75,10 +79,10 @@ class Slots:
         return logits
 
     def move(self, source: int, target: int) -> None:
-        """Make target what source is."""
+        """Copy row `source` to row `target`."""
         self.fork(source, target, int(self.lengths[source]))
 
     def fork(self, source: int, target: int, length: int) -> None:
-        """Make target the first `length` tokens of source."""
+        """Copy the first `length` tokens of row `source` to row `target`."""
         self._cache[:, target, :, :length] = self._cache[:, source, :, :length]
         self.lengths[target] = length

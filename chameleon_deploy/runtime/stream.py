@@ -1,4 +1,4 @@
-"""The tokens of one submit, handed from the engine's thread to whoever reads them: a thread or a coroutine."""
+"""The tokens of one submit, passed from the engine's thread to a reading thread or coroutine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from chameleon_deploy.runtime.generation import Generation, Token
 
 @dataclass(frozen=True)
 class Cohort:
-    """The prompts whose embeddings were averaged together, in the modes cohort and tenant.
+    """The prompts whose embeddings are averaged, in the modes cohort and tenant.
 
     id    counts the cohorts of an engine
-    size  prompts in it, of every cluster
+    size  number of its prompts, over all clusters
     """
 
     id: int
@@ -29,8 +29,8 @@ class Stream:
     """The tokens of one `Engine.submit`. Row i * n + k is continuation k of prompt i.
 
     Read it with `for`, `async for`, `result()` or `await stream`; one reader at a time. The engine never waits for a
-    reader. The last Token of every row holds its Generation; where that Token has token_id -1, the row ended without
-    a new token: cancelled, past its deadline, or failed.
+    reader. The last Token of every row holds its Generation. If that Token has token_id -1, the row ended without a new
+    token: cancelled, past its deadline, or failed.
 
     prompts      token ids of each prompt
     cluster_ids  nearest centroid of each prompt; -1 in a bundle without centroids
@@ -55,7 +55,7 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        """Whether every row has ended."""
+        """Return whether every row has ended."""
         return self._done.is_set()
 
     def result(self, timeout: float | None = None) -> list[Generation]:
@@ -75,7 +75,7 @@ class Stream:
     def __next__(self) -> Token:
         token = self._tokens.get()
         if token is None:
-            self._tokens.put(None)  # whoever asks again
+            self._tokens.put(None)  # for a later call
             raise StopIteration
         return token
 
@@ -103,7 +103,8 @@ class Stream:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._reader = (loop, future, at_end)
-        # The engine puts tokens first and looks for a reader then: whatever it put before it saw this one is here.
+        # The engine first puts tokens and then looks for a reader, so all tokens put before it saw this reader are
+        # here.
         if self.done or not (at_end or self._tokens.empty()):
             return
         await future
@@ -119,7 +120,7 @@ class Stream:
             self._done.set()
 
     def _take_reader(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
-        """The coroutine to wake, where one waits for what was delivered."""
+        """Return the coroutine to wake if one waits for the delivered tokens."""
         if (reader := self._reader) is None or (reader[2] and not self.done):
             return None
         self._reader = None
@@ -127,7 +128,7 @@ class Stream:
 
 
 def deliver(tokens: dict[Stream, list[Token]]) -> None:
-    """Hand out what one iteration made, with one wake-up per event loop."""
+    """Deliver the tokens of one iteration, with one wake-up per event loop."""
     futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for stream, its_tokens in tokens.items():
         stream._deliver(its_tokens)
@@ -136,11 +137,11 @@ def deliver(tokens: dict[Stream, list[Token]]) -> None:
     for loop, waiting in futures.items():
         try:
             loop.call_soon_threadsafe(_wake, waiting)
-        except RuntimeError:  # the loop is closed: nobody reads any more
+        except RuntimeError:  # the loop is closed and has no reader any more
             continue
 
 
 def _wake(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
-        if not future.done():  # a cancelled coroutine's is
+        if not future.done():  # a cancelled coroutine's future is done
             future.set_result(None)

@@ -1,4 +1,4 @@
-"""One submit, and the cohort whose prompts are averaged together."""
+"""One submit, and the cohort whose prompts are averaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from chameleon_deploy.runtime.stream import Cohort, Stream
 
 @dataclass(frozen=True)
 class Submission:
-    """members      n of each prompt, one prompt's beside each other
+    """One call of `Engine.submit`.
+
+    members      n per prompt; those of one prompt are adjacent
     embeddings   float32 [prompts, hidden]
     cluster_ids  int64 [prompts]
     """
@@ -36,7 +38,7 @@ class Submission:
 
     @property
     def cohort_key(self) -> Hashable | None:
-        """Equal for submits that may share a cohort; None in modes without."""
+        """Return a key that is equal for submits that may share a cohort; None in modes without cohorts."""
         return {"cohort": ("cohort", None), "tenant": ("tenant", self.tenant)}.get(self.stream.mode)
 
 
@@ -53,7 +55,7 @@ def prepare(
     deadline: float | None,
     adapt_tokens: int | None,
 ) -> Submission:
-    """Check the arguments of `Engine.submit`, which see, and embed the prompts.
+    """Check the arguments of `Engine.submit`, documented there, and embed the prompts.
 
     capacity  tokens that a row can hold
     """
@@ -79,7 +81,7 @@ def prepare(
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:
-    """Decide where the factors of all members come from. Submissions of equal `cohort_key`, or a single one.
+    """Set the factor sources of all members. The submissions have equal `cohort_key`s, or there is a single one.
 
     Raises ModeError or FactorsError.
     """

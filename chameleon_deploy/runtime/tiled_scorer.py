@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states, by a scorer whose logits never exist at once (export/tiled_scorer.py)."""
+"""Log-probabilities from hidden states, by a scorer that never forms all logits (export/tiled_scorer.py)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.factors import RowFactors
 
-# Of one call: fewer read the head's weights more often, of more a tile's logits leave the processor's cache.
+# Positions per call: smaller re-reads the head weights more often, larger evicts a tile's logits from the cache.
 POSITIONS = 512
 
 Piece = tuple[int, int, FloatArray]  # a row, the first of some of its positions, their hidden states [n, hidden]
 
 
 class TiledScorer:
-    """Positions of all rows go through the head together, as many as a call takes.
+    """Batches positions of all rows into calls of the head.
 
     session  of hidden_scorer.onnx
     """
@@ -26,9 +26,9 @@ class TiledScorer:
         self.session = session
 
     def logprobs(self, rows: Sequence[Sequence[int]], pieces: Iterable[Piece], factors: RowFactors) -> list[FloatArray]:
-        """Of every row the log-probability of each token after the first, float32 [length - 1].
+        """Return for each row the log-probability of each token after the first, float32 [length - 1].
 
-        pieces  every position of every row but its last, in any pieces
+        pieces  every position of every row except its last, in any pieces
         """
         logprobs = [np.empty(len(ids) - 1, np.float32) for ids in rows]
         for call in _calls(pieces):
@@ -47,7 +47,7 @@ class TiledScorer:
 
 
 def _calls(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of POSITIONS positions together, cut where need be; the last of what is left."""
+    """Yield groups of POSITIONS positions, splitting pieces as needed; the last group may be smaller."""
     call: list[Piece] = []
     room = POSITIONS
     for row, start, states in pieces:

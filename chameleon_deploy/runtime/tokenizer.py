@@ -1,4 +1,4 @@
-"""The tokenizer of a bundle: a text's token ids must depend on that text alone, and be all of it."""
+"""The tokenizer of a bundle. A text's token ids must depend on that text only, and represent all of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from chameleon_deploy.errors import ManifestError
 
 
 def load_tokenizer(file: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a bundle's tokenizer.json.
+    """Return the `tokenizers.Tokenizer` of a bundle's tokenizer.json.
 
     Raises ManifestError for a file that `tokenizers` does not read, and for one that pads, truncates or has dropout:
-    padding makes a text's ids depend on its neighbours, dropout on chance.
+    padding makes a text's ids depend on other rows, dropout makes them random.
     """
     try:
         tokenizer: Any = Tokenizer.from_file(str(file))

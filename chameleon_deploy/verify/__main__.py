@@ -17,18 +17,18 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
     base: Annotated[
-        str | None, typer.Option(help="Base model, where the checkpoint's own reference has moved.")
+        str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; else Python's own documentation.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Accept a mean KL of this much, recorded; the gate unless given.")
+        float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
-    """Check every numeric gate against the PyTorch reference; exit 1 when one is missed."""
+    """Check every numeric gate against the PyTorch reference; exit 1 if one is missed."""
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
     console.check_output(out)

@@ -1,4 +1,4 @@
-"""The result of a verification for people: a table of all checks, and an error that names the missed ones."""
+"""The result of a verification: a table of all checks, and an error that names the missed ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_sheet(checks: list[Check]) -> Sheet:
 
 
 def require_passed(checks: list[Check]) -> None:
-    """Raises CheckFailedError with the names of the missed checks."""
+    """Raise CheckFailedError with the names of the missed checks, if any."""
     missed = [f"{check.graph}: {check.name}" for check in checks if not check.passed]
     if missed:
         raise CheckFailedError(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")

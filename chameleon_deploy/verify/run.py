@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from chameleon_deploy.verify.gates import Check
 
 NUM_ROWS, MAX_TOKENS = 32, 48
-LONGEST = 2048  # tokens of the one long text; a model with more positions is checked up to here
-# A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate: it is judged on more.
+LONGEST = 2048  # tokens of the one long text; a model with more positions is checked up to this length
+# A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate, so it is measured on
+# more.
 MORE_ROWS, MORE_TOKENS = 96, 96
 
 
 def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: bool = False) -> list[list[int]]:
-    """32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048), from files or from
-    Python's own docs.
+    """Return 32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048).
 
-    more  and up to 96 further texts of up to 96 tokens, as far as there are such
+    They are from files or from Python's own documentation.
 
-    Raises InputError when the files hold too little.
+    more  and up to 96 further texts of up to 96 tokens, if there are as many
+
+    Raises InputError if the files have too little text.
     """
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
     from chameleon_deploy.texts import read_texts
@@ -73,10 +75,10 @@ def verify_bundle(
     keep_trunk: bool = True,
     max_kl: float | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Run every check on every decoder graph of the CPU, or on the one of another provider.
+    """Run every check on every decoder graph of the CPU, or on the graph of another provider.
 
     keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's
-    max_kl      accept a mean KL of this much; None keeps the gates
+    max_kl      accept a mean KL up to this value; None keeps the gates
 
     Returns the checks and the content of parity.json.
     """

@@ -1,4 +1,4 @@
-"""Texts rather than token ids: a bundle's tokenizer is the reference's, whatever stands in the batch."""
+"""Check texts rather than token ids: the bundle's tokenizer equals the reference's, for any other rows of the batch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from chameleon_deploy.verify.gates import Check
 
 
 def check_texts(runtime: Runtime, tokenizer: Any, rows: Sequence[Sequence[int]]) -> Iterator[Check]:
-    """Texts in a batch have the token ids that the reference's tokenizer gives each of them alone.
+    """Check that texts in a batch have the token ids that the reference's tokenizer gives each of them alone.
 
     tokenizer  the reference's
-    rows       their text is encoded again, which may differ from the rows where a character was cut
+    rows       their text is encoded again, which may differ from the rows if a character was cut
     """
     longest = max(map(len, rows))
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in rows]
     alone = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
-    alone = {text: ids for text, ids in alone.items() if 0 < len(ids) <= longest}  # within limits, as the rows are
+    alone = {text: ids for text, ids in alone.items() if 0 < len(ids) <= longest}  # within the limits, like the rows
     ours = runtime.score(list(alone))
     differ = sum(score.token_ids != ids for score, ids in zip(ours, alone.values(), strict=True))
     yield Check("texts whose token ids in a batch differ", differ, 0, note=f"{len(alone)} texts")

@@ -29,7 +29,7 @@ generate:
   --temperature X         0 is greedy (0)
   --top-k N               0 keeps all (0)
   --top-p X               1 keeps all (1)
-  --repetition-penalty X  1 leaves the logits alone (1)
+  --repetition-penalty X  1 changes nothing (1)
   --presence-penalty X    subtracted from the logits of generated tokens (0)
   --frequency-penalty X   the same, as often as each was generated (0)
   --logit-bias ID=VALUE   added to a token's logit; may be given several times

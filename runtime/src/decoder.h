@@ -57,7 +57,7 @@ class Decoder {
                                                                        const std::stop_token& stop) const = 0;
 
   /// Select the rows of the cache that stay, in ascending order: finished rows leave the batch.
-  virtual void keep(Cache& cache, std::span<const std::size_t> rows) const = 0;
+  virtual void select(Cache& cache, std::span<const std::size_t> rows) const = 0;
 };
 
 /// The tokens of each row that a decoder reads for scoring: all but the last, which predicts nothing.

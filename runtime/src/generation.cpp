@@ -107,7 +107,7 @@ void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation
       }
       if (going.empty()) return;
       if (going.size() < active.size()) {
-        decoder.keep(*cache, going);
+        decoder.select(*cache, going);
         factors = factors.rows(going);
         for (std::size_t i = 0; i < going.size(); ++i) active[i] = active[going[i]];
         active.resize(going.size());

@@ -112,9 +112,9 @@ void check(const Sampling& sampling, std::int64_t vocab_size) {
   require(sampling.top_k >= 0, "top_k", "an integer of at least 0 (0 keeps all)");
   require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", "a number above 0, at most 1 (1 keeps all)");
   require(penalty >= std::numeric_limits<float>::min() && penalty <= std::numeric_limits<float>::max(),
-          "repetition_penalty", "a positive number that float32 can hold (1 leaves the logits alone)");
+          "repetition_penalty", "a positive number in float32's range (1 changes nothing)");
   require(std::ranges::none_of(sampling.stop, &std::string::empty), "stop", "strings that are not empty");
-  const char* expected = "a number from -2 to 2 (0 leaves the logits alone)";
+  const char* expected = "a number from -2 to 2 (0 changes nothing)";
   require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
   require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
   require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= 5), "logprobs",

@@ -105,7 +105,7 @@ std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, co
   return batch.finish();
 }
 
-void SharedCacheDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {
+void SharedCacheDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {
   auto& cache = dynamic_cast<Buffers&>(any_cache);
   const std::size_t row_size = row_bytes(cache.capacity);
   for (auto& buffer : cache.values) {

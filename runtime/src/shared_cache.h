@@ -18,7 +18,7 @@ class SharedCacheDecoder final : public Decoder {
               const std::stop_token& stop) const override;
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override;
-  void keep(Cache& cache, std::span<const std::size_t> rows) const override;
+  void select(Cache& cache, std::span<const std::size_t> rows) const override;
 
  private:
   struct Buffers final : Cache {

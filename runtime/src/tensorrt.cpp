@@ -69,7 +69,7 @@ class TensorRTDecoder final : public Decoder {
               const std::stop_token& stop) const override;
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override;
-  void keep(Cache& cache, std::span<const std::size_t> rows) const override;
+  void select(Cache& cache, std::span<const std::size_t> rows) const override;
 
  private:
   using Numbers = std::vector<std::int64_t>;
@@ -191,7 +191,7 @@ std::vector<std::vector<float>> TensorRTDecoder::token_logprobs(Rows rows, const
   return logprobs_of_logits(rows, factors, static_cast<std::size_t>(limits_.batch), stop, all_logits);
 }
 
-void TensorRTDecoder::keep(Cache& any_cache, std::span<const std::size_t> rows) const {
+void TensorRTDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {
   auto& cache = dynamic_cast<TwoBuffers&>(any_cache);
   const std::lock_guard lock(mutex_);
   const std::size_t row = row_bytes(cache.width);

@@ -16,7 +16,7 @@ from onnxscript import GraphBuilder
 import chameleon_deploy
 from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.export.int8.calibration import highest_of_layers
+from chameleon_deploy.export.int8.calibration import absmax_of_layers
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
@@ -266,13 +266,13 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
     what: tuple[str, str], factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: Any) -> Any:
-        layers = highest_of_layers(*args)
+        layers = absmax_of_layers(*args)
         for layer in layers:
             for name in what:
                 getattr(layer, name).mul_(factor)
         return layers
 
-    monkeypatch.setattr("chameleon_deploy.export.graphs.highest_of_layers", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.absmax_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]

@@ -12,7 +12,7 @@ import torch
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
-from chameleon_deploy.export.int8.calibration import highest_of_layers
+from chameleon_deploy.export.int8.calibration import absmax_of_layers
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
@@ -74,11 +74,11 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
     expected, _ = trunk.hidden_states(ids)
     rotated = rotate_trunk(trunk, model)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
-    highest = highest_of_layers(rotated, model)
-    scale_trunk(rotated, model, highest)
+    absmax = absmax_of_layers(rotated, model)
+    scale_trunk(rotated, model, absmax)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
     assert torch.equal(rotated.token_embedding, trunk.token_embedding)
-    for seen in highest_of_layers(rotated, model):
+    for seen in absmax_of_layers(rotated, model):
         for value in (seen.norm_1, seen.norm_2, seen.values):
             assert torch.allclose(value, torch.tensor(127.0), rtol=1e-3)
         assert seen.keys.max() < 127.1

@@ -260,17 +260,17 @@ def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
 ) -> None:
     """Count what runs between two tokens of a row while prompts arrive."""
     bench, calls, gaps = Bench(runtime), list[Any](), list[Any]()
-    read, step = Slots.read, Slots.step
+    prefill, step = Slots.prefill, Slots.step
 
-    def counted_read(slots: Slots, row: int, token_ids: Any, factors: Any, num_logits: int = 0) -> Any:
+    def counted_prefill(slots: Slots, row: int, token_ids: Any, factors: Any, num_logits: int = 0) -> Any:
         calls.append(len(token_ids))
-        return read(slots, row, token_ids, factors, num_logits)
+        return prefill(slots, row, token_ids, factors, num_logits)
 
     def counted_step(slots: Slots, token_ids: Any, factors: Any) -> Any:
         calls.append("step")
         return step(slots, token_ids, factors)
 
-    monkeypatch.setattr(Slots, "read", counted_read)
+    monkeypatch.setattr(Slots, "prefill", counted_prefill)
     monkeypatch.setattr(Slots, "step", counted_step)
     running = bench.submit(prompts_of(4)[0], limit=60)
     bench.iterate()
@@ -396,10 +396,10 @@ def test_a_step_that_raises_ends_the_rows_in_it(runtime: Runtime, failing: Faili
     outside = [bench.submit(prompt, limit=5) for prompt in prompts_of(60, 4)]
     bench.iterate()
     failing.fails = lambda binding: True
-    reading = bench.loop.batch.read  # its chunk is read, its step fails
-    bench.loop.batch.read = lambda: 0  # type: ignore[method-assign]
+    prefill = bench.loop.batch.prefill  # its chunk succeeds, its step fails
+    bench.loop.batch.prefill = lambda: 0  # type: ignore[method-assign]
     bench.iterate()
-    bench.loop.batch.read = reading  # type: ignore[method-assign]
+    bench.loop.batch.prefill = prefill  # type: ignore[method-assign]
     for stream in inside:
         generation = stream.result(0)[0]
         assert generation.finish_reason == "error"

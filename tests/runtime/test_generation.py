@@ -236,7 +236,7 @@ def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtim
     first, second = new_cache(), new_cache()
     assert not np.shares_memory(first.memory.values, second.memory.values)
     memory = first.memory.values
-    kept = runtime.decoder.keep(first, np.array([1]))
+    kept = runtime.decoder.select(first, np.array([1]))
     del first
     third = new_cache()
     assert not np.shares_memory(third.memory.values, memory)  # a row of it goes on

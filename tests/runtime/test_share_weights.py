@@ -90,7 +90,7 @@ def test_another_processor_has_an_entry_of_its_own(bundle: Path, cache: Path, mo
 
 
 def test_what_cannot_be_shared_says_so(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ProviderError, match="share_weights is about main memory"):
+    with pytest.raises(ProviderError, match="share_weights needs provider 'cpu'"):
         chameleon_deploy.load(bundle, provider="cuda", share_weights=True)
     (tmp_path / "file").touch()
     monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "file"))

@@ -70,7 +70,7 @@ class Rows:
             return
         elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
             chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
-            logits = self.slots.read(row, chunk, self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
+            logits = self.slots.prefill(row, chunk, self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
             self.tokens[row] += chunk
             for values in logits:
                 check(self.tokens[row], self.sets[row], values)
@@ -170,7 +170,7 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
             rows.sets.append(row)
             rows.tokens.append(list(prompts[row]))
             for start in range(0, len(prompts[row]), 5):
-                rows.slots.read(place, prompts[row][start : start + 5], alone.own[row])
+                rows.slots.prefill(place, prompts[row][start : start + 5], alone.own[row])
         for token_ids in fed.tolist():
             rows.step([token_ids[row] for row in order], lambda _, row, values: found[row].append(values.tobytes()))
         return found
@@ -186,7 +186,7 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
 def logits_of_chunks(alone: Alone, prompt: list[int], chunks: list[int]) -> Any:
     slots, start = alone.decoder.slots(1, 128), 0
     for tokens in chunks:
-        logits = slots.read(0, prompt[start : start + tokens], alone.own[0], num_logits=1)
+        logits = slots.prefill(0, prompt[start : start + tokens], alone.own[0], num_logits=1)
         start += tokens
     assert start == len(prompt)
     return logits[0]

@@ -1,4 +1,4 @@
-"""The engines that `bench` compares: each does the same work through the calls that its users make.
+"""The engines that `bench` compares: each does the same work through its public interface.
 
 bundle.py        the bundle as users run it, and two ablations: one call per cluster, and full logits
 
@@ -32,8 +32,8 @@ FROM_A_CLONE = "not in the wheel: run bench from a clone of the repository"
 class Peer(Protocol):
     """One engine.
 
-    name               with the engine's own precision, where it is not the bundle
-    adapts             whether it applies the factors; one that does not is checked against the frozen base model
+    name               with the engine's own precision, if it is not the bundle
+    adapts             whether it applies the factors; otherwise it is checked against the frozen base model
     scores, generates  what it is compared in
     """
 
@@ -44,19 +44,19 @@ class Peer(Protocol):
     generates: bool
 
     def score(self, rows: Rows) -> Any:
-        """Log-probability of every token after the first, [batch, length - 1], of rows of one length."""
+        """Return the log-probability of every token after the first, [batch, length - 1], of rows of one length."""
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        """Greedy tokens, int [batch, num_tokens], of rows of one length; no token ends a row."""
+        """Return greedy tokens, int [batch, num_tokens], of rows of one length; no token ends a row."""
 
 
 def open_peers(
     runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: Path, foreign: bool
 ) -> tuple[list[Peer], dict[str, str]]:
-    """Open the bundle, then all other engines of this machine, in the bundle's precision where they have it.
+    """Open the bundle, then all other engines of this machine, in the bundle's precision if they have it.
 
     directory  an empty one, for converted models
-    foreign    also open those that take half a minute to convert or to compile
+    foreign    also open the engines that take half a minute to convert or to compile
 
     Returns the engines, and by name the reasons why others are missing.
     """
@@ -99,13 +99,13 @@ def open_peers(
     for name, opener in openers.items():
         try:
             peers.append(opener())
-        except Exception as error:  # whatever a foreign engine raises
+        except Exception as error:  # a foreign engine may raise anything
             missing[name] = reason(error)
     return peers, missing
 
 
 def reason(error: Exception) -> str:
-    """Why an engine could not be opened, in one line."""
+    """Return why an engine could not be opened, in one line."""
     if isinstance(error, ImportError) and error.name:
         if error.name.startswith(__name__):
             return FROM_A_CLONE

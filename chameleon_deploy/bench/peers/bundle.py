@@ -15,9 +15,9 @@ from chameleon_deploy.runtime.generation import Row, stream_tokens
 
 
 class Bundle:
-    """See `Peer`. Rows of all clusters in one call.
+    """The bundle, with rows of all clusters in one call. See `Peer`.
 
-    wait  returns when the device has done what is queued: laps end then
+    wait  returns when the device has finished its queue: laps end then
     """
 
     scores = generates = True
@@ -40,7 +40,7 @@ class Bundle:
         return factors
 
     def _generate(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
-        """The loop of `Runtime.stream`. No token ends a generation: all have the same length."""
+        """Generate as `Runtime.stream` does. No token ends a generation, so that all have the same length."""
         active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
         tokens = stream_tokens(active, self._runtime.decoder, factors, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
@@ -53,7 +53,7 @@ class Bundle:
 
 
 class OneCallPerCluster(Bundle):
-    """See `Peer`. As the paper does it: one call for the rows of each cluster, with that cluster's factors."""
+    """One call per cluster with that cluster's factors, as in the paper. See `Peer`."""
 
     scores = False
 
@@ -71,7 +71,7 @@ class OneCallPerCluster(Bundle):
 
 
 class FullLogits(Bundle):
-    """See `Peer`. Scoring with the logits of all positions in memory at once and their softmax in numpy."""
+    """Scoring with the logits of all positions in memory at once and their softmax in numpy. See `Peer`."""
 
     generates = False
 
@@ -80,7 +80,7 @@ class FullLogits(Bundle):
 
     def score(self, rows: Rows) -> Any:
         pieces = self._runtime.decoder.all_logits([ids[:-1] for ids in rows], self._adapt(rows, lambda lap: None))
-        # The pieces of a single row share their memory; several rows come whole, and a copy would be another's cost.
+        # The pieces of a single row share memory; for several rows a copy would distort the timing.
         logits, *others = (np.array(piece) if len(rows) == 1 else np.asarray(piece) for _, piece in pieces)
         if others:
             logits = np.concatenate([logits, *others], axis=1)

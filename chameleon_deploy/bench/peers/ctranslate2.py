@@ -17,7 +17,7 @@ COMPUTE_TYPES: dict[str, str] = {"fp32": "float32", "int8": "int8"}
 
 
 class CTranslate2:
-    """See `Peer`."""
+    """CTranslate2. See `Peer`."""
 
     adapts, scores, generates = False, True, True
 
@@ -52,7 +52,7 @@ class CTranslate2:
         results = self._generator.generate_batch(
             [self._strings(ids) for ids in rows],
             max_length=num_tokens,
-            min_length=num_tokens,  # it would stop at the end of text, and so does less
+            min_length=num_tokens,  # otherwise it would stop at the end of text and do less
             include_prompt_in_result=False,
             sampling_topk=1,
             callback=after_each_token,
@@ -65,7 +65,10 @@ class CTranslate2:
 
 
 def _convert(trunk: Trunk, out: Path) -> list[str]:
-    """-> the vocabulary. A model may have more rows than its tokenizer has tokens; CTranslate2 wants names for all."""
+    """Convert the model and return its vocabulary.
+
+    A model may have more rows than its tokenizer has tokens; CTranslate2 needs names for all.
+    """
     from ctranslate2.converters import TransformersConverter
 
     eos = trunk.tokenizer.id_to_token(trunk.eos_token_id)

@@ -1,4 +1,4 @@
-"""OpenVINO with the frozen base model: stateful, so that its plugin fuses attention with its own cache."""
+"""OpenVINO with the frozen base model, stateful, so that its plugin fuses attention with its own cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
 
 
 class OpenVINO:
-    """See `Peer`. fp32: everything in float32. int8: weights by NNCF in its default mode, INT8_ASYM; other settings of
-    OpenVINO as they come."""
+    """OpenVINO. See `Peer`.
+
+    fp32 is float32 throughout. int8 uses NNCF's default weights, INT8_ASYM. Other settings are OpenVINO's defaults.
+    """
 
     adapts, scores, generates = False, True, True
 
@@ -40,13 +42,13 @@ class OpenVINO:
         model = _stateful_model(trunk)
         config: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "fp32":
-            # Its defaults on newer processors are bfloat16 products and a cache of 8 bits.
+            # The defaults on newer processors are bfloat16 products and an int8 cache.
             config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         else:
             import nncf
 
             nncf.set_log_level(logging.ERROR)
-            with redirect_stdout(io.StringIO()):  # it draws its own progress there
+            with redirect_stdout(io.StringIO()):  # the converter draws its own progress there
                 model = nncf.compress_weights(model)
         core = openvino.Core()
         self._generating: Any = core.compile_model(model, "CPU", config).create_infer_request()
@@ -72,7 +74,7 @@ class OpenVINO:
         return chosen
 
     def _infer(self, request: Any, output: str, input_ids: Any, past: int, logits_positions: Any) -> Any:
-        """The output [batch, positions, vocab] after a pass over `input_ids`, which follow `past` tokens."""
+        """Return the output [batch, positions, vocab] of `input_ids`, which follow `past` tokens."""
         batch, width = input_ids.shape
         if past == 0:
             request.reset_state()
@@ -121,7 +123,7 @@ class _WithPast(nn.Module):
 
 @torch.no_grad()
 def _stateful_model(trunk: Trunk) -> Any:
-    """Convert by tracing, then let keys and values stay inside, reordered by `beam_idx` as its plugin expects."""
+    """Convert by tracing, then make keys and values internal state, reordered by `beam_idx` as the plugin expects."""
     import openvino
     from openvino import opset13 as op
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -129,7 +131,7 @@ def _stateful_model(trunk: Trunk) -> Any:
     config = trunk.config
     heads, dim = trunk.num_key_value_heads, trunk.head_dim
     names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
-    batch, past, width = 2, 5, 3  # of the example; all three stay free
+    batch, past, width = 2, 5, 3  # of the example; all three stay dynamic
     example = (
         torch.zeros(batch, width, dtype=torch.int64),
         torch.ones(batch, past + width, dtype=torch.int64),
@@ -138,7 +140,7 @@ def _stateful_model(trunk: Trunk) -> Any:
         *(torch.zeros(batch, heads, past, dim) for _ in names),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tracing, which is meant
+        warnings.simplefilter("ignore")  # about tracing, which is intended
         model = openvino.convert_model(_WithPast(trunk.causal_lm).eval(), example_input=example)
     for node, name in zip(model.inputs, [*INPUTS, *(f"past.{name}" for name in names)], strict=True):
         node.get_tensor().set_names({name})
@@ -161,14 +163,14 @@ def _stateful_model(trunk: Trunk) -> Any:
     rows = op.gather(op.shape_of(model.input("input_ids").get_node()), op.constant([0], dtype=np.int64), zero)
     shape = op.concat([rows, *(op.constant([n], dtype=np.int64) for n in (heads, 0, dim))], axis=0)
     for node in model.get_ops():
-        if node.get_type_name() == "ReadValue":  # a new state: as many rows as the ids, and no past
+        if node.get_type_name() == "ReadValue":  # a new state has as many rows as the ids, and no past
             node.set_arguments([op.broadcast(op.constant(0.0, dtype=np.float32), shape).output(0)])
     model.validate_nodes_and_infer_types()
     return model
 
 
 def _with_log_softmax(model: Any) -> Any:
-    """A copy that gives log-probabilities for logits: in numpy, on one thread, they would slow its scoring down."""
+    """Return a copy that outputs log-probabilities; numpy would compute them on one thread and distort the timing."""
     from openvino import opset13 as op
 
     scoring = model.clone()

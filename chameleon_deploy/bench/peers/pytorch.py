@@ -1,4 +1,4 @@
-"""The PyTorch reference as its users run it: `transformers`' own generate, with the factors added in the head."""
+"""The PyTorch reference through `transformers`' generate, with the factors added in the head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 
 
 class PyTorch:
-    """See `Peer`. Adapts every batch anew, as the bundle does."""
+    """PyTorch. See `Peer`. Every call adapts its batch, as the bundle does."""
 
     precision: str = "fp32"
     adapts = scores = generates = True
@@ -25,7 +25,7 @@ class PyTorch:
     def __init__(self, checkpoint: Checkpoint, mode: Mode, compiled: bool) -> None:
         self.name = "torch.compile fp32" if compiled else "PyTorch eager fp32"
         self._checkpoint, self._mode = checkpoint, mode
-        # A second model around the same layers: the checkpoint's own keeps its plain head.
+        # A second model that shares the layers: the checkpoint's own keeps its plain head.
         self._model: Any = copy.copy(checkpoint.trunk.causal_lm)
         self._model._modules = dict(self._model._modules)
         self._head = _AdaptedHead(self._model.get_output_embeddings(), checkpoint.config.alpha)
@@ -68,7 +68,7 @@ class PyTorch:
 
 
 class _AdaptedHead(nn.Module):
-    """The head with an update per row: lora_A [batch, rank, hidden], lora_B [batch, vocab, rank]."""
+    """A head with an update per row: lora_A [batch, rank, hidden], lora_B [batch, vocab, rank]."""
 
     lora_A: Tensor
     lora_B: Tensor

@@ -1,7 +1,7 @@
-"""PyTorch on a GPU, as fast as it goes without leaving PyTorch: its own loop, in the bundle's precision.
+"""PyTorch on a GPU, with a plain decoding loop in the bundle's precision.
 
-Eager with a growing cache, or compiled with a static one, whose steps torch.compile records as CUDA graphs. As in
-serving, the ids of each step are brought to the host.
+It is eager with a growing cache, or compiled with a static one, whose steps torch.compile records as CUDA graphs. As in
+serving, the ids of each step are copied to the host.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 class PyTorchGPU:
-    """See `Peer`. An int8 bundle is compared with float16: PyTorch has no int8 kernels for this model."""
+    """PyTorch on a GPU. See `Peer`. An int8 bundle is compared with float16: PyTorch has no int8 kernels for this
+    model.
+    """
 
     adapts = generates = True
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, precision: str, device: str, compiled: bool) -> None:
         self.precision = "fp16" if precision == "int8" else precision
         self.name = f"{'torch.compile' if compiled else 'PyTorch eager'} {self.precision}"
-        self.scores = not compiled  # one shape once: compiling would take longer than it could save
+        self.scores = not compiled  # for one shape, compiling would take longer than it saves
         self._checkpoint, self._mode, self._device, self._dtype = checkpoint, mode, device, DTYPES[precision]
         self._model = copy.deepcopy(checkpoint.trunk.causal_lm).to(device, self._dtype)
         self._caches: dict[tuple[int, ...], StaticCache] | None = {} if compiled else None
@@ -59,7 +61,7 @@ class PyTorchGPU:
 
     @torch.no_grad()
     def _logits(self, input_ids: Tensor, adaptation: ReferenceAdaptation, cache: Any) -> Tensor:
-        """float32 [batch, sequence, vocab]; after a whole prompt with a cache, of the last position only"""
+        """Return float32 [batch, sequence, vocab]; after a whole prompt with a cache, of the last position only."""
         output = self._model.base_model(input_ids, past_key_values=cache, use_cache=cache is not None)
         hidden = output.last_hidden_state if cache is None else output.last_hidden_state[:, -1:]
         weight, alpha = self._model.get_output_embeddings().weight, self._checkpoint.config.alpha
@@ -77,7 +79,7 @@ class PyTorchGPU:
     def _cache(self, batch: int, length: int) -> Any:
         if self._caches is None:
             return DynamicCache()
-        if (batch, length) not in self._caches:  # kept: compiled steps hold its addresses
+        if (batch, length) not in self._caches:  # kept, since compiled steps hold its addresses
             self._caches[batch, length] = StaticCache(config=self._model.config, max_cache_len=length)
         cache = self._caches[batch, length]
         cache.reset()

@@ -1,4 +1,4 @@
-"""The bundle with LoRA removed from its graphs: what adaptation costs."""
+"""The bundle with LoRA removed from its graphs, which shows the cost of adaptation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from chameleon_deploy.runtime.session import import_onnxruntime
 
 
 class WithoutLoRA(Bundle):
-    """See `Peer`. The same engine on the same weights, in mode none."""
+    """The same engine on the same weights, in mode none. See `Peer`."""
 
     def __init__(self, runtime: Runtime) -> None:
-        """Raises ValueError when the bundle runs elsewhere than on the CPU or its graph's update is not a sum."""
+        """Remove the updates. Raises ValueError if the bundle does not run on the CPU or its graph's update is not a
+        sum.
+        """
         backend = runtime.backend
         if not isinstance(backend, CpuBackend):
             raise ValueError(f"not done for provider {runtime.provider!r}")
@@ -37,7 +39,7 @@ class WithoutLoRA(Bundle):
 def remove_lora(graph: ir.Graph) -> None:
     """Replace every base + update by base, in place. The inputs stay, unused.
 
-    Raises ValueError when no node adds the product with a B to something else.
+    Raises ValueError if no node adds the product with a B to something else.
     """
     found = False
     values = {value.name: value for value in graph.inputs}
@@ -49,7 +51,7 @@ def remove_lora(graph: ir.Graph) -> None:
         if from_b.intersection(inputs) and node.op_type in ("Add", "Gemm") and plain:
             (base,) = plain
             ir.convenience.replace_all_uses_with(node.outputs[0], base, replace_graph_outputs=True)
-            base.name = node.outputs[0].name  # "logits", where the sum was the graph's output
+            base.name = node.outputs[0].name  # "logits", if the sum was the graph's output
             found = True
             continue
         if adapted.intersection(inputs):
@@ -62,7 +64,7 @@ def remove_lora(graph: ir.Graph) -> None:
 
 
 def _session(file: Path, like: Any) -> Any:
-    """A session of a graph without the update, with the options of another session."""
+    """Open a graph without the update, with the options of another session."""
     model = ir.load(file)
     remove_lora(model.graph)
     options = like.get_session_options()

@@ -1,4 +1,4 @@
-"""The families of base models: one module and one `Family` object each. Nothing else in export knows a family."""
+"""The families of base models: one module and one `Family` object each. No other module of export knows a family."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA)}
 
 
 def family_of(architecture: str) -> Family:
-    """The family by ModelSpec.architecture, which is the model_type of a Hugging Face configuration."""
+    """Return the family by ModelSpec.architecture, which is the model_type of a Hugging Face configuration."""
     return FAMILIES[architecture]

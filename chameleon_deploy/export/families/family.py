@@ -1,4 +1,4 @@
-"""A family of base models: what every module of export asks it."""
+"""The interface of a family of base models."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class TrunkInputs:
 
 
 class BuildTrunk(Protocol):
-    """From token ids to the final hidden states (after the last norm): the operators of `Trunk.hidden_states`.
+    """Build the graph from token ids to final hidden states (after the last norm), equal to `Trunk.hidden_states`.
 
-    Behind the last attention no position depends on another: the rest of that layer is for `logits_positions` alone.
+    After the last attention no position depends on another, so the rest of that layer is computed for
+    `logits_positions` only.
 
     token_embedding  the table [vocab, hidden], written already because the head may share it
     trunk            the reference: its configuration
@@ -53,7 +54,7 @@ class BuildTrunk(Protocol):
 
 
 class MatrixNames(NamedTuple):
-    """Names in the graph of the four matrices of a layer. qkv and up follow a norm, down an activation function."""
+    """The graph's names of a layer's four matrices. qkv and up follow a norm, down an activation function."""
 
     qkv: str
     o: str
@@ -75,10 +76,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the reference: x += o(attention(q, k, v of norm_1(x))); x += down(activation(ups of norm_2(x)))
+    """A layer of the reference: x += o(attention(q, k, v of norm_1(x))); x += down(activation(ups of norm_2(x))).
 
-    names    of its matrices in the graph
-    readers  for each of them, a module that is given what the matrix is multiplied with
+    names    graph names of its matrices
+    readers  for each matrix, a module whose input is the matrix's input
     """
 
     norm_1: Any
@@ -95,7 +96,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Family:
-    """All that export knows about one family.
+    """The facts and functions that export needs of one family.
 
     name                ModelSpec.architecture
     token_embedding     name of the table, in the reference and in the graph
@@ -117,11 +118,11 @@ class Family:
     matrix_names: Callable[[int], MatrixNames]
 
     def last_norm_of(self, trunk: Trunk) -> nn.Module:
-        """The module whose outputs are the final hidden states."""
+        """Return the module whose outputs are the final hidden states."""
         norm: nn.Module = trunk.causal_lm.get_submodule(self.last_norm)
         return norm
 
 
 def at_positions(op: Any, x: Any, positions: ir.Value) -> Any:
-    """[batch, sequence, channels], [batch, positions] -> [batch, positions, channels]"""
+    """Select positions: [batch, sequence, channels], [batch, positions] -> [batch, positions, channels]."""
     return op.GatherND(x, op.Unsqueeze(positions, [2]), batch_dims=1)

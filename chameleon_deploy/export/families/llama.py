@@ -1,6 +1,6 @@
 """Llama: RMS norms, rotary embedding, grouped-query attention, a gated MLP.
 
-Projections of the same input are side by side in one matrix of the graph: one product instead of three, or two.
+Projections of the same input are concatenated to one matrix of the graph: one product instead of three, or two.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build_trunk(
     epsilon, inner_size = trunk.config.rms_norm_eps, trunk.config.intermediate_size
 
     def norm(x: Any, name: str) -> Any:
-        """x / sqrt(mean(x^2) + epsilon) * weight, in the operators that ONNX Runtime fuses into one."""
+        """Return x / sqrt(mean(x^2) + epsilon) * weight, in the operators that ONNX Runtime fuses into one."""
         mean = op.ReduceMean(op.Pow(x, real(op, 2.0)), integers(op, [-1]))
         return op.Mul(op.Div(x, op.Sqrt(op.Add(mean, real(op, epsilon)))), weights(f"{name}.weight"))
 
@@ -88,8 +88,9 @@ def _linear(of: Any, part: str) -> Linear:
 
 
 def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:
-    """Cosines and sines float32 [max_positions, head_dim / 2], as the reference computes them: whatever kind of
-    scaling the model has is in them."""
+    """Return cosines and sines float32 [max_positions, head_dim / 2] as the reference computes them, with any
+    scaling of the model applied.
+    """
     positions = torch.arange(trunk.max_positions)[None]
     with torch.no_grad():
         cos, sin = trunk.causal_lm.base_model.rotary_emb(torch.empty(1), positions)

@@ -1,15 +1,15 @@
-"""A shared key-value buffer in 8 bits: a quarter of the memory, and half the time that a step spends on attention.
+"""An int8 key-value buffer: a quarter of the memory, and half the time of a step's attention.
 
-Keys and values come in steps of the buffer (rotation.py), which are fixed: no row enters another's. What is beyond 127
-is cut off.
+Keys and values are stored with scales fixed at export (rotation.py), so that no row affects another. Larger values
+saturate at 127.
 
-    past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
+past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
 
-ONNX Runtime's GroupQueryAttention reads such a buffer itself, but several tokens at once three times as slowly as
-floats. So there are two branches. A step of one token is that operator. A prompt rounds its keys and values to what
-the buffer will hold, attends to them as floats, and writes them: a text sees the same keys and values whether it is
-read whole, in pieces or token by token. Both branches write in place, since If hands a branch the memory that its
-outputs are bound to.
+ONNX Runtime's GroupQueryAttention reads such a buffer, but processes several tokens at once three times as slowly as on
+floats. So there are two branches. A step of one token uses that operator. A prompt rounds its keys and values to the
+buffer's int8 values, attends to them as floats, and writes them: a text sees the same keys and values whether it is
+prefilled whole, in pieces or token by token. Both branches write in place, since If passes the bound output memory to a
+branch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class _Shared:
-    """What all layers use: where new tokens start and end in the buffers, int64 [1], whether they are a single one, and
-    the scale and zero point of numbers that come in steps of the buffer."""
+    """The values that all layers share.
+
+    start, end  where new tokens start and end in the buffers, int64 [1]
+    is_step     whether there is a single new token
+    one         the scale of values that are divided by the buffer's scales already
+    zero_point  int8 zero
+    """
 
     position_ids: ir.Value
     start: ir.Value

@@ -1,7 +1,8 @@
-"""What a rotated trunk computes on real text, which fixes the scales of 8 bits at export: no row enters another's.
+"""Calibration: the absmax of each activation channel on sample text.
 
-Read are texts as long as the model's positions allow and the beginnings of others, of Python's own documentation and of
-tokens drawn from the whole vocabulary: a user's texts may be of any kind.
+It fixes int8 scales at export; scales computed from a batch would let rows affect each other. The sample has texts as
+long as the model's positions allow and the beginnings of others, from Python's own documentation and from tokens drawn
+from the whole vocabulary, since a user's texts may be of any kind.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from chameleon_deploy.export.int8.hadamard import rotate
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 
-TEXTS = slice(100, 200)  # of each kind; `verify` judges on the hundred before
+TEXTS = slice(100, 200)  # of each kind; `verify` uses the hundred before
 LONG = 16, 4, 1024  # texts of the documentation, of drawn tokens, and how many tokens each has
-BEGINNINGS = 64, 32  # texts of each, tokens: the first keys of a text are like no others, and all tokens look at them
-MARGIN = 1.1  # over the highest absolute value that was seen
-STEPS = 127  # of 8 bits, on either side of zero
-TOGETHER = 256  # channels whose products with each other are kept
+BEGINNINGS = 64, 32  # texts of each, tokens: the first keys of a text are unlike others, and all tokens attend to them
+MARGIN = 1.1  # over the observed absmax
+INT8_MAX = 127  # the largest int8 value; -128 is not used
+GROUP = 256  # channels whose products with each other are stored
 
 
 @dataclass
-class Highest:
-    """The highest absolute value of each channel of a layer, and a margin: of what its norms give [hidden], of its keys
-    and of its values [key-value heads, head_dim]."""
+class Absmax:
+    """The absmax of each channel of a layer, including the margin.
+
+    norm_1, norm_2  of the norms' outputs, [hidden]
+    keys, values    [key-value heads, head_dim]
+    """
 
     norm_1: Tensor
     norm_2: Tensor
@@ -43,64 +47,64 @@ class Highest:
 
 @dataclass
 class Activations:
-    """What a matrix is multiplied with, n channels.
+    """Statistics of the input of a matrix with n channels.
 
     rotated   whether the graph rotates it: the outputs of an activation function or of the last norm
-    highest   float32 [n]: the highest absolute value, and a margin
-    products  float32 [256, 256] for each 256 channels, the last as many as are left: the sum over tokens of x^T x
+    absmax    float32 [n], including the margin
+    products  float32 [256, 256] for each 256 channels, fewer for the last: the sum over tokens of x^T x
     """
 
     rotated: bool
-    highest: Tensor
+    absmax: Tensor
     products: list[Tensor]
 
     @staticmethod
     def of(channels: int, rotated: bool) -> Activations:
-        sizes = [len(part) for part in torch.empty(channels).split(TOGETHER)]
+        sizes = [len(part) for part in torch.empty(channels).split(GROUP)]
         return Activations(rotated, torch.full((channels,), 1e-6), [torch.zeros(size, size) for size in sizes])
 
     def add(self, x: Tensor) -> None:
-        """x  [..., n], before the rotation"""
+        """Add activations x [..., n], before the rotation."""
         x = (rotate(x) if self.rotated else x).flatten(0, -2)
-        torch.maximum(self.highest, x.abs().amax(0) * MARGIN, out=self.highest)
-        for product, part in zip(self.products, x.split(TOGETHER, -1), strict=True):
+        torch.maximum(self.absmax, x.abs().amax(0) * MARGIN, out=self.absmax)
+        for product, part in zip(self.products, x.split(GROUP, -1), strict=True):
             product.addmm_(part.T, part)
 
     def divided(self, by: Tensor) -> Activations:
-        """by  float32 [n]"""
-        parts = zip(self.products, by.split(TOGETHER), strict=True)
-        return Activations(self.rotated, self.highest / by, [product / part / part[:, None] for product, part in parts])
+        """Return the statistics of activations divided by `by`, float32 [n]."""
+        parts = zip(self.products, by.split(GROUP), strict=True)
+        return Activations(self.rotated, self.absmax / by, [product / part / part[:, None] for product, part in parts])
 
 
-def highest_of_layers(trunk: Trunk, model: ModelSpec) -> list[Highest]:
-    """First to last."""
+def absmax_of_layers(trunk: Trunk, model: ModelSpec) -> list[Absmax]:
+    """Return the absmax of every layer, first to last."""
     from transformers import DynamicCache
 
     hidden, heads = (model.hidden_size,), (model.num_key_value_heads, model.head_dim)
     shapes = hidden, hidden, heads, heads
-    # A channel that is never used is next to zero.
-    layers = [Highest(*(torch.full(shape, 1e-6) for shape in shapes)) for _ in range(model.num_layers)]
+    # A channel that is never used has an absmax close to zero.
+    layers = [Absmax(*(torch.full(shape, 1e-6) for shape in shapes)) for _ in range(model.num_layers)]
 
-    def see(highest: Tensor, x: Tensor) -> None:
-        """x  [texts, tokens, hidden] or [texts, key-value heads, tokens, head_dim]"""
-        torch.maximum(highest, x.abs().amax((0, -2)) * MARGIN, out=highest)
+    def update(absmax: Tensor, x: Tensor) -> None:
+        """Update absmax with x [texts, tokens, hidden] or [texts, key-value heads, tokens, head_dim]."""
+        torch.maximum(absmax, x.abs().amax((0, -2)) * MARGIN, out=absmax)
 
     hooks = [
-        norm.register_forward_hook(lambda module, inputs, output, highest=highest: see(highest, output))
+        norm.register_forward_hook(lambda module, inputs, output, absmax=absmax: update(absmax, output))
         for layer, seen in zip(family_of(model.architecture).layers(trunk), layers, strict=True)
-        for norm, highest in ((layer.norm_1, seen.norm_1), (layer.norm_2, seen.norm_2))
+        for norm, absmax in ((layer.norm_1, seen.norm_1), (layer.norm_2, seen.norm_2))
     ]
     for rows in _texts(trunk):
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
         for seen, (key, value, *_) in zip(layers, cache, strict=True):
-            see(seen.keys, key)
-            see(seen.values, value)
+            update(seen.keys, key)
+            update(seen.values, value)
     _remove(hooks)
     return layers
 
 
 def activations_of(trunk: Trunk, model: ModelSpec) -> dict[str, Activations]:
-    """By the name of a matrix in the graph."""
+    """Return the statistics by the graph's name of a matrix."""
     family, seen = family_of(model.architecture), dict[str, Activations]()
 
     def see(name: str, x: Tensor, rotated: bool) -> None:
@@ -127,7 +131,9 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _texts(trunk: Trunk) -> Iterator[Tensor]:
-    """int64 [texts, tokens]: long ones, each alone, whose keys and values are large; and beginnings; read and drawn."""
+    """Yield int64 [texts, tokens]: long texts one by one, whose keys and values are large, and beginnings; real and
+    drawn.
+    """
     long, long_drawn, longest = LONG
     count, width = BEGINNINGS
     width = min(width, trunk.max_positions)

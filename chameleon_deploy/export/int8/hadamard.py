@@ -1,8 +1,8 @@
-"""Rotations that spread an outlier over the channels beside it, so that 8 bits have enough steps for all of them.
+"""Hadamard rotations, which distribute an outlier over the channels of its block, so that int8 resolves all of them.
 
-Blocks of channels are multiplied by a Hadamard matrix H. Of the many there are, this one is symmetric, its own inverse,
-and its rows sum to one (a regular Hadamard matrix, https://en.wikipedia.org/wiki/Regular_Hadamard_matrix). So a rotated
-block keeps its mean, and a layer norm without weights of a rotated vector is what it was, rotated.
+Blocks of channels are multiplied by a Hadamard matrix H. This one is symmetric, its own inverse, and its rows sum to
+one (a regular Hadamard matrix, https://en.wikipedia.org/wiki/Regular_Hadamard_matrix). A rotated block therefore keeps
+its mean, and a layer norm without weights commutes with the rotation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FOUR = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
 
 
 def block_of(channels: int) -> int:
-    """How many channels are rotated together: the largest power of four that divides them all, at most 64."""
+    """Return how many channels are rotated together: the largest power of four that divides them all, at most 64."""
     block = 1
     while block < LARGEST_BLOCK and channels % (4 * block) == 0:
         block *= 4
@@ -23,7 +23,7 @@ def block_of(channels: int) -> int:
 
 
 def hadamard(block: int) -> Tensor:
-    """H, float32 [block, block] of entries +-block^-1/2, for a block that is a power of four."""
+    """Return H, float32 [block, block] of entries +-block^-1/2, for a block that is a power of four."""
     matrix = torch.ones(1, 1)
     while len(matrix) < block:
         matrix = torch.kron(matrix, FOUR)
@@ -31,7 +31,7 @@ def hadamard(block: int) -> Tensor:
 
 
 def rotate(x: Tensor, block: int | None = None) -> Tensor:
-    """float32 [..., channels] -> x H, in blocks of as many channels as can be if the block is not told."""
+    """Return x H for x float32 [..., channels], in the largest possible blocks if `block` is None."""
     block = block or block_of(x.shape[-1])
     blocks: Tensor = x.unflatten(-1, (-1, block)) @ hadamard(block)
     return blocks.flatten(-2)

@@ -1,16 +1,17 @@
-"""Products in 8 bits for ONNX Runtime on the CPU, in which no row enters another.
+"""int8 products for ONNX Runtime on the CPU that keep rows independent.
 
-Its own dynamic quantisation takes one scale for a whole tensor, so that a request changes its neighbours' results.
-Here activations are rounded to a digit of 8 bits, multiplied by int8 weights in one integer product, and scaled back:
+ONNX Runtime's dynamic quantisation takes one scale for a whole tensor, so that one request changes the results of the
+other rows. Here activations are rounded to int8, multiplied by int8 weights in one integer product, and scaled back:
 
-    after a norm     they come in steps that were fixed at export (rotation.py): nothing is searched, divided or
-                     scaled back, and the bias is the operator's own
-    everything else  in steps of each row's own, by its highest value: what attention and activation functions give
-                     varies too much from row to row
+    after a norm     the scales were fixed at export (rotation.py): nothing is searched, divided or scaled back, and the
+                     bias is added by the operator
+    everything else  one scale per row, from its absmax: outputs of attention and activation functions vary too much
+                     from row to row for fixed scales
 
-One digit is enough, since activations come without outliers (rotation.py), but for the first layer: its errors pass
-through all others. There a second digit is what the first leaves, 255 times finer, and the product twice as long.
-Digits are unsigned around 128 because the kernels for signed ones are many times slower.
+One int8 value per activation is enough, since rotated activations have no outliers (rotation.py), except in the first
+layer, whose errors pass through all others. There a second, residual int8 value holds the rounding error with a scale
+255 times finer, and the product takes twice as long. Values are unsigned around 128 because the kernels for signed ones
+are many times slower.
 
 Operator: com.microsoft.MatMulIntegerToFloat
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
@@ -29,10 +30,10 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant
-from chameleon_deploy.export.int8.calibration import STEPS
+from chameleon_deploy.export.int8.calibration import INT8_MAX
 
 ZERO_POINT = 128
-FINER = 255  # the second digit spans half a step of the first on either side
+RESIDUAL = 255  # the residual's range is half a scale unit on either side
 
 
 def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
@@ -42,25 +43,25 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
     first_layer, after_norm = set(layers[0]), {HEAD, *(name for names in layers for name in (names.qkv, names.up))}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
-    part = constant(graph, "int8_rows.part", np.float32(1 / STEPS))
+    part = constant(graph, "int8_rows.part", np.float32(1 / INT8_MAX))
     one = constant(graph, "int8_rows.one", np.float32(1))
-    finer = constant(graph, "int8_rows.finer", np.float32(FINER))
+    finer = constant(graph, "int8_rows.finer", np.float32(RESIDUAL))
     zero_point = constant(graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
 
-    def one_digit(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, step: Any = one) -> Any:
-        digits = op.QuantizeLinear(x, step, zero_point)
-        return op.MatMulIntegerToFloat(digits, weight, step, scale, zero_point, None, bias, _domain="com.microsoft")
+    def rounded_product(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, x_scale: Any = one) -> Any:
+        rounded = op.QuantizeLinear(x, x_scale, zero_point)
+        return op.MatMulIntegerToFloat(rounded, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
 
-    def two_digits(op: Any, x: Any, weight: Any, scale: Any, step: Any = one) -> Any:
-        rest = op.Sub(x, op.DequantizeLinear(op.QuantizeLinear(x, step, zero_point), step, zero_point))
-        both = one_digit(op, op.Concat(x, op.Mul(rest, finer), axis=0), weight, scale, step=step)
+    def with_residual(op: Any, x: Any, weight: Any, scale: Any, x_scale: Any = one) -> Any:
+        residual = op.Sub(x, op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero_point), x_scale, zero_point))
+        both = rounded_product(op, op.Concat(x, op.Mul(residual, finer), axis=0), weight, scale, x_scale=x_scale)
         coarse, fine = op.Split(both, axis=0, num_outputs=2, _outputs=2)
         return op.Add(coarse, op.Div(fine, finer))
 
-    def by_row(digits: Callable[..., Any]) -> Callable[..., Any]:
+    def by_row(inner: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-            highest = op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest)  # [..., 1]
-            return op.Mul(digits(op, op.Mul(x, op.Reciprocal(highest)), weight, scale, step=part), highest)
+            absmax = op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest)  # [..., 1]
+            return op.Mul(inner(op, op.Mul(x, op.Reciprocal(absmax)), weight, scale, x_scale=part), absmax)
 
         return product
 
@@ -84,10 +85,10 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
 
     decoder.opset_imports["com.microsoft"] = 1
     rules = [
-        RewriteRule(with_bias, one_digit, has_bias),
-        RewriteRule(weight_only, two_digits, is_first_after_norm),
-        RewriteRule(weight_only, one_digit, is_after_norm),
-        RewriteRule(weight_only, by_row(two_digits), is_first),
-        RewriteRule(weight_only, by_row(one_digit)),
+        RewriteRule(with_bias, rounded_product, has_bias),
+        RewriteRule(weight_only, with_residual, is_first_after_norm),
+        RewriteRule(weight_only, rounded_product, is_after_norm),
+        RewriteRule(weight_only, by_row(with_residual), is_first),
+        RewriteRule(weight_only, by_row(rounded_product)),
     ]
     return int(RewriteRuleSet(rules).apply_to_model(decoder))

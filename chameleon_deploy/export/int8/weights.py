@@ -1,13 +1,12 @@
-"""Matrices in 8 bits: every product with a stored matrix gets its weights through DequantizeLinear.
+"""int8 weights: every product with a stored matrix gets its weights through DequantizeLinear.
 
-One scale per output channel, symmetric, so that a column's error does not depend on the others. The trunk comes
-rotated (rotation.py), so that no outlier sets the step of everything beside it. What an activation function gives, and
-the final hidden states, are rotated here: x W = (x H)(H W), a small product before the large one. Rounding is that of
-gptq.py.
+Each output channel has one symmetric scale, so that a column's error does not depend on the others. The trunk is
+rotated already (rotation.py), so that no outlier determines a scale. Outputs of an activation function and the final
+hidden states are rotated here: x W = (x H)(H W), a small product before the large one. gptq.py rounds.
 
 The graph stays portable: DequantizeLinear is a standard operator
-(https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and TensorRT takes int8 in no other form.
-What is looked up rather than multiplied (embeddings), norms and biases stay float32.
+(https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and TensorRT takes int8 in no other form. Embeddings,
+which are looked up rather than multiplied, norms and biases stay float32.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, integers, subgraph, take_nodes
-from chameleon_deploy.export.int8.calibration import STEPS, Activations
+from chameleon_deploy.export.int8.calibration import INT8_MAX, Activations
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.weights import WeightsFile
 
-ROTATION = "int8_weights.rotation_{}"  # of so many channels
+ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
 def quantize_weights(decoder: ir.Model, activations: Mapping[str, Activations], weights_file: WeightsFile) -> int:
-    """Rewrite a portable decoder of a rotated trunk in place, its int8 matrices going to weights_file. Returns how many
-    there are.
+    """Rewrite a portable decoder of a rotated trunk in place, with its int8 matrices in weights_file. Returns their
+    number.
 
-    activations  by the name of a matrix (calibration.py)
+    activations  by the graph's name of a matrix (calibration.py)
     """
 
     def product(op: Any, x: Any, weight: Any, transpose: bool) -> Any:
@@ -46,10 +45,10 @@ def quantize_weights(decoder: ir.Model, activations: Mapping[str, Activations], 
         if seen.rotated:
             matrix = rotate(matrix.T).T
             x = rotated(op, x, len(matrix), decoder.graph)
-        if weight.name == HEAD:  # the last norm's weights are the update's as well, so that its steps are set here
-            step = seen.highest / STEPS
-            seen, matrix = seen.divided(step), matrix * step[:, None]
-            x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / step).numpy()))
+        if weight.name == HEAD:  # the update shares the last norm's weights, so the scales are applied here
+            scale = seen.absmax / INT8_MAX
+            seen, matrix = seen.divided(scale), matrix * scale[:, None]
+            x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / scale).numpy()))
         names = f"{weight.name}.int8", f"{weight.name}.scale"
         stored = [
             op.initializer(weights_file.add(name, array.numpy()), name)
@@ -78,9 +77,9 @@ def quantize_weights(decoder: ir.Model, activations: Mapping[str, Activations], 
 
 
 def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
-    """Rotate token embeddings when they have been looked up, and back what the last norm is given, in place.
+    """Rotate token embeddings after the lookup, and rotate back before the last norm, in place.
 
-    The table itself, on which clusters depend, stays as it is.
+    The table itself, on which clusters depend, is unchanged.
     """
     graph, family = decoder.graph, family_of(model.architecture)
     (lookup,) = graph.initializers[family.token_embedding].consumers()
@@ -91,7 +90,7 @@ def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
 
 
 def _rotate_value(graph: ir.Graph, value: Any, takers: Iterable[ir.Node], channels: int) -> None:
-    """What takers take of a value."""
+    """Give the takers of a value its rotated form."""
     part = subgraph(graph, f"{value.name}.rotated", lambda op: [rotated(op, value, channels, graph)])
     nodes, (turned,) = take_nodes(part)
     graph.insert_after(value.producer(), nodes)
@@ -100,7 +99,7 @@ def _rotate_value(graph: ir.Graph, value: Any, takers: Iterable[ir.Node], channe
 
 
 def rotated(op: Any, x: Any, channels: int, graph: ir.Graph) -> Any:
-    """x H for x [..., channels]"""
+    """Return x H for x [..., channels]."""
     block = block_of(channels)
     name = ROTATION.format(block)
     rotation = graph.initializers.get(name) or constant(graph, name, hadamard(block).numpy())

@@ -1,7 +1,7 @@
-"""Logits as the last product writes them, [batch*positions, vocab].
+"""Logits in the shape of the last product, [batch*positions, vocab].
 
-Other graphs give them a third axis by a Reshape. ONNX Runtime copies a Reshape whose result is an output of the graph,
-which is a tenth of the time of scoring; a caller's view of the same memory costs nothing.
+Other graphs add a third axis by a Reshape. ONNX Runtime copies a Reshape whose result is an output of the graph, which
+takes a tenth of the time of scoring; a caller's view of the same memory costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def flatten_logits(decoder: ir.Model) -> None:
-    """Rewrite a decoder in place. Raises ValueError when its logits do not come from a Reshape."""
+    """Rewrite a decoder in place. Raises ValueError if its logits do not come from a Reshape."""
     graph = decoder.graph
     place, logits = next((i, value) for i, value in enumerate(graph.outputs) if value.name == "logits")
     reshape = logits.producer()

@@ -1,12 +1,12 @@
-"""Products in 16 bits: float16 or bfloat16, for TensorRT and for ONNX Runtime on CUDA.
+"""16-bit products, float16 or bfloat16, for TensorRT and for ONNX Runtime on CUDA.
 
-Every product of the trunk multiplies 16-bit tensors; the rest of the graph (layer norms, softmax, residuals,
-activation functions, the low-rank update) is float32. So is the sum of the head: its operands are rounded to 16
-bits, its logits are not. The key-value cache is 16 bits, since what it holds enters nothing but products. What is
-looked up rather than multiplied (embeddings) stays float32.
+Every product of the trunk multiplies 16-bit tensors; the rest of the graph (layer norms, softmax, residuals, activation
+functions, the low-rank update) is float32. The head's operands are rounded to 16 bits, and its sums and logits are
+float32. The key-value cache is 16 bits, since it enters only products. Embeddings, which are looked up rather than
+multiplied, stay float32.
 
-`float_products` makes the variant for ONNX Runtime on the CPU, which has no kernels for 16 bits: the same numbers
-rounded at the same places, multiplied and kept in float32.
+`float_products` makes the variant for ONNX Runtime on the CPU, which has no 16-bit kernels: the same numbers rounded at
+the same places, multiplied and kept in float32.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from chameleon_deploy.export.graph import FLOAT
 from chameleon_deploy.export.weights import WeightsFile
 
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-LAYOUT = ("Transpose", "Reshape", "Unsqueeze", "Expand")  # move numbers, whatever their type
+LAYOUT = ("Transpose", "Reshape", "Unsqueeze", "Expand")  # move numbers of any type
 
 
 def halve_products(decoder: ir.Model, half: ir.DataType, weights_file: WeightsFile) -> int:
-    """Rewrite a portable decoder in place, its 16-bit matrices going to weights_file. Returns how many products.
+    """Rewrite a portable decoder in place, with its 16-bit matrices in weights_file. Returns the number of products.
 
-    Raises TensorError for a weight that float16 cannot hold.
+    Raises TensorError for a weight that float16 cannot represent.
     """
     graph = decoder.graph
     _set_cache(graph, half)
     count = 0
     for node in list(graph):
         _pass_type_on(node, half)
-        # The low-rank update is made of Gemm too, but its matrices are inputs.
+        # The low-rank update also uses Gemm, but its matrices are inputs.
         is_head = node.op_type == "Gemm" and _stored(node.inputs[1]) is not None
         if not is_head and node.op_type != "MatMul":
             continue
@@ -52,7 +52,7 @@ def halve_products(decoder: ir.Model, half: ir.DataType, weights_file: WeightsFi
 
 
 def float_products(decoder: ir.Model) -> int:
-    """Rewrite a decoder of `halve_products` in place, for the CPU. Returns how many products."""
+    """Rewrite a decoder of `halve_products` in place, for the CPU. Returns the number of products."""
     graph = decoder.graph
     half = next(value.dtype for value in graph.inputs if _is_past(value) and value.dtype is not None)
     _set_cache(graph, FLOAT)
@@ -72,7 +72,7 @@ def _is_past(value: ir.Value) -> bool:
 
 
 def _set_cache(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Past and present get a type; what is appended is rounded to 16 bits in any case."""
+    """Give past and present a type; appended values are rounded to 16 bits in any case."""
     for past in filter(_is_past, graph.inputs):
         past.dtype = dtype
         (append,) = (node for node, _ in past.uses() if node.op_type == "Concat")
@@ -81,7 +81,7 @@ def _set_cache(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _pass_type_on(node: ir.Node, dtype: ir.DataType) -> None:
-    """Keys and values keep the cache's type on their way into a product."""
+    """Keep the cache's type of keys and values up to the product that takes them."""
     if node.op_type in LAYOUT and _comes_from_cache(node):
         node.outputs[0].dtype = dtype
 
@@ -102,7 +102,7 @@ def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def _half_weight(graph: ir.Graph, weight: ir.TensorProtocol, half: ir.DataType, weights_file: WeightsFile) -> ir.Value:
-    """The rounded copy of a stored matrix, an initializer of its own."""
+    """Return the rounded copy of a stored matrix as a new initializer."""
     name = f"{weight.name}.{half.short_name()}"
     with np.errstate(over="ignore"):
         rounded = weight.numpy().astype(half.numpy())
@@ -115,7 +115,7 @@ def _half_weight(graph: ir.Graph, weight: ir.TensorProtocol, half: ir.DataType, 
 
 
 def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value | None, dtype: ir.DataType) -> ir.Value | None:
-    """A value as another type, cast in front of a node unless it has that type."""
+    """Return a value as another type, with a cast before a node unless it has that type."""
     if value is None or value.dtype == dtype:
         return value
     tape = Tape()
@@ -126,7 +126,7 @@ def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value | None, dtype: ir.Da
 
 
 def _cast_output(graph: ir.Graph, node: ir.Node, computed: ir.DataType, dtype: ir.DataType) -> None:
-    """A node computes in one type, and those who read it get another."""
+    """Cast the output of a node from the type that it computes in, for all its consumers."""
     output, uses = node.outputs[0], list(node.outputs[0].uses())
     output.dtype = computed
     tape = Tape()

@@ -1,17 +1,16 @@
 """Attention over a shared past/present buffer: ONNX Runtime's GroupQueryAttention.
 
-The portable graph concatenates past and present, which copies the whole cache at every step. Here
-each row's keys and values are written into a buffer that is both input and output, at the row's own
-length. Operator: com.microsoft.GroupQueryAttention
-(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+The portable graph concatenates past and present, which copies the whole cache at every step. Here each row's keys and
+values are written into a buffer that is both input and output, at the row's own length. Operator:
+com.microsoft.GroupQueryAttention (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
 
-    attention_mask                       goes away
+    attention_mask                       removed
     seqlens_k              int32 [batch] real tokens of each row after this call, minus one
     total_sequence_length  int32 []      the largest of them, plus one
     past_key_values.*, present.*         [batch, heads, capacity, head_dim], bound to the same memory
 
-A sink of no weight (head_sink, added to the sum of a softmax) changes nothing but the kernel: with one ONNX
-Runtime multiplies whole matrices instead of tiles, which takes half the time at every length of prompt.
+A no-op attention sink (head_sink, added to the sum of a softmax) changes nothing but the kernel: with one ONNX Runtime
+multiplies whole matrices instead of tiles, which takes half the time at every length of prompt.
 """
 
 from __future__ import annotations
@@ -30,11 +29,12 @@ from chameleon_deploy.export.graph import constant
 
 
 def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
-    """Rewrite a portable decoder in place. Returns how many attentions were rewritten: one per layer."""
+    """Rewrite a portable decoder in place. Returns the number of rewritten attentions: one per layer."""
     graph = decoder.graph
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
-    # With a rotary embedding the operator rotates queries and keys itself, by the position that the lengths give.
+    # With a rotary embedding the operator rotates queries and keys itself, by the positions that follow from the
+    # lengths.
     names = family_of(model.architecture).rotary_tables
     tables = [graph.initializers[name] for name in names] if names else [None, None]
     rotary = names is not None

@@ -1,8 +1,8 @@
-"""The update as a product of its own, summed with the logits.
+"""The update as a separate product that is added to the logits.
 
-ONNX Runtime's Gemm copies what it adds to, on one thread, and accumulates on the copy: at batch 8 and 32 a quarter
-more time than a product and a sum, in scoring two thirds more. It also joins the two to one Gemm where the product's
-matrices have two axes; of three axes it is left alone.
+ONNX Runtime's Gemm copies its addend, on one thread, and accumulates on the copy: a quarter more time than a product
+and a sum at batch 8 and 32, two thirds more in scoring. ONNX Runtime also fuses the two into one Gemm if the product's
+matrices have two axes; with three axes it does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from chameleon_deploy.export.graph import integers
 
 
 def sum_update(decoder: ir.Model) -> int:
-    """Rewrite a decoder in place. Returns how many heads were rewritten: one."""
+    """Rewrite a decoder in place. Returns the number of rewritten heads: one."""
 
     def joined(op: Any, products: Any, lora_B: Any, base: Any) -> Any:
         return op.Gemm(products, lora_B, base)

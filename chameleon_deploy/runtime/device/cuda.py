@@ -1,7 +1,7 @@
-"""Memory of a GPU, copies and one stream, through cuda-python. Every byte that crosses to or from it is counted.
+"""Memory of a GPU, copies and one stream, through cuda-python. Every byte copied to or from the device is counted.
 
-Names and meanings are those of NVIDIA's runtime API (https://docs.nvidia.com/cuda/cuda-runtime-api/). Work is
-enqueued on the one stream, so that it runs in the order in which it was asked for.
+Names and meanings are those of NVIDIA's runtime API (https://docs.nvidia.com/cuda/cuda-runtime-api/). All work is
+enqueued on one stream and runs in that order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4, 
 
 
 def import_cudart() -> Any:
-    """cuda-python's runtime API, on a machine that has a GPU.
+    """Return cuda-python's runtime API on a machine that has a GPU.
 
     Raises ProviderError without a driver or a GPU, DependencyError without cuda-python.
     """
@@ -40,9 +40,9 @@ def import_cudart() -> Any:
 
 
 class CudaDevice:
-    """The first visible GPU. Hold `lock` while enqueuing what belongs together.
+    """The first visible GPU. Hold `lock` while enqueuing work that must not be interleaved.
 
-    uploaded, downloaded  bytes that have crossed to and from the device
+    uploaded, downloaded  bytes copied to and from the device
     """
 
     def __init__(self, cudart: Any) -> None:
@@ -53,13 +53,14 @@ class CudaDevice:
         self.stream = int(self._call("cudaStreamCreate"))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
-        """Memory whose values are not set. Raises DeviceError when there is no more."""
+        """Allocate uninitialised memory. Raises DeviceError when the memory is exhausted."""
         size = math.prod(shape) * ITEM_SIZES[dtype]
         with self.lock:
-            # Freeing waits for the device and may not happen while a graph is captured, so it is put off until here.
+            # Freeing waits for the device and is not allowed during a graph capture, so it is postponed until here.
             while self._released:
                 self._released.pop()()
-            address = int(self._call("cudaMalloc", max(size, 1)))  # an engine takes no null pointer, even for nothing
+            # an engine takes no null pointer, even for an empty tensor
+            address = int(self._call("cudaMalloc", max(size, 1)))
         return DeviceArray(self, address, shape, dtype, _Memory(self, lambda: self._call("cudaFree", address)))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
@@ -68,13 +69,13 @@ class CudaDevice:
         return array
 
     def upload(self, values: npt.NDArray[Any], dtype: str) -> DeviceArray:
-        """A copy of host values, converted to `dtype`."""
+        """Copy host values to new device memory, converted to `dtype`."""
         array = self.empty(values.shape, dtype)
         self.write(array, values)
         return array
 
     def write(self, array: DeviceArray, values: npt.NDArray[Any]) -> None:
-        """Host values into memory that is there. They are read before this returns."""
+        """Copy host values into existing device memory. They are read before this returns."""
         stored = np.ascontiguousarray(_stored(values, array.dtype))
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         with self.lock:
@@ -82,7 +83,7 @@ class CudaDevice:
             self.uploaded += stored.nbytes
 
     def read(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """Waits for the stream. bfloat16, which numpy does not know, comes as float32."""
+        """Copy values to the host after waiting for the stream. bfloat16, which numpy lacks, becomes float32."""
         values = np.empty(array.shape, np.uint16 if array.dtype == "bfloat16" else array.dtype)
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         with self.lock:
@@ -92,7 +93,9 @@ class CudaDevice:
         return (values.astype(np.uint32) << 16).view(np.float32) if array.dtype == "bfloat16" else values
 
     def copy(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
-        """`height` runs of `width` bytes from address `source` to `target`, each a pitch of bytes after the last."""
+        """Copy `height` runs of `width` bytes from address `source` to `target`; the pitches are the strides in
+        bytes.
+        """
         if not width or not height:
             return
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
@@ -104,9 +107,9 @@ class CudaDevice:
         self._call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` enqueues as a CUDA graph.  -> enqueues it all again, in one call
+        """Record the work that `work` enqueues as a CUDA graph.  -> a function that enqueues it all again, in one call
 
-        Raises DeviceError when something of it cannot be recorded.
+        Raises DeviceError if part of it cannot be recorded.
         """
         self._call(
             "cudaStreamBeginCapture", self.stream, self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -125,7 +128,7 @@ class CudaDevice:
         return launch
 
     def release(self, free: Callable[[], object]) -> None:
-        """Have something freed when it is safe."""
+        """Postpone a call that frees something until it is safe."""
         self._released.append(free)
 
     def _call(self, function: str, *arguments: Any) -> Any:
@@ -153,11 +156,11 @@ class DeviceArray:
         return self.shape[0]
 
     def view(self, shape: tuple[int, ...], offset: int = 0) -> DeviceArray:
-        """Other dimensions on the same memory, from an offset in bytes."""
+        """Return other dimensions of the same memory, from an offset in bytes."""
         return DeviceArray(self.device, self.address + offset, shape, self.dtype, self.memory)
 
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> DeviceArray:
-        """Some entries along the first axis, in the order of the indices; copied on the device."""
+        """Copy entries along the first axis, in the order of the indices, on the device."""
         if np.array_equal(indices, np.arange(len(self))):
             return self
         chosen = self.device.empty((len(indices), *self.shape[1:]), self.dtype)
@@ -173,7 +176,7 @@ class DeviceArray:
 
 
 class _Memory:
-    """What is freed when nothing refers to it any more."""
+    """A device allocation that is freed with its last reference."""
 
     def __init__(self, device: CudaDevice, free: Callable[[], object]) -> None:
         self._device, self._free = device, free

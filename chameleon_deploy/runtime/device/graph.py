@@ -1,4 +1,4 @@
-"""A graph whose inputs and outputs are bound to memory of the device, whichever engine executes it."""
+"""A graph whose inputs and outputs are bound to device memory, executed by any engine."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from chameleon_deploy.runtime.device.cuda import DeviceArray
 
 
 class Bound(Protocol):
-    """A graph with all of its tensors in their places."""
+    """A graph with all of its tensors bound."""
 
     def run(self) -> None:
-        """Enqueue it on the device's stream. Hold the device's lock."""
+        """Enqueue the graph on the device's stream. Hold the device's lock."""
 
 
 class DeviceGraph(Protocol):
-    """See the module."""
+    """A graph that can be bound to tensors on the device."""
 
     spec: GraphSpec
 
     def bind(self, tensors: Mapping[str, DeviceArray]) -> Bound:
-        """tensors: every input and output by name.
+        """Bind every input and output by name.
 
-        Raises GraphError for a dtype or a number of dimensions that is not the graph's.
+        Raises GraphError if a dtype or a number of dimensions differs from the graph's.
         """
 
 
 class SessionGraph:
-    """Executed by ONNX Runtime, through IO binding."""
+    """A graph executed by ONNX Runtime through IO binding."""
 
     def __init__(self, session: Any, spec: GraphSpec, device_type: str) -> None:
-        """device_type: ONNX Runtime's name of where the addresses are."""
+        """Take a session.
+
+        device_type  ONNX Runtime's name of the memory that the addresses are in
+        """
         self.spec = spec
         self._session, self._device_type = session, device_type
 
@@ -52,7 +55,7 @@ class SessionGraph:
 class _BoundSession:
     def __init__(self, session: Any, binding: Any, tensors: Mapping[str, DeviceArray]) -> None:
         self._session, self._binding = session, binding
-        self._tensors = tensors  # they live as long as the addresses are bound
+        self._tensors = tensors  # kept alive as long as the addresses are bound
 
     def run(self) -> None:
         try:
@@ -62,7 +65,9 @@ class _BoundSession:
 
 
 def check_tensors(spec: GraphSpec, tensors: Mapping[str, DeviceArray]) -> None:
-    """Raises GraphError unless each tensor has the graph's dtype and fixed dimensions: an address says neither."""
+    """Raise GraphError unless each tensor has the graph's dtype and fixed dimensions, which an address does not
+    carry.
+    """
     for tensor in (*spec.inputs, *spec.outputs):
         array = tensors[tensor.name]
         fits = len(array.shape) == len(tensor.shape) and all(

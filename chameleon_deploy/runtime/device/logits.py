@@ -1,4 +1,4 @@
-"""Logits that stay on a device: a token or a log-probability is computed there, and it alone is copied to the host."""
+"""Logits that stay on a device, where tokens and log-probabilities are computed. Only those are copied to the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph
 
 
 class DeviceLogits:
-    """See `Logits`. numpy.asarray copies them to the host, whole."""
+    """Logits on a device. See `Logits`. numpy.asarray copies all of them to the host."""
 
     def __init__(self, values: DeviceArray, chooser: DeviceGraph, scorer: DeviceGraph) -> None:
         self._values, self._chooser, self._scorer = values, chooser, scorer
@@ -31,7 +31,8 @@ class DeviceLogits:
     def greedy(self) -> IntArray:
         device = self._values.device
         with device.lock:
-            if self._choose is None or self._token_ids is None:  # bound once: a step's logits are always in one place
+            # bound once, since a step's logits always have one address
+            if self._choose is None or self._token_ids is None:
                 self._token_ids = device.empty(self._stacked.shape[:-1], "int64")
                 self._choose = self._chooser.bind({"logits": self._stacked, "token_ids": self._token_ids})
             self._choose.run()

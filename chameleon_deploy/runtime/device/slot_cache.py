@@ -1,15 +1,14 @@
-"""A decoder on a device: factors, key-value cache and logits stay there, and a step's shapes stay the same.
+"""A decoder whose factors, key-value cache and logits stay on the device, and whose steps have constant shapes.
 
-It drives the portable graph, which reads the cache as `past` and writes past and present as one tensor.
-Each row's cache has a fixed number of slots, of which the attention mask opens those that hold a token.
-A step reads all slots and writes them, with the new token behind the last, into a second buffer; then the
-new token alone is copied into the first free slot. Shapes and addresses so change only when the slots are
-used up or rows leave, which lets an engine bind a step once and replay it.
+It drives the portable graph, which reads the cache as `past` and writes past and present as one tensor. Each row's
+cache has a fixed number of slots; the attention mask selects the slots that hold a token. A step reads all slots and
+writes them, followed by the new token, into a second buffer. Then only the new token is copied into the first free
+slot. Shapes and addresses therefore change only when the slots are used up or rows leave, so that an engine can bind a
+step once and replay it.
 
-All layers lie in one buffer, [layers * 2, rows, slots, head_dim], so that each of these moves is one
-strided copy: the new token of all layers, the cache into longer slots, a row into the place of another.
-The rows of a batch fill the same slot in a step. Where prompts differ in length that leaves gaps, which
-are closed when there are no more slots to be had.
+All layers are in one buffer, [layers * 2, rows, slots, head_dim], so that each of these moves is one strided copy: the
+new token of all layers, the cache into longer slots, one row onto another. The rows of a batch fill the same slot in a
+step. Prompts of different length therefore leave gaps, which are closed when no more slots can be allocated.
 """
 
 from __future__ import annotations
@@ -29,22 +28,24 @@ from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
-SLOTS = 128  # by how many the cache grows
+SLOTS = 128  # the cache grows by this many slots
 LOGITS_BYTES = 2**30  # of one piece of `all_logits`
-ALIGNMENT = 256  # bytes: what TensorRT asks of an address
+ALIGNMENT = 256  # bytes: TensorRT's requirement for addresses
 
 
 @dataclass
 class SlotCache:
-    """past      [layers * 2, rows, slots, head_dim]; `rows` is batch * heads, rounded up until layers are aligned
-    mask      int64 [batch, slots + 1], 1 where a slot holds a token, and for the new one behind them
-    width     slots in use, the same for every row; what lies in a row's gap is masked
-    start     the slot behind the longest row when the rows were last without gaps
+    """The key-value cache of a batch.
+
+    past      [layers * 2, rows, slots, head_dim]; `rows` is batch * heads, rounded up until layers are aligned
+    mask      int64 [batch, slots + 1], 1 if a slot holds a token, and for the new token after them
+    width     slots in use, the same for every row; slots in a row's gap are masked
+    start     the slot after the longest row when the rows last had no gaps
     packed    int64 [batch], tokens of each row before its gap
     lengths   int64 [batch], real tokens per row: the next token's position
-    capacity  how many tokens a row may hold in the end
-    longest   how many slots can be of use in the end
-    step      a decoding step with everything bound, made when the first is taken
+    capacity  tokens that a row may hold in the end
+    longest   slots that can be used in the end
+    step      a bound decoding step, created at the first step
     """
 
     past: DeviceArray
@@ -64,7 +65,10 @@ class SlotCache:
 
 @dataclass
 class _Step:
-    """numbers: int64 [2, padded batch], the token ids and their positions, which is all that a step uploads"""
+    """A bound decoding step.
+
+    numbers  int64 [2, padded batch], the token ids and their positions, which is all that a step uploads
+    """
 
     numbers: DeviceArray
     present: DeviceArray
@@ -73,7 +77,7 @@ class _Step:
 
 
 class SlotCacheDecoder:
-    """See `Decoder`. Logits are DeviceLogits."""
+    """A decoder on a device. See `Decoder`. Its logits are DeviceLogits."""
 
     def __init__(
         self,
@@ -84,7 +88,10 @@ class SlotCacheDecoder:
         model: ModelSpec,
         limits: LimitsSpec | None,
     ) -> None:
-        """limits: of engines with fixed profiles; None where any shape runs."""
+        """Take the graphs of a device.
+
+        limits  of engines with fixed profiles; None if any shape runs
+        """
         self.device = device
         self._decoder, self._chooser, self._scorer = decoder, chooser, scorer
         self._model, self._limits = model, limits
@@ -128,12 +135,12 @@ class SlotCacheDecoder:
         cache.width, cache.lengths = cache.width + 1, cache.lengths + 1
         return step.logits
 
-    def keep(self, cache: SlotCache, rows: IntArray) -> SlotCache:
+    def select(self, cache: SlotCache, rows: IntArray) -> SlotCache:
         layers, padded_rows, slots, _ = cache.past.shape
         row = self._model.num_key_value_heads * slots * self._slot_bytes
         layer, mask_row = padded_rows * slots * self._slot_bytes, (slots + 1) * ITEM_SIZES["int64"]
         with self.device.lock:
-            for to, at in enumerate(rows.tolist()):  # ascending: no row is overwritten before it has moved
+            for to, at in enumerate(rows.tolist()):  # ascending, so that no row is overwritten before it has moved
                 if to != at:
                     address = cache.past.address
                     self.device.copy(address + to * row, layer, address + at * row, layer, row, layers)
@@ -165,7 +172,7 @@ class SlotCacheDecoder:
         factors: RowFactors,
         present: DeviceArray,
     ) -> DeviceArray:
-        """Whole rows into an empty cache.  -> logits [batch, positions, vocab]"""
+        """Prefill whole rows into an empty cache.  -> logits [batch, positions, vocab]"""
         logits = self.device.empty((*logits_positions.shape, self._model.vocab_size), "float32")
         numbers = {
             "input_ids": input_ids,
@@ -199,7 +206,7 @@ class SlotCacheDecoder:
         return _Step(numbers, present, DeviceLogits(logits, self._chooser, self._scorer), decoder)
 
     def _make_room(self, cache: SlotCache) -> None:
-        """More slots; or, where the engine allows no more, close the gaps of the rows if there are any."""
+        """Allocate more slots; if the engine allows no more, close the gaps of the rows."""
         slots, used = self._slots(cache.width, cache.longest), int(cache.lengths.max())
         if slots > cache.slots:
             past = self._zeros(cache.past.shape[1], slots)
@@ -221,14 +228,14 @@ class SlotCacheDecoder:
             cache.packed, cache.width, cache.start = cache.lengths, used, used
 
     def _open_slot(self, cache: SlotCache) -> None:
-        """Set the mask of the slot that has just been filled, from the column that is always set."""
+        """Set the mask of the slot that was just filled, from the column that is always set."""
         item, address = ITEM_SIZES["int64"], cache.mask.address
         pitch = (cache.slots + 1) * item
         self.device.copy(address + cache.width * item, pitch, address + cache.slots * item, pitch, item,
                          len(cache.lengths))  # fmt: skip
 
     def _copy_slots(self, target: DeviceArray, to: int, source: DeviceArray, at: int, count: int) -> None:
-        """`count` slots of every row and layer from slot `at` of one buffer to slot `to` of another."""
+        """Copy `count` slots of every row and layer from slot `at` of one buffer to slot `to` of another."""
         layers, rows, *_ = target.shape
         self.device.copy(
             target.address + to * self._slot_bytes, target.shape[2] * self._slot_bytes,
@@ -254,7 +261,7 @@ class SlotCacheDecoder:
         return self.device.empty((len(self._past), rows, slots, self._model.head_dim), self._cache_dtype)
 
     def _zeros(self, rows: int, slots: int) -> DeviceArray:
-        # A masked slot counts for nothing only where it holds a number: 0 times NaN is NaN.
+        # A masked slot must hold a finite number, since 0 times NaN is NaN.
         return self.device.zeros((len(self._past), rows, slots, self._model.head_dim), self._cache_dtype)
 
     def _slots(self, width: int, longest: int) -> int:
@@ -275,7 +282,7 @@ class SlotCacheDecoder:
 
 
 def _placed(sets: FactorSets) -> dict[str, DeviceArray]:
-    """The factor tensors. Raises TypeError for sets that `DeviceBackend.place` has not brought to the device."""
+    """Return the factor tensors. Raises TypeError for sets that `DeviceBackend.place` has not moved to the device."""
     tensors = {name: array for name, array in sets.tensors.items() if isinstance(array, DeviceArray)}
     if len(tensors) < len(sets.tensors):
         raise TypeError("these factors are not on the device: pass what Backend.place returns")
@@ -283,7 +290,9 @@ def _placed(sets: FactorSets) -> dict[str, DeviceArray]:
 
 
 def _mask(packed: IntArray, start: int, width: int, slots: int) -> IntArray:
-    """int64 [batch, slots + 1]: each row up to its gap and from `start` on; the last column is the new token's."""
+    """Return int64 [batch, slots + 1]: each row up to its gap and from `start` on; the last column is the new
+    token's.
+    """
     slot = np.arange(slots + 1)
     mask: IntArray = ((slot < packed[:, None]) | ((slot >= start) & (slot < width)) | (slot == slots)).astype(np.int64)
     return mask

@@ -1,6 +1,6 @@
 """A graph executed by a native TensorRT engine: addresses bound, enqueued on the device's stream, replayed.
 
-The objects are those of NVIDIA's Python API, of TensorRT and of TensorRT for RTX alike
+The objects are those of NVIDIA's Python API, for both TensorRT and TensorRT for RTX
 (https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/).
 """
 
@@ -18,12 +18,14 @@ from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph, check_tens
 
 @engines.released_on_error
 def open_engines(bundle: Bundle, device: CudaDevice, names: Mapping[Role, str]) -> dict[Role, DeviceGraph]:
-    """The engines that `export --target tensorrt` built on this machine. names: of the graphs, by role.
+    """Open the engines that `export --target tensorrt` built on this machine.
 
-    Raises DependencyError or ProviderError when TensorRT or the engines are missing.
+    names  of the graphs, by role
+
+    Raises DependencyError or ProviderError if TensorRT or the engines are missing.
     """
     tensorrt = engines.import_tensorrt()
-    directory = engines.find_engines(bundle, tensorrt, engines.current_device())  # its digests are right
+    directory = engines.find_engines(bundle, tensorrt, engines.current_device())  # with checked digests
     logger = engines.make_logger(tensorrt)
     runtime = engines.create_runtime(tensorrt, logger)
     graphs: dict[Role, DeviceGraph] = {}
@@ -39,16 +41,16 @@ def open_engines(bundle: Bundle, device: CudaDevice, names: Mapping[Role, str]) 
 
 
 class EngineGraph:
-    """See `DeviceGraph`. An execution context belongs to one bound graph at a time, and is used again after it."""
+    """A TensorRT engine. See `DeviceGraph`. Execution contexts are reused, each for one bound graph at a time."""
 
     def __init__(self, tensorrt: Any, engine: Any, spec: GraphSpec, device: CudaDevice) -> None:
-        """engine: an ICudaEngine, deserialised from a file whose digest has been checked.
+        """Take an ICudaEngine that was deserialised from a file whose digest has been checked.
 
-        Raises GraphError when its tensors are not the graph's.
+        Raises GraphError if its tensors differ from the graph's.
         """
         self.spec = spec
         self._engine, self._device = engine, device
-        # Memory for the chosen profile alone: a step needs far less than the longest prompts.
+        # Memory for the chosen profile only: a step needs far less than the longest prompts.
         self._strategy = tensorrt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
@@ -77,7 +79,7 @@ class EngineGraph:
         return _BoundEngine(self._device, self.spec.file, context, self._idle[profile], tensors)
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The first optimization profile that covers all shapes."""
+        """Return the first optimization profile that covers all shapes."""
         misfits: list[list[str]] = []
         for index, ranges in enumerate(self._profiles):
             misfits.append([])
@@ -100,8 +102,10 @@ class EngineGraph:
 
 
 class _BoundEngine:
-    """The first run is plain: TensorRT prepares itself for the shapes. The second is recorded as a CUDA graph, which
-    it and all further runs replay: one call instead of one for each kernel.
+    """An engine with bound tensors.
+
+    The first run is plain, since TensorRT prepares for the shapes. The second is recorded as a CUDA graph, which it and
+    all later runs replay: one call instead of one for each kernel.
 
     is_replayed  None until it has been tried
     """
@@ -110,7 +114,7 @@ class _BoundEngine:
         self, device: CudaDevice, file: str, context: Any, idle: list[Any], tensors: Mapping[str, DeviceArray]
     ) -> None:
         self._device, self._file, self._context, self._idle = device, file, context, idle
-        self._tensors = tensors  # they live as long as the addresses are bound
+        self._tensors = tensors  # kept alive as long as the addresses are bound
         self._has_run = False
         self._launch: Callable[[], None] | None = None
         self.is_replayed: bool | None = None
@@ -119,7 +123,7 @@ class _BoundEngine:
         if self._has_run and self.is_replayed is None:
             try:
                 self._launch = self._device.capture(self._enqueue)
-            except DeviceError:  # the engine does something that cannot be recorded: it runs all the same
+            except DeviceError:  # part of the engine cannot be recorded: run it plainly
                 self._launch = None
             self.is_replayed = self._launch is not None
         if self._launch is not None:
@@ -133,5 +137,5 @@ class _BoundEngine:
             raise DeviceError(f"TensorRT did not run the engine of {self._file}: its log says why")
 
     def __del__(self) -> None:
-        self._launch = None  # what was recorded holds only while the context is not touched
+        self._launch = None  # the recording is valid only while the context is unchanged
         self._idle.append(self._context)
