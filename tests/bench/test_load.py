@@ -48,7 +48,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_figures_of_known_times() -> None:
-    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], 0.5)
+    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], 2.5)
     assert (figures.requests, figures.failed, figures.errors) == (3, 1, {"refused": 1})
     assert (figures.seconds, figures.requests_per_second, figures.tokens_per_second) == (4, 0.5, 1.25)
     assert figures.first_token == Latency(1, 1, 1)
@@ -57,7 +57,7 @@ def test_figures_of_known_times() -> None:
     assert figures.end_to_end is not None
     assert figures.end_to_end.p50 == 3
     assert figures.in_flight == (4 + 2 + 2) / 4
-    assert figures.occupancy == 0.5
+    assert figures.rows_per_step == 2.5
 
 
 def test_requests_of_a_seed() -> None:
@@ -109,7 +109,7 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     try:
         texts = requests[-1:]
         records = asyncio.run(closed_loop(target, requests[:-1], 4, 60))
-        occupancy = asyncio.run(target.occupancy())
+        rows = asyncio.run(target.rows_per_step())
         records += asyncio.run(open_loop(target, texts * 3, [0, 0.01, 0.02], 60))
     finally:
         target.close()
@@ -118,7 +118,7 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     for each in records:
         assert each.due < each.arrivals[0] <= each.arrivals[-1] <= each.ended
         assert each.arrivals == sorted(each.arrivals)
-    assert 0.25 <= occupancy <= 1
+    assert 1 <= rows <= 4
 
 
 def test_a_row_that_ends_early_waits_for_nobody_in_the_engine(runtime: Runtime) -> None:
@@ -153,9 +153,12 @@ def test_a_server(server: CompletionServer) -> None:
     async def measure() -> tuple[list[Record], float | None]:
         target = HttpTarget(server.url)
         await target.open()
-        return await closed_loop(target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30), await target.occupancy()
+        return await closed_loop(
+            target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30
+        ), await target.rows_per_step()
 
-    records, _ = asyncio.run(measure())
+    records, rows = asyncio.run(measure())
+    assert rows == 4
     assert [record.error for record in records] == [""] * 4
     assert [len(record.arrivals) for record in records] == [record.new_tokens for record in records] == [5] * 4
     gaps = [gap for each in records for gap in map(float.__sub__, each.arrivals[1:], each.arrivals)]
@@ -204,7 +207,7 @@ def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         figures = json.loads(file.read_text())
         assert (figures["requests"], figures["failed"]) == (6, 0)
-        assert 0.3 < figures["occupancy"] <= 1
+        assert 1 <= figures["rows_per_step"] <= 3
         assert "tokens/s" in result.stdout
 
 
