@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
     "score": "Give the log-probability and perplexity of texts.",
+    "serve": "Serve a bundle over HTTP: OpenAI-style API, metrics, playground.",
     "bench": "Measure a bundle against the PyTorch reference.",
     "gpu_check": "Verify and measure bundles on this machine's GPU.",
     "cache": "List or delete what is stored for this machine.",

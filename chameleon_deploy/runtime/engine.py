@@ -156,6 +156,11 @@ class Engine:
             self._commands.put(submission)
         return submission.stream
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes nothing new: after `close`, or a fault of its thread."""
+        return self._closing
+
     def stats(self) -> Stats:
         """Safe to call from any thread."""
         running, capacity = len(self._batch.members), self.rows * self._capacity

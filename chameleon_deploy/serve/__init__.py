@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI-style completions, scores and operations, from one loaded bundle."""

@@ -1,0 +1,52 @@
+"""`python -m chameleon_deploy.serve`: serve a bundle over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.errors import DependencyError
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    mode: Annotated[Mode | None, typer.Option(help="Adaptation mode where a request names none.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that are generated at a time.")] = 8,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Rows that may wait; more are refused with 429.")] = 256,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 64,
+    api_keys: Annotated[Path | None, typer.Option(help='JSON file, {"key": "tenant"}.')] = None,
+    cohort_window_ms: Annotated[float, typer.Option(min=0, help="Join cohorts of requests this close.")] = 0,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger bodies are refused with 413.")] = 4 * 2**20,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more are refused with 429.")] = 512,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="For requests to end after SIGTERM.")] = 30,
+    provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests.")] = False,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="TLS private key, PEM.")] = None,
+) -> None:
+    """Serve a bundle with an OpenAI-style API, metrics and a playground, until SIGTERM or Ctrl-C."""
+    try:
+        from chameleon_deploy.serve import logs
+        from chameleon_deploy.serve.server import Server
+        from chameleon_deploy.serve.service import Service, Settings
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"serve needs {error.name}: pip install 'chameleon-deploy[cpu,serve]'") from error
+    logs.configure(log_json)
+    service = Service(Settings(
+        bundle, mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens, cohort_window_ms, api_keys,
+        max_body_bytes, max_requests, drain_seconds, log_prompts,
+    ))  # fmt: skip
+    Server(service, host=host, port=port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,326 @@
+"""/v1/completions: from a request to the engine, and from its tokens to a response or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import msgspec
+from starlette.responses import Response
+
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.errors import ChameleonError, InputError, TokenError
+from chameleon_deploy.runtime import Generation, Sampling, Stream
+from chameleon_deploy.runtime.sampling import Choice, check_sampling
+from chameleon_deploy.serve.bodies import Receive
+from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.errors import ApiError, api_error
+from chameleon_deploy.serve.event_stream import DONE, EventStream, event
+from chameleon_deploy.serve.logprobs import LogprobsWriter, join
+from chameleon_deploy.serve.prompts import as_texts, encode
+from chameleon_deploy.serve.schemas import (
+    ChoiceAdaptation,
+    CohortInfo,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Logprobs,
+    Usage,
+)
+from chameleon_deploy.serve.scoring import score_prompts
+from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.token_names import by_id
+
+_SEED_MASK = 2**64 - 1
+
+
+async def complete(call: Call[CompletionRequest]) -> Completion | Response:
+    """Answer one request; the client's disconnect cancels it."""
+    job = await call.off_loop_if_large(lambda: prepare(call))
+    try:
+        echoes = await _echoed(job, call.tenant)
+    except BaseException:
+        job.cancel()
+        raise
+    writers = [RowWriter(job, row, echoes[row // job.body.n]) for row in range(len(job.ids) * job.body.n)]
+    if job.body.stream:
+        return EventStream(_events(job, writers, call.receive))
+    return await _whole(job, writers, call.receive)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked and submitted.
+
+    ids     of every prompt
+    stream  of the engine; None where no token is asked for
+    """
+
+    id: str
+    created: int
+    model: str
+    mode: Mode
+    body: CompletionRequest
+    served: Served
+    ids: list[list[int]]
+    cluster_ids: list[int]
+    stream: Stream | None
+
+    def completion(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.served.fingerprint,
+            choices=choices,
+        )
+
+    def usage(self, new_tokens: int) -> Usage:
+        prompt_tokens = sum(map(len, self.ids))
+        return Usage(prompt_tokens, new_tokens, prompt_tokens + new_tokens)
+
+    def cancel(self) -> None:
+        if self.stream is not None:
+            self.stream.cancel()
+
+
+def prepare(call: Call[CompletionRequest]) -> Job:
+    """Check a request and submit it. Raises ApiError or a ChameleonError."""
+    body, served = call.body, call.served
+    model, mode = served.models.resolve(body.model, body.mode)
+    check(body, mode, served)
+    sampling = _sampling(body, served)
+    ids = encode(body.prompt, "prompt", served)
+    stream = _submit(call, ids, sampling, mode) if body.max_tokens else None
+    cluster_ids = list(stream.cluster_ids) if stream else served.runtime.embed(ids)[1].tolist()
+    for cluster_id in cluster_ids:
+        served.metrics.accept(mode, cluster_id)
+        served.cluster_sizes[cluster_id] += 1
+    return Job(f"cmpl-{call.request_id}", int(time.time()), model, mode, body, served, ids, cluster_ids, stream)
+
+
+def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
+    """Check what a field's own range cannot say. Raises ApiError."""
+    joins_others = served.cohort_window_ms > 0 and mode in ("cohort", "tenant")
+    for param, fault, message in (
+        ("max_tokens", body.max_tokens == 0 and not body.echo, "max_tokens may be 0 only with echo"),
+        ("best_of", body.best_of not in (1, body.n), "best_of must be 1 or equal n"),
+        ("suffix", bool(body.suffix), "suffix is not supported: leave it out"),
+        ("stream_options", body.stream_options is not None and not body.stream, "stream_options needs stream"),
+        ("echo", body.echo and body.logprobs is not None and joins_others,
+         f"log-probabilities of a prompt cannot be given in mode {mode!r} while its cohort joins other requests"),
+    ):  # fmt: skip
+        if fault:
+            raise ApiError(400, "input_invalid", message, param)
+
+
+def _sampling(body: CompletionRequest, served: Served) -> Sampling:
+    try:
+        sampling = Sampling(
+            temperature=body.temperature,
+            top_k=max(body.top_k, 0),
+            top_p=body.top_p,
+            repetition_penalty=body.repetition_penalty,
+            seed=secrets.randbits(64) if body.seed is None else body.seed & _SEED_MASK,
+            stop_token_ids=body.stop_token_ids or (),
+            stop=[body.stop] if isinstance(body.stop, str) else body.stop or (),
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=body.logit_bias or {},
+            ignore_eos=body.ignore_eos,
+            logprobs=body.logprobs,
+        )
+        check_sampling(sampling, served.runtime.manifest.model.vocab_size)
+    except TokenError as error:
+        raise ApiError(400, error.code, str(error), "logit_bias") from error
+    except InputError as error:
+        raise api_error(error, str(error).partition("=")[0]) from error
+    return sampling
+
+
+def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampling, mode: Mode) -> Stream:
+    body = call.body
+    try:
+        return call.served.engine.submit(
+            ids,
+            max_new_tokens=body.max_tokens,
+            sampling=[sampling] * len(ids),  # each prompt as if it were alone
+            mode=mode,
+            tenant=call.tenant if mode == "tenant" else None,
+            n=body.n,
+            adapt_tokens=body.adapt_tokens,
+        )
+    except InputError as error:
+        raise api_error(error, "n" if body.n > 1 else "prompt") from error
+
+
+async def _echoed(job: Job, tenant: str | None) -> list[Echo | None]:
+    """What comes before the new text of every prompt."""
+    body, served = job.body, job.served
+    if not body.echo:
+        return [None] * len(job.ids)
+    scores = None
+    if body.logprobs is not None:
+        scores = await score_prompts(served, job.ids, job.mode, tenant, body.adapt_tokens, body.logprobs)
+    given = as_texts(body.prompt)
+    return [
+        Echo(
+            text if isinstance(text, str) else served.runtime.tokenizer.decode(ids, skip_special_tokens=False),
+            None if scores is None else [Choice(ids[0]), *scores[i]],
+        )
+        for i, (text, ids) in enumerate(zip(given, job.ids, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as its response repeats it: choices of its tokens where log-probabilities are asked for."""
+
+    text: str
+    choices: list[Choice] | None
+
+
+class RowWriter:
+    """Writes the choices of one row: whole, or piece by piece."""
+
+    def __init__(self, job: Job, row: int, echo: Echo | None) -> None:
+        self._job, self._row, self._echo = job, row, echo
+        self._prompt = row // job.body.n
+        self._name = by_id if job.body.return_tokens_as_token_ids else job.served.names.__getitem__
+        self._logprobs = self._writer(len(echo.text) if echo else 0)
+
+    def echo(self) -> CompletionChoice | None:
+        """The part of the prompt; None where it is not asked for."""
+        if self._echo is None:
+            return None
+        choices = self._echo.choices
+        logprobs = None if choices is None else self._writer(0, special=True).write(choices)
+        return self._choice(self._echo.text, logprobs, None, [])
+
+    def part(self, text: str, choices: list[Choice], reason: str | None) -> CompletionChoice:
+        """Some new tokens and the text that they add."""
+        logprobs = None if self._job.body.logprobs is None else self._logprobs.write(choices)
+        return self._choice(text, logprobs, reason, [choice.token_id for choice in choices])
+
+    def whole(self, generation: Generation | None) -> CompletionChoice:
+        """generation: None where no token was asked for"""
+        echo = self.echo()
+        if generation is None:
+            return msgspec.structs.replace(echo, finish_reason="length") if echo else self.part("", [], "length")
+        new = self.part(generation.text, _choices(generation), generation.finish_reason)
+        if echo is None:
+            return new
+        logprobs = join(echo.logprobs, new.logprobs) if echo.logprobs and new.logprobs else None
+        return msgspec.structs.replace(new, text=echo.text + new.text, logprobs=logprobs)
+
+    def _writer(self, offset: int, special: bool = False) -> LogprobsWriter:
+        return LogprobsWriter(self._job.served.runtime.tokenizer, self._name, offset, special)
+
+    def _choice(
+        self, text: str, logprobs: Logprobs | None, reason: str | None, token_ids: list[int]
+    ) -> CompletionChoice:
+        job = self._job
+        cohort = job.stream.cohort if job.stream else None
+        choice = CompletionChoice(
+            index=self._row,
+            text=text,
+            logprobs=logprobs,
+            finish_reason="stop" if reason == "stop" else "length" if reason else None,
+            chameleon=ChoiceAdaptation(
+                job.mode, job.cluster_ids[self._prompt], CohortInfo(cohort.id, cohort.size) if cohort else None
+            ),
+        )
+        if job.body.return_token_ids:
+            choice.token_ids, choice.prompt_token_ids = token_ids, job.ids[self._prompt]
+        return choice
+
+
+def _choices(generation: Generation) -> list[Choice]:
+    if generation.token_logprobs is None or generation.top_logprobs is None:
+        return [Choice(token_id) for token_id in generation.token_ids]
+    return list(map(Choice, generation.token_ids, generation.token_logprobs, generation.top_logprobs))
+
+
+async def _whole(job: Job, writers: list[RowWriter], receive: Receive) -> Completion:
+    generations: list[Generation | None] = [None] * len(writers)
+    if job.stream is not None:
+        async with _cancelled_on_disconnect(job.stream, receive):
+            generations = list(await job.stream)
+    for generation in generations:
+        _require_success(generation)
+    completion = job.completion([writer.whole(generations[row]) for row, writer in enumerate(writers)])
+    completion.usage = job.usage(sum(len(generation.token_ids) for generation in generations if generation))
+    return completion
+
+
+async def _events(job: Job, writers: list[RowWriter], receive: Receive) -> AsyncGenerator[bytes, None]:
+    try:
+        async with contextlib.aclosing(_chunks(job, writers, receive)) as chunks:
+            async for chunk in chunks:
+                yield event(chunk)
+        yield DONE
+    except Exception as error:
+        yield event(api_error(error).body)
+
+
+async def _chunks(job: Job, writers: list[RowWriter], receive: Receive) -> AsyncGenerator[Completion, None]:
+    options, new_tokens = job.body.stream_options, 0
+    continuous = options is not None and options.continuous_usage_stats
+
+    def chunk(choice: CompletionChoice) -> Completion:
+        completion = job.completion([choice])
+        completion.usage = job.usage(new_tokens) if continuous else None
+        return completion
+
+    for choice in _echo_chunks(job, writers):
+        yield chunk(choice)
+    if job.stream is not None:
+        async with _cancelled_on_disconnect(job.stream, receive):
+            async for token in job.stream:
+                _require_success(token.generation)
+                choices = [] if token.token_id < 0 else [Choice(token.token_id, token.logprob, token.top_logprobs)]
+                new_tokens += len(choices)
+                reason = token.generation.finish_reason if token.generation else None
+                yield chunk(writers[token.row].part(token.text, choices, reason))
+    if options is not None and (options.include_usage or continuous):
+        completion = job.completion([])
+        completion.usage = job.usage(new_tokens)
+        yield completion
+
+
+def _echo_chunks(job: Job, writers: list[RowWriter]) -> Iterator[CompletionChoice]:
+    """The prompts; the whole answer where no token is asked for."""
+    for writer in writers:
+        choice = writer.whole(None) if job.stream is None else writer.echo()
+        if choice is not None:
+            yield choice
+
+
+def _require_success(generation: Generation | None) -> None:
+    """Raises what ended a row, where it did not end by itself."""
+    if generation is None or generation.finish_reason in ("stop", "length"):
+        return
+    if isinstance(generation.error, ChameleonError):
+        raise generation.error
+    raise ApiError(503, "closed", "the request was cancelled before its end")
+
+
+@contextlib.asynccontextmanager
+async def _cancelled_on_disconnect(stream: Stream, receive: Receive) -> AsyncIterator[None]:
+    """Cancel a stream when the client goes, and at the end in any case."""
+    watch = asyncio.create_task(_watch(stream, receive))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        stream.cancel()
+
+
+async def _watch(stream: Stream, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.cancel()

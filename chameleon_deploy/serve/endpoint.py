@@ -1,0 +1,62 @@
+"""What all endpoints have in common: the API key, the limits, the body, the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from chameleon_deploy.serve.bodies import DisconnectedError, parse, read_body
+from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.operations import Operation
+from chameleon_deploy.serve.service import Service
+
+SEND_SECONDS = 60  # for a client to read one part of an answer
+
+
+class Endpoint:
+    """One operation as an ASGI application."""
+
+    def __init__(self, service: Service, operation: Operation) -> None:
+        self._service, self._operation = service, operation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tenant = self._service.keys.tenant(_header(scope, b"authorization"))
+        served, operation = self._service.served, self._operation
+        try:
+            raw = await read_body(receive, self._service.settings.max_body_bytes)
+        except DisconnectedError:
+            return
+        self._service.begin()
+        try:
+            body = parse(raw, operation.body) if operation.body else None
+            if self._service.settings.log_prompts:
+                scope["state"]["body"] = raw.decode(errors="replace")
+            call = Call(body, len(raw), served, tenant, scope["state"]["request_id"], receive)
+            answer = await operation.handler(call)
+            response = answer if isinstance(answer, Response) else json_response(answer)
+            await _deliver(response, scope, receive, send)
+        finally:
+            self._service.end()
+
+
+def json_response(body: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _deliver(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a response; one that nobody reads is given up, and with it what makes it."""
+
+    async def timely(message: Message) -> None:
+        async with asyncio.timeout(SEND_SECONDS):
+            await send(message)
+
+    with contextlib.suppress(TimeoutError):
+        await response(scope, receive, timely)
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)

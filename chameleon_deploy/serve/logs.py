@@ -1,0 +1,81 @@
+"""One log line per request, with its id; never a prompt unless that was asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = logging.getLogger("chameleon_deploy.serve")
+_FIELDS = ("request_id", "method", "path", "status", "seconds", "body")
+_ID = re.compile(rb"[\w.:-]{1,128}")
+
+
+class RequestLog:
+    """Gives every request its id, the client's own where it sends one, and logs it when it has ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, status, started = _request_id(scope), 0, time.perf_counter()
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def identified(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, identified)
+        finally:
+            values = (
+                request_id, scope["method"], scope["path"], status, round(time.perf_counter() - started, 4),
+                scope["state"].get("body"),
+            )  # fmt: skip
+            extra = {name: value for name, value in zip(_FIELDS, values, strict=True) if value is not None}
+            _log.info("%s %s %s", scope["method"], scope["path"], status, extra=extra)
+
+
+def configure(as_json: bool) -> None:
+    """Log to standard error, uvicorn's messages too: one line each, or one JSON object each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else _LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **{name: getattr(record, name) for name in _FIELDS if hasattr(record, name)},
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = (f" {name}={getattr(record, name)!r}" for name in ("seconds", "request_id", "body")
+                  if hasattr(record, name))  # fmt: skip
+        return super().format(record) + "".join(fields)
+
+
+def _request_id(scope: Scope) -> str:
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex

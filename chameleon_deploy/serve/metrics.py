@@ -1,0 +1,101 @@
+"""Prometheus metrics: what the engine reports of every iteration, and what the server refuses.
+
+Names are vLLM's where the meaning is the same. A row is one continuation of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.runtime.engine import Engine, Stats
+from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_STEP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+_WAIT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of rows that ended.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._success = self._counter("request_success", "Rows that ended by themselves.", "finished_reason")
+        self._failed = self._counter("requests_failed", "Rows that an error ended.")
+        self._cancelled = self._counter("requests_cancelled", "Rows that were cancelled.")
+        self._requests = self._counter("requests", "Prompts accepted.", "mode", "cluster")
+        self._rejected = self._counter("requests_rejected", "Requests refused, by error code.", "reason")
+        self._hits = self._counter("factor_set_hits", "Rows admitted whose factor set was resident.")
+        self._first_token = self._histogram("time_to_first_token_seconds", "From submit to first token.", _WAIT)
+        self._later_token = self._histogram("inter_token_latency_seconds", "From a token to the next.", _STEP)
+        self._whole = self._histogram("e2e_request_latency_seconds", "From submit to end.", _WHOLE)
+        self._queued = self._histogram("request_queue_time_seconds", "From submit to admission.", _WAIT)
+        self._batch_rows = self._histogram("batch_rows", "Rows in a step.", _ROWS)
+        self._batch_sets = self._histogram("batch_factor_sets", "Factor sets in a step.", _ROWS)
+        self._step = self._histogram("step_seconds", "Time of the decoder's step.", _STEP)
+
+    def watch(self, engine: Engine) -> None:
+        """Read the gauges from an engine whenever they are asked for."""
+        self._gauge("num_requests_running", "Rows in the batch.", engine, lambda stats: stats.running)
+        self._gauge("num_requests_waiting", "Rows that wait for a place.", engine, lambda stats: stats.waiting)
+        self._gauge("kv_cache_usage_perc", "Part of the key-value cache in use, 0 to 1.", engine, _cache_usage)
+        self._gauge("factor_sets_resident", "Factor sets in the table.", engine, lambda stats: stats.factor_sets)
+
+    def observe(self, iteration: Iteration) -> None:
+        """Called by the engine after every iteration."""
+        if iteration.rows:
+            self._step.observe(iteration.step)
+            self._batch_rows.observe(iteration.rows)
+            self._batch_sets.observe(iteration.factor_sets)
+        self._hits.inc(iteration.factor_set_hits)
+        self._generation_tokens.inc(len(iteration.first_tokens) + len(iteration.later_tokens))
+        for histogram, seconds in (
+            (self._queued, iteration.queued), (self._first_token, iteration.first_tokens),
+            (self._later_token, iteration.later_tokens),
+        ):  # fmt: skip
+            for value in seconds:
+                histogram.observe(value)
+        for row in iteration.finished:
+            self._finish(row)
+
+    def accept(self, mode: Mode, cluster_id: int) -> None:
+        self._requests.labels(mode, str(cluster_id)).inc()
+
+    def reject(self, code: str) -> None:
+        self._rejected.labels(code).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _finish(self, row: FinishedRow) -> None:
+        self._prompt_tokens.inc(row.prompt_tokens)
+        self._whole.observe(row.seconds)
+        if row.finish_reason == "cancelled":
+            self._cancelled.inc()
+        elif row.finish_reason == "error":
+            self._failed.inc()
+        else:
+            self._success.labels(row.finish_reason).inc()
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"chameleon_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"chameleon_{name}", text, buckets=buckets, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, engine: Engine, value: Callable[[Stats], float]) -> None:
+        gauge = Gauge(f"chameleon_{name}", text, registry=self._registry)
+        gauge.set_function(lambda: value(engine.stats()))
+
+
+def _cache_usage(stats: Stats) -> float:
+    return stats.cached_tokens / stats.cache_capacity

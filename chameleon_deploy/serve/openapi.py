@@ -1,0 +1,67 @@
+"""/openapi.json, generated from the table of operations and the types of their bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from chameleon_deploy import __version__
+from chameleon_deploy.serve import schemas
+from chameleon_deploy.serve.completions import complete
+from chameleon_deploy.serve.operations import OPERATIONS, Operation
+
+_ERRORS = {
+    "400": "A field is not valid or cannot be honoured.",
+    "401": "The API key is missing or unknown.",
+    "404": "No such model.",
+    "413": "The body is too large.",
+    "422": "A token id is outside the vocabulary.",
+    "429": "Too many requests: see Retry-After.",
+    "500": "The server failed.",
+    "503": "The server is loading or draining.",
+}
+
+
+def document() -> dict[str, Any]:
+    types = (*(t for o in OPERATIONS for t in (o.body, o.response) if t), schemas.Model, schemas.Health,
+             schemas.Version, schemas.ErrorBody)  # fmt: skip
+    references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    reference = dict(zip(types, references, strict=True))
+    paths: dict[str, Any] = {o.path: {o.method.lower(): _operation(o, reference)} for o in OPERATIONS}
+    paths["/v1/models/{model}"] = {"get": _answer("One model.", reference[schemas.Model], reference, _MODEL)}
+    paths["/health"] = {"get": _answer("Whether requests can be taken.", reference[schemas.Health], reference)}
+    paths["/version"] = {"get": _answer("Versions and the bundle.", reference[schemas.Version], reference)}
+    security = {"type": "http", "scheme": "bearer"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "chameleon-deploy", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": security}},
+        "security": [{"key": []}, {}],
+    }
+
+
+_MODEL = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+
+
+def _operation(operation: Operation, reference: dict[Any, Any]) -> dict[str, Any]:
+    found = _answer(operation.summary, reference[operation.response], reference)
+    if operation.body is not None:
+        body = {"application/json": {"schema": reference[operation.body]}}
+        found["requestBody"] = {"required": True, "content": body}
+    if operation.handler is complete:
+        found["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return found
+
+
+def _answer(summary: str, schema: Any, reference: dict[Any, Any], parameters: Any = ()) -> dict[str, Any]:
+    error = {"application/json": {"schema": reference[schemas.ErrorBody]}}
+    return {
+        "summary": summary,
+        "parameters": list(parameters),
+        "responses": {
+            "200": {"description": summary, "content": {"application/json": {"schema": schema}}},
+            **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
+        },
+    }

@@ -1,0 +1,234 @@
+"""The bodies of all requests and responses. /openapi.json is generated from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from chameleon_deploy.bundle import Mode
+from chameleon_deploy.runtime.sampling import MAX_LOGPROBS
+
+MAX_CHOICES = 128  # of one prompt
+
+Count = Annotated[int, Meta(ge=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[int, Meta(ge=0)]
+Prompt = Annotated[
+    str | list[str | int | list[int]],
+    Meta(description="A text, a list of texts, a list of token ids, or a list of such lists."),
+]
+
+
+class StreamOptions(Struct, kw_only=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class CompletionRequest(Struct, kw_only=True):
+    """Unknown fields are ignored, and null means that a field is left out."""
+
+    prompt: Prompt
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=0, description="0 only with echo.")] = 16
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    best_of: Annotated[int, Meta(ge=1, description="1, or the value of n.")] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
+    seed: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    suffix: str | None = None
+    user: str | None = None
+    top_k: Annotated[int, Meta(ge=-1, description="0 and -1 keep all.")] = 0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    mode: Mode | None = None
+    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
+
+
+class CohortInfo(Struct):
+    """The prompts whose embeddings were averaged: which cohort of this server, and how many prompts."""
+
+    id: int
+    size: int
+
+
+class ChoiceAdaptation(Struct):
+    mode: Mode
+    cluster_id: int
+    cohort: CohortInfo | None
+
+
+class Logprobs(Struct):
+    """One entry per token. A log-probability of minus infinity is -9999.0."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    chameleon: ChoiceAdaptation
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(Struct, kw_only=True):
+    """A whole response, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ErrorDetail(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Struct):
+    error: ErrorDetail
+
+
+class Model(Struct, kw_only=True):
+    """A mode of the bundle is a model of its own."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "chameleon-deploy"
+    root: str
+    mode: Mode
+    max_model_len: int
+
+
+class ModelList(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+
+
+class TokenizeResponse(Struct, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class DetokenizeResponse(Struct):
+    prompt: str
+
+
+class TokenizerInfo(Struct, kw_only=True):
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    eos_token: str
+    eos_token_id: int
+    bos_token: str | None = None
+    pad_token: str | None = None
+
+
+class TextsRequest(Struct, kw_only=True):
+    """Texts to score or to adapt to; one cohort in the modes cohort and tenant."""
+
+    input: Prompt
+    model: str | None = None
+    mode: Mode | None = None
+    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
+
+
+class ScoreItem(Struct, kw_only=True):
+    """token_logprobs[i] is the log-probability of token_ids[i + 1]. perplexity is null for a single token."""
+
+    index: int
+    cluster_id: int
+    logprob: float
+    perplexity: float | None
+    token_ids: list[int]
+    token_logprobs: list[float]
+
+
+class ScoreResponse(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    mode: Mode
+    data: list[ScoreItem]
+
+
+class AdaptItem(Struct, kw_only=True):
+    """distances are Euclidean, one per centroid; embeddings have length one."""
+
+    index: int
+    cluster_id: int
+    embedding: list[float]
+    distances: list[float]
+    num_tokens: int
+
+
+class AdaptResponse(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[AdaptItem]
+
+
+class Cluster(Struct, kw_only=True):
+    """size counts the prompts that were completed since the server started."""
+
+    id: int
+    size: int
+    centroid: list[float]
+
+
+class ClusterList(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Cluster]
+
+
+class Health(Struct):
+    status: Literal["ok"]
+
+
+class Version(Struct):
+    version: str
+    bundle_digest: str | None
+    provider: str | None
+    precision: str | None

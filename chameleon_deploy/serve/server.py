@@ -1,0 +1,81 @@
+"""uvicorn around the application: it answers /health while the bundle loads and while requests drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from chameleon_deploy.serve.app import build
+from chameleon_deploy.serve.service import Service
+
+FLUSH_SECONDS = 5  # for answers that are on their way when all requests have ended
+
+
+class Server(uvicorn.Server):
+    """Loads the bundle after it has begun to listen, and drains at the first signal to end."""
+
+    def __init__(self, service: Service, **options: Any) -> None:
+        """options: of uvicorn.Config"""
+        config = uvicorn.Config(
+            build(service, self._lifespan),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+            **options,
+        )
+        super().__init__(config)
+        self._service, self._failure = service, list[BaseException]()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """What it listens on, once `started` is true."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+    def serve_until_ended(self) -> None:
+        """Run until a signal. Raises what loading the bundle raised."""
+        self.run()
+        if self._failure:
+            raise self._failure[0]
+
+    def stop(self) -> None:
+        """Drain, then end. Safe to call from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain_task is not None or self._loop is None:  # the second signal does not wait
+            self.should_exit = self.force_exit = True
+        else:
+            self.stop()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        self._loop = asyncio.get_running_loop()
+        loading = asyncio.create_task(self._load())
+        yield
+        await loading
+        await asyncio.to_thread(self._service.drain)
+
+    async def _load(self) -> None:
+        try:
+            await asyncio.to_thread(self._service.open)
+        except Exception as error:
+            self._failure.append(error)
+            self.should_exit = True
+
+    def _begin_drain(self) -> None:
+        if self._drain_task is None:
+            self._drain_task = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await asyncio.to_thread(self._service.drain)
+        self.should_exit = True

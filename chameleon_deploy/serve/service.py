@@ -1,0 +1,132 @@
+"""What the server serves, and the states that it goes through: loading, ready, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import chameleon_deploy
+from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.runtime import Engine, Runtime
+from chameleon_deploy.serve.errors import ApiError
+from chameleon_deploy.serve.keys import Keys
+from chameleon_deploy.serve.metrics import Metrics
+from chameleon_deploy.serve.models import Models
+from chameleon_deploy.serve.token_names import TokenNames
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command that are not uvicorn's."""
+
+    bundle: Path
+    mode: Mode | None = None
+    provider: str = "cpu"
+    threads: int | None = None
+    share_weights: bool = False
+    rows: int = 8
+    max_waiting: int = 256
+    prefill_tokens: int = 64
+    cohort_window_ms: float = 0
+    api_keys: Path | None = None
+    max_body_bytes: int = 4 * 2**20
+    max_requests: int = 512
+    drain_seconds: float = 30
+    log_prompts: bool = False
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded bundle and all that is made of it once.
+
+    cluster_sizes  prompts completed per cluster
+    scorer         the one thread that scores: many at once would only slow the engine down
+    """
+
+    runtime: Runtime
+    engine: Engine
+    models: Models
+    names: TokenNames
+    metrics: Metrics
+    centroids: FloatArray
+    cohort_window_ms: float
+    cluster_sizes: Counter[int] = field(default_factory=Counter)
+    scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
+
+    @property
+    def fingerprint(self) -> str:
+        runtime = self.runtime
+        return f"{runtime.bundle.digest[:16]}-{runtime.provider}-{runtime.manifest.precision}"
+
+    @property
+    def max_prompts(self) -> int:
+        """Of one request, whatever it asks for."""
+        return self.engine.rows + self.engine.max_waiting
+
+    async def score(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function in the scorer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.scorer, function, *arguments)
+
+
+class Service:
+    """One server. Requests are counted while they are worked on."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises InputError for a file of API keys that cannot be used."""
+        self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
+        self._served: Served | None = None
+        self._draining = False
+        self._requests = 0
+
+    def open(self) -> None:
+        """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`."""
+        s = self.settings
+        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights)
+        name = runtime.bundle.path.resolve().name
+        models = Models(name, runtime.manifest, s.mode, bool(self.keys))
+        runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors
+        names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
+        engine = Engine(
+            runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
+            cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
+        )  # fmt: skip
+        self.metrics.watch(engine)
+        centroids = runtime.bundle.centroids()
+        self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms)
+
+    @property
+    def served(self) -> Served:
+        """Raises ApiError unless requests can be taken."""
+        if self._draining:
+            raise ApiError(503, "draining", "the server finishes what it has and takes nothing new")
+        if self._served is None:
+            raise ApiError(503, "loading", "the server is loading its bundle")
+        if self._served.engine.closed:
+            raise ApiError(503, "closed", "the engine has stopped: restart the server")
+        return self._served
+
+    def check_health(self) -> None:
+        """Raises ApiError unless requests can be taken, BundleChangedError where the bundle's files have changed."""
+        self.served.runtime.check_unchanged()
+
+    def begin(self) -> None:
+        """Count a request; `end` must follow. Raises ApiError."""
+        if self._requests >= self.settings.max_requests:
+            raise ApiError(429, "too_many_requests", f"{self._requests} requests are being worked on: try again later")
+        self._requests += 1
+
+    def end(self) -> None:
+        self._requests -= 1
+
+    def drain(self) -> None:
+        """Finish what was accepted, for at most drain_seconds. Blocks."""
+        self._draining = True
+        if self._served is not None:
+            self._served.engine.close(self.settings.drain_seconds)
