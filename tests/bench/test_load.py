@@ -27,6 +27,7 @@ from chameleon_deploy.bench.load.traffic import Record, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
 from tests.commands import run
 from tests.completion_server import CompletionServer, serve
+from tests.serving import running
 
 
 @pytest.fixture
@@ -195,6 +196,22 @@ def test_the_command_on_a_server(server: CompletionServer, tmp_path: Path) -> No
     assert refused.returncode == 1
     assert "9 of 9 requests: 9 x ResponseError: status 401" in refused.stderr
     assert json.loads(files[0].read_text())["failed"] == 9
+
+
+def test_the_command_on_our_server(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "load.json"
+    with running(bundle, rows=4) as server:
+        models = ["--model", server.name, "--model", f"{server.name}:none"]
+        result = run("chameleon_deploy.bench.load", server.url, "--requests", 12, "--prompt-tokens", "4:30",
+                     "--new-tokens", "3:20", *models, "--json", file)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        figures = json.loads(file.read_text())
+        assert figures["failed"] == 0
+        assert 1 <= figures["rows_per_step"] <= 4
+        refused = run("chameleon_deploy.bench.load", server.url, "--requests", 3, "--prompt-tokens", 200)
+    assert refused.returncode == 1
+    assert "3 of 3 requests" in refused.stderr
+    assert "text_too_long" in refused.stderr
 
 
 def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
