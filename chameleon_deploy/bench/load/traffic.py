@@ -36,8 +36,8 @@ class Target(Protocol):
     async def complete(self, record: Record) -> None:
         """Send the request and note its arrivals. What it raises is the record's error."""
 
-    async def occupancy(self) -> float | None:
-        """Mean share of the batch's rows in use, over the steps since the last call; None where it is unknown."""
+    async def rows_per_step(self) -> float | None:
+        """The mean over the decoder's steps since the last call; None where it is unknown."""
 
 
 async def closed_loop(target: Target, requests: Sequence[Request], streams: int, timeout: float) -> list[Record]:
