@@ -16,7 +16,9 @@ from typing import Any
 
 HIDDEN = 8
 TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css"}
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'"
+)
 
 
 class CompletionServer(ThreadingHTTPServer):
@@ -65,13 +67,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         answers: dict[str, Any] = {
-            "/v1/models": {"object": "list", "data": [{"id": name, "object": "model"} for name in
-                                                      ("stub", "stub:none", "stub:centroid")]},
+            "/v1/models": {"object": "list", "data": [
+                {"id": "stub", "mode": "centroid"}, {"id": "stub:none", "mode": "none"},
+                {"id": "stub:centroid", "mode": "centroid"}]},
             "/v1/clusters": {"object": "list", "data": [
-                {"cluster_id": i, "size": 10 + i, "centroid": centroid} for i, centroid in enumerate(centroids())]},
+                {"id": i, "size": 10 + i, "centroid": centroid} for i, centroid in enumerate(centroids())]},
         }  # fmt: skip
         if self.path == "/metrics":
-            self._send(200, _METRICS.encode(), "text/plain")
+            done = len(self.server.bodies)
+            self._send(200, _METRICS.format(tokens=100 * done, sum=4 * done, count=done).encode(), "text/plain")
         elif self.path in answers:
             self._json(200, answers[self.path])
         elif self.server.files is not None:
@@ -139,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Connection", "close")  # so that a server that has ended is gone
         self.end_headers()
         self.wfile.write(content)
 
@@ -149,10 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
 _METRICS = """\
 chameleon_num_requests_running 3.0
 chameleon_num_requests_waiting 2.0
-chameleon_generation_tokens_total 100.0
-chameleon_batch_rows_sum 24.0
-chameleon_batch_rows_count 6.0
-chameleon_rows 8.0
+chameleon_generation_tokens_total {tokens}
+chameleon_batch_rows_sum {sum}
+chameleon_batch_rows_count {count}
 """
 
 

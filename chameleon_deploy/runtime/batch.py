@@ -93,7 +93,7 @@ class Batch(Protocol):
         """
 
     def to_step(self) -> list[Member]:
-        """Return members[:n], the input of the decoder's next step. Other members have logits already."""
+        """Return members[:n], the input of the decoder's next step, without those that have logits already."""
 
     def step(self) -> Logits:
         """Return logits [ready, vocab] of the next token of each ready member.
@@ -105,8 +105,8 @@ class Batch(Protocol):
 class ContinuousBatch:
     """A batch whose members join and leave at any time. See `Batch`.
 
-    Where a step is as exact, the last token of a prompt is left to it: it reads the head's weights for all members in
-    any case, which is several percent of the time of a prompt. Elsewhere the first new token follows from the last
+    Where a step is as exact, the last token of a prompt is left to the step, which reads the head's weights for all
+    members in any case: several percent of the time of a prompt. Elsewhere the first new token follows from the last
     chunk, as in `Runtime.generate`.
     """
 

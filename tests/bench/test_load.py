@@ -27,6 +27,7 @@ from chameleon_deploy.bench.load.traffic import Record, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
 from tests.commands import run
 from tests.completion_server import CompletionServer, serve
+from tests.serving import running
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_figures_of_known_times() -> None:
-    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], 0.5)
+    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], 2.5)
     assert (figures.requests, figures.failed, figures.errors) == (3, 1, {"refused": 1})
     assert (figures.seconds, figures.requests_per_second, figures.tokens_per_second) == (4, 0.5, 1.25)
     assert figures.first_token == Latency(1, 1, 1)
@@ -57,7 +58,7 @@ def test_figures_of_known_times() -> None:
     assert figures.end_to_end is not None
     assert figures.end_to_end.p50 == 3
     assert figures.in_flight == (4 + 2 + 2) / 4
-    assert figures.occupancy == 0.5
+    assert figures.rows_per_step == 2.5
 
 
 def test_requests_of_a_seed() -> None:
@@ -109,7 +110,7 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     try:
         texts = requests[-1:]
         records = asyncio.run(closed_loop(target, requests[:-1], 4, 60))
-        occupancy = asyncio.run(target.occupancy())
+        rows = asyncio.run(target.rows_per_step())
         records += asyncio.run(open_loop(target, texts * 3, [0, 0.01, 0.02], 60))
     finally:
         target.close()
@@ -118,7 +119,7 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     for each in records:
         assert each.due < each.arrivals[0] <= each.arrivals[-1] <= each.ended
         assert each.arrivals == sorted(each.arrivals)
-    assert 0.25 <= occupancy <= 1
+    assert 1 <= rows <= 4
 
 
 def test_a_row_that_ends_early_waits_for_nobody_in_the_engine(runtime: Runtime) -> None:
@@ -153,9 +154,12 @@ def test_a_server(server: CompletionServer) -> None:
     async def measure() -> tuple[list[Record], float | None]:
         target = HttpTarget(server.url)
         await target.open()
-        return await closed_loop(target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30), await target.occupancy()
+        return await closed_loop(
+            target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30
+        ), await target.rows_per_step()
 
-    records, _ = asyncio.run(measure())
+    records, rows = asyncio.run(measure())
+    assert rows == 4
     assert [record.error for record in records] == [""] * 4
     assert [len(record.arrivals) for record in records] == [record.new_tokens for record in records] == [5] * 4
     gaps = [gap for each in records for gap in map(float.__sub__, each.arrivals[1:], each.arrivals)]
@@ -194,6 +198,22 @@ def test_the_command_on_a_server(server: CompletionServer, tmp_path: Path) -> No
     assert json.loads(files[0].read_text())["failed"] == 9
 
 
+def test_the_command_on_our_server(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "load.json"
+    with running(bundle, rows=4) as server:
+        models = ["--model", server.name, "--model", f"{server.name}:none"]
+        result = run("chameleon_deploy.bench.load", server.url, "--requests", 12, "--prompt-tokens", "4:30",
+                     "--new-tokens", "3:20", *models, "--json", file)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        figures = json.loads(file.read_text())
+        assert figures["failed"] == 0
+        assert 1 <= figures["rows_per_step"] <= 4
+        refused = run("chameleon_deploy.bench.load", server.url, "--requests", 3, "--prompt-tokens", 200)
+    assert refused.returncode == 1
+    assert "3 of 3 requests" in refused.stderr
+    assert "text_too_long" in refused.stderr
+
+
 def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "load.json"
     arguments = ["chameleon_deploy.bench.load", bundle, "--threads", 1, "--requests", 6, "--prompt-tokens", "4:20",
@@ -204,7 +224,7 @@ def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         figures = json.loads(file.read_text())
         assert (figures["requests"], figures["failed"]) == (6, 0)
-        assert 0.3 < figures["occupancy"] <= 1
+        assert 1 <= figures["rows_per_step"] <= 3
         assert "tokens/s" in result.stdout
 
 

@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from chameleon_deploy import compare
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from tests.browser import Page, find_chromium
 
 BLUE = (9, 105, 218)  # the first colour of the plots
 
 
 @pytest.fixture(scope="session")
 def browser() -> str:
-    """Chromium: where it is missing this is a failure in CI, and a skip with its reason elsewhere."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        reason = "no headless browser: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return program
-
-
-class Page:
-    """One page as the browser sees it: dom, what its console said, what it asked the network for, its pixels."""
-
-    def __init__(self, browser: str, file: Path, tmp_path: Path) -> None:
-        profile, shot, log = (tmp_path / f"{file.stem}.{kind}" for kind in ("profile", "png", "netlog"))
-        common = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-                  "--disable-background-networking", f"--user-data-dir={profile}", "--enable-logging=stderr",
-                  "--window-size=1200,3600"]  # fmt: skip
-        dumped = self._run([*common, "--dump-dom", f"--log-net-log={log}", file.as_uri()])
-        self.dom = dumped.stdout
-        self.console = re.findall(r"CONSOLE.*", dumped.stderr)
-        self.requests = _requests(json.loads(log.read_text()))
-        self._run([*common, f"--screenshot={shot}", file.as_uri()])
-        self.pixels = _pixels(shot)
-
-    @staticmethod
-    def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
-
-
-def _requests(log: dict[str, Any]) -> set[str]:
-    """Addresses that the page asked for; the browser's own errands have no initiator."""
-    asked = (event.get("params") or {} for event in log["events"])
-    return {
-        p["url"]
-        for p in asked
-        if "url" in p and not p["url"].startswith("file:") and p.get("initiator") not in (None, "not an origin")
-    }
-
-
-def _pixels(file: Path) -> npt.NDArray[np.int64]:
-    from matplotlib.image import imread
-
-    return np.asarray(np.rint(imread(file)[..., :3] * 255), np.int64)
+    return find_chromium()
 
 
 @pytest.fixture(scope="module")

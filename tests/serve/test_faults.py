@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 
+from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.serve.service import Service, Settings
@@ -255,9 +256,10 @@ def test_a_bad_file_of_keys(bundle: Path, tmp_path: Path, content: str) -> None:
 
 
 def test_a_default_mode_that_cannot_be_served(bundle: Path) -> None:
-    for mode in ("static", "tenant"):
+    modes: tuple[Mode, ...] = ("static", "tenant")
+    for mode in modes:
         with pytest.raises(ModeError):
-            Service(Settings(bundle, mode=mode)).open()  # type: ignore[arg-type]
+            Service(Settings(bundle, mode=mode)).open()
 
 
 def test_a_changed_bundle_is_unhealthy(bundle: Path, copy_of: Callable[[Path], Path]) -> None:

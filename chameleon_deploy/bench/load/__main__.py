@@ -89,11 +89,11 @@ def main(
     arrivals = poisson_arrivals(seed, requests, rate) if rate else None
     opened = _open(target, runtime, static, rows, prefill_tokens, temperature)
     try:
-        records, occupancy = asyncio.run(_run(opened, asked, streams, arrivals, timeout))
+        records, rows_per_step = asyncio.run(_run(opened, asked, streams, arrivals, timeout))
     finally:
         if not isinstance(opened, HttpTarget):
             opened.close()
-    figures = summarize(records, occupancy)
+    figures = summarize(records, rows_per_step)
     console.show(*report.sheets(figures))
     _write(json_file, asdict(figures))
     if page and html_file:
@@ -119,12 +119,12 @@ async def _run(
     if isinstance(target, HttpTarget):
         await target.open()
     await closed_loop(target, [msgspec.structs.replace(requests[0], max_tokens=2)], 1, timeout)
-    await target.occupancy()
+    await target.rows_per_step()
     if arrivals is None:
         records = await closed_loop(target, requests, streams, timeout)
     else:
         records = await open_loop(target, requests, arrivals, timeout)
-    return records, await target.occupancy()
+    return records, await target.rows_per_step()
 
 
 def _compare(runtime: Runtime, plan: comparison.Plan, json_file: Path | None) -> None:

@@ -35,7 +35,7 @@ class Figures:
     inter_token        between two pieces of text of a request
     end_to_end         from when a request was due to its end
     in_flight          requests that were due and had not ended, on average
-    occupancy          mean share of the batch's rows in use, over the steps; None where the target does not tell
+    rows_per_step      of the decoder, on average; None where the target does not tell
     errors             how many requests failed for each reason
     """
 
@@ -48,11 +48,11 @@ class Figures:
     inter_token: Latency | None
     end_to_end: Latency | None
     in_flight: float
-    occupancy: float | None
+    rows_per_step: float | None
     errors: dict[str, int]
 
 
-def summarize(records: Sequence[Record], occupancy: float | None) -> Figures:
+def summarize(records: Sequence[Record], rows_per_step: float | None) -> Figures:
     done = [record for record in records if not record.error]
     seconds = max(record.ended for record in records) - min(record.due for record in records)
     return Figures(
@@ -65,7 +65,7 @@ def summarize(records: Sequence[Record], occupancy: float | None) -> Figures:
         inter_token=Latency.of(inter_token_seconds(done)),
         end_to_end=Latency.of(end_to_end_seconds(done)),
         in_flight=sum(end_to_end_seconds(records)) / seconds,
-        occupancy=occupancy,
+        rows_per_step=rows_per_step,
         errors=dict(Counter(record.error for record in records if record.error)),
     )
 

@@ -1,7 +1,7 @@
 """Any OpenAI-style server as a target: POST /v1/completions as server-sent events.
 
 The client is asyncio's streams and nothing else, since it shares the processor with the server that it measures: an
-event costs a line that is read and one JSON decoder, about a quarter of what a general HTTP library takes.
+event costs a line that is read and one JSON decoder, about half of what it costs with httpx (0.07 against 0.17 ms).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class HttpTarget:
             self._model = msgspec.json.decode(body)["data"][0]["id"]
         except (OSError, ResponseError, asyncio.IncompleteReadError, msgspec.DecodeError, LookupError) as error:
             raise InputError(f"{self._host}:{self._port} gives no list of models at /v1/models: {error}") from error
-        await self.occupancy()
+        await self.rows_per_step()
 
     async def complete(self, record: Record) -> None:
         ended = False
@@ -103,20 +103,17 @@ class HttpTarget:
         if not ended:
             raise ResponseError("the stream ended without [DONE]")
 
-    async def occupancy(self) -> float | None:
-        """Return the figure from chameleon_batch_rows and chameleon_rows in /metrics, which other servers do not
-        have.
-        """
+    async def rows_per_step(self) -> float | None:
+        """Return the figure from chameleon_batch_rows in /metrics, which other servers do not have."""
         try:
             metrics = (await self._get("/metrics")).decode("utf-8", "replace")
         except (OSError, ResponseError, asyncio.IncompleteReadError):
             return None
-        total, count, rows = (_metric(metrics, f"chameleon_{name}") for name in
-                              ("batch_rows_sum", "batch_rows_count", "rows"))  # fmt: skip
+        total, count = (_metric(metrics, f"chameleon_batch_rows_{part}") for part in ("sum", "count"))
         if total is None or count is None:
             return None
         (total_before, count_before), self._seen = self._seen, (total, count)
-        return (total - total_before) / (count - count_before) / rows if rows and count > count_before else None
+        return (total - total_before) / (count - count_before) if count > count_before else None
 
     async def _events(self, request: Request) -> AsyncIterator[bytes]:
         body = _Body(request.model or self._model, request.prompt, request.max_tokens, self._temperature)

@@ -48,10 +48,10 @@ class EngineTarget:
         finally:
             stream.cancel()
 
-    async def occupancy(self) -> float | None:
+    async def rows_per_step(self) -> float | None:
         rows, steps = self._rows_since, self._steps_since
         self._rows_since = self._steps_since = 0
-        return rows / steps / self.engine.rows if steps else None
+        return rows / steps if steps else None
 
     def close(self) -> None:
         self.engine.close(0)
@@ -76,10 +76,10 @@ class StaticTarget:
                 raise token
             _note(record, token)
 
-    async def occupancy(self) -> float | None:
+    async def rows_per_step(self) -> float | None:
         rows, steps = self._rows_since, self._steps_since
         self._rows_since = self._steps_since = 0
-        return rows / steps / self._rows if steps else None
+        return rows / steps if steps else None
 
     def close(self) -> None:
         self._waiting.put(None)

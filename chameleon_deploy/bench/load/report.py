@@ -28,12 +28,12 @@ def latency_sheet(figures: Figures) -> Sheet:
 
 
 def rate_sheet(figures: Figures) -> Sheet:
-    occupancy = "" if figures.occupancy is None else f"{figures.occupancy:.0%}"
+    rows_per_step = "" if figures.rows_per_step is None else f"{figures.rows_per_step:.2f}"
     row = [
         str(figures.requests), str(figures.failed), f"{figures.seconds:.2f}", f"{figures.requests_per_second:.2f}",
-        f"{figures.tokens_per_second:.1f}", f"{figures.in_flight:.1f}", occupancy,
+        f"{figures.tokens_per_second:.1f}", f"{figures.in_flight:.1f}", rows_per_step,
     ]  # fmt: skip
-    return Sheet(["requests", "failed", "seconds", "requests/s", "tokens/s", "in flight", "rows in use"], [row])
+    return Sheet(["requests", "failed", "seconds", "requests/s", "tokens/s", "in flight", "rows per step"], [row])
 
 
 def error_sheet(figures: Figures) -> Sheet:

@@ -36,8 +36,8 @@ class Target(Protocol):
     async def complete(self, record: Record) -> None:
         """Send the request and record its arrivals. An exception becomes the record's error."""
 
-    async def occupancy(self) -> float | None:
-        """Return the mean share of the batch's rows in use, over the steps since the last call; None if unknown."""
+    async def rows_per_step(self) -> float | None:
+        """Return the mean number of rows of the decoder's steps since the last call; None if unknown."""
 
 
 async def closed_loop(target: Target, requests: Sequence[Request], streams: int, timeout: float) -> list[Record]:
