@@ -230,8 +230,8 @@ def test_a_tenant_is_its_keys_and_shares_with_nobody(keyed: Running) -> None:
     rows = random_rows(8, 2, 20)
 
     def ask(key: str, ids: list[int]) -> Any:
-        client, model = keyed.openai(key), f"{keyed.name}:tenant"
-        return client.completions.create(model=model, prompt=ids, max_tokens=2).choices[0].chameleon  # type: ignore
+        answer: Any = keyed.openai(key).completions.create(model=f"{keyed.name}:tenant", prompt=ids, max_tokens=2)
+        return answer.choices[0].chameleon
 
     with ThreadPoolExecutor(3) as clients:
         found = list(clients.map(ask, ("sk-a", "sk-a", "sk-b"), (rows[0], rows[1], rows[0])))
@@ -257,7 +257,7 @@ def test_a_bad_file_of_keys(bundle: Path, tmp_path: Path, content: str) -> None:
 def test_a_default_mode_that_cannot_be_served(bundle: Path) -> None:
     for mode in ("static", "tenant"):
         with pytest.raises(ModeError):
-            Service(Settings(bundle, mode=mode)).open()  # type: ignore[arg-type]
+            Service(Settings(bundle, mode=mode)).open()
 
 
 def test_a_changed_bundle_is_unhealthy(bundle: Path, copy_of: Callable[[Path], Path]) -> None:
