@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the tiny model from checkpoint to text, `make test` runs every check of the Python side.
+# `make demo` runs the tiny model from checkpoint to text, `make serve` serves it over HTTP, `make test` runs every check of the Python side.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
@@ -7,6 +7,12 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/python -m chameleon_deploy.demo
+
+serve: models/demo/chameleon/bundle.json
+	$(BIN)/python -m chameleon_deploy.serve models/demo/chameleon
+
+models/demo/chameleon/bundle.json: | .venv/ready
+	$(BIN)/python -m chameleon_deploy.export models/tiny/chameleon --out models/demo/chameleon
 
 test: .venv/ready
 	$(BIN)/ruff check .
@@ -21,7 +27,7 @@ cpp: .venv/ready
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,tensorrt-rtx,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: cpp demo test
+.PHONY: cpp demo serve test

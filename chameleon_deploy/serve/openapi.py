@@ -51,7 +51,7 @@ def _operation(operation: Operation, reference: dict[Any, Any]) -> dict[str, Any
         body = {"application/json": {"schema": reference[operation.body]}}
         found["requestBody"] = {"required": True, "content": body}
     if operation.handler is complete:
-        found["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        found["responses"]["200"]["content"]["text/event-stream"] = {}
     return found
 
 

@@ -231,8 +231,8 @@ def test_a_tenant_is_its_keys_and_shares_with_nobody(keyed: Running) -> None:
     rows = random_rows(8, 2, 20)
 
     def ask(key: str, ids: list[int]) -> Any:
-        client, model = keyed.openai(key), f"{keyed.name}:tenant"
-        return client.completions.create(model=model, prompt=ids, max_tokens=2).choices[0].chameleon  # type: ignore
+        answer: Any = keyed.openai(key).completions.create(model=f"{keyed.name}:tenant", prompt=ids, max_tokens=2)
+        return answer.choices[0].chameleon
 
     with ThreadPoolExecutor(3) as clients:
         found = list(clients.map(ask, ("sk-a", "sk-a", "sk-b"), (rows[0], rows[1], rows[0])))
