@@ -65,11 +65,11 @@ class Running:
 @contextlib.contextmanager
 def running(bundle: Path, **settings: Any) -> Iterator[Running]:
     service = Service(Settings(bundle, threads=1, **settings))
-    server = Server(service, host="127.0.0.1", port=0)
-    thread = threading.Thread(target=server.run)
+    server = Server(service, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_until_ended)
     thread.start()
     try:
-        wait_for(lambda: server.started)
+        wait_for(lambda: server.started or not thread.is_alive())
         found = Running(server, service)
         wait_for(lambda: httpx.get(f"{found.url}/health").status_code == 200)
         yield found
@@ -86,7 +86,7 @@ def process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         assert started.stderr is not None
         try:
-            line = next(line for line in started.stderr if "running on" in line)
+            line = next(line for line in started.stderr if "listening on" in line)
             address = re.search(r"https?://[\d.]+:\d+", line)
             assert address
             url = address[0]

@@ -30,8 +30,10 @@ def main(
     share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests.")] = False,
-    ssl_certfile: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
-    ssl_keyfile: Annotated[Path | None, typer.Option(help="TLS private key, PEM.")] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="TLS certificate, PEM.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="TLS private key, PEM.")] = None,
 ) -> None:
     """Serve a bundle with an OpenAI-style API, metrics and a playground, until SIGTERM or Ctrl-C."""
     try:
@@ -45,7 +47,7 @@ def main(
         bundle, mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens, cohort_window_ms, api_keys,
         max_body_bytes, max_requests, drain_seconds, log_prompts,
     ))  # fmt: skip
-    Server(service, host=host, port=port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
+    Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import socket
 from collections.abc import AsyncIterator
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.serve.app import build
 from chameleon_deploy.serve.service import Service
+
+_log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5  # for answers that are on their way when all requests have ended
 
@@ -19,8 +24,12 @@ FLUSH_SECONDS = 5  # for answers that are on their way when all requests have en
 class Server(uvicorn.Server):
     """Loads the bundle after it has begun to listen, and drains at the first signal to end."""
 
-    def __init__(self, service: Service, **options: Any) -> None:
-        """options: of uvicorn.Config"""
+    def __init__(self, service: Service, host: str, port: int, **options: Any) -> None:
+        """Listen on an address; port 0 takes a free one. options: of uvicorn.Config
+
+        Raises InputError for an address that cannot be had.
+        """
+        self._socket = _listen(host, port)
         config = uvicorn.Config(
             build(service, self._lifespan),
             log_config=None,
@@ -36,13 +45,12 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """What it listens on, once `started` is true."""
-        port: int = self.servers[0].sockets[0].getsockname()[1]
+        port: int = self._socket.getsockname()[1]
         return port
 
     def serve_until_ended(self) -> None:
         """Run until a signal. Raises what loading the bundle raised."""
-        self.run()
+        self.run([self._socket])
         if self._failure:
             raise self._failure[0]
 
@@ -60,6 +68,8 @@ class Server(uvicorn.Server):
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
+        scheme = "https" if self.config.is_ssl else "http"
+        _log.info("listening on %s://%s:%s", scheme, self._socket.getsockname()[0], self.port)
         loading = asyncio.create_task(self._load())
         yield
         await loading
@@ -79,3 +89,11 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         await asyncio.to_thread(self._service.drain)
         self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host} port {port}: {error.strerror}") from error

@@ -221,7 +221,6 @@ def test_token_names_are_unique(server: Running) -> None:
         ({"prompt": [[1] * 200]}, 400, "text_too_long", "prompt"),
         ({"prompt": [[600]]}, 422, "token_invalid", "prompt"),
         ({"prompt": [[-1]]}, 422, "token_invalid", "prompt"),
-        ({"prompt": "\ud800"}, 400, "input_invalid", None),
         ({"prompt": [[1]] * 300}, 400, "input_invalid", "prompt"),
         ({"n": 128, "prompt": [[1]] * 9}, 400, "input_invalid", "n"),
         ({"model": "other"}, 404, "model_not_found", "model"),
@@ -229,12 +228,12 @@ def test_token_names_are_unique(server: Running) -> None:
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_honoured(
-    server: Running, fields: dict[str, Any], status: int, code: str, param: str | None
+    server: Running, fields: dict[str, Any], status: int, code: str, param: str
 ) -> None:
     answer = server.post("/v1/completions", **{"prompt": PROMPT, **fields})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), error
-    assert error["param"] == param or param is None
+    assert error["param"] == param
     assert set(error) == {"message", "type", "param", "code"}
 
 
