@@ -23,7 +23,7 @@ from chameleon_deploy.bench.load.requests import (
     random_requests,
     read_requests,
 )
-from chameleon_deploy.bench.load.traffic import Record, closed_loop, open_loop
+from chameleon_deploy.bench.load.traffic import Record, Steps, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
 from tests.commands import run
 from tests.completion_server import CompletionServer, serve
@@ -49,7 +49,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_figures_of_known_times() -> None:
-    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], 2.5)
+    figures = summarize([record(0, [1, 2, 4], 4), record(1, [2, 3], 3), record(0, [1], 2, "refused")], Steps(2, 5, 3.5))
     assert (figures.requests, figures.failed, figures.errors) == (3, 1, {"refused": 1})
     assert (figures.seconds, figures.requests_per_second, figures.tokens_per_second) == (4, 0.5, 1.25)
     assert figures.first_token == Latency(1, 1, 1)
@@ -59,6 +59,7 @@ def test_figures_of_known_times() -> None:
     assert figures.end_to_end.p50 == 3
     assert figures.in_flight == (4 + 2 + 2) / 4
     assert figures.rows_per_step == 2.5
+    assert figures.decoder_idle == (4 - 3.5) / 2
 
 
 def test_requests_of_a_seed() -> None:
@@ -110,7 +111,7 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     try:
         texts = requests[-1:]
         records = asyncio.run(closed_loop(target, requests[:-1], 4, 60))
-        rows = asyncio.run(target.rows_per_step())
+        steps = asyncio.run(target.steps())
         records += asyncio.run(open_loop(target, texts * 3, [0, 0.01, 0.02], 60))
     finally:
         target.close()
@@ -119,7 +120,10 @@ def test_a_bundle_in_this_process(runtime: Runtime, kind: Any) -> None:
     for each in records:
         assert each.due < each.arrivals[0] <= each.arrivals[-1] <= each.ended
         assert each.arrivals == sorted(each.arrivals)
-    assert 1 <= rows <= 4
+    # The engine hands out its last tokens before it tells of their step.
+    assert 0 <= sum(record.new_tokens for record in records[:11]) - steps.rows <= 4
+    assert 1 <= steps.rows / steps.count <= 4
+    assert (steps.seconds is None) == (kind is StaticTarget)
 
 
 def test_a_row_that_ends_early_waits_for_nobody_in_the_engine(runtime: Runtime) -> None:
@@ -151,15 +155,13 @@ def test_requests_that_fail_in_process(runtime: Runtime) -> None:
 def test_a_server(server: CompletionServer) -> None:
     server.pause = 0.02
 
-    async def measure() -> tuple[list[Record], float | None]:
+    async def measure() -> tuple[list[Record], Steps | None]:
         target = HttpTarget(server.url)
         await target.open()
-        return await closed_loop(
-            target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30
-        ), await target.rows_per_step()
+        return await closed_loop(target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30), await target.steps()
 
-    records, rows = asyncio.run(measure())
-    assert rows == 4
+    records, steps = asyncio.run(measure())
+    assert steps == Steps(4, 16)
     assert [record.error for record in records] == [""] * 4
     assert [len(record.arrivals) for record in records] == [record.new_tokens for record in records] == [5] * 4
     gaps = [gap for each in records for gap in map(float.__sub__, each.arrivals[1:], each.arrivals)]

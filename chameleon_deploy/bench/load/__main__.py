@@ -24,7 +24,7 @@ from chameleon_deploy.bench.load.requests import (
     random_requests,
     read_requests,
 )
-from chameleon_deploy.bench.load.traffic import Record, Target, closed_loop, open_loop
+from chameleon_deploy.bench.load.traffic import Record, Steps, Target, closed_loop, open_loop
 from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import InputError
@@ -59,6 +59,7 @@ def main(
     scenario: Annotated[
         bool, typer.Option(help="BUNDLE: interleaved comparison of the engine with static batches, as ratios.")
     ] = False,
+    ragged: Annotated[str, typer.Option(help="--scenario: bounds of the lengths that vary.")] = "16:256",
     rounds: Annotated[int, typer.Option(min=1, help="--scenario: pairs of runs per ratio.")] = 5,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds per request.")] = 300.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
@@ -76,8 +77,8 @@ def main(
         raise InputError("--static and --scenario run in this process: pass a bundle, not a URL")
     runtime = None if is_url else chameleon_deploy.load(target, threads=threads)
     if scenario and runtime:
-        plan = comparison.Plan(rows, prefill_tokens, lengths[0][1], lengths[1][1], requests=requests, rounds=rounds,
-                               seed=seed)  # fmt: skip
+        plan = comparison.Plan(rows, prefill_tokens, lengths[0][1], lengths[1][1], parse_range(ragged),
+                               requests, rounds, seed)  # fmt: skip
         _compare(runtime, plan, json_file)
         return
     vocab_size = runtime.manifest.model.vocab_size if runtime else ANY_VOCABULARY
@@ -89,11 +90,11 @@ def main(
     arrivals = poisson_arrivals(seed, requests, rate) if rate else None
     opened = _open(target, runtime, static, rows, prefill_tokens, temperature)
     try:
-        records, rows_per_step = asyncio.run(_run(opened, asked, streams, arrivals, timeout))
+        records, steps = asyncio.run(_run(opened, asked, streams, arrivals, timeout))
     finally:
         if not isinstance(opened, HttpTarget):
             opened.close()
-    figures = summarize(records, rows_per_step)
+    figures = summarize(records, steps)
     console.show(*report.sheets(figures))
     _write(json_file, asdict(figures))
     if page and html_file:
@@ -114,17 +115,17 @@ def _open(
 
 async def _run(
     target: Target, requests: list[Request], streams: int, arrivals: list[float] | None, timeout: float
-) -> tuple[list[Record], float | None]:
+) -> tuple[list[Record], Steps | None]:
     """Run the requests, after one request of two tokens that is not counted."""
     if isinstance(target, HttpTarget):
         await target.open()
     await closed_loop(target, [msgspec.structs.replace(requests[0], max_tokens=2)], 1, timeout)
-    await target.rows_per_step()
+    await target.steps()
     if arrivals is None:
         records = await closed_loop(target, requests, streams, timeout)
     else:
         records = await open_loop(target, requests, arrivals, timeout)
-    return records, await target.rows_per_step()
+    return records, await target.steps()
 
 
 def _compare(runtime: Runtime, plan: comparison.Plan, json_file: Path | None) -> None:

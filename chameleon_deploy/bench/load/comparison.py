@@ -59,13 +59,23 @@ def compare(runtime: Runtime, plan: Plan, report: Progress) -> list[Ratio]:
     longest = max(plan.prompt_tokens + plan.new_tokens, 2 * plan.ragged[1])
     if longest > runtime.manifest.model.max_positions:
         raise InputError(f"the plan needs {longest} positions, the model has {runtime.manifest.model.max_positions}")
-    return _Comparison(runtime, plan, report).run()
+    comparison = _Comparison(runtime, plan, report)
+    try:
+        return comparison.run()
+    finally:
+        comparison.close()
 
 
 class _Comparison:
     def __init__(self, runtime: Runtime, plan: Plan, report: Progress) -> None:
         self._runtime, self._plan, self._report = runtime, plan, report
         self._shuffle = random.Random(plan.seed)
+        self._engine_target = EngineTarget(runtime, plan.rows, plan.prefill_tokens)
+        self._static_target = StaticTarget(runtime, plan.rows)
+
+    def close(self) -> None:
+        self._engine_target.close()
+        self._static_target.close()
 
     def run(self) -> list[Ratio]:
         plan = self._plan
@@ -113,11 +123,10 @@ class _Comparison:
         return Ratio(name, medians, statistics.median(ratios), (low, high))
 
     def _engine(self, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
-        target = EngineTarget(self._runtime, self._plan.rows, self._plan.prefill_tokens)
-        return self._run(target, requests, arrivals)
+        return self._run(self._engine_target, requests, arrivals)
 
     def _static(self, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
-        return self._run(StaticTarget(self._runtime, self._plan.rows), requests, arrivals)
+        return self._run(self._static_target, requests, arrivals)
 
     def _run(
         self, target: EngineTarget | StaticTarget, requests: Sequence[Request], arrivals: Sequence[float] | None
@@ -127,10 +136,7 @@ class _Comparison:
             work = closed_loop(target, requests, self._plan.rows, TIMEOUT)
         else:
             work = open_loop(target, requests, arrivals, TIMEOUT)
-        try:
-            figures = summarize(asyncio.run(work), None)
-        finally:
-            target.close()
+        figures = summarize(asyncio.run(work), None)
         if figures.failed:
             raise InputError(f"{figures.failed} requests failed: {'; '.join(figures.errors)}")
         return figures

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chameleon_deploy.bench.load.traffic import Record
+from chameleon_deploy.bench.load.traffic import Record, Steps
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Figures:
     end_to_end         from when a request was due to its end
     in_flight          requests that were due and had not ended, on average
     rows_per_step      of the decoder, on average; None where the target does not tell
+    decoder_idle       seconds per step in which the decoder did not run, likewise: the engine's own work and the load
+                       program's in a closed loop, and also the waiting for requests under Poisson arrivals
     errors             how many requests failed for each reason
     """
 
@@ -49,10 +51,11 @@ class Figures:
     end_to_end: Latency | None
     in_flight: float
     rows_per_step: float | None
+    decoder_idle: float | None
     errors: dict[str, int]
 
 
-def summarize(records: Sequence[Record], rows_per_step: float | None) -> Figures:
+def summarize(records: Sequence[Record], steps: Steps | None) -> Figures:
     done = [record for record in records if not record.error]
     seconds = max(record.ended for record in records) - min(record.due for record in records)
     return Figures(
@@ -65,7 +68,8 @@ def summarize(records: Sequence[Record], rows_per_step: float | None) -> Figures
         inter_token=Latency.of(inter_token_seconds(done)),
         end_to_end=Latency.of(end_to_end_seconds(done)),
         in_flight=sum(end_to_end_seconds(records)) / seconds,
-        rows_per_step=rows_per_step,
+        rows_per_step=steps.rows / steps.count if steps and steps.count else None,
+        decoder_idle=(seconds - steps.seconds) / steps.count if steps and steps.seconds and steps.count else None,
         errors=dict(Counter(record.error for record in records if record.error)),
     )
 

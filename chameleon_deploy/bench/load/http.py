@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from chameleon_deploy.bench.load.requests import Request
-from chameleon_deploy.bench.load.traffic import Record
+from chameleon_deploy.bench.load.traffic import Record, Steps
 from chameleon_deploy.errors import InputError
 
 MAX_ERROR_BYTES = 2_000
@@ -73,7 +73,7 @@ class HttpTarget:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
         self._temperature = temperature
         self._model: str | None = None
-        self._seen = (0.0, 0.0)  # sum and count of the rows of all steps, when last looked at
+        self._seen = Steps()  # all, when last looked at
 
     async def open(self) -> None:
         """Ask for the name of the first model, the target of requests that name none.
@@ -85,7 +85,7 @@ class HttpTarget:
             self._model = msgspec.json.decode(body)["data"][0]["id"]
         except (OSError, ResponseError, asyncio.IncompleteReadError, msgspec.DecodeError, LookupError) as error:
             raise InputError(f"{self._host}:{self._port} gives no list of models at /v1/models: {error}") from error
-        await self.rows_per_step()
+        await self.steps()
 
     async def complete(self, record: Record) -> None:
         ended = False
@@ -103,8 +103,8 @@ class HttpTarget:
         if not ended:
             raise ResponseError("the stream ended without [DONE]")
 
-    async def rows_per_step(self) -> float | None:
-        """Return the figure from chameleon_batch_rows in /metrics, which other servers do not have."""
+    async def steps(self) -> Steps | None:
+        """Return the figures of chameleon_batch_rows in /metrics, which other servers do not have."""
         try:
             metrics = (await self._get("/metrics")).decode("utf-8", "replace")
         except (OSError, ResponseError, asyncio.IncompleteReadError):
@@ -112,8 +112,8 @@ class HttpTarget:
         total, count = (_metric(metrics, f"chameleon_batch_rows_{part}") for part in ("sum", "count"))
         if total is None or count is None:
             return None
-        (total_before, count_before), self._seen = self._seen, (total, count)
-        return (total - total_before) / (count - count_before) if count > count_before else None
+        before, self._seen = self._seen, Steps(int(count), int(total))
+        return self._seen.since(before)
 
     async def _events(self, request: Request) -> AsyncIterator[bytes]:
         body = _Body(request.model or self._model, request.prompt, request.max_tokens, self._temperature)

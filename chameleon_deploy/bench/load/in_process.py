@@ -11,7 +11,7 @@ from typing import cast
 
 from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bench.load.requests import Request
-from chameleon_deploy.bench.load.traffic import Record
+from chameleon_deploy.bench.load.traffic import Record, Steps
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime.generation import Token
@@ -21,21 +21,20 @@ LINGER = 0.005  # seconds that a static batch waits for more requests after the 
 
 
 class EngineTarget:
-    """The engine as a target. `decoder_seconds` and `steps` count the decoder's time and calls so far."""
+    """The engine as a target."""
 
     def __init__(self, runtime: Runtime, rows: int, prefill_tokens: int, temperature: float = 0.0) -> None:
         self.engine = Engine(runtime, rows=rows, prefill_tokens=prefill_tokens, max_waiting=100_000,
                              observe=self._observe)  # fmt: skip
         self._sampling = Sampling(temperature=temperature, ignore_eos=True)
-        self.decoder_seconds, self.steps = 0.0, 0
-        self._rows_since, self._steps_since = 0, 0
+        self._steps = Steps()  # all of them, written by the engine's thread alone
+        self._seen = Steps()
 
     def _observe(self, iteration: Iteration) -> None:
-        self.decoder_seconds += iteration.chunk + iteration.step
-        if iteration.rows:
-            self.steps += 1
-            self._steps_since += 1
-            self._rows_since += iteration.rows
+        before, seconds = self._steps, iteration.chunk + iteration.step
+        self._steps = Steps(
+            before.count + bool(iteration.rows), before.rows + iteration.rows, (before.seconds or 0) + seconds
+        )
 
     async def complete(self, record: Record) -> None:
         request = record.request
@@ -48,10 +47,9 @@ class EngineTarget:
         finally:
             stream.cancel()
 
-    async def rows_per_step(self) -> float | None:
-        rows, steps = self._rows_since, self._steps_since
-        self._rows_since = self._steps_since = 0
-        return rows / steps if steps else None
+    async def steps(self) -> Steps | None:
+        before, self._seen = self._seen, self._steps
+        return self._seen.since(before)
 
     def close(self) -> None:
         self.engine.close(0)
@@ -64,9 +62,10 @@ class StaticTarget:
         self._runtime, self._rows = runtime, rows
         self._sampling = Sampling(temperature=temperature, ignore_eos=True)
         self._waiting: SimpleQueue[_Ticket | None] = SimpleQueue()
+        self._steps = Steps()  # all of them, written by the thread alone
+        self._seen = Steps()
         self._thread = threading.Thread(target=self._run, name="static-batches", daemon=True)
         self._thread.start()
-        self._rows_since, self._steps_since = 0, 0
 
     async def complete(self, record: Record) -> None:
         ticket = _Ticket(record.request)
@@ -76,10 +75,9 @@ class StaticTarget:
                 raise token
             _note(record, token)
 
-    async def rows_per_step(self) -> float | None:
-        rows, steps = self._rows_since, self._steps_since
-        self._rows_since = self._steps_since = 0
-        return rows / steps if steps else None
+    async def steps(self) -> Steps | None:
+        before, self._seen = self._seen, self._steps
+        return self._seen.since(before)
 
     def close(self) -> None:
         self._waiting.put(None)
@@ -124,8 +122,7 @@ class StaticTarget:
                 ticket.put([error, None])
 
     def _hand_out(self, batch: list[_Ticket], step: list[Token]) -> None:
-        self._steps_since += 1
-        self._rows_since += len(step)
+        self._steps = Steps(self._steps.count + 1, self._steps.rows + len(step))
         for token in step:
             batch[token.row].put([token] if token.generation is None else [token, None])
 

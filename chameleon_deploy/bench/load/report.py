@@ -29,11 +29,14 @@ def latency_sheet(figures: Figures) -> Sheet:
 
 def rate_sheet(figures: Figures) -> Sheet:
     rows_per_step = "" if figures.rows_per_step is None else f"{figures.rows_per_step:.2f}"
+    idle = "" if figures.decoder_idle is None else f"{figures.decoder_idle * 1e3:.2f}"
     row = [
         str(figures.requests), str(figures.failed), f"{figures.seconds:.2f}", f"{figures.requests_per_second:.2f}",
-        f"{figures.tokens_per_second:.1f}", f"{figures.in_flight:.1f}", rows_per_step,
+        f"{figures.tokens_per_second:.1f}", f"{figures.in_flight:.1f}", rows_per_step, idle,
     ]  # fmt: skip
-    return Sheet(["requests", "failed", "seconds", "requests/s", "tokens/s", "in flight", "rows per step"], [row])
+    headers = ["requests", "failed", "seconds", "requests/s", "tokens/s", "in flight", "rows per step",
+               "decoder idle, ms per step"]  # fmt: skip
+    return Sheet(headers, [row])
 
 
 def error_sheet(figures: Figures) -> Sheet:

@@ -30,14 +30,31 @@ class Record:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Steps of the decoder.
+
+    rows     of all steps together
+    seconds  in the decoder, prompts included; None where it is unknown
+    """
+
+    count: int = 0
+    rows: int = 0
+    seconds: float | None = None
+
+    def since(self, before: Steps) -> Steps:
+        seconds = None if self.seconds is None else self.seconds - (before.seconds or 0)
+        return Steps(self.count - before.count, self.rows - before.rows, seconds)
+
+
 class Target(Protocol):
     """Something that completes requests."""
 
     async def complete(self, record: Record) -> None:
         """Send the request and record its arrivals. An exception becomes the record's error."""
 
-    async def rows_per_step(self) -> float | None:
-        """Return the mean number of rows of the decoder's steps since the last call; None if unknown."""
+    async def steps(self) -> Steps | None:
+        """Return the decoder's steps since the last call; None where they are unknown."""
 
 
 async def closed_loop(target: Target, requests: Sequence[Request], streams: int, timeout: float) -> list[Record]:
