@@ -55,6 +55,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.onnx_operators import check_graph_file
 from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: who needs both takes them from here.
@@ -163,6 +164,9 @@ def start_opening(path: Path) -> Bundle:
     for name, spec in manifest.files.items():
         if name != weights:
             _check_digest(path / name, spec)
+    sizes = {name: spec.size for name, spec in manifest.files.items()}
+    for graph in manifest.graphs.values():
+        check_graph_file(path / graph.file, sizes)
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
     thread.shutdown(wait=False)  # it ends with its one task
