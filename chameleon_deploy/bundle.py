@@ -148,6 +148,13 @@ def start_opening(path: Path) -> Bundle:
 
     Everything else has been checked. The caller calls `Bundle.require_weights` at the end. Raises as `open_bundle`.
     """
+    try:
+        return _start_opening(path)
+    except PermissionError as error:
+        raise BundleNotFoundError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def _start_opening(path: Path) -> Bundle:
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
@@ -213,7 +220,7 @@ def file_sha256(file: Path) -> str:
 def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
     try:
         tensors = load_file(file)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:  # of dtypes that numpy lacks
         raise TensorError(f"{file}: {error}") from error
     if set(tensors) != set(shapes):
         raise TensorError(f"{file}: holds {sorted(tensors)}, expected {sorted(shapes)}")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.session import run
 
 Array = npt.NDArray[Any]
 
@@ -84,8 +85,11 @@ class BoundCall:
             self._sets = factors.sets
 
     def run(self) -> FloatArray:
-        """-> logits [batch, num_logits, vocab]: this call's own array, overwritten by its next run"""
-        self._session.run_with_iobinding(self._binding)
+        """-> logits [batch, num_logits, vocab]: this call's own array, overwritten by its next run
+
+        Raises GraphError.
+        """
+        run(self._session.run_with_iobinding, self._binding)
         return self.logits
 
     def _bind_inputs(self, arrays: Mapping[str, Any]) -> None:
