@@ -55,6 +55,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.onnx_operators import check_graph_file
 from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: modules that need both import them from here.
@@ -153,6 +154,13 @@ def start_opening(path: Path) -> Bundle:
     All other checks have been made. The caller calls `Bundle.require_weights` at the end. Raises the errors of
     `open_bundle`.
     """
+    try:
+        return _start_opening(path)
+    except PermissionError as error:
+        raise BundleNotFoundError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def _start_opening(path: Path) -> Bundle:
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
@@ -169,6 +177,9 @@ def start_opening(path: Path) -> Bundle:
     for name, spec in manifest.files.items():
         if name != weights:
             _check_digest(path / name, spec)
+    sizes = {name: spec.size for name, spec in manifest.files.items()}
+    for graph in manifest.graphs.values():
+        check_graph_file(path / graph.file, sizes)
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
     thread.shutdown(wait=False)  # the thread ends with its only task
@@ -215,7 +226,7 @@ def file_sha256(file: Path) -> str:
 def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
     try:
         tensors = load_file(file)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:  # of dtypes that numpy lacks
         raise TensorError(f"{file}: {error}") from error
     if set(tensors) != set(shapes):
         raise TensorError(f"{file}: holds {sorted(tensors)}, expected {sorted(shapes)}")

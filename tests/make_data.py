@@ -315,6 +315,9 @@ def hostile_cases() -> list[dict[str, Any]]:
         written("hypernetwork.onnx", b""),
         {"do": "redigest", "file": "hypernetwork.onnx"},
     )
+    for name, model in hostile_models().items():
+        replaced = written("hypernetwork.onnx", model)
+        case(f"graph_{name}", "graph_invalid", replaced, {"do": "redigest", "file": "hypernetwork.onnx"})
     case("graphs_swapped", "graph_invalid", manifest("hypernetwork.onnx", "graphs", "decoder_cpu", "file"))
     embedding_only = {"do": "truncate", "file": "weights.bin", "size": 4 * VOCAB_SIZE * HIDDEN}
     case("weights_too_short_for_graph", "graph_invalid", embedding_only, {"do": "redigest", "file": "weights.bin"})
@@ -352,6 +355,62 @@ def hostile_cases() -> list[dict[str, Any]]:
             if found != c["code"]:
                 sys.exit(f"{c['name']}: {found}, expected {c['code']}")
     return cases
+
+
+def hostile_models() -> dict[str, bytes]:
+    """Graphs that ONNX Runtime would take, hang on, or fill the memory with."""
+    from onnx import TensorProto, helper
+
+    def model(*nodes: Any, initializers: Any = (), domains: Any = ("",)) -> Any:
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("conditioning", "y")]
+        graph = helper.make_graph(nodes, "graph", values[:1], values[1:], initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid(domain, 20) for domain in domains])
+
+    def constant(name: str, **value: Any) -> Any:
+        return helper.make_node("Constant", [], [name], **value)
+
+    condition = helper.make_tensor_value_info("go_on", TensorProto.BOOL, [])
+    body = helper.make_graph(
+        [helper.make_node("Equal", ["i", "i"], ["go_on"])], "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("c", 9, [])],
+        [condition],
+    )  # fmt: skip
+    relu = helper.make_node("Relu", ["conditioning"], ["y"])
+    one, many = constant("one", value_float=1.0), constant("many", value_ints=[30_000, 30_000])
+    loop = helper.make_node("Loop", ["", ""], ["y"], body=body)
+
+    def branch_of(node: Any) -> Any:
+        return helper.make_graph([node], "branch", [], [helper.make_tensor_value_info("y", 1, ["n"])])
+
+    nested = relu
+    for _ in range(5):
+        branch = branch_of(nested)
+        nested = helper.make_node("If", ["conditioning"], ["y"], then_branch=branch, else_branch=branch)
+    outside = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    outside.ClearField("float_data")
+    outside.data_location = TensorProto.EXTERNAL
+    outside.external_data.add(key="location", value="../weights.bin")
+    unfilled = TensorProto(name="w", dims=[2**40, 2**40], data_type=TensorProto.FLOAT)
+    functions = model(relu)
+    functions.functions.add(name="f", domain="")
+    sparse = model(relu)
+    sparse.graph.sparse_initializer.add(dims=[2**40])
+    models = {
+        "loop": model(loop),
+        "loop_in_a_branch": model(
+            helper.make_node("If", ["conditioning"], ["y"], then_branch=branch_of(loop), else_branch=branch_of(relu))
+        ),
+        "folded_to_3_6_gb": model(one, many, helper.make_node("Expand", ["one", "many"], ["y"])),
+        "other_domain": model(helper.make_node("Relu", ["conditioning"], ["y"], domain="evil"), domains=("", "evil")),
+        "unused_domain": model(relu, domains=("", "evil")),
+        "function": functions,
+        "sparse": sparse,
+        "nested_graphs": model(nested),
+        "external_data_elsewhere": model(relu, initializers=[outside]),
+        "more_elements_than_values": model(relu, initializers=[unfilled]),
+        "reads_what_comes_later": model(helper.make_node("Expand", ["one", "many"], ["y"]), one, many),
+    }
+    return {name: model.SerializeToString() for name, model in models.items()}
 
 
 def golden_cases() -> list[dict[str, Any]]:

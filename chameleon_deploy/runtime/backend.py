@@ -15,7 +15,7 @@ from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
-from chameleon_deploy.runtime.session import import_onnxruntime
+from chameleon_deploy.runtime.session import import_onnxruntime, run
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
@@ -63,7 +63,8 @@ class CpuBackend:
     def generate_factors(self, conditioning: FloatArray) -> FactorSets:
         session = self.sessions["hypernetwork"]
         names = [node.name for node in session.get_outputs()]
-        return FactorSets(dict(zip(names, session.run(names, {"conditioning": conditioning}), strict=True)))
+        values = run(session.run, names, {"conditioning": conditioning})
+        return FactorSets(dict(zip(names, values, strict=True)))
 
     def place(self, sets: FactorSets) -> FactorSets:
         return sets

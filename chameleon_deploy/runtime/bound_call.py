@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.session import run
 
 Array = npt.NDArray[Any]
 
@@ -86,8 +87,11 @@ class BoundCall:
             self._sets = factors.sets
 
     def run(self) -> FloatArray:
-        """Run the call.  -> logits [batch, num_logits, vocab], an array that the next run overwrites"""
-        self._session.run_with_iobinding(self._binding)
+        """Run the call.  -> logits [batch, num_logits, vocab], an array that the next run overwrites
+
+        Raises GraphError.
+        """
+        run(self._session.run_with_iobinding, self._binding)
         return self.logits
 
     def _bind_inputs(self, arrays: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import token_limits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
+from chameleon_deploy.runtime.tokenizer import decode, decode_next
 
 # Reasons after the first two come from an Engine only.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -68,14 +69,17 @@ class Row:
     """
 
     def __init__(
-        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int
-    ) -> None:
+        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int,
+        is_shown: bool = True,
+    ) -> None:  # fmt: skip
+        """is_shown: whether the tokens' text is wanted as they come"""
         self.index = index
         self.prompt, self.limit, self.sampling, self.cluster_id = ids, limit, sampling, cluster_id
         self.sampler = Sampler(sampling, ids, stream)
         self.token_ids: list[int] = []
         self._choices: list[Choice] = []
-        self._decode = DecodeStream(skip_special_tokens=True)
+        # Of a row that nobody watches, the text is decoded at its end.
+        self._decode = DecodeStream(skip_special_tokens=True) if is_shown or sampling.stop else None
         self._text = ""
         self._shown = 0  # number of characters that the caller was given
 
@@ -87,9 +91,9 @@ class Row:
         stopped = self._is_stop_token(token_id, eos_token_id)
         finished = stopped or len(self.token_ids) >= self.limit
         if finished:  # include the bytes of an incomplete character
-            self._text = self._decoded(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
-        else:
-            self._text += self._decode.step(tokenizer, token_id) or ""
+            self._text = decode(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
+        elif self._decode is not None:
+            self._text += decode_next(self._decode, tokenizer, token_id)
         cut = min((at for stop in self.sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
         if cut >= 0:
             stopped = finished = True
@@ -118,9 +122,6 @@ class Row:
         generation = replace(self._generation(reason), error=error)
         return Token(self.index, -1, self._text[self._shown :], generation)
 
-    def _decoded(self, tokenizer: Any, token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
     def _held_back(self) -> int:
         """Return how many characters at the end may begin a stop string."""
         lengths = (
@@ -137,12 +138,14 @@ def begin_rows(
     model: ModelSpec,
     capacity: int | None = None,
     n: int = 1,
+    is_shown: bool = True,
 ) -> list[Row]:
     """Return n rows for each prompt; rows of one prompt are adjacent.
 
     With one Sampling for all, row i draws from random stream i. With one per prompt, its k-th row draws from stream k.
 
     capacity  tokens that a row can hold; None means the model's positions
+    is_shown  whether the tokens' text is wanted as they come
 
     Raises InputError or TokenError.
     """
@@ -156,7 +159,7 @@ def begin_rows(
     # The last new token is never fed back, so it needs no position.
     room = [(capacity or model.max_positions) - len(ids) + 1 for ids in prompts]
     return [
-        Row(i * n + k, ids, min(limits[i], room[i]), samplings[i], i * n * single + k, int(cluster_ids[i]))
+        Row(i * n + k, ids, min(limits[i], room[i]), samplings[i], i * n * single + k, int(cluster_ids[i]), is_shown)
         for i, ids in enumerate(prompts)
         for k in range(n)
     ]

@@ -13,6 +13,7 @@ from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
+from chameleon_deploy.runtime.session import run
 
 PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
 
@@ -100,7 +101,7 @@ class GrowingCacheDecoder:
         values = {name: self._ort_value.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
         values |= zip(self._past, cache.tensors, strict=True)
         # OrtValues stay inside ONNX Runtime: the cache is never copied to numpy and back.
-        logits, *cache.tensors = self.session.run_with_ort_values(["logits", *self._present], values)
+        logits, *cache.tensors = run(self.session.run_with_ort_values, ["logits", *self._present], values)
         cache.mask, cache.lengths = attention_mask, cache.lengths + real[:, -1]
         return np.asarray(logits.numpy())
 

@@ -79,6 +79,14 @@ def open_session(
     return session
 
 
+def run(method: Any, *arguments: Any) -> Any:
+    """Call a method of a session that runs its graph. Raises GraphError for whatever ONNX Runtime raises."""
+    try:
+        return method(*arguments)
+    except Exception as error:  # onnxruntime raises several unrelated types
+        raise GraphError(f"ONNX Runtime failed: {_one_line(error)}") from error
+
+
 def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3  # errors: warnings about initializers are of no use to a service
@@ -104,7 +112,11 @@ def _create_session(path: Path, options: Any, execution_provider: ExecutionProvi
     try:
         return import_onnxruntime().InferenceSession(path, options, providers=[execution_provider])
     except Exception as error:  # onnxruntime raises several unrelated types
-        raise GraphError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise GraphError(f"{path}: ONNX Runtime cannot load it: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.bundle import FloatArray, IntArray, Manifest
+from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts
 from chameleon_deploy.runtime.factors import RowFactors
@@ -157,7 +158,13 @@ class SharedCacheDecoder:
 
     def _buffers(self, batch: int, capacity: int) -> tuple[_Memory, list[Array]]:
         shape = (len(self.past), batch, self.model.num_key_value_heads, capacity, self.model.head_dim)
-        memory = _Memory(self._spare_buffers, math.prod(shape), self._buffer_dtype)
+        try:
+            memory = _Memory(self._spare_buffers, math.prod(shape), self._buffer_dtype)
+        except (MemoryError, ValueError) as error:  # numpy's answer to a size beyond the address space
+            raise LengthError(
+                f"no memory for a cache of {batch} rows of {capacity} tokens: "
+                "pass fewer rows or a smaller max_new_tokens"
+            ) from error
         return memory, list(memory.values[: math.prod(shape)].reshape(shape))
 
 

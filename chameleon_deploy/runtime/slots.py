@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.bound_call import BoundCall, Graph
 from chameleon_deploy.runtime.factors import RowFactors
 
@@ -31,7 +32,10 @@ class Slots:
         self.capacity, self.is_exact = capacity, dtype == np.float32
         self.lengths = np.zeros(rows, np.int64)
         # Virtual memory becomes resident only where it is written.
-        self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
+        try:
+            self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
+        except (MemoryError, ValueError) as error:
+            raise LengthError(f"no memory for a cache of {rows} rows of {capacity} tokens: pass less") from error
         self.logits = np.empty((rows, model.vocab_size), np.float32)
         self._graph = graph
         self._steps: dict[int, BoundCall] = {}  # by number of rows

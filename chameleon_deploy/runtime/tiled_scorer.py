@@ -9,6 +9,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.session import run
 
 # Positions per call: smaller re-reads the head weights more often, larger evicts a tile's logits from the cache.
 POSITIONS = 512
@@ -40,7 +41,7 @@ class TiledScorer:
                 "factor_ids": np.repeat(factors.factor_ids[[row for row, _, _ in call]], counts),
                 **factors.sets.tensors,
             }
-            (found,) = self.session.run(["logprobs"], inputs)
+            (found,) = run(self.session.run, ["logprobs"], inputs)
             for (row, start, _), values in zip(call, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 logprobs[row][start : start + len(values)] = values
         return logprobs

@@ -6,6 +6,7 @@
 #include "chameleon/error.h"
 #include "factors.h"
 #include "mapped_file.h"
+#include "onnx_operators.h"
 #include "safetensors.h"
 
 namespace chameleon {
@@ -48,6 +49,15 @@ void check_digest(const fs::path& file, const FileSpec& spec) {
   }
 }
 
+void check_graph_files(const fs::path& path, const Manifest& manifest) {
+  std::map<std::string, std::int64_t> sizes;
+  for (const auto& [name, spec] : manifest.files) sizes[name] = spec.size;
+  for (const auto& [name, graph] : manifest.graphs) {
+    const fs::path file = path / graph.file;
+    check_model(MappedFile(file).bytes(), sizes, file.string());
+  }
+}
+
 std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest) {
   if (manifest.adaptation.num_clusters == 0) return {};
   const fs::path file = path / "centroids.safetensors";
@@ -68,6 +78,7 @@ void read_files(Bundle& bundle) {
   const fs::path& path = bundle.path;
   check_listing(path, bundle.manifest);
   for (const auto& [name, spec] : bundle.manifest.files) check_digest(path / name, spec);
+  check_graph_files(path, bundle.manifest);
   bundle.centroids = read_centroids(path, bundle.manifest);
   if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
   const StoredTensor& stored = bundle.manifest.token_embedding;

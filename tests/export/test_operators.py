@@ -1,0 +1,35 @@
+"""The operators that runtimes take are those that export writes, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx
+
+from chameleon_deploy.bundle import Precision
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.onnx_operators import OPERATORS
+from chameleon_deploy.reference.checkpoint import Checkpoint
+
+
+def test_the_list_is_what_export_writes(mini: Checkpoint, llama: Checkpoint, tmp_path: Path) -> None:
+    """For every family and precision."""
+    written: dict[str, set[str]] = {}
+    for family in (mini, llama):
+        for precision in get_args(Precision):
+            bundle = tmp_path / f"{family.trunk.config.model_type}_{precision}"
+            export_bundle(family, bundle, None, precision=precision)
+            for file in bundle.glob("*.onnx"):
+                for node in _nodes(onnx.load(file, load_external_data=False).graph):
+                    written.setdefault(node.domain, set()).add(node.op_type)
+    assert written == OPERATORS
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
