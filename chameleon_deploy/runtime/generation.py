@@ -153,7 +153,7 @@ def begin_rows(
     single = not isinstance(sampling, Sequence)
     samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
     if len(samplings) != len(prompts):
-        raise InputError(f"{len(samplings)} samplings for {len(prompts)} prompts: pass one, or one per prompt")
+        raise InputError(f"{len(samplings)} values of sampling for {len(prompts)} prompts: pass one, or one per prompt")
     for each in samplings:
         check_sampling(each, model.vocab_size)
     # The last new token is never fed back, so it needs no position.
