@@ -46,7 +46,7 @@ class Sampler {
 
   /// The next token, by the row's own random number. It is not counted until `append`. See `choose` below.
   [[nodiscard]] Choice choose(std::span<const float> logits, std::span<const bool> allowed = {}) const;
-  /// The row goes on with this token.
+  /// Append a token to the row.
   void append(std::int64_t token_id);
 
  private:
