@@ -1,8 +1,8 @@
-"""What a graph contains, read from its bytes before ONNX Runtime sees it.
+"""Check the bytes of a graph before ONNX Runtime opens it.
 
-ONNX Runtime executes a graph in part while it opens it: nodes with constant inputs are folded. So a reader refuses
-beforehand what `export` never writes: other operators, functions, large constants in the graph's own file, and nodes
-that make a constant of another size out of constants. The fields are those of
+ONNX Runtime executes part of a graph while it opens it: nodes with constant inputs are folded. A reader therefore
+refuses beforehand what `export` never writes: other operators, functions, large constants in the graph's own file, and
+nodes that make a constant of another size from constants. The fields are those of
 https://github.com/onnx/onnx/blob/v1.17.0/onnx/onnx.proto, the encoding is
 https://protobuf.dev/programming-guides/encoding.
 """
@@ -20,18 +20,18 @@ STANDARD = """Abs Add And ArgMax Cast Concat Constant DequantizeLinear Div Equal
     QuantizeLinear Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Split
     Sqrt Squeeze Sub Transpose Unsqueeze Where"""
 CONTRIB = "GroupQueryAttention MatMulIntegerToFloat RotaryEmbedding"
-# By domain, all that `export` writes and nothing else: a test compares.
+# By domain, exactly the operators that `export` writes, which a test compares.
 OPERATORS = {"": frozenset(STANDARD.split()), "com.microsoft": frozenset(CONTRIB.split())}
 SIZE_PRESERVING = frozenset(("Cast", "DequantizeLinear"))  # of constants, which may be folded
 MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB
 MAX_EMBEDDED_BYTES = 2**20  # of one tensor or attribute; larger ones are in weights.bin
 MAX_DEPTH = 4  # of graphs in graphs
-MAX_VALUES = 2**16  # of one message, which bounds the memory of reading it
+MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
 
 Value = int | memoryview
 Message = dict[int, list[Value]]
 
-# Of each message the fields that may occur, with the wire types that they may have.
+# The fields that may occur in each message, with their wire types.
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MODEL = dict.fromkeys((2, 3, 4, 6, 7, 8, 14), (BYTES,)) | dict.fromkeys((1, 5), (VARINT,))
 OPSET = {1: (BYTES,), 2: (VARINT,)}
@@ -50,7 +50,7 @@ VALUE_INFO = dict.fromkeys((1, 2, 3, 4), (BYTES,))
 
 @dataclass(frozen=True)
 class Scope:
-    """The names that one graph gives so far, and those of them whose values are constants."""
+    """The names that one graph has defined so far, and those of them whose values are constants."""
 
     names: set[str]
     constants: set[str]
@@ -75,7 +75,7 @@ def check_graph_file(file: Path, sizes: Mapping[str, int]) -> None:
 
 
 def check_model(data: bytes, sizes: Mapping[str, int]) -> None:
-    """The same for the bytes of a ModelProto."""
+    """Check the bytes of a ModelProto in the same way."""
     model = _message(memoryview(data), MODEL, "the model")
     for opset in model.get(8, ()):
         _operators_of(_text(_message(opset, OPSET, "an opset"), 1))
@@ -158,7 +158,7 @@ def _operators_of(domain: str) -> frozenset[str]:
 
 
 def _message(data: Value, fields: Mapping[int, tuple[int, ...]], what: str) -> Message:
-    """The values of every field, in order."""
+    """Return the values of every field, in order."""
     message: Message = {}
     for count, (number, wire_type, value) in enumerate(_fields(_bytes(data))):
         if count == MAX_VALUES:
@@ -170,7 +170,7 @@ def _message(data: Value, fields: Mapping[int, tuple[int, ...]], what: str) -> M
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, Value]]:
-    """Number, wire type and value of every field: an int for VARINT, else its bytes."""
+    """Yield number, wire type and value of every field: an int for VARINT, else its bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -192,7 +192,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, Value]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """-> the number, of at most 64 bits, and where it ends"""
+    """Return the number, of at most 64 bits, and the position after it."""
     value = 0
     for i, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << 7 * i
@@ -204,7 +204,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _numbers(message: Message, field: int) -> Iterator[int]:
-    """Of a repeated field, packed or not."""
+    """Return the numbers of a repeated field, packed or not."""
     for value in message.get(field, ()):
         if isinstance(value, int):
             yield value
@@ -220,12 +220,12 @@ def _number(message: Message, field: int) -> int:
 
 
 def _texts(message: Message, field: int) -> list[str]:
-    # Bytes that are no UTF-8 stay distinct.
+    # Bytes that are not UTF-8 stay distinct.
     return [str(_bytes(value), "utf-8", "surrogateescape") for value in message.get(field, ())]
 
 
 def _text(message: Message, field: int) -> str:
-    """The last, as protobuf reads a field that occurs twice; empty without any."""
+    """Return the last value, as protobuf does for a field that occurs twice; empty if there is none."""
     return next(reversed(_texts(message, field)), "")
 
 

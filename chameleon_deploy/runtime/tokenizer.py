@@ -31,7 +31,7 @@ def load_tokenizer(file: Path) -> Any:
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of token ids without special tokens. Raises RequestError where `tokenizers` fails or panics."""
+    """Return the text of token ids without special tokens. Raises RequestError if `tokenizers` fails or panics."""
     try:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
     except BaseException as error:
@@ -39,7 +39,7 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 def decode_next(stream: Any, tokenizer: Any, token_id: int) -> str:
-    """What a `DecodeStream` gives for one more token. Raises RequestError as `decode`."""
+    """Return the text of a `DecodeStream` for one more token. Raises RequestError as `decode` does."""
     try:
         return stream.step(tokenizer, token_id) or ""
     except BaseException as error:
@@ -47,14 +47,14 @@ def decode_next(stream: Any, tokenizer: Any, token_id: int) -> str:
 
 
 def _as_request_error(error: BaseException) -> RequestError:
-    """Of a panic too, which is no Exception. What ends the process is raised as it is."""
+    """Return a RequestError for an error or a panic, which is no Exception. What ends the process is raised unchanged."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
         raise error
     return RequestError(f"the tokenizer cannot decode this row: {error}")
 
 
 def _fault(content: Any) -> str | None:
-    """What of a tokenizer.json is not supported; the C++ runtime says the same."""
+    """Return what a tokenizer.json has that is not supported, or None; the C++ runtime says the same."""
     model = content.get("model") or {}
     for part, type_name in (("model", "BPE"), ("decoder", "ByteLevel")):
         if (content.get(part) or {}).get("type") != type_name:
