@@ -97,6 +97,7 @@ class Tab:
         self.send("Browser.grantPermissions", origin=origin, permissions=permissions)
         self.size(1280, 900)
         self.send("Page.navigate", url=url)
+        self.wait(f"location.origin === {json.dumps(origin)} && document.readyState === 'complete'")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol and wait for its answer."""

@@ -73,7 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
             "/v1/clusters": {"object": "list", "data": [
                 {"id": i, "size": 10 + i, "centroid": centroid} for i, centroid in enumerate(centroids())]},
         }  # fmt: skip
-        if self.path == "/metrics":
+        if self.path.startswith("/v1/") and not self._is_allowed():
+            self._error(401, "the API key is missing or wrong")
+        elif self.path == "/metrics":
             done = len(self.server.bodies)
             self._send(200, _METRICS.format(tokens=100 * done, sum=4 * done, count=done).encode(), "text/plain")
         elif self.path in answers:
@@ -85,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.api_key and self.headers.get("Authorization") != f"Bearer {self.server.api_key}":
+        if not self._is_allowed():
             self._error(401, "the API key is missing or wrong")
         elif self.path == "/v1/completions":
             self.server.bodies.append(body)
@@ -95,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(200, _adapted(body["input"]))
         else:
             self._error(404, "no such address")
+
+    def _is_allowed(self) -> bool:
+        return not self.server.api_key or self.headers.get("Authorization") == f"Bearer {self.server.api_key}"
 
     def _complete(self, body: dict[str, Any]) -> None:
         if not body.get("stream"):

@@ -30,6 +30,7 @@ class Running:
 
     server: Server
     service: Service
+    thread: threading.Thread
 
     @property
     def url(self) -> str:
@@ -70,7 +71,7 @@ def running(bundle: Path, **settings: Any) -> Iterator[Running]:
     thread.start()
     try:
         wait_for(lambda: server.started or not thread.is_alive())
-        found = Running(server, service)
+        found = Running(server, service, thread)
         wait_for(lambda: httpx.get(f"{found.url}/health").status_code == 200)
         yield found
     finally:

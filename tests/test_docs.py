@@ -158,7 +158,7 @@ def test_a_page_names_what_exists(page: Path) -> None:
         ("--reference models/wiki --html", "--reference models/wiki --htm", "chameleon_deploy.bench --htm"),
         ("`export` also takes", "`chameleon-deploy exprt` also takes", "chameleon-deploy exprt"),
         ("    make demo ", "    make demmo ", "demmo"),
-        ("After `make demo`", "After `make demmo`", "demmo"),
+        ("after `make demo`", "after `make demmo`", "demmo"),
         ("(docs/results.md)", "(docs/result.md)", "docs/result.md"),
         ("(docs/results.md)", "(docs/results.md#nothing)", "docs/results.md#nothing"),
     ],

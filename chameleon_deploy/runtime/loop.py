@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.errors import ChameleonError, NumericError, RequestError
+from chameleon_deploy.errors import ChameleonError, GraphError, NumericError, RequestError
 from chameleon_deploy.runtime.batch import Batch, Member
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.generation import FinishReason, Token
@@ -156,7 +156,8 @@ def _choosers(members: Sequence[Member], logits: Logits) -> list[Callable[[], Ch
 
 
 def _as_error(error: Exception) -> ChameleonError:
-    if isinstance(error, ChameleonError):
+    # A GraphError is of the whole call, and says nothing of this request.
+    if isinstance(error, ChameleonError) and not isinstance(error, GraphError):
         return error
     wrapped = RequestError(f"the decoder failed in a call that this request was part of: {error}")
     wrapped.__cause__ = error

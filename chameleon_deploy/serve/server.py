@@ -55,15 +55,18 @@ class Server(uvicorn.Server):
             raise self._failure[0]
 
     def stop(self) -> None:
-        """Drain, then end. Safe to call from any thread."""
-        if self._loop is not None:
+        """Drain, then end. Safe to call from any thread; does nothing before the start and after the end."""
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._drain_task is not None or self._loop is None:  # the second signal does not wait
-            self.should_exit = self.force_exit = True
-        else:
+        if self._loop is None:
+            self.should_exit = True
+        elif self._drain_task is None:
             self.stop()
+        else:  # the second signal does not wait
+            self.should_exit = self.force_exit = True
+            self._loop.call_soon_threadsafe(self._loop.run_in_executor, None, self._service.abort)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ class Service:
         """Raises InputError for a file of API keys that cannot be used."""
         self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
         self._served: Served | None = None
-        self._draining = False
+        self._draining = self._aborted = False
         self._requests = 0
 
     def open(self) -> None:
@@ -126,7 +127,23 @@ class Service:
         self._requests -= 1
 
     def drain(self) -> None:
-        """Finish what was accepted, for at most drain_seconds. Blocks."""
+        """Finish what was accepted, for at most drain_seconds, and close the engine. Blocks.
+
+        A second call does nothing.
+        """
+        if self._draining:
+            return
         self._draining = True
+        if self._served is None:
+            return
+        end = time.monotonic() + self.settings.drain_seconds
+        self._served.engine.close(self.settings.drain_seconds)
+        while self._requests and time.monotonic() < end and not self._aborted:  # those that score
+            time.sleep(0.02)
+        self._served.scorer.shutdown(wait=False, cancel_futures=True)
+
+    def abort(self) -> None:
+        """End a drain at once. Blocks until the engine has ended."""
+        self._aborted = True
         if self._served is not None:
-            self._served.engine.close(self.settings.drain_seconds)
+            self._served.engine.close(0)

@@ -38,6 +38,7 @@ from chameleon_deploy.verify.text_checks import check_texts
 BATCH_SIZES = (1, 2, 3, 4, 8, 32)
 # Tokens of a row where 32 rows, or two very unequal ones, run in one call: GPT-2's logits of 512 positions are 103 MB.
 BATCHED, PADDED_TO = 16, 256
+UPDATE = 0.05  # relative difference of the update from the reference's, over all logits of a few texts
 CAUGHT = 0.5  # wrong factors must move logits by at least this share of what they move the reference's
 Rows = Sequence[Sequence[int]]
 
@@ -216,14 +217,40 @@ def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, m
     yield Check(f"mode {mode}: factors, max abs difference", difference, 1e-4)
     logits = list(_row_logits(runtime, rows, ours.factors))
     yield from _check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
+    yield from _check_update(mode, runtime, reference, rows, logits, theirs)
     yield Check(
         f"mode {mode}: scores against logits, max abs difference",
         score_difference(scores, logits) / logit_scale(logits),
         gate.summation_order_tolerance,
     )
-    again = score_rows(rows, runtime.decoder, ours)
+    again = score_rows(rows, runtime.decoder, runtime.adapt(rows, mode=mode, on_device=True, **arguments))
     difference = largest(max_abs(a.token_logprobs, b.token_logprobs) for a, b in zip(scores, again, strict=True))
     yield Check(f"mode {mode}: scores against scores with the factors of adapt", difference, 0)
+
+
+def _check_update(
+    mode: Mode,
+    runtime: Runtime,
+    reference: RowLogits,
+    rows: Rows,
+    logits: list[FloatArray],
+    theirs: ReferenceAdaptation,
+) -> Iterator[Check]:
+    """The update, which is how far a mode's logits lie from those of mode none, is the reference's update.
+
+    Both sides of a subtraction have the errors of one precision, so that a coarse one hides no wrong factors.
+    """
+    base = _row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors)
+    their_base = inference.adapt(reference.checkpoint, rows, "none")
+    squares = [0.0, 0.0]
+    for row, (ids, ours, without) in enumerate(zip(rows, logits, base, strict=True)):
+        expected = (reference(ids, theirs, row) - reference(ids, their_base, row)).double().numpy()
+        squares[0] += float(np.square(ours.astype(np.float64) - without - expected).sum())
+        squares[1] += float(np.square(expected).sum())
+    if squares[1]:
+        yield Check(f"mode {mode}: update, relative difference", math.sqrt(squares[0] / squares[1]), UPDATE)
+    elif mode != "none":
+        yield Check(f"mode {mode}: update, relative difference", 0, None, note="not checked: it changes no logit")
 
 
 def _arguments_of(

@@ -236,6 +236,8 @@ def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
         (["http://127.0.0.1:9"], "input_invalid"),
         (["http://127.0.0.1:9", "--static"], "input_invalid"),
         (["http://"], "input_invalid"),
+        (["http://127.0.0.1:9", "--scenario"], "input_invalid"),
+        (["nowhere", "--scenario", "--rate", "2"], "input_invalid"),
         (["nowhere"], "bundle_not_found"),
         (["nowhere", "--new-tokens", "x"], "input_invalid"),
         (["nowhere", "--rate", "0"], "usage"),

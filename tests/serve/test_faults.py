@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 
+from chameleon_deploy import Sampling
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
@@ -109,9 +110,12 @@ def test_mixed_requests_at_once_are_each_as_if_alone(server: Running) -> None:
     with ThreadPoolExecutor(16) as clients:
         together = list(clients.map(lambda body: server.post("/v1/completions", **body).json()["choices"], bodies))
     for body, choices in zip(bodies, together, strict=True):
-        alone = server.post("/v1/completions", **body).json()["choices"]
-        assert [choice["token_ids"] for choice in choices] == [choice["token_ids"] for choice in alone]
-        assert [choice["text"] for choice in choices] == [choice["text"] for choice in alone]
+        sampling = Sampling(temperature=body["temperature"], seed=body["seed"])
+        alone = server.runtime.generate(
+            [body["prompt"]], max_new_tokens=body["max_tokens"], mode=body["mode"], sampling=[sampling]
+        )[0]
+        assert (choices[0]["token_ids"], choices[0]["text"]) == (alone.token_ids, alone.text)
+        assert len(choices) == body["n"]
 
 
 @pytest.mark.usefixtures("slow")
@@ -301,6 +305,37 @@ def test_what_does_not_end_while_draining_is_told(bundle: Path) -> None:
         whole, stream = (future.result() for future in kept)
         assert (whole.status_code, whole.json()["error"]["code"]) == (503, "closed")
         assert json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "closed"
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_second_signal_does_not_wait(bundle: Path) -> None:
+    with running(bundle, drain_seconds=60) as server, ThreadPoolExecutor(1) as clients, server.http() as http:
+        kept = clients.submit(server.post, "/v1/completions", prompt="The river", n=8, **LONG)
+        wait_for(lambda: running_rows(server) == 8)
+        server.server.handle_exit(15, None)
+        wait_for(lambda: http.get("/health").status_code == 503)
+        started = time.monotonic()
+        server.server.handle_exit(15, None)
+        server.thread.join(60)
+        assert time.monotonic() - started < 1.5  # the request takes two seconds
+        kept.exception()
+
+
+def test_a_drain_waits_for_scores(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chameleon_deploy.serve import scoring
+
+    score_row = scoring._score_row
+
+    def slow_row(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return score_row(*arguments)
+
+    monkeypatch.setattr(scoring, "_score_row", slow_row)
+    with running(bundle) as server, ThreadPoolExecutor(1) as clients:
+        kept = clients.submit(server.post, "/v1/score", input=["The river", "A town"])
+        wait_for(lambda: server.service._requests == 1)
+        server.server.stop()
+        assert len(kept.result().json()["data"]) == 2
 
 
 def test_nothing_is_left_over(bundle: Path) -> None:

@@ -271,14 +271,18 @@ def test_errors_are_shown(stub: CompletionServer, tab: Tab, fault: dict[str, Any
     assert tab.text("#error") == ""
 
 
-def test_an_api_key_is_sent_and_not_kept(stub: CompletionServer, tab: Tab) -> None:
+def test_an_api_key_is_asked_for_sent_and_not_kept(stub: CompletionServer, tmp_path: Path) -> None:
     stub.api_key = "k"
-    tab.value("document.querySelector('details').open = true")
-    tab.click("#key")
-    tab.write("#key", "k")
-    generate(tab)
-    tab.wait(DONE)
-    assert tab.value("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    with open_tab(find_chromium(), f"{stub.url}/", tmp_path) as tab:
+        tab.wait("document.querySelector('#error').textContent.startsWith('401')")
+        assert tab.value("document.querySelector('#more').open")
+        tab.click("#key")
+        tab.write("#key", "k")
+        tab.key("Tab")
+        tab.wait("document.querySelector('#model').options.length && document.querySelector('#error').hidden")
+        generate(tab)
+        tab.wait(DONE)
+        assert tab.value("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
 def test_a_server_that_is_gone(stub: CompletionServer, tab: Tab) -> None:

@@ -75,6 +75,9 @@ def main(
     is_url = target.startswith(("http://", "https://"))
     if is_url and (static or scenario):
         raise InputError("--static and --scenario run in this process: pass a bundle, not a URL")
+    if scenario and (static or rate or prompts or model or html_file or temperature):
+        raise InputError("--scenario decides what it sends and how: leave out --static, --rate, --prompts, --model, "
+                         "--temperature and --html")  # fmt: skip
     runtime = None if is_url else chameleon_deploy.load(target, threads=threads)
     if scenario and runtime:
         plan = comparison.Plan(rows, prefill_tokens, lengths[0][1], lengths[1][1], parse_range(ragged),

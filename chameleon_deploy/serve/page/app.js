@@ -18,7 +18,12 @@ let running = null; // AbortController of the streams that are being read
 
 // --- talking to the server
 
-class ServerError extends Error {}
+class ServerError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
 
 async function call(path, body, signal) {
   const headers = {};
@@ -41,11 +46,12 @@ async function refusal(response) {
   try {
     return serverError(JSON.parse(text).error, response.status);
   } catch {
-    return new ServerError(`status ${response.status}: ${text.slice(0, 300)}`);
+    return new ServerError(`status ${response.status}: ${text.slice(0, 300)}`, response.status);
   }
 }
 
-const serverError = (error, status) => new ServerError([status, error.code, error.message].filter(Boolean).join(": "));
+const serverError = (error, status) =>
+  new ServerError([status, error.code, error.message].filter(Boolean).join(": "), status);
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -440,6 +446,7 @@ async function load() {
     await loadModels();
     showError();
   } catch (error) {
+    if (error.status === 401) $("more").open = true; // the key is asked for there
     return showError(error.message);
   }
   await loadClusters().catch(showMapError);
