@@ -47,7 +47,7 @@ def decode_next(stream: Any, tokenizer: Any, token_id: int) -> str:
 
 
 def _as_request_error(error: BaseException) -> RequestError:
-    """Return a RequestError for an error or a panic, which is no Exception. What ends the process is raised unchanged."""
+    """Return a RequestError for an error or a panic, which is no Exception. Errors that end the process pass."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
         raise error
     return RequestError(f"the tokenizer cannot decode this row: {error}")
