@@ -229,11 +229,12 @@ def test_a_row_that_cannot_be_cancelled_is_seen(runtime: Runtime, monkeypatch: p
         test_a_cancelled_row_is_gone_within_one_iteration(runtime, 0)
 
 
-def test_a_cancelled_stream_keeps_what_it_has(engine: Engine) -> None:
-    stream = engine.submit(prompts_of(5), max_new_tokens=LONG, mode="none", sampling=Sampling(ignore_eos=True))
-    tokens = [next(stream) for _ in range(3)]
-    stream.cancel()
-    tokens += list(stream)
+def test_a_cancelled_stream_keeps_what_it_has(runtime: Runtime) -> None:
+    with Engine(runtime, observe=lambda iteration: time.sleep(0.02)) as engine:  # slower than this thread
+        stream = engine.submit(prompts_of(5), max_new_tokens=LONG, mode="none", sampling=Sampling(ignore_eos=True))
+        tokens = [next(stream) for _ in range(3)]
+        stream.cancel()
+        tokens += list(stream)
     assert tokens[-1].generation is not None
     generation = stream.result(0)[0]
     assert generation is tokens[-1].generation
@@ -447,9 +448,9 @@ def test_factors_that_cannot_be_made_end_their_own_request(
 def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(runtime, rows=2)
     monkeypatch.setattr(ContinuousBatch, "drop", lambda self, gone: 1 / 0)
-    streams = [engine.submit(prompts_of(5), mode="none") for _ in range(5)]
-    errors = [stream.result(60)[0].error for stream in streams]
-    assert isinstance(errors[-1], RequestError)
+    generations = engine.submit(prompts_of(5, 5, 5, 5, 5), mode="none").result(60)
+    assert len(generations) == 5
+    assert isinstance(generations[-1].error, RequestError)
     with pytest.raises(ClosedError):
         engine.submit(prompts_of(5))
     engine.close()
