@@ -211,7 +211,7 @@ class AdaptResponse(Struct, kw_only=True):
 
 
 class Cluster(Struct, kw_only=True):
-    """size counts the prompts that were completed since the server started."""
+    """size counts the prompts that were accepted since the server started."""
 
     id: int
     size: int
