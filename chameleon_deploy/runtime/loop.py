@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from chameleon_deploy.errors import ChameleonError, RequestError
+from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
 from chameleon_deploy.runtime.batch import Batch, Member
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.generation import FinishReason, Token, choosers
@@ -142,7 +142,8 @@ class Loop:
 
 
 def _as_error(error: Exception) -> ChameleonError:
-    if isinstance(error, ChameleonError):
+    # A graph that fails is no fault of the request: its caller learns that the call failed.
+    if isinstance(error, ChameleonError) and not isinstance(error, GraphError):
         return error
     wrapped = RequestError(f"the decoder failed in a call that this request was part of: {error}")
     wrapped.__cause__ = error
