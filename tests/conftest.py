@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
@@ -60,7 +60,9 @@ def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def checkpoint_around(config: Any, num_clusters: int = 2) -> Checkpoint:
     """A checkpoint of random weights in memory, for a base of any configuration; its tokenizer is empty."""
     torch.manual_seed(0)
-    trunk = trunk_from(transformers.AutoModelForCausalLM.from_config(config), Tokenizer(models.BPE()))
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trunk = trunk_from(transformers.AutoModelForCausalLM.from_config(config), tokenizer)
     about = CheckpointConfig(regime="chameleon", base_model=".", rank=2, hidden_sizes=(8, 4), num_clusters=num_clusters)
     factors = build_factors(about, config.hidden_size, config.vocab_size).eval().requires_grad_(False)
     centroids = torch.nn.functional.normalize(torch.randn(num_clusters, config.hidden_size), dim=1)

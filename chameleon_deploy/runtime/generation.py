@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.bundle import IntArray, ModelSpec
-from chameleon_deploy.errors import ChameleonError, InputError
+from chameleon_deploy.errors import ChameleonError, InputError, NumericError
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import token_limits
+from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from chameleon_deploy.runtime.tokenizer import decode, decode_next
 
-# Reasons after the first two come from an Engine only.
+# An Engine gives every reason; Runtime.generate the first two, and "error" where it is asked to.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+OnError = Literal["raise", "row"]
 
 
 @dataclass(frozen=True)
@@ -166,25 +170,32 @@ def begin_rows(
 
 
 def stream_tokens(
-    rows: list[Row], decoder: Decoder, factors: RowFactors, tokenizer: Any, eos_token_id: int
+    rows: list[Row],
+    decoder: Decoder,
+    factors: RowFactors,
+    tokenizer: Any,
+    eos_token_id: int,
+    errors: OnError = "raise",
 ) -> Iterator[Token]:
     """Yield the tokens of all rows, step by step; within a step in the order of the rows.
 
     factors       of the rows, in the decoder's memory
     eos_token_id  ends a row; -1 ends none
+    errors        "row" ends a row whose logits are not finite or whose tokens cannot be decoded; the others continue
 
-    Raises NumericError for logits that are not finite.
+    Raises NumericError for logits that are not finite, RequestError for tokens that cannot be decoded, GraphError.
     """
     capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
     logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
     while True:
         going, chosen = [], []
-        if all(row.sampler.is_argmax for row in rows):
-            choices = map(Choice, logits.greedy().tolist())  # only the chosen ids are copied from a device
-        else:
-            choices = map(Sampler.choose, (row.sampler for row in rows), np.asarray(logits))
-        for i, (row, choice) in enumerate(zip(rows, choices, strict=True)):
-            token = row.append(choice, tokenizer, eos_token_id)
+        for i, (row, choose) in enumerate(zip(rows, choosers([row.sampler for row in rows], logits), strict=True)):
+            try:
+                token = row.append(choose(), tokenizer, eos_token_id)
+            except ChameleonError as error:
+                if errors == "raise":
+                    raise
+                token = row.end("error", error)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)
@@ -195,3 +206,12 @@ def stream_tokens(
             kept = np.array(going)
             cache, factors, rows = decoder.select(cache, kept), factors.rows(kept), [rows[i] for i in going]
         logits = decoder.step(np.array(chosen, np.int64), factors, cache)
+
+
+def choosers(samplers: Sequence[Sampler], logits: Logits) -> list[Callable[[], Choice]]:
+    """Of each row what chooses its next token, or raises NumericError."""
+    if all(sampler.is_argmax for sampler in samplers):  # nothing but the chosen ids leaves a device
+        with contextlib.suppress(NumericError):  # of some row: find out below whose
+            return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]
+    values = np.asarray(logits)
+    return [partial(sampler.choose, values[i]) for i, sampler in enumerate(samplers)]

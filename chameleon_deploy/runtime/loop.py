@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from chameleon_deploy.errors import ChameleonError, GraphError, NumericError, RequestError
+from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
 from chameleon_deploy.runtime.batch import Batch, Member
 from chameleon_deploy.runtime.factor_table import FactorTable
-from chameleon_deploy.runtime.generation import FinishReason, Token
+from chameleon_deploy.runtime.generation import FinishReason, Token, choosers
 from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
-from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.schedule import take_next
 from chameleon_deploy.runtime.stream import Stream
@@ -113,7 +108,7 @@ class Loop:
             self._end_all(self.batch.to_step(), error)
             return
         self._report.step = time.perf_counter() - started
-        for member, choose in zip(members, _choosers(members, logits), strict=True):
+        for member, choose in zip(members, choosers([member.row.sampler for member in members], logits), strict=True):
             try:
                 self._append(member, choose)
             except Exception as error:
@@ -146,17 +141,8 @@ class Loop:
         self._report.finished.append(finished)
 
 
-def _choosers(members: Sequence[Member], logits: Logits) -> list[Callable[[], Choice]]:
-    """Return for each member a function that chooses its next token, or raises."""
-    if all(member.row.sampler.is_argmax for member in members):
-        with contextlib.suppress(NumericError):  # some row is not finite: find out below which
-            return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]
-    values = np.asarray(logits)
-    return [partial(member.row.sampler.choose, values[i]) for i, member in enumerate(members)]
-
-
 def _as_error(error: Exception) -> ChameleonError:
-    # A GraphError is of the whole call, and says nothing of this request.
+    # A graph that fails is no fault of the request: its caller learns that the call failed.
     if isinstance(error, ChameleonError) and not isinstance(error, GraphError):
         return error
     wrapped = RequestError(f"the decoder failed in a call that this request was part of: {error}")

@@ -11,13 +11,13 @@ from typing import get_args
 import numpy as np
 
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
-from chameleon_deploy.errors import ModeError
+from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
-from chameleon_deploy.runtime.generation import Generation, Token, begin_rows, stream_tokens
+from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
@@ -136,12 +136,17 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        errors: OnError = "raise",
     ) -> list[Generation]:
-        """Continue every prompt. Arguments as in `stream`."""
+        """Continue every prompt. Other arguments as in `stream`.
+
+        errors  of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" raises the first and
+                ends the batch; "row" ends that row alone, with finish_reason "error" and its Generation.error
+        """
+        if errors not in get_args(OnError):
+            raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
-        for token in self.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, mode=mode, tenants=tenants, factors=factors
-        ):
+        for token in self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, errors, is_shown=False):
             if token.generation is not None:
                 finished[token.row] = token.generation
         return [finished[row] for row in range(len(finished))]
@@ -166,10 +171,23 @@ class Runtime:
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        rows = self.encode(prompts)
+        return self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, "raise", is_shown=True)
+
+    def _tokens(
+        self,
+        prompts: Texts,
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        mode: Mode | None,
+        tenants: Sequence[Hashable] | None,
+        factors: Factors | None,
+        errors: OnError,
+        is_shown: bool,
+    ) -> Iterator[Token]:
+        rows, model = self.encode(prompts), self.manifest.model
         adaptation = self._adapt(rows, mode, tenants, factors)
-        active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, self.manifest.model)
-        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, self.manifest.model.eos_token_id)
+        active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
+        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, model.eos_token_id, errors)
 
     def check_unchanged(self) -> None:
         """Check that the bundle's files are those that were loaded, by size, modification time and inode.

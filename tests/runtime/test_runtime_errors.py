@@ -10,11 +10,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from chameleon_deploy import Runtime
+from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import GraphError, LengthError, TensorError
+from chameleon_deploy.errors import (
+    GraphError,
+    InputError,
+    LengthError,
+    ManifestError,
+    NumericError,
+    RequestError,
+    TensorError,
+)
+from chameleon_deploy.runtime import generation
+from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.damage import reseal
 from tests.shared_data import good_bundle
 
@@ -92,3 +104,98 @@ def test_a_directory_that_may_not_be_read() -> None:
         found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
         path.chmod(0o700)
     assert "cannot read" in found.stdout, found.stderr
+
+
+class _Tokenizer:
+    """A tokenizer that panics at one token: pyo3's PanicException is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def __init__(self, tokenizer: Any, bad: int) -> None:
+        self._tokenizer, self._bad = tokenizer, bad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        if self._bad in token_ids:
+            raise self.PanicException("index out of bounds")
+        return str(self._tokenizer.decode(token_ids, **options))
+
+
+class _Stream:
+    """A DecodeStream, which takes no tokenizer but the real one, for a `_Tokenizer`."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def step(self, tokenizer: _Tokenizer, token_id: int) -> str:
+        return tokenizer.decode([token_id])
+
+
+def test_a_tokenizer_that_panics_ends_its_row_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[1, 2, 3], [7, 8], [9]]
+    right = runtime.generate(prompts, max_new_tokens=3, mode="request")
+    bad = right[1].token_ids[1]
+    monkeypatch.setattr(runtime, "tokenizer", _Tokenizer(runtime.tokenizer, bad))
+    found = runtime.generate(prompts, max_new_tokens=3, mode="request", errors="row")
+    for before, after in zip(right, found, strict=True):
+        if bad in before.token_ids:
+            assert (after.finish_reason, type(after.error)) == ("error", RequestError)
+        else:
+            assert after == before
+    with pytest.raises(RequestError, match="cannot decode"):
+        runtime.generate(prompts, max_new_tokens=3, mode="request")
+    monkeypatch.setattr(generation, "DecodeStream", _Stream)
+    with Engine(runtime, rows=4) as engine:
+        streamed = engine.submit(prompts, max_new_tokens=3, mode="request").result(60)
+    assert [g.finish_reason for g in streamed] == [g.finish_reason for g in found]
+
+
+def test_logits_that_are_not_finite_end_their_row_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[1, 2, 3], [7, 8], [9]]
+    right = runtime.generate(prompts, max_new_tokens=4, mode="request")
+    step = runtime.decoder.step
+
+    def broken(token_ids: Any, factors: Any, cache: Any) -> Any:
+        values = np.array(step(token_ids, factors, cache))
+        if len(values) == len(prompts):
+            values[1] = np.nan
+        return HostLogits(values)
+
+    monkeypatch.setattr(runtime.decoder, "step", broken)
+    for sampling in (Sampling(), Sampling(top_k=1, temperature=1.0)):
+        found = runtime.generate(prompts, max_new_tokens=4, mode="request", errors="row", sampling=sampling)
+        assert [found[0], found[2]] == [right[0], right[2]]
+        assert found[1].finish_reason == "error"
+        assert isinstance(found[1].error, NumericError)
+        assert found[1].token_ids == right[1].token_ids[:1]
+    with pytest.raises(NumericError):
+        runtime.generate(prompts, max_new_tokens=4, mode="request")
+    with pytest.raises(InputError, match="errors must be"):
+        runtime.generate(prompts, errors="ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "type"), "WordPiece", "model is not of type BPE"),
+        (("decoder", "type"), "ByteFallback", "decoder is not of type ByteLevel"),
+        (("normalizer",), {"type": "NFC"}, "normalizer is not supported"),
+        (("model", "byte_fallback"), True, r"model\.byte_fallback is not supported"),
+        (("model", "unk_token"), "?", r"model\.unk_token is not supported"),
+        (("pre_tokenizer",), {"type": "Whitespace"}, "pre_tokenizer is neither"),
+        (("pre_tokenizer", "use_regex"), False, "use_regex=false"),
+    ],
+)
+def test_a_tokenizer_that_the_other_runtime_refuses(path: Any, value: Any, message: str, tmp_path: Path) -> None:
+    content = json.loads((good_bundle("lora_masked") / "tokenizer.json").read_text())
+    *parents, last = path
+    place = content
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=message):
+        load_tokenizer(tmp_path / "tokenizer.json")
