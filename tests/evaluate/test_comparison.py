@@ -300,7 +300,7 @@ def test_a_work_directory_holds_one_experiment_and_one_process(
     )  # fmt: skip
     assert holder.stdout
     holder.stdout.readline()
-    with pytest.raises(OutputError, match="another process is at work"):
+    with pytest.raises(OutputError, match="another process works in"):
         run(mini, work)
     holder.communicate(b"")
     assert run(mini, work) == finished[1]
