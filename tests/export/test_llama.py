@@ -84,7 +84,7 @@ def greedy(checkpoint: Checkpoint, prompt: list[int], row: int, steps: int) -> l
 
 
 def _without_rotation(op: Any, x: Any, dim: int, cos: Any, sin: Any) -> Any:
-    return op.Identity(x)
+    return op.Mul(x, op.Constant(value_float=1.0))
 
 
 def _interleaved(op: Any, x: Any, times: int, heads: int, dim: int) -> Any:
