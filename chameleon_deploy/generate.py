@@ -43,6 +43,9 @@ def main(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
 ) -> None:
     """Continue prompts. They form one batch, which the cohort and tenant modes adapt to as a whole."""
@@ -53,7 +56,7 @@ def main(
         temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()), presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, logit_bias=dict(map(_bias, logit_bias or ())), logprobs=logprobs,
     )  # fmt: skip
-    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
     if as_json:

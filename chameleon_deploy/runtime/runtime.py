@@ -12,6 +12,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
 from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.provenance import TrustedKeys
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.backend import Backend
@@ -31,6 +32,7 @@ def load(
     mode: Mode | None = None,
     threads: int | None = None,
     share_weights: bool = False,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Runtime:
     """Open a bundle and make it ready to run.
 
@@ -40,13 +42,15 @@ def load(
     threads        threads of ONNX Runtime within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
                    processes which load the bundle this way share one copy. The first of them writes the file.
+    trusted_keys   PEM files of Ed25519 public keys: a bundle that none of them signed raises SignatureError; None
+                   accepts any bundle. Needs the package `cryptography`.
 
     Raises a ChameleonError. Every file is checked before anything runs. An unavailable provider raises ProviderError or
     DependencyError, which says what is missing.
     """
     check_provider(provider)
     check_threads(threads)
-    bundle = start_opening(checked_path(path))
+    bundle = start_opening(checked_path(path), trusted_keys)
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:

@@ -7,6 +7,7 @@
 #include "factors.h"
 #include "mapped_file.h"
 #include "onnx_operators.h"
+#include "provenance.h"
 #include "safetensors.h"
 
 namespace chameleon {
@@ -26,6 +27,7 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
       throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
     }
     const std::string name = entry.filename().string();
+    if (name == kSignature && fs::is_regular_file(entry)) continue;  // it cannot be listed in what it signs
     if (name != kManifest && !manifest.files.contains(name)) {
       throw UnknownFileError(entry.string() + " is not listed in bundle.json: remove it or export again");
     }
@@ -102,7 +104,7 @@ const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider)
   return *best;
 }
 
-Bundle open_bundle(const fs::path& path) try {
+Bundle open_bundle(const fs::path& path, const TrustedKeys& trusted_keys) try {
   if (!fs::is_directory(path)) {
     throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
   }
@@ -110,6 +112,8 @@ Bundle open_bundle(const fs::path& path) try {
     throw BundleNotFoundError(path.string() + " has no bundle.json: it is not a bundle");
   }
   const MappedFile raw(path / kManifest);
+  // Checked first: what no trusted key signed is not even parsed.
+  if (trusted_keys) check_signature(raw.bytes(), path / kSignature, *trusted_keys);
   Bundle bundle;
   bundle.path = path;
   bundle.manifest = parse_manifest(raw.text(), path / kManifest);

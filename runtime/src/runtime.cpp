@@ -104,7 +104,7 @@ struct Runtime::Impl {
 };
 
 Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options)
-    : bundle(open_bundle(path)),
+    : bundle(open_bundle(path, options.trusted_keys)),
       tokenizer(load_tokenizer(bundle)),
       mode(options.mode.value_or(default_mode(bundle.manifest.adaptation))) {
   open_decoder(options);
