@@ -149,7 +149,8 @@ def signature_cases() -> dict[str, list[dict[str, Any]]]:
     case("not_parsed_first", "signature_invalid", right, ["a"], {"do": "truncate", "file": "bundle.json", "size": 99})
     case("file_changed", "digest_mismatch", right, ["a"], {"do": "flip", "file": "weights.bin", "offset": 1000})
     for name, signature in {
-        "empty": b"", "short": right[:-1], "long": right + b"\0", "zero": bytes(64), "flipped": bytes([right[0] ^ 1]) + right[1:],
+        "empty": b"", "short": right[:-1], "long": right + b"\0", "zero": bytes(64),
+        "flipped": bytes([right[0] ^ 1]) + right[1:],
         "flipped_at_the_end": right[:-1] + bytes([right[-1] ^ 1]), "scalar_too_large": larger,
         "hexadecimal": right.hex().encode(),
     }.items():  # fmt: skip

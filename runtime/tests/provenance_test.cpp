@@ -23,8 +23,7 @@ TEST_P(Signatures, AreAcceptedOrRefusedWithTheirCode) {
   LoadOptions options;
   if (!given.at("trusted").is_null()) {
     options.trusted_keys.emplace();
-    for (const Json& name : given.at("trusted"))
-      options.trusted_keys->push_back(keys.path() / name.get<std::string>());
+    for (const Json& name : given.at("trusted")) options.trusted_keys->push_back(keys.path() / name.get<std::string>());
   }
   std::string code;
   try {

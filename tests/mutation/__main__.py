@@ -18,7 +18,9 @@ from tests.mutation.trial import import_heavy, is_killed, record
 ROOT = Path(__file__).parents[2]
 # Each module with the few tests that are meant to hold it.
 TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py", "tests/contract/test_unchanged.py"),
+    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py",
+               "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
+    "provenance": ("tests/contract/test_provenance.py",),
     "manifest": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py"),
     "signature": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py"),
     "runtime.adaptation": ("tests/contract/test_shared_data.py", "tests/runtime/test_runtime.py"),
