@@ -1,5 +1,6 @@
 # `make demo` runs the tiny model from checkpoint to text, `make serve` serves it over HTTP, `make test` runs every check of the Python side.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
+# `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -21,6 +22,9 @@ test: .venv/ready
 	$(BIN)/python -m pytest --ignore tests/export/test_tensorrt.py
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
 
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutation
+
 cpp: .venv/ready
 	.ci/cpp
 
@@ -30,4 +34,4 @@ cpp: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: cpp demo serve test
+.PHONY: cpp demo mutants serve test

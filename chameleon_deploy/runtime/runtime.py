@@ -76,7 +76,7 @@ class Runtime:
         """
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
+        self.mode: Mode = default_mode(bundle.manifest.adaptation) if mode is None else mode
         self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
@@ -147,7 +147,7 @@ class Runtime:
         errors  of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" raises the first and
                 ends the batch; "row" ends that row alone, with finish_reason "error" and its Generation.error
         """
-        if errors not in get_args(OnError):
+        if not isinstance(errors, str) or errors not in get_args(OnError):
             raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
         for token in self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, errors, is_shown=False):
@@ -232,7 +232,7 @@ class Runtime:
         self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
     ) -> Mode:
         """Return the mode of a call. Raises ModeError or InputError."""
-        mode = mode or self.mode
+        mode = self.mode if mode is None else mode
         self._check_mode(mode)
         adapting.check_tenants(mode, tenants, batch)
         if factors is not None and mode != "static":
@@ -285,8 +285,8 @@ class Runtime:
         return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
-        if mode not in get_args(Mode):
-            raise ModeError(f"{mode!r} is not a mode: choose one of {', '.join(get_args(Mode))}")
+        if not isinstance(mode, str) or mode not in get_args(Mode):
+            raise ModeError(f"{mode!r:.40} is not a mode: choose one of {', '.join(get_args(Mode))}")
         available = self.manifest.adaptation.modes
         if mode not in available:
             raise ModeError(
