@@ -17,22 +17,24 @@ from tests.mutation.trial import import_heavy, is_killed, record
 
 ROOT = Path(__file__).parents[2]
 # Each module with the few tests that are meant to hold it.
+CONTRACT = "tests/contract/test_shared_data.py"
+HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
 TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py",
-               "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
+    "bundle": ("tests/contract/test_bundle.py", HOSTILE, "tests/contract/test_unchanged.py",
+               "tests/contract/test_provenance.py"),
+    "manifest": ("tests/contract/test_bundle.py", HOSTILE),
+    "signature": ("tests/contract/test_bundle.py", HOSTILE),
     "provenance": ("tests/contract/test_provenance.py",),
-    "manifest": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py"),
-    "signature": ("tests/contract/test_bundle.py", "tests/contract/test_shared_data.py"),
-    "runtime.adaptation": ("tests/contract/test_shared_data.py", "tests/runtime/test_runtime.py"),
-    "runtime.factors": ("tests/contract/test_shared_data.py", "tests/runtime/test_runtime.py"),
-    "runtime.sampling": ("tests/contract/test_shared_data.py", "tests/runtime/test_sampling.py"),
-    "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_runtime_errors.py"),
-    "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_runtime.py"),
-    "runtime.tokenizer": ("tests/contract/test_shared_data.py", "tests/runtime/test_runtime_errors.py"),
-    "runtime.generation": ("tests/contract/test_shared_data.py", "tests/runtime/test_generation.py"),
-    "verify.gates": ("tests/verify/test_checks.py", "tests/verify/test_gates.py"),
-    "verify.logit_figures": ("tests/verify/test_checks.py",),
+    "verify.gates": ("tests/verify/test_gates.py", "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
     "verify.checks": ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py"),
+    "verify.logit_figures": ("tests/verify/test_checks.py",),
+    "runtime.adaptation": (GOLDEN, "tests/runtime/test_adaptation.py", "tests/runtime/test_inputs.py"),
+    "runtime.factors": (GOLDEN, "tests/runtime/test_runtime.py", "tests/runtime/test_types.py"),
+    "runtime.sampling": (CONTRACT, "tests/runtime/test_sampling.py"),
+    "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"),
+    "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_types.py", "tests/runtime/test_runtime.py"),
+    "runtime.tokenizer": (HOSTILE, "tests/runtime/test_runtime_errors.py"),
+    "runtime.generation": (GOLDEN, "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py"),
     "evaluate.experiment": ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py"),
 }  # fmt: skip
 
