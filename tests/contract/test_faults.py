@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import find_program
 from tests.conftest import REPOSITORY
 
 POINTS = int(os.environ.get("CHAMELEON_EXAMPLES", "16"))
@@ -23,7 +24,8 @@ POINTS = int(os.environ.get("CHAMELEON_EXAMPLES", "16"))
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("shim") / "faults.so"
     source = REPOSITORY / "tests" / "faults.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+    gcc = find_program("gcc", install="apt-get install gcc libc6-dev")
+    subprocess.run([gcc, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
     return library
 
 

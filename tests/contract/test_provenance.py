@@ -15,6 +15,7 @@ import chameleon_deploy
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError, DependencyError, InputError
 from chameleon_deploy.provenance import SIGNATURE, read_signing_key
+from tests.browser import find_program
 from tests.commands import run
 from tests.shared_data import good_bundle, read, signed_bundle
 
@@ -22,7 +23,8 @@ GOOD = good_bundle("lora_masked")
 
 
 def openssl(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True, check=False)
+    program = find_program("openssl", install="apt-get install openssl")
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pytest
 
 from tests.cpp.c_interface import BUILD
 from tests.mutated_bundles import mutate
+from tests.open_bundles import resident
 from tests.shared_data import good_bundle
 
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "150"))
@@ -87,6 +88,13 @@ def test_what_hangs_or_ends_is_noticed(tmp_path: Path) -> None:
         finally:
             worker._process.kill()
             worker.close()
+
+
+def test_memory_that_was_given_back_is_counted() -> None:
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    assert len(bytearray(MORE_BYTES) + b"x") > MORE_BYTES  # a copy, so that every page is written
+    assert resident("VmHWM") - before > MORE_BYTES
 
 
 def test_mutated_bundles(workers: dict[str, Worker], tmp_path: Path) -> None:

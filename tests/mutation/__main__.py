@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
 TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle.py", HOSTILE, "tests/contract/test_unchanged.py",
+    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_manifest.py", HOSTILE, "tests/contract/test_unchanged.py",
                "tests/contract/test_provenance.py"),
-    "manifest": ("tests/contract/test_bundle.py", HOSTILE),
-    "signature": ("tests/contract/test_bundle.py", HOSTILE),
+    "manifest": ("tests/contract/test_manifest.py", HOSTILE),
+    "signature": (HOSTILE, "tests/contract/test_bundle.py"),
     "provenance": ("tests/contract/test_provenance.py",),
-    "verify.gates": ("tests/verify/test_gates.py", "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
+    "verify.gates": ("tests/verify/test_gates.py",
+                     "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
     "verify.checks": ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py"),
     "verify.logit_figures": ("tests/verify/test_checks.py",),
     "runtime.adaptation": (GOLDEN, "tests/runtime/test_adaptation.py", "tests/runtime/test_inputs.py"),
