@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 CONTRACT = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
 TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_manifest.py", HOSTILE, "tests/contract/test_unchanged.py",
-               "tests/contract/test_provenance.py"),
+    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_manifest.py", HOSTILE,
+               "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
     "manifest": ("tests/contract/test_manifest.py", HOSTILE),
     "signature": (HOSTILE, "tests/contract/test_bundle.py"),
     "provenance": ("tests/contract/test_provenance.py",),
