@@ -49,9 +49,9 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
 def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
     """Return each row's limit of new tokens, from one number or one per row. Raises InputError."""
     if is_sequence(max_new_tokens):
-        limits = [_integer("max_new_tokens", value) for value in max_new_tokens]
+        limits = [integer("max_new_tokens", value) for value in max_new_tokens]
     else:
-        limits = [_integer("max_new_tokens", max_new_tokens)] * batch
+        limits = [integer("max_new_tokens", max_new_tokens)] * batch
     if len(limits) != batch:
         raise InputError(f"{len(limits)} values of max_new_tokens for {batch} prompts: pass one, or one per prompt")
     if min(limits) < 1:
@@ -71,7 +71,7 @@ def check_threads(threads: int | None) -> int | None:
     """Return the number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
     if threads is None:
         return None
-    count = _integer("threads", threads)
+    count = integer("threads", threads)
     if not 1 <= count <= MAX_THREADS:
         raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core")
     return count
@@ -79,7 +79,7 @@ def check_threads(threads: int | None) -> int | None:
 
 def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     """Return an argument that must be an integer from `least` to `most`. Raises InputError."""
-    number = _integer(name, value)
+    number = integer(name, value)
     if not least <= number <= most:
         raise InputError(f"{name} must be an integer from {least} to {most}, got {number}")
     return number
@@ -99,7 +99,8 @@ def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """Return an integer argument. Raises InputError for another type."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
