@@ -19,7 +19,7 @@ from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, integer
 from chameleon_deploy.runtime.prompt_lookup import stream_speculated
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
@@ -204,7 +204,7 @@ class Runtime:
         adaptation = self._adapt(rows, mode, tenants, factors)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
         decode = partial(stream_speculated, draft_tokens=prompt_lookup_num_tokens)
-        return (decode if prompt_lookup_num_tokens else stream_tokens)(
+        return (decode if integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) else stream_tokens)(
             active, decoder=self.decoder, factors=adaptation.factors, tokenizer=self.tokenizer,
             eos_token_id=model.eos_token_id, errors=errors,
         )  # fmt: skip

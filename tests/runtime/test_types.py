@@ -72,7 +72,7 @@ def test_adaptation(method: str, name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: call(TEXTS, **{"mode": mode, name: value}), values) == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "errors"])
+@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "errors", "prompt_lookup_num_tokens"])
 def test_generate(name: str, runtime: Runtime) -> None:
     arguments = {"prompts": TEXTS, "max_new_tokens": 1}
     values = WRONG + tuple([value] * 2 for value in WRONG)
