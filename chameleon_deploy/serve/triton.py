@@ -12,13 +12,13 @@ import secrets
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import triton_python_backend_utils as triton  # part of tritonserver
 
 import chameleon_deploy
-from chameleon_deploy.bundle import default_mode
+from chameleon_deploy.bundle import Mode, default_mode
 from chameleon_deploy.errors import (
     ChameleonError,
     ClosedError,
@@ -49,7 +49,7 @@ class Model:
         path = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         runtime = chameleon_deploy.load(path, threads=int(given["threads"]), share_weights=True)
         modes = runtime.manifest.adaptation.modes
-        self._mode = "centroid" if "centroid" in modes else default_mode(runtime.manifest.adaptation)
+        self._mode: Mode = "centroid" if "centroid" in modes else default_mode(runtime.manifest.adaptation)
         self._engine = Engine(runtime, rows=int(given["rows"]), max_waiting=int(given["max_waiting"]))
         self._active: dict[Stream, Any] = {}  # the sender of each request's responses
         self._loop = asyncio.new_event_loop()
@@ -87,7 +87,7 @@ class Model:
             texts["text_input"],
             max_new_tokens=values["max_tokens"][0] if values.get("max_tokens") else 16,
             sampling=sampling,
-            mode=(texts["mode"] or [self._mode])[0],  # checked by the engine
+            mode=cast(Mode, texts["mode"][0]) if texts["mode"] else self._mode,  # the engine checks it
         )
 
     async def _respond(self, stream: Stream, sender: Any) -> None:
