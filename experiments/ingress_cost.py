@@ -1,4 +1,4 @@
-"""What a token costs on its way out of a Ray cluster: processor time of Ray's proxy, of the ingress and of the replicas.
+"""The cost of a token on its way out of a Ray cluster: processor time of Ray's proxy, the ingress and the replicas.
 
     python experiments/ingress_cost.py http://127.0.0.1:8000 --streams 32
 
