@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from chameleon_deploy import local_cache
@@ -41,7 +41,7 @@ MB = 1_000_000
 _log = logging.getLogger(__name__)
 
 
-def is_url(path: object) -> bool:
+def is_url(path: object) -> TypeGuard[str]:
     """Return whether a bundle's path is a URL."""
     return isinstance(path, str) and "://" in path
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from chameleon_deploy import remote
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.errors import ChameleonError, InputError
 from chameleon_deploy.runtime.adaptation import assign, embed
 from chameleon_deploy.runtime.inputs import encode
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
@@ -26,7 +26,9 @@ class Affinity:
     """The keys of one kind of routing. A request that a replica will refuse has none: any replica may refuse it."""
 
     def __init__(self, routing: Routing, bundle: str, api_keys: Path | None) -> None:
-        """Raises a ChameleonError."""
+        """Raises a ChameleonError, among them InputError for a routing whose keys nothing would have."""
+        if routing == "tenant" and api_keys is None:
+            raise InputError("routing by tenant needs api_keys: a tenant is known by its API key")
         self._routing, self._keys = routing, Keys(api_keys)
         self._cluster_of = _clusters(bundle) if routing == "cluster" else None
 
@@ -56,6 +58,8 @@ def _clusters(path: str) -> Callable[[bytes], str | None]:
     model, spec = bundle.manifest.model, bundle.manifest.adaptation
     tokenizer, token_embedding = load_tokenizer(bundle.path / "tokenizer.json"), bundle.token_embedding()
     centroids = bundle.centroids()
+    if not len(centroids):
+        raise InputError(f"routing by cluster needs a bundle with centroids, which {path} has not")
 
     def cluster(body: bytes) -> str | None:
         try:

@@ -11,6 +11,7 @@ import pytest
 from starlette.requests import Request
 
 import chameleon_deploy
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.serve.affinity import Affinity
 
 
@@ -36,6 +37,13 @@ def test_the_cluster_of_the_first_prompt(bundle: Path, field: str) -> None:
 )
 def test_what_a_replica_will_refuse_has_no_key(bundle: Path, body: bytes) -> None:
     assert _key(Affinity("cluster", str(bundle), None), body) is None
+
+
+def test_a_routing_without_keys_is_refused(bundle: Path, lora_bundle: Path) -> None:
+    with pytest.raises(InputError, match="api_keys"):
+        Affinity("tenant", str(bundle), None)
+    with pytest.raises(InputError, match="centroids"):
+        Affinity("cluster", str(lora_bundle), None)
 
 
 def test_the_tenant_of_the_api_key(bundle: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
+from chameleon_deploy.errors import InputError
 from tests.ray_cluster import SECONDS, Cluster, cluster, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -71,6 +72,24 @@ def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, expected
     lengths = [len(generation.token_ids) for generation in runtime.generate(PROMPTS, max_new_tokens=TOKENS)]
     generated = running.metric("chameleon_generation_tokens_total") - before
     assert generated == sum(lengths) + sum(lengths[:4])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"replicas": "0"},
+        {"routing": "nearest"},
+        {"max_replicas": "1", "replicas": "2"},
+        {"bound": "0.5"},
+        {"row": "8"},
+        {"threads": "many"},
+    ],
+)
+def test_bad_arguments(arguments: dict[str, str]) -> None:
+    from chameleon_deploy.serve.ray import app
+
+    with pytest.raises(InputError):
+        app({"bundle": "models/wiki", **arguments})
 
 
 async def _stream(client: httpx.AsyncClient, prompt: str) -> tuple[str, list[str], bool]:
