@@ -183,5 +183,11 @@ class DependencyError(ChameleonError):
     code = "dependency_missing"
 
 
+class DownloadError(ChameleonError):
+    """Object storage cannot be reached, or refuses to be read."""
+
+    code = "download_failed"
+
+
 class DatasetError(ChameleonError):
     code = "dataset_unavailable"

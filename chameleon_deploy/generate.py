@@ -19,7 +19,7 @@ from chameleon_deploy.texts import read_texts
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Prompts from a file: paragraphs, or .jsonl with "text".')
@@ -59,7 +59,8 @@ def main(
         temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()), presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, logit_bias=dict(map(_bias, logit_bias or ())), logprobs=logprobs,
     )  # fmt: skip
-    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
+    path = console.bundle_path(bundle)
+    runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(
         texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,

@@ -18,7 +18,7 @@ from chameleon_deploy.texts import read_texts
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     text: Annotated[list[Path], typer.Option(help='Texts from files: paragraphs, or .jsonl with "text".')],
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
@@ -32,7 +32,8 @@ def main(
 ) -> None:
     """Score texts in batches, in the order of the files."""
     texts = read_texts(text)
-    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
+    path = console.bundle_path(bundle)
+    runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     scores: list[Score] = []
     with console.progress() as report:

@@ -17,7 +17,7 @@ from chameleon_deploy.console import CheckFailedError
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
@@ -35,14 +35,15 @@ def main(
     from chameleon_deploy.reference.checkpoint import load_checkpoint
 
     console.check_output(json_file, html_file)
-    page = report.new_page(bundle) if html_file else None  # created first, in case that plots cannot be drawn
+    directory = console.bundle_path(bundle)
+    page = report.new_page(directory) if html_file else None  # created first, in case that plots cannot be drawn
     checkpoint = load_checkpoint(reference, base)
     threads = threads or os.cpu_count() or 1
     batch_sizes = batch or ([1, 8] if smoke else [1, 8, 32])
     if smoke:
         width, tokens, rounds = min(width, 32), min(tokens, 9), min(rounds, 3)
     with console.progress() as progress:
-        measured = run(bundle, checkpoint, threads, batch_sizes, width, tokens, rounds, progress,
+        measured = run(directory, checkpoint, threads, batch_sizes, width, tokens, rounds, progress,
                        0 if smoke else MAX_EXTRA_ROUNDS, foreign=not smoke)  # fmt: skip
     report.print_tables(measured)
     if json_file:

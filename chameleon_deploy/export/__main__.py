@@ -16,7 +16,9 @@ from chameleon_deploy.provenance import read_signing_key
 
 def main(
     source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml|BUNDLE", help="What to export.")],
-    out: Annotated[Path | None, typer.Option(help="Bundle directory to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Bundle directory to write; with --target triton, the model repository.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
@@ -24,8 +26,11 @@ def main(
         Precision | None, typer.Option(help="Precision of the weights; default: the recipe's, else fp32.")
     ] = None,
     target: Annotated[
-        Literal["onnx", "tensorrt"] | None,
-        typer.Option(help="tensorrt also builds engines into the local cache; default: the recipe's, else onnx."),
+        Literal["onnx", "tensorrt", "triton"] | None,
+        typer.Option(
+            help="tensorrt also builds engines into the local cache; triton adds a bundle to a model repository; "
+            "default: the recipe's, else onnx."
+        ),
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     max_kl: Annotated[
@@ -39,8 +44,12 @@ def main(
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or the checkpoint that a recipe
     names.
 
-    With --target tensorrt SOURCE may also be a finished bundle: its engines are built.
+    With --target tensorrt SOURCE may also be a finished bundle: its engines are built. With --target triton it must be
+    one.
     """
+    if target == "triton":
+        write_repository(source, out)
+        return
     if (Path(source) / MANIFEST).is_file():
         if target != "tensorrt" or out is not None or sign is not None:
             raise InputError(f"{source} is a bundle already: pass it with --target tensorrt alone to build its engines")
@@ -88,6 +97,17 @@ def main(
     )
     if target == "tensorrt":
         build_engines(out)
+
+
+def write_repository(source: str, out: Path | None) -> None:
+    """Add a bundle to a model repository of Triton, and print its path there."""
+    from chameleon_deploy.export import triton
+
+    if out is None:
+        raise typer.BadParameter("--out is missing: name the model repository")
+    if not (Path(source) / MANIFEST).is_file():
+        raise InputError(f"{source} is not a bundle: export it first, then pass the bundle with --target triton")
+    console.stdout.print(f"{triton.write_repository(Path(source), out)}", soft_wrap=True)
 
 
 def build_engines(bundle: Path) -> None:

@@ -10,6 +10,7 @@ from typing import get_args
 
 import numpy as np
 
+from chameleon_deploy import remote
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.provenance import TrustedKeys
@@ -37,7 +38,7 @@ def load(
 ) -> Runtime:
     """Open a bundle and make it ready to run.
 
-    path           the directory that export wrote
+    path           the directory that export wrote, or the URL of one, see `remote.fetch`
     provider       "cpu", "cuda", "tensorrt", or "auto" for the best available one, which `Runtime.provider` names
     mode           adaptation mode of calls that name none: by default "cohort", or "static" for a bundle of regime lora
     threads        threads of ONNX Runtime within one operator, at most 1,024; None lets it choose
@@ -51,7 +52,8 @@ def load(
     """
     check_provider(provider)
     check_threads(threads)
-    bundle = start_opening(checked_path(path), trusted_keys)
+    directory = remote.fetch(path) if remote.is_url(path) else checked_path(path)
+    bundle = start_opening(directory, trusted_keys)
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
