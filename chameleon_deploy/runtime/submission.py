@@ -39,7 +39,9 @@ class Submission:
     @property
     def cohort_key(self) -> Hashable | None:
         """Return a key that is equal for submits that may share a cohort; None in modes without cohorts."""
-        return {"cohort": ("cohort", None), "tenant": ("tenant", self.tenant)}.get(self.stream.mode)
+        if self.stream.mode == "tenant":
+            return "tenant", type(self.tenant), self.tenant  # the type, because 1 == True == 1.0
+        return "cohort" if self.stream.mode == "cohort" else None
 
 
 def prepare(
