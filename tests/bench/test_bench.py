@@ -51,8 +51,8 @@ def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPath
         Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime),
         WithoutLoRA(runtime),
         PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
-        CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1),
-        OpenVINO(mini.trunk, "int8", 1),
+        CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1, directory),
+        OpenVINO(mini.trunk, "int8", 1, directory / "int8"),
     ]  # fmt: skip
     return {peer.name: peer for peer in peers}
 
@@ -138,7 +138,35 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
     assert 0 < footprint["shared_private"] < footprint["resident"] <= footprint["peak"]
     assert min(footprint["load_seconds"], footprint["shared_load_seconds"]) > 0
     assert record["machine"]["onnxruntime"]
+    assert record["quality"]["bundle"]["mean_kl"] < 1e-7
+    assert "same best token" in printed
     assert "Peak with a generation of batch 8" in printed
+
+
+def test_a_base_model_is_exported_for_one_run(mini_path: Path, tmp_path: Path) -> None:
+    result = run("chameleon_deploy.bench", "--model", mini_path / "base", "--precision", "int8", "--threads", 1,
+                 "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch",
+                 "--json", tmp_path / "bench.json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["precision"] == "int8"
+    assert set(record["quality"]) == {"bundle", "PyTorch eager fp32"}
+    assert set(record["timings"][0]["ratios"]) == {"PyTorch eager fp32"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model NAME"),
+        (["BUNDLE"], "--reference CHECKPOINT"),
+        (["BUNDLE", "--model", "smollm2"], "pass no bundle"),
+        (["BUNDLE", "--reference", "models/tiny", "--precision", "int8"], "a bundle has its precision"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], message: str) -> None:
+    result = run("chameleon_deploy.bench", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
 
 
 def test_smoke_makes_a_page(smoke: tuple[str, dict[str, Any], str]) -> None:
@@ -189,10 +217,13 @@ def test_a_missing_engine_is_printed_with_its_extra(
     """Brackets are text: rich would take `[peers]` for markup and print `pip install 'chameleon-deploy'`."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     _, missing = open_peers(runtime, mini, 1, tmp_path, foreign=True)
-    assert set(missing) == {"CTranslate2 fp32", "OpenVINO fp32"}
+    assert set(missing) == {"CTranslate2 fp32", "OpenVINO fp32", "llama.cpp F32"}
     console.show(report.missing_sheet(_benchmark(missing)))
-    assert capsys.readouterr().out.count("pip install 'chameleon-deploy[peers]'") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("pip install 'chameleon-deploy[peers]'") == 2
+    assert printed.count("pip install 'chameleon-deploy[peers-llama]'") == 1
 
 
 def test_from_a_wheel_other_engines_are_compared_from_a_clone(
@@ -201,18 +232,18 @@ def test_from_a_wheel_other_engines_are_compared_from_a_clone(
     """The modules that pyproject.toml keeps out of the wheel are missing here."""
     excluded = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     files = [REPOSITORY / file for file in excluded["exclude"]]
-    assert len(files) == 5
+    assert len(files) == 7
     for file in files:
         assert file.is_file()
         monkeypatch.setitem(sys.modules, ".".join(file.relative_to(REPOSITORY).with_suffix("").parts), None)
     peers, missing = open_peers(runtime, mini, 1, tmp_path, foreign=True)
     assert [peer.name for peer in peers] == ["bundle", "full logits", "one call per cluster"]
-    assert len(missing) == 5
+    assert len(missing) == 6
     report.print_tables(_benchmark(missing))
     printed = capsys.readouterr().out
-    assert printed.count("run bench from a clone of the repository") == 5
+    assert printed.count("run bench from a clone of the repository") == 6
     assert "This is an installed wheel: other engines are compared from a clone" in printed
 
 
 def _benchmark(missing: dict[str, str]) -> Benchmark:
-    return Benchmark({"processor": "one"}, "fp32", 1, 1, Footprint(1.0, 1, 1, 1.0, 1), [], missing)
+    return Benchmark({"processor": "one"}, "fp32", 1, 1, Footprint(1.0, 1, 1, 1.0, 1), [], {}, missing)
