@@ -211,6 +211,34 @@ def test_the_documented_table_comes_from_the_json(smoke: tuple[str, dict[str, An
         assert f"| {name} |" in documented
 
 
+def test_the_table_of_a_pretrained_model_comes_from_the_json(
+    smoke: tuple[str, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """Two files of one precision are put together; times are the bundle's times the paired ratios."""
+    _, record, _ = smoke
+    first, second = copy.deepcopy(record), copy.deepcopy(record)
+    first["timings"] = [timing for timing in record["timings"] if timing["part"]["batch"] != 8]
+    second["quality"] = {}
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    for file, content in zip(files, (first, second), strict=True):
+        file.write_text(json.dumps(content))
+    command = [sys.executable, str(REPOSITORY / "docs" / "real_model_table.py"), *map(str, files)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in printed.split("\n")
+             if line.startswith("| ")}  # fmt: skip
+    decode = next(t for t in record["timings"] if (t["part"]["kind"], t["part"]["batch"]) == ("decode", 8))
+    step = 1e3 * decode["seconds"]["bundle"] / decode["part"]["units"]
+    assert float(cells["**bundle fp32**"][8]) == pytest.approx(step, abs=0.06)
+    assert float(cells["PyTorch eager fp32"][8]) == pytest.approx(
+        step * decode["ratios"]["PyTorch eager fp32"], abs=0.06
+    )
+    assert cells["step, batch 8"][2] == f"{decode['ratios']['PyTorch eager fp32']:.2f} (PyTorch eager fp32)"
+    assert cells["step, batch 8"][3] == f"{1 / decode['ratios']['without LoRA'] - 1:+.1%}"
+    documented = (REPOSITORY / "docs" / "performance.md").read_text()
+    headings = "| " + " | ".join(["engine", *cells["engine"]]) + " |"
+    assert headings in documented
+
+
 def test_a_missing_engine_is_printed_with_its_extra(
     runtime: Runtime, mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
