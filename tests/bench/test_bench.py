@@ -224,8 +224,8 @@ def test_the_table_of_a_pretrained_model_comes_from_the_json(
         file.write_text(json.dumps(content))
     command = [sys.executable, str(REPOSITORY / "docs" / "real_model_table.py"), *map(str, files)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in printed.split("\n")
-             if line.startswith("| ")}  # fmt: skip
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("\n")]
+    cells = {name: rest for name, *rest in filter(None, lines)}
     decode = next(t for t in record["timings"] if (t["part"]["kind"], t["part"]["batch"]) == ("decode", 8))
     step = 1e3 * decode["seconds"]["bundle"] / decode["part"]["units"]
     assert float(cells["**bundle fp32**"][8]) == pytest.approx(step, abs=0.06)
