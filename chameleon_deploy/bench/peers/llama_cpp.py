@@ -26,7 +26,8 @@ TYPES = {"fp32": gguf.GGMLQuantizationType.F32, "int8": gguf.GGMLQuantizationTyp
 class LlamaCpp:
     """llama.cpp. See `Peer`.
 
-    In float32 the cache is float32 too. Other settings are llama.cpp's defaults, with a cache in float16.
+    In float32 the cache is float32 and attention is plain, since the fused one computes in 16 bits. Other settings are
+    llama.cpp's defaults, with a cache in float16.
     """
 
     adapts, scores, generates, is_ablation = False, True, True, False
@@ -98,6 +99,7 @@ class LlamaCpp:
             params.n_threads = params.n_threads_batch = self._threads
             if self.precision == "fp32":
                 params.type_k = params.type_v = api.GGML_TYPE_F32
+                params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             self._context = api.llama_init_from_model(self._model, params)
             if not self._context:
                 raise ValueError(f"llama.cpp has no context for {batch} rows of {length} tokens")
