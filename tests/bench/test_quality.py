@@ -78,7 +78,7 @@ def test_a_fault_in_the_logits_is_seen(mini: Checkpoint, windows: Rows) -> None:
     assert (right.mean_kl, right.top1) == (0, 1)
     for quality in wrong:
         assert isinstance(quality, Quality)
-        assert quality.mean_kl > 1e-3
+        assert quality.mean_kl > 1e-5  # the random model is nearly uniform
         assert quality.top1 < 1
 
 
