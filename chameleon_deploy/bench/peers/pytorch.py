@@ -44,7 +44,8 @@ class PyTorch:
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Any:
-        self._head.lora_A, self._head.lora_B = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
+        vocab, hidden = self._checkpoint.trunk.head_weight.shape
+        self._head.lora_A, self._head.lora_B = torch.zeros(1, 1, hidden), torch.zeros(1, vocab, 1)
         return self._model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
     @torch.no_grad()
