@@ -1,6 +1,7 @@
 #include "generation.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "utf8.h"
@@ -8,7 +9,8 @@
 namespace chameleon {
 
 std::string_view to_string(FinishReason reason) {
-  return reason == FinishReason::stop ? "stop" : reason == FinishReason::length ? "length" : "cancelled";
+  constexpr std::array<std::string_view, 5> names = {"stop", "length", "cancelled", "deadline", "error"};
+  return names.at(static_cast<std::size_t>(reason));
 }
 
 Row::Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
@@ -22,7 +24,7 @@ Row::Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Samplin
 
 bool Row::append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
   const std::int64_t token_id = choice.token_id;
-  auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs] = generation_;
+  auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs, error] = generation_;
   sampler_.append(token_id);
   token_ids.push_back(token_id);
   if (choice.logprob) {

@@ -29,13 +29,6 @@ class TokenCounts {
   std::map<std::int64_t, std::int64_t> generated_;
 };
 
-/// A chosen token; the other fields are empty unless Sampling::logprobs asks for them.
-struct Choice {
-  std::int64_t token_id;
-  std::optional<float> logprob{};
-  std::vector<TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
-};
-
 /// Chooses the tokens of one row, one after another.
 class Sampler {
  public:
