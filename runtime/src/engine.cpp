@@ -211,6 +211,7 @@ void Engine::Impl::fail(const std::exception& error) {
 
 Engine::Engine(const Runtime& runtime, EngineOptions options)
     : impl_(std::make_unique<Impl>(runtime.impl(), std::move(options))) {}
+Engine::Engine(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
 Stream Engine::submit(Texts prompts, SubmitOptions options) { return impl_->submit(prompts, std::move(options)); }
