@@ -361,6 +361,7 @@ TEST(Engine, BadArgumentsAreRefusedAtOnce) {
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::tenant; }), InputError);
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.tenant = "a"; }), InputError);
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = 0; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = SIZE_MAX; }), InputError);
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = std::int64_t{0}; }), InputError);
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = TokenIds{1, 2}; }), InputError);
   EXPECT_THROW(refused({{1}}, [](auto& options) { options.sampling = std::vector<Sampling>(2); }), InputError);
