@@ -55,5 +55,8 @@ using ProviderError = CodedError<"provider_unavailable">;
 using DeviceError = CodedError<"device_failed">;
 using CancelledError = CodedError<"cancelled">;
 using NumericError = CodedError<"not_finite">;
+using QueueFullError = CodedError<"queue_full">;
+using ClosedError = CodedError<"closed">;
+using RequestError = CodedError<"request_failed">;
 
 }  // namespace chameleon
