@@ -58,7 +58,7 @@ def fetch(url: str, progress: Progress | None = None) -> Path:
     progress  called with the megabytes that have arrived
 
     One process downloads while the others wait for it. What a failed download leaves is resumed. Where the storage
-    cannot be reached, the bundle that was downloaded last from this URL is used, and a warning is logged.
+    cannot be reached, the bundle that was used last of those from this URL is used again, and a warning is logged.
 
     Raises InputError for a URL that cannot be used, DependencyError where its protocol's library is missing,
     BundleNotFoundError, MissingFileError, DigestError (an object that is truncated or damaged), DownloadError, or
