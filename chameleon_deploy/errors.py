@@ -63,6 +63,12 @@ class GraphError(ChameleonError):
     code = "graph_invalid"
 
 
+class SignatureError(ChameleonError):
+    """A bundle has no signature, or none of a trusted key."""
+
+    code = "signature_invalid"
+
+
 class BundleChangedError(ChameleonError):
     """A file of a loaded bundle was changed, replaced or removed: load the bundle again."""
 

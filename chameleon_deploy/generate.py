@@ -46,6 +46,9 @@ def main(
     ] = 0,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
 ) -> None:
     """Continue prompts. They form one batch, which the cohort and tenant modes adapt to as a whole."""
@@ -56,7 +59,8 @@ def main(
         temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()), presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, logit_bias=dict(map(_bias, logit_bias or ())), logprobs=logprobs,
     )  # fmt: skip
-    runtime = chameleon_deploy.load(console.bundle_path(bundle), provider=provider, mode=mode, threads=threads)
+    path = console.bundle_path(bundle)
+    runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(
         texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,

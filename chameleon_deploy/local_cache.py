@@ -237,7 +237,8 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # missing; or on a read-only file system, which the next write reports
+            path.unlink()
 
 
 @contextmanager

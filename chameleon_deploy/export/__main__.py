@@ -11,6 +11,7 @@ from chameleon_deploy import console
 from chameleon_deploy.bundle import MANIFEST, ParitySummary, Precision
 from chameleon_deploy.engines import import_tensorrt, target_device
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.provenance import read_signing_key
 
 
 def main(
@@ -35,6 +36,9 @@ def main(
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Sign the bundle with this Ed25519 private key, PEM.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or the checkpoint that a recipe
@@ -47,12 +51,13 @@ def main(
         write_repository(source, out)
         return
     if (Path(source) / MANIFEST).is_file():
-        if target != "tensorrt" or out is not None:
+        if target != "tensorrt" or out is not None or sign is not None:
             raise InputError(f"{source} is a bundle already: pass it with --target tensorrt alone to build its engines")
         build_engines(Path(source))
         return
     if max_kl is not None and not verify:
         raise InputError("--max-kl goes with verification: leave out --no-verify")
+    signer = None if sign is None else read_signing_key(sign)
     if out is None:
         raise typer.BadParameter("--out is missing: name the bundle directory to write")
     from chameleon_deploy.export.exporter import export_bundle
@@ -77,7 +82,7 @@ def main(
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
-            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision
+            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision, signer
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity

@@ -28,6 +28,9 @@ def main(
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests.")] = False,
     ssl_certfile: Annotated[
@@ -45,7 +48,7 @@ def main(
     logs.configure(log_json)
     service = Service(Settings(
         console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
-        cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts,
+        cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 
