@@ -148,14 +148,13 @@ def open_files(process_id: int) -> int:
 def silent_connections(url: str) -> Iterator[None]:
     """250 clients that send nothing, and 250 that read nothing."""
     port = int(url.rpartition(":")[2])
-    raw = json.dumps({"prompt": "The river", "stream": True, "max_tokens": 3}).encode()
+    body = json.dumps({"prompt": "The river", "stream": True, "max_tokens": 3}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     with ExitStack() as opened:
         for number in range(500):
             client = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
             if number % 2:
-                client.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
-                )
+                client.sendall(request)
         yield
 
 
