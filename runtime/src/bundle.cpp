@@ -1,6 +1,10 @@
 #include "chameleon/bundle.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <utility>
 
 #include "chameleon/error.h"
@@ -35,6 +39,15 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
       throw MissingFileError((path / name).string() + " is listed in bundle.json but missing: copy the bundle again");
     }
   }
+}
+
+FileStamp stamp_of(const fs::path& file) {
+  struct stat status{};
+  if (::stat(file.c_str(), &status) != 0) {
+    throw BundleChangedError(file.string() + ": " + std::strerror(errno) + ": load the bundle again");
+  }
+  return {static_cast<std::int64_t>(status.st_dev), static_cast<std::int64_t>(status.st_ino), status.st_size,
+          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
 void check_digest(const fs::path& file, const FileSpec& spec) {
@@ -82,6 +95,7 @@ void read_files(Bundle& bundle) {
   bundle.centroids = read_centroids(path, bundle.manifest);
   if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
   const StoredTensor& stored = bundle.manifest.token_embedding;
+  bundle.stamps[stored.file] = stamp_of(path / stored.file);
   const auto weights = std::make_shared<const MappedFile>(path / stored.file);
   bundle.embedding = weights->bytes().subspan(static_cast<std::size_t>(stored.offset));
   bundle.mapping = weights;
@@ -102,6 +116,17 @@ const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider)
   return *best;
 }
 
+void Bundle::check_unchanged() const {
+  for (const auto& [name, stamp] : stamps) {
+    const FileStamp found = stamp_of(path / name);
+    if (found == stamp) continue;
+    const bool same_file = found.device == stamp.device && found.inode == stamp.inode;
+    throw BundleChangedError((path / name).string() + " was " +
+                             (same_file ? "changed in place: results may be wrong" : "replaced") +
+                             ": load the bundle again");
+  }
+}
+
 Bundle open_bundle(const fs::path& path) try {
   if (!fs::is_directory(path)) {
     throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
@@ -109,8 +134,9 @@ Bundle open_bundle(const fs::path& path) try {
   if (!fs::is_regular_file(path / kManifest)) {
     throw BundleNotFoundError(path.string() + " has no bundle.json: it is not a bundle");
   }
-  const MappedFile raw(path / kManifest);
   Bundle bundle;
+  bundle.stamps[kManifest] = stamp_of(path / kManifest);  // before it is read, so that a later change is noticed
+  const MappedFile raw(path / kManifest);
   bundle.path = path;
   bundle.manifest = parse_manifest(raw.text(), path / kManifest);
   bundle.digest = sha256(raw.bytes());
