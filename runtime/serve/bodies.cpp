@@ -60,7 +60,8 @@ std::optional<Integer> to_integer(std::string_view text) {
 
 }  // namespace
 
-void fail_expected(const std::string& expected, const Json& found, const std::string& at) {
+void fail_expected(std::string expected, const Json& found, const std::string& at, const Limits& limits) {
+  if (limits.is_nullable) expected += " | null";
   fail("Expected `" + expected + "`, got `" + type_of(found) + "`", at);
 }
 
@@ -71,7 +72,7 @@ Fields Fields::of_body(std::string_view raw) {
   } catch (const Json::exception& error) {
     fail("JSON is malformed: " + std::string(error.what()), "$");
   }
-  if (!json.is_object()) fail_expected("object", json, "$");
+  if (!json.is_object()) fail_expected("object", json, "$", {});
   return {std::move(json), "$"};
 }
 
@@ -79,7 +80,7 @@ std::optional<Fields> Fields::object(const char* name) const {
   const Json* json = find(name);
   if (json == nullptr) return std::nullopt;
   const std::string at = at_ + "." + name;
-  if (!json->is_object()) fail_expected("object", *json, at);
+  if (!json->is_object()) fail_expected("object", *json, at, {.is_nullable = true});
   return Fields(*json, at);
 }
 
@@ -93,13 +94,13 @@ void Fields::fail_missing(const char* name) {
                  "the body is not valid: Object missing required field `" + std::string(name) + "`", name);
 }
 
-void read(const Json& json, const std::string& at, bool& value, const Limits&) {
-  if (!json.is_boolean()) fail_expected("bool", json, at);
+void read(const Json& json, const std::string& at, bool& value, const Limits& limits) {
+  if (!json.is_boolean()) fail_expected("bool", json, at, limits);
   value = json.get<bool>();
 }
 
 void read(const Json& json, const std::string& at, std::int64_t& value, const Limits& limits) {
-  if (!json.is_number_integer()) fail_expected("int", json, at);
+  if (!json.is_number_integer()) fail_expected("int", json, at, limits);
   check_range(json.get<double>(), "int", limits, at);
   if (json.is_number_unsigned() && json.get<std::uint64_t>() > std::numeric_limits<std::int64_t>::max()) {
     fail("Integer value out of range", at);
@@ -107,19 +108,19 @@ void read(const Json& json, const std::string& at, std::int64_t& value, const Li
   value = json.get<std::int64_t>();
 }
 
-void read(const Json& json, const std::string& at, std::uint64_t& value, const Limits&) {
-  if (!json.is_number_integer()) fail_expected("int", json, at);
+void read(const Json& json, const std::string& at, std::uint64_t& value, const Limits& limits) {
+  if (!json.is_number_integer()) fail_expected("int", json, at, limits);
   value = json.is_number_unsigned() ? json.get<std::uint64_t>() : static_cast<std::uint64_t>(json.get<std::int64_t>());
 }
 
 void read(const Json& json, const std::string& at, double& value, const Limits& limits) {
-  if (!json.is_number()) fail_expected("float", json, at);
+  if (!json.is_number()) fail_expected("float", json, at, limits);
   value = json.get<double>();
   check_range(value, "float", limits, at);
 }
 
-void read(const Json& json, const std::string& at, std::string& value, const Limits&) {
-  if (!json.is_string()) fail_expected("str", json, at);
+void read(const Json& json, const std::string& at, std::string& value, const Limits& limits) {
+  if (!json.is_string()) fail_expected("str", json, at, limits);
   value = json.get<std::string>();
 }
 
@@ -139,11 +140,11 @@ void read(const Json& json, const std::string& at, Prompts& value, const Limits&
     value = std::vector{json.get<std::string>()};
     return;
   }
-  if (!json.is_array()) fail_expected("str | array", json, at);
+  if (!json.is_array()) fail_expected("str | array", json, at, limits);
   for (std::size_t i = 0; i < json.size(); ++i) {
     const Json& item = json[i];
     if (!item.is_string() && !item.is_number_integer() && !item.is_array()) {
-      fail_expected("int | str | array", item, at + "[" + std::to_string(i) + "]");
+      fail_expected("int | str | array", item, at + "[" + std::to_string(i) + "]", limits);
     }
   }
   if (json.empty() || json.front().is_string()) {
@@ -156,14 +157,16 @@ void read(const Json& json, const std::string& at, Prompts& value, const Limits&
 }
 
 void read(const Json& json, const std::string& at, std::map<std::int64_t, double>& values, const Limits& limits) {
-  if (!json.is_object()) fail_expected("object", json, at);
+  if (!json.is_object()) fail_expected("object", json, at, limits);
   for (const auto& [key, item] : json.items()) {
     const auto id = to_integer<std::int64_t>(key);
     if (!id) {
       throw ApiError(400, "input_invalid", "the body is not valid: Expected `int`, got `str` - at `key` in `" + at + "`",
                      field_of(at));
     }
-    read(item, at + "[...]", values[*id], limits);
+    Limits of_value = limits;
+    of_value.is_nullable = false;
+    read(item, at + "[...]", values[*id], of_value);
   }
 }
 

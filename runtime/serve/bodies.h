@@ -17,11 +17,12 @@
 
 namespace chameleon::serve {
 
-/// The range of a number. It holds for every item of a list and every value of a map too.
+/// What a field may hold. The range of a number holds for every item of a list and every value of a map too.
 struct Limits {
   double least = -std::numeric_limits<double>::infinity();
   double most = std::numeric_limits<double>::infinity();
   bool is_least_excluded = false;
+  bool is_nullable = false;  ///< null is one of its values, and not only a word for leaving it out; messages say so
 };
 
 /// Prompts: texts, or lists of token ids.
@@ -60,8 +61,9 @@ class Fields {
   std::string at_;
 };
 
+/// expected: a type as msgspec calls it
 /// at: the place in the body, such as "$.stop[1]"
-[[noreturn]] void fail_expected(const std::string& expected, const Json& found, const std::string& at);
+[[noreturn]] void fail_expected(std::string expected, const Json& found, const std::string& at, const Limits& limits);
 
 void read(const Json& json, const std::string& at, bool& value, const Limits& limits);
 void read(const Json& json, const std::string& at, std::int64_t& value, const Limits& limits);
@@ -74,17 +76,21 @@ void read(const Json& json, const std::string& at, std::map<std::int64_t, double
 
 template <class T>
 void read(const Json& json, const std::string& at, std::vector<T>& values, const Limits& limits) {
-  if (!json.is_array()) fail_expected("array", json, at);
+  if (!json.is_array()) fail_expected("array", json, at, limits);
+  Limits of_item = limits;
+  of_item.is_nullable = false;
   for (const Json& item : json) {
     T value{};
-    read(item, at + "[" + std::to_string(values.size()) + "]", value, limits);
+    read(item, at + "[" + std::to_string(values.size()) + "]", value, of_item);
     values.push_back(std::move(value));
   }
 }
 
 template <class T>
 void read(const Json& json, const std::string& at, std::optional<T>& value, const Limits& limits) {
-  read(json, at, value.emplace(), limits);
+  Limits nullable = limits;
+  nullable.is_nullable = true;
+  read(json, at, value.emplace(), nullable);
 }
 
 }  // namespace chameleon::serve

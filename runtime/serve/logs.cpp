@@ -44,7 +44,9 @@ void Log::write(const char* level, const std::string& message, const Json& field
   }
   std::string upper = level;
   std::ranges::transform(upper, upper.begin(), [](char c) { return static_cast<char>(c - 'a' + 'A'); });
-  line << time_of_day() << ' ' << upper << ' ' << message;
+  std::string one_line = message;  // a path is the caller's
+  std::ranges::replace_if(one_line, [](char c) { return static_cast<unsigned char>(c) < ' '; }, '?');
+  line << time_of_day() << ' ' << upper << ' ' << one_line;
   for (const char* name : {"seconds", "request_id", "body"}) {
     if (fields.contains(name)) line << ' ' << name << '=' << to_text(fields[name]);
   }

@@ -18,7 +18,7 @@ void read(const Json& json, const std::string& at, Stop& stop, const Limits& lim
     serve::read(json, at, stop.strings.emplace_back(), limits);
     return;
   }
-  if (!json.is_array()) fail_expected("str | array", json, at);
+  if (!json.is_array()) fail_expected("str | array", json, at, limits);
   if (json.size() > kMaxStops) {
     throw ApiError(400, "input_invalid", "the body is not valid: Expected `array` of length <= 4 - at `$.stop`",
                    "stop");
@@ -32,7 +32,7 @@ CompletionRequest CompletionRequest::of(std::string_view body) {
   CompletionRequest request;
   Stop stop{request.stop};
   std::optional<std::string> user;
-  const Limits penalty{.least = -2, .most = 2}, positive{.least = 0, .is_least_excluded = true};
+  const Limits penalty{.least = -2, .most = 2}, positive{.least = 0, .is_least_excluded = true}, nullable{.is_nullable = true};
   const Fields fields = Fields::of_body(body);
   fields.required("prompt", request.prompt)
       .optional("model", request.model)
@@ -42,18 +42,18 @@ CompletionRequest CompletionRequest::of(std::string_view body) {
       .optional("n", request.n, {.least = 1, .most = kMaxChoices})
       .optional("best_of", request.best_of, {.least = 1})
       .optional("stream", request.stream)
-      .optional("stop", stop)
+      .optional("stop", stop, nullable)
       .optional("seed", request.seed)
       .optional("logprobs", request.logprobs, {.least = 0, .most = kMaxLogprobs})
       .optional("echo", request.echo)
-      .optional("logit_bias", request.logit_bias, {.least = -100, .most = 100})
+      .optional("logit_bias", request.logit_bias, {.least = -100, .most = 100, .is_nullable = true})
       .optional("presence_penalty", request.presence_penalty, penalty)
       .optional("frequency_penalty", request.frequency_penalty, penalty)
-      .optional("suffix", request.suffix)
+      .optional("suffix", request.suffix, nullable)
       .optional("user", user)
       .optional("top_k", request.top_k, {.least = -1})
       .optional("repetition_penalty", request.repetition_penalty, positive)
-      .optional("stop_token_ids", request.stop_token_ids, {.least = 0})
+      .optional("stop_token_ids", request.stop_token_ids, {.least = 0, .is_nullable = true})
       .optional("ignore_eos", request.ignore_eos)
       .optional("return_token_ids", request.return_token_ids)
       .optional("return_tokens_as_token_ids", request.return_tokens_as_token_ids)

@@ -16,6 +16,9 @@ import httpx
 import openai
 import pytest
 
+from chameleon_deploy.serve.bodies import parse
+from chameleon_deploy.serve.errors import ApiError
+from chameleon_deploy.serve.schemas import CompletionRequest
 from tests.serving import COMMANDS, Running, process, running_cpp, wait_for
 from tests.shared_data import good_bundle
 
@@ -201,3 +204,26 @@ def test_a_bad_file_of_keys(tmp_path: Any, content: str) -> None:
     result = subprocess.run([*CPP, BUNDLE, "--api-keys", file], capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 2
     assert str(file) in result.stderr and result.stderr.endswith("[input_invalid]\n")
+
+
+BODIES = [
+    "{}", "[]", "3", '{"prompt": 3}', '{"prompt": ["a", 1.5]}', '{"prompt": ["a", true]}', '{"prompt": [[1, "b"]]}',
+    *('{"prompt": "a", %s}' % field for field in (
+        '"n": 1.0', '"n": true', '"n": 0', '"n": 129', '"n": "x"', '"temperature": "x"', '"temperature": -0.5',
+        '"top_p": 0', '"top_p": 2', '"stop": 5', '"stop": ["a", 5]', '"stop": ["a", "b", "c", "d", "e"]',
+        '"logit_bias": {"x": 1}', '"logit_bias": {"05": 1}', '"logit_bias": {"5": 101}', '"logit_bias": {"5": "a"}',
+        '"logit_bias": []', '"mode": "wild"', '"mode": 3', '"stream": 1', '"stream_options": []',
+        '"stream_options": {"include_usage": 3}', '"stop_token_ids": [-1]', '"stop_token_ids": 3', '"logprobs": 6',
+        '"logprobs": true', '"user": 3', '"top_k": -2', '"repetition_penalty": 0', '"seed": "x"', '"suffix": []',
+        '"adapt_tokens": 0', '"presence_penalty": 2.5', '"best_of": 0', '"max_tokens": -1', '"model": 3',
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_bad_field_gets_the_message_of_the_python_server(server: Running, body: str) -> None:
+    with pytest.raises(ApiError) as expected:
+        parse(body.encode(), CompletionRequest)
+    with server.http() as http:
+        error = http.post("/v1/completions", content=body).json()["error"]
+    assert (error["message"], error["param"]) == (expected.value.message, expected.value.param)

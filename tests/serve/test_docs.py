@@ -25,7 +25,9 @@ def test_every_metric_that_is_asked_for_exists(python_server: Running, name: str
 
 
 def test_every_metric_is_in_the_page(python_server: Running) -> None:
-    families = re.findall(r"^# TYPE chameleon_(\w+) (?:counter|histogram)", python_server.http().get("/metrics").text, re.M)
+    families = re.findall(
+        r"^# TYPE chameleon_(\w+) (?:counter|histogram)", python_server.http().get("/metrics").text, re.M
+    )
     assert [name for name in families if not name.endswith("_created") and name not in PAGE] == []
 
 

@@ -183,7 +183,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Any]) -> None:
     monkeypatch.setattr(Sampler, "choose", choose)
 
 
-def test_an_exception_in_a_session_ends_the_requests_in_it(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_session_ends_the_requests_in_it(
+    python_server: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Slots.step
 
     def fail(slots: Slots, *arguments: Any) -> Any:

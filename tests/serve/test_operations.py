@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from chameleon_deploy.serve import playground
-from tests.rows import random_rows
 from tests.cpp import openapi
+from tests.rows import random_rows
 from tests.serving import STARTS, Running
 
 CASES = int(os.environ.get("CHAMELEON_SCHEMA_CASES", "200"))
@@ -175,7 +175,9 @@ def test_other_paths_and_methods_have_the_same_errors(server: Running) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_the_page_is_served_by_name_with_a_strict_policy(python_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_served_by_name_with_a_strict_policy(
+    python_server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {"index.html": (b"<!doctype html>", "text/html"), "app.js": (b"1", "text/javascript")}
     monkeypatch.setattr(playground, "_FILES", files)
     with python_server.http() as http:

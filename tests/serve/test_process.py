@@ -24,7 +24,10 @@ def end(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_sigterm_drains_and_the_log_holds_no_prompt(program: str, bundle: Path) -> None:
-    with process(bundle, "--log-json", command=COMMANDS[program]) as (server, url), httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        process(bundle, "--log-json", command=COMMANDS[program]) as (server, url),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         found: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: found.append(client.post("/v1/completions", json=LONG)))
         asking.start()
