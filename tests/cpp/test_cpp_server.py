@@ -208,7 +208,7 @@ def test_a_bad_file_of_keys(tmp_path: Any, content: str) -> None:
 
 BODIES = [
     "{}", "[]", "3", '{"prompt": 3}', '{"prompt": ["a", 1.5]}', '{"prompt": ["a", true]}', '{"prompt": [[1, "b"]]}',
-    *('{"prompt": "a", %s}' % field for field in (
+    *(f'{{"prompt": "a", {field}}}' for field in (
         '"n": 1.0', '"n": true', '"n": 0', '"n": 129', '"n": "x"', '"temperature": "x"', '"temperature": -0.5',
         '"top_p": 0', '"top_p": 2', '"stop": 5', '"stop": ["a", 5]', '"stop": ["a", "b", "c", "d", "e"]',
         '"logit_bias": {"x": 1}', '"logit_bias": {"05": 1}', '"logit_bias": {"5": 101}', '"logit_bias": {"5": "a"}',
