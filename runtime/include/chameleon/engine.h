@@ -7,7 +7,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "chameleon/iteration.h"
@@ -31,11 +30,11 @@ struct EngineOptions {
 
 /// How to continue the prompts of one submit.
 struct SubmitOptions {
-  /// At least 1: one number, or one per prompt. The capacity of a row is a limit too.
-  std::variant<std::int64_t, std::vector<std::int64_t>> max_new_tokens = std::int64_t{20};
+  /// At least 1. The capacity of a row is a limit too.
+  PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
   /// One Sampling for all, where row i draws from random stream i, or one per prompt, where its continuation k draws
   /// from stream k.
-  std::variant<Sampling, std::vector<Sampling>> sampling = Sampling{};
+  PerPrompt<Sampling> sampling = Sampling{};
   std::optional<Mode> mode{};                 ///< the runtime's mode by default
   std::optional<std::string> tenant{};        ///< mode tenant: the tenant of the prompts
   std::optional<Factors> factors{};           ///< mode static: the caller's factor set, which is copied

@@ -48,12 +48,16 @@ struct Token {
 /// continue.
 using OnToken = std::function<bool(const Token&)>;
 
+/// One value for all prompts, or one for each.
+template <class T>
+using PerPrompt = std::variant<T, std::vector<T>>;
+
 struct GenerateOptions : AdaptOptions {
-  /// At least 1: one number, or one per prompt. The model's positions are a limit too.
-  std::variant<std::int64_t, std::vector<std::int64_t>> max_new_tokens = std::int64_t{20};
+  /// At least 1. The model's positions are a limit too.
+  PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
   /// One Sampling for all, where row i draws from random stream i, or one per prompt, each drawing from stream 0, so
   /// that a row does not depend on its place in the batch.
-  std::variant<Sampling, std::vector<Sampling>> sampling = Sampling{};
+  PerPrompt<Sampling> sampling = Sampling{};
   OnToken on_token{};
   std::stop_token stop{};  ///< cancels all rows, even within a long prompt
 };
