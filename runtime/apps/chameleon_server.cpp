@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <future>
 
-#include "program.h"
 #include "http.h"
+#include "program.h"
 
 namespace {
 

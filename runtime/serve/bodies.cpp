@@ -161,8 +161,8 @@ void read(const Json& json, const std::string& at, std::map<std::int64_t, double
   for (const auto& [key, item] : json.items()) {
     const auto id = to_integer<std::int64_t>(key);
     if (!id) {
-      throw ApiError(400, "input_invalid", "the body is not valid: Expected `int`, got `str` - at `key` in `" + at + "`",
-                     field_of(at));
+      throw ApiError(400, "input_invalid",
+                     "the body is not valid: Expected `int`, got `str` - at `key` in `" + at + "`", field_of(at));
     }
     Limits of_value = limits;
     of_value.is_nullable = false;

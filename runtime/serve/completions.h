@@ -11,8 +11,8 @@
 
 namespace chameleon::serve {
 
-/// The answer to a job as one response; none if the client has gone. Throws ApiError, or an Error, of a row that failed.
-/// is_connected: whether the client is still there
+/// The answer to a job as one response; none if the client has gone. Throws ApiError, or an Error, of a row that
+/// failed. is_connected: whether the client is still there
 std::optional<Json> complete(const Job& job, const std::vector<Echo>& echoes,
                              const std::function<bool()>& is_connected);
 

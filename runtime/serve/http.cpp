@@ -26,6 +26,7 @@ constexpr std::chrono::seconds kWriteTime{60};  // for a client to read one part
 constexpr int kKeepAliveSeconds = 5;
 constexpr std::size_t kKeepAliveRequests = 100'000;
 constexpr int kBacklog = 2048;
+constexpr int kClientGone = 499;  // nginx's word for it: nobody reads the answer
 
 // httplib would compress "application/json", which costs more time than the bytes are worth.
 constexpr const char* kJsonType = "application/json; charset=utf-8";
@@ -101,12 +102,12 @@ int listen_on(httplib::Server& server, const Address& address) {
     listening = socket;
   });
   errno = 0;
-  const int port = address.port == 0                                     ? server.bind_to_any_port(address.host)
+  const int port = address.port == 0                                 ? server.bind_to_any_port(address.host)
                    : server.bind_to_port(address.host, address.port) ? address.port
-                                                                         : -1;
+                                                                     : -1;
   if (port < 0) {
     throw InputError("cannot listen on " + address.host + " port " + std::to_string(address.port) + ": " +
-                     std::strerror(errno));
+                     (errno != 0 ? std::strerror(errno) : "there is no such address"));
   }
   ::listen(listening, kBacklog);  // httplib's own backlog is 5
   return port;
@@ -117,14 +118,20 @@ void answer_completion(const Call& call, const httplib::Request& request, httpli
   const auto prompts = std::make_shared<const std::vector<Echo>>(echoes(*job, call.tenant));
   const auto is_connected = [&request] { return !request.is_connection_closed(); };
   if (!job->request.stream) {
-    if (const auto answer = complete(*job, *prompts, is_connected)) set_json(response, *answer);
+    const std::optional<Json> answer = complete(*job, *prompts, is_connected);
+    if (answer) {
+      set_json(response, *answer);
+    } else {
+      response.status = kClientGone;
+    }
     return;
   }
   response.status = httplib::StatusCode::OK_200;
   response.set_header("Cache-Control", "no-store");
   // httplib calls this while the request is still there.
   const auto send = [job, prompts, is_connected, counted = call.counted](std::size_t, httplib::DataSink& sink) {
-    stream(*job, *prompts, is_connected, [&sink](std::string_view text) { return sink.write(text.data(), text.size()); });
+    stream(*job, *prompts, is_connected,
+           [&sink](std::string_view text) { return sink.write(text.data(), text.size()); });
     sink.done();
     return true;
   };
@@ -159,9 +166,8 @@ void HttpServer::add_routes() {
   post("/detokenize", [](const Call& call, const auto&, auto& response) {
     set_json(response, detokenize(DetokenizeRequest::of(call.body), call.served));
   });
-  post("/v1/completions", [](const Call& call, const auto& request, auto& response) {
-    answer_completion(call, request, response);
-  });
+  post("/v1/completions",
+       [](const Call& call, const auto& request, auto& response) { answer_completion(call, request, response); });
   get_without_key("/health", [this](auto& response) {
     service_.check_health();
     set_json(response, {{"status", "ok"}});
@@ -228,7 +234,8 @@ void HttpServer::add_hooks() {
     }
   });
   server_->set_error_handler([this](const auto& request, auto& response) {
-    if (!response.body.empty()) return;  // one of ours; the others are httplib's, of what is no HTTP
+    if (!response.body.empty() || response.status == kClientGone) return;
+    // The others are httplib's, of what is no HTTP.
     if (!response.has_header("X-Request-Id")) begin(request, response);
     refuse(response, ApiError(response.status, "error", httplib::status_message(response.status)));
   });

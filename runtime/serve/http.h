@@ -19,7 +19,7 @@ namespace chameleon::serve {
 /// Where to listen. Both files make it TLS.
 struct Address {
   std::string host = "127.0.0.1";
-  int port = 8000;  ///< 0 takes a free one
+  int port = 8000;                                        ///< 0 takes a free one
   std::optional<std::filesystem::path> certificate, key;  ///< PEM
 };
 

@@ -80,8 +80,13 @@ Json Models::get(const std::string& name) const {
 }
 
 Json Models::describe(const std::string& name, Mode mode) const {
-  return {{"id", name},    {"object", "model"},       {"created", created_},            {"owned_by", "chameleon-deploy"},
-          {"root", name_}, {"mode", to_string(mode)}, {"max_model_len", max_positions_}};
+  return {{"id", name},
+          {"object", "model"},
+          {"created", created_},
+          {"owned_by", "chameleon-deploy"},
+          {"root", name_},
+          {"mode", to_string(mode)},
+          {"max_model_len", max_positions_}};
 }
 
 }  // namespace chameleon::serve

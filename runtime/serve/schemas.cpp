@@ -32,7 +32,8 @@ CompletionRequest CompletionRequest::of(std::string_view body) {
   CompletionRequest request;
   Stop stop{request.stop};
   std::optional<std::string> user;
-  const Limits penalty{.least = -2, .most = 2}, positive{.least = 0, .is_least_excluded = true}, nullable{.is_nullable = true};
+  const Limits penalty{.least = -2, .most = 2}, positive{.least = 0, .is_least_excluded = true},
+      nullable{.is_nullable = true};
   const Fields fields = Fields::of_body(body);
   fields.required("prompt", request.prompt)
       .optional("model", request.model)
@@ -79,9 +80,7 @@ TokenizeRequest TokenizeRequest::of(std::string_view body) {
 
 DetokenizeRequest DetokenizeRequest::of(std::string_view body) {
   DetokenizeRequest request;
-  Fields::of_body(body)
-      .required("tokens", request.tokens, {.least = 0})
-      .optional("model", request.model);
+  Fields::of_body(body).required("tokens", request.tokens, {.least = 0}).optional("model", request.model);
   return request;
 }
 

@@ -63,8 +63,7 @@ std::shared_ptr<void> Service::begin_request() {
   const std::size_t others = requests_++;
   std::shared_ptr<void> counted(nullptr, [this](void*) { --requests_; });
   if (others >= settings_.max_requests) {
-    throw ApiError(429, "too_many_requests",
-                   std::to_string(others) + " requests are being worked on: try again later");
+    throw ApiError(429, "too_many_requests", std::to_string(others) + " requests are being worked on: try again later");
   }
   return counted;
 }

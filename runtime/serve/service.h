@@ -45,11 +45,11 @@ struct Served {
   TokenNames names;
   Metrics& metrics;
   std::string fingerprint;
-  bool joins_cohorts;         ///< of different requests
-  std::size_t max_prompts;    ///< of one request, whatever it asks for
+  bool joins_cohorts;                    ///< of different requests
+  std::size_t max_prompts;               ///< of one request, whatever it asks for
   std::atomic<bool> is_aborted = false;  ///< requests are cancelled
-  std::mutex scorer;          ///< one prompt is scored at a time: many at once would only slow the engine down
-  Engine engine;              ///< last: it uses all the others
+  std::mutex scorer;  ///< one prompt is scored at a time: many at once would only slow the engine down
+  Engine engine;      ///< last: it uses all the others
 };
 
 /// One server. Requests are counted while they are worked on.

@@ -24,11 +24,11 @@ struct FileStamp {
 struct Bundle {
   std::filesystem::path path;
   Manifest manifest;
-  std::string digest;                    ///< SHA-256 of bundle.json, which holds the digests of all other files
-  std::span<const std::byte> embedding;  ///< the token embedding [vocab, hidden], memory-mapped
-  std::vector<float> centroids;          ///< [num_clusters, hidden]
-  FactorSets lora;                       ///< the trained adapters of a bundle of regime lora, else empty
-  std::shared_ptr<const void> mapping;   ///< keeps `embedding` alive
+  std::string digest;                       ///< SHA-256 of bundle.json, which holds the digests of all other files
+  std::span<const std::byte> embedding;     ///< the token embedding [vocab, hidden], memory-mapped
+  std::vector<float> centroids;             ///< [num_clusters, hidden]
+  FactorSets lora;                          ///< the trained adapters of a bundle of regime lora, else empty
+  std::shared_ptr<const void> mapping;      ///< keeps `embedding` alive
   std::map<std::string, FileStamp> stamps;  ///< of the manifest and the weights
 
   /// The graph of a role for a provider: of several, the one made for the fewest providers.
