@@ -14,7 +14,7 @@ from chameleon_deploy.verify.run import verify_bundle
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
@@ -35,7 +35,7 @@ def main(
     checkpoint = load_checkpoint(reference, base)
     with console.progress() as report:
         checks, record = verify_bundle(
-            bundle, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
+            console.bundle_path(bundle), checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
         )
     console.tell_provider(provider, record["provider"])
     if out:

@@ -31,6 +31,7 @@ constexpr const char* kHelp = R"(chameleon-server BUNDLE [options]
   --provider NAME         cpu, tensorrt in a build that has it, or auto (cpu)
   --threads N             threads of ONNX Runtime
   --share-weights         map weights that other processes share
+  --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
   --log-json              one JSON object per log line
   --log-prompts           log the bodies of requests
   --ssl-certfile FILE     TLS certificate, PEM
@@ -70,6 +71,11 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--drain-seconds", [&](auto& option, auto& text) { settings.drain_seconds = number<double>(option, text, 0); }},
       {"--provider", [&](auto&, auto& text) { settings.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { settings.threads = number<int>(option, text, 1); }},
+      {"--trusted-key",
+       [&](auto&, auto& text) {
+         if (!settings.trusted_keys) settings.trusted_keys.emplace();
+         settings.trusted_keys->push_back(text);
+       }},
       {"--ssl-certfile", [&](auto& option, auto& text) { address.certificate = file(option, text); }},
       {"--ssl-keyfile", [&](auto& option, auto& text) { address.key = file(option, text); }},
   };

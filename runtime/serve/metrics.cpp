@@ -29,6 +29,7 @@ Metrics::Metrics()
       batch_rows_(histogram("batch_rows", "Rows in a step.", kRows)),
       batch_sets_(histogram("batch_factor_sets", "Factor sets in a step.", kRows)),
       step_(histogram("step_seconds", "Time of the decoder's step.", kStep)),
+      chunk_(histogram("prefill_seconds", "Time of a chunk of a prompt.", kStep)),
       running_(gauge("num_requests_running", "Rows in the batch.")),
       waiting_(gauge("num_requests_waiting", "Rows that wait for a place.")),
       cache_usage_(gauge("kv_cache_usage_perc", "Part of the key-value cache in use, 0 to 1.")),
@@ -40,6 +41,7 @@ void Metrics::observe(const Iteration& iteration) {
     batch_rows_.Observe(static_cast<double>(iteration.rows));
     batch_sets_.Observe(static_cast<double>(iteration.factor_sets));
   }
+  if (iteration.chunk_tokens > 0) chunk_.Observe(iteration.chunk.count());
   hits_.Increment(static_cast<double>(iteration.factor_set_hits));
   generation_tokens_.Increment(static_cast<double>(iteration.first_tokens.size() + iteration.later_tokens.size()));
   for (const Seconds seconds : iteration.queued) queued_.Observe(seconds.count());

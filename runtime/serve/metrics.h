@@ -43,7 +43,7 @@ class Metrics {
   prometheus::Registry registry_;
   prometheus::Counter &prompt_tokens_, &generation_tokens_, &failed_, &cancelled_, &hits_;
   Counters &success_, &requests_, &rejected_;
-  prometheus::Histogram &first_token_, &later_token_, &whole_, &queued_, &batch_rows_, &batch_sets_, &step_;
+  prometheus::Histogram &first_token_, &later_token_, &whole_, &queued_, &batch_rows_, &batch_sets_, &step_, &chunk_;
   prometheus::Gauge &running_, &waiting_, &cache_usage_, &factor_sets_;
   std::atomic<const Engine*> engine_ = nullptr;
 };

@@ -24,6 +24,7 @@ struct Settings {
   std::string provider = "cpu";
   std::optional<int> threads;
   bool share_weights = false;
+  TrustedKeys trusted_keys;
   std::size_t rows = 8;
   std::size_t max_waiting = 256;
   std::size_t prefill_tokens = 64;

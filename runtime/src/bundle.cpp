@@ -13,6 +13,7 @@
 #include "mapped_file.h"
 #include "onnx_operators.h"
 #include "opening.h"
+#include "provenance.h"
 #include "safetensors.h"
 
 namespace chameleon {
@@ -32,6 +33,7 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
       throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
     }
     const std::string name = entry.filename().string();
+    if (name == kSignature && fs::is_regular_file(entry)) continue;  // it cannot be listed in what it signs
     if (name != kManifest && !manifest.files.contains(name)) {
       throw UnknownFileError(entry.string() + " is not listed in bundle.json: remove it or export again");
     }
@@ -138,13 +140,13 @@ void Bundle::check_unchanged() const {
   }
 }
 
-Bundle open_bundle(const fs::path& path) {
-  OpeningBundle opening = start_opening(path);
+Bundle open_bundle(const fs::path& path, const TrustedKeys& trusted_keys) {
+  OpeningBundle opening = start_opening(path, trusted_keys);
   opening.require_weights();
   return std::move(opening.bundle);
 }
 
-OpeningBundle start_opening(const fs::path& path) try {
+OpeningBundle start_opening(const fs::path& path, const TrustedKeys& trusted_keys) try {
   if (!fs::is_directory(path)) {
     throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
   }
@@ -154,6 +156,8 @@ OpeningBundle start_opening(const fs::path& path) try {
   Bundle bundle;
   bundle.stamps[kManifest] = stamp_of(path / kManifest);  // before it is read, so that a later change is noticed
   const MappedFile raw(path / kManifest);
+  // Checked first: what no trusted key signed is not even parsed.
+  if (trusted_keys) check_signature(raw.bytes(), path / kSignature, *trusted_keys);
   bundle.path = path;
   bundle.manifest = parse_manifest(raw.text(), path / kManifest);
   bundle.digest = sha256(raw.bytes());

@@ -232,7 +232,8 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
-    : impl_((check_provider(options.provider), std::make_unique<const Impl>(start_opening(path), options))) {}
+    : impl_((check_provider(options.provider),
+             std::make_unique<const Impl>(start_opening(path, options.trusted_keys), options))) {}
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime::~Runtime() = default;
 

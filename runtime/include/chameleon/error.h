@@ -44,6 +44,7 @@ using MissingFileError = CodedError<"file_missing">;
 using PathError = CodedError<"path_unsafe">;
 using DigestError = CodedError<"digest_mismatch">;
 using TensorError = CodedError<"tensor_invalid">;
+using SignatureError = CodedError<"signature_invalid">;
 using GraphError = CodedError<"graph_invalid">;
 using BundleChangedError = CodedError<"bundle_changed">;
 using InputError = CodedError<"input_invalid">;
