@@ -122,14 +122,14 @@ void serve(const Arguments& arguments) {
     loading.wait();
     service.drain();
     server.stop();
-    // A client that reads too slowly must not hold up the end.
-    if (listening.wait_for(kFlushTime) == std::future_status::timeout) std::quick_exit(0);
     wake_up();
   });
   wait_for(signals);  // the end of the drain, or the second signal, which does not wait for requests
   service.abort();
   draining.get();
   loading.get();
+  // A client that reads too slowly must not hold up the end.
+  if (listening.wait_for(kFlushTime) == std::future_status::timeout) std::quick_exit(EXIT_SUCCESS);
 }
 
 }  // namespace

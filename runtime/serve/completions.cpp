@@ -1,24 +1,47 @@
 #include "completions.h"
 
+#include <chrono>
+
 #include "row_writer.h"
 
 namespace chameleon::serve {
 
 namespace {
 
-constexpr Seconds kLook{0.05};  // between two looks whether a client that waits is still there
+constexpr Seconds kLook{0.05};  // between two looks whether the client is still there
 
 /// The client has gone: nobody reads an answer.
 class GoneError {};
 
-/// The next token; none at the end. Throws GoneError.
-std::optional<Token> next(const Job& job, const std::function<bool()>& is_connected) {
-  while (!job.stream->wait(kLook)) {
-    if (!is_connected()) throw GoneError();
-    if (job.served.is_aborted) job.stream->cancel();
+/// Reads a job's tokens and looks from time to time whether the client is still there.
+class Reader {
+ public:
+  Reader(const Job& job, const std::function<bool()>& is_connected) : job_(job), is_connected_(is_connected) {}
+
+  /// The next token; none at the end. Throws GoneError.
+  std::optional<Token> next() {
+    if (!job_.stream) return std::nullopt;
+    bool has_token = false;
+    do {
+      has_token = job_.stream->wait(kLook);
+      if (Clock::now() - looked_ >= kLook) look();
+    } while (!has_token);
+    return job_.stream->next();
   }
-  return job.stream->next();
-}
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void look() {
+    looked_ = Clock::now();
+    if (!is_connected_()) throw GoneError();
+    if (job_.served.is_aborted) job_.stream->cancel();
+  }
+
+  const Job& job_;
+  const std::function<bool()>& is_connected_;
+  Clock::time_point looked_ = Clock::now();
+};
 
 /// Throws what ended a row, where it did not end by itself.
 void require_success(const Generation& generation) {
@@ -55,9 +78,8 @@ void send_parts(const Job& job, const std::vector<Echo>& echoes, const std::func
       send_choice(*prompt);
     }
   }
-  while (job.stream) {
-    const std::optional<Token> token = next(job, is_connected);
-    if (!token) break;
+  Reader reader(job, is_connected);
+  while (const std::optional<Token> token = reader.next()) {
     if (token->generation) require_success(*token->generation);
     std::vector<Choice> choices;
     if (token->token_id >= 0) choices.push_back({token->token_id, token->logprob, token->top_logprobs});
@@ -78,9 +100,8 @@ void send_parts(const Job& job, const std::vector<Echo>& echoes, const std::func
 std::optional<Json> complete(const Job& job, const std::vector<Echo>& echoes,
                              const std::function<bool()>& is_connected) try {
   std::vector<std::shared_ptr<const Generation>> generations(job.num_rows());
-  while (job.stream) {
-    const std::optional<Token> token = next(job, is_connected);
-    if (!token) break;
+  Reader reader(job, is_connected);
+  while (const std::optional<Token> token = reader.next()) {
     if (token->generation) generations[token->row] = token->generation;
   }
   std::vector<RowWriter> writers = row_writers(job, echoes);

@@ -40,7 +40,10 @@ class HttpServer {
   [[nodiscard]] std::string url() const { return url_; }
   /// Accept connections until `stop`, and wait until they have ended.
   void run() { server_->listen_after_bind(); }
-  void stop() { server_->stop(); }
+  void stop() {
+    server_->wait_until_ready();  // before that, httplib would do nothing
+    server_->stop();
+  }
 
  private:
   void add_routes();

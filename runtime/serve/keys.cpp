@@ -30,7 +30,8 @@ Json read_object(const std::filesystem::path& file) {
 Keys::Keys(const std::optional<std::filesystem::path>& file) {
   if (!file) return;
   tenants_.emplace();
-  for (const auto& [key, tenant] : read_object(*file).items()) {
+  const Json object = read_object(*file);
+  for (const auto& [key, tenant] : object.items()) {
     if (!tenant.is_string()) throw InputError(file->string() + ": the tenant of a key must be a string");
     if (key.empty() || tenant == "") throw InputError(file->string() + ": holds an empty key or tenant");
     tenants_->emplace(digest(key), tenant.get<std::string>());
