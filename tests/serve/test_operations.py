@@ -147,7 +147,7 @@ def test_the_schema_holds(program: str, server: Running) -> None:
 
     for operation in operations:
         as_test(operation, ask)()
-    assert len(asked) >= CASES
+    assert len(asked) >= CASES // 4 * sum(operation.method == "post" for operation in operations)
     assert {200, 400} <= set(asked)
     assert not any(status >= 500 for status in asked)
 

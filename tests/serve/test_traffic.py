@@ -145,7 +145,9 @@ def silent_connections(url: str) -> Iterator[None]:
         for number in range(500):
             client = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
             if number % 2:
-                client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+                client.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+                )
         yield
 
 
