@@ -130,10 +130,10 @@ class Bundle:
     def lora(self) -> dict[str, FloatArray]:
         """Return the trained factors of a bundle of regime lora, in the layout of the decoder's inputs.
 
-        -> float32 [adapters, rank, in_features or out_features] by tensor name; there is one adapter
+        -> float32 [adapters, rank, in_features or out_features] by tensor name, in the order of the adapters' names
         """
         spec = self.manifest.adaptation
-        shapes = {name: (1, spec.rank, width) for name, width in spec.factor_widths.items()}
+        shapes = {name: (len(spec.adapters) or 1, spec.rank, width) for name, width in spec.factor_widths.items()}
         return _read_tensors(self.path / "lora.safetensors", shapes)
 
 

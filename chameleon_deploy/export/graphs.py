@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +10,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import ModelSpec, Precision, Role
+from chameleon_deploy.bundle import ModelSpec, Precision, Role, TargetSpec
 from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.export.factors import Source
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.cache import quantize_cache
@@ -59,15 +60,24 @@ class Graph:
 
 
 Graphs = dict[str, Graph]
+Targets = Sequence[TargetSpec]
 
 
-def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> Graphs:
+def build_graphs(
+    checkpoint: Source,
+    model: ModelSpec,
+    targets: Targets,
+    precision: Precision,
+    weights_file: WeightsFile,
+) -> Graphs:
     """Return all graphs of a bundle by their names, with their weights in weights_file.
+
+    targets  the linear layers that get low-rank updates
 
     Raises TensorError for a weight that float16 cannot represent.
     """
-    graphs = _DECODERS[precision](model, checkpoint.trunk, weights_file)
-    if isinstance(checkpoint.factors, Hypernetwork):
+    graphs = _DECODERS[precision](model, checkpoint.trunk, targets, weights_file)
+    if isinstance(checkpoint, Checkpoint) and isinstance(checkpoint.factors, Hypernetwork):
         layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
         config = checkpoint.config
         hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
@@ -77,28 +87,28 @@ def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision,
     return graphs
 
 
-def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = build_decoder(model, trunk, weights_file)
+def _fp32(model: ModelSpec, trunk: Trunk, targets: Targets, weights_file: WeightsFile) -> Graphs:
+    decoder = build_decoder(model, trunk, targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
         **_shared_cache(decoder, model, weights_file, SHARED_CACHE),
     }
 
 
-def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = _int8_decoder(model, trunk, weights_file)
+def _int8(model: ModelSpec, trunk: Trunk, targets: Targets, weights_file: WeightsFile) -> Graphs:
+    decoder = _int8_decoder(model, trunk, targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
         **_shared_cache(decoder, model, weights_file, SHARED_INT8_CACHE),
     }
 
 
-def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+def _half(precision: Precision, model: ModelSpec, trunk: Trunk, targets: Targets, weights_file: WeightsFile) -> Graphs:
     """Return the 16-bit graphs. The CPU has no 16-bit kernels: it runs the portable decoder with the same rounding
     in float32.
     """
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, trunk, floats)
+        decoder = build_decoder(model, trunk, targets, floats)
         halve_products(decoder, HALVES[precision], weights_file)
         weights_file.take(decoder.graph)
     decoder_cpu = copy_of(decoder)
@@ -109,7 +119,7 @@ def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: We
     }
 
 
-_DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = {
+_DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, Targets, WeightsFile], Graphs]] = {
     "fp32": _fp32,
     "int8": _int8,
     "fp16": partial(_half, "fp16"),
@@ -117,11 +127,11 @@ _DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = 
 }
 
 
-def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
+def _int8_decoder(model: ModelSpec, trunk: Trunk, targets: Targets, weights_file: WeightsFile) -> ir.Model:
     rotated = rotate_trunk(trunk, model)
     scale_trunk(rotated, model, absmax_of_layers(rotated, model))
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, floats)
+        decoder = build_decoder(model, rotated, targets, floats)
         rotate_residual(decoder, model)
         quantize_weights(decoder, activations_of(rotated, model), weights_file)
         weights_file.take(decoder.graph)
