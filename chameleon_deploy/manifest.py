@@ -40,6 +40,11 @@ def factor_names(target: str) -> tuple[str, str]:
     return f"{target}.lora_A", f"{target}.lora_B"
 
 
+def basis_names(target: str) -> tuple[str, ...]:
+    """Return the tensor names of one target in basis.safetensors (runtime/basis.py)."""
+    return tuple(f"{target}.{name}" for name in ("in_before", "in_block", "in_after", "out_blocks", "out_after"))
+
+
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph. A dimension is a number or a symbol such as "batch"."""
 
@@ -183,6 +188,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_digest: str
     tools: dict[str, str]
 
+    @property
+    def has_basis(self) -> bool:
+        """Return whether factors have to enter a basis (runtime/basis.py): those of an int8 trunk."""
+        return self.precision == "int8" and any(target.name != LM_HEAD for target in self.adaptation.targets)
+
 
 def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
     """Return the modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
@@ -252,6 +262,7 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
     needed |= {graph.file for graph in manifest.graphs.values()}
     needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()
+    needed |= {"basis.safetensors"} if manifest.has_basis else set()
     needed |= {"centroids.safetensors"} if adaptation.num_clusters else set()
     for name in sorted(needed - set(manifest.files)):
         raise ManifestError(f"{where}: {name!r} is needed but not listed in files")

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
+from safetensors.numpy import save_file
 
 from chameleon_deploy.bundle import ModelSpec, Precision, Role, TargetSpec
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.factors import Source
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
+from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.int8.calibration import absmax_of_layers, activations_of
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
@@ -129,9 +131,13 @@ _DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, Targets, WeightsFile], Gr
 
 def _int8_decoder(model: ModelSpec, trunk: Trunk, targets: Targets, weights_file: WeightsFile) -> ir.Model:
     rotated = rotate_trunk(trunk, model)
-    scale_trunk(rotated, model, absmax_of_layers(rotated, model))
+    absmax = absmax_of_layers(rotated, model)
+    tensors, shifts = basis_of(trunk, model, absmax).of([target.name for target in targets])
+    if tensors:
+        save_file(tensors, weights_file.path.with_name("basis.safetensors"))
+    scale_trunk(rotated, model, absmax)
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, targets, floats)
+        decoder = build_decoder(model, rotated, targets, floats, shifts)
         rotate_residual(decoder, model)
         quantize_weights(decoder, activations_of(rotated, model), weights_file)
         weights_file.take(decoder.graph)

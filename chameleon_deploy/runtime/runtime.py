@@ -16,6 +16,7 @@ from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.adapters import Adapter, Adapters, check_adapters
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
@@ -80,7 +81,8 @@ class Runtime:
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._lora: FactorSets | None = None
-        self.adapters = Adapters(bundle, lambda factors: factors)
+        self._basis = bundle.basis()
+        self.adapters = Adapters(bundle, self._enter)
         if self.manifest.adaptation.regime == "lora" and not self.manifest.adaptation.adapters:
             self._lora = backend.place(FactorSets(bundle.lora()))
         # the decoder has factor inputs in every mode
@@ -303,9 +305,13 @@ class Runtime:
         sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
+    def _enter(self, factors: Factors) -> Factors:
+        return enter_basis(factors, self.manifest.adaptation, self._basis)
+
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            return self.backend.place(check_factors(factors, self.manifest.adaptation))
+            checked = check_factors(factors, self.manifest.adaptation)
+            return self.backend.place(FactorSets(self._enter(checked.in_memory().tensors)))
         if self.adapters.names and factors is None:
             raise ModeError("mode 'static' of a bundle with adapters: pass adapters=, a name or None per text")
         if self._lora is None:
