@@ -12,8 +12,7 @@ from chameleon_deploy.export.hypernetwork import fold_lora_B
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_parameters
-
-Source = Checkpoint | AdaptedBase
+from chameleon_deploy.reference.source import Source
 
 
 def adaptation_spec(source: Source) -> AdaptationSpec:
@@ -46,7 +45,7 @@ def parameter_counts(source: Source, spec: AdaptationSpec) -> Parameters:
     return Parameters(
         base=source.trunk.num_parameters(),
         factors=spec.rank * sum(spec.factor_widths.values()),
-        hypernetwork=num_parameters(source.factors) if spec.regime == "chameleon" else 0,
+        hypernetwork=num_parameters(source.factors) if isinstance(source, Checkpoint) and spec.regime == "chameleon" else 0,
     )
 
 

@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 
 from chameleon_deploy.bundle import ModelSpec, Precision, Role, TargetSpec
 from chameleon_deploy.export.decoder import build_decoder
-from chameleon_deploy.export.factors import Source
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.basis import basis_of
@@ -32,6 +31,7 @@ from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.source import Source
 
 CPU = ("cpu",)
 DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
