@@ -138,12 +138,13 @@ class Bundle:
         shapes = {name: (len(spec.adapters) or 1, spec.rank, width) for name, width in spec.factor_widths.items()}
         return _read_tensors(self.path / "lora.safetensors", shapes)
 
-
     def basis(self) -> dict[str, npt.NDArray[Any]]:
         """Return the tensors of basis.safetensors (runtime/basis.py); none in a bundle without."""
         if not self.manifest.has_basis:
             return {}
-        file, expected, parts = self.path / "basis.safetensors", {}, {}
+        file = self.path / "basis.safetensors"
+        expected: dict[str, int | None] = {}
+        parts: dict[str, int] = {}
         for target in self.manifest.adaptation.targets:
             if target.name != LM_HEAD:
                 names = basis_names(target.name)

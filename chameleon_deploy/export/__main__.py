@@ -112,7 +112,9 @@ def export_adapter(bundle: Path, adapters: dict[str, Path], out: Path | None) ->
     console.check_output(out)
     write_adapter(out, factors, spec)
     rank = len(next(iter(factors.values())))
-    console.stdout.print(f"{out}: adapter {name}, {len(factors) // 2} layers, rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
+    console.stdout.print(
+        f"{out}: adapter {name}, {len(factors) // 2} layers, rank {rank}, {out.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 def build_engines(bundle: Path) -> None:

@@ -72,7 +72,11 @@ def build_decoder(
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
     token_embedding = weights(family.token_embedding)
     updates = Updates(
-        op, factor_ids, factors, {name: weights.add(f"{name}.shift", shift) for name, shift in shifts.items()}
+        op,
+        factor_ids,
+        targets,
+        factors,
+        {name: weights.add(f"{name}.shift", shift) for name, shift in shifts.items()},
     )
     hidden, present = family.build_trunk(
         op,

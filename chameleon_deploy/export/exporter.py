@@ -102,7 +102,7 @@ def _write_files(
     """Write everything but bundle.json and parity.json; the manifest does not list files yet."""
     spec = adaptation_spec(checkpoint)
     with WeightsFile(directory / "weights.bin") as weights_file:
-        graphs = build_graphs(checkpoint, model, spec.targets, precision, weights_file)
+        graphs = build_graphs(checkpoint, model, spec, precision, weights_file)
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, model)
     save_factors(checkpoint, spec, directory)

@@ -45,7 +45,9 @@ def parameter_counts(source: Source, spec: AdaptationSpec) -> Parameters:
     return Parameters(
         base=source.trunk.num_parameters(),
         factors=spec.rank * sum(spec.factor_widths.values()),
-        hypernetwork=num_parameters(source.factors) if isinstance(source, Checkpoint) and spec.regime == "chameleon" else 0,
+        hypernetwork=num_parameters(source.factors)
+        if isinstance(source, Checkpoint) and spec.regime == "chameleon"
+        else 0,
     )
 
 

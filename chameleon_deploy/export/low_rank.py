@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
 Factors = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]
@@ -24,14 +25,20 @@ class Updates:
     """The updates of one graph's linear layers."""
 
     def __init__(
-        self, op: Any, factor_ids: ir.Value, factors: Mapping[str, Factors], shifts: Mapping[str, ir.Value]
+        self,
+        op: Any,
+        factor_ids: ir.Value,
+        targets: Sequence[TargetSpec],
+        factors: Mapping[str, Factors],
+        shifts: Mapping[str, ir.Value],
     ) -> None:
         """Take the inputs of the graph.
 
-        factors  by target; other layers are not adapted and cost nothing
+        factors  by target; layers that are not targets cost nothing
         shifts   [in], by target: what a layer's input lacks of the input that its factors expect (int8/basis.py)
         """
         self._op, self._factor_ids, self._factors, self._shifts = op, factor_ids, factors, shifts
+        self._in_features = {target.name: target.in_features for target in targets}
         self._shared: dict[Any, Any] = {}  # values that several updates use
 
     def add(self, y: Any, x: Any, positions: ir.Value, parts: Sequence[Part]) -> Any:
@@ -54,8 +61,8 @@ class Updates:
         if name not in self._factors:
             return self._once(("zeros", positions.name, size), lambda: op.Expand(real(op, 0.0), shape))
         lora_A, lora_B = self._factors[name]
-        flat = op.Reshape(x, integers(op, [-1, lora_A.shape[2]]))  # one row per position
-        products = op.Gemm(flat, op.Reshape(lora_A, integers(op, [-1, lora_A.shape[2]])), transB=1)
+        width = integers(op, [-1, self._in_features[name]])
+        products = op.Gemm(op.Reshape(x, width), op.Reshape(lora_A, width), transB=1)  # one row per position
         own = self._once(positions.name, lambda: self._own(positions))
         products = op.Where(own, products, real(op, 0.0))
         return op.Reshape(op.Gemm(products, op.Reshape(lora_B, integers(op, [-1, size]))), shape)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None
             raise InputError(f"{name!r} cannot name an adapter: use {ADAPTER_NAME}")
     trunk = trunk or load_trunk(base)
     layers = trunk.linear_layers()
-    adapters = {
+    adapters: dict[str, Factors] = {
         name: peft_lora.read_peft(path, layers, trunk.head_weight) for name, path in directories.items()
     }
     base_digest = trunk.digest()
@@ -79,17 +80,22 @@ def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None
 
 
 @contextmanager
-def adapted(trunk: Trunk, factors: Factors) -> Iterator[None]:
-    """Let the layers of a trunk add an adapter's update to their outputs: y + (x A^T) B."""
+def adapted(trunk: Trunk, factors: Factors, shifts: Mapping[str, FloatArray] = MappingProxyType({})) -> Iterator[None]:
+    """Let the layers of a trunk add an adapter's update to their outputs: y + (x A^T) B.
 
-    def update(lora_A: Tensor, lora_B: Tensor) -> Any:
-        return lambda module, inputs, output: output + (inputs[0] @ lora_A.T) @ lora_B
+    shifts  [in], added to the x of a layer's update; by layer
+    """
+
+    def update(lora_A: Tensor, lora_B: Tensor, shift: Tensor | float) -> Any:
+        return lambda module, inputs, output: output + ((inputs[0] + shift) @ lora_A.T) @ lora_B
 
     hooks = []
     for layer in trunk.linear_layers():
-        pair = [torch.from_numpy(np.asarray(factors[name])) for name in factor_names(layer) if name in factors]
-        if pair:
-            hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(update(*pair)))
+        if factor_names(layer)[0] in factors:
+            lora_A, lora_B = (torch.from_numpy(np.asarray(factors[name])) for name in factor_names(layer))
+            shift = torch.from_numpy(shifts[layer]) if layer in shifts else 0.0
+            hook = update(lora_A, lora_B, shift)
+            hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(hook))
     try:
         yield
     finally:
@@ -101,7 +107,7 @@ def adapted(trunk: Trunk, factors: Factors) -> Iterator[None]:
 class AdapterLogits:
     """Logits [positions, vocab] of one row with one adapter, computed alone: no padding, no cache.
 
-    changed  replaces the factors of an adapter, by name
+    hidden  final hidden states by adapter and text, which are computed once
     """
 
     base: AdaptedBase

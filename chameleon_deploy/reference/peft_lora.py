@@ -28,10 +28,11 @@ PREFIX = "base_model.model."
 MAX_RANK = 1024  # every layer is padded to the largest rank of its adapter
 
 # Options that do not change what a saved adapter computes.
-_WITHOUT_EFFECT = frozenset(
-    """auto_mapping base_model_name_or_path revision peft_version task_type inference_mode lora_dropout fan_in_fan_out
-    eva_config megatron_core runtime_config qalora_group_size ensure_weight_tying""".split()
-)
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
+    "lora_dropout", "fan_in_fan_out", "eva_config", "megatron_core", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
 # Initialisations after which the base model is unchanged; PiSSA, OLoRA and others subtract the first factors from it.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -53,11 +54,11 @@ class PeftConfig(msgspec.Struct, frozen=True):
     init_lora_weights: bool | str | None = None
 
     def rank(self, layer: str) -> int:
-        return _of_pattern(self.rank_pattern or {}, layer, self.r)
+        return int(_of_pattern(self.rank_pattern or {}, layer, self.r))
 
     def scaling(self, layer: str) -> float:
         rank, alpha = self.rank(layer), _of_pattern(self.alpha_pattern or {}, layer, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return float(alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def adapts(self, layer: str) -> bool:
         """Return whether PEFT adapts a linear layer of that name."""
@@ -126,7 +127,9 @@ def read_config(file: Path) -> PeftConfig:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except (ValueError, msgspec.ValidationError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a PEFT LoRA configuration: {error}") from error
-    refused = [name for name, value in raw.items() if value and name not in {*PeftConfig.__struct_fields__} | _WITHOUT_EFFECT]
+    refused = [
+        name for name, value in raw.items() if value and name not in {*PeftConfig.__struct_fields__} | _WITHOUT_EFFECT
+    ]
     if config.peft_type != "LORA":
         refused.append(f"peft_type={config.peft_type}")
     if config.bias != "none":

@@ -29,10 +29,10 @@ def enter_basis(
     entered = dict(factors)
     for target in spec.targets:
         names = basis_names(target.name)
-        if names[0] not in basis:
+        name_A, name_B = factor_names(target.name)
+        if names[0] not in basis or name_A not in factors:
             continue
         before, block, after, out_blocks, out = (basis[name] for name in names)
-        name_A, name_B = factor_names(target.name)
         entered[name_A] = _rotate(factors[name_A] * before, int(block[0])) * after
         parts = np.split(factors[name_B], len(out_blocks), axis=-1)
         rotated = [_rotate(part, int(size)) for part, size in zip(parts, out_blocks, strict=True)]

@@ -155,7 +155,9 @@ class Runtime:
         if errors not in get_args(OnError):
             raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
-        for token in self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, adapters, errors, is_shown=False):
+        for token in self._tokens(
+            prompts, max_new_tokens, sampling, mode, tenants, factors, adapters, errors, is_shown=False
+        ):
             if token.generation is not None:
                 finished[token.row] = token.generation
         return [finished[row] for row in range(len(finished))]
@@ -212,7 +214,7 @@ class Runtime:
         self.adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. Rows that use it keep its factors to their end. Raises AdapterError for an unknown name."""
+        """Forget an adapter; rows that use it keep its factors to their end. Raises AdapterError for an unknown name."""
         self.adapters.unload(name)
 
     def check_unchanged(self) -> None:
@@ -311,7 +313,8 @@ class Runtime:
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
             checked = check_factors(factors, self.manifest.adaptation)
-            return self.backend.place(FactorSets(self._enter(checked.in_memory().tensors)))
+            arrays = {name: np.asarray(array) for name, array in checked.tensors.items()}
+            return self.backend.place(FactorSets(self._enter(arrays)))
         if self.adapters.names and factors is None:
             raise ModeError("mode 'static' of a bundle with adapters: pass adapters=, a name or None per text")
         if self._lora is None:

@@ -16,7 +16,9 @@ from chameleon_deploy.verify.run import verify_bundle
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    reference: Annotated[Path, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")],
+    reference: Annotated[
+        Path, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,

@@ -101,7 +101,9 @@ def verify_bundle(
         rows = rows_within(rows, manifest.limits)
     if isinstance(checkpoint, AdaptedBase):
         _require_adapters(opened, checkpoint)
-        run: Callable[..., list[Check]] = partial(verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl)
+        run: Callable[..., list[Check]] = partial(
+            verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl
+        )
     else:
         reference = RowLogits(checkpoint)
         for done, ids in enumerate(rows):
@@ -150,5 +152,7 @@ def summary(checks: list[Check], max_kl: float | None = None) -> ParitySummary:
     """Summarise checks for the manifest."""
     from chameleon_deploy.verify.logit_figures import largest
 
-    differences = [check.value for check in checks if check.name.startswith(("x1 factors: logits", "mixed adapters: logits"))]
+    differences = [
+        check.value for check in checks if check.name.startswith(("x1 factors: logits", "mixed adapters: logits"))
+    ]
     return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences), max_kl)

@@ -47,9 +47,9 @@ def build_trunk(
 
     def linear(x: Any, matrix: str, at: ir.Value) -> Any:
         """GPT-2 stores its projections as [in, out] (Conv1D), which is what MatMul takes."""
-        name, weight = matrix.removesuffix(".weight"), weights(matrix)
-        y = op.Add(op.MatMul(x, weight), weights(f"{name}.bias"))
-        return inputs.updates.add(y, x, at, [(name, weight.shape[1])])
+        name = matrix.removesuffix(".weight")
+        y = op.Add(op.MatMul(x, weights(matrix)), weights(f"{name}.bias"))
+        return inputs.updates.add(y, x, at, [(name, trunk.causal_lm.get_submodule(name).weight.shape[1])])
 
     positions = op.Gather(weights(POSITION_EMBEDDING), inputs.position_ids)
     x = op.Add(op.Gather(token_embedding, inputs.input_ids), positions)

@@ -73,7 +73,12 @@ def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax]) -> Basis:
             joined = [([block], scale) for block, scale in outputs]
         for norm, scales, targets, outs in (
             (layer.norm_1, seen.norm_1 / INT8_MAX, names.qkv, joined),
-            (layer.norm_2, seen.norm_2 / INT8_MAX, names.up, [([1], torch.ones(up.matrix.shape[1])) for up in layer.ups]),
+            (
+                layer.norm_2,
+                seen.norm_2 / INT8_MAX,
+                names.up,
+                [([1], torch.ones(up.matrix.shape[1])) for up in layer.ups],
+            ),
         ):
             weight, bias = norm.weight, getattr(norm, "bias", None)
             if bias is not None:
