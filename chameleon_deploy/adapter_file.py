@@ -41,7 +41,7 @@ def write_adapter(file: Path, factors: Mapping[str, FloatArray], spec: Adaptatio
 
 
 def read_adapter(file: Path, spec: AdaptationSpec) -> dict[str, FloatArray]:
-    """Return the factors of an adapter, float32 [rank, width] for each of the bundle's targets; zeros where it has none.
+    """Return the factors of an adapter, float32 [rank, width] for each target of a bundle; zeros where it has none.
 
     Raises AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
     """

@@ -58,6 +58,7 @@ from chameleon_deploy.manifest import (
     parse_manifest,
 )
 from chameleon_deploy.onnx_operators import check_graph_file
+from chameleon_deploy.provenance import SIGNATURE, TrustedKeys, check_signature
 from chameleon_deploy.signature import check_graphs
 
 # The manifest's types are part of the contract: modules that need both import them from here.
@@ -85,6 +86,7 @@ class Bundle:
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
     weights_checked: Future[None] = field(compare=False, repr=False)
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)  # see `_stamp`
+    signed_by: Path | None = field(default=None, compare=False)  # the trusted key, if signatures are required
 
     def require_weights(self) -> None:
         """Wait for the digest of the weights. Raises DigestError if it differs from the manifest's.
@@ -162,36 +164,40 @@ class Bundle:
         return tensors
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, trusted_keys: TrustedKeys | None = None) -> Bundle:
     """Read the manifest and check every file against it.
 
-    Raises BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError,
-    DigestError or TensorError.
+    trusted_keys  PEM files of Ed25519 public keys: a bundle that none of them signed is refused; None accepts any
+
+    Raises BundleNotFoundError, SignatureError, ManifestError, VersionError, PathError, UnknownFileError,
+    MissingFileError, DigestError, TensorError or GraphError.
     """
-    bundle = start_opening(path)
+    bundle = start_opening(path, trusted_keys)
     bundle.require_weights()
     return bundle
 
 
-def start_opening(path: Path) -> Bundle:
+def start_opening(path: Path, trusted_keys: TrustedKeys | None = None) -> Bundle:
     """Open a bundle and hash its weights in the background, while the caller opens sessions on it.
 
     All other checks have been made. The caller calls `Bundle.require_weights` at the end. Raises the errors of
     `open_bundle`.
     """
     try:
-        return _start_opening(path)
+        return _start_opening(path, trusted_keys)
     except PermissionError as error:
         raise BundleNotFoundError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
 
-def _start_opening(path: Path) -> Bundle:
+def _start_opening(path: Path, trusted_keys: TrustedKeys | None) -> Bundle:
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
     stamps = {MANIFEST: _stamp(path / MANIFEST)}  # taken before the file is read, so that a later change is noticed
     raw = (path / MANIFEST).read_bytes()
+    # Checked first: what no trusted key signed is not even parsed.
+    signed_by = None if trusted_keys is None else check_signature(raw, path / SIGNATURE, trusted_keys)
     manifest = parse_manifest(raw, path / MANIFEST)
     check_graphs(manifest, path / MANIFEST)
     _check_listing(path, manifest)
@@ -208,7 +214,7 @@ def _start_opening(path: Path) -> Bundle:
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
     thread.shutdown(wait=False)  # the thread ends with its only task
-    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps)
+    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps, signed_by)
     bundle.centroids()
     if manifest.adaptation.regime == "lora":
         bundle.lora()
@@ -220,6 +226,8 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
     for entry in sorted(path.iterdir()):
         if entry.is_symlink():
             raise PathError(f"{entry} is a symbolic link: a bundle holds plain files only; copy the file itself")
+        if entry.name == SIGNATURE and entry.is_file():
+            continue  # it cannot be listed in what it signs
         if entry.name != MANIFEST and entry.name not in manifest.files:
             raise UnknownFileError(f"{entry} is not listed in {MANIFEST}: remove it or export again")
     for name in manifest.files:

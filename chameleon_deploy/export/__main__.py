@@ -12,11 +12,14 @@ from chameleon_deploy.adapter_options import AdapterDirectories, named_directori
 from chameleon_deploy.bundle import MANIFEST, ParitySummary, Precision
 from chameleon_deploy.engines import import_tensorrt, target_device
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.provenance import read_signing_key
 
 
 def main(
     source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE.toml|BASE|BUNDLE", help="What to export.")],
-    out: Annotated[Path | None, typer.Option(help="Bundle directory to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Bundle directory to write; with --target triton, the model repository.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
@@ -24,33 +27,43 @@ def main(
         Precision | None, typer.Option(help="Precision of the weights; default: the recipe's, else fp32.")
     ] = None,
     target: Annotated[
-        Literal["onnx", "tensorrt"] | None,
-        typer.Option(help="tensorrt also builds engines into the local cache; default: the recipe's, else onnx."),
+        Literal["onnx", "tensorrt", "triton"] | None,
+        typer.Option(
+            help="tensorrt also builds engines into the local cache; triton adds a bundle to a model repository; "
+            "default: the recipe's, else onnx."
+        ),
     ] = None,
     adapter: AdapterDirectories = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Sign the bundle with this Ed25519 private key, PEM.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict) or the checkpoint that a recipe
     names.
 
-    With --target tensorrt SOURCE may also be a finished bundle: its engines are built. With --adapter it is a base
-    model, or a bundle that has adapters: then --out is an adapter file for it.
+    With --target tensorrt SOURCE may also be a finished bundle: its engines are built. With --target triton it must be
+    one. With --adapter it is a base model, or a bundle that has adapters: then --out is an adapter file for it.
     """
+    if target == "triton":
+        write_repository(source, out)
+        return
     adapters = named_directories(adapter)
     if (Path(source) / MANIFEST).is_file():
         if adapters:
             export_adapter(Path(source), adapters, out)
             return
-        if target != "tensorrt" or out is not None:
+        if target != "tensorrt" or out is not None or sign is not None:
             raise InputError(f"{source} is a bundle already: pass it with --target tensorrt alone to build its engines")
         build_engines(Path(source))
         return
     if max_kl is not None and not verify:
         raise InputError("--max-kl goes with verification: leave out --no-verify")
+    signer = None if sign is None else read_signing_key(sign)
     if out is None:
         raise typer.BadParameter("--out is missing: name the bundle directory to write")
     from chameleon_deploy.export.exporter import export_bundle
@@ -77,7 +90,7 @@ def main(
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
-            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision
+            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision, signer
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity
@@ -115,6 +128,17 @@ def export_adapter(bundle: Path, adapters: dict[str, Path], out: Path | None) ->
     console.stdout.print(
         f"{out}: adapter {name}, {len(factors) // 2} layers, rank {rank}, {out.stat().st_size / 1e6:.1f} MB"
     )
+
+
+def write_repository(source: str, out: Path | None) -> None:
+    """Add a bundle to a model repository of Triton, and print its path there."""
+    from chameleon_deploy.export import triton
+
+    if out is None:
+        raise typer.BadParameter("--out is missing: name the model repository")
+    if not (Path(source) / MANIFEST).is_file():
+        raise InputError(f"{source} is not a bundle: export it first, then pass the bundle with --target triton")
+    console.stdout.print(f"{triton.write_repository(Path(source), out)}", soft_wrap=True)
 
 
 def build_engines(bundle: Path) -> None:

@@ -27,10 +27,11 @@ from chameleon_deploy.bundle import (
 )
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import token_embedding_of
-from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.factors import adaptation_spec, parameter_counts, save_factors
+from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.provenance import SIGNATURE
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.source import Source
@@ -56,12 +57,14 @@ def export_bundle(
     verify: Verify | None,
     limits: Limits = Limits(),  # noqa: B008  (immutable)
     precision: Precision = "fp32",
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> Manifest:
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
     verify     checks the bundle at the path it is given; None records the bundle as not verified
     limits     the largest call that engines built from it accept
     precision  of the matrices that are multiplied; what is looked up stays float32: clusters do not depend on it
+    sign       makes the signature of bundle.json, see `provenance.read_signing_key`
 
     Raises RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
@@ -74,6 +77,8 @@ def export_bundle(
         if verify is not None:
             summary, parity = verify(directory)
             manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity)
+        if sign is not None:
+            (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes()))
     return manifest
 
 

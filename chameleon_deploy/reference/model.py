@@ -26,10 +26,12 @@ class Trunk:
 
     causal_lm   the Hugging Face model
     tokenizer   the `tokenizers.Tokenizer` behind its tokenizer
+    gguf        the GGUF file that it was converted from
     """
 
     causal_lm: Any
     tokenizer: Any
+    gguf: Path | None = None
 
     @property
     def config(self) -> Any:
@@ -176,7 +178,9 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
         raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json next to it")
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
-    return trunk_from(causal_lm, encoding_whole_texts(backend))
+    trunk = trunk_from(causal_lm, encoding_whole_texts(backend))
+    trunk.gguf = gguf
+    return trunk
 
 
 def encoding_whole_texts(tokenizer: Any) -> Any:

@@ -76,7 +76,10 @@ def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
     if not isinstance(factors, Mapping) or set(factors) != set(widths):
         found = sorted(factors) if isinstance(factors, Mapping) else f"a {type(factors).__name__}"
         raise FactorsError(f"factors hold {found}: pass a dict with the arrays {', '.join(widths)}")
-    arrays = {name: np.asarray(factors[name]) for name in widths}
+    try:
+        arrays = {name: np.asarray(factors[name]) for name in widths}
+    except ValueError as error:  # nested lists of unequal lengths
+        raise FactorsError(f"factors hold something else than arrays: {error}") from error
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise FactorsError(f"{name} has dtype {array.dtype}, expected float32")

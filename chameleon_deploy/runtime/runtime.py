@@ -10,8 +10,10 @@ from typing import get_args
 
 import numpy as np
 
+from chameleon_deploy import remote
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
 from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.provenance import TrustedKeys
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.adapters import Adapter, Adapters, check_adapters
@@ -20,7 +22,8 @@ from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, integer
+from chameleon_deploy.runtime.prompt_lookup import stream_speculated
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
@@ -33,22 +36,26 @@ def load(
     mode: Mode | None = None,
     threads: int | None = None,
     share_weights: bool = False,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Runtime:
     """Open a bundle and make it ready to run.
 
-    path           the directory that export wrote
+    path           the directory that export wrote, or the URL of one, see `remote.fetch`
     provider       "cpu", "cuda", "tensorrt", or "auto" for the best available one, which `Runtime.provider` names
     mode           adaptation mode of calls that name none: by default "cohort", or "static" for a bundle of regime lora
     threads        threads of ONNX Runtime within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
                    processes which load the bundle this way share one copy. The first of them writes the file.
+    trusted_keys   PEM files of Ed25519 public keys: a bundle that none of them signed raises SignatureError; None
+                   accepts any bundle. Needs the package `cryptography`.
 
     Raises a ChameleonError. Every file is checked before anything runs. An unavailable provider raises ProviderError or
     DependencyError, which says what is missing.
     """
     check_provider(provider)
     check_threads(threads)
-    bundle = start_opening(checked_path(path))
+    directory = remote.fetch(path) if remote.is_url(path) else checked_path(path)
+    bundle = start_opening(directory, trusted_keys)
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
@@ -75,7 +82,7 @@ class Runtime:
         """
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
+        self.mode: Mode = default_mode(bundle.manifest.adaptation) if mode is None else mode
         self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
@@ -145,6 +152,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        prompt_lookup_num_tokens: int = 0,
         errors: OnError = "raise",
     ) -> list[Generation]:
         """Continue every prompt. Other arguments as in `stream`.
@@ -152,12 +160,22 @@ class Runtime:
         errors  of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" raises the first and
                 ends the batch; "row" ends that row alone, with finish_reason "error" and its Generation.error
         """
-        if errors not in get_args(OnError):
+        if not isinstance(errors, str) or errors not in get_args(OnError):
             raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
-        for token in self._tokens(
-            prompts, max_new_tokens, sampling, mode, tenants, factors, adapters, errors, is_shown=False
-        ):
+        tokens = self._tokens(
+            prompts,
+            max_new_tokens,
+            sampling,
+            mode,
+            tenants,
+            factors,
+            adapters,
+            prompt_lookup_num_tokens,
+            errors,
+            is_shown=False,
+        )
+        for token in tokens:
             if token.generation is not None:
                 finished[token.row] = token.generation
         return [finished[row] for row in range(len(finished))]
@@ -172,6 +190,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Iterator[Token]:
         """Continue every prompt, token by token. Closing the iterator cancels the rest.
 
@@ -181,10 +200,24 @@ class Runtime:
                         each drawing from stream 0, so that a row does not depend on its place in the batch
         mode, tenants, factors, adapters
                         as in `adapt`; the factors of a row are made from its prompt and do not change
+        prompt_lookup_num_tokens  for a single prompt on the CPU: up to this many tokens, at most 16, are drafted by
+                        prompt lookup and read in one call, which is faster where the text repeats itself, and slower
+                        elsewhere. The tokens are the same; 0 is off
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        return self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, adapters, "raise", is_shown=True)
+        return self._tokens(
+            prompts,
+            max_new_tokens,
+            sampling,
+            mode,
+            tenants,
+            factors,
+            adapters,
+            prompt_lookup_num_tokens,
+            "raise",
+            is_shown=True,
+        )
 
     def _tokens(
         self,
@@ -195,13 +228,18 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
         adapters: Sequence[str | None] | None,
+        prompt_lookup_num_tokens: int,
         errors: OnError,
         is_shown: bool,
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts), self.manifest.model
         adaptation = self._adapt(rows, mode, tenants, factors, adapters)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
-        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, model.eos_token_id, errors)
+        decode = partial(stream_speculated, draft_tokens=prompt_lookup_num_tokens)
+        return (decode if integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) else stream_tokens)(
+            active, decoder=self.decoder, factors=adaptation.factors, tokenizer=self.tokenizer,
+            eos_token_id=model.eos_token_id, errors=errors,
+        )  # fmt: skip
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model.
@@ -214,7 +252,7 @@ class Runtime:
         self.adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; rows that use it keep its factors to their end. Raises AdapterError for an unknown name."""
+        """Forget an adapter; rows that use it keep its factors. Raises AdapterError for an unknown name."""
         self.adapters.unload(name)
 
     def check_unchanged(self) -> None:
@@ -266,7 +304,8 @@ class Runtime:
     ) -> Mode:
         """Return the mode of a call. Raises ModeError or InputError."""
         check_adapters(adapters, batch)
-        mode = mode or ("static" if adapters is not None else self.mode)
+        if mode is None:
+            mode = self.mode if adapters is None else "static"
         self._check_mode(mode)
         adapting.check_tenants(mode, tenants, batch)
         if factors is not None and mode != "static":
@@ -332,8 +371,8 @@ class Runtime:
         return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
-        if mode not in get_args(Mode):
-            raise ModeError(f"{mode!r} is not a mode: choose one of {', '.join(get_args(Mode))}")
+        if not isinstance(mode, str) or mode not in get_args(Mode):
+            raise ModeError(f"{mode!r:.40} is not a mode: choose one of {', '.join(get_args(Mode))}")
         available = self.manifest.adaptation.modes
         if mode not in available:
             raise ModeError(

@@ -14,7 +14,7 @@ from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.batch import Member, Prompt
 from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
-from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_number
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Cohort, Stream
@@ -40,7 +40,9 @@ class Submission:
     @property
     def cohort_key(self) -> Hashable | None:
         """Return a key that is equal for submits that may share a cohort; None in modes without cohorts."""
-        return {"cohort": ("cohort", None), "tenant": ("tenant", self.tenant)}.get(self.stream.mode)
+        if self.stream.mode == "tenant":
+            return "tenant", type(self.tenant), self.tenant  # the type, because 1 == True == 1.0
+        return "cohort" if self.stream.mode == "cohort" else None
 
 
 def prepare(
@@ -61,11 +63,11 @@ def prepare(
 
     capacity  tokens that a row can hold
     """
-    for name, value in (("n", n), ("adapt_tokens", 1 if adapt_tokens is None else adapt_tokens)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if deadline is not None and not deadline > 0:
-        raise InputError(f"deadline must be a number of seconds above 0, got {deadline}")
+    n = check_integer("n", n, 1, MAX_ROWS)
+    if adapt_tokens is not None:
+        adapt_tokens = check_integer("adapt_tokens", adapt_tokens, 1)
+    if deadline is not None and not check_number("deadline", deadline, 0):
+        raise InputError("deadline must be a number of seconds above 0")
     ids = runtime.encode(prompts)
     for i, prompt in enumerate(ids):
         if len(prompt) > capacity:

@@ -13,7 +13,7 @@ from chameleon_deploy.errors import DependencyError
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode where a request names none.")] = None,
@@ -28,6 +28,9 @@ def main(
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests.")] = False,
     ssl_certfile: Annotated[
@@ -44,8 +47,8 @@ def main(
         raise DependencyError(f"serve needs {error.name}: pip install 'chameleon-deploy[cpu,serve]'") from error
     logs.configure(log_json)
     service = Service(Settings(
-        bundle, mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens, cohort_window_ms, api_keys,
-        max_body_bytes, max_requests, drain_seconds, log_prompts,
+        console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
+        cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

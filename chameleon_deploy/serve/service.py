@@ -41,6 +41,7 @@ class Settings:
     max_requests: int = 512
     drain_seconds: float = 30
     log_prompts: bool = False
+    trusted_keys: list[Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Service:
     def open(self) -> None:
         """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`."""
         s = self.settings
-        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights)
+        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights, s.trusted_keys)
         name = runtime.bundle.path.resolve().name
         models = Models(name, runtime.manifest, s.mode, bool(self.keys))
         runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors

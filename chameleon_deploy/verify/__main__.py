@@ -15,7 +15,7 @@ from chameleon_deploy.verify.run import verify_bundle
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     reference: Annotated[
         Path, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
     ],
@@ -39,7 +39,7 @@ def main(
     checkpoint = load_source(reference, base, named_directories(adapter))
     with console.progress() as report:
         checks, record = verify_bundle(
-            bundle, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
+            console.bundle_path(bundle), checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
         )
     console.tell_provider(provider, record["provider"])
     if out:

@@ -21,6 +21,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
   --tenant NAME           mode tenant: one per text, in order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
+  --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
   --json                  one JSON object per text and line
 generate:
   --prompt TEXT           a prompt; may be given several times
@@ -70,6 +71,11 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
        }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
+      {"--trusted-key",
+       [&](auto&, auto& text) {
+         if (!parsed.load.trusted_keys) parsed.load.trusted_keys.emplace();
+         parsed.load.trusted_keys->push_back(text);
+       }},
   };
   const auto read_more = [&](auto&, auto& path) {
     for (std::string& text : read_texts(path)) parsed.texts.push_back(std::move(text));

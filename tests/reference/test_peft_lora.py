@@ -70,9 +70,7 @@ def test_an_adapter_of_a_llama_computes_what_peft_computes(
 
 def test_an_adapter_of_a_gpt2_computes_what_peft_computes(saved: Path, gpt2_base: Path) -> None:
     reference = AdapterLogits(load_adapted(str(gpt2_base), {"own": saved}))
-    np.testing.assert_allclose(
-        reference(ROW, ["own"], 0).numpy(), peft_logits(gpt2_base, saved, [ROW])[0], atol=1e-5
-    )
+    np.testing.assert_allclose(reference(ROW, ["own"], 0).numpy(), peft_logits(gpt2_base, saved, [ROW])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_what_is_no_plain_low_rank_update_is_refused_by_name(
 def test_a_configuration_that_makes_no_sense_is_refused(change: dict[str, Any], saved: Path, trunk: Trunk) -> None:
     file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(CheckpointError, match="adapter_config.json"):
+    with pytest.raises(CheckpointError, match="adapter_config"):
         read_peft(saved, trunk.linear_layers(), trunk.head_weight)
 
 

@@ -31,7 +31,9 @@ def directories(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     path = tmp_path_factory.mktemp("adapters")
     return {
         name: save_adapter(llama_path / "base", path / name, seed, 0.3, r=rank, lora_alpha=4, target_modules=layers)
-        for seed, (name, rank, layers) in enumerate((("legal", 4, LAYERS), ("code", 2, LAYERS), ("wiki", 8, ["v_proj"])))
+        for seed, (name, rank, layers) in enumerate(
+            (("legal", 4, LAYERS), ("code", 2, LAYERS), ("wiki", 8, ["v_proj"]))
+        )
     }
 
 

@@ -109,6 +109,7 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert sum(grown(n) for n in after if n.startswith("chameleon_requests_total{") and "{mode=none}" in n) == 2
     for name in ("step_seconds_count", "batch_rows_count", "batch_factor_sets_count"):
         assert grown(f"chameleon_{name}") >= 4
+    assert grown("chameleon_prefill_seconds_count") >= 2
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "factor_sets_resident"):
         assert after[f"chameleon_{name}"] == 0
     assert {"chameleon_requests_cancelled_total", "chameleon_factor_set_hits_total"} <= set(after)

@@ -1,4 +1,4 @@
-"""`verify` passes a right bundle with adapters and catches wrong ones: each fault is planted in the bundle's own file."""
+"""`verify` passes a right bundle with adapters and catches wrong ones, whose faults are planted in its own files."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_decoder_that_drops_an_update_is_caught(
         return type(sets)(dropped)
 
     monkeypatch.setattr(adapters, "stack_sets", without_a_layer)
-    checks, record = verify_bundle(path, adapted, None, 1, silent)
+    checks, _ = verify_bundle(path, adapted, None, 1, silent)
     missed = {check.name for check in checks if not check.passed}
     assert {"mixed adapters: logits, max abs difference", "adapter code: update, relative difference"} <= missed
 

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -27,9 +28,12 @@ struct Bundle {
   [[nodiscard]] CHAMELEON_EXPORT const GraphSpec& graph(std::string_view role, std::string_view provider) const;
 };
 
-/// Read the manifest and check every file against it.
-/// Throws BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError, DigestError
-/// or TensorError. The graphs' files are checked when a runtime opens them.
-CHAMELEON_EXPORT Bundle open_bundle(const std::filesystem::path& path);
+/// PEM files, each with one Ed25519 public key; nothing accepts bundles without a signature.
+using TrustedKeys = std::optional<std::vector<std::filesystem::path>>;
+
+/// Read the manifest and check every file against it. A bundle that none of the trusted keys signed is refused.
+/// Throws BundleNotFoundError, SignatureError, ManifestError, VersionError, PathError, UnknownFileError,
+/// MissingFileError, DigestError, TensorError or GraphError.
+CHAMELEON_EXPORT Bundle open_bundle(const std::filesystem::path& path, const TrustedKeys& trusted_keys = {});
 
 }  // namespace chameleon
