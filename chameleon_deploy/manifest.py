@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -27,12 +27,12 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
 LM_HEAD = "lm_head"  # the target of every checkpoint so far, by its PEFT name
-ADAPTER_NAME = "letters, digits, '_', '-' and '.', at most 64, the first a letter or a digit"
+ADAPTER_NAME = "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name"
 
 
 def is_adapter_name(name: str) -> bool:
     """Return whether an adapter may have this name; see ADAPTER_NAME."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None and name not in get_args(Mode)
 
 
 def factor_names(target: str) -> tuple[str, str]:

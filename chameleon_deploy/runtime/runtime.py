@@ -16,7 +16,7 @@ from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.provenance import TrustedKeys
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
-from chameleon_deploy.runtime.adapters import Adapter, Adapters, check_adapters
+from chameleon_deploy.runtime.adapters import Adapters, check_adapters
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factor_table import FactorSource
@@ -334,7 +334,7 @@ class Runtime:
         if mode == "none":
             return [none] * len(embeddings)
         if adapters is not None:
-            return [none if name is None else _adapter_source(self.adapters[name]) for name in adapters]
+            return [none if name is None else self._adapter_source(name) for name in adapters]
         if mode == "static":
             sets = self._static_factors(factors)
             own = sets[np.array([0])]  # a copy, which the caller cannot change
@@ -345,6 +345,11 @@ class Runtime:
         # Equal vectors have equal factors, for any tenant.
         sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
+
+    def _adapter_source(self, name: str) -> FactorSource:
+        adapter = self.adapters[name]
+        sets = self.adapters.sets_of(adapter)  # held, so that the row keeps it whatever is unloaded or leaves
+        return FactorSource(adapter.key, lambda: sets)
 
     def _enter(self, factors: Factors) -> Factors:
         return enter_basis(factors, self.manifest.adaptation, self._basis)
@@ -379,7 +384,3 @@ class Runtime:
                 f"mode {mode!r} cannot be served by this bundle of regime {self.manifest.adaptation.regime!r} with "
                 f"{self.manifest.adaptation.num_clusters} clusters: choose one of {', '.join(available)}"
             )
-
-
-def _adapter_source(adapter: Adapter) -> FactorSource:
-    return FactorSource(adapter.key, lambda: adapter.sets)
