@@ -129,6 +129,12 @@ class FactorsError(ChameleonError):
     code = "factors_invalid"
 
 
+class AdapterError(ChameleonError):
+    """An adapter that is not loaded, or a file that is not an adapter of this bundle."""
+
+    code = "adapter_invalid"
+
+
 class ProviderError(ChameleonError):
     """The execution provider is not available on this machine."""
 
@@ -181,6 +187,12 @@ class DependencyError(ChameleonError):
     """An optional package is missing, or two that exclude each other are installed."""
 
     code = "dependency_missing"
+
+
+class DownloadError(ChameleonError):
+    """Object storage cannot be reached, or refuses to be read."""
+
+    code = "download_failed"
 
 
 class DatasetError(ChameleonError):

@@ -5,6 +5,7 @@
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
     sampling.json    numbers of `uniform`, choices of `choose`, and what `log_probabilities` reports
+    schedules.json   schedules of requests, and what the Python engine gives for them (tests/schedules.py)
     tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
 
 The same versions of torch, transformers and ONNX Runtime write the same bytes. Goldens were made by the Python
@@ -29,6 +30,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from tests.schedules import random_schedule, run_schedule
 from tests.shared_data import DATA, case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
@@ -50,6 +52,7 @@ def main() -> None:
     write("signatures.json", signature_cases())
     write("golden.json", golden_cases())
     write("sampling.json", sampling_cases())
+    write("schedules.json", schedule_cases())
     write("tokenizer.json", tokenizer_cases())
 
 
@@ -580,6 +583,17 @@ def chosen(case: dict[str, Any]) -> dict[str, Any]:
 def reported(case: dict[str, Any]) -> dict[str, Any]:
     choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
     return case | {"logprob": choice.logprob, "top_logprobs": choice.top_logprobs}
+
+
+def schedule_cases() -> list[dict[str, Any]]:
+    random = np.random.default_rng(3)
+    cases = []
+    for bundle in BUNDLES:
+        runtime = chameleon_deploy.load(good_bundle(bundle))
+        for _ in range(8):
+            schedule = random_schedule(random, runtime)
+            cases.append({"bundle": bundle, "schedule": schedule, "result": run_schedule(runtime, schedule)})
+    return cases
 
 
 def tokenizer_cases() -> dict[str, list[Any]]:

@@ -114,7 +114,8 @@ struct Tokenizer::Impl {
   Regex words{kWords}, digit{kDigit};
   std::vector<AddedToken> plain, normalized;  // plain tokens are searched first
   WordRules rules;
-  std::vector<std::string> bytes;  // by id; empty for special tokens
+  std::vector<std::string> tokens;  // by id
+  std::vector<std::string> bytes;   // by id; empty for special tokens
   std::unique_ptr<const Bpe> bpe;
 
   explicit Impl(const Json& json);
@@ -134,14 +135,19 @@ Tokenizer::Impl::Impl(const Json& json) {
   chameleon::read(json.at("model").at("vocab"), "tokenizer.json: model.vocab", vocab);
   std::vector<AddedToken> added;
   if (json.contains("added_tokens")) chameleon::read(json.at("added_tokens"), "tokenizer.json: added_tokens", added);
-  const auto store = [&](std::int64_t id, std::string token) {
+  const auto store = [&](std::int64_t id, const std::string& token, bool special) {
     if (id < 0 || id > kMaxTokenId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
-    if (static_cast<std::size_t>(id) >= bytes.size()) bytes.resize(static_cast<std::size_t>(id) + 1);
-    bytes[static_cast<std::size_t>(id)] = std::move(token);
+    const auto index = static_cast<std::size_t>(id);
+    if (index >= tokens.size()) {
+      tokens.resize(index + 1);
+      bytes.resize(index + 1);
+    }
+    tokens[index] = token;
+    bytes[index] = special ? "" : token_bytes(token, bytes_of);
   };
-  for (const auto& [token, id] : vocab) store(id, token_bytes(token, bytes_of));
+  for (const auto& [token, id] : vocab) store(id, token, false);
   for (AddedToken& token : added) {
-    store(token.id, token.special ? "" : token_bytes(token.content, bytes_of));
+    store(token.id, token.content, token.special);
     (token.normalized ? normalized : plain).push_back(std::move(token));
   }
 
@@ -224,15 +230,23 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
   return ids;
 }
 
-std::string Tokenizer::decode(std::span<const std::int64_t> ids) const {
+std::string Tokenizer::decode(std::span<const std::int64_t> ids, bool skip_special_tokens) const {
   std::string joined;
-  for (const std::int64_t id : ids) joined += bytes(id);
+  for (const std::int64_t id : ids) {
+    const std::string_view found = bytes(id);
+    joined += found.empty() && !skip_special_tokens ? token(id) : found;  // only special tokens have no bytes
+  }
   return replace_invalid_utf8(joined);
 }
 
 std::string_view Tokenizer::bytes(std::int64_t id) const {
   if (id < 0 || id >= static_cast<std::int64_t>(impl_->bytes.size())) return {};
   return impl_->bytes[static_cast<std::size_t>(id)];
+}
+
+std::string_view Tokenizer::token(std::int64_t id) const {
+  if (id < 0 || id >= static_cast<std::int64_t>(impl_->tokens.size())) return {};
+  return impl_->tokens[static_cast<std::size_t>(id)];
 }
 
 }  // namespace chameleon
