@@ -76,6 +76,7 @@ class Recorder:
 
 
 def import_heavy() -> None:
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each process would import them again
     for name in HEAVY:
         importlib.import_module(name)
 
