@@ -84,6 +84,7 @@ def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, expected
         {"max_replicas": "1", "replicas": "2"},
         {"bound": "0.5"},
         {"row": "8"},
+        {"adapters": "models/adapters"},
         {"threads": "many"},
     ],
 )
