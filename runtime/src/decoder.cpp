@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <numeric>
 
+#include "slots.h"
+
 namespace chameleon {
+
+std::unique_ptr<Slots> Decoder::slots(std::size_t /*rows*/, std::size_t /*capacity*/) const { return nullptr; }
 
 std::vector<std::span<const std::int64_t>> without_last(Rows rows) {
   std::vector<std::span<const std::int64_t>> inputs;

@@ -115,7 +115,7 @@ void check(const Sampling& sampling, std::int64_t vocab_size) {
   const char* expected = "a number from -2 to 2 (0 changes nothing)";
   require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
   require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
-  require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= 5), "logprobs",
+  require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= kMaxLogprobs), "logprobs",
           "an integer from 0 to 5");
   for (const auto& [id, bias] : sampling.logit_bias) {
     require(id >= 0 && std::abs(bias) <= 100, "logit_bias of token " + std::to_string(id),
@@ -137,8 +137,8 @@ void TokenCounts::append(std::int64_t token_id) {
   ++generated_[token_id];
 }
 
-Sampler::Sampler(const Sampling& sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
-    : sampling_(sampling), stream_(stream), counts_(prompt) {}
+Sampler::Sampler(Sampling sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
+    : sampling_(std::move(sampling)), stream_(stream), counts_(prompt) {}
 
 Choice Sampler::choose(std::span<const float> logits, std::span<const bool> allowed) const {
   const double u = uniform(sampling_.seed, stream_, step_);

@@ -44,7 +44,9 @@ using MissingFileError = CodedError<"file_missing">;
 using PathError = CodedError<"path_unsafe">;
 using DigestError = CodedError<"digest_mismatch">;
 using TensorError = CodedError<"tensor_invalid">;
+using SignatureError = CodedError<"signature_invalid">;
 using GraphError = CodedError<"graph_invalid">;
+using BundleChangedError = CodedError<"bundle_changed">;
 using InputError = CodedError<"input_invalid">;
 using TokenError = CodedError<"token_invalid">;
 using LengthError = CodedError<"text_too_long">;
@@ -54,5 +56,8 @@ using ProviderError = CodedError<"provider_unavailable">;
 using DeviceError = CodedError<"device_failed">;
 using CancelledError = CodedError<"cancelled">;
 using NumericError = CodedError<"not_finite">;
+using QueueFullError = CodedError<"queue_full">;
+using ClosedError = CodedError<"closed">;
+using RequestError = CodedError<"request_failed">;
 
 }  // namespace chameleon
