@@ -22,7 +22,7 @@ constexpr const char* kHelp = R"(chameleon-server BUNDLE [options]
   --mode MODE             adaptation mode where a request names none
   --rows N                rows that are generated at a time (8)
   --max-waiting N         rows that may wait; more are refused with 429 (256)
-  --prefill-tokens N      prompt tokens read between two steps (64)
+  --prefill-tokens N      prompt tokens read between two steps (128)
   --api-keys FILE         JSON file, {"key": "tenant"}
   --cohort-window-ms X    join cohorts of requests this close (0)
   --max-body-bytes N      larger bodies are refused with 413 (4194304)
