@@ -263,6 +263,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }
+const Bundle& Runtime::bundle() const { return impl_->bundle; }
 const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
 const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }
 

@@ -46,6 +46,7 @@ using DigestError = CodedError<"digest_mismatch">;
 using TensorError = CodedError<"tensor_invalid">;
 using SignatureError = CodedError<"signature_invalid">;
 using GraphError = CodedError<"graph_invalid">;
+using BundleChangedError = CodedError<"bundle_changed">;
 using InputError = CodedError<"input_invalid">;
 using TokenError = CodedError<"token_invalid">;
 using LengthError = CodedError<"text_too_long">;

@@ -65,6 +65,7 @@ class CHAMELEON_EXPORT Runtime {
 
   /// The provider that runs the decoder: cpu or tensorrt, also with provider `auto`.
   [[nodiscard]] const std::string& provider() const;
+  [[nodiscard]] const Bundle& bundle() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;
 
