@@ -35,6 +35,9 @@ typedef struct {
   int threads;          /* of ONNX Runtime, within one operator; 0 lets it choose */
   int share_weights;    /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
                            processes; slower in batches, and last bits differ */
+  const char* const* trusted_keys; /* PEM files of Ed25519 public keys: a bundle that none of them signed is refused
+                                      with "signature_invalid"; NULL accepts any */
+  size_t num_trusted_keys;
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,

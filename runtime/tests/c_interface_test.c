@@ -28,7 +28,14 @@ int main(int argc, char** argv) {
   chameleon_error_free(error);
   chameleon_error_free(NULL);
 
-  const chameleon_load_options options = {"cpu", "centroid", 1, 1};
+  const char* const keys[] = {"/nowhere/key.pub"};
+  const chameleon_load_options strict = {"cpu", "centroid", 1, 1, keys, 1};
+  error = chameleon_load(argv[1], &strict, &runtime);
+  CHECK(error != NULL && runtime == NULL);
+  CHECK(strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+
+  const chameleon_load_options options = {"cpu", "centroid", 1, 1, NULL, 0};
   CHECK(chameleon_load(argv[1], &options, &runtime) == NULL);
   CHECK(chameleon_vocab_size(runtime) == 320 && chameleon_hidden_size(runtime) == 16);
 
