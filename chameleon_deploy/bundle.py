@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,7 @@ from chameleon_deploy.manifest import (
     TargetSpec,
     TensorSpec,
     available_modes,
+    basis_names,
     default_mode,
     factor_names,
     limits_fault,
@@ -132,11 +134,34 @@ class Bundle:
     def lora(self) -> dict[str, FloatArray]:
         """Return the trained factors of a bundle of regime lora, in the layout of the decoder's inputs.
 
-        -> float32 [adapters, rank, in_features or out_features] by tensor name; there is one adapter
+        -> float32 [adapters, rank, in_features or out_features] by tensor name, in the order of the adapters' names
         """
         spec = self.manifest.adaptation
-        shapes = {name: (1, spec.rank, width) for name, width in spec.factor_widths.items()}
+        shapes = {name: (len(spec.adapters) or 1, spec.rank, width) for name, width in spec.factor_widths.items()}
         return _read_tensors(self.path / "lora.safetensors", shapes)
+
+    def basis(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the tensors of basis.safetensors (runtime/basis.py); none in a bundle without."""
+        if not self.manifest.has_basis:
+            return {}
+        file = self.path / "basis.safetensors"
+        expected: dict[str, int | None] = {}
+        parts: dict[str, int] = {}
+        for target in self.manifest.adaptation.targets:
+            if target.name != LM_HEAD:
+                names = basis_names(target.name)
+                sizes = (target.in_features, None, target.in_features, None, target.out_features)
+                expected |= dict(zip(names, sizes, strict=True))
+                parts |= {names[1]: target.in_features, names[3]: target.out_features}
+        tensors = _load(file)
+        if set(tensors) != set(expected):
+            raise TensorError(f"{file}: its tensors are not those of the targets")
+        for name, tensor in tensors.items():
+            if name in parts:
+                _check_blocks(file, name, tensor, parts[name])
+            elif tensor.dtype != np.float32 or tensor.shape != (expected[name],) or not np.isfinite(tensor).all():
+                raise TensorError(f"{file}: {name} is not float32 [{expected[name]}] of finite numbers")
+        return tensors
 
 
 def open_bundle(path: Path, trusted_keys: TrustedKeys | None = None) -> Bundle:
@@ -193,6 +218,7 @@ def _start_opening(path: Path, trusted_keys: TrustedKeys | None) -> Bundle:
     bundle.centroids()
     if manifest.adaptation.regime == "lora":
         bundle.lora()
+    bundle.basis()
     return bundle
 
 
@@ -231,11 +257,24 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+def _load(file: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:  # of dtypes that numpy lacks
         raise TensorError(f"{file}: {error}") from error
+
+
+def _check_blocks(file: Path, name: str, blocks: npt.NDArray[Any], channels: int) -> None:
+    """Check the sizes of a rotation's blocks, one for each of equal parts of the channels. Raises TensorError."""
+    is_list = blocks.dtype == np.int64 and blocks.ndim == 1 and 1 <= len(blocks) <= 3
+    if not is_list or channels % len(blocks) or not np.isin(blocks, (1, 4, 16, 64)).all():
+        raise TensorError(f"{file}: {name} is not one to three of the block sizes 1, 4, 16 and 64")
+    if (channels // len(blocks) % blocks).any():
+        raise TensorError(f"{file}: {name} does not divide {channels} channels")
+
+
+def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    tensors = _load(file)
     if set(tensors) != set(shapes):
         raise TensorError(f"{file}: holds {sorted(tensors)}, expected {sorted(shapes)}")
     for name, shape in shapes.items():

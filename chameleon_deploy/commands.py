@@ -24,7 +24,7 @@ OPTION_GROUPS = {
         "prompt", "prompts", "text", "dataset", "validation_text", "test_text", "train_texts", "validation_texts",
         "test_texts",
     ),
-    "Adaptation": ("mode", "tenant"),
+    "Adaptation": ("mode", "tenant", "adapter"),
     "Sampling": (
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",

@@ -129,6 +129,12 @@ class FactorsError(ChameleonError):
     code = "factors_invalid"
 
 
+class AdapterError(ChameleonError):
+    """An adapter that is not loaded, or a file that is not an adapter of this bundle."""
+
+    code = "adapter_invalid"
+
+
 class ProviderError(ChameleonError):
     """The execution provider is not available on this machine."""
 

@@ -11,6 +11,7 @@ import typer
 
 import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.adapter_options import AdapterNames, adapters_of_texts
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Sampling
@@ -26,6 +27,7 @@ def main(
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
+    adapter: AdapterNames = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
@@ -64,6 +66,7 @@ def main(
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(
         texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,
+        adapters=adapters_of_texts(adapter, len(texts)),
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )  # fmt: skip
     if as_json:

@@ -32,6 +32,7 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.manifest import MANIFEST, parse_manifest
 from chameleon_deploy.progress import Progress
+from chameleon_deploy.provenance import SIGNATURE, SIGNATURE_BYTES
 
 BUNDLES = "bundles"  # the kind of these entries in the local cache
 SCHEMES = ("s3", "gs", "hf", "https", "http")
@@ -58,7 +59,7 @@ def fetch(url: str, progress: Progress | None = None) -> Path:
     progress  called with the megabytes that have arrived
 
     One process downloads while the others wait for it. What a failed download leaves is resumed. Where the storage
-    cannot be reached, the bundle that was downloaded last from this URL is used, and a warning is logged.
+    cannot be reached, the bundle that was used last of those from this URL is used again, and a warning is logged.
 
     Raises InputError for a URL that cannot be used, DependencyError where its protocol's library is missing,
     BundleNotFoundError, MissingFileError, DigestError (an object that is truncated or damaged), DownloadError, or
@@ -67,20 +68,22 @@ def fetch(url: str, progress: Progress | None = None) -> Path:
     url = _checked(url)
     files = _Storage(url)
     try:
-        raw = files.read_manifest()
+        raw, signature = files.read_manifest(), files.read_signature()
     except DownloadError as error:
         return _newest(url, error)
     manifest = parse_manifest(raw, Path(MANIFEST))
-    key = {"url": url, "digest": hashlib.sha256(raw).hexdigest()}
+    key = {"url": url, "digest": hashlib.sha256(raw).hexdigest(), "signature": (signature or b"").hex()}
     name = _name(url)
 
     def build(directory: Path) -> None:
         with local_cache.resumable(BUNDLES, key) as arrived:
             _download(files, manifest, arrived, progress)
-            (arrived / MANIFEST).write_bytes(raw)
             (directory / name).mkdir()
-            for file in (*manifest.files, MANIFEST):
+            for file in manifest.files:
                 (arrived / file).rename(directory / name / file)
+            (directory / name / MANIFEST).write_bytes(raw)
+            if signature is not None:
+                (directory / name / SIGNATURE).write_bytes(signature)
 
     return local_cache.find_or_build(BUNDLES, key, build) / name
 
@@ -148,12 +151,21 @@ class _Storage:
     def read_manifest(self) -> bytes:
         """Raises BundleNotFoundError, ManifestError or DownloadError."""
         missing = BundleNotFoundError(f"{self._url} has no {MANIFEST}: it is not a bundle")
-        raw = b""
-        for block in self._blocks(MANIFEST, 0, missing):
-            raw += block
-            if len(raw) > MAX_MANIFEST:
-                raise ManifestError(f"{self._url}/{MANIFEST} is larger than {MAX_MANIFEST:,} bytes")
+        raw = self._read(MANIFEST, MAX_MANIFEST, missing)
+        if len(raw) > MAX_MANIFEST:
+            raise ManifestError(f"{self._url}/{MANIFEST} is larger than {MAX_MANIFEST:,} bytes")
         return raw
+
+    def read_signature(self) -> bytes | None:
+        """Return what `load(trusted_keys=...)` checks, or None for a bundle without one. Raises DownloadError."""
+        try:
+            return self._read(SIGNATURE, SIGNATURE_BYTES, MissingFileError(SIGNATURE))
+        except MissingFileError:
+            return None
+        except DownloadError as error:
+            if isinstance(error.__cause__, PermissionError):  # S3 says so of any missing object where it may not list
+                return None
+            raise
 
     def download(self, name: str, spec: FileSpec, to: Path, report: Callable[[int], None]) -> None:
         """Append to a file what is missing of it, and check the whole.
@@ -172,6 +184,15 @@ class _Storage:
             if not resumed:
                 raise DigestError(f"{self._url}/{name}: {fault}: upload the bundle again")
             resumed = False  # the object may have changed since the first part arrived
+
+    def _read(self, name: str, limit: int, missing: ChameleonError) -> bytes:
+        """Return a small file, or the beginning of one that is too large."""
+        raw = b""
+        for block in self._blocks(name, 0, missing):
+            raw += block
+            if len(raw) > limit:
+                break
+        return raw
 
     def _append(self, name: str, size: int, to: Path, report: Callable[[int], None]) -> None:
         missing = MissingFileError(f"{self._url}/{name} is listed in {MANIFEST} but missing: upload the bundle again")

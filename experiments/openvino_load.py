@@ -1,7 +1,8 @@
 """Closed loops on OpenVINO GenAI's continuous batching: `python experiments/openvino_load.py MODEL --precision f32`.
 
-MODEL is what `optimum-cli export openvino --task text-generation-with-past` writes. Prints tokens per second of requests
-as `bench.load URL` sends them: random ids below 256. The pipeline has no server, so its figure has no HTTP in it. Needs openvino-genai, in an environment of its own.
+MODEL is what `optimum-cli export openvino --task text-generation-with-past` writes. Prints tokens per second of
+requests as `bench.load URL` sends them: random ids below 256. The pipeline has no server, so no HTTP is in its figure.
+Needs openvino-genai, in an environment of its own.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ def main() -> None:
                 f"{full.tokens_per_second / replicas / one:.1%}", f"{usual.first_token_p99:.2f}",
                 f"{full.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
             ])  # fmt: skip
-    per_ingress = 1 / costs.ingress_token
-    note = f"{given.ingresses} ingress(es), at most {given.ingresses * per_ingress:,.0f} tokens/s; {costs}"
+    limit = given.ingresses / costs.ingress_token if costs.ingress_token else float("inf")
+    note = f"{given.ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"
     console.show(Sheet(headers, lines, "Scaling, simulated", note))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from chameleon_deploy.bundle import MANIFEST, open_bundle
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError
+from chameleon_deploy.provenance import SIGNATURE
 
 MODEL = '''"""Needs chameleon-deploy[cpu] in the Python environment of tritonserver's backend."""
 
@@ -60,6 +61,7 @@ def write_repository(bundle: Path, repository: Path) -> Path:
         version = directory / "1"
         (version / "bundle").mkdir(parents=True)
         (version / "model.py").write_text(MODEL)
-        for file in (MANIFEST, *opened.manifest.files):
-            shutil.copyfile(bundle / file, version / "bundle" / file)
+        for file in (MANIFEST, SIGNATURE, *opened.manifest.files):
+            if (bundle / file).exists():  # a bundle need not be signed
+                shutil.copyfile(bundle / file, version / "bundle" / file)
     return repository / name

@@ -120,6 +120,7 @@ class Engine:
         mode: Mode | None = None,
         tenant: Hashable | None = None,
         factors: Factors | None = None,
+        adapter: str | None = None,
         n: int = 1,
         deadline: float | None = None,
         adapt_tokens: int | None = None,
@@ -133,16 +134,17 @@ class Engine:
         mode            adaptation mode; None takes the runtime's
         tenant          mode tenant: the tenant of the prompts, any hashable value
         factors         mode static: a caller's factors, see `Runtime.adapt`
+        adapter         mode static, which it implies: the name of the prompts' adapter
         n               continuations per prompt
         deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
         adapt_tokens    embed only this many leading tokens of every prompt; None embeds all
 
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
-        can hold), ModeError, FactorsError, QueueFullError, or ClosedError after `close`.
+        can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
         """
         submission = prepare(
-            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
-            adapt_tokens,
+            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, adapter, n,
+            deadline, adapt_tokens,
         )  # fmt: skip
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:

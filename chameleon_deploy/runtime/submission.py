@@ -35,6 +35,7 @@ class Submission:
     cluster_ids: IntArray
     tenant: Hashable
     factors: Factors | None
+    adapter: str | None
 
     @property
     def cohort_key(self) -> Hashable | None:
@@ -53,6 +54,7 @@ def prepare(
     mode: Mode | None,
     tenant: Hashable | None,
     factors: Factors | None,
+    adapter: str | None,
     n: int,
     deadline: float | None,
     adapt_tokens: int | None,
@@ -71,7 +73,7 @@ def prepare(
         if len(prompt) > capacity:
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}")
     tenants = None if tenant is None else [tenant] * len(ids)
-    mode = runtime.check_arguments(mode, tenants, factors, len(ids))
+    mode = runtime.check_arguments(mode, tenants, factors, _of_prompts(adapter, len(ids)), len(ids))
     embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
     rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
@@ -79,22 +81,27 @@ def prepare(
     end = math.inf if deadline is None else now + deadline
     shared = [Prompt(prompt) for prompt in ids]
     members = [Member(stream, shared[row.index // n], row, now, end, now) for row in rows]
-    return Submission(stream, members, embeddings, cluster_ids, tenant, factors)
+    return Submission(stream, members, embeddings, cluster_ids, tenant, factors, adapter)
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:
     """Set the factor sources of all members. The submissions have equal `cohort_key`s, or there is a single one.
 
-    Raises ModeError or FactorsError.
+    Raises ModeError, FactorsError or AdapterError.
     """
     first = submissions[0]
     embeddings = np.concatenate([submission.embeddings for submission in submissions])
     cluster_ids = np.concatenate([submission.cluster_ids for submission in submissions])
     tenants = [first.tenant] * len(embeddings) if first.stream.mode == "tenant" else None
-    sources = iter(runtime.factor_sources(first.stream.mode, embeddings, cluster_ids, tenants, first.factors))
+    adapters = _of_prompts(first.adapter, len(embeddings))
+    sources = iter(runtime.factor_sources(first.stream.mode, embeddings, cluster_ids, tenants, first.factors, adapters))
     for submission in submissions:
         if submission.cohort_key is not None:
             submission.stream.cohort = Cohort(cohort_id, len(embeddings))
         of_prompt = [next(sources) for _ in submission.stream.prompts]
         for member in submission.members:
             member.source = of_prompt[member.row.index // submission.stream.n]
+
+
+def _of_prompts(adapter: str | None, prompts: int) -> list[str | None] | None:
+    return None if adapter is None else [adapter] * prompts

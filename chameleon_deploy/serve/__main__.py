@@ -20,6 +20,14 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows that are generated at a time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Rows that may wait; more are refused with 429.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 64,
+    max_factor_sets: Annotated[
+        int | None, typer.Option(min=1, help="Factor sets of the running rows; default: as many as --rows.")
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Let requests load adapter files of this directory."),
+    ] = None,
+    max_adapter_bytes: Annotated[int, typer.Option(min=1, help="Of loaded adapters that stay in memory.")] = 2**30,
     api_keys: Annotated[Path | None, typer.Option(help='JSON file, {"key": "tenant"}.')] = None,
     cohort_window_ms: Annotated[float, typer.Option(min=0, help="Join cohorts of requests this close.")] = 0,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger bodies are refused with 413.")] = 4 * 2**20,
@@ -49,6 +57,7 @@ def main(
     service = Service(Settings(
         console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
         cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
+        max_factor_sets, adapters, max_adapter_bytes,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

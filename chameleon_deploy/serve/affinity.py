@@ -58,8 +58,8 @@ def _clusters(path: str) -> Callable[[bytes], str | None]:
     model, spec = bundle.manifest.model, bundle.manifest.adaptation
     tokenizer, token_embedding = load_tokenizer(bundle.path / "tokenizer.json"), bundle.token_embedding()
     centroids = bundle.centroids()
-    if not len(centroids):
-        raise InputError(f"routing by cluster needs a bundle with centroids, which {path} has not")
+    if "centroid" not in spec.modes:
+        raise InputError(f"routing by cluster needs a bundle whose factors depend on the cluster: {path} has none")
 
     def cluster(body: bytes) -> str | None:
         try:

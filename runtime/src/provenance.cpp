@@ -5,9 +5,9 @@
 #include <openssl/pem.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "chameleon/error.h"
 #include "mapped_file.h"
@@ -19,6 +19,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr std::size_t kSignatureBytes = 64;
+constexpr std::size_t kMaxKeyBytes = 1 << 20;
 
 template <auto Free>
 struct Freed {
@@ -43,9 +44,8 @@ MappedFile open_key(const fs::path& file) try {
 }
 
 Key read_public_key(const fs::path& file) {
-  const MappedFile content = open_key(file);
-  const std::size_t size = std::min<std::size_t>(content.bytes().size(), std::numeric_limits<int>::max());
-  const Bio bio(BIO_new_mem_buf(content.bytes().data(), static_cast<int>(size)));
+  const std::string text(open_key(file).text());  // a copy: openssl takes no memory of size zero
+  const Bio bio(BIO_new_mem_buf(text.data(), static_cast<int>(std::min<std::size_t>(text.size(), kMaxKeyBytes))));
   if (!bio) throw std::bad_alloc();
   Key key(PEM_read_bio_PUBKEY(bio.get(), nullptr, nullptr, nullptr));
   ERR_clear_error();

@@ -9,6 +9,7 @@
 #include "bpe.h"
 #include "chameleon/error.h"
 #include "json_fields.h"
+#include "tokenizer_file.h"
 #include "unicode_regex.h"
 #include "utf8.h"
 
@@ -24,8 +25,6 @@ constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+
 // The characters that Digits splits at. `tokenizers` follows Unicode 17, which has thirteen more numbers than the
 // Unicode 16 of PCRE2.
 constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
-
-constexpr std::int64_t kMaxId = 1 << 24;  // bounds the table of tokens; no vocabulary is that large
 
 /// GPT-2 writes every byte as a printable character: a printable byte as itself, others as U+0100 and following.
 std::array<char32_t, 256> byte_characters() {
@@ -47,21 +46,6 @@ std::string token_bytes(const std::string& token, const std::unordered_map<char3
     bytes += found->second;
   }
   return bytes;
-}
-
-/// A merge is "left right" in older files and ["left", "right"] in newer ones.
-std::pair<std::string, std::string> read_merge(const Json& json) {
-  std::vector<std::string> parts;
-  if (json.is_array()) {
-    chameleon::read(json, "tokenizer.json: model.merges", parts);
-  } else {
-    std::string line;
-    chameleon::read(json, "tokenizer.json: model.merges", line);
-    const std::size_t space = line.find(' ');
-    if (space != std::string::npos) parts = {line.substr(0, space), line.substr(space + 1)};
-  }
-  if (parts.size() != 2) fail_at("tokenizer.json: model.merges", "a merge is not a pair of tokens");
-  return {parts[0], parts[1]};
 }
 
 void require_type(const Json& json, const char* key, const char* type) {
@@ -126,20 +110,6 @@ WordRules read_word_rules(const Json& json) {
 
 }  // namespace
 
-// Not in the unnamed namespace: json_fields.h finds it through its argument.
-static void read(const Json& json, const std::string& at, AddedToken& token) {
-  Fields(json, at)
-      .required("id", token.id)
-      .required("content", token.content)
-      .required("single_word", token.single_word)
-      .required("lstrip", token.lstrip)
-      .required("rstrip", token.rstrip)
-      .required("normalized", token.normalized)
-      .required("special", token.special)
-      .finish();
-  if (token.content.empty()) fail_at(at, "is empty");
-}
-
 struct Tokenizer::Impl {
   Regex words{kWords}, digit{kDigit};
   std::vector<AddedToken> plain, normalized;  // plain tokens are searched first
@@ -155,6 +125,7 @@ struct Tokenizer::Impl {
 
 Tokenizer::Impl::Impl(const Json& json) {
   refuse_options(json);
+  check_tokenizer_file(json);
   rules = read_word_rules(json);
   std::unordered_map<char32_t, char> bytes_of;
   const auto characters = byte_characters();
@@ -165,7 +136,7 @@ Tokenizer::Impl::Impl(const Json& json) {
   std::vector<AddedToken> added;
   if (json.contains("added_tokens")) chameleon::read(json.at("added_tokens"), "tokenizer.json: added_tokens", added);
   const auto store = [&](std::int64_t id, const std::string& token, bool special) {
-    if (id < 0 || id >= kMaxId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
+    if (id < 0 || id > kMaxTokenId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
     const auto index = static_cast<std::size_t>(id);
     if (index >= tokens.size()) {
       tokens.resize(index + 1);
@@ -192,7 +163,7 @@ Tokenizer::Impl::Impl(const Json& json) {
   }
   std::vector<Bpe::Merge> merges;
   for (const Json& item : json.at("model").at("merges")) {
-    const auto [left, right] = read_merge(item);
+    const auto [left, right] = item.get<std::pair<std::string, std::string>>();
     merges.push_back({id_of(left), id_of(right), id_of(left + right)});
     if (merges.back().left < 0 || merges.back().right < 0 || merges.back().merged < 0) {
       fail_at("tokenizer.json: model.merges", "'" + left + " " + right + "' is not in the vocabulary");

@@ -17,7 +17,8 @@ TEST_P(Signatures, AreAcceptedOrRefusedWithTheirCode) {
     std::ofstream(bundle.path() / "bundle.json.sig", std::ios::binary)
         << from_base64(given.at("signature").get<std::string>());
   }
-  for (const Json& key : read_data("signatures.json").at("keys")) {
+  const Json data = read_data("signatures.json");
+  for (const Json& key : data.at("keys")) {
     std::ofstream(keys.path() / key.at("name").get<std::string>()) << key.at("pem").get<std::string>();
   }
   LoadOptions options;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def test_it_gives_what_the_reference_gives_or_is_reported(
 def test_the_file_has_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """transformers reads the same model from it; a matrix that is stored otherwise would change its logits."""
     write_gguf(checkpoint.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)
-    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=copy.deepcopy(checkpoint.trunk.config), dtype=torch.float32
+    )
     ids = torch.tensor(text_rows(checkpoint, 2, 24))
     with torch.no_grad():
         difference = read.eval()(ids).logits - checkpoint.trunk.causal_lm(ids).logits

@@ -34,6 +34,7 @@ from chameleon_deploy.errors import (
     ManifestError,
     MissingFileError,
 )
+from chameleon_deploy.provenance import SIGNATURE
 from tests.commands import run
 
 WEIGHTS = "weights.bin"
@@ -163,6 +164,15 @@ def test_a_new_upload_is_a_new_entry(copy: Path) -> None:
         with pytest.raises(BundleNotFoundError):  # not unreachable: it was taken away
             remote.fetch(url)
     assert remote.fetch(url) == second
+
+
+def test_a_signature_comes_along(copy: Path) -> None:
+    with _served(copy.parent) as (url, _):
+        unsigned = remote.fetch(url)
+        (copy / SIGNATURE).write_bytes(bytes(range(64)))
+        signed = remote.fetch(url)
+    assert not (unsigned / SIGNATURE).exists() and (signed / SIGNATURE).read_bytes() == bytes(range(64))
+    assert open_bundle(unsigned).digest == open_bundle(signed).digest
 
 
 def test_offline_when_cached(copy: Path, caplog: pytest.LogCaptureFixture) -> None:

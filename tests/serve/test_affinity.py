@@ -42,7 +42,7 @@ def test_what_a_replica_will_refuse_has_no_key(bundle: Path, body: bytes) -> Non
 def test_a_routing_without_keys_is_refused(bundle: Path, lora_bundle: Path) -> None:
     with pytest.raises(InputError, match="api_keys"):
         Affinity("tenant", str(bundle), None)
-    with pytest.raises(InputError, match="centroids"):
+    with pytest.raises(InputError, match="cluster"):
         Affinity("cluster", str(lora_bundle), None)
 
 

@@ -17,7 +17,7 @@ PAGE = (REPOSITORY / "docs" / "serving.md").read_text()
 FOLDER = REPOSITORY / "docs" / "serving"
 
 
-@pytest.mark.parametrize("name", ["dashboard.json", "alerts.yaml"])
+@pytest.mark.parametrize("name", ["dashboard.json", "alerts.yaml", "../scaling/kubernetes.yaml"])
 def test_every_metric_that_is_asked_for_exists(python_server: Running, name: str) -> None:
     exported = set(re.findall(r"^(?:# TYPE )?(chameleon_\w+)", python_server.http().get("/metrics").text, re.MULTILINE))
     asked = set(re.findall(r"chameleon_\w+", (FOLDER / name).read_text()))

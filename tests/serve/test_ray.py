@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
@@ -24,6 +25,7 @@ from chameleon_deploy.errors import InputError
 from tests.ray_cluster import SECONDS, Cluster, cluster, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+REPOSITORY = Path(__file__).parents[2]
 STREAMS = 32
 KILLS = int(os.environ.get("CHAMELEON_DEPLOY_RAY_KILLS", "2"))  # 10 is the long form
 PROMPTS = [f"The river number {i} of" for i in range(STREAMS)]
@@ -90,6 +92,17 @@ def test_bad_arguments(arguments: dict[str, str]) -> None:
 
     with pytest.raises(InputError):
         app({"bundle": "models/wiki", **arguments})
+
+
+@pytest.mark.parametrize("name", ["ray.yaml", "kuberay.yaml"])
+def test_the_examples_are_taken(name: str) -> None:
+    from chameleon_deploy.serve.ray import app
+
+    document = yaml.safe_load((REPOSITORY / "docs" / "scaling" / name).read_text())
+    document = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
+    (application,) = document["applications"]
+    assert application["import_path"] == "chameleon_deploy.serve.ray:app"
+    assert app(application["args"])
 
 
 async def _stream(client: httpx.AsyncClient, prompt: str) -> tuple[str, list[str], bool]:

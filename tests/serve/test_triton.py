@@ -56,7 +56,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     shutil.copy(home / "python_backend_stubs" / version / "triton_python_backend_stub", work / "backends" / "python")
     write_repository(bundle, work / "models")
     port = free_port()
-    command = [
+    command: list[str | Path] = [
         home / "bin" / "tritonserver", f"--model-repository={work / 'models'}",
         f"--backend-directory={work / 'backends'}", f"--grpc-port={port}",
         "--allow-http=false", "--allow-metrics=false",

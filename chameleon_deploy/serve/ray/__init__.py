@@ -92,6 +92,8 @@ def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
         raise InputError(f"no option {', '.join(sorted(unknown))}: choose of {', '.join(sorted(ours | options))}")
     defaults = {"threads": 1, "share_weights": True, "bundle": ""}  # the replica knows where it has the bundle
     given = {name: value for name, value in args.items() if name in options}
+    if isinstance(given.get("trusted_keys"), str):  # from the command line
+        given["trusted_keys"] = given["trusted_keys"].split(",")
     try:
         cluster = msgspec.convert({name: args[name] for name in ours & set(args)}, Cluster, strict=False)
         settings = msgspec.convert({**defaults, **given}, Settings, strict=False, dec_hook=_path)
