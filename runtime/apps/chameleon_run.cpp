@@ -17,6 +17,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
+  --adapter NAME          adapter of all texts, or one per text in order; '' is the base model
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
   --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
@@ -44,6 +45,7 @@ struct Arguments {
   std::filesystem::path bundle;
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
+  std::optional<chameleon::AdapterNames> adapters;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
@@ -65,6 +67,11 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
        [&](auto&, auto& text) {
          if (!parsed.tenants) parsed.tenants.emplace();
          parsed.tenants->push_back(text);
+       }},
+      {"--adapter",
+       [&](auto&, auto& text) {
+         if (!parsed.adapters) parsed.adapters.emplace();
+         parsed.adapters->push_back(text.empty() ? std::nullopt : std::optional(text));
        }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
@@ -109,6 +116,12 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");
   }
+  if (parsed.adapters && parsed.adapters->size() == 1)
+    parsed.adapters->resize(parsed.texts.size(), parsed.adapters->front());
+  if (parsed.adapters && parsed.adapters->size() != parsed.texts.size()) {
+    throw chameleon::InputError(std::to_string(parsed.adapters->size()) + " adapters for " +
+                                std::to_string(parsed.texts.size()) + " texts: pass one, or one per text");
+  }
   return parsed;
 }
 
@@ -123,7 +136,7 @@ void add_logprobs(Json& record, const chameleon::Generation& generation) {
 }
 
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
-  chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
+  chameleon::GenerateOptions options{{.tenants = arguments.tenants, .adapters = arguments.adapters}};
   options.max_new_tokens = arguments.max_new_tokens;
   options.sampling = arguments.sampling;
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
@@ -147,6 +160,10 @@ void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
     const std::size_t count = std::min(batch_size, texts.size() - start);
     chameleon::AdaptOptions options;
+    if (arguments.adapters) {
+      const auto first = arguments.adapters->begin() + static_cast<std::ptrdiff_t>(start);
+      options.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
+    }
     if (arguments.tenants) {
       const auto first = std::min(start, arguments.tenants->size());
       const auto last = std::min(start + count, arguments.tenants->size());
