@@ -41,6 +41,9 @@ def main(
         int | None, typer.Option(help="With --json: log-probabilities, and those of 0 to 5 alternatives.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int, typer.Option(min=0, help="One prompt on the CPU: draft up to this many tokens from the text so far.")
+    ] = 0,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
@@ -55,7 +58,10 @@ def main(
     )  # fmt: skip
     runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
     console.tell_provider(provider, runtime.provider)
-    generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
+    generations = runtime.generate(
+        texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+    )  # fmt: skip
     if as_json:
         for generation in generations:
             record = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}

@@ -47,9 +47,9 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
 def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
     """Return each row's limit of new tokens, from one number or one per row. Raises InputError."""
     if isinstance(max_new_tokens, Sequence | np.ndarray) and not isinstance(max_new_tokens, str | bytes):
-        limits = [_integer("max_new_tokens", value) for value in max_new_tokens]
+        limits = [integer("max_new_tokens", value) for value in max_new_tokens]
     else:
-        limits = [_integer("max_new_tokens", max_new_tokens)] * batch
+        limits = [integer("max_new_tokens", max_new_tokens)] * batch
     if len(limits) != batch:
         raise InputError(f"{len(limits)} values of max_new_tokens for {batch} prompts: pass one, or one per prompt")
     if min(limits) < 1:
@@ -69,13 +69,14 @@ def check_threads(threads: int | None) -> int | None:
     """Return the number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
     if threads is None:
         return None
-    count = _integer("threads", threads)
+    count = integer("threads", threads)
     if not 1 <= count <= MAX_THREADS:
         raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core")
     return count
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """Return an integer argument. Raises InputError for another type."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

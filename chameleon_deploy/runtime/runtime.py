@@ -19,6 +19,7 @@ from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
 from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
+from chameleon_deploy.runtime.prompt_lookup import stream_speculated
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
@@ -136,6 +137,7 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        prompt_lookup_num_tokens: int = 0,
         errors: OnError = "raise",
     ) -> list[Generation]:
         """Continue every prompt. Other arguments as in `stream`.
@@ -146,7 +148,10 @@ class Runtime:
         if errors not in get_args(OnError):
             raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
-        for token in self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, errors, is_shown=False):
+        tokens = self._tokens(
+            prompts, max_new_tokens, sampling, mode, tenants, factors, prompt_lookup_num_tokens, errors, is_shown=False
+        )
+        for token in tokens:
             if token.generation is not None:
                 finished[token.row] = token.generation
         return [finished[row] for row in range(len(finished))]
@@ -160,6 +165,7 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Iterator[Token]:
         """Continue every prompt, token by token. Closing the iterator cancels the rest.
 
@@ -168,10 +174,15 @@ class Runtime:
         sampling        one Sampling for all, where row i draws from random stream i, or one per prompt,
                         each drawing from stream 0, so that a row does not depend on its place in the batch
         mode, tenants, factors  as in `adapt`; the factors of a row are made from its prompt and do not change
+        prompt_lookup_num_tokens  for a single prompt on the CPU: up to this many tokens, at most 16, are drafted by
+                        prompt lookup and read in one call, which is faster where the text repeats itself, and slower
+                        elsewhere. The tokens are the same; 0 is off
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        return self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, "raise", is_shown=True)
+        return self._tokens(
+            prompts, max_new_tokens, sampling, mode, tenants, factors, prompt_lookup_num_tokens, "raise", is_shown=True
+        )
 
     def _tokens(
         self,
@@ -181,13 +192,18 @@ class Runtime:
         mode: Mode | None,
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
+        prompt_lookup_num_tokens: int,
         errors: OnError,
         is_shown: bool,
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts), self.manifest.model
         adaptation = self._adapt(rows, mode, tenants, factors)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
-        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, model.eos_token_id, errors)
+        decode = partial(stream_speculated, draft_tokens=prompt_lookup_num_tokens)
+        return (decode if prompt_lookup_num_tokens else stream_tokens)(
+            active, decoder=self.decoder, factors=adaptation.factors, tokenizer=self.tokenizer,
+            eos_token_id=model.eos_token_id, errors=errors,
+        )  # fmt: skip
 
     def check_unchanged(self) -> None:
         """Check that the bundle's files are those that were loaded, by size, modification time and inode.

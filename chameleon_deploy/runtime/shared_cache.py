@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,14 @@ class SharedCache:
     lengths  int64 [batch], real tokens per row
     memory   backs the buffers
     step     the bound arrays of a decoding step, created at the first step
+    extend   the same of calls that append several tokens, by their number
     """
 
     buffers: list[Array]
     lengths: IntArray
     memory: _Memory
     step: BoundCall | None = None
+    extend: dict[int, BoundCall] = field(default_factory=dict)
 
 
 class SharedCacheDecoder:
@@ -98,6 +100,21 @@ class SharedCacheDecoder:
         call.total_sequence_length[...] = cache.lengths.max() + 1
         cache.lengths = cache.lengths + 1
         return HostLogits(call.run()[:, 0])
+
+    def extend(self, token_ids: Sequence[int], factors: RowFactors, cache: SharedCache) -> HostLogits:
+        """Append several tokens to a cache of one row.  [n] -> logits [n, vocab], valid until the next call"""
+        start, width = int(cache.lengths[0]), len(token_ids)
+        call = cache.extend.get(width)
+        if call is None:
+            call = cache.extend[width] = BoundCall(self, 1, width, width, width, cache.buffers)
+            call.logits_positions[0] = np.arange(width)
+            call.bind_factors(factors)
+        call.input_ids[0] = token_ids
+        call.position_ids[0] = np.arange(start, start + width)
+        call.seqlens_k[0] = start + width - 1
+        call.total_sequence_length[...] = start + width
+        cache.lengths = cache.lengths + width
+        return HostLogits(call.run()[0])
 
     def select(self, cache: SharedCache, rows: IntArray) -> SharedCache:
         used = int(cache.lengths.max())
