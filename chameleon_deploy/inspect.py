@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -15,11 +14,11 @@ from chameleon_deploy.table import Sheet
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Check every file of a bundle against its manifest, and show its dimensions, graphs, sizes and parity."""
-    opened = open_bundle(bundle)
+    opened = open_bundle(console.bundle_path(bundle))
     if as_json:
         print(json.dumps(record(opened)))
         return

@@ -9,13 +9,17 @@ from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
+import torch
+from safetensors.numpy import save_file
 
-from chameleon_deploy.bundle import ModelSpec, Precision, Role
-from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
+from chameleon_deploy.export.decoder import HEAD, build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
+from chameleon_deploy.export.int8.adapters import absmax_with_adapters
+from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import absmax_of_layers, activations_of
+from chameleon_deploy.export.int8.calibration import activations_of
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
@@ -26,9 +30,10 @@ from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
-from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.source import Source
 
 CPU = ("cpu",)
 DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
@@ -61,15 +66,23 @@ class Graph:
 Graphs = dict[str, Graph]
 
 
-def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> Graphs:
+def build_graphs(
+    source: Source,
+    model: ModelSpec,
+    spec: AdaptationSpec,
+    precision: Precision,
+    weights_file: WeightsFile,
+) -> Graphs:
     """Return all graphs of a bundle by their names, with their weights in weights_file.
+
+    spec  the linear layers that get low-rank updates
 
     Raises TensorError for a weight that float16 cannot represent.
     """
-    graphs = _DECODERS[precision](model, checkpoint.trunk, weights_file)
-    if isinstance(checkpoint.factors, Hypernetwork):
-        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
-        config = checkpoint.config
+    graphs = _DECODERS[precision](source, model, spec, weights_file)
+    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
+        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
+        config = source.config
         hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
@@ -77,28 +90,30 @@ def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision,
     return graphs
 
 
-def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = build_decoder(model, trunk, weights_file)
+def _fp32(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
+    decoder = build_decoder(model, source.trunk, spec.targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
         **_shared_cache(decoder, model, weights_file, SHARED_CACHE),
     }
 
 
-def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = _int8_decoder(model, trunk, weights_file)
+def _int8(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
+    decoder = _int8_decoder(source, model, spec, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
         **_shared_cache(decoder, model, weights_file, SHARED_INT8_CACHE),
     }
 
 
-def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+def _half(
+    precision: Precision, source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile
+) -> Graphs:
     """Return the 16-bit graphs. The CPU has no 16-bit kernels: it runs the portable decoder with the same rounding
     in float32.
     """
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, trunk, floats)
+        decoder = build_decoder(model, source.trunk, spec.targets, floats)
         halve_products(decoder, HALVES[precision], weights_file)
         weights_file.take(decoder.graph)
     decoder_cpu = copy_of(decoder)
@@ -109,7 +124,7 @@ def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: We
     }
 
 
-_DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = {
+_DECODERS: dict[Precision, Callable[[Source, ModelSpec, AdaptationSpec, WeightsFile], Graphs]] = {
     "fp32": _fp32,
     "int8": _int8,
     "fp16": partial(_half, "fp16"),
@@ -117,13 +132,20 @@ _DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = 
 }
 
 
-def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
+def _int8_decoder(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> ir.Model:
+    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
     rotated = rotate_trunk(trunk, model)
-    scale_trunk(rotated, model, absmax_of_layers(rotated, model))
+    absmax, head_absmax = absmax_with_adapters(trunk, rotated, model, spec, list(adapters))
+    tensors, shifts = basis_of(trunk, model, absmax).of([target.name for target in spec.targets])
+    if tensors:
+        save_file(tensors, weights_file.path.with_name("basis.safetensors"))
+    scale_trunk(rotated, model, absmax)
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, floats)
+        decoder = build_decoder(model, rotated, spec.targets, floats, shifts)
         rotate_residual(decoder, model)
-        quantize_weights(decoder, activations_of(rotated, model), weights_file)
+        activations = activations_of(rotated, model)
+        activations[HEAD].absmax = torch.maximum(activations[HEAD].absmax, head_absmax)
+        quantize_weights(decoder, activations, weights_file)
         weights_file.take(decoder.graph)
     return decoder
 

@@ -18,6 +18,7 @@ from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.schedule import chunk_length
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
@@ -189,12 +190,15 @@ class SharedCacheDecoder:
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-    """Split a single row into pieces of `tokens` tokens with the position of the first; several rows stay whole.
+    """Split a single row into pieces of at most `tokens`, with the position of the first; several rows stay whole.
 
     GroupQueryAttention appends several tokens to a non-empty cache for a single row only.
     """
     if len(rows) > 1:
         yield 0, rows
-    else:
-        for start in range(0, len(rows[0]), tokens):
-            yield start, [rows[0][start : start + tokens]]
+        return
+    start, length = 0, len(rows[0])
+    while start < length:
+        stop = start + chunk_length(length - start, tokens)
+        yield start, [rows[0][start:stop]]
+        start = stop

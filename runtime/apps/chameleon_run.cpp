@@ -1,9 +1,7 @@
 // chameleon-run: generate and score from the shell, with the options and JSON lines of the Python commands.
 
 #include <cstdio>
-#include <functional>
 #include <iostream>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "chameleon/runtime.h"
@@ -21,6 +19,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
   --tenant NAME           mode tenant: one per text, in order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
+  --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
   --json                  one JSON object per text and line
 generate:
   --prompt TEXT           a prompt; may be given several times
@@ -62,8 +61,7 @@ std::pair<std::int64_t, double> bias(const std::string& option, const std::strin
 
 Arguments parse(const std::string& command, const std::vector<std::string>& words) {
   Arguments parsed;
-  using Handler = std::function<void(const std::string&, const std::string&)>;
-  std::map<std::string, Handler> options = {
+  Options options = {
       {"--mode", [&](auto&, auto& text) { parsed.load.mode = chameleon::parse_mode(text); }},
       {"--tenant",
        [&](auto&, auto& text) {
@@ -72,6 +70,11 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
        }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
+      {"--trusted-key",
+       [&](auto&, auto& text) {
+         if (!parsed.load.trusted_keys) parsed.load.trusted_keys.emplace();
+         parsed.load.trusted_keys->push_back(text);
+       }},
   };
   const auto read_more = [&](auto&, auto& path) {
     for (std::string& text : read_texts(path)) parsed.texts.push_back(std::move(text));
@@ -105,21 +108,7 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--batch-size", [&](auto& option, auto& text) { parsed.batch_size = number<std::int64_t>(option, text, 1); }},
     });
   }
-  for (std::size_t i = 0; i < words.size(); ++i) {
-    const std::size_t equals = words[i].starts_with("--") ? words[i].find('=') : std::string::npos;
-    const std::string option = words[i].substr(0, equals);
-    if (option == "--json") {
-      parsed.json = true;
-    } else if (const auto found = options.find(option); found != options.end()) {
-      if (equals == std::string::npos && i + 1 == words.size()) throw UsageError(option + " requires an argument");
-      found->second(option, equals == std::string::npos ? words[++i] : words[i].substr(equals + 1));
-    } else if (option.starts_with("--") || !parsed.bundle.empty()) {
-      throw UsageError("no such option or too many arguments: " + words[i]);
-    } else {
-      parsed.bundle = words[i];
-    }
-  }
-  if (parsed.bundle.empty()) throw UsageError("missing argument BUNDLE");
+  parsed.bundle = parse_words(words, options, {{"--json", parsed.json}});
   if (parsed.texts.empty()) {
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");

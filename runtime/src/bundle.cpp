@@ -1,6 +1,10 @@
 #include "chameleon/bundle.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -9,6 +13,7 @@
 #include "mapped_file.h"
 #include "onnx_operators.h"
 #include "opening.h"
+#include "provenance.h"
 #include "safetensors.h"
 
 namespace chameleon {
@@ -28,6 +33,7 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
       throw PathError(entry.string() + " is a symbolic link: a bundle holds plain files only; copy the file itself");
     }
     const std::string name = entry.filename().string();
+    if (name == kSignature && fs::is_regular_file(entry)) continue;  // it cannot be listed in what it signs
     if (name != kManifest && !manifest.files.contains(name)) {
       throw UnknownFileError(entry.string() + " is not listed in bundle.json: remove it or export again");
     }
@@ -37,6 +43,15 @@ void check_listing(const fs::path& path, const Manifest& manifest) {
       throw MissingFileError((path / name).string() + " is listed in bundle.json but missing: copy the bundle again");
     }
   }
+}
+
+FileStamp stamp_of(const fs::path& file) {
+  struct stat status{};
+  if (::stat(file.c_str(), &status) != 0) {
+    throw BundleChangedError(file.string() + ": " + std::strerror(errno) + ": load the bundle again");
+  }
+  return {static_cast<std::int64_t>(status.st_dev), static_cast<std::int64_t>(status.st_ino), status.st_size,
+          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
 void check_size(const fs::path& file, const FileSpec& spec) {
@@ -84,6 +99,7 @@ std::shared_future<void> read_files(Bundle& bundle) {
   check_listing(path, bundle.manifest);
   for (const auto& [name, spec] : files) check_size(path / name, spec);
   const StoredTensor& stored = bundle.manifest.token_embedding;
+  bundle.stamps[stored.file] = stamp_of(path / stored.file);
   for (const auto& [name, spec] : files) {
     if (name != stored.file) check_digest(path / name, spec);
   }
@@ -113,21 +129,35 @@ const GraphSpec& Bundle::graph(std::string_view role, std::string_view provider)
   return *best;
 }
 
-Bundle open_bundle(const fs::path& path) {
-  OpeningBundle opening = start_opening(path);
+void Bundle::check_unchanged() const {
+  for (const auto& [name, stamp] : stamps) {
+    const FileStamp found = stamp_of(path / name);
+    if (found == stamp) continue;
+    const bool same_file = found.device == stamp.device && found.inode == stamp.inode;
+    throw BundleChangedError((path / name).string() + " was " +
+                             (same_file ? "changed in place: results may be wrong" : "replaced") +
+                             ": load the bundle again");
+  }
+}
+
+Bundle open_bundle(const fs::path& path, const TrustedKeys& trusted_keys) {
+  OpeningBundle opening = start_opening(path, trusted_keys);
   opening.require_weights();
   return std::move(opening.bundle);
 }
 
-OpeningBundle start_opening(const fs::path& path) try {
+OpeningBundle start_opening(const fs::path& path, const TrustedKeys& trusted_keys) try {
   if (!fs::is_directory(path)) {
     throw BundleNotFoundError(path.string() + " is not a directory: pass the directory that export wrote");
   }
   if (!fs::is_regular_file(path / kManifest)) {
     throw BundleNotFoundError(path.string() + " has no bundle.json: it is not a bundle");
   }
-  const MappedFile raw(path / kManifest);
   Bundle bundle;
+  bundle.stamps[kManifest] = stamp_of(path / kManifest);  // before it is read, so that a later change is noticed
+  const MappedFile raw(path / kManifest);
+  // Checked first: what no trusted key signed is not even parsed.
+  if (trusted_keys) check_signature(raw.bytes(), path / kSignature, *trusted_keys);
   bundle.path = path;
   bundle.manifest = parse_manifest(raw.text(), path / kManifest);
   bundle.digest = sha256(raw.bytes());

@@ -1,9 +1,13 @@
 #include "chameleon/engine.h"
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "loop.h"
 #include "submission.h"
@@ -21,12 +25,13 @@ void require_at_least(const char* name, T value, T least) {
   throw InputError(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
 }
 
-std::size_t checked_rows(const EngineOptions& options) {
+EngineOptions checked(EngineOptions options) {
   require_at_least<std::size_t>("rows", options.rows, 1);
   require_at_least("prefill_tokens", options.prefill_tokens, kMinPrefillTokens);
   require_at_least<std::size_t>("max_factor_sets", options.max_factor_sets.value_or(1), 1);
   require_at_least("cohort_window", options.cohort_window.count(), 0.0);
-  return options.rows;
+  options.max_waiting = std::min(options.max_waiting, SIZE_MAX / 2);  // so that sums of it do not overflow
+  return options;
 }
 
 }  // namespace
@@ -45,7 +50,7 @@ struct Engine::Impl {
  private:
   struct OpenCohort {
     Clock::time_point closing;
-    std::vector<Submission> members;
+    std::vector<Submission> submissions;
   };
 
   void run();
@@ -81,10 +86,10 @@ struct Engine::Impl {
 
 Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
     : runtime(driven),
-      options(std::move(given)),
+      options(checked(std::move(given))),
       capacity(std::min(options.capacity.value_or(SIZE_MAX),
                         static_cast<std::size_t>(driven.bundle.manifest.model.max_positions))),
-      table(options.max_factor_sets.value_or(checked_rows(options))),
+      table(options.max_factor_sets.value_or(options.rows)),
       batch(open_batch(*driven.decoder, table, options.rows, capacity, options.prefill_tokens)),
       loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id) {
   current.rows = options.rows;
@@ -93,11 +98,15 @@ Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
 }
 
 Stream Engine::Impl::submit(Texts prompts, SubmitOptions submit_options) {
-  Submission submission = prepare(runtime, capacity, prompts, std::move(submit_options));
-  const std::size_t rows = submission.members.size(), most = options.rows + options.max_waiting;
-  if (rows > most) {
+  const std::size_t most = options.rows + options.max_waiting;
+  const auto check_rows = [most](std::size_t rows) {
+    if (rows <= most) return;
     throw InputError(std::to_string(rows) + " rows in one submit: this engine has room for " + std::to_string(most));
-  }
+  };
+  check_rows(submit_options.n);  // before there are so many
+  Submission submission = prepare(runtime, capacity, prompts, std::move(submit_options));
+  const std::size_t rows = submission.members.size();
+  check_rows(rows);
   if (options.cohort_window == Seconds::zero() || !submission.cohort_key()) {
     form_cohort(runtime, std::span(&submission, 1), next_cohort++);
   }
@@ -167,7 +176,7 @@ void Engine::Impl::take(Submission submission) {
   if (options.cohort_window == Seconds::zero() || !key) return loop.wait(submission.members);
   const auto closing_time = Clock::now() + std::chrono::duration_cast<Clock::duration>(bounded(options.cohort_window));
   const auto cohort = open_cohorts.try_emplace(*key, OpenCohort{closing_time, {}}).first;
-  cohort->second.members.push_back(std::move(submission));
+  cohort->second.submissions.push_back(std::move(submission));
 }
 
 void Engine::Impl::close_cohorts(Clock::time_point now) {
@@ -204,13 +213,14 @@ void Engine::Impl::fail(const std::exception& error) {
     for (const Submission& submission : std::exchange(commands, {})) loop.wait(submission.members);
   }
   for (const auto& [key, cohort] : open_cohorts) {
-    for (const Submission& submission : cohort.members) loop.wait(submission.members);
+    for (const Submission& submission : cohort.submissions) loop.wait(submission.members);
   }
   hand_out(loop.fail(RequestError(std::string("the engine failed: ") + error.what())));
 }
 
 Engine::Engine(const Runtime& runtime, EngineOptions options)
     : impl_(std::make_unique<Impl>(runtime.impl(), std::move(options))) {}
+Engine::Engine(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
 Stream Engine::submit(Texts prompts, SubmitOptions options) { return impl_->submit(prompts, std::move(options)); }

@@ -18,6 +18,6 @@ struct OpeningBundle {
 };
 
 /// As open_bundle, but the weights are hashed in the background, while the caller opens sessions.
-OpeningBundle start_opening(const std::filesystem::path& path);
+OpeningBundle start_opening(const std::filesystem::path& path, const TrustedKeys& trusted_keys = {});
 
 }  // namespace chameleon

@@ -233,7 +233,8 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
-    : impl_((check_provider(options.provider), std::make_unique<const Impl>(start_opening(path), options))) {}
+    : impl_((check_provider(options.provider),
+             std::make_unique<const Impl>(start_opening(path, options.trusted_keys), options))) {}
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime::~Runtime() = default;
 
@@ -267,6 +268,7 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }
+const Bundle& Runtime::bundle() const { return impl_->bundle; }
 const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
 const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }
 

@@ -54,8 +54,6 @@ double weight(float logit, double highest, double scale) {
   return (q * kUnit + 0x1p52) - 0x1p52;  // rounds to an integer, and unlike std::rint as a vector instruction
 }
 
-double weight_scale(double temperature) { return 0x1p-9 / temperature; }
-
 bool changes_logits(const Sampling& s) {
   return s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0 || !s.logit_bias.empty();
 }
@@ -195,7 +193,7 @@ std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, co
   }
   if (sampling.temperature == 0) return static_cast<std::int64_t>(best);
 
-  const double highest = logits[best], scale = weight_scale(sampling.temperature);
+  const double highest = logits[best], scale = 0x1p-9 / sampling.temperature;
   std::vector<Candidate> kept;
   kept.reserve(logits.size());
   for (std::size_t id = 0; id < logits.size(); ++id) {
@@ -212,10 +210,10 @@ std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, co
 }
 
 Choice log_probabilities(std::span<const float> logits, std::int64_t token_id, int count) {
-  const double highest = logits[finite_argmax(logits)], scale = weight_scale(1);
+  const double highest = logits[finite_argmax(logits)];
   double total = 0;
-  for (const float logit : logits) total += weight(logit, highest, scale);
-  const double log_total = std::log(total / kUnit);
+  for (const float logit : logits) total += std::exp(logit - highest);
+  const double log_total = std::log(total);
   const auto logprob = [&](std::size_t id) {
     return static_cast<float>(static_cast<double>(logits[id]) - highest - log_total);
   };

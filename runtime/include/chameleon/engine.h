@@ -62,6 +62,7 @@ class CHAMELEON_EXPORT Engine {
   /// Start the engine's thread. Throws InputError, or LengthError where there is no memory for the cache.
   /// runtime: must outlive the engine; other threads may use it too and share the processor
   explicit Engine(const Runtime& runtime, EngineOptions options = {});
+  Engine(Engine&&) noexcept;
   /// As `close`.
   ~Engine();
 

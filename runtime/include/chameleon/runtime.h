@@ -31,6 +31,7 @@ struct LoadOptions {
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
   bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
                                  ///< shared between processes; slower in batches, and last bits differ
+  TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any
 };
 
 /// A loaded bundle. It keeps no state of requests: one runtime serves any number of threads.
@@ -64,6 +65,7 @@ class CHAMELEON_EXPORT Runtime {
 
   /// The provider that runs the decoder: cpu or tensorrt, also with provider `auto`.
   [[nodiscard]] const std::string& provider() const;
+  [[nodiscard]] const Bundle& bundle() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;
 
