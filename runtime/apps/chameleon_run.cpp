@@ -35,6 +35,7 @@ generate:
   --logit-bias ID=VALUE   added to a token's logit; may be given several times
   --logprobs N            with --json: log-probabilities, and those of 0 to 5 alternatives
   --seed N                the same seed gives the same tokens (0)
+  --prompt-lookup-num-tokens N  one prompt: draft up to N tokens from the text so far (0)
   --stop TEXT             stop before this string; may be given several times
 score:
   --text FILE             texts from a file; may be given several times
@@ -49,6 +50,7 @@ struct Arguments {
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
+  std::int64_t prompt_lookup_num_tokens = 0;
   std::int64_t batch_size = 32;
   bool json = false;
 };
@@ -91,6 +93,8 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--prompts", read_more},
         {"--max-new-tokens",
          [&](auto& option, auto& text) { parsed.max_new_tokens = number<std::int64_t>(option, text, 1); }},
+        {"--prompt-lookup-num-tokens",
+         [&](auto& option, auto& text) { parsed.prompt_lookup_num_tokens = number<std::int64_t>(option, text); }},
         {"--temperature", [&](auto& option, auto& text) { sampling.temperature = number<double>(option, text); }},
         {"--top-k", [&](auto& option, auto& text) { sampling.top_k = number<std::int64_t>(option, text); }},
         {"--top-p", [&](auto& option, auto& text) { sampling.top_p = number<double>(option, text); }},
@@ -138,6 +142,7 @@ void add_logprobs(Json& record, const chameleon::Generation& generation) {
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   chameleon::GenerateOptions options{{.tenants = arguments.tenants, .adapters = arguments.adapters}};
   options.max_new_tokens = arguments.max_new_tokens;
+  options.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens;
   options.sampling = arguments.sampling;
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);

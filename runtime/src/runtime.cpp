@@ -8,6 +8,7 @@
 #include "generation.h"
 #include "mapped_file.h"
 #include "prompt_logprobs.h"
+#include "prompt_lookup.h"
 #include "runtime_impl.h"
 #include "scoring.h"
 #include "shared_cache.h"
@@ -294,6 +295,10 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
   Adaptation adaptation = impl_->adapt(prompt_ids, options);
   std::vector<Row> rows = begin_rows(prompt_ids, adaptation.cluster_ids, options.max_new_tokens, options.sampling, 1,
                                      model.max_positions, model.vocab_size);
+  if (options.prompt_lookup_num_tokens != 0) {
+    return generate_speculated(std::move(rows), options.prompt_lookup_num_tokens, *impl_->decoder, adaptation.factors,
+                               impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
+  }
   return generate_rows(std::move(rows), *impl_->decoder, std::move(adaptation.factors), impl_->tokenizer,
                        model.eos_token_id, options.on_token, options.stop);
 }
