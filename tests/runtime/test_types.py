@@ -92,8 +92,8 @@ def test_engine(name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: Engine(runtime, **{name: value}).close()) == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenant", "factors", "adapter", "n", "deadline",
-                                  "adapt_tokens"])  # fmt: skip
+@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenant", "factors", "adapter", "n",
+                                  "deadline", "adapt_tokens"])  # fmt: skip
 def test_submit(name: str, engine: Engine) -> None:
     arguments = {"prompts": TEXTS, "max_new_tokens": 1}
     assert foreign(lambda value: engine.submit(**{**arguments, name: value}).cancel()) == []
