@@ -67,7 +67,7 @@ class Engine:
         *,
         rows: int = 8,
         max_waiting: int = 256,
-        prefill_tokens: int = 64,
+        prefill_tokens: int = 128,
         max_factor_sets: int | None = None,
         cohort_window_ms: float = 0,
         capacity: int | None = None,
@@ -143,8 +143,8 @@ class Engine:
         can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
         """
         submission = prepare(
-            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, adapter, n,
-            deadline, adapt_tokens,
+            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
+            adapt_tokens, adapter,
         )  # fmt: skip
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:
