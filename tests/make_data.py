@@ -113,7 +113,7 @@ def signature_cases() -> dict[str, list[dict[str, Any]]]:
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
     signers = {name: ed25519.Ed25519PrivateKey.from_private_bytes(name.encode() * 32) for name in "abc"}
-    others = {
+    others: dict[str, Any] = {
         "x25519": x25519.X25519PrivateKey.from_private_bytes(b"x" * 32),
         "p256": ec.derive_private_key(7, ec.SECP256R1()),
     }

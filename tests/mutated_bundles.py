@@ -14,9 +14,11 @@ import onnx
 
 from tests.damage import reseal
 
-VALUES = (0, 1, -1, 2, 3, 255, 256, 65536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 10**30, 0.5, -0.0,
-          1e308, None, True, False, "", "x", "lm_head", "fp16", "int8", "shared", "growing", "batch", "é\0", "9" * 5000,
-          [], [1], {}, {"x": 1})  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    0, 1, -1, 2, 3, 255, 256, 65536, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308,
+    None, True, False, "", "x", "lm_head", "fp16", "int8", "shared", "growing", "batch", "é\0", "9" * 5000,
+    [], [1], {}, {"x": 1},
+)  # fmt: skip
 FLOATS = (0.0, -0.0, 1e-45, 3e38, -3e38, float("inf"), float("nan"))
 
 

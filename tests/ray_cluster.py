@@ -69,6 +69,12 @@ class Cluster:
         address = ["--address", f"127.0.0.1:{self.gcs_port}", "--non-blocking"]
         self.serve("run", *address, "chameleon_deploy.serve.ray:app", *given)
 
+    def is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def replicas(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _title(process).startswith("ray::ServeReplica") and
                 ":Replica" in _title(process)]  # fmt: skip

@@ -120,9 +120,19 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int)
     if factors is not None and submit["overflows"]:
         factors = {name: np.full_like(matrix, OVERFLOW) for name, matrix in factors.items()}
     submission = prepare(
-        runtime, capacity, submit["prompts"], submit["max_new_tokens"], sampling, submit["mode"], submit["tenant"],
-        factors, submit["n"], EXPIRED if submit["expires"] else None, submit["adapt_tokens"],
-    )  # fmt: skip
+        runtime,
+        capacity,
+        submit["prompts"],
+        submit["max_new_tokens"],
+        sampling,
+        mode=submit["mode"],
+        tenant=submit["tenant"],
+        factors=factors,
+        adapter=None,
+        n=submit["n"],
+        deadline=EXPIRED if submit["expires"] else None,
+        adapt_tokens=submit["adapt_tokens"],
+    )
     form_cohort(runtime, [submission], 0)
     loop.waiting.extend(submission.members)
     return submission.stream

@@ -143,8 +143,8 @@ class Engine:
         can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
         """
         submission = prepare(
-            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, adapter, n,
-            deadline, adapt_tokens,
+            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
+            adapt_tokens, adapter,
         )  # fmt: skip
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:

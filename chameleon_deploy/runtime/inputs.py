@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -87,9 +88,13 @@ def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> i
 
 def check_number(name: str, value: Any, least: float) -> float:
     """Return an argument that must be a number of at least `least`, which may be infinite. Raises InputError."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not value >= least:  # NaN is not
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # of an integer
+        number = math.nan
+    if not number >= least:
         raise InputError(f"{name} must be a number of at least {least}, got {type(value).__name__} {value!r:.40}")
-    return float(value)
+    return number
 
 
 def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:

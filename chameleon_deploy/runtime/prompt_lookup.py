@@ -100,8 +100,7 @@ def _stream(
             lookup.append(token.token_id)
             if i < len(draft) and token.token_id != draft[i]:
                 break
-        # What the cache holds of a rejected draft is overwritten by the next tokens.
-        cache.lengths[0] = len(row.prompt) + len(row.token_ids) - 1
         # The last new token is never read, so a draft ends before it.
         draft = lookup.draft(min(draft_tokens, row.limit - len(row.token_ids) - 1))
-        logits = decoder.extend([row.token_ids[-1], *draft], factors, cache)
+        past = len(row.prompt) + len(row.token_ids) - 1  # a rejected draft is overwritten
+        logits = decoder.extend([row.token_ids[-1], *draft], past, factors, cache)

@@ -327,7 +327,7 @@ class Runtime:
         cluster_ids: IntArray,
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[FactorSource]:
         """Return the source of each row's factors. Factors are made on demand, except those that a caller passed."""
         none = FactorSource("none", lambda: self._no_factors)

@@ -102,19 +102,22 @@ class SharedCacheDecoder:
         cache.lengths = cache.lengths + 1
         return HostLogits(call.run()[:, 0])
 
-    def extend(self, token_ids: Sequence[int], factors: RowFactors, cache: SharedCache) -> HostLogits:
-        """Append several tokens to a cache of one row.  [n] -> logits [n, vocab], valid until the next call"""
-        start, width = int(cache.lengths[0]), len(token_ids)
+    def extend(self, token_ids: Sequence[int], past: int, factors: RowFactors, cache: SharedCache) -> HostLogits:
+        """Read tokens of a single row, of which the cache keeps the first `past` tokens.
+
+        [n] -> logits [n, vocab], valid until the next call
+        """
+        width = len(token_ids)
         call = cache.extend.get(width)
         if call is None:
             call = cache.extend[width] = BoundCall(self, 1, width, width, width, cache.buffers)
             call.logits_positions[0] = np.arange(width)
             call.bind_factors(factors)
         call.input_ids[0] = token_ids
-        call.position_ids[0] = np.arange(start, start + width)
-        call.seqlens_k[0] = start + width - 1
-        call.total_sequence_length[...] = start + width
-        cache.lengths = cache.lengths + width
+        call.position_ids[0] = np.arange(past, past + width)
+        call.seqlens_k[0] = past + width - 1
+        call.total_sequence_length[...] = past + width
+        cache.lengths = np.array([past + width])
         return HostLogits(call.run()[0])
 
     def select(self, cache: SharedCache, rows: IntArray) -> SharedCache:

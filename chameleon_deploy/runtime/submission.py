@@ -54,10 +54,10 @@ def prepare(
     mode: Mode | None,
     tenant: Hashable | None,
     factors: Factors | None,
-    adapter: str | None,
     n: int,
     deadline: float | None,
     adapt_tokens: int | None,
+    adapter: str | None = None,
 ) -> Submission:
     """Check the arguments of `Engine.submit`, documented there, and embed the prompts.
 

@@ -17,6 +17,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
+  --adapter NAME          adapter of all texts, or one per text in order; '' is the base model
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
   --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
@@ -34,6 +35,7 @@ generate:
   --logit-bias ID=VALUE   added to a token's logit; may be given several times
   --logprobs N            with --json: log-probabilities, and those of 0 to 5 alternatives
   --seed N                the same seed gives the same tokens (0)
+  --prompt-lookup-num-tokens N  one prompt: draft up to N tokens from the text so far (0)
   --stop TEXT             stop before this string; may be given several times
 score:
   --text FILE             texts from a file; may be given several times
@@ -44,9 +46,11 @@ struct Arguments {
   std::filesystem::path bundle;
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
+  std::optional<chameleon::AdapterNames> adapters;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
+  std::int64_t prompt_lookup_num_tokens = 0;
   std::int64_t batch_size = 32;
   bool json = false;
 };
@@ -66,6 +70,11 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
          if (!parsed.tenants) parsed.tenants.emplace();
          parsed.tenants->push_back(text);
        }},
+      {"--adapter",
+       [&](auto&, auto& text) {
+         if (!parsed.adapters) parsed.adapters.emplace();
+         parsed.adapters->push_back(text.empty() ? std::nullopt : std::optional(text));
+       }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
       {"--trusted-key",
@@ -84,6 +93,8 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--prompts", read_more},
         {"--max-new-tokens",
          [&](auto& option, auto& text) { parsed.max_new_tokens = number<std::int64_t>(option, text, 1); }},
+        {"--prompt-lookup-num-tokens",
+         [&](auto& option, auto& text) { parsed.prompt_lookup_num_tokens = number<std::int64_t>(option, text); }},
         {"--temperature", [&](auto& option, auto& text) { sampling.temperature = number<double>(option, text); }},
         {"--top-k", [&](auto& option, auto& text) { sampling.top_k = number<std::int64_t>(option, text); }},
         {"--top-p", [&](auto& option, auto& text) { sampling.top_p = number<double>(option, text); }},
@@ -109,6 +120,12 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");
   }
+  if (parsed.adapters && parsed.adapters->size() == 1)
+    parsed.adapters->resize(parsed.texts.size(), parsed.adapters->front());
+  if (parsed.adapters && parsed.adapters->size() != parsed.texts.size()) {
+    throw chameleon::InputError(std::to_string(parsed.adapters->size()) + " adapters for " +
+                                std::to_string(parsed.texts.size()) + " texts: pass one, or one per text");
+  }
   return parsed;
 }
 
@@ -123,8 +140,9 @@ void add_logprobs(Json& record, const chameleon::Generation& generation) {
 }
 
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
-  chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
+  chameleon::GenerateOptions options{{.tenants = arguments.tenants, .adapters = arguments.adapters}};
   options.max_new_tokens = arguments.max_new_tokens;
+  options.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens;
   options.sampling = arguments.sampling;
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);
@@ -147,6 +165,10 @@ void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
     const std::size_t count = std::min(batch_size, texts.size() - start);
     chameleon::AdaptOptions options;
+    if (arguments.adapters) {
+      const auto first = arguments.adapters->begin() + static_cast<std::ptrdiff_t>(start);
+      options.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
+    }
     if (arguments.tenants) {
       const auto first = std::min(start, arguments.tenants->size());
       const auto last = std::min(start + count, arguments.tenants->size());

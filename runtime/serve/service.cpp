@@ -15,6 +15,7 @@ EngineOptions engine_options(const Settings& settings, Metrics& metrics) {
   return {.rows = settings.rows,
           .max_waiting = settings.max_waiting,
           .prefill_tokens = settings.prefill_tokens,
+          .max_factor_sets = settings.max_factor_sets,
           .cohort_window = Seconds(settings.cohort_window_ms / 1000),
           .observe = [&metrics](const Iteration& iteration) { metrics.observe(iteration); }};
 }

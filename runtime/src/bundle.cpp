@@ -87,9 +87,16 @@ std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest
 FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
   const fs::path file = path / "lora.safetensors";
   const std::int64_t rank = manifest.adaptation.rank;
+  const auto adapters = static_cast<std::int64_t>(manifest.adaptation.adapters.size());
   std::map<std::string, std::vector<std::int64_t>> shapes;
-  for (const auto& [name, width] : manifest.adaptation.factor_widths()) shapes[name] = {1, rank, width};
-  return make_factor_sets(1, rank, read_safetensors(MappedFile(file).text(), file.string(), shapes));
+  for (const auto& [name, width] : manifest.adaptation.factor_widths()) {
+    shapes[name] = {adapters > 0 ? adapters : 1, rank, width};
+  }
+  auto tensors = read_safetensors(MappedFile(file).text(), file.string(), shapes);
+  if (adapters == 0) return make_factor_sets(1, rank, std::move(tensors));
+  for (auto& [name, values] : tensors)
+    values.resize(values.size() + values.size() / static_cast<std::size_t>(adapters));
+  return make_factor_sets(adapters + 1, rank, std::move(tensors));
 }
 
 /// Check and read every file that the manifest lists. Returns the check of the weights' digest, which is not over yet.

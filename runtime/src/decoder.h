@@ -58,6 +58,11 @@ class Decoder {
   virtual Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
                       const std::stop_token& stop) const = 0;
 
+  /// Read tokens of a single row, of which the cache keeps the first `past` tokens. Returns logits [1, tokens, vocab].
+  /// The base throws ProviderError.
+  virtual Logits extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors,
+                        Cache& cache, const std::stop_token& stop) const;
+
   /// Select the rows of the cache that stay, in ascending order: finished rows leave the batch.
   virtual void select(Cache& cache, std::span<const std::size_t> rows) const = 0;
 

@@ -8,6 +8,7 @@
 #include "generation.h"
 #include "mapped_file.h"
 #include "prompt_logprobs.h"
+#include "prompt_lookup.h"
 #include "runtime_impl.h"
 #include "scoring.h"
 #include "shared_cache.h"
@@ -34,6 +35,7 @@ bool is_available(Mode mode, const AdaptationSpec& spec) {
 }
 
 Mode default_mode(const AdaptationSpec& spec) {
+  if (!spec.adapters.empty()) return Mode::none;  // rows without an adapter
   for (const Mode mode : {Mode::cohort, Mode::request}) {
     if (is_available(mode, spec)) return mode;
   }
@@ -127,8 +129,16 @@ std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
 }
 
 Mode Runtime::Impl::check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
-                                    const std::optional<Factors>& factors, std::size_t batch) const {
-  const Mode used = chosen.value_or(mode);
+                                    const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                    std::size_t batch) const {
+  const Mode used = chosen.value_or(adapters ? Mode::static_ : mode);
+  if (adapters && adapters->size() != batch) {
+    throw InputError(std::to_string(adapters->size()) + " adapters for " + std::to_string(batch) +
+                     " texts: pass one per text, nothing for none");
+  }
+  if (adapters && (used != Mode::static_ || factors)) {
+    throw ModeError("adapters go with mode 'static' and without factors: pass nothing else with them");
+  }
   check_mode(used, bundle.manifest.adaptation);
   check_tenants(used, tenants, batch);
   if (factors && used != Mode::static_) {
@@ -145,12 +155,14 @@ Embedded Runtime::Impl::embed(std::span<const TokenIds> rows) const {
 }
 
 Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const {
-  const Mode chosen = check_arguments(options.mode, options.tenants, options.factors, rows.size());
+  const Mode chosen = check_arguments(options.mode, options.tenants, options.factors, options.adapters, rows.size());
   auto [embeddings, cluster_ids] = embed(rows);
   RowFactors factors;
   const std::vector<std::int64_t> first_set(rows.size(), 0);
   if (chosen == Mode::none) {
     factors = {no_factors(bundle.manifest.adaptation), first_set};
+  } else if (options.adapters) {
+    factors = select(bundle.lora, adapter_ids(*options.adapters));
   } else if (chosen == Mode::static_) {
     factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {
@@ -164,11 +176,20 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
 
 std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embedded& embedded,
                                                         const std::optional<std::vector<std::string>>& tenants,
-                                                        const std::optional<Factors>& factors) const {
+                                                        const std::optional<Factors>& factors,
+                                                        const std::optional<AdapterNames>& adapters) const {
   const std::size_t batch = embedded.cluster_ids.size();
   if (chosen == Mode::none) {
     const auto make = [this] { return no_factors(bundle.manifest.adaptation); };
     return std::vector<FactorSource>(batch, {"none", make});
+  }
+  if (adapters) {
+    std::vector<FactorSource> sources;
+    for (const std::int64_t id : adapter_ids(*adapters)) {
+      const auto make = [this, id] { return select(bundle.lora, std::span(&id, 1)).sets; };
+      sources.push_back({"adapter " + std::to_string(id), make});
+    }
+    return sources;
   }
   if (chosen == Mode::static_) {
     static std::atomic<std::uint64_t> number = 0;  // a caller's set is shared by the rows of its submit alone
@@ -195,10 +216,27 @@ std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embed
   return sources;
 }
 
+std::vector<std::int64_t> Runtime::Impl::adapter_ids(const AdapterNames& adapters) const {
+  const std::vector<std::string>& names = bundle.manifest.adaptation.adapters;
+  if (names.empty()) throw AdapterError("this bundle has no adapters: export it with --adapter");
+  std::vector<std::int64_t> ids;
+  for (const std::optional<std::string>& name : adapters) {
+    const auto found = name ? std::ranges::find(names, *name) : names.end();
+    if (name && found == names.end()) {
+      throw AdapterError("no adapter is named '" + name->substr(0, 80) + "': inspect shows the bundle's");
+    }
+    ids.push_back(found - names.begin());  // the set of zeros is after the last
+  }
+  return ids;
+}
+
 FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) const {
   if (factors) return check_factors(*factors, bundle.manifest.adaptation);
   if (bundle.lora.count == 0) {
     throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
+  }
+  if (!bundle.manifest.adaptation.adapters.empty()) {
+    throw ModeError("mode 'static' of a bundle with adapters: pass adapters, a name or nothing per text");
   }
   return bundle.lora;
 }
@@ -257,6 +295,10 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
   Adaptation adaptation = impl_->adapt(prompt_ids, options);
   std::vector<Row> rows = begin_rows(prompt_ids, adaptation.cluster_ids, options.max_new_tokens, options.sampling, 1,
                                      model.max_positions, model.vocab_size);
+  if (options.prompt_lookup_num_tokens != 0) {
+    return generate_speculated(std::move(rows), options.prompt_lookup_num_tokens, *impl_->decoder, adaptation.factors,
+                               impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
+  }
   return generate_rows(std::move(rows), *impl_->decoder, std::move(adaptation.factors), impl_->tokenizer,
                        model.eos_token_id, options.on_token, options.stop);
 }

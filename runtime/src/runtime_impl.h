@@ -25,11 +25,13 @@ struct Runtime::Impl {
   [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
   /// The mode of a call. Throws ModeError or InputError.
   [[nodiscard]] Mode check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
-                                     const std::optional<Factors>& factors, std::size_t batch) const;
+                                     const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                     std::size_t batch) const;
   /// The source of each row's factors. Factors are made on demand, except those that a caller passed.
   [[nodiscard]] std::vector<FactorSource> factor_sources(Mode chosen, const Embedded& embedded,
                                                          const std::optional<std::vector<std::string>>& tenants,
-                                                         const std::optional<Factors>& factors) const;
+                                                         const std::optional<Factors>& factors,
+                                                         const std::optional<AdapterNames>& adapters) const;
 
   Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "chameleon"};
   Bundle bundle;
@@ -40,6 +42,8 @@ struct Runtime::Impl {
 
  private:
   void open_decoder(const LoadOptions& options);
+  /// The set in bundle.lora of each row's adapter. Throws AdapterError.
+  [[nodiscard]] std::vector<std::int64_t> adapter_ids(const AdapterNames& adapters) const;
   [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
   [[nodiscard]] const FactorSets& factors_of_centroids() const;
   [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;

@@ -1,6 +1,7 @@
 #include "shared_cache.h"
 
 #include <algorithm>
+#include <map>
 #include <new>
 #include <numeric>
 
@@ -63,6 +64,7 @@ struct SharedCacheDecoder::SharedCache final : Cache {
   CacheBuffers buffers;
   std::vector<std::int64_t> lengths;  // [batch], real tokens per row: the next token's position
   std::unique_ptr<BoundCall> step;    // the bound call of a decoding step, made at the first one of a number of rows
+  std::map<std::size_t, std::unique_ptr<BoundCall>> extend;  // the same of calls that append several tokens, by number
 };
 
 SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest)
@@ -102,6 +104,24 @@ Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const R
   const std::span<float> logits = call.run(factors, stop);
   for (std::int64_t& length : cache.lengths) ++length;
   return {logits.data(), 1, static_cast<std::size_t>(graph_.model.vocab_size), nullptr};
+}
+
+Logits SharedCacheDecoder::extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors,
+                                  Cache& any_cache, const std::stop_token& stop) const {
+  auto& cache = dynamic_cast<SharedCache&>(any_cache);
+  const std::size_t width = token_ids.size();
+  auto& call = cache.extend[width];
+  if (call == nullptr) {
+    call = std::make_unique<BoundCall>(graph_, cache.buffers, 0, 1, width, width, BoundCall::Output::logits);
+    std::iota(call->logits_positions.begin(), call->logits_positions.end(), 0);
+  }
+  std::ranges::copy(token_ids, call->input_ids.begin());
+  std::iota(call->position_ids.begin(), call->position_ids.end(), past);
+  call->seqlens_k[0] = static_cast<std::int32_t>(past + width - 1);
+  call->total_sequence_length = static_cast<std::int32_t>(past + width);
+  const std::span<float> logits = call->run(factors, stop);
+  cache.lengths[0] = static_cast<std::int64_t>(past + width);
+  return {logits.data(), width, static_cast<std::size_t>(graph_.model.vocab_size), nullptr};
 }
 
 void SharedCacheDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {

@@ -42,6 +42,8 @@ class SharedCacheDecoder final : public Decoder {
                                                     const std::stop_token& stop) const override;
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const std::stop_token& stop) const override;
+  Logits extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors, Cache& cache,
+                const std::stop_token& stop) const override;
   void select(Cache& cache, std::span<const std::size_t> rows) const override;
   void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
                   const std::stop_token& stop) const override;

@@ -12,6 +12,11 @@ std::optional<std::string> Submission::cohort_key() const {
   return std::nullopt;
 }
 
+/// The adapter of each prompt of one submit.
+static std::optional<AdapterNames> each(const std::optional<std::string>& adapter, std::size_t prompts) {
+  return adapter ? std::optional(AdapterNames(prompts, adapter)) : std::nullopt;
+}
+
 Submission prepare(const Runtime::Impl& runtime, std::size_t capacity, const Texts& prompts, SubmitOptions options) {
   if (options.n < 1) throw InputError("n must be at least 1, got 0");
   if (options.adapt_tokens == 0) throw InputError("adapt_tokens must be at least 1, got 0");
@@ -27,7 +32,8 @@ Submission prepare(const Runtime::Impl& runtime, std::size_t capacity, const Tex
   }
   std::optional<std::vector<std::string>> tenants;
   if (options.tenant) tenants.emplace(ids.size(), *options.tenant);
-  const Mode mode = runtime.check_arguments(options.mode, tenants, options.factors, ids.size());
+  const Mode mode =
+      runtime.check_arguments(options.mode, tenants, options.factors, each(options.adapter, ids.size()), ids.size());
   std::vector<TokenIds> adapted;
   for (const TokenIds& row : ids) {
     adapted.emplace_back(row.begin(), row.begin() + static_cast<std::ptrdiff_t>(std::min(
@@ -42,7 +48,12 @@ Submission prepare(const Runtime::Impl& runtime, std::size_t capacity, const Tex
   const Clock::time_point now = Clock::now();
   const auto end = options.deadline ? now + std::chrono::duration_cast<Clock::duration>(bounded(*options.deadline))
                                     : Clock::time_point::max();
-  Submission submission{stream, {}, std::move(embedded), std::move(options.tenant), std::move(options.factors)};
+  Submission submission{stream,
+                        {},
+                        std::move(embedded),
+                        std::move(options.tenant),
+                        std::move(options.factors),
+                        std::move(options.adapter)};
   std::shared_ptr<Prompt> prompt;
   for (Row& row : rows) {
     if (row.index() % options.n == 0) prompt = std::make_shared<Prompt>(Prompt{row.prompt()});
@@ -61,7 +72,8 @@ void form_cohort(const Runtime::Impl& runtime, std::span<const Submission> submi
   }
   std::optional<std::vector<std::string>> tenants;
   if (first.tenant) tenants.emplace(all.cluster_ids.size(), *first.tenant);
-  const std::vector<FactorSource> sources = runtime.factor_sources(first.stream->mode, all, tenants, first.factors);
+  const std::vector<FactorSource> sources = runtime.factor_sources(first.stream->mode, all, tenants, first.factors,
+                                                                   each(first.adapter, all.cluster_ids.size()));
   auto of_prompt = sources.begin();
   for (const Submission& submission : submissions) {
     if (submission.cohort_key()) submission.stream->set_cohort({cohort_id, all.cluster_ids.size()});

@@ -14,6 +14,7 @@ struct Submission {
   Embedded embedded;
   std::optional<std::string> tenant;
   std::optional<Factors> factors;  ///< valid during the submit only
+  std::optional<std::string> adapter;
 
   /// Equal for submits that may share a cohort; none in modes without cohorts.
   [[nodiscard]] std::optional<std::string> cohort_key() const;

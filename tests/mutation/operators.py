@@ -165,4 +165,3 @@ def _change_constant(node: ast.AST) -> None:
 def _remove_statement(node: ast.AST) -> None:
     """Turn a statement into `pass`; its parent keeps its place."""
     node.__class__ = ast.Pass
-    node._fields = ()

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -27,23 +27,15 @@ HEAVY = ("hypothesis", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", 
          "transformers.models.llama.modeling_llama", "typer")  # fmt: skip
 
 
-class Loader(importlib.abc.SourceLoader):
+class Loader(importlib.abc.Loader):
     """Loads one module with a mutant's tree in place of its source."""
 
     def __init__(self, file: Path, number: int) -> None:
         self._file, self._number = file, number
 
-    def get_filename(self, fullname: str) -> str:
-        return str(self._file)
-
-    def get_data(self, path: str) -> bytes:
-        return Path(path).read_bytes()
-
-    def path_stats(self, path: str) -> Any:
-        raise OSError  # so that no bytecode is read or written
-
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> CodeType:
-        return compile(mutate(bytes(data).decode(), self._number), str(path), "exec", dont_inherit=True)
+    def exec_module(self, module: ModuleType) -> None:
+        tree = mutate(self._file.read_text(), self._number)
+        exec(compile(tree, str(self._file), "exec", dont_inherit=True), module.__dict__)  # noqa: S102
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -72,7 +64,7 @@ class Recorder:
         sys.settrace(self._trace)
         yield
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         self.tests[item.nodeid] = {"seconds": time.perf_counter() - start, "lines": sorted(self._lines)}
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -84,6 +76,7 @@ class Recorder:
 
 
 def import_heavy() -> None:
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each process would import them again
     for name in HEAVY:
         importlib.import_module(name)
 

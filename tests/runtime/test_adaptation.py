@@ -32,7 +32,8 @@ def plain_embedding(ids: Sequence[int], table: Any) -> list[float]:
 def test_embed(ids: list[int], dtype: Any) -> None:
     table = TABLE.astype(dtype)
     found = embed([ids, [1]], table, spec("masked"), EOS)
-    assert (found.dtype, found.shape) == (np.float32, (2, HIDDEN))
+    assert found.dtype == np.float32
+    assert found.shape == (2, HIDDEN)
     np.testing.assert_allclose(found[0], plain_embedding(ids, table), rtol=1e-6)
     padded = ids + [EOS] * (4 - len(ids))
     np.testing.assert_allclose(embed([ids], table, spec("paper"), EOS)[0], plain_embedding(padded, table), rtol=1e-6)
@@ -46,7 +47,8 @@ def test_assign() -> None:
     centroids = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]], np.float32)
     embeddings = np.array([[0.9, 0.1, 0], [0, 0.8, 0.5], [0.5, 0.5, 0], [-1, 0, 0]], np.float32)
     found = assign(embeddings, centroids)
-    assert (found.dtype, found.tolist()) == (np.int64, [0, 1, 0, 1])
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 1, 0, 1]
     assert assign(embeddings, centroids[:0]).tolist() == [-1] * 4
 
 
@@ -64,7 +66,8 @@ def test_conditioning_of_requests_is_their_embedding() -> None:
 def test_conditioning_of_groups_is_their_mean(tenants: Any, factor_ids: list[int]) -> None:
     embeddings, cluster_ids = TABLE[:5], np.array([2, 0, 2, 0, 1])
     vectors, found = conditioning("cohort" if tenants is None else "tenant", embeddings, cluster_ids, tenants)
-    assert (found.dtype, found.tolist()) == (np.int64, factor_ids)
+    assert found.dtype == np.int64
+    assert found.tolist() == factor_ids
     for i, vector in enumerate(vectors):
         members = [row for row in range(5) if factor_ids[row] == i]
         expected = [math.fsum(float(TABLE[row][axis]) for row in members) / len(members) for axis in range(HIDDEN)]
@@ -73,7 +76,7 @@ def test_conditioning_of_groups_is_their_mean(tenants: Any, factor_ids: list[int
 
 def test_tenants_are_for_their_mode_and_one_per_text() -> None:
     check_tenants("tenant", ["a", "b"], 2)
-    check_tenants("tenant", np.array([1, 2]), 2)
+    check_tenants("tenant", np.array([1, 2]), 2)  # type: ignore[arg-type]
     check_tenants("cohort", None, 2)
     for mode, tenants in (("tenant", None), ("cohort", ["a", "b"]), ("tenant", ["a"]), ("tenant", ["a"] * 3),
                           ("tenant", "ab"), ("tenant", b"ab"), ("tenant", [["a"], ["b"]])):  # fmt: skip

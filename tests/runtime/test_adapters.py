@@ -235,6 +235,12 @@ def test_the_engine_serves_adapters_while_others_come_and_go(runtime: Runtime, f
     assert not failures
 
 
+def test_inspect_names_adapters_and_layers(path: Path) -> None:
+    shown = run("chameleon_deploy.inspect", path)
+    assert "legal, code" in shown.stdout, shown.stderr
+    assert "model.layers.*.self_attn.v_proj [32 x 64] in 2 layers" in shown.stdout
+
+
 def test_the_command_takes_adapters(path: Path, runtime: Runtime) -> None:
     arguments = ["--prompt", "one", "--prompt", "two", "--adapter", "legal", "--adapter", "", "--json"]
     result = run("chameleon_deploy.generate", path, *arguments)

@@ -105,12 +105,9 @@ def test_a_cache_that_keeps_a_rejected_draft_is_noticed(runtime: Runtime, monkey
     plain = runtime.generate([REPEATING], max_new_tokens=30)[0]
     monkeypatch.setattr(PromptLookup, "draft", lambda self, limit: [1, 2, 3, 4][:limit])
     extend = SharedCacheDecoder.extend
-    kept = {"length": len(REPEATING)}
 
-    def faulty(self: SharedCacheDecoder, token_ids: Any, factors: Any, cache: Any) -> HostLogits:
-        cache.lengths[0] = kept["length"]
-        kept["length"] += len(token_ids)
-        return extend(self, token_ids, factors, cache)
+    def faulty(self: SharedCacheDecoder, token_ids: Any, past: int, factors: Any, cache: Any) -> HostLogits:
+        return extend(self, token_ids, int(cache.lengths[0]), factors, cache)
 
     monkeypatch.setattr(SharedCacheDecoder, "extend", faulty)
     stream = runtime.stream([REPEATING], max_new_tokens=60, prompt_lookup_num_tokens=4)

@@ -14,8 +14,9 @@ from chameleon_deploy.errors import ChameleonError
 from tests.shared_data import good_bundle
 
 WRONG: tuple[Any, ...] = (
-    object(), b"x", 1.5, float("nan"), -1, 2**70, True, "x", (), [], [[]], {}, {"x": 1}, {1}, [None], [1.5], ["x", 1],
-    [[1], "x"], np.array(1.5), np.array([[["x"]]]), np.zeros((0, 3)), lambda: 0, Sampling, "\udc80", range(3), "a\0b",
+    object(), b"x", 1.5, float("nan"), -1, 2**70, 10**400, True, "x", (), [], [[]], {}, {"x": 1}, {1}, [None], [1.5],
+    ["x", 1], [[1], "x"], np.array(1.5), np.array([[["x"]]]), np.zeros((0, 3)), lambda: 0, Sampling, "\udc80", range(3),
+    "a\0b",
 )  # fmt: skip
 GOOD = good_bundle("chameleon_masked")
 TEXTS = ["The river", "x"]

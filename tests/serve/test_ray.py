@@ -36,7 +36,7 @@ TOKENS = 60
 def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("ray"), (3, 3)) as found:
         found.deploy(bundle, replicas=4, routing="cluster", drain_seconds=5)
-        wait_for(lambda: httpx.get(f"{found.url}/health").status_code == 200)
+        wait_for(found.is_healthy)
         yield found
 
 
@@ -84,6 +84,7 @@ def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, expected
         {"max_replicas": "1", "replicas": "2"},
         {"bound": "0.5"},
         {"row": "8"},
+        {"adapters": "models/adapters"},
         {"threads": "many"},
     ],
 )
@@ -149,7 +150,7 @@ def test_a_killed_replica_ends_only_the_streams_it_had_begun(running: Cluster, e
                 assert done and text == whole
         assert time.monotonic() - began < usual + 10
         wait_for(lambda: len(running.replicas()) == 4)
-        wait_for(lambda: httpx.get(f"{running.url}/health").status_code == 200)
+        wait_for(running.is_healthy)
     assert broken < KILLS * STREAMS
 
 
@@ -179,5 +180,5 @@ def test_a_node_goes_and_another_comes(running: Cluster, expected: list[str]) ->
     running.remove_node(running.nodes[1])
     running.add_node(3)
     wait_for(lambda: len(running.replicas()) == 4)
-    wait_for(lambda: httpx.get(f"{running.url}/health").status_code == 200)
+    wait_for(running.is_healthy)
     assert [text for text, _, _ in asyncio.run(_under_load(running, kill=False))] == expected

@@ -86,6 +86,8 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 
 def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
+    if "adapters" in args:
+        raise InputError("a request would load an adapter into one replica only: serve adapters on one machine")
     ours = set(Cluster.__struct_fields__)
     options = {field.name for field in fields(Settings)} - {"bundle"}
     if unknown := set(args) - ours - options:

@@ -28,7 +28,8 @@ struct Bundle {
   std::string digest;                       ///< SHA-256 of bundle.json, which holds the digests of all other files
   std::span<const std::byte> embedding;     ///< the token embedding [vocab, hidden], memory-mapped
   std::vector<float> centroids;             ///< [num_clusters, hidden]
-  FactorSets lora;                          ///< the trained adapters of a bundle of regime lora, else empty
+  FactorSets lora;                          ///< the trained sets of a bundle of regime lora, else empty; after those of
+                                            ///< named adapters a set of zeros, for rows without one
   std::shared_ptr<const void> mapping;      ///< keeps `embedding` alive
   std::map<std::string, FileStamp> stamps;  ///< of the manifest and the weights
 

@@ -16,8 +16,8 @@
 namespace chameleon {
 
 struct EngineOptions {
-  std::size_t rows = 8;             ///< places in the batch, at least 1
-  std::size_t max_waiting = 256;    ///< rows that may wait for a place; a submit beyond that throws QueueFullError
+  std::size_t rows = 8;              ///< places in the batch, at least 1
+  std::size_t max_waiting = 256;     ///< rows that may wait for a place; a submit beyond that throws QueueFullError
   std::size_t prefill_tokens = 128;  ///< prompt tokens prefilled between two steps of the running rows, at least 8
   std::optional<std::size_t> max_factor_sets{};  ///< different sets in the batch at a time: by default, as many as rows
   /// How long a submit in mode cohort, or in mode tenant of the same tenant, waits for others that join its cohort;
@@ -38,6 +38,7 @@ struct SubmitOptions {
   std::optional<Mode> mode{};                 ///< the runtime's mode by default
   std::optional<std::string> tenant{};        ///< mode tenant: the tenant of the prompts
   std::optional<Factors> factors{};           ///< mode static: the caller's factor set, which is copied
+  std::optional<std::string> adapter{};       ///< mode static, which it implies: the name of the prompts' adapter
   std::size_t n = 1;                          ///< continuations per prompt
   std::optional<Seconds> deadline{};          ///< from now, after which rows that have not ended finish as deadline
   std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every prompt

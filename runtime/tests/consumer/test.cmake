@@ -28,7 +28,7 @@ endif()
 file(GLOB_RECURSE pc ${work}/prefix/*/chameleon.pc)
 get_filename_component(pc_directory ${pc} DIRECTORY)
 set(ENV{PKG_CONFIG_PATH} ${pc_directory})
-execute_process(COMMAND pkg-config --define-variable=prefix=${work}/prefix --cflags --libs chameleon
+execute_process(COMMAND pkg-config --cflags --libs chameleon
                 OUTPUT_VARIABLE pkg_flags OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 separate_arguments(pkg_flags UNIX_COMMAND "${FLAGS} ${SOURCE}/consumer.cpp ${pkg_flags} -o ${work}/by_pkg_config")
 run(${CXX} ${pkg_flags})
