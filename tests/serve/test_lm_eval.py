@@ -93,10 +93,12 @@ def likelihoods(sample: dict[str, Any]) -> list[tuple[float, bool | None]]:
 def expected(runtime: Runtime, sample: dict[str, Any]) -> list[tuple[float, bool | None]]:
     """The same by the runtime."""
     if "text" in sample["doc"]:
-        return [(rolling(runtime, runtime.encode([sample["doc"]["text"]])[0]), None)]
+        return [(rolling(runtime, runtime.tokenizer.encode(sample["doc"]["text"]).ids), None)]
     question, choices = sample["doc"]["question"], sample["doc"]["choices"]
-    length, found = len(runtime.encode([question])[0]), list[tuple[float, bool | None]]()
-    for ids in runtime.encode([question + choice for choice in choices]):
+    context, found = runtime.encode([question])[0], list[tuple[float, bool | None]]()
+    length = len(context)
+    for whole in runtime.encode([question + choice for choice in choices]):
+        ids = context + whole[length:]  # as lm-eval does, even where a token of the whole spans both
         logprobs = runtime.score([ids], mode="none")[0].token_logprobs[length - 1 :]
         prefixes = [ids[:end] for end in range(length, len(ids))]
         next_ids = [g.token_ids[0] for g in runtime.generate(prefixes, max_new_tokens=1, mode="none")]
