@@ -15,7 +15,7 @@ import pytest
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from tests.serving import process
+from tests.serving import COMMANDS, process
 
 pytestmark = pytest.mark.lm_eval
 POSITIONS = 128  # of the model
@@ -118,9 +118,9 @@ def rolling(runtime: Runtime, ids: list[int]) -> float:
 
 
 def test_likelihoods_are_the_runtimes_and_those_of_transformers(
-    tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
+    program: str, tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
-    with process(bundle) as (_, url):
+    with process(bundle, command=COMMANDS[program]) as (_, url):
         served, samples = evaluate(
             tasks, tmp_path / "served", "local-completions",
             f"model={bundle.name}:none,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent=4,"
