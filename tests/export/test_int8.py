@@ -272,7 +272,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
                 getattr(layer, name).mul_(factor)
         return layers
 
-    monkeypatch.setattr("chameleon_deploy.export.graphs.absmax_of_layers", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.int8.adapters.absmax_of_layers", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
