@@ -135,7 +135,7 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
     rank = min(model.hidden_size, 64)
     generator = np.random.default_rng(0)
     plain: dict[str, FloatArray] = {
-        name: generator.normal(size=(rank, width)).astype(np.float32) / 8 for name, width in spec.factor_widths.items()
+        name: np.float32(generator.normal(size=(rank, width)) / 8) for name, width in spec.factor_widths.items()
     }
     low_rank = load_adapted(adapted.name, {}).trunk
     for target in spec.targets:
