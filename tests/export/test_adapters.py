@@ -135,7 +135,8 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
     rank = min(model.hidden_size, 64)
     generator = np.random.default_rng(0)
     plain: dict[str, FloatArray] = {
-        name: np.float32(generator.normal(size=(rank, width)) / 8) for name, width in spec.factor_widths.items()
+        name: np.asarray(generator.normal(0, 1 / 8, (rank, width)), np.float32)
+        for name, width in spec.factor_widths.items()
     }
     low_rank = load_adapted(adapted.name, {}).trunk
     for target in spec.targets:
