@@ -27,6 +27,9 @@ def main(
         typer.Option(help="tensorrt also builds engines into the local cache; default: the recipe's, else onnx."),
     ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text that int8 scales are measured on; default: the package's own.")
+    ] = None,
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
@@ -68,7 +71,7 @@ def main(
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
-            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision
+            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision, calibration, report
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
@@ -15,10 +16,11 @@ from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import absmax_of_layers, activations_of
-from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
+from chameleon_deploy.export.int8.digits import choose_two
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
-from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
+from chameleon_deploy.export.int8.weights import quantize_embedding, quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -26,6 +28,7 @@ from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.progress import Progress, silent
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.model import Trunk
@@ -35,16 +38,10 @@ DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
 PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
 
 Pass = Callable[[ir.Model, ModelSpec], object]
-# Passes from the portable decoder to the decoder of the CPU.
+# Passes from the portable decoder to the decoder of the CPU; those of int8 are below.
 SHARED_CACHE: tuple[Pass, ...] = (
     share_cache,  # first, because it looks for attention as attention.py builds it
     give_hidden_states,  # last, because the scorer is extracted at the place where this pass cuts off the head
-)
-SHARED_INT8_CACHE: tuple[Pass, ...] = (
-    share_cache,
-    quantize_cache,  # rewrites the operator of share_cache
-    quantize_rows,  # before the scorer is extracted, which has the same product as the head
-    give_hidden_states,
 )
 
 
@@ -61,12 +58,26 @@ class Graph:
 Graphs = dict[str, Graph]
 
 
-def build_graphs(checkpoint: Checkpoint, model: ModelSpec, precision: Precision, weights_file: WeightsFile) -> Graphs:
+def build_graphs(
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    precision: Precision,
+    weights_file: WeightsFile,
+    calibration: Sequence[Path] | None = None,
+    report: Progress = silent,
+) -> Graphs:
     """Return all graphs of a bundle by their names, with their weights in weights_file.
 
-    Raises TensorError for a weight that float16 cannot represent.
+    calibration  files of text for int8
+
+    Raises TensorError for a weight that float16 cannot represent, InputError for too little text.
     """
-    graphs = _DECODERS[precision](model, checkpoint.trunk, weights_file)
+    if precision == "int8":
+        graphs = _int8(model, checkpoint.trunk, weights_file, calibration, report)
+    elif precision == "fp32":
+        graphs = _fp32(model, checkpoint.trunk, weights_file)
+    else:
+        graphs = _half(precision, model, checkpoint.trunk, weights_file)
     if isinstance(checkpoint.factors, Hypernetwork):
         layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
         config = checkpoint.config
@@ -81,16 +92,31 @@ def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
     decoder = build_decoder(model, trunk, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_shared_cache(decoder, model, weights_file, SHARED_CACHE),
+        **_shared_cache(decoder, model, SHARED_CACHE),
     }
 
 
-def _int8(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = _int8_decoder(model, trunk, weights_file)
-    return {
-        "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_shared_cache(decoder, model, weights_file, SHARED_INT8_CACHE),
-    }
+def _int8(
+    model: ModelSpec, trunk: Trunk, weights_file: WeightsFile, calibration: Sequence[Path] | None, report: Progress
+) -> Graphs:
+    rotated, texts = rotate_trunk(trunk, model), calibration_texts(trunk, calibration)
+    statistics = calibrate(rotated, model, texts, report)
+    balance_trunk(rotated, model, statistics)
+    scale_trunk(rotated, model, statistics)
+    two_digits = choose_two(rotated, model, texts, report)
+    with _float32_weights(weights_file) as floats:
+        decoder = build_decoder(model, rotated, floats)
+        rotate_residual(decoder, model)
+        quantize_weights(decoder, model, statistics, weights_file, report)
+        quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
+        weights_file.take(decoder.graph)
+    passes: tuple[Pass, ...] = (
+        share_cache,
+        quantize_cache,  # rewrites the operator of share_cache
+        partial(quantize_rows, two_digits=two_digits),  # before the scorer is extracted, which has the head's product
+        give_hidden_states,
+    )
+    return {"decoder": Graph(decoder, "decoder", PROVIDERS, "growing"), **_shared_cache(decoder, model, passes)}
 
 
 def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
@@ -109,25 +135,6 @@ def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: We
     }
 
 
-_DECODERS: dict[Precision, Callable[[ModelSpec, Trunk, WeightsFile], Graphs]] = {
-    "fp32": _fp32,
-    "int8": _int8,
-    "fp16": partial(_half, "fp16"),
-    "bf16": partial(_half, "bf16"),
-}
-
-
-def _int8_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
-    rotated = rotate_trunk(trunk, model)
-    scale_trunk(rotated, model, absmax_of_layers(rotated, model))
-    with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, floats)
-        rotate_residual(decoder, model)
-        quantize_weights(decoder, activations_of(rotated, model), weights_file)
-        weights_file.take(decoder.graph)
-    return decoder
-
-
 @contextmanager
 def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     """Yield a file next to weights_file for matrices before they are rounded. It is deleted at the end."""
@@ -137,13 +144,13 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     path.unlink()
 
 
-def _shared_cache(portable: ir.Model, model: ModelSpec, weights_file: WeightsFile, passes: tuple[Pass, ...]) -> Graphs:
+def _shared_cache(portable: ir.Model, model: ModelSpec, passes: tuple[Pass, ...]) -> Graphs:
     """Return the decoder and the scorer of the CPU."""
     decoder = copy_of(portable)
     for rewrite in passes:
         rewrite(decoder, model)
     # The scorer is extracted before the last two passes, because it finds the head by the operators that they rewrite.
-    scorer = build_tiled_scorer(decoder, model, weights_file)
+    scorer = build_tiled_scorer(decoder, model)
     for graph in (decoder, scorer):
         sum_update(graph)
     flatten_logits(decoder)
