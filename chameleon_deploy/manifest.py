@@ -260,13 +260,14 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     int8 = stored.row_scales_offset, stored.channel_scales_offset, stored.rotation
     if any((part is None) == (stored.dtype == "int8") for part in int8):
         raise ManifestError(f"{where}: token_embedding needs offsets of scales and a rotation in int8, and only there")
-    if stored.rotation is not None and (
-        not _is_power_of_four(stored.rotation) or model.hidden_size % stored.rotation
-    ):
+    if stored.rotation is not None and (not _is_power_of_four(stored.rotation) or model.hidden_size % stored.rotation):
         raise ManifestError(f"{where}: token_embedding.rotation is not a power of four that divides hidden_size")
     parts = [(stored.offset, math.prod(stored.shape) * np.dtype(stored.dtype).itemsize)]
     if stored.row_scales_offset is not None and stored.channel_scales_offset is not None:
-        parts += [(stored.row_scales_offset, 4 * model.vocab_size), (stored.channel_scales_offset, 4 * model.hidden_size)]
+        parts += [
+            (stored.row_scales_offset, 4 * model.vocab_size),
+            (stored.channel_scales_offset, 4 * model.hidden_size),
+        ]
     for offset, size in parts:
         if offset < 0 or offset + size > manifest.files[stored.file].size:
             raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")

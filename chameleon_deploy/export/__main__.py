@@ -71,7 +71,13 @@ def main(
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
-            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision, calibration, report
+            checkpoint,
+            out,
+            gates if verify else None,
+            recipe.limits,
+            precision or recipe.precision,
+            calibration,
+            report,
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity

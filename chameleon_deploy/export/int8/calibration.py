@@ -29,7 +29,7 @@ from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.texts import read_texts
 
-TEXTS = slice(100, 160)  # of each kind of Python's text; `verify` uses the hundred before
+TEXTS = slice(100, 106)  # of each kind of Python's text; `verify` uses the hundred before
 LONG = 12, 512  # how many long texts, and the tokens of each
 BEGINNINGS = 64, 32
 MARGIN = 1.1  # over the observed absmax

@@ -37,7 +37,9 @@ def choose_two(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: 
     sizes = {
         name: size
         for layer in family_of(model.architecture).layers(trunk)
-        for name, size in zip(layer.names, map(_size, ([layer.q, layer.k, layer.v], [layer.o], layer.ups, [layer.down])), strict=True)
+        for name, size in zip(
+            layer.names, map(_size, ([layer.q, layer.k, layer.v], [layer.o], layer.ups, [layer.down])), strict=True
+        )
     }
     budget = SHARE * (sum(sizes.values()) + trunk.head_weight.numel())
     return take_two(costs(trunk, model, texts, report), sizes, budget)
@@ -55,10 +57,9 @@ def costs(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progr
     family, kl, hooks = family_of(model.architecture), dict[str, float](), []
 
     def watch(module: Any, inputs: Any, name: str, variance: Any) -> None:
-        if inputs[0].requires_grad:
-            inputs[0].register_hook(lambda gradient, x=inputs[0].detach(): add(name, gradient, variance(x)))
+        inputs[0].register_hook(partial(add, name, variance(inputs[0].detach())))
 
-    def add(name: str, gradient: Tensor, variance: Any) -> None:
+    def add(name: str, variance: Any, gradient: Tensor) -> None:
         kl[name] = kl.get(name, 0.0) + float((gradient.square() * variance).sum()) / 2
 
     for layer in family.layers(trunk):

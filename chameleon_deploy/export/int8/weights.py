@@ -60,7 +60,10 @@ def quantize_weights(
         matrix, steps = rotate(torch.tensor(weight.const_value.numpy())), statistics.head / INT8_MAX
         x = rotated(op, x, matrix.shape[1], decoder.graph)
         x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / steps).numpy()))
-        groups = [group / part / part[:, None] for group, part in zip(statistics.inputs[HEAD].rotated(), steps.split(GROUP), strict=True)]
+        groups = [
+            group / part / part[:, None]
+            for group, part in zip(statistics.inputs[HEAD].rotated(), steps.split(GROUP), strict=True)
+        ]
         int8, scale = round_weights((matrix * steps).T, groups)
         return op.Gemm(x, op.DequantizeLinear(*store(op, HEAD, int8.T, scale), axis=0), transB=1)
 
