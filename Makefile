@@ -1,5 +1,7 @@
 # `make demo` runs the tiny model from checkpoint to text, `make serve` serves it over HTTP, `make test` runs every check of the Python side.
+# `make bench` measures a pretrained model beside other engines.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
+# `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -18,8 +20,40 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/export/test_tensorrt.py
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/export/test_tensorrt.py
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
+
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutation
+
+# A pretrained model beside other engines, for docs/performance.md: up to an hour on an idle machine, with what
+# pip install -e '.[peers,peers-llama,report]' adds. TEXT is the text that the quality is measured on.
+THREADS ?= 2
+BENCH := models/bench
+BENCHED := $(foreach p,fp32 int8,$(BENCH)/bench-$p-8.json $(BENCH)/bench-$p-32.json)
+GROWN := $(foreach p,fp32 int8,$(foreach c,batch length factor_sets,$(BENCH)/growth-$p-$c.json))
+
+bench: $(BENCHED) $(GROWN)
+	$(BIN)/python docs/growth_plots.py docs/growth $(GROWN)
+	$(BIN)/python docs/real_model_table.py $(BENCHED)
+
+$(BENCH)/smollm2: | .venv/ready
+	$(BIN)/python -m chameleon_deploy.reference.random --base smollm2 --out $@
+
+$(BENCH)/smollm2-%: | $(BENCH)/smollm2
+	$(BIN)/python -m chameleon_deploy.export $(BENCH)/smollm2 --out $@ --precision $* --no-verify
+
+$(BENCH)/bench-%-8.json: | $(BENCH)/smollm2-%
+	$(BIN)/python -m chameleon_deploy.bench $(BENCH)/smollm2-$* --reference $(BENCH)/smollm2 --threads $(THREADS) \
+	    --batch 1 --batch 8 $(addprefix --text ,$(TEXT)) --json $@
+
+$(BENCH)/bench-%-32.json: | $(BENCH)/smollm2-%
+	$(BIN)/python -m chameleon_deploy.bench $(BENCH)/smollm2-$* --reference $(BENCH)/smollm2 --threads $(THREADS) \
+	    --batch 32 --windows 0 --json $@
+
+$(BENCH)/growth-%.json: | $(BENCH)/smollm2-fp32 $(BENCH)/smollm2-int8
+	$(BIN)/python -m chameleon_deploy.bench.growth $(BENCH)/smollm2-$(word 1,$(subst -, ,$*)) --reference $(BENCH)/smollm2 \
+	    --threads $(THREADS) --curve $(word 2,$(subst -, ,$*)) --json $@
 
 cpp: .venv/ready
 	.ci/cpp
@@ -30,4 +64,5 @@ cpp: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: cpp demo serve test
+.PRECIOUS: $(BENCH)/smollm2-%
+.PHONY: bench cpp demo mutants serve test

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,12 +51,14 @@ from chameleon_deploy.manifest import (
     TargetSpec,
     TensorSpec,
     available_modes,
+    basis_names,
     default_mode,
     factor_names,
     limits_fault,
     parse_manifest,
 )
 from chameleon_deploy.onnx_operators import check_graph_file
+from chameleon_deploy.provenance import SIGNATURE, TrustedKeys, check_signature
 from chameleon_deploy.signature import check_graphs
 from chameleon_deploy.token_embedding import Int8Rows, TokenEmbedding
 
@@ -84,6 +87,7 @@ class Bundle:
     digest: str  # SHA-256 of bundle.json, which holds the digests of all other files
     weights_checked: Future[None] = field(compare=False, repr=False)
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)  # see `_stamp`
+    signed_by: Path | None = field(default=None, compare=False)  # the trusted key, if signatures are required
 
     def require_weights(self) -> None:
         """Wait for the digest of the weights. Raises DigestError if it differs from the manifest's.
@@ -137,43 +141,70 @@ class Bundle:
     def lora(self) -> dict[str, FloatArray]:
         """Return the trained factors of a bundle of regime lora, in the layout of the decoder's inputs.
 
-        -> float32 [adapters, rank, in_features or out_features] by tensor name; there is one adapter
+        -> float32 [adapters, rank, in_features or out_features] by tensor name, in the order of the adapters' names
         """
         spec = self.manifest.adaptation
-        shapes = {name: (1, spec.rank, width) for name, width in spec.factor_widths.items()}
+        shapes = {name: (len(spec.adapters) or 1, spec.rank, width) for name, width in spec.factor_widths.items()}
         return _read_tensors(self.path / "lora.safetensors", shapes)
 
+    def basis(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the tensors of basis.safetensors (runtime/basis.py); none in a bundle without."""
+        if not self.manifest.has_basis:
+            return {}
+        file = self.path / "basis.safetensors"
+        expected: dict[str, int | None] = {}
+        parts: dict[str, int] = {}
+        for target in self.manifest.adaptation.targets:
+            if target.name != LM_HEAD:
+                names = basis_names(target.name)
+                sizes = (target.in_features, None, target.in_features, None, target.out_features)
+                expected |= dict(zip(names, sizes, strict=True))
+                parts |= {names[1]: target.in_features, names[3]: target.out_features}
+        tensors = _load(file)
+        if set(tensors) != set(expected):
+            raise TensorError(f"{file}: its tensors are not those of the targets")
+        for name, tensor in tensors.items():
+            if name in parts:
+                _check_blocks(file, name, tensor, parts[name])
+            elif tensor.dtype != np.float32 or tensor.shape != (expected[name],) or not np.isfinite(tensor).all():
+                raise TensorError(f"{file}: {name} is not float32 [{expected[name]}] of finite numbers")
+        return tensors
 
-def open_bundle(path: Path) -> Bundle:
+
+def open_bundle(path: Path, trusted_keys: TrustedKeys | None = None) -> Bundle:
     """Read the manifest and check every file against it.
 
-    Raises BundleNotFoundError, ManifestError, VersionError, PathError, UnknownFileError, MissingFileError,
-    DigestError or TensorError.
+    trusted_keys  PEM files of Ed25519 public keys: a bundle that none of them signed is refused; None accepts any
+
+    Raises BundleNotFoundError, SignatureError, ManifestError, VersionError, PathError, UnknownFileError,
+    MissingFileError, DigestError, TensorError or GraphError.
     """
-    bundle = start_opening(path)
+    bundle = start_opening(path, trusted_keys)
     bundle.require_weights()
     return bundle
 
 
-def start_opening(path: Path) -> Bundle:
+def start_opening(path: Path, trusted_keys: TrustedKeys | None = None) -> Bundle:
     """Open a bundle and hash its weights in the background, while the caller opens sessions on it.
 
     All other checks have been made. The caller calls `Bundle.require_weights` at the end. Raises the errors of
     `open_bundle`.
     """
     try:
-        return _start_opening(path)
+        return _start_opening(path, trusted_keys)
     except PermissionError as error:
         raise BundleNotFoundError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
 
-def _start_opening(path: Path) -> Bundle:
+def _start_opening(path: Path, trusted_keys: TrustedKeys | None) -> Bundle:
     if not path.is_dir():
         raise BundleNotFoundError(f"{path} is not a directory: pass the directory that export wrote")
     if not (path / MANIFEST).is_file():
         raise BundleNotFoundError(f"{path} has no {MANIFEST}: it is not a bundle")
     stamps = {MANIFEST: _stamp(path / MANIFEST)}  # taken before the file is read, so that a later change is noticed
     raw = (path / MANIFEST).read_bytes()
+    # Checked first: what no trusted key signed is not even parsed.
+    signed_by = None if trusted_keys is None else check_signature(raw, path / SIGNATURE, trusted_keys)
     manifest = parse_manifest(raw, path / MANIFEST)
     check_graphs(manifest, path / MANIFEST)
     _check_listing(path, manifest)
@@ -190,10 +221,11 @@ def _start_opening(path: Path) -> Bundle:
     thread = ThreadPoolExecutor(1)
     weights_checked = thread.submit(_check_digest, path / weights, manifest.files[weights])
     thread.shutdown(wait=False)  # the thread ends with its only task
-    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps)
+    bundle = Bundle(path, manifest, hashlib.sha256(raw).hexdigest(), weights_checked, stamps, signed_by)
     bundle.centroids()
     if manifest.adaptation.regime == "lora":
         bundle.lora()
+    bundle.basis()
     return bundle
 
 
@@ -201,6 +233,8 @@ def _check_listing(path: Path, manifest: Manifest) -> None:
     for entry in sorted(path.iterdir()):
         if entry.is_symlink():
             raise PathError(f"{entry} is a symbolic link: a bundle holds plain files only; copy the file itself")
+        if entry.name == SIGNATURE and entry.is_file():
+            continue  # it cannot be listed in what it signs
         if entry.name != MANIFEST and entry.name not in manifest.files:
             raise UnknownFileError(f"{entry} is not listed in {MANIFEST}: remove it or export again")
     for name in manifest.files:
@@ -230,11 +264,24 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+def _load(file: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:  # of dtypes that numpy lacks
         raise TensorError(f"{file}: {error}") from error
+
+
+def _check_blocks(file: Path, name: str, blocks: npt.NDArray[Any], channels: int) -> None:
+    """Check the sizes of a rotation's blocks, one for each of equal parts of the channels. Raises TensorError."""
+    is_list = blocks.dtype == np.int64 and blocks.ndim == 1 and 1 <= len(blocks) <= 3
+    if not is_list or channels % len(blocks) or not np.isin(blocks, (1, 4, 16, 64)).all():
+        raise TensorError(f"{file}: {name} is not one to three of the block sizes 1, 4, 16 and 64")
+    if (channels // len(blocks) % blocks).any():
+        raise TensorError(f"{file}: {name} does not divide {channels} channels")
+
+
+def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    tensors = _load(file)
     if set(tensors) != set(shapes):
         raise TensorError(f"{file}: holds {sorted(tensors)}, expected {sorted(shapes)}")
     for name, shape in shapes.items():

@@ -9,6 +9,7 @@ COMMANDS = {
     "compare": "Train and compare base, LoRA, hypernetwork and controls.",
     "export": "Export a checkpoint to a bundle.",
     "verify": "Check a bundle against its PyTorch reference.",
+    "verify_signature": "Check who signed a bundle.",
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
     "score": "Compute the log-probability and perplexity of texts.",
@@ -23,7 +24,7 @@ OPTION_GROUPS = {
         "prompt", "prompts", "text", "dataset", "validation_text", "test_text", "train_texts", "validation_texts",
         "test_texts",
     ),
-    "Adaptation": ("mode", "tenant"),
+    "Adaptation": ("mode", "tenant", "adapter"),
     "Sampling": (
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",
@@ -32,6 +33,6 @@ OPTION_GROUPS = {
         "regime", "protocol", "preset", "rank", "alpha", "clusters", "max_length", "epochs", "lr", "patience",
         "seeds", "resume",
     ),
-    "Execution": ("provider", "threads", "share_weights"),
+    "Execution": ("provider", "threads", "share_weights", "trusted_key"),
     "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),
 }  # fmt: skip

@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn, cast
 
+from chameleon_deploy import remote
 from chameleon_deploy.commands import OPTION_GROUPS
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, OutputError
@@ -96,6 +97,17 @@ def progress() -> Iterator[Progress]:
             drawn.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+BundleArgument = Annotated[
+    str, typer.Argument(help="Bundle directory, or the URL of one: s3://, gs://, hf:// or https://.")
+]
+
+
+def bundle_path(bundle: str) -> Path:
+    """Return the directory of a BundleArgument; one in object storage is downloaded. Raises a ChameleonError."""
+    with progress() as report:
+        return remote.local(bundle, report)
 
 
 # The arguments of every typer.Typer.

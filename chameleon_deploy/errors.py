@@ -63,6 +63,12 @@ class GraphError(ChameleonError):
     code = "graph_invalid"
 
 
+class SignatureError(ChameleonError):
+    """A bundle has no signature, or none of a trusted key."""
+
+    code = "signature_invalid"
+
+
 class BundleChangedError(ChameleonError):
     """A file of a loaded bundle was changed, replaced or removed: load the bundle again."""
 
@@ -123,6 +129,12 @@ class FactorsError(ChameleonError):
     code = "factors_invalid"
 
 
+class AdapterError(ChameleonError):
+    """An adapter that is not loaded, or a file that is not an adapter of this bundle."""
+
+    code = "adapter_invalid"
+
+
 class ProviderError(ChameleonError):
     """The execution provider is not available on this machine."""
 
@@ -175,6 +187,12 @@ class DependencyError(ChameleonError):
     """An optional package is missing, or two that exclude each other are installed."""
 
     code = "dependency_missing"
+
+
+class DownloadError(ChameleonError):
+    """Object storage cannot be reached, or refuses to be read."""
+
+    code = "download_failed"
 
 
 class DatasetError(ChameleonError):

@@ -11,6 +11,7 @@ import typer
 
 import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.adapter_options import AdapterNames, adapters_of_texts
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Sampling
@@ -19,13 +20,14 @@ from chameleon_deploy.texts import read_texts
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Prompts from a file: paragraphs, or .jsonl with "text".')
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
+    adapter: AdapterNames = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
@@ -41,8 +43,14 @@ def main(
         int | None, typer.Option(help="With --json: log-probabilities, and those of 0 to 5 alternatives.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int, typer.Option(min=0, help="One prompt on the CPU: draft up to this many tokens from the text so far.")
+    ] = 0,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
 ) -> None:
     """Continue prompts. They form one batch, which the cohort and tenant modes adapt to as a whole."""
@@ -53,9 +61,14 @@ def main(
         temperature, top_k, top_p, repetition_penalty, seed, stop=tuple(stop or ()), presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, logit_bias=dict(map(_bias, logit_bias or ())), logprobs=logprobs,
     )  # fmt: skip
-    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    path = console.bundle_path(bundle)
+    runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
-    generations = runtime.generate(texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant)
+    generations = runtime.generate(
+        texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,
+        adapters=adapters_of_texts(adapter, len(texts)),
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+    )  # fmt: skip
     if as_json:
         for generation in generations:
             record = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}

@@ -49,12 +49,15 @@ _PLOT_STYLE: dict[Any, Any] = {
 class Page:
     """A page that is put together from top to bottom and written once. All text is escaped.
 
+    drawings  the SVG of every plot so far
+
     Raises DependencyError if matplotlib, which draws the plots, is not installed: before any long work begins.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         _require_matplotlib()
         self._title = title
+        self.drawings: list[str] = []
         self._body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(subtitle)}</p>"]
 
     def section(self, heading: str) -> None:
@@ -91,6 +94,7 @@ class Page:
             figure.savefig(svg, format="svg", metadata=nothing)
         drawing = svg.getvalue()
         drawing = drawing[drawing.index("<svg") :]  # HTML does not allow an XML declaration here
+        self.drawings.append(drawing)
         self._body.append(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def write(self, path: Path) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
+from collections import Counter
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from chameleon_deploy import console
-from chameleon_deploy.bundle import Bundle, Manifest, default_mode, open_bundle
+from chameleon_deploy.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
 from chameleon_deploy.table import Sheet
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Check every file of a bundle against its manifest, and show its dimensions, graphs, sizes and parity."""
-    opened = open_bundle(bundle)
+    opened = open_bundle(console.bundle_path(bundle))
     if as_json:
         print(json.dumps(record(opened)))
         return
@@ -54,7 +55,6 @@ def _summary(bundle: Bundle) -> list[list[str]]:
     manifest = bundle.manifest
     model, adaptation, parameters, parity = manifest.model, manifest.adaptation, manifest.parameters, manifest.parity
     default = default_mode(adaptation)
-    targets = (f"{t.name} [{t.out_features:,} x {t.in_features:,}]" for t in adaptation.targets)
     figures = f"{parity.checks} checks, largest logit difference {parity.max_abs_logit_difference:.2g}" if (
         parity.verified and parity.max_abs_logit_difference is not None
     ) else "not verified"  # fmt: skip
@@ -70,10 +70,10 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["attention", f"{model.num_attention_heads} heads of {model.head_dim}, {model.num_key_value_heads} for keys "
                       "and values"],
         ["regime", f"{adaptation.regime}, protocol {adaptation.protocol}, at most {adaptation.max_length} tokens"],
-        ["targets", "; ".join(targets)],
+        ["targets", "; ".join(_targets(adaptation))],
         ["rank", f"{adaptation.rank}, alpha {adaptation.alpha:g}"],
         ["clusters", str(adaptation.num_clusters)],
-        ["adapters", str(_adapters(manifest))],
+        ["adapters", ", ".join(adaptation.adapters) or str(_adapters(manifest))],
         ["modes", ", ".join(f"{mode} (default)" if mode == default else mode for mode in adaptation.modes)],
         ["parameters", f"base {parameters.base:,}, hypernetwork {parameters.hypernetwork:,}, "
                        f"one set of factors {parameters.factors:,}"],
@@ -85,8 +85,17 @@ def _summary(bundle: Bundle) -> list[list[str]]:
 
 
 def _adapters(manifest: Manifest) -> int:
-    """Return the number of trained adapters: one for regime lora, none if a hypernetwork generates factors."""
-    return 1 if manifest.adaptation.regime == "lora" else 0
+    """Return the number of trained adapters, one without a name included; none if a hypernetwork generates factors."""
+    return len(manifest.adaptation.adapters) or int(manifest.adaptation.regime == "lora")
+
+
+def _targets(adaptation: AdaptationSpec) -> list[str]:
+    """Return the targets with their sizes; those that differ only in the number of their layer are one, with a `*`."""
+    alike = Counter(
+        f"{re.sub(r'[.][0-9]+[.]', '.*.', target.name)} [{target.out_features:,} x {target.in_features:,}]"
+        for target in adaptation.targets
+    )
+    return [f"{name} in {count} layers" if "*" in name else name for name, count in alike.items()]
 
 
 def _size(manifest: Manifest) -> int:

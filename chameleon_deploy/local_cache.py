@@ -1,9 +1,10 @@
-"""The local cache: TensorRT engines and packed weights, built on this machine and never shipped in a bundle.
+"""The local cache: TensorRT engines and packed weights, built on this machine, and bundles from object storage.
 
     $CHAMELEON_DEPLOY_CACHE (or ~/.cache/chameleon-deploy)/
         {kind}/{SHA-256 of the key, 32 hexadecimal characters}/
             entry.json    the key in full, and the size and SHA-256 of every other file; its mtime is the last use
             ...           whatever the builder wrote
+        .{the same}.download/   what has arrived of an entry, see `resumable`
 
 An entry is used only if its key equals the requested key and every file has its digest. Any other entry (damaged,
 truncated, made for another machine) is deleted and built again. Digests prove that an entry is whole, not who made it.
@@ -32,13 +33,15 @@ from chameleon_deploy.errors import OutputError, PathError
 
 ENTRY = "entry.json"
 ENTRY_NAME = re.compile("[0-9a-f]{32}")
-PARTIAL_NAME = re.compile(r"\.[0-9a-f]{32}\.partial")  # the name of `new_directory`'s working directory
+# The names of the working directories of `new_directory` and of `resumable`.
+PARTIAL_NAME = re.compile(r"\.[0-9a-f]{32}\.(partial|download)")
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of entry.json.
 
-    key  everything that the files depend on, such as the bundle's digest, the engine's version and the device's name
+    key    everything that the files depend on, such as the bundle's digest, the engine's version and the device's name
+    files  by their paths within the entry
     """
 
     key: dict[str, str]
@@ -112,10 +115,25 @@ def find_or_build(kind: str, key: Mapping[str, str], build: Callable[[Path], Non
         with new_directory(path) as directory:
             directory.chmod(0o700)
             build(directory)
-            files = {file.name: FileSpec(file.stat().st_size, file_sha256(file)) for file in directory.iterdir()}
+            files = {name: FileSpec(file.stat().st_size, file_sha256(file)) for name, file in _files(directory)}
             entry = Entry(dict(key), files)
             (directory / ENTRY).write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2))
     return path
+
+
+@contextmanager
+def resumable(kind: str, key: Mapping[str, str]) -> Iterator[Path]:
+    """Yield a directory for parts of an entry, inside `build` of `find_or_build`. It is deleted if the block succeeds.
+
+    What a failed or killed block leaves is there the next time. `prune` deletes it.
+    """
+    path = entry_path(kind, key)
+    parts = path.with_name(f".{path.name}.download")
+    _require_private(parts)
+    parts.mkdir(mode=0o700, exist_ok=True)
+    (parts / MARKER).touch()
+    yield parts
+    shutil.rmtree(parts)
 
 
 def stored() -> list[Stored]:
@@ -183,16 +201,19 @@ def _is_intact(path: Path, key: Mapping[str, str]) -> bool:
     try:
         _require_private(path)
         entry = _read_entry(path)
-        names = {file.name for file in path.iterdir()} - {ENTRY}
         return (
             entry.key == dict(key)
-            and names == set(entry.files)
-            and all(not (path / name).is_symlink() for name in names | {ENTRY})
+            and {name for name, _ in _files(path)} == {ENTRY, *entry.files}
+            and not any(file.is_symlink() for file in path.rglob("*"))
             and all((path / name).stat().st_size == spec.size for name, spec in entry.files.items())
             and all(file_sha256(path / name) == spec.sha256 for name, spec in entry.files.items())
         )
     except (OSError, PathError, msgspec.MsgspecError, UnicodeDecodeError):
         return False
+
+
+def _files(directory: Path) -> list[tuple[str, Path]]:
+    return [(file.relative_to(directory).as_posix(), file) for file in directory.rglob("*") if not file.is_dir()]
 
 
 def _read_entry(path: Path) -> Entry:
@@ -216,7 +237,8 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # missing; or on a read-only file system, which the next write reports
+            path.unlink()
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-ENGINES = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "ctranslate2", "openvino", "nncf", "numpy")
+ENGINES = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "ctranslate2", "openvino", "nncf", "torchao",
+           "llama_cpp_python", "numpy")  # fmt: skip
 # The processor flags that decide which kernels a matrix product uses.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 IDENTITY = ("model name", "CPU part", "flags", "Features")  # fields of a processor; "CPU part" and "Features" on ARM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -26,12 +26,23 @@ Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_sc
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
-LM_HEAD = "lm_head"  # the target of every export so far, by its PEFT name
+LM_HEAD = "lm_head"  # the target of every checkpoint so far, by its PEFT name
+ADAPTER_NAME = "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name"
+
+
+def is_adapter_name(name: str) -> bool:
+    """Return whether an adapter may have this name; see ADAPTER_NAME."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None and name not in get_args(Mode)
 
 
 def factor_names(target: str) -> tuple[str, str]:
     """Return the tensor names of one target's factors, A and B, in graphs, files and callers' factors."""
     return f"{target}.lora_A", f"{target}.lora_B"
+
+
+def basis_names(target: str) -> tuple[str, ...]:
+    """Return the tensor names of one target in basis.safetensors (runtime/basis.py)."""
+    return tuple(f"{target}.{name}" for name in ("in_before", "in_block", "in_after", "out_blocks", "out_after"))
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,8 +110,12 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out_features: Int64
 
 
-class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The adaptation of a bundle. alpha is recorded, not applied: it is folded into the factors at export."""
+class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The adaptation of a bundle. alpha is recorded, not applied: it is folded into the factors at export.
+
+    adapters     names of the sets in lora.safetensors; none if its one set has no name
+    base_digest  of the base model's weights, which adapters of other files must have too; empty without adapters
+    """
 
     regime: Regime
     rank: Int64
@@ -109,6 +124,8 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_clusters: Int64
     protocol: Protocol
     max_length: Int64
+    adapters: tuple[str, ...] = ()
+    base_digest: str = ""
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -178,6 +195,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_digest: str
     tools: dict[str, str]
 
+    @property
+    def has_basis(self) -> bool:
+        """Return whether factors have to enter a basis (runtime/basis.py): those of an int8 trunk."""
+        return self.precision == "int8" and any(target.name != LM_HEAD for target in self.adaptation.targets)
+
 
 def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
     """Return the modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
@@ -201,6 +223,8 @@ def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
 
 def default_mode(adaptation: AdaptationSpec) -> Mode:
     """Return the mode that the model was trained for, as far as the bundle can serve it."""
+    if adaptation.adapters:
+        return "none"  # rows without an adapter
     preferred: tuple[Mode, ...] = ("cohort", "request", "static")
     return next(mode for mode in preferred if mode in adaptation.modes)
 
@@ -239,11 +263,13 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     if not 0 <= model.eos_token_id < model.vocab_size:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
     _check_targets(manifest, where)
+    _check_adapters(adaptation, where)
     if fault := limits_fault(manifest.limits, model):
         raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
     needed |= {graph.file for graph in manifest.graphs.values()}
     needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()
+    needed |= {"basis.safetensors"} if manifest.has_basis else set()
     needed |= {"centroids.safetensors"} if adaptation.num_clusters else set()
     for name in sorted(needed - set(manifest.files)):
         raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
@@ -287,3 +313,11 @@ def _check_targets(manifest: Manifest, where: Path) -> None:
             raise ManifestError(f"{where}: adaptation.targets: {target.name!r} has no name or a dimension below 1")
         if target.name == LM_HEAD and (target.in_features, target.out_features) != head:
             raise ManifestError(f"{where}: adaptation.targets: {LM_HEAD} is not [hidden_size, vocab_size]")
+
+
+def _check_adapters(adaptation: AdaptationSpec, where: Path) -> None:
+    names = adaptation.adapters
+    if len(set(names)) < len(names) or not all(map(is_adapter_name, names)):
+        raise ManifestError(f"{where}: adaptation.adapters must be distinct names of {ADAPTER_NAME}")
+    if bool(names) != bool(adaptation.base_digest) or (names and adaptation.regime != "lora"):
+        raise ManifestError(f"{where}: adaptation.adapters goes with a base_digest and regime 'lora'")

@@ -11,6 +11,7 @@ import typer
 
 import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.adapter_options import AdapterNames, adapters_of_texts
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.runtime import Score
 from chameleon_deploy.table import Sheet
@@ -18,24 +19,31 @@ from chameleon_deploy.texts import read_texts
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     text: Annotated[list[Path], typer.Option(help='Texts from files: paragraphs, or .jsonl with "text".')],
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
+    adapter: AdapterNames = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch: what cohort and tenant adapt to.")] = 32,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per text and line.")] = False,
 ) -> None:
     """Score texts in batches, in the order of the files."""
     texts = read_texts(text)
-    runtime = chameleon_deploy.load(bundle, provider=provider, mode=mode, threads=threads)
+    path = console.bundle_path(bundle)
+    runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     scores: list[Score] = []
+    adapters = adapters_of_texts(adapter, len(texts))
     with console.progress() as report:
         for start in range(0, len(texts), batch_size):
-            tenants = tenant[start : start + batch_size] if tenant else None
-            scores += runtime.score(texts[start : start + batch_size], tenants=tenants)
+            batch = slice(start, start + batch_size)
+            tenants, own = (each[batch] if each else None for each in (tenant, adapters))
+            scores += runtime.score(texts[batch], tenants=tenants, adapters=own)
             report("texts scored", len(scores), len(texts))
     if as_json:
         for score in scores:

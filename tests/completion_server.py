@@ -162,6 +162,8 @@ chameleon_num_requests_waiting 2.0
 chameleon_generation_tokens_total {tokens}
 chameleon_batch_rows_sum {sum}
 chameleon_batch_rows_count {count}
+chameleon_step_seconds_sum {count}
+chameleon_prefill_seconds_sum 0.5
 """
 
 

@@ -1,9 +1,11 @@
 """Writes tests/data, which pytest and the C++ tests read: `python -m tests.make_data`.
 
     bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
+    signatures.json  keys, signatures of a good bundle, and the error code of each where it must be refused
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
     sampling.json    numbers of `uniform`, choices of `choose`, and what `log_probabilities` reports
+    schedules.json   schedules of requests, and what the Python engine gives for them (tests/schedules.py)
     tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
 
 The same versions of torch, transformers and ONNX Runtime write the same bytes. Goldens were made by the Python
@@ -28,6 +30,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from tests.schedules import random_schedule, run_schedule
 from tests.shared_data import DATA, case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
@@ -46,8 +49,10 @@ def main() -> None:
     for seed, (name, how) in enumerate(BUNDLES.items()):
         make_bundle(good_bundle(name), *how, seed=seed)
     write("hostile.json", hostile_cases())
+    write("signatures.json", signature_cases())
     write("golden.json", golden_cases())
     write("sampling.json", sampling_cases())
+    write("schedules.json", schedule_cases())
     write("tokenizer.json", tokenizer_cases())
 
 
@@ -100,6 +105,68 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
         save_base(model, tokenizer, path / "base")
         save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed))
         export_bundle(load_checkpoint(path), out, None)
+
+
+def signature_cases() -> dict[str, list[dict[str, Any]]]:
+    """Keys are made of fixed numbers, and Ed25519 has no randomness: the same bundles give the same signatures."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    signers = {name: ed25519.Ed25519PrivateKey.from_private_bytes(name.encode() * 32) for name in "abc"}
+    others: dict[str, Any] = {
+        "x25519": x25519.X25519PrivateKey.from_private_bytes(b"x" * 32),
+        "p256": ec.derive_private_key(7, ec.SECP256R1()),
+    }
+    pem = {
+        name: key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        for name, key in (signers | others).items()
+    }
+    private = signers["a"].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    keys = pem | {
+        "private": private,
+        "empty": "",
+        "garbage": "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+    }
+    content, another = (
+        (good_bundle(name) / "bundle.json").read_bytes() for name in ("chameleon_masked", "lora_masked")
+    )
+    right = signers["a"].sign(content)
+    order = 2**252 + 27742317777372353535851937790883648493
+    larger = right[:32] + (int.from_bytes(right[32:], "little") + order).to_bytes(32, "little")
+    cases: list[dict[str, Any]] = []
+
+    def case(
+        name: str, code: str | None, signature: bytes | None, trusted: list[str] | None, *changes: dict[str, Any]
+    ) -> None:
+        encoded = None if signature is None else base64.b64encode(signature).decode()
+        cases.append({"name": name, "base": "chameleon_masked", "code": code, "signature": encoded,
+                      "trusted": trusted, "changes": list(changes)})  # fmt: skip
+
+    case("trusted", None, right, ["a"])
+    case("one_of_several", None, right, ["c", "b", "a"])
+    case("not_asked_for", None, right[:10], None)
+    case("unsigned", "signature_invalid", None, ["a"])
+    case("of_another_key", "signature_invalid", right, ["b", "c"])
+    case("of_another_bundle", "signature_invalid", signers["a"].sign(another), ["a"])
+    case("bundle_changed", "signature_invalid", right, ["a"], {"do": "append", "file": "bundle.json", "text": "\n"})
+    case("not_parsed_first", "signature_invalid", right, ["a"], {"do": "truncate", "file": "bundle.json", "size": 99})
+    case("file_changed", "digest_mismatch", right, ["a"], {"do": "flip", "file": "weights.bin", "offset": 1000})
+    for name, signature in {
+        "empty": b"", "short": right[:-1], "long": right + b"\0", "zero": bytes(64),
+        "flipped": bytes([right[0] ^ 1]) + right[1:],
+        "flipped_at_the_end": right[:-1] + bytes([right[-1] ^ 1]), "scalar_too_large": larger,
+        "hexadecimal": right.hex().encode(),
+    }.items():  # fmt: skip
+        case(name, "signature_invalid", signature, ["a"])
+    link = {"do": "symlink", "file": "bundle.json.sig", "target": "weights.bin"}
+    case("a_link", "signature_invalid", None, ["a"], link)
+    case("a_link_not_asked_for", "path_unsafe", None, None, link)
+    case("a_directory", "signature_invalid", None, ["a"], {"do": "mkdir", "file": "bundle.json.sig"})
+    case("a_directory_not_asked_for", "file_unknown", None, None, {"do": "mkdir", "file": "bundle.json.sig"})
+    case("no_keys", "input_invalid", right, [])
+    for name in (*others, "private", "empty", "garbage", "missing"):
+        case(f"key_{name}", "input_invalid", right, ["a", name])
+    return {"keys": [{"name": name, "pem": text} for name, text in keys.items()], "cases": cases}
 
 
 def hostile_cases() -> list[dict[str, Any]]:
@@ -525,6 +592,17 @@ def chosen(case: dict[str, Any]) -> dict[str, Any]:
 def reported(case: dict[str, Any]) -> dict[str, Any]:
     choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
     return case | {"logprob": choice.logprob, "top_logprobs": choice.top_logprobs}
+
+
+def schedule_cases() -> list[dict[str, Any]]:
+    random = np.random.default_rng(3)
+    cases = []
+    for bundle in BUNDLES:
+        runtime = chameleon_deploy.load(good_bundle(bundle))
+        for _ in range(8):
+            schedule = random_schedule(random, runtime)
+            cases.append({"bundle": bundle, "schedule": schedule, "result": run_schedule(runtime, schedule)})
+    return cases
 
 
 def tokenizer_cases() -> dict[str, list[Any]]:

@@ -1,52 +1,50 @@
-"""Real servers: in a thread of the test, or as the process that users start."""
+"""Real servers: the Python one in a thread of the test, or either one as the process that users start."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 
+import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.serve.server import Server
 from chameleon_deploy.serve.service import Served, Service, Settings
+from tests.cpp.c_interface import BUILD
 
 SECONDS = 60
 
 
+CPP_SERVER = BUILD / "chameleon-server"
+# The commands of the servers that are there; `make cpp` builds the second.
+COMMANDS = {
+    "python": [sys.executable, "-m", "chameleon_deploy.serve"],
+    **({"cpp": [str(CPP_SERVER)]} if CPP_SERVER.exists() else {}),
+}
+
+
 @dataclass
 class Running:
-    """A server in a thread of this process."""
+    """A server that answers.
 
-    server: Server
-    service: Service
-    thread: threading.Thread
+    runtime  gives the results that the server must give
+    """
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.port}"
-
-    @property
-    def served(self) -> Served:
-        return self.service.served
-
-    @property
-    def runtime(self) -> Runtime:
-        return self.served.runtime
-
-    @property
-    def name(self) -> str:
-        return self.served.models.name
+    url: str
+    name: str
+    runtime: Runtime
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
@@ -58,22 +56,46 @@ class Running:
         with self.http() as client:
             return client.post(path, json=body)
 
+    def connect(self) -> socket.socket:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return socket.create_connection((host, int(port)))
+
+    def rows(self, state: Literal["running", "waiting"]) -> float:
+        """How many rows are running or waiting, as /metrics tells it."""
+        found = re.search(rf"^chameleon_num_requests_{state} (.*)", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        assert found
+        return float(found[1])
+
     def wait_until_idle(self) -> None:
         """Until the engine has no row any more."""
-        wait_for(lambda: self.served.engine.stats().running + self.served.engine.stats().waiting == 0)
+        wait_for(lambda: self.rows("running") + self.rows("waiting") == 0)
+
+
+@dataclass
+class InThread(Running):
+    """The Python server, in a thread of this process."""
+
+    server: Server
+    service: Service
+    thread: threading.Thread
+
+    @property
+    def served(self) -> Served:
+        return self.service.served
 
 
 @contextlib.contextmanager
-def running(bundle: Path, **settings: Any) -> Iterator[Running]:
+def running(bundle: Path, **settings: Any) -> Iterator[InThread]:
     service = Service(Settings(bundle, threads=1, **settings))
     server = Server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_until_ended)
     thread.start()
+    url = f"http://127.0.0.1:{server.port}"
     try:
         wait_for(lambda: server.started or not thread.is_alive())
-        found = Running(server, service, thread)
-        wait_for(lambda: httpx.get(f"{found.url}/health").status_code == 200)
-        yield found
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+        served = service.served
+        yield InThread(url, served.models.name, served.runtime, server, service, thread)
     finally:
         server.stop()
         thread.join(SECONDS)
@@ -81,10 +103,12 @@ def running(bundle: Path, **settings: Any) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command, and its URL."""
-    command = [sys.executable, "-m", "chameleon_deploy.serve", str(bundle), "--port", "0", "--threads", "1", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+def process(
+    bundle: Path, *options: str, command: Sequence[str] = COMMANDS["python"]
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server's command, and its URL."""
+    words = [*command, str(bundle), "--port", "0", "--threads", "1", *options]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         assert started.stderr is not None
         try:
             line = next(line for line in started.stderr if "listening on" in line)
@@ -95,6 +119,19 @@ def process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
             yield started, url
         finally:
             started.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running_cpp(bundle: Path, **settings: Any) -> Iterator[Running]:
+    """chameleon-server, with the settings of the Python server."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    with process(bundle, *options, command=COMMANDS["cpp"]) as (started, url):
+        assert started.stderr is not None
+        threading.Thread(target=started.stderr.read, daemon=True).start()  # so that it never waits for a reader
+        yield Running(url, bundle.name, chameleon_deploy.load(bundle, threads=1))
+
+
+STARTS: dict[str, Callable[..., contextlib.AbstractContextManager[Running]]] = {"python": running, "cpp": running_cpp}
 
 
 def wait_for(condition: Any, seconds: float = SECONDS) -> None:

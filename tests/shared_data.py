@@ -67,6 +67,16 @@ def hostile_bundle(case: dict[str, Any], out: Path) -> Path:
     return out
 
 
+def signed_bundle(case: dict[str, Any], directory: Path) -> tuple[Path, list[Path] | None]:
+    """Return the bundle of a case of signatures.json and the files of its trusted keys."""
+    for key in read("signatures.json")["keys"]:
+        (directory / key["name"]).write_text(key["pem"])
+    bundle = hostile_bundle(case, directory / "bundle")
+    if case["signature"] is not None:
+        (bundle / "bundle.json.sig").write_bytes(base64.b64decode(case["signature"]))
+    return bundle, None if case["trusted"] is None else [directory / name for name in case["trusted"]]
+
+
 def _apply(change: dict[str, Any], bundle: Path) -> None:
     manifest = bundle / "bundle.json"
     file = bundle / change.get("file", "bundle.json")

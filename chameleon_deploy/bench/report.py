@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from chameleon_deploy import console
 from chameleon_deploy.bench.peers import FROM_A_CLONE
@@ -26,6 +25,27 @@ def timing_sheet(measured: Benchmark) -> Sheet:
     ]
     headers = ["", f"bundle {measured.precision}", *(f"x {name}" for name in others)]
     return Sheet(headers, rows, caption="x: how many times faster the bundle is; medians of ratios of adjacent samples")
+
+
+def quality_sheet(measured: Benchmark) -> Sheet:
+    """Return a row per engine: how far its logits lie from the reference's, and its size."""
+    rows = [
+        [
+            name,
+            f"{quality.mean_kl:.1e}",
+            f"{quality.p999_kl:.1e}",
+            f"{quality.top1:.4f}",
+            f"{quality.perplexity:.3f}",
+            f"{quality.size / 1e6:.0f} MB",
+        ]
+        for name, quality in measured.quality.items()
+    ]
+    perplexity = next((quality.reference_perplexity for quality in measured.quality.values()), 0.0)
+    return Sheet(
+        ["", "mean KL", "99.9th percentile of KL", "same best token", "perplexity", "size"],
+        rows,
+        caption=f"against PyTorch in float32, whose perplexity is {perplexity:.3f}; without adaptation",
+    )
 
 
 def reliability_sheet(measured: Benchmark) -> Sheet:
@@ -90,15 +110,18 @@ def summary(measured: Benchmark) -> Iterator[str]:
         yield "This is an installed wheel: other engines are compared from a clone of the repository."
 
 
-def new_page(bundle: Path) -> Page:
-    """Return a page. Raises DependencyError if plots cannot be drawn."""
-    return Page(f"Benchmark of {bundle.name}", "chameleon-deploy bench")
+def new_page(name: str) -> Page:
+    """Return a page about a bundle or a model. Raises DependencyError if plots cannot be drawn."""
+    return Page(f"Benchmark of {name}", "chameleon-deploy bench")
 
 
 def fill(page: Page, measured: Benchmark) -> None:
     page.section("Speed")
     page.table(timing_sheet(measured))
     _plot_ratios(page, measured.timings)
+    if measured.quality:
+        page.section("Quality")
+        page.table(quality_sheet(measured))
     page.section("Variation")
     page.text("Relative interquartile ranges over the rounds: of the bundle's seconds, and of each ratio.")
     page.table(interquartile_sheet(measured))
@@ -124,7 +147,7 @@ def fill(page: Page, measured: Benchmark) -> None:
 
 
 def print_tables(measured: Benchmark) -> None:
-    sheets = (timing_sheet(measured), reliability_sheet(measured), missing_sheet(measured))
+    sheets = (timing_sheet(measured), quality_sheet(measured), reliability_sheet(measured), missing_sheet(measured))
     console.show(*(sheet for sheet in sheets if sheet.rows))
     for line in summary(measured):
         console.stdout.print(line)

@@ -15,6 +15,7 @@ from chameleon_deploy.errors import InputError
 from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
+    from chameleon_deploy.bench.quality import Quality
     from chameleon_deploy.reference.checkpoint import Checkpoint
 
 
@@ -24,6 +25,7 @@ class Benchmark:
 
     machine        the processor and the versions of all engines
     weights_bytes  of the bundle
+    quality        by engine; empty without windows
     missing        engines that could not be opened here, and why
     """
 
@@ -33,6 +35,7 @@ class Benchmark:
     weights_bytes: int
     footprint: Footprint
     timings: list[Timing]
+    quality: dict[str, Quality]
     missing: dict[str, str]
 
     @property
@@ -55,15 +58,20 @@ def run(
     report: Progress,
     max_extra_rounds: int = MAX_EXTRA_ROUNDS,
     foreign: bool = True,
+    only: Sequence[str] = (),
+    windows: Sequence[Sequence[int]] = (),
 ) -> Benchmark:
-    """Measure the footprint, then all timings.
+    """Measure the footprint, the quality, then all timings.
 
     width, num_tokens  tokens of every prompt, and tokens to generate after it
-    foreign            also compare with torch.compile, CTranslate2 and OpenVINO
+    foreign            also compare with torch.compile, CTranslate2, OpenVINO and llama.cpp
+    only               how the names of the engines begin that the bundle is compared with; none for all
+    windows            token ids to measure the quality on
     """
     import chameleon_deploy
     from chameleon_deploy.bench import workloads
     from chameleon_deploy.bench.peers import open_peers
+    from chameleon_deploy.bench.quality import Quality, measure_quality
     from chameleon_deploy.machine import describe_machine
 
     positions = open_bundle(bundle).manifest.model.max_positions
@@ -79,8 +87,9 @@ def run(
     rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
     with TemporaryDirectory() as directory:
         report("convert for other engines", 0, 1)
-        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), foreign)
+        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), foreign, only)
         report("convert for other engines", 1, 1)
+        read = measure_quality(peers, checkpoint.trunk, windows, report) if windows else {}
         work = workloads.Workloads(runtime, checkpoint, peers)
         cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
         cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
@@ -92,5 +101,6 @@ def run(
         weights_bytes=sum(spec.size for name, spec in runtime.manifest.files.items() if name.endswith(".bin")),
         footprint=footprint,
         timings=timings,
-        missing=missing,
+        quality={name: found for name, found in read.items() if isinstance(found, Quality)},
+        missing=missing | {f"{name}, quality": why for name, why in read.items() if isinstance(why, str)},
     )

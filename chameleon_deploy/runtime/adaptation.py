@@ -14,6 +14,7 @@ import numpy as np
 from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.inputs import is_sequence
 from chameleon_deploy.token_embedding import TokenEmbedding
 
 
@@ -89,7 +90,7 @@ def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) ->
         raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")
     if tenants is None:
         return
-    if isinstance(tenants, str | bytes) or not isinstance(tenants, Sequence | np.ndarray):
+    if not is_sequence(tenants):
         raise InputError(f"tenants must be a list with one tenant per text, got a single {type(tenants).__name__}")
     if len(tenants) != batch:
         raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")

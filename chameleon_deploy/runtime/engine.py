@@ -20,7 +20,7 @@ from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import Token
-from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_number
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
@@ -67,7 +67,7 @@ class Engine:
         *,
         rows: int = 8,
         max_waiting: int = 256,
-        prefill_tokens: int = 64,
+        prefill_tokens: int = 128,
         max_factor_sets: int | None = None,
         cohort_window_ms: float = 0,
         capacity: int | None = None,
@@ -86,17 +86,16 @@ class Engine:
 
         Raises InputError.
         """
-        for name, value, least in (
-            ("rows", rows, 1), ("max_waiting", max_waiting, 0), ("prefill_tokens", prefill_tokens, MIN_PREFILL_TOKENS),
-            ("max_factor_sets", max_factor_sets or rows, 1), ("cohort_window_ms", cohort_window_ms, 0),
-        ):  # fmt: skip
-            if not value >= least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
+        rows = check_integer("rows", rows, 1, MAX_ROWS)
+        max_waiting = check_integer("max_waiting", max_waiting, 0)
+        prefill_tokens = check_integer("prefill_tokens", prefill_tokens, MIN_PREFILL_TOKENS)
+        max_factor_sets = rows if max_factor_sets is None else check_integer("max_factor_sets", max_factor_sets, 1)
+        check_number("cohort_window_ms", cohort_window_ms, 0)
         positions = runtime.manifest.model.max_positions
         self.runtime, self.rows, self.max_waiting = runtime, rows, max_waiting
-        self._capacity = positions if capacity is None else min(capacity, positions)
+        self._capacity = positions if capacity is None else min(check_integer("capacity", capacity, 1), positions)
         self._window, self._observe = cohort_window_ms / 1000, observe
-        table = FactorTable(max_factor_sets or rows)
+        table = FactorTable(max_factor_sets)
         self._batch = open_batch(runtime, table, rows, self._capacity, prefill_tokens)
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
@@ -121,6 +120,7 @@ class Engine:
         mode: Mode | None = None,
         tenant: Hashable | None = None,
         factors: Factors | None = None,
+        adapter: str | None = None,
         n: int = 1,
         deadline: float | None = None,
         adapt_tokens: int | None = None,
@@ -134,16 +134,17 @@ class Engine:
         mode            adaptation mode; None takes the runtime's
         tenant          mode tenant: the tenant of the prompts, any hashable value
         factors         mode static: a caller's factors, see `Runtime.adapt`
+        adapter         mode static, which it implies: the name of the prompts' adapter
         n               continuations per prompt
         deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
         adapt_tokens    embed only this many leading tokens of every prompt; None embeds all
 
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
-        can hold), ModeError, FactorsError, QueueFullError, or ClosedError after `close`.
+        can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
         """
         submission = prepare(
             self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
-            adapt_tokens,
+            adapt_tokens, adapter,
         )  # fmt: skip
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:

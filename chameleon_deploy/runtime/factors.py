@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,7 +76,10 @@ def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
     if not isinstance(factors, Mapping) or set(factors) != set(widths):
         found = sorted(factors) if isinstance(factors, Mapping) else f"a {type(factors).__name__}"
         raise FactorsError(f"factors hold {found}: pass a dict with the arrays {', '.join(widths)}")
-    arrays = {name: np.asarray(factors[name]) for name in widths}
+    try:
+        arrays = {name: np.asarray(factors[name]) for name in widths}
+    except ValueError as error:  # nested lists of unequal lengths
+        raise FactorsError(f"factors hold something else than arrays: {error}") from error
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise FactorsError(f"{name} has dtype {array.dtype}, expected float32")
@@ -92,3 +95,19 @@ def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
 def no_factors(spec: AdaptationSpec) -> FactorSets:
     """Return one set of zeros of rank 1, which leaves the base model unchanged."""
     return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})
+
+
+def stack_sets(stacks: Sequence[FactorSets]) -> FactorSets:
+    """Return all sets of some stacks in memory as one stack; smaller ranks are padded with zeros."""
+    if len(stacks) == 1:
+        return stacks[0]
+    tensors = {}
+    for name in stacks[0].tensors:
+        arrays = [np.asarray(stack.tensors[name]) for stack in stacks]
+        sizes = sum(map(len, arrays)), max(array.shape[1] for array in arrays), arrays[0].shape[2]
+        tensors[name] = np.zeros(sizes, np.float32)
+        start = 0
+        for array in arrays:
+            tensors[name][start : start + len(array), : array.shape[1]] = array
+            start += len(array)
+    return FactorSets(tensors)

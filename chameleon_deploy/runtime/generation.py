@@ -190,12 +190,7 @@ def stream_tokens(
     while True:
         going, chosen = [], []
         for i, (row, choose) in enumerate(zip(rows, choosers([row.sampler for row in rows], logits), strict=True)):
-            try:
-                token = row.append(choose(), tokenizer, eos_token_id)
-            except ChameleonError as error:
-                if errors == "raise":
-                    raise
-                token = row.end("error", error)
+            token = append_choice(row, choose, tokenizer, eos_token_id, errors)
             if token.generation is None:
                 going.append(i)
                 chosen.append(token.token_id)
@@ -206,6 +201,16 @@ def stream_tokens(
             kept = np.array(going)
             cache, factors, rows = decoder.select(cache, kept), factors.rows(kept), [rows[i] for i in going]
         logits = decoder.step(np.array(chosen, np.int64), factors, cache)
+
+
+def append_choice(row: Row, choose: Callable[[], Choice], tokenizer: Any, eos_token_id: int, errors: OnError) -> Token:
+    """Append the next token to a row, or end the row with the error that choosing or decoding it raised."""
+    try:
+        return row.append(choose(), tokenizer, eos_token_id)
+    except ChameleonError as error:
+        if errors == "raise":
+            raise
+        return row.end("error", error)
 
 
 def choosers(samplers: Sequence[Sampler], logits: Logits) -> list[Callable[[], Choice]]:

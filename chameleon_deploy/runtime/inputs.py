@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError, LengthError, TokenError
 
 MAX_THREADS = 1024  # ONNX Runtime needs minutes to start a million
+MAX_ROWS = 2**16  # of an engine, and continuations of a prompt
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
@@ -24,7 +27,7 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
 
     Raises InputError (nothing given, empty text, mixed kinds, not encodable), TokenError, LengthError.
     """
-    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence | np.ndarray):
+    if not is_sequence(texts):
         raise InputError(f"expected a list of texts or of token id lists, got a single {type(texts).__name__}")
     if not len(texts):
         raise InputError("the batch is empty: pass at least one text")
@@ -46,10 +49,10 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
 
 def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
     """Return each row's limit of new tokens, from one number or one per row. Raises InputError."""
-    if isinstance(max_new_tokens, Sequence | np.ndarray) and not isinstance(max_new_tokens, str | bytes):
-        limits = [_integer("max_new_tokens", value) for value in max_new_tokens]
+    if is_sequence(max_new_tokens):
+        limits = [integer("max_new_tokens", value) for value in max_new_tokens]
     else:
-        limits = [_integer("max_new_tokens", max_new_tokens)] * batch
+        limits = [integer("max_new_tokens", max_new_tokens)] * batch
     if len(limits) != batch:
         raise InputError(f"{len(limits)} values of max_new_tokens for {batch} prompts: pass one, or one per prompt")
     if min(limits) < 1:
@@ -69,13 +72,40 @@ def check_threads(threads: int | None) -> int | None:
     """Return the number of threads of one operator; None lets ONNX Runtime choose. Raises InputError."""
     if threads is None:
         return None
-    count = _integer("threads", threads)
+    count = integer("threads", threads)
     if not 1 <= count <= MAX_THREADS:
         raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core")
     return count
 
 
-def _integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """Return an argument that must be an integer from `least` to `most`. Raises InputError."""
+    number = integer(name, value)
+    if not least <= number <= most:
+        raise InputError(f"{name} must be an integer from {least} to {most}, got {number}")
+    return number
+
+
+def check_number(name: str, value: Any, least: float) -> float:
+    """Return an argument that must be a number of at least `least`, which may be infinite. Raises InputError."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # of an integer
+        number = math.nan
+    if not number >= least:
+        raise InputError(f"{name} must be a number of at least {least}, got {type(value).__name__} {value!r:.40}")
+    return number
+
+
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether an argument holds several values: a list, a tuple or an array, but no text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an integer argument. Raises InputError for another type."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

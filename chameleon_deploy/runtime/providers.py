@@ -24,8 +24,8 @@ PROVIDERS = ("cpu", "cuda", "tensorrt", "auto")
 
 def check_provider(provider: str) -> None:
     """Raise ProviderError for a name that is not one of PROVIDERS."""
-    if provider not in PROVIDERS:
-        raise ProviderError(f"provider {provider!r} does not exist: choose one of {', '.join(PROVIDERS)}")
+    if not isinstance(provider, str) or provider not in PROVIDERS:
+        raise ProviderError(f"provider {provider!r:.40} does not exist: choose one of {', '.join(PROVIDERS)}")
 
 
 def open_backend(bundle: Bundle, provider: str, threads: int | None = None, share_weights: bool = False) -> Backend:

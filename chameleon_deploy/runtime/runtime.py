@@ -10,15 +10,20 @@ from typing import get_args
 
 import numpy as np
 
+from chameleon_deploy import remote
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
 from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.provenance import TrustedKeys
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.runtime.adapters import Adapters, check_adapters
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factor_table import FactorSource
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors
 from chameleon_deploy.runtime.generation import Generation, OnError, Token, begin_rows, stream_tokens
-from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode
+from chameleon_deploy.runtime.inputs import Texts, check_threads, checked_path, encode, integer
+from chameleon_deploy.runtime.prompt_lookup import stream_speculated
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
@@ -31,22 +36,26 @@ def load(
     mode: Mode | None = None,
     threads: int | None = None,
     share_weights: bool = False,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Runtime:
     """Open a bundle and make it ready to run.
 
-    path           the directory that export wrote
+    path           the directory that export wrote, or the URL of one, see `remote.fetch`
     provider       "cpu", "cuda", "tensorrt", or "auto" for the best available one, which `Runtime.provider` names
     mode           adaptation mode of calls that name none: by default "cohort", or "static" for a bundle of regime lora
     threads        threads of ONNX Runtime within one operator, at most 1,024; None lets it choose
     share_weights  on the CPU: map the weights, packed for this processor, from a file in the local cache, so that all
                    processes which load the bundle this way share one copy. The first of them writes the file.
+    trusted_keys   PEM files of Ed25519 public keys: a bundle that none of them signed raises SignatureError; None
+                   accepts any bundle. Needs the package `cryptography`.
 
     Raises a ChameleonError. Every file is checked before anything runs. An unavailable provider raises ProviderError or
     DependencyError, which says what is missing.
     """
     check_provider(provider)
     check_threads(threads)
-    bundle = start_opening(checked_path(path))
+    directory = remote.fetch(path) if remote.is_url(path) else checked_path(path)
+    bundle = start_opening(directory, trusted_keys)
     try:
         return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
     finally:
@@ -59,6 +68,7 @@ class Runtime:
     On a GPU the factors of score, generate and stream stay in its memory; `adapt` copies them to the host by default.
 
     bundle, backend, mode      as passed to the constructor
+    adapters                   of the bundle, and loaded from files
     manifest, tokenizer        of the bundle
     provider, graph, decoder   of the backend
     """
@@ -72,13 +82,15 @@ class Runtime:
         """
         self.bundle, self.backend = bundle, backend
         self.manifest = bundle.manifest
-        self.mode: Mode = mode or default_mode(bundle.manifest.adaptation)
+        self.mode: Mode = default_mode(bundle.manifest.adaptation) if mode is None else mode
         self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._lora: FactorSets | None = None
-        if self.manifest.adaptation.regime == "lora":
+        self._basis = bundle.basis()
+        self.adapters = Adapters(bundle, self._enter)
+        if self.manifest.adaptation.regime == "lora" and not self.manifest.adaptation.adapters:
             self._lora = backend.place(FactorSets(bundle.lora()))
         # the decoder has factor inputs in every mode
         self._no_factors = backend.place(no_factors(self.manifest.adaptation))
@@ -94,6 +106,7 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        adapters: Sequence[str | None] | None = None,
         on_device: bool = False,
     ) -> Adaptation:
         """Embed and cluster a batch and generate its factors.
@@ -103,11 +116,12 @@ class Runtime:
         tenants    mode tenant: the tenant of each text, any hashable values
         factors    mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
                    "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already applied, any rank
+        adapters   mode static, which they imply: the name of each text's adapter, None for the base model
         on_device  leave the factors in the decoder's memory, which may be a GPU's; False copies them to the host
 
-        Raises InputError, TokenError, LengthError, ModeError or FactorsError.
+        Raises InputError, TokenError, LengthError, ModeError, FactorsError or AdapterError.
         """
-        adaptation = self._adapt(self.encode(texts), mode, tenants, factors)
+        adaptation = self._adapt(self.encode(texts), mode, tenants, factors, adapters)
         if on_device:
             return adaptation
         row_factors = adaptation.factors
@@ -120,12 +134,13 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[Score]:
         """Return the log-probability of every token of every text, given the tokens before it. Arguments as in
         `adapt`.
         """
         rows = self.encode(texts)
-        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors))
+        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors, adapters))
 
     def generate(
         self,
@@ -136,6 +151,8 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        adapters: Sequence[str | None] | None = None,
+        prompt_lookup_num_tokens: int = 0,
         errors: OnError = "raise",
     ) -> list[Generation]:
         """Continue every prompt. Other arguments as in `stream`.
@@ -143,10 +160,22 @@ class Runtime:
         errors  of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" raises the first and
                 ends the batch; "row" ends that row alone, with finish_reason "error" and its Generation.error
         """
-        if errors not in get_args(OnError):
+        if not isinstance(errors, str) or errors not in get_args(OnError):
             raise InputError(f"errors must be one of {', '.join(get_args(OnError))}, got {errors!r:.40}")
         finished: dict[int, Generation] = {}
-        for token in self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, errors, is_shown=False):
+        tokens = self._tokens(
+            prompts,
+            max_new_tokens,
+            sampling,
+            mode,
+            tenants,
+            factors,
+            adapters,
+            prompt_lookup_num_tokens,
+            errors,
+            is_shown=False,
+        )
+        for token in tokens:
             if token.generation is not None:
                 finished[token.row] = token.generation
         return [finished[row] for row in range(len(finished))]
@@ -160,6 +189,8 @@ class Runtime:
         mode: Mode | None = None,
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
+        adapters: Sequence[str | None] | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Iterator[Token]:
         """Continue every prompt, token by token. Closing the iterator cancels the rest.
 
@@ -167,11 +198,26 @@ class Runtime:
         max_new_tokens  at least 1, one number or one per prompt; also bounded by the model's positions
         sampling        one Sampling for all, where row i draws from random stream i, or one per prompt,
                         each drawing from stream 0, so that a row does not depend on its place in the batch
-        mode, tenants, factors  as in `adapt`; the factors of a row are made from its prompt and do not change
+        mode, tenants, factors, adapters
+                        as in `adapt`; the factors of a row are made from its prompt and do not change
+        prompt_lookup_num_tokens  for a single prompt on the CPU: up to this many tokens, at most 16, are drafted by
+                        prompt lookup and read in one call, which is faster where the text repeats itself, and slower
+                        elsewhere. The tokens are the same; 0 is off
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """
-        return self._tokens(prompts, max_new_tokens, sampling, mode, tenants, factors, "raise", is_shown=True)
+        return self._tokens(
+            prompts,
+            max_new_tokens,
+            sampling,
+            mode,
+            tenants,
+            factors,
+            adapters,
+            prompt_lookup_num_tokens,
+            "raise",
+            is_shown=True,
+        )
 
     def _tokens(
         self,
@@ -181,13 +227,33 @@ class Runtime:
         mode: Mode | None,
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
+        adapters: Sequence[str | None] | None,
+        prompt_lookup_num_tokens: int,
         errors: OnError,
         is_shown: bool,
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts), self.manifest.model
-        adaptation = self._adapt(rows, mode, tenants, factors)
+        adaptation = self._adapt(rows, mode, tenants, factors, adapters)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
-        return stream_tokens(active, self.decoder, adaptation.factors, self.tokenizer, model.eos_token_id, errors)
+        decode = partial(stream_speculated, draft_tokens=prompt_lookup_num_tokens)
+        return (decode if integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) else stream_tokens)(
+            active, decoder=self.decoder, factors=adaptation.factors, tokenizer=self.tokenizer,
+            eos_token_id=model.eos_token_id, errors=errors,
+        )  # fmt: skip
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model.
+
+        The file is read whole and checked; calls that run are not affected. Safe to call from any thread.
+
+        Raises InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
+        adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.
+        """
+        self.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; rows that use it keep its factors. Raises AdapterError for an unknown name."""
+        self.adapters.unload(name)
 
     def check_unchanged(self) -> None:
         """Check that the bundle's files are those that were loaded, by size, modification time and inode.
@@ -208,12 +274,16 @@ class Runtime:
         mode: Mode | None,
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
+        adapters: Sequence[str | None] | None,
     ) -> Adaptation:
-        mode = self.check_arguments(mode, tenants, factors, len(rows))
+        mode = self.check_arguments(mode, tenants, factors, adapters, len(rows))
         embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
             sets = self._no_factors
+        elif mode == "static" and adapters is not None:
+            of_rows = self.adapters.of_rows(adapters)
+            sets, factor_ids = self.backend.place(of_rows.sets), of_rows.factor_ids
         elif mode == "static":
             sets = self._static_factors(factors)
         elif mode == "centroid":
@@ -225,14 +295,23 @@ class Runtime:
         return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
 
     def check_arguments(
-        self, mode: Mode | None, tenants: Sequence[Hashable] | None, factors: Factors | None, batch: int
+        self,
+        mode: Mode | None,
+        tenants: Sequence[Hashable] | None,
+        factors: Factors | None,
+        adapters: Sequence[str | None] | None,
+        batch: int,
     ) -> Mode:
         """Return the mode of a call. Raises ModeError or InputError."""
-        mode = mode or self.mode
+        check_adapters(adapters, batch)
+        if mode is None:
+            mode = self.mode if adapters is None else "static"
         self._check_mode(mode)
         adapting.check_tenants(mode, tenants, batch)
         if factors is not None and mode != "static":
             raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them")
+        if adapters is not None and (mode != "static" or factors is not None):
+            raise ModeError("adapters go with mode 'static' and without factors: pass nothing else with them")
         return mode
 
     def embed(self, rows: Sequence[Sequence[int]]) -> tuple[FloatArray, IntArray]:
@@ -248,10 +327,14 @@ class Runtime:
         cluster_ids: IntArray,
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[FactorSource]:
         """Return the source of each row's factors. Factors are made on demand, except those that a caller passed."""
+        none = FactorSource("none", lambda: self._no_factors)
         if mode == "none":
-            return [FactorSource("none", lambda: self._no_factors)] * len(embeddings)
+            return [none] * len(embeddings)
+        if adapters is not None:
+            return [none if name is None else self._adapter_source(name) for name in adapters]
         if mode == "static":
             sets = self._static_factors(factors)
             own = sets[np.array([0])]  # a copy, which the caller cannot change
@@ -263,9 +346,21 @@ class Runtime:
         sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
+    def _adapter_source(self, name: str) -> FactorSource:
+        adapter = self.adapters[name]
+        sets = self.adapters.sets_of(adapter)  # held, so that the row keeps it whatever is unloaded or leaves
+        return FactorSource(adapter.key, lambda: sets)
+
+    def _enter(self, factors: Factors) -> Factors:
+        return enter_basis(factors, self.manifest.adaptation, self._basis)
+
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            return self.backend.place(check_factors(factors, self.manifest.adaptation))
+            checked = check_factors(factors, self.manifest.adaptation)
+            arrays = {name: np.asarray(array) for name, array in checked.tensors.items()}
+            return self.backend.place(FactorSets(self._enter(arrays)))
+        if self.adapters.names and factors is None:
+            raise ModeError("mode 'static' of a bundle with adapters: pass adapters=, a name or None per text")
         if self._lora is None:
             names = ", ".join(self.manifest.adaptation.factor_widths)
             raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA")
@@ -281,8 +376,8 @@ class Runtime:
         return self._factors_of_centroids()[np.array([cluster_id])]
 
     def _check_mode(self, mode: str) -> None:
-        if mode not in get_args(Mode):
-            raise ModeError(f"{mode!r} is not a mode: choose one of {', '.join(get_args(Mode))}")
+        if not isinstance(mode, str) or mode not in get_args(Mode):
+            raise ModeError(f"{mode!r:.40} is not a mode: choose one of {', '.join(get_args(Mode))}")
         available = self.manifest.adaptation.modes
         if mode not in available:
             raise ModeError(

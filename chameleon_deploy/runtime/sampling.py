@@ -35,12 +35,17 @@ seeded with `seed`, its upper 53 bits times 2^-53.  (Steele, Lea, Flood: Fast sp
 number generators, OOPSLA 2014.)
 
 Log-probabilities are those of the raw logits, before steps 1 to 8, as in OpenAI's API and vLLM: with total the sum of
-weight(logit - highest logit), temperature 1, over the vocabulary, the log-probability of a token is
+exp(logit - highest logit) over the vocabulary, the log-probability of a token is
 
-    float32((logit - highest logit) - log(total * 2^-34))
+    float32((logit - highest logit) - log(total))
 
-in float64, rounded once. log is the C library's: a last bit there changes the float32 once in about 10^8 values.
-The alternatives are the n highest raw logits, ties to the lower id, without those of -inf.
+in float64, rounded once. exp and log are the library's, and the order of the sum is free: their last bits change the
+float32 once in about 10^7 values. The alternatives are the n highest raw logits, ties to the lower id, without those of
+-inf.
+
+Implementation. numpy's exp takes a quarter of the time of the weights of step 6, and differs from them by less than one
+unit. So a token is first chosen by exp. Where such differences could change it, steps 7 and 8 are repeated with the
+exact weights.
 """
 
 from __future__ import annotations
@@ -63,9 +68,11 @@ IdArray = npt.NDArray[np.int64]
 
 _MASK = 2**64 - 1
 _UNIT = 2.0**34  # the weight of the highest logit
+_ERROR = 1.0  # of a weight by exp: 0.5 is the rounding of the exact one, 0.05 its polynomial, the rest for sums
 _BLOCK = 8192  # logits whose intermediate results fit the level 2 cache
 _DRAWN = 256  # weights whose running sums are all computed
-_SORTED = 512  # number of candidates that are sorted rather than halved again
+_BIN_SHIFT = 46  # 64 bins of weights for every power of two: all but 6 of the 52 bits of the fraction are dropped
+_BIN_OF_1 = 1023 << (52 - _BIN_SHIFT)
 
 
 class Choice(NamedTuple):
@@ -161,11 +168,11 @@ def choose(
     if sampling.temperature == 0.0:
         return best
     ids = _top_k(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
-    weights = _weights(logits if ids is None else logits[ids], float(logits[best]), sampling.temperature)
-    if sampling.top_p < 1.0:
-        kept = _top_p(weights, sampling.top_p)
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
-    place = _draw(weights, u)
+    candidates, highest = logits if ids is None else logits[ids], float(logits[best])
+    place = _choose_place(_exponentials(candidates, highest, sampling.temperature), sampling.top_p, u, _ERROR)
+    if place is None:
+        place = _choose_place(_weights(candidates, highest, sampling.temperature), sampling.top_p, u)
+    assert place is not None  # noqa: S101  (exact weights always decide)
     return place if ids is None else int(ids[place])
 
 
@@ -177,7 +184,7 @@ def log_probabilities(logits: FloatArray, token_id: int, count: int) -> Choice:
     Raises NumericError if a logit is not finite.
     """
     highest = float(logits[_argmax(logits)])
-    log_total = math.log(float(_weights(logits, highest, 1.0).sum()) / _UNIT)
+    log_total = math.log(float(_exponentials(logits, highest, 1.0).sum()) / _UNIT)
 
     def logprob(id_: int) -> float:
         return float(np.float32(float(logits[id_]) - highest - log_total))
@@ -234,6 +241,16 @@ def _top_k(logits: FloatArray, k: int) -> IdArray:
     return np.sort(np.concatenate([above, ties]))
 
 
+def _exponentials(logits: FloatArray, highest: float, temperature: float) -> WeightArray:
+    """Return 2^34 * exp((logit - highest) / temperature), which differs from the weight by less than _ERROR."""
+    x = logits.astype(np.float64)
+    x -= highest
+    x *= 1.0 / temperature
+    np.exp(x, out=x)
+    x *= _UNIT
+    return x
+
+
 def _weights(logits: FloatArray, highest: float, temperature: float) -> WeightArray:
     weights = np.empty(len(logits))
     for start in range(0, len(logits), _BLOCK):
@@ -254,33 +271,57 @@ def _weights(logits: FloatArray, highest: float, temperature: float) -> WeightAr
     return weights
 
 
-def _top_p(weights: WeightArray, top_p: float) -> IdArray:
-    """Return the indices of the weights that top_p keeps, ascending.
+def _choose_place(weights: WeightArray, top_p: float, u: float, error: float = 0.0) -> int | None:
+    """Return the index that steps 7 and 8 choose, or None if errors of the weights could change it.
 
-    A weighted selection (Cormen et al., Introduction to Algorithms, problem 9-2) finds the lowest weight that is kept:
-    the candidates are halved until they are few enough to sort.
+    error  bound on the error of each weight; exact weights always give an index
     """
-    enough, above = top_p * weights.sum(), 0.0  # above: sum of the weights above the candidates
-    candidates = weights
-    while len(candidates) > _SORTED and (lowest := max(candidates.min(), 1.0)) < (highest := candidates.max()):
-        pivot = np.sqrt(lowest * highest)
-        upper = candidates[np.flatnonzero(candidates >= pivot)]  # indices: a mask of random bits is slow to apply
-        mass = above + upper.sum()
-        if mass < enough:
-            above, candidates = mass, candidates[np.flatnonzero(candidates < pivot)]
-        else:
-            candidates = upper
-    descending = np.sort(candidates)[::-1]
-    count = int(np.searchsorted(above + np.cumsum(descending), enough)) + 1
-    last = descending[count - 1]
-    ties = np.flatnonzero(weights == last)[: np.count_nonzero(descending[:count] == last)]
-    kept = weights > last
-    kept[ties] = True
-    return np.flatnonzero(kept)
+    margin = error * len(weights)  # bound on the error of every difference of sums below
+    if top_p == 1.0:
+        return _draw(weights, u, margin)
+    kept = _top_p(weights, top_p, error)
+    if kept is None:
+        return None
+    place = _draw(weights[kept], u, margin)
+    return None if place is None else int(kept[place])
 
 
-def _draw(weights: WeightArray, u: float) -> int:
-    """Return the first index whose running sum exceeds u times the sum.
+def _top_p(weights: WeightArray, top_p: float, error: float = 0.0) -> IdArray | None:
+    """Return the indices of the weights that top_p keeps, ascending, or None as above.
+
+    A histogram gives the bin of the lowest weight that is kept; only the weights of that bin are sorted.
+    """
+    total, count = float(weights.sum()), len(weights)
+    enough, margin = top_p * total, error * count
+    # Lighter ones sum to less than what is left out in any case. Where they are most, the others are all that counts.
+    is_heavy = weights >= (1.0 - top_p) * total / (2 * count)
+    heavy = np.flatnonzero(is_heavy) if 4 * np.count_nonzero(is_heavy) < count else None
+    candidates = weights if heavy is None else weights[heavy]
+    bins = candidates.view(np.int64) >> _BIN_SHIFT  # the bits of a positive number rise with it
+    np.maximum(bins, _BIN_OF_1, out=bins)
+    bins -= _BIN_OF_1
+    masses = np.cumsum(np.bincount(bins, candidates)[::-1])
+    bin_ = int(np.searchsorted(masses, enough))
+    above = float(masses[bin_ - 1]) if bin_ else 0.0
+    members = np.flatnonzero(bins == len(masses) - 1 - bin_)
+    descending = np.sort(candidates[members])[::-1]
+    running = above + np.cumsum(descending)
+    place = int(np.searchsorted(running, enough))
+    if error and not _is_certain(above, running, place, enough, margin):
+        return None
+    last = descending[place]
+    near = np.count_nonzero(candidates >= last - 2 * error) - np.count_nonzero(candidates > last + 2 * error)
+    if error and near > 1:  # their order is not certain
+        return None
+    kept = candidates > last
+    ties = members[candidates[members] == last]
+    kept[ties[: np.count_nonzero(descending[: place + 1] == last)]] = True
+    ids = np.flatnonzero(kept)
+    return ids if heavy is None else heavy[ids]
+
+
+def _draw(weights: WeightArray, u: float, margin: float = 0.0) -> int | None:
+    """Return the first index whose running sum exceeds u times the sum, or None if that is by less than the margin.
 
     Running sums are computed over blocks, then within one block: the sum of a block needs no chain of dependent
     additions.
@@ -289,6 +330,16 @@ def _draw(weights: WeightArray, u: float) -> int:
     running = np.cumsum(sums)
     bound = u * running[-1]
     block = int(np.searchsorted(running, bound, side="right"))
-    start = block * _DRAWN
-    within = running[block] - sums[block] + np.cumsum(weights[start : start + _DRAWN])
-    return start + int(np.searchsorted(within, bound, side="right"))
+    start, before = block * _DRAWN, running[block] - sums[block]
+    within = before + np.cumsum(weights[start : start + _DRAWN])
+    place = int(np.searchsorted(within, bound, side="right"))
+    return start + place if not margin or _is_certain(before, within, place, bound, margin) else None
+
+
+def _is_certain(before: float, running: WeightArray, place: int, bound: float, margin: float) -> bool:
+    """Return whether `place` is the first whose running sum exceeds the bound, even if that changed by the margin.
+
+    before  the running sum before the first place
+    """
+    lower = running[place - 1] if place else before
+    return place < len(running) and bool(bound - lower > margin and running[place] - bound > margin)

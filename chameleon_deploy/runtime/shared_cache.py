@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.schedule import chunk_length
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
@@ -53,12 +54,14 @@ class SharedCache:
     lengths  int64 [batch], real tokens per row
     memory   backs the buffers
     step     the bound arrays of a decoding step, created at the first step
+    extend   the same of calls that append several tokens, by their number
     """
 
     buffers: list[Array]
     lengths: IntArray
     memory: _Memory
     step: BoundCall | None = None
+    extend: dict[int, BoundCall] = field(default_factory=dict)
 
 
 class SharedCacheDecoder:
@@ -98,6 +101,24 @@ class SharedCacheDecoder:
         call.total_sequence_length[...] = cache.lengths.max() + 1
         cache.lengths = cache.lengths + 1
         return HostLogits(call.run()[:, 0])
+
+    def extend(self, token_ids: Sequence[int], past: int, factors: RowFactors, cache: SharedCache) -> HostLogits:
+        """Read tokens of a single row, of which the cache keeps the first `past` tokens.
+
+        [n] -> logits [n, vocab], valid until the next call
+        """
+        width = len(token_ids)
+        call = cache.extend.get(width)
+        if call is None:
+            call = cache.extend[width] = BoundCall(self, 1, width, width, width, cache.buffers)
+            call.logits_positions[0] = np.arange(width)
+            call.bind_factors(factors)
+        call.input_ids[0] = token_ids
+        call.position_ids[0] = np.arange(past, past + width)
+        call.seqlens_k[0] = past + width - 1
+        call.total_sequence_length[...] = past + width
+        cache.lengths = np.array([past + width])
+        return HostLogits(call.run()[0])
 
     def select(self, cache: SharedCache, rows: IntArray) -> SharedCache:
         used = int(cache.lengths.max())
@@ -169,12 +190,15 @@ class SharedCacheDecoder:
 
 
 def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
-    """Split a single row into pieces of `tokens` tokens with the position of the first; several rows stay whole.
+    """Split a single row into pieces of at most `tokens`, with the position of the first; several rows stay whole.
 
     GroupQueryAttention appends several tokens to a non-empty cache for a single row only.
     """
     if len(rows) > 1:
         yield 0, rows
-    else:
-        for start in range(0, len(rows[0]), tokens):
-            yield start, [rows[0][start : start + tokens]]
+        return
+    start, length = 0, len(rows[0])
+    while start < length:
+        stop = start + chunk_length(length - start, tokens)
+        yield start, [rows[0][start:stop]]
+        start = stop

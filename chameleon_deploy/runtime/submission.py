@@ -14,7 +14,7 @@ from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.batch import Member, Prompt
 from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
-from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_number
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Cohort, Stream
@@ -35,11 +35,14 @@ class Submission:
     cluster_ids: IntArray
     tenant: Hashable
     factors: Factors | None
+    adapter: str | None
 
     @property
     def cohort_key(self) -> Hashable | None:
         """Return a key that is equal for submits that may share a cohort; None in modes without cohorts."""
-        return {"cohort": ("cohort", None), "tenant": ("tenant", self.tenant)}.get(self.stream.mode)
+        if self.stream.mode == "tenant":
+            return "tenant", type(self.tenant), self.tenant  # the type, because 1 == True == 1.0
+        return "cohort" if self.stream.mode == "cohort" else None
 
 
 def prepare(
@@ -54,22 +57,23 @@ def prepare(
     n: int,
     deadline: float | None,
     adapt_tokens: int | None,
+    adapter: str | None = None,
 ) -> Submission:
     """Check the arguments of `Engine.submit`, documented there, and embed the prompts.
 
     capacity  tokens that a row can hold
     """
-    for name, value in (("n", n), ("adapt_tokens", 1 if adapt_tokens is None else adapt_tokens)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if deadline is not None and not deadline > 0:
-        raise InputError(f"deadline must be a number of seconds above 0, got {deadline}")
+    n = check_integer("n", n, 1, MAX_ROWS)
+    if adapt_tokens is not None:
+        adapt_tokens = check_integer("adapt_tokens", adapt_tokens, 1)
+    if deadline is not None and not check_number("deadline", deadline, 0):
+        raise InputError("deadline must be a number of seconds above 0")
     ids = runtime.encode(prompts)
     for i, prompt in enumerate(ids):
         if len(prompt) > capacity:
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}")
     tenants = None if tenant is None else [tenant] * len(ids)
-    mode = runtime.check_arguments(mode, tenants, factors, len(ids))
+    mode = runtime.check_arguments(mode, tenants, factors, _of_prompts(adapter, len(ids)), len(ids))
     embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
     rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
@@ -77,22 +81,27 @@ def prepare(
     end = math.inf if deadline is None else now + deadline
     shared = [Prompt(prompt) for prompt in ids]
     members = [Member(stream, shared[row.index // n], row, now, end, now) for row in rows]
-    return Submission(stream, members, embeddings, cluster_ids, tenant, factors)
+    return Submission(stream, members, embeddings, cluster_ids, tenant, factors, adapter)
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:
     """Set the factor sources of all members. The submissions have equal `cohort_key`s, or there is a single one.
 
-    Raises ModeError or FactorsError.
+    Raises ModeError, FactorsError or AdapterError.
     """
     first = submissions[0]
     embeddings = np.concatenate([submission.embeddings for submission in submissions])
     cluster_ids = np.concatenate([submission.cluster_ids for submission in submissions])
     tenants = [first.tenant] * len(embeddings) if first.stream.mode == "tenant" else None
-    sources = iter(runtime.factor_sources(first.stream.mode, embeddings, cluster_ids, tenants, first.factors))
+    adapters = _of_prompts(first.adapter, len(embeddings))
+    sources = iter(runtime.factor_sources(first.stream.mode, embeddings, cluster_ids, tenants, first.factors, adapters))
     for submission in submissions:
         if submission.cohort_key is not None:
             submission.stream.cohort = Cohort(cohort_id, len(embeddings))
         of_prompt = [next(sources) for _ in submission.stream.prompts]
         for member in submission.members:
             member.source = of_prompt[member.row.index // submission.stream.n]
+
+
+def _of_prompts(adapter: str | None, prompts: int) -> list[str | None] | None:
+    return None if adapter is None else [adapter] * prompts

@@ -25,6 +25,7 @@ class TiledScorer:
 
     def __init__(self, session: Any) -> None:
         self.session = session
+        self._names = {node.name for node in session.get_inputs()}  # without factors if the head is no target
 
     def logprobs(self, rows: Sequence[Sequence[int]], pieces: Iterable[Piece], factors: RowFactors) -> list[FloatArray]:
         """Return for each row the log-probability of each token after the first, float32 [length - 1].
@@ -41,6 +42,7 @@ class TiledScorer:
                 "factor_ids": np.repeat(factors.factor_ids[[row for row, _, _ in call]], counts),
                 **factors.sets.tensors,
             }
+            inputs = {name: array for name, array in inputs.items() if name in self._names}
             (found,) = run(self.session.run, ["logprobs"], inputs)
             for (row, start, _), values in zip(call, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 logprobs[row][start : start + len(values)] = values

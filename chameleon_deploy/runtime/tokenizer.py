@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 from chameleon_deploy.errors import ManifestError, RequestError
+from chameleon_deploy.runtime.tokenizer_file import file_fault
 
 
 def load_tokenizer(file: Path) -> Any:
@@ -20,8 +21,8 @@ def load_tokenizer(file: Path) -> Any:
     some of them cannot decode one token at a time.
     """
     try:
-        content = json.loads(file.read_bytes())
-        fault = _fault(content)
+        content = msgspec.json.decode(file.read_bytes())
+        fault = _fault(content) or file_fault(content)
         tokenizer = None if fault else Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises Exception itself; RecursionError, for nested lists, is one too
         raise ManifestError(f"{file}: {error}") from error

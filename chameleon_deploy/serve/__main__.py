@@ -13,13 +13,21 @@ from chameleon_deploy.errors import DependencyError
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: console.BundleArgument,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode where a request names none.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are generated at a time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Rows that may wait; more are refused with 429.")] = 256,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 128,
+    max_factor_sets: Annotated[
+        int | None, typer.Option(min=1, help="Factor sets of the running rows; default: as many as --rows.")
+    ] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Let requests load adapter files of this directory."),
+    ] = None,
+    max_adapter_bytes: Annotated[int, typer.Option(min=1, help="Of loaded adapters that stay in memory.")] = 2**30,
     api_keys: Annotated[Path | None, typer.Option(help='JSON file, {"key": "tenant"}.')] = None,
     cohort_window_ms: Annotated[float, typer.Option(min=0, help="Join cohorts of requests this close.")] = 0,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger bodies are refused with 413.")] = 4 * 2**20,
@@ -28,6 +36,9 @@ def main(
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
+    trusted_key: Annotated[
+        list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the bodies of requests.")] = False,
     ssl_certfile: Annotated[
@@ -44,8 +55,9 @@ def main(
         raise DependencyError(f"serve needs {error.name}: pip install 'chameleon-deploy[cpu,serve]'") from error
     logs.configure(log_json)
     service = Service(Settings(
-        bundle, mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens, cohort_window_ms, api_keys,
-        max_body_bytes, max_requests, drain_seconds, log_prompts,
+        console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
+        cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
+        max_factor_sets, adapters, max_adapter_bytes,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

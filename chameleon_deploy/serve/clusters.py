@@ -15,7 +15,7 @@ async def adapt(call: Call[TextsRequest]) -> AdaptResponse:
 
 def _adapt(call: Call[TextsRequest]) -> AdaptResponse:
     body, served = call.body, call.served
-    model, _ = served.models.resolve(body.model, body.mode)
+    model = served.models.resolve(body.model, body.mode).model
     ids = [row[: body.adapt_tokens] for row in encode(body.input, "input", served)]
     embeddings, cluster_ids = served.runtime.embed(ids)
     items = [

@@ -22,6 +22,7 @@ from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import DONE, EventStream, event
 from chameleon_deploy.serve.logprobs import LogprobsWriter, join
+from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import as_texts, encode
 from chameleon_deploy.serve.schemas import (
     ChoiceAdaptation,
@@ -63,8 +64,7 @@ class Job:
 
     id: str
     created: int
-    model: str
-    mode: Mode
+    meant: Meant
     body: CompletionRequest
     served: Served
     ids: list[list[int]]
@@ -75,7 +75,7 @@ class Job:
         return Completion(
             id=self.id,
             created=self.created,
-            model=self.model,
+            model=self.meant.model,
             system_fingerprint=self.served.fingerprint,
             choices=choices,
         )
@@ -92,16 +92,17 @@ class Job:
 def prepare(call: Call[CompletionRequest]) -> Job:
     """Check a request and submit it. Raises ApiError or a ChameleonError."""
     body, served = call.body, call.served
-    model, mode = served.models.resolve(body.model, body.mode)
+    meant = served.models.resolve(body.model, body.mode)
+    mode = meant.mode
     check(body, mode, served)
     sampling = _sampling(body, served)
     ids = encode(body.prompt, "prompt", served)
-    stream = _submit(call, ids, sampling, mode) if body.max_tokens else None
+    stream = _submit(call, ids, sampling, meant) if body.max_tokens else None
     cluster_ids = list(stream.cluster_ids) if stream else served.runtime.embed(ids)[1].tolist()
     for cluster_id in cluster_ids:
         served.metrics.accept(mode, cluster_id)
         served.cluster_sizes[cluster_id] += 1
-    return Job(f"cmpl-{call.request_id}", int(time.time()), model, mode, body, served, ids, cluster_ids, stream)
+    return Job(f"cmpl-{call.request_id}", int(time.time()), meant, body, served, ids, cluster_ids, stream)
 
 
 def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
@@ -143,8 +144,8 @@ def _sampling(body: CompletionRequest, served: Served) -> Sampling:
     return sampling
 
 
-def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampling, mode: Mode) -> Stream:
-    body = call.body
+def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampling, meant: Meant) -> Stream:
+    body, mode = call.body, meant.mode
     try:
         return call.served.engine.submit(
             ids,
@@ -152,6 +153,7 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
             sampling=[sampling] * len(ids),  # each prompt as if it were alone
             mode=mode,
             tenant=call.tenant if mode == "tenant" else None,
+            adapter=meant.adapter,
             n=body.n,
             adapt_tokens=body.adapt_tokens,
         )
@@ -166,7 +168,7 @@ async def _echoed(job: Job, tenant: str | None) -> list[Echo | None]:
         return [None] * len(job.ids)
     scores = None
     if body.logprobs is not None:
-        scores = await score_prompts(served, job.ids, job.mode, tenant, body.adapt_tokens, body.logprobs)
+        scores = await score_prompts(served, job.ids, job.meant, tenant, body.adapt_tokens, body.logprobs)
     given = as_texts(body.prompt)
     return [
         Echo(
@@ -232,7 +234,7 @@ class RowWriter:
             logprobs=logprobs,
             finish_reason="stop" if reason == "stop" else "length" if reason else None,
             chameleon=ChoiceAdaptation(
-                job.mode, job.cluster_ids[self._prompt], CohortInfo(cohort.id, cohort.size) if cohort else None
+                job.meant.mode, job.cluster_ids[self._prompt], CohortInfo(cohort.id, cohort.size) if cohort else None
             ),
         )
         if job.body.return_token_ids:

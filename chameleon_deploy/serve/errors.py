@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from chameleon_deploy.errors import (
+    AdapterError,
     BundleChangedError,
     ChameleonError,
     ClosedError,
@@ -17,15 +18,18 @@ from chameleon_deploy.errors import (
     LengthError,
     ModeError,
     QueueFullError,
+    TensorError,
     TokenError,
 )
 from chameleon_deploy.serve.schemas import ErrorBody, ErrorDetail
 
 # What the caller can change. Every other ChameleonError is a fault of this side.
 _STATUS: Mapping[type[ChameleonError], int] = {
+    AdapterError: 400,
     InputError: 400,
     LengthError: 400,
     ModeError: 400,
+    TensorError: 400,
     TokenError: 422,
     QueueFullError: 429,
     ClosedError: 503,

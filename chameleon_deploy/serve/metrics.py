@@ -42,6 +42,7 @@ class Metrics:
         self._batch_rows = self._histogram("batch_rows", "Rows in a step.", _ROWS)
         self._batch_sets = self._histogram("batch_factor_sets", "Factor sets in a step.", _ROWS)
         self._step = self._histogram("step_seconds", "Time of the decoder's step.", _STEP)
+        self._chunk = self._histogram("prefill_seconds", "Time of a chunk of a prompt.", _STEP)
 
     def watch(self, engine: Engine) -> None:
         """Read the gauges from an engine whenever they are asked for."""
@@ -56,6 +57,8 @@ class Metrics:
             self._step.observe(iteration.step)
             self._batch_rows.observe(iteration.rows)
             self._batch_sets.observe(iteration.factor_sets)
+        if iteration.chunk_tokens:
+            self._chunk.observe(iteration.chunk)
         self._hits.inc(iteration.factor_set_hits)
         self._generation_tokens.inc(len(iteration.first_tokens) + len(iteration.later_tokens))
         for histogram, seconds in (

@@ -1,65 +1,88 @@
-"""Names of models: the bundle's own, and one per mode, such as `wiki:none`."""
+"""Names of models: the bundle's own, one per mode, such as `wiki:none`, and one per adapter, such as `wiki:legal`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from chameleon_deploy.bundle import Manifest, Mode, default_mode
 from chameleon_deploy.errors import ModeError
+from chameleon_deploy.runtime.adapters import Adapters
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.schemas import Model, ModelList
 
 
+class Meant(NamedTuple):
+    """What a request means: the model's name to answer with, the mode, and the adapter if it is one's model."""
+
+    model: str
+    mode: Mode
+    adapter: str | None
+
+
 class Models:
-    """Which names there are and the mode that each means.
+    """Which names there are and what each means.
 
     name     the bundle's directory
     default  mode of the name alone
     """
 
-    def __init__(self, name: str, manifest: Manifest, mode: Mode | None, has_tenants: bool) -> None:
+    def __init__(self, name: str, manifest: Manifest, mode: Mode | None, has_tenants: bool, adapters: Adapters) -> None:
         """mode: what the name alone means; None is centroid, or the bundle's default where it has no centroids
+
+        adapters  of the runtime, which may change
 
         Raises ModeError.
         """
         served = _served(manifest, has_tenants)
-        self.name = name
+        self.name, self._adapters = name, adapters
         self.default: Mode = mode or ("centroid" if "centroid" in served else default_mode(manifest.adaptation))
         if self.default not in served:
             raise ModeError(f"mode {self.default!r} cannot be served: choose one of {', '.join(served)}")
         self._modes: dict[str, Mode] = {name: self.default, **{f"{name}:{mode}": mode for mode in served}}
         self._created, self._length = int(time.time()), manifest.model.max_positions
 
-    def resolve(self, model: str | None, mode: Mode | None) -> tuple[str, Mode]:
-        """The name to answer with and the mode that is meant. Raises ApiError."""
+    def resolve(self, model: str | None, mode: Mode | None) -> Meant:
+        """Raises ApiError for a name that no model has, or a mode that it does not go with."""
         named = self.name if model is None else model
+        adapter = named.removeprefix(f"{self.name}:")
+        if adapter != named and named not in self._modes and adapter in self._adapters.names:
+            if mode not in (None, "static"):
+                raise ApiError(400, "input_invalid", f"model {named!r} and mode {mode!r} contradict each other", "mode")
+            return Meant(named, "static", adapter)
         if named not in self._modes:
-            message = f"no model {named!r}: choose one of {', '.join(self._modes)}"
+            message = f"no model {named!r}: choose one of {', '.join(self._names()[:20])}"
             raise ApiError(404, "model_not_found", message, "model")
         if mode is None or mode == self._modes[named]:
-            return named, self._modes[named]
+            return Meant(named, self._modes[named], None)
         if named != self.name:
             raise ApiError(400, "input_invalid", f"model {named!r} and mode {mode!r} contradict each other", "mode")
         if mode not in self._modes.values():
             modes = ", ".join(dict.fromkeys(self._modes.values()))
             raise ApiError(400, "mode_unavailable", f"mode {mode!r} is not served here: choose one of {modes}", "mode")
-        return named, mode
+        return Meant(named, mode, None)
 
     def list(self) -> ModelList:
-        return ModelList(data=[self._model(name) for name in self._modes])
+        return ModelList(data=[self._model(name) for name in self._names()])
 
     def get(self, name: str) -> Model:
         """Raises ApiError."""
-        return self._model(self.resolve(name, None)[0])
+        return self._model(self.resolve(name, None).model)
+
+    def _names(self) -> Sequence[str]:
+        return [*self._modes, *(f"{self.name}:{adapter}" for adapter in self._adapters.names)]
 
     def _model(self, name: str) -> Model:
-        mode = self._modes[name]
+        mode = self._modes.get(name, "static")
         return Model(id=name, created=self._created, root=self.name, mode=mode, max_model_len=self._length)
 
 
 def _served(manifest: Manifest, has_tenants: bool) -> list[Mode]:
-    """Factors are never taken from a body, so static needs the bundle's own; a tenant is known by its API key."""
+    """Factors are never taken from a body, so static needs the bundle's own, and without a name of an adapter; a tenant
+    is known by its API key.
+    """
     hidden = {mode for mode, served in (
-        ("static", manifest.adaptation.regime == "lora"), ("tenant", has_tenants)
+        ("static", manifest.adaptation.regime == "lora" and not manifest.adaptation.adapters), ("tenant", has_tenants)
     ) if not served}  # fmt: skip
     return [mode for mode in manifest.adaptation.modes if mode not in hidden]

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from chameleon_deploy.serve import schemas
+from chameleon_deploy.serve import lora_adapters, schemas
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.clusters import adapt, clusters
 from chameleon_deploy.serve.completions import complete
@@ -41,6 +41,16 @@ OPERATIONS = (
     Operation("/v1/score", score, schemas.TextsRequest, schemas.ScoreResponse, "Log-probabilities of texts."),
     Operation("/v1/adapt", adapt, schemas.TextsRequest, schemas.AdaptResponse, "Embeddings and nearest clusters."),
     Operation("/v1/clusters", clusters, None, schemas.ClusterList, "Centroids, and prompts seen of each."),
+    Operation(
+        "/v1/load_lora_adapter", lora_adapters.load, schemas.LoadAdapterRequest, schemas.Model, "Load an adapter file."
+    ),
+    Operation(
+        "/v1/unload_lora_adapter",
+        lora_adapters.unload,
+        schemas.UnloadAdapterRequest,
+        schemas.AdapterUnloaded,
+        "Forget an adapter.",
+    ),
     Operation("/tokenize", tokenize, schemas.TokenizeRequest, schemas.TokenizeResponse, "Token ids of a text."),
     Operation("/detokenize", detokenize, schemas.DetokenizeRequest, schemas.DetokenizeResponse, "Text of token ids."),
     Operation("/tokenizer_info", tokenizer_info, None, schemas.TokenizerInfo, "About the tokenizer."),

@@ -134,6 +134,21 @@ class ModelList(Struct, kw_only=True):
     data: list[Model]
 
 
+class LoadAdapterRequest(Struct, kw_only=True):
+    """lora_path is the name of a file in the server's directory of adapters."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(Struct, kw_only=True):
+    lora_name: str
+
+
+class AdapterUnloaded(Struct):
+    lora_name: str
+
+
 class TokenizeRequest(Struct, kw_only=True):
     prompt: str
     model: str | None = None

@@ -34,19 +34,24 @@ class Settings:
     share_weights: bool = False
     rows: int = 8
     max_waiting: int = 256
-    prefill_tokens: int = 64
+    prefill_tokens: int = 128
     cohort_window_ms: float = 0
     api_keys: Path | None = None
     max_body_bytes: int = 4 * 2**20
     max_requests: int = 512
     drain_seconds: float = 30
     log_prompts: bool = False
+    trusted_keys: list[Path] | None = None
+    max_factor_sets: int | None = None
+    adapters: Path | None = None
+    max_adapter_bytes: int = 2**30
 
 
 @dataclass(frozen=True)
 class Served:
     """A loaded bundle and all that is made of it once.
 
+    adapter_files  directory of the files that requests may load; None where they may not
     cluster_sizes  prompts completed per cluster
     scorer         the one thread that scores: many at once would only slow the engine down
     """
@@ -58,6 +63,7 @@ class Served:
     metrics: Metrics
     centroids: FloatArray
     cohort_window_ms: float
+    adapter_files: Path | None
     cluster_sizes: Counter[int] = field(default_factory=Counter)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
 
@@ -89,18 +95,20 @@ class Service:
     def open(self) -> None:
         """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`."""
         s = self.settings
-        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights)
+        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights, s.trusted_keys)
         name = runtime.bundle.path.resolve().name
-        models = Models(name, runtime.manifest, s.mode, bool(self.keys))
+        models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters)
+        runtime.adapters.max_bytes = s.max_adapter_bytes
         runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
+            max_factor_sets=s.max_factor_sets,
             cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
         )  # fmt: skip
         self.metrics.watch(engine)
         centroids = runtime.bundle.centroids()
-        self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms)
+        self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters)
 
     @property
     def served(self) -> Served:

@@ -9,16 +9,20 @@ from typing import Annotated
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.adapter_options import AdapterDirectories, named_directories
 from chameleon_deploy.verify.report import check_sheet, require_passed
 from chameleon_deploy.verify.run import verify_bundle
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    reference: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.")],
+    bundle: console.BundleArgument,
+    reference: Annotated[
+        Path, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
+    adapter: AdapterDirectories = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -29,13 +33,13 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
     """Check every numeric gate against the PyTorch reference; exit 1 if one is missed."""
-    from chameleon_deploy.reference.checkpoint import load_checkpoint
+    from chameleon_deploy.reference.source import load_source
 
     console.check_output(out)
-    checkpoint = load_checkpoint(reference, base)
+    checkpoint = load_source(reference, base, named_directories(adapter))
     with console.progress() as report:
         checks, record = verify_bundle(
-            bundle, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
+            console.bundle_path(bundle), checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
         )
     console.tell_provider(provider, record["provider"])
     if out:

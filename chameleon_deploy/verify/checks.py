@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
+from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
@@ -41,6 +42,12 @@ BATCHED, PADDED_TO = 16, 256
 UPDATE = 0.05  # relative difference of the update from the reference's, over all logits of a few texts
 CAUGHT = 0.5  # wrong factors must move logits by at least this share of what they move the reference's
 Rows = Sequence[Sequence[int]]
+
+
+class Reference(Protocol):
+    """Logits [positions, vocab] of one row of a batch; `theirs` says how the batch is adapted."""
+
+    def __call__(self, ids: Sequence[int], theirs: Any, row: int, positions: slice = ..., /) -> torch.Tensor: ...
 
 
 def verify(
@@ -77,6 +84,11 @@ def verify(
             *(partial(check_mode, runtime, reference, few, gate, mode) for mode in runtime.manifest.adaptation.modes),
             lambda: check_texts(runtime, reference.checkpoint.trunk.tokenizer, [*few, rows[-1]]),
         ]
+    return run_steps(runtime, steps, report)
+
+
+def run_steps(runtime: Runtime, steps: Sequence[Callable[[], Iterator[Check]]], report: Progress) -> list[Check]:
+    """The checks of all steps, with the graph that they were made on."""
     checks: list[Check] = []
     for done, step in enumerate(steps):
         report(f"verify {runtime.graph}", done, len(steps))
@@ -85,7 +97,7 @@ def verify(
     return checks
 
 
-def check_parameters(runtime: Runtime, checkpoint: Checkpoint) -> Iterator[Check]:
+def check_parameters(runtime: Runtime, checkpoint: Source) -> Iterator[Check]:
     """The manifest's counts are the reference's."""
     expected = checkpoint.trunk.num_parameters()
     yield Check("parameters of the base", abs(runtime.manifest.parameters.base - expected), 0, note=f"{expected:,}")
@@ -127,32 +139,45 @@ def _logit_checks(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate
     ours, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
     ours = with_B(ours, lambda lora_B: lora_B * np.float32(scale))
     theirs = replace(theirs, lora_B=theirs.lora_B * scale)
+    yield from gate_checks(f"x{scale:g} factors:", runtime, reference, rows, ours, theirs, gate)
+
+
+def gate_checks(
+    name: str, runtime: Runtime, reference: Reference, rows: Rows, ours: RowFactors, theirs: Any, gate: Gate
+) -> Iterator[Check]:
+    """The five figures of the gate, of factors as the runtime and as the reference take them."""
     figures = LogitFigures()
-    for row, start, actual in _logits_pieces(runtime, rows, ours, batch_size=8):
+    for row, start, actual in logits_pieces(runtime, rows, ours, batch_size=8):
         stop = start + len(actual)
         expected = reference(rows[row], theirs, row, slice(start, stop))
         figures.add(
             torch.from_numpy(actual), expected, torch.tensor(rows[row][start + 1 : stop + 1], dtype=torch.int64)
         )
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
-    name = f"x{scale:g} factors:"
     clear, agreed = figures.top1(gate.top1_gap)
     yield Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit,
                 note=f"of the logits' scale {figures.scale:.3g}; {figures.positions} positions, up to "
                 f"{max(map(len, rows))} of a text")  # fmt: skip
     yield Check(f"{name} top-1 agreement", agreed / max(clear, 1), gate.top1_agreement, at_least=True,
                 note=f"{clear} positions with a gap over {gate.top1_gap:g} of the scale")  # fmt: skip
-    yield from _check_kl(name, figures, gate)
+    yield from check_kl(name, figures, gate)
     yield Check(f"{name} perplexity, relative difference", abs(perplexities[0] / perplexities[1] - 1), gate.perplexity,
                 note=f"reference {perplexities[1]:.4f}")  # fmt: skip
 
 
 def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
-    """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
+    """Cached decoding in the bundle's default mode."""
     ours = runtime.adapt(rows, on_device=True).factors
     theirs = inference.adapt(reference.checkpoint, rows, runtime.mode)
+    yield from cache_checks(runtime, reference, rows, ours, theirs, gate)
+
+
+def cache_checks(
+    runtime: Runtime, reference: Reference, rows: Rows, ours: RowFactors, theirs: Any, gate: Gate
+) -> Iterator[Check]:
+    """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
     length = min(map(len, rows))
-    whole = list(_row_logits(runtime, [ids[:length] for ids in rows], ours))
+    whole = list(row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
     logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
     differences, figures = [], LogitFigures()
@@ -166,50 +191,50 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
     yield Check("cached decoding, max abs difference", largest(differences) / figures.scale, gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
-    yield from _check_kl("cached decoding:", figures, gate)
+    yield from check_kl("cached decoding:", figures, gate)
 
 
-def check_batching(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
+def check_batching(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
-    factors, tolerance = runtime.adapt(rows, on_device=True).factors, gate.summation_order_tolerance
+    factors, tolerance = runtime.adapt(rows, on_device=True, **arguments).factors, gate.summation_order_tolerance
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
 
     def run_alone(row: int) -> FloatArray:
-        return next(_row_logits(runtime, [rows[row]], factors.rows(np.array([row]))))
+        return next(row_logits(runtime, [rows[row]], factors.rows(np.array([row]))))
 
     alone = [run_alone(row) for row in range(len(rows[:8]))]
     scale, differences = logit_scale(alone), []
     for size in BATCH_SIZES[1:]:
         members = rows[:size]
-        batch = _row_logits(runtime, members, factors.rows(np.arange(len(members))))
+        batch = row_logits(runtime, members, factors.rows(np.arange(len(members))))
         further = map(run_alone, range(len(alone), len(members)))  # one at a time: 32 rows' logits are large
         expected = itertools.chain(alone[: len(members)], further)
         differences.append(largest(max_abs(a, b) for a, b in zip(expected, batch, strict=True)))
     worst = BATCH_SIZES[1:][int(np.argmax(differences))]
     yield Check("batch sizes 1, 2, 3, 4, 8, 32, max abs difference", largest(differences) / scale, tolerance,
                 note=f"promise B is not made; worst at {worst}")  # fmt: skip
-    backwards = list(_row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
+    backwards = list(row_logits(runtime, rows[:8][::-1], factors.rows(np.arange(8)[::-1])))
     yield Check("row order, max abs difference", largest(map(max_abs, alone, backwards[::-1])) / scale, tolerance)
-    padded = next(_row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
+    padded = next(row_logits(runtime, [rows[0], wide], factors.rows(np.array([0, longest]))))
     yield Check("padding, max abs difference", max_abs(alone[0], padded) / scale, tolerance,
                 note=f"{len(rows[0])} tokens padded to {len(wide)}")  # fmt: skip
 
 
-def check_scores(runtime: Runtime, rows: Rows, gate: Gate) -> Iterator[Check]:
+def check_scores(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
-    logits = list(_row_logits(runtime, rows, runtime.adapt(rows).factors))
-    difference = score_difference(runtime.score(rows), logits) / logit_scale(logits)
+    logits = list(row_logits(runtime, rows, runtime.adapt(rows, **arguments).factors))
+    difference = score_difference(runtime.score(rows, **arguments), logits) / logit_scale(logits)
     yield Check("scores against logits, max abs difference", difference, gate.summation_order_tolerance)
 
 
 def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Mode none, and factors whose alpha is 0, are the frozen base model."""
     none, theirs = runtime.adapt(rows, mode="none").factors, inference.adapt(reference.checkpoint, rows, "none")
-    ours = list(_row_logits(runtime, rows, none))
-    yield from _check_few("mode none against the base model:", ours, reference, rows, theirs, gate)
+    ours = list(row_logits(runtime, rows, none))
+    yield from check_few("mode none against the base model:", ours, reference, rows, theirs, gate)
     silent = with_B(runtime.adapt(rows).factors, np.zeros_like)
-    difference = largest(map(max_abs, ours, _row_logits(runtime, rows, silent)))
+    difference = largest(map(max_abs, ours, row_logits(runtime, rows, silent)))
     yield Check("alpha 0 against mode none", difference, 0)
 
 
@@ -223,8 +248,8 @@ def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, m
     ours, scores = runtime.adapt(rows, mode=mode, **arguments), runtime.score(rows, mode=mode, **arguments)
     difference = factor_difference(ours.factors, theirs, reference.checkpoint.config.alpha)
     yield Check(f"mode {mode}: factors, relative difference", difference, gate.factor_tolerance)
-    logits = list(_row_logits(runtime, rows, ours.factors))
-    yield from _check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
+    logits = list(row_logits(runtime, rows, ours.factors))
+    yield from check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
     yield from _check_update(mode, runtime, reference, rows, logits, theirs)
     yield Check(
         f"mode {mode}: scores against logits, max abs difference",
@@ -248,17 +273,30 @@ def _check_update(
 
     Both sides of a subtraction have the errors of one precision, so that a coarse one hides no wrong factors.
     """
-    base = _row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors)
+    base = row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors)
     their_base = inference.adapt(reference.checkpoint, rows, "none")
+    difference = update_difference(reference, rows, logits, base, theirs, their_base)
+    if difference is not None:
+        yield Check(f"mode {mode}: update, relative difference", difference, UPDATE)
+    elif mode != "none":
+        yield Check(f"mode {mode}: update, relative difference", 0, None, note="not checked: it changes no logit")
+
+
+def update_difference(
+    reference: Reference,
+    rows: Rows,
+    logits: Iterable[FloatArray],
+    base: Iterable[FloatArray],
+    theirs: Any,
+    their_base: Any,
+) -> float | None:
+    """The relative difference of an update's effect on all logits from the reference's; None if that has none."""
     squares = [0.0, 0.0]
     for row, (ids, ours, without) in enumerate(zip(rows, logits, base, strict=True)):
         expected = (reference(ids, theirs, row) - reference(ids, their_base, row)).double().numpy()
         squares[0] += float(np.square(ours.astype(np.float64) - without - expected).sum())
         squares[1] += float(np.square(expected).sum())
-    if squares[1]:
-        yield Check(f"mode {mode}: update, relative difference", math.sqrt(squares[0] / squares[1]), UPDATE)
-    elif mode != "none":
-        yield Check(f"mode {mode}: update, relative difference", 0, None, note="not checked: it changes no logit")
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else None
 
 
 def _arguments_of(
@@ -279,20 +317,20 @@ def _arguments_of(
     return {"tenants": tenants}, inference.adapt(checkpoint, rows, mode, tenants)
 
 
-def check_rerun(runtime: Runtime, rows: Rows) -> Iterator[Check]:
+def check_rerun(runtime: Runtime, rows: Rows, **arguments: Any) -> Iterator[Check]:
     """Promise R: a rerun gives the same bits."""
-    factors = runtime.adapt(rows).factors
-    first, second = (list(_row_logits(runtime, rows, factors)) for _ in range(2))
+    factors = runtime.adapt(rows, **arguments).factors
+    first, second = (list(row_logits(runtime, rows, factors)) for _ in range(2))
     yield Check("promise R: rerun, max abs difference", largest(map(max_abs, first, second)), 0)
 
 
-def check_neighbours(runtime: Runtime, rows: Rows) -> Iterator[Check]:
+def check_neighbours(runtime: Runtime, rows: Rows, **arguments: Any) -> Iterator[Check]:
     """In calls of one shape a row's logits are the same bits whatever text its neighbours hold."""
     length = min(8, runtime.manifest.model.max_positions)
     first = next(ids for ids in rows if len(ids) >= length)[:length]
     edited = [(i * 7919 + 1) % runtime.manifest.model.vocab_size for i in range(length)]
-    both = runtime.adapt([first], mode="none").factors.rows(np.zeros(2, np.int64))
-    logits = [next(_row_logits(runtime, [first, other], both)) for other in (first, edited)]
+    both = runtime.adapt([first], **(arguments or {"mode": "none"})).factors.rows(np.zeros(2, np.int64))
+    logits = [next(row_logits(runtime, [first, other], both)) for other in (first, edited)]
     yield Check("a neighbour's text: max abs difference", max_abs(*logits), 0)
 
 
@@ -316,9 +354,9 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows) -> I
     """
     mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
     ours, theirs = runtime.adapt(rows, mode=mode).factors, inference.adapt(reference.checkpoint, rows, mode)
-    right, expected = list(_row_logits(runtime, rows, ours)), _reference_logits(reference, rows, theirs)
+    right, expected = list(row_logits(runtime, rows, ours)), _reference_logits(reference, rows, theirs)
     for name, (wrong, theirs_wrong) in _mutations(ours, theirs).items():
-        moved = largest(map(max_abs, _row_logits(runtime, rows, wrong), right))
+        moved = largest(map(max_abs, row_logits(runtime, rows, wrong), right))
         must_move = largest(map(max_abs, _reference_logits(reference, rows, theirs_wrong), expected))
         if must_move > 0:
             yield Check(f"caught: {name}", moved / must_move, CAUGHT, at_least=True,
@@ -351,18 +389,18 @@ def _reference_logits(reference: RowLogits, rows: Rows, factors: ReferenceAdapta
     return [reference(ids, factors, row).numpy() for row, ids in enumerate(rows)]
 
 
-def _check_few(
-    name: str, logits: list[FloatArray], reference: RowLogits, rows: Rows, theirs: ReferenceAdaptation, gate: Gate
+def check_few(
+    name: str, logits: list[FloatArray], reference: Reference, rows: Rows, theirs: Any, gate: Gate
 ) -> Iterator[Check]:
     """The figures of the gate that mean something of few texts."""
     figures = LogitFigures()
     for row, (ids, actual) in enumerate(zip(rows, logits, strict=True)):
         figures.add(torch.from_numpy(actual), reference(ids, theirs, row), torch.empty(0, dtype=torch.int64))
     yield Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit)
-    yield from _check_kl(name, figures, gate)
+    yield from check_kl(name, figures, gate)
 
 
-def _check_kl(name: str, figures: LogitFigures, gate: Gate) -> Iterator[Check]:
+def check_kl(name: str, figures: LogitFigures, gate: Gate) -> Iterator[Check]:
     kl = torch.cat(figures.kl)
     yield Check(f"{name} KL, mean", abs(float(kl.mean())), gate.kl_mean)
     yield Check(f"{name} KL, 99.9th percentile", float(kl.quantile(0.999)), gate.kl_p999)
@@ -377,17 +415,17 @@ def with_B(factors: RowFactors, change: Callable[[FloatArray], FloatArray]) -> R
     return replace(factors, sets=FactorSets(changed))
 
 
-def _row_logits(runtime: Runtime, rows: Rows, factors: RowFactors) -> Iterator[FloatArray]:
+def row_logits(runtime: Runtime, rows: Rows, factors: RowFactors) -> Iterator[FloatArray]:
     """Logits [sequence, vocab] of every row of a batch."""
     pieces: list[list[FloatArray]] = [[] for _ in rows]
-    for row, _, logits in _logits_pieces(runtime, rows, factors, len(rows)):
+    for row, _, logits in logits_pieces(runtime, rows, factors, len(rows)):
         pieces[row].append(logits.copy())
     for row, parts in enumerate(pieces):
         yield np.concatenate(parts) if len(parts) > 1 else parts[0]
         pieces[row] = []
 
 
-def _logits_pieces(
+def logits_pieces(
     runtime: Runtime, rows: Rows, factors: RowFactors, batch_size: int
 ) -> Iterator[tuple[int, int, FloatArray]]:
     """Row, first position and logits [positions, vocab] of every piece of every row, batch_size rows at a time.

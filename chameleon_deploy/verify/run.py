@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chameleon_deploy.bundle import LimitsSpec, ParitySummary
+from chameleon_deploy.bundle import Bundle, LimitsSpec, ParitySummary
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.progress import Progress
 
 if TYPE_CHECKING:
-    from chameleon_deploy.reference.checkpoint import Checkpoint
+    from chameleon_deploy.reference.adapters import AdaptedBase
+    from chameleon_deploy.reference.source import Source
     from chameleon_deploy.verify.gates import Check
 
 NUM_ROWS, MAX_TOKENS = 32, 48
@@ -22,7 +25,7 @@ LONGEST = 2048  # tokens of the one long text; a model with more positions is ch
 MORE_ROWS, MORE_TOKENS = 96, 96
 
 
-def verification_rows(checkpoint: Checkpoint, text: list[Path] | None, more: bool = False) -> list[list[int]]:
+def verification_rows(checkpoint: Source, text: list[Path] | None, more: bool = False) -> list[list[int]]:
     """Return 32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048).
 
     They are from files or from Python's own documentation.
@@ -67,7 +70,7 @@ def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
 
 def verify_bundle(
     bundle: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     text: list[Path] | None,
     threads: int | None,
     report: Progress,
@@ -77,39 +80,49 @@ def verify_bundle(
 ) -> tuple[list[Check], dict[str, Any]]:
     """Run every check on every decoder graph of the CPU, or on the graph of another provider.
 
-    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's
+    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless the
+                bundle has adapters, whose hidden states depend on them
     max_kl      accept a mean KL up to this value; None keeps the gates
 
     Returns the checks and the content of parity.json.
     """
     from chameleon_deploy.bundle import default_mode, open_bundle
+    from chameleon_deploy.reference.adapters import AdaptedBase
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime, load
     from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checks as parity
+    from chameleon_deploy.verify.adapter_checks import verify_adapters
 
-    reference = RowLogits(checkpoint)
     opened = open_bundle(bundle)
     rows = verification_rows(checkpoint, text, more=opened.manifest.precision != "fp32")
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
     if provider != "cpu":
         rows = rows_within(rows, manifest.limits)
-    for done, ids in enumerate(rows):
-        report("verify: reference", done, len(rows))
-        reference.read(ids)
-    if not keep_trunk:
-        checkpoint.trunk.drop_layers()
+    if isinstance(checkpoint, AdaptedBase):
+        _require_adapters(opened, checkpoint)
+        run: Callable[..., list[Check]] = partial(
+            verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl
+        )
+    else:
+        reference = RowLogits(checkpoint)
+        for done, ids in enumerate(rows):
+            report("verify: reference", done, len(rows))
+            reference.read(ids)
+        if not keep_trunk:
+            checkpoint.trunk.drop_layers()
+        run = partial(parity.verify, reference=reference, rows=rows, report=report, max_kl=max_kl)
     checks: list[Check] = []
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
                 runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
-                checks += parity.verify(runtime, reference, rows, name == own, report, max_kl)
+                checks += run(runtime, whole=name == own)
                 del runtime  # one session's weights at a time
     else:
         runtime = load(bundle, provider, threads=threads)
         provider = runtime.provider
-        checks = parity.verify(runtime, reference, rows, True, report, max_kl)
+        checks = run(runtime, whole=True)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),
@@ -123,9 +136,23 @@ def verify_bundle(
     return checks, record
 
 
+def _require_adapters(bundle: Bundle, base: AdaptedBase) -> None:
+    """Raise InputError unless the adapters and the base that are named are those of the bundle."""
+    spec = bundle.manifest.adaptation
+    if set(spec.adapters) != set(base.adapters):
+        raise InputError(
+            f"the bundle's adapters are {', '.join(spec.adapters) or 'none'}, not {', '.join(base.adapters)}: "
+            "pass --adapter NAME=DIR for each"
+        )
+    if spec.base_digest != base.base_digest:
+        raise InputError(f"{base.name} is not the base model that the bundle was exported from")
+
+
 def summary(checks: list[Check], max_kl: float | None = None) -> ParitySummary:
     """Summarise checks for the manifest."""
     from chameleon_deploy.verify.logit_figures import largest
 
-    differences = [check.value for check in checks if check.name.startswith("x1 factors: logits")]
+    differences = [
+        check.value for check in checks if check.name.startswith(("x1 factors: logits", "mixed adapters: logits"))
+    ]
     return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences), max_kl)

@@ -1,9 +1,7 @@
 // chameleon-run: generate and score from the shell, with the options and JSON lines of the Python commands.
 
 #include <cstdio>
-#include <functional>
 #include <iostream>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "chameleon/runtime.h"
@@ -19,8 +17,10 @@ chameleon-run score    BUNDLE --text FILE ... [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
+  --adapter NAME          adapter of all texts, or one per text in order; '' is the base model
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
+  --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
   --json                  one JSON object per text and line
 generate:
   --prompt TEXT           a prompt; may be given several times
@@ -35,6 +35,7 @@ generate:
   --logit-bias ID=VALUE   added to a token's logit; may be given several times
   --logprobs N            with --json: log-probabilities, and those of 0 to 5 alternatives
   --seed N                the same seed gives the same tokens (0)
+  --prompt-lookup-num-tokens N  one prompt: draft up to N tokens from the text so far (0)
   --stop TEXT             stop before this string; may be given several times
 score:
   --text FILE             texts from a file; may be given several times
@@ -45,9 +46,11 @@ struct Arguments {
   std::filesystem::path bundle;
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
+  std::optional<chameleon::AdapterNames> adapters;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
+  std::int64_t prompt_lookup_num_tokens = 0;
   std::int64_t batch_size = 32;
   bool json = false;
 };
@@ -60,16 +63,25 @@ std::pair<std::int64_t, double> bias(const std::string& option, const std::strin
 
 Arguments parse(const std::string& command, const std::vector<std::string>& words) {
   Arguments parsed;
-  using Handler = std::function<void(const std::string&, const std::string&)>;
-  std::map<std::string, Handler> options = {
+  Options options = {
       {"--mode", [&](auto&, auto& text) { parsed.load.mode = chameleon::parse_mode(text); }},
       {"--tenant",
        [&](auto&, auto& text) {
          if (!parsed.tenants) parsed.tenants.emplace();
          parsed.tenants->push_back(text);
        }},
+      {"--adapter",
+       [&](auto&, auto& text) {
+         if (!parsed.adapters) parsed.adapters.emplace();
+         parsed.adapters->push_back(text.empty() ? std::nullopt : std::optional(text));
+       }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
+      {"--trusted-key",
+       [&](auto&, auto& text) {
+         if (!parsed.load.trusted_keys) parsed.load.trusted_keys.emplace();
+         parsed.load.trusted_keys->push_back(text);
+       }},
   };
   const auto read_more = [&](auto&, auto& path) {
     for (std::string& text : read_texts(path)) parsed.texts.push_back(std::move(text));
@@ -81,6 +93,8 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--prompts", read_more},
         {"--max-new-tokens",
          [&](auto& option, auto& text) { parsed.max_new_tokens = number<std::int64_t>(option, text, 1); }},
+        {"--prompt-lookup-num-tokens",
+         [&](auto& option, auto& text) { parsed.prompt_lookup_num_tokens = number<std::int64_t>(option, text); }},
         {"--temperature", [&](auto& option, auto& text) { sampling.temperature = number<double>(option, text); }},
         {"--top-k", [&](auto& option, auto& text) { sampling.top_k = number<std::int64_t>(option, text); }},
         {"--top-p", [&](auto& option, auto& text) { sampling.top_p = number<double>(option, text); }},
@@ -101,24 +115,16 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--batch-size", [&](auto& option, auto& text) { parsed.batch_size = number<std::int64_t>(option, text, 1); }},
     });
   }
-  for (std::size_t i = 0; i < words.size(); ++i) {
-    const std::size_t equals = words[i].starts_with("--") ? words[i].find('=') : std::string::npos;
-    const std::string option = words[i].substr(0, equals);
-    if (option == "--json") {
-      parsed.json = true;
-    } else if (const auto found = options.find(option); found != options.end()) {
-      if (equals == std::string::npos && i + 1 == words.size()) throw UsageError(option + " requires an argument");
-      found->second(option, equals == std::string::npos ? words[++i] : words[i].substr(equals + 1));
-    } else if (option.starts_with("--") || !parsed.bundle.empty()) {
-      throw UsageError("no such option or too many arguments: " + words[i]);
-    } else {
-      parsed.bundle = words[i];
-    }
-  }
-  if (parsed.bundle.empty()) throw UsageError("missing argument BUNDLE");
+  parsed.bundle = parse_words(words, options, {{"--json", parsed.json}});
   if (parsed.texts.empty()) {
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");
+  }
+  if (parsed.adapters && parsed.adapters->size() == 1)
+    parsed.adapters->resize(parsed.texts.size(), parsed.adapters->front());
+  if (parsed.adapters && parsed.adapters->size() != parsed.texts.size()) {
+    throw chameleon::InputError(std::to_string(parsed.adapters->size()) + " adapters for " +
+                                std::to_string(parsed.texts.size()) + " texts: pass one, or one per text");
   }
   return parsed;
 }
@@ -134,8 +140,9 @@ void add_logprobs(Json& record, const chameleon::Generation& generation) {
 }
 
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
-  chameleon::GenerateOptions options{{.tenants = arguments.tenants}};
+  chameleon::GenerateOptions options{{.tenants = arguments.tenants, .adapters = arguments.adapters}};
   options.max_new_tokens = arguments.max_new_tokens;
+  options.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens;
   options.sampling = arguments.sampling;
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);
@@ -158,6 +165,10 @@ void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
     const std::size_t count = std::min(batch_size, texts.size() - start);
     chameleon::AdaptOptions options;
+    if (arguments.adapters) {
+      const auto first = arguments.adapters->begin() + static_cast<std::ptrdiff_t>(start);
+      options.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
+    }
     if (arguments.tenants) {
       const auto first = std::min(start, arguments.tenants->size());
       const auto last = std::min(start + count, arguments.tenants->size());

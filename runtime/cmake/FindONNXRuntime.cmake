@@ -5,8 +5,9 @@
 #   2. the pip wheel `onnxruntime` or `onnxruntime-gpu` of the Python interpreter (-DPython3_EXECUTABLE=)
 #   3. the system's libonnxruntime; exported graphs need 1.23, in int8 1.27, and Debian 13 has 1.21
 #
-# A wheel has only libonnxruntime.so.1.x, whose soname is libonnxruntime.so.1. A link of that name in the build tree (and,
-# on install, in the directory of libchameleon) lets the loader find it through the rpath.
+# A wheel has only libonnxruntime.so.1.x, whose soname is libonnxruntime.so.1. A link of that name in the build tree lets
+# the loader find it through the rpath. On install a copy stands in a directory of its own, ONNXRUNTIME_TO_INSTALL: the
+# installed programs need no Python, and no other program finds this library in place of the system's.
 
 find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h HINTS ${ONNXRUNTIME_ROOT} PATH_SUFFIXES include include/onnxruntime onnxruntime)
 
@@ -28,7 +29,7 @@ if(_onnxruntime_in_wheel)
   file(MAKE_DIRECTORY ${_onnxruntime_links})
   file(CREATE_LINK ${_onnxruntime_in_wheel} ${_onnxruntime_links}/libonnxruntime.so.1 SYMBOLIC)
   set(ONNXRUNTIME_LIBRARY ${_onnxruntime_links}/libonnxruntime.so.1)
-  set(ONNXRUNTIME_LINK_TO_INSTALL ${ONNXRUNTIME_LIBRARY})
+  set(ONNXRUNTIME_TO_INSTALL ${_onnxruntime_in_wheel})
 else()
   find_library(ONNXRUNTIME_LIBRARY onnxruntime HINTS ${ONNXRUNTIME_ROOT} PATH_SUFFIXES lib)
 endif()

@@ -21,6 +21,8 @@ typedef struct chameleon_runtime chameleon_runtime;
 typedef struct chameleon_adaptation chameleon_adaptation;
 typedef struct chameleon_scores chameleon_scores;
 typedef struct chameleon_generations chameleon_generations;
+typedef struct chameleon_engine chameleon_engine;
+typedef struct chameleon_stream chameleon_stream;
 
 /* The stable code, such as "input_invalid", the same as in Python. */
 CHAMELEON_EXPORT const char* chameleon_error_code(const chameleon_error* error);
@@ -33,6 +35,9 @@ typedef struct {
   int threads;          /* of ONNX Runtime, within one operator; 0 lets it choose */
   int share_weights;    /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
                            processes; slower in batches, and last bits differ */
+  const char* const* trusted_keys; /* PEM files of Ed25519 public keys: a bundle that none of them signed is refused
+                                      with "signature_invalid"; NULL accepts any */
+  size_t num_trusted_keys;
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,
@@ -114,8 +119,8 @@ typedef struct {
 
 typedef struct {
   size_t row;
-  int64_t token_id;
-  const char* text; /* text_size bytes, valid during the callback */
+  int64_t token_id; /* -1 if the row ended without a new token */
+  const char* text; /* text_size bytes, valid during the callback or until the stream's next token */
   size_t text_size;
   int finished;
   float logprob; /* 0 without chameleon_sampling.logprobs */
@@ -137,7 +142,7 @@ CHAMELEON_EXPORT const int64_t* chameleon_generation_token_ids(const chameleon_g
 CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generations* generations, size_t row,
                                                        size_t* size);
 CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
-/* "stop", "length" or "cancelled". */
+/* "stop", "length" or "cancelled"; of an engine also "deadline" or "error". */
 CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
 /* One for each token id; none without chameleon_sampling.logprobs. */
 CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row,
@@ -145,7 +150,65 @@ CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleo
 /* The most probable tokens where token number `token` was chosen, highest first. */
 CHAMELEON_EXPORT const chameleon_token_logprob* chameleon_generation_top_logprobs(
     const chameleon_generations* generations, size_t row, size_t token, size_t* count);
+/* What ended a row of an engine whose finish reason is "error"; NULL for other rows. */
+CHAMELEON_EXPORT const char* chameleon_generation_error_code(const chameleon_generations* generations, size_t row);
+CHAMELEON_EXPORT const char* chameleon_generation_error_message(const chameleon_generations* generations, size_t row);
 CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
+
+/* Zero is the default in every field. */
+typedef struct {
+  size_t rows;             /* places in the batch; 8 by default */
+  size_t max_waiting;      /* rows that may wait for a place; 256 by default */
+  size_t prefill_tokens;   /* prompt tokens prefilled between two steps of the running rows; 128 by default */
+  size_t max_factor_sets;  /* different factor sets in the batch at a time; as many as rows by default */
+  double cohort_window_ms; /* how long a submit waits for others that join its cohort */
+  size_t capacity;         /* tokens per row that the key-value cache holds; the model's positions by default */
+} chameleon_engine_options;
+
+typedef struct {
+  size_t running, waiting; /* rows in the batch, and rows that wait for a place */
+  size_t rows;             /* places in the batch */
+  size_t cached_tokens;    /* tokens in the key-value cache, of cache_capacity */
+  size_t cache_capacity;
+  size_t factor_sets; /* resident factor sets */
+} chameleon_stats;
+
+/* Start an engine: one thread generates for many callers at once. The runtime must outlive it. Freeing it closes it as
+ * chameleon_engine_close(engine, 30) does. */
+CHAMELEON_EXPORT chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime,
+                                                         const chameleon_engine_options* options,
+                                                         chameleon_engine** engine);
+CHAMELEON_EXPORT chameleon_stats chameleon_engine_stats(const chameleon_engine* engine);
+/* Accept no new request, finish the accepted ones, and end the thread. After drain_seconds the rest is cancelled. */
+CHAMELEON_EXPORT chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_seconds);
+CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
+
+/* How to continue the prompts of one submit. Zero is the default in every field. */
+typedef struct {
+  int64_t max_new_tokens;             /* 20 by default */
+  const chameleon_sampling* sampling; /* as in chameleon_generate; continuation k of a prompt draws from stream k */
+  size_t num_samplings;
+  const char* tenant;      /* mode tenant: the tenant of the prompts; the batch's tenants must be NULL */
+  size_t n;                /* continuations per prompt; 1 by default */
+  double deadline_seconds; /* after which rows that have not ended finish as "deadline"; none by default */
+  size_t adapt_tokens;     /* embed only this many leading tokens of every prompt; all by default */
+} chameleon_submit_options;
+
+/* Queue every prompt and return at once. The arguments are copied. Row i * n + k is continuation k of prompt i.
+ * Errors besides those of chameleon_generate: "queue_full" and "closed". */
+CHAMELEON_EXPORT chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chameleon_batch* batch,
+                                                          const chameleon_submit_options* options,
+                                                          chameleon_stream** stream);
+/* Wait for the next token, at most timeout_seconds (negative: without limit). Returns 1 with a token, 0 after the last
+ * token of the last row, and -1 after the timeout. One thread at a time reads a stream. */
+CHAMELEON_EXPORT int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, chameleon_token* token);
+/* End all rows within one iteration of the engine. From any thread. */
+CHAMELEON_EXPORT void chameleon_stream_cancel(chameleon_stream* stream);
+/* Wait until every row has ended. */
+CHAMELEON_EXPORT chameleon_error* chameleon_stream_result(const chameleon_stream* stream,
+                                                          chameleon_generations** generations);
+/* Does not cancel: the rows run to their end. */
+CHAMELEON_EXPORT void chameleon_stream_free(chameleon_stream* stream);
 
 /* Token ids of one text, without the checks of a batch, and the text of token ids. The caller frees the results with
  * chameleon_free. */

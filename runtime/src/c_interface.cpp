@@ -4,7 +4,7 @@
 #include <new>
 
 #include "chameleon.h"
-#include "chameleon/runtime.h"
+#include "chameleon/engine.h"
 
 struct chameleon_error {
   std::string code, message;
@@ -20,6 +20,13 @@ struct chameleon_scores {
 };
 struct chameleon_generations {
   std::vector<chameleon::Generation> value;
+};
+struct chameleon_engine {
+  chameleon::Engine value;
+};
+struct chameleon_stream {
+  chameleon::Stream value;
+  chameleon::Token token{};  // the last one, which the caller may still look at
 };
 
 // Handed out as they are.
@@ -101,8 +108,28 @@ Sampling read(const chameleon_sampling& given) {
   return sampling;
 }
 
+/// One for all prompts, or one for each.
+PerPrompt<Sampling> read_all(const chameleon_sampling* sampling, size_t num_samplings) {
+  std::vector<Sampling> samplings;
+  for (size_t i = 0; i < num_samplings; ++i) samplings.push_back(read(sampling[i]));
+  if (num_samplings == 0) return Sampling{};
+  if (num_samplings == 1) return samplings.front();
+  return samplings;
+}
+
 const chameleon_token_logprob* as_c(std::span<const TokenLogprob> logprobs) {
   return reinterpret_cast<const chameleon_token_logprob*>(logprobs.data());
+}
+
+chameleon_token as_c(const Token& token) {
+  return {token.row,
+          token.token_id,
+          token.text.data(),
+          token.text.size(),
+          token.generation != nullptr,
+          token.logprob.value_or(0),
+          as_c(token.top_logprobs),
+          token.top_logprobs.size()};
 }
 
 /// A copy that C can free.
@@ -130,6 +157,9 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       if (options->mode != nullptr) load.mode = parse_mode(options->mode);
       if (options->threads != 0) load.threads = options->threads;
       load.share_weights = options->share_weights != 0;
+      if (options->trusted_keys != nullptr) {
+        load.trusted_keys.emplace(options->trusted_keys, options->trusted_keys + options->num_trusted_keys);
+      }
     }
     *runtime = new chameleon_runtime{Runtime(path, load)};
   });
@@ -193,23 +223,10 @@ chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const cham
     const Batch given(*batch);
     GenerateOptions options{given.options};
     options.max_new_tokens = max_new_tokens;
-    std::vector<Sampling> samplings;
-    for (size_t i = 0; i < num_samplings; ++i) samplings.push_back(read(sampling[i]));
-    if (num_samplings == 1) {
-      options.sampling = samplings.front();
-    } else if (num_samplings > 1) {
-      options.sampling = samplings;
-    }
+    options.sampling = read_all(sampling, num_samplings);
     if (on_token != nullptr) {
       options.on_token = [&](const Token& token) {
-        const chameleon_token seen{token.row,
-                                   token.token_id,
-                                   token.text.data(),
-                                   token.text.size(),
-                                   token.generation != nullptr,
-                                   token.logprob.value_or(0),
-                                   as_c(token.top_logprobs),
-                                   token.top_logprobs.size()};
+        const chameleon_token seen = as_c(token);
         return on_token(&seen, user) != 0;
       };
     }
@@ -240,7 +257,70 @@ const chameleon_token_logprob* chameleon_generation_top_logprobs(const chameleon
   *count = logprobs.size();
   return as_c(logprobs);
 }
+const char* chameleon_generation_error_code(const chameleon_generations* generations, size_t row) {
+  const std::optional<Error>& error = generations->value[row].error;
+  return error ? error->code() : nullptr;
+}
+const char* chameleon_generation_error_message(const chameleon_generations* generations, size_t row) {
+  const std::optional<Error>& error = generations->value[row].error;
+  return error ? error->what() : nullptr;
+}
 void chameleon_generations_free(chameleon_generations* generations) { delete generations; }
+
+chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime, const chameleon_engine_options* options,
+                                        chameleon_engine** engine) {
+  return guarded([&] {
+    EngineOptions chosen;
+    if (options != nullptr) {
+      if (options->rows != 0) chosen.rows = options->rows;
+      if (options->max_waiting != 0) chosen.max_waiting = options->max_waiting;
+      if (options->prefill_tokens != 0) chosen.prefill_tokens = options->prefill_tokens;
+      if (options->max_factor_sets != 0) chosen.max_factor_sets = options->max_factor_sets;
+      if (options->capacity != 0) chosen.capacity = options->capacity;
+      chosen.cohort_window = Seconds(options->cohort_window_ms / 1000);
+    }
+    *engine = new chameleon_engine{Engine(runtime->value, std::move(chosen))};
+  });
+}
+chameleon_stats chameleon_engine_stats(const chameleon_engine* engine) {
+  const Stats stats = engine->value.stats();
+  return {stats.running, stats.waiting, stats.rows, stats.cached_tokens, stats.cache_capacity, stats.factor_sets};
+}
+chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_seconds) {
+  return guarded([&] { engine->value.close(Seconds(drain_seconds)); });
+}
+void chameleon_engine_free(chameleon_engine* engine) { delete engine; }
+
+chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chameleon_batch* batch,
+                                         const chameleon_submit_options* options, chameleon_stream** stream) {
+  return guarded([&] {
+    const Batch given(*batch);
+    if (given.options.tenants) throw InputError("the batch of a submit has no tenants: pass one in its options");
+    SubmitOptions chosen{.mode = given.options.mode, .factors = given.options.factors};
+    if (options != nullptr) {
+      if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
+      chosen.sampling = read_all(options->sampling, options->num_samplings);
+      if (options->tenant != nullptr) chosen.tenant = options->tenant;
+      if (options->n != 0) chosen.n = options->n;
+      if (options->deadline_seconds != 0) chosen.deadline = Seconds(options->deadline_seconds);
+      if (options->adapt_tokens != 0) chosen.adapt_tokens = options->adapt_tokens;
+    }
+    *stream = new chameleon_stream{engine->value.submit(given.texts(), std::move(chosen))};
+  });
+}
+int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, chameleon_token* token) {
+  if (timeout_seconds >= 0 && !stream->value.wait(Seconds(timeout_seconds))) return -1;
+  std::optional<Token> next = stream->value.next();
+  if (!next) return 0;
+  stream->token = std::move(*next);
+  *token = as_c(stream->token);
+  return 1;
+}
+void chameleon_stream_cancel(chameleon_stream* stream) { stream->value.cancel(); }
+chameleon_error* chameleon_stream_result(const chameleon_stream* stream, chameleon_generations** generations) {
+  return guarded([&] { *generations = new chameleon_generations{stream->value.result()}; });
+}
+void chameleon_stream_free(chameleon_stream* stream) { delete stream; }
 
 chameleon_error* chameleon_encode(const chameleon_runtime* runtime, const char* text, size_t text_size,
                                   int64_t** token_ids, size_t* count) {

@@ -1,6 +1,7 @@
 // A decoder: tokens in, logits out, with its own kind of key-value cache.
 #pragma once
 
+#include <functional>
 #include <limits>
 #include <memory>
 #include <span>
@@ -12,6 +13,8 @@
 
 namespace chameleon {
 
+class Slots;
+
 /// Keys and values of a batch, in the layout of one kind of decoder.
 class Cache {
  public:
@@ -21,12 +24,13 @@ class Cache {
 /// float32 [batch, positions, vocab] in host memory. Writable: nobody else reads it.
 class Logits {
  public:
-  /// owner: keeps `values` alive
+  /// owner: keeps `values` alive; null where they are valid until the decoder's next call on the cache
   Logits(float* values, std::size_t positions, std::size_t vocab, std::shared_ptr<void> owner)
       : values_(values), positions_(positions), vocab_(vocab), owner_(std::move(owner)) {}
   [[nodiscard]] std::span<float> at(std::size_t row, std::size_t position = 0) {
     return {values_ + (row * positions_ + position) * vocab_, vocab_};
   }
+  [[nodiscard]] std::size_t positions() const { return positions_; }
 
  private:
   float* values_;
@@ -35,6 +39,9 @@ class Logits {
 };
 
 using Rows = std::span<const std::span<const std::int64_t>>;
+
+/// Takes the logits of all positions of some rows, of which the first is position `start`. Valid during the call only.
+using TakeLogits = std::function<void(std::size_t start, Logits logits)>;
 
 /// Prefill, decoding and scoring. Many threads may call one decoder, but only one thread at a time may use a cache.
 /// A call may throw an Error when its stop is requested while it runs.
@@ -51,13 +58,26 @@ class Decoder {
   virtual Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
                       const std::stop_token& stop) const = 0;
 
+  /// Read tokens of a single row, of which the cache keeps the first `past` tokens. Returns logits [1, tokens, vocab].
+  /// The base throws ProviderError.
+  virtual Logits extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors,
+                        Cache& cache, const std::stop_token& stop) const;
+
+  /// Select the rows of the cache that stay, in ascending order: finished rows leave the batch.
+  virtual void select(Cache& cache, std::span<const std::size_t> rows) const = 0;
+
+  /// Give out the logits [batch, positions, vocab] of every position, in pieces.
+  virtual void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                          const std::stop_token& stop) const = 0;
+
   /// The log-probability of each token after the first, for every row.
   /// rows: at least two tokens each. Rows of similar length should be adjacent: they share a call
   [[nodiscard]] virtual std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                        const std::stop_token& stop) const = 0;
 
-  /// Select the rows of the cache that stay, in ascending order: finished rows leave the batch.
-  virtual void select(Cache& cache, std::span<const std::size_t> rows) const = 0;
+  /// The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens; null for a decoder
+  /// that has none. It must not outlive the decoder.
+  [[nodiscard]] virtual std::unique_ptr<Slots> slots(std::size_t rows, std::size_t capacity) const;
 };
 
 /// The tokens of each row that a decoder reads for scoring: all but the last, which predicts nothing.

@@ -1,5 +1,8 @@
 #include "engines.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cstdlib>
 
 #include "chameleon/error.h"
@@ -25,8 +28,27 @@ fs::path cache_root() {
   return (cache.empty() ? fs::path(variable("HOME")) / ".cache" : fs::path(cache)) / "chameleon-deploy";
 }
 
+/// Throw PathError unless the directory is missing, or is this user's (or root's) and writable by nobody else.
+void require_private(const fs::path& directory) {
+  struct stat found{};
+  if (::lstat(directory.c_str(), &found) != 0) return;
+  const char* fault = nullptr;
+  if (S_ISLNK(found.st_mode)) {
+    fault = "is a symbolic link";
+  } else if (found.st_uid != ::geteuid() && found.st_uid != 0) {
+    fault = "belongs to another user";
+  } else if ((found.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+    fault = "can be written by others: run chmod go-w on it";
+  }
+  if (fault != nullptr) {
+    throw PathError("unsafe local cache: " + directory.string() + " " + fault +
+                    "; set CHAMELEON_DEPLOY_CACHE to a private directory");
+  }
+}
+
 /// The key of a cache entry if every file has the recorded size and digest, else an empty key.
 Key intact_key(const fs::path& path) {
+  require_private(path);
   Key key;
   std::map<std::string, FileSpec> files;
   Fields(Json::parse(MappedFile(path / "entry.json").text()), path.string())
@@ -53,6 +75,8 @@ fs::path find_engines(const Bundle& bundle, const EngineTarget& target) {
                         {"driver", target.driver}, {"precision", bundle.manifest.precision}};
   const fs::path engines = cache_root() / "engines";
   std::error_code missing;
+  require_private(fs::canonical(cache_root(), missing));  // a link to the cache itself belongs to the user
+  require_private(engines);
   for (const fs::directory_entry& entry : fs::directory_iterator(engines, missing)) {
     if (!fs::is_regular_file(entry.path() / "entry.json")) continue;
     Key key;

@@ -17,7 +17,7 @@ struct EngineTarget {
 };
 
 /// The directory with the engines of exactly this bundle and target. Key, sizes and digests are checked before anything
-/// is deserialised. Throws ProviderError when there is none.
+/// is deserialised. Throws ProviderError when there is none, PathError when others can write to the cache.
 std::filesystem::path find_engines(const Bundle& bundle, const EngineTarget& target);
 
 }  // namespace chameleon

@@ -56,6 +56,12 @@ FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, Tensors tenso
   return {count, rank, {owner->begin(), owner->end()}, owner};
 }
 
+FactorSets copied(const FactorSets& sets) {
+  Tensors tensors;
+  for (const auto& [name, values] : sets.tensors) tensors[name].assign(values.begin(), values.end());
+  return make_factor_sets(sets.count, sets.rank, std::move(tensors));
+}
+
 FactorSets no_factors(const AdaptationSpec& spec) {
   Tensors tensors;
   for (const auto& [name, width] : spec.factor_widths()) tensors[name].resize(static_cast<std::size_t>(width));

@@ -9,6 +9,9 @@ namespace chameleon {
 /// Factor sets that own their values.
 FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::map<std::string, std::vector<float>> tensors);
 
+/// Sets in memory of their own.
+FactorSets copied(const FactorSets& sets);
+
 /// One set of rank 1 that changes nothing.
 FactorSets no_factors(const AdaptationSpec& spec);
 

@@ -1,28 +1,48 @@
 #include "generation.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
+#include "chameleon/error.h"
 #include "utf8.h"
 
 namespace chameleon {
 
 std::string_view to_string(FinishReason reason) {
-  return reason == FinishReason::stop ? "stop" : reason == FinishReason::length ? "length" : "cancelled";
+  constexpr std::array<std::string_view, 5> names = {"stop", "length", "cancelled", "deadline", "error"};
+  return names.at(static_cast<std::size_t>(reason));
 }
 
-Row::Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
-         std::int64_t cluster_id)
-    : prompt_(prompt),
-      limit_(static_cast<std::size_t>(limit)),
-      sampling_(sampling),
-      sampler_(sampling, prompt, stream) {
+namespace {
+
+/// One value for all rows, or one for each.
+template <class T>
+const T& value_of(const PerPrompt<T>& values, std::size_t row) {
+  const auto* each = std::get_if<std::vector<T>>(&values);
+  return each != nullptr ? each->at(row) : std::get<T>(values);
+}
+
+template <class T>
+void check_count(const PerPrompt<T>& values, std::size_t batch, const char* name) {
+  const auto* each = std::get_if<std::vector<T>>(&values);
+  if (each != nullptr && each->size() != batch) {
+    throw InputError(std::to_string(each->size()) + " values of " + name + " for " + std::to_string(batch) +
+                     " prompts: pass one, or one per prompt");
+  }
+}
+
+}  // namespace
+
+Row::Row(std::size_t index, std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling,
+         std::uint64_t stream, std::int64_t cluster_id)
+    : index_(index), prompt_(prompt), limit_(static_cast<std::size_t>(limit)), sampler_(sampling, prompt, stream) {
   generation_.cluster_id = cluster_id;
 }
 
-bool Row::append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
+Token Row::append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
   const std::int64_t token_id = choice.token_id;
-  auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs] = generation_;
+  auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs, error] = generation_;
   sampler_.append(token_id);
   token_ids.push_back(token_id);
   if (choice.logprob) {
@@ -30,8 +50,8 @@ bool Row::append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t 
     top_logprobs.push_back(choice.top_logprobs);
   }
   bool stopped = is_stop_token(token_id, eos_token_id);
-  finished_ = stopped || token_ids.size() >= limit_;
-  if (finished_) {  // with the bytes of a character cut in half
+  bool finished = stopped || token_ids.size() >= limit_;
+  if (finished) {  // with the bytes of a character cut in half
     text = tokenizer.decode(std::span(token_ids).first(token_ids.size() - (stopped ? 1 : 0)));
   } else {
     pending_ += tokenizer.bytes(token_id);
@@ -41,33 +61,42 @@ bool Row::append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t 
     }
   }
   std::size_t cut = std::string::npos;
-  for (const std::string& stop : sampling_.stop) cut = std::min(cut, text.find(stop));
+  for (const std::string& stop : sampler_.sampling().stop) cut = std::min(cut, text.find(stop));
   if (cut != std::string::npos) {
-    stopped = finished_ = true;
+    stopped = finished = true;
     text.resize(cut);
   }
-  reason = stopped ? FinishReason::stop : FinishReason::length;
-  return finished_;
+  Token token{index_, token_id, take_text(finished), nullptr, choice.logprob, std::move(choice.top_logprobs)};
+  if (finished) {
+    reason = stopped ? FinishReason::stop : FinishReason::length;
+    token.generation = std::make_shared<const Generation>(generation_);
+  }
+  return token;
+}
+
+Token Row::end(FinishReason reason, std::optional<Error> error) {
+  generation_.finish_reason = reason;
+  generation_.error = std::move(error);
+  return {index_, -1, take_text(true), std::make_shared<const Generation>(generation_)};
 }
 
 bool Row::is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const {
-  const auto& ids = sampling_.stop_token_ids;
-  return (token_id == eos_token_id && !sampling_.ignore_eos) || std::ranges::find(ids, token_id) != ids.end();
+  const Sampling& sampling = sampler_.sampling();
+  const auto& ids = sampling.stop_token_ids;
+  return (token_id == eos_token_id && !sampling.ignore_eos) || std::ranges::find(ids, token_id) != ids.end();
 }
 
-std::string_view Row::take_text() {
-  const std::size_t end = generation_.text.size() - (finished_ ? 0 : held_back());
-  const std::string_view text = std::string_view(generation_.text).substr(shown_, end - shown_);
-  shown_ = end;
-  return text;
+std::string Row::take_text(bool finished) {
+  const std::string& text = generation_.text;
+  const std::size_t begin = shown_;
+  shown_ = text.size() - (finished ? 0 : held_back());
+  return text.substr(begin, shown_ - begin);
 }
-
-void Row::cancel() { generation_.finish_reason = FinishReason::cancelled; }
 
 /// How many bytes at the end may be the beginning of a stop string.
 std::size_t Row::held_back() const {
   std::size_t longest = 0;
-  for (const std::string& stop : sampling_.stop) {
+  for (const std::string& stop : sampler_.sampling().stop) {
     for (std::size_t length = stop.size() - 1; length > longest; --length) {
       if (generation_.text.ends_with(std::string_view(stop).substr(0, length))) longest = length;
     }
@@ -75,37 +104,56 @@ std::size_t Row::held_back() const {
   return longest;
 }
 
-void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
-                   const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
-                   const std::stop_token& stop) {
+std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,
+                            const PerPrompt<std::int64_t>& max_new_tokens, const PerPrompt<Sampling>& sampling,
+                            std::size_t n, std::int64_t capacity, std::int64_t vocab_size) {
+  check_count(max_new_tokens, prompts.size(), "max_new_tokens");
+  check_count(sampling, prompts.size(), "sampling");
+  const bool single = std::holds_alternative<Sampling>(sampling);
+  std::vector<Row> rows;
+  rows.reserve(prompts.size() * n);
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    check(value_of(sampling, i), vocab_size);
+    if (value_of(max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
+    // The last new token is never fed back, so it needs no position.
+    const std::int64_t room = capacity - std::ssize(prompts[i]) + 1;
+    for (std::size_t k = 0; k < n; ++k) {
+      rows.emplace_back(i * n + k, prompts[i], std::min(value_of(max_new_tokens, i), room), value_of(sampling, i),
+                        (single ? i * n : 0) + k, cluster_ids[i]);
+    }
+  }
+  return rows;
+}
+
+std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
+                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
+                                      const std::stop_token& stop) {
+  std::vector<Generation> generations(rows.size());
   std::vector<std::size_t> active(rows.size());  // rows by their place in the cache
   std::iota(active.begin(), active.end(), 0);
-  RowFactors factors = adaptation.factors;
+  const auto finish = [&](const Token& token) { generations[token.row] = *token.generation; };
   std::vector<std::span<const std::int64_t>> prompts;
   for (const Row& row : rows) prompts.push_back(row.prompt());
   try {
-    std::size_t capacity = 0;
-    for (const Row& row : rows) capacity = std::max(capacity, row.capacity());
+    const std::size_t capacity = std::ranges::max_element(rows, {}, &Row::capacity)->capacity();
     auto [logits, cache] = decoder.prefill(prompts, factors, capacity, stop);
     while (!stop.stop_requested()) {
       std::vector<std::size_t> going;
       std::vector<std::int64_t> chosen;
       for (std::size_t i = 0; i < active.size(); ++i) {
         Row& row = rows[active[i]];
-        const Choice choice = row.sampler().choose(logits.at(i));
-        const bool finished = row.append(choice, tokenizer, eos_token_id);
-        const Token token{active[i],      choice.token_id,    row.take_text(), finished ? &row.generation() : nullptr,
-                          choice.logprob, choice.top_logprobs};
+        const Token token = row.append(row.sampler().choose(logits.at(i)), tokenizer, eos_token_id);
         const bool wanted = !on_token || on_token(token);
-        if (finished) continue;
-        if (wanted) {
+        if (token.generation != nullptr) {
+          finish(token);
+        } else if (wanted) {
           going.push_back(i);
-          chosen.push_back(choice.token_id);
+          chosen.push_back(token.token_id);
         } else {
-          row.cancel();
+          finish(row.end(FinishReason::cancelled));
         }
       }
-      if (going.empty()) return;
+      if (going.empty()) return generations;
       if (going.size() < active.size()) {
         decoder.select(*cache, going);
         factors = factors.rows(going);
@@ -117,7 +165,8 @@ void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation
   } catch (const GraphError&) {
     if (!stop.stop_requested()) throw;  // else it is how ONNX Runtime reports that it was told to stop
   }
-  for (const std::size_t row : active) rows[row].cancel();
+  for (const std::size_t row : active) finish(rows[row].end(FinishReason::cancelled));
+  return generations;
 }
 
 }  // namespace chameleon

@@ -6,43 +6,54 @@
 
 namespace chameleon {
 
-/// A row during generation.
+/// The state of a row while it is being generated.
 class Row {
  public:
-  Row(std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling, std::uint64_t stream,
-      std::int64_t cluster_id);
+  /// index: its place among the caller's rows
+  /// prompt: must outlive this
+  Row(std::size_t index, std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling,
+      std::uint64_t stream, std::int64_t cluster_id);
 
   [[nodiscard]] const Sampler& sampler() const { return sampler_; }
-
-  /// Take the chosen token into the text. True when the row is finished.
-  bool append(const Choice& choice, const Tokenizer& tokenizer, std::int64_t eos_token_id);
-
-  /// Text that was not given out before and can be now.
-  [[nodiscard]] std::string_view take_text();
-
-  void cancel();
-  [[nodiscard]] Generation& generation() { return generation_; }
+  [[nodiscard]] std::size_t index() const { return index_; }
   [[nodiscard]] std::span<const std::int64_t> prompt() const { return prompt_; }
+  [[nodiscard]] std::span<const std::int64_t> token_ids() const { return generation_.token_ids; }
+  [[nodiscard]] std::int64_t cluster_id() const { return generation_.cluster_id; }
+  /// The last token, which the decoder has not read yet.
+  [[nodiscard]] std::int64_t last_token_id() const { return (token_ids().empty() ? prompt_ : token_ids()).back(); }
   /// How many of its tokens a cache must hold: the last new one is never fed back.
   [[nodiscard]] std::size_t capacity() const { return prompt_.size() + limit_ - 1; }
 
+  /// Append the chosen token. The row has ended if the returned Token has a Generation.
+  Token append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_token_id);
+  /// End the row without another token.
+  Token end(FinishReason reason, std::optional<Error> error = {});
+
  private:
   [[nodiscard]] bool is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const;
+  /// Text that the caller has not been given. What may begin a stop string is held back.
+  [[nodiscard]] std::string take_text(bool finished);
   [[nodiscard]] std::size_t held_back() const;
 
+  std::size_t index_;
   std::span<const std::int64_t> prompt_;
   std::size_t limit_;
-  const Sampling& sampling_;
   Sampler sampler_;
   std::string pending_;    // bytes of a character that is not complete yet
   std::size_t shown_ = 0;  // bytes of the text that the caller has been given
-  bool finished_ = false;
   Generation generation_;
 };
 
-/// Sample, stop, drop finished rows, decode one step, again.
-void stream_tokens(std::span<Row> rows, const Decoder& decoder, const Adaptation& adaptation,
-                   const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
-                   const std::stop_token& stop);
+/// n rows for each prompt; rows of one prompt are adjacent. With one Sampling for all, row i draws from random stream
+/// i; with one per prompt, its k-th row draws from stream k. prompts: must outlive the rows capacity: tokens that a row
+/// can hold Throws InputError or TokenError.
+std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,
+                            const PerPrompt<std::int64_t>& max_new_tokens, const PerPrompt<Sampling>& sampling,
+                            std::size_t n, std::int64_t capacity, std::int64_t vocab_size);
+
+/// Sample, stop, drop finished rows, decode one step, again. Returns the generations in the order of the rows.
+std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
+                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
+                                      const std::stop_token& stop);
 
 }  // namespace chameleon

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <bit>
+#include <cctype>
 #include <limits>
 #include <set>
 
@@ -100,6 +101,8 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .required("num_clusters", spec.num_clusters)
       .one_of("protocol", spec.protocol, {"masked", "paper"})
       .required("max_length", spec.max_length)
+      .optional("adapters", spec.adapters)
+      .optional("base_digest", spec.base_digest)
       .finish();
 }
 
@@ -225,6 +228,21 @@ static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& 
   }
 }
 
+static void check_adapters(const AdaptationSpec& adaptation, const std::string& where) {
+  const auto is_named_right = [](const std::string& name) {
+    const auto is_plain = [](unsigned char c) { return std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-'; };
+    return !name.empty() && name.size() <= 64 && std::isalnum(static_cast<unsigned char>(name.front())) != 0 &&
+           std::ranges::all_of(name, is_plain) && std::ranges::find(kModes, name) == kModes.end();
+  };
+  const std::vector<std::string>& names = adaptation.adapters;
+  if (std::set(names.begin(), names.end()).size() < names.size() || !std::ranges::all_of(names, is_named_right)) {
+    fail_at(where, "adaptation.adapters must be distinct names");
+  }
+  if (names.empty() != adaptation.base_digest.empty() || (!names.empty() && adaptation.regime != "lora")) {
+    fail_at(where, "adaptation.adapters goes with a base_digest and regime 'lora'");
+  }
+}
+
 static void check_limits(const LimitsSpec& limits, const ModelSpec& model, const std::string& where) {
   for (const std::int64_t limit : {limits.batch, limits.sequence, limits.past, limits.factor_sets}) {
     if (limit < 1) fail_at(where, "limits has a number below 1");
@@ -289,6 +307,11 @@ static void check_token_embedding(const Manifest& manifest, const std::string& w
 static void check_consistency(const Manifest& manifest, const std::string& where) {
   check_model(manifest.model, where);
   check_adaptation(manifest.adaptation, manifest.model, where);
+  check_adapters(manifest.adaptation, where);
+  const auto is_head = [](const TargetSpec& target) { return target.name == "lm_head"; };
+  if (manifest.precision == "int8" && !std::ranges::all_of(manifest.adaptation.targets, is_head)) {
+    fail_at(where, "int8 with targets other than lm_head: only the Python runtime reads their basis");
+  }
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);
   check_roles(manifest, where);

@@ -1,14 +1,15 @@
 #include "chameleon/runtime.h"
 
 #include <algorithm>
-#include <mutex>
+#include <atomic>
 
 #include "adaptation.h"
-#include "decoder.h"
 #include "factors.h"
 #include "generation.h"
 #include "mapped_file.h"
-#include "sampling.h"
+#include "prompt_logprobs.h"
+#include "prompt_lookup.h"
+#include "runtime_impl.h"
 #include "scoring.h"
 #include "shared_cache.h"
 #ifdef CHAMELEON_WITH_TENSORRT
@@ -34,6 +35,7 @@ bool is_available(Mode mode, const AdaptationSpec& spec) {
 }
 
 Mode default_mode(const AdaptationSpec& spec) {
+  if (!spec.adapters.empty()) return Mode::none;  // rows without an adapter
   for (const Mode mode : {Mode::cohort, Mode::request}) {
     if (is_available(mode, spec)) return mode;
   }
@@ -65,46 +67,10 @@ void check_row(std::size_t row, const TokenIds& ids, const ModelSpec& model) {
   }
 }
 
-/// One value for all rows, or one for each.
-template <class T>
-const T& value_of(const std::variant<T, std::vector<T>>& values, std::size_t row) {
-  const auto* each = std::get_if<std::vector<T>>(&values);
-  return each != nullptr ? each->at(row) : std::get<T>(values);
-}
-
-template <class T>
-void check_count(const std::variant<T, std::vector<T>>& values, std::size_t batch, const char* name) {
-  const auto* each = std::get_if<std::vector<T>>(&values);
-  if (each != nullptr && each->size() != batch) {
-    throw InputError(std::to_string(each->size()) + " values of " + name + " for " + std::to_string(batch) +
-                     " prompts: pass one, or one per prompt");
-  }
-}
-
 }  // namespace
 
-struct Runtime::Impl {
-  Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "chameleon"};
-  Bundle bundle;
-  Tokenizer tokenizer;
-  Mode mode;
-  std::string provider;  // the one that runs the decoder
-  std::unique_ptr<const Decoder> decoder;
-  Ort::Session hypernetwork{nullptr};
-  mutable std::once_flag centroid_factors_once;
-  mutable FactorSets centroid_factors;
-
-  Impl(const std::filesystem::path& path, const LoadOptions& options);
-  void open_decoder(const LoadOptions& options);
-  [[nodiscard]] std::vector<TokenIds> encode(const Texts& texts) const;
-  [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
-  [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
-  [[nodiscard]] const FactorSets& factors_of_centroids() const;
-  [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;
-};
-
-Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& options)
-    : bundle(open_bundle(path)),
+Runtime::Impl::Impl(OpeningBundle opening, const LoadOptions& options) try
+    : bundle(std::move(opening.bundle)),
       tokenizer(load_tokenizer(bundle)),
       mode(options.mode.value_or(default_mode(bundle.manifest.adaptation))) {
   open_decoder(options);
@@ -113,6 +79,9 @@ Runtime::Impl::Impl(const std::filesystem::path& path, const LoadOptions& option
   }
   check_mode(mode, bundle.manifest.adaptation);
   if (mode == Mode::centroid) (void)factors_of_centroids();
+  opening.require_weights();
+} catch (...) {
+  opening.require_weights();  // damaged weights explain any other error, so they are reported first
 }
 
 void Runtime::Impl::open_decoder(const LoadOptions& options) {
@@ -159,35 +128,115 @@ std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
   return rows;
 }
 
-Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const {
-  const ModelSpec& model = bundle.manifest.model;
-  const Mode chosen = options.mode.value_or(mode);
-  check_mode(chosen, bundle.manifest.adaptation);
-  check_tenants(chosen, options.tenants, rows.size());
-  if (options.factors && chosen != Mode::static_) {
-    throw ModeError("factors were passed in mode '" + std::string(to_string(chosen)) + "': pass mode static with them");
+Mode Runtime::Impl::check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
+                                    const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                    std::size_t batch) const {
+  const Mode used = chosen.value_or(adapters ? Mode::static_ : mode);
+  if (adapters && adapters->size() != batch) {
+    throw InputError(std::to_string(adapters->size()) + " adapters for " + std::to_string(batch) +
+                     " texts: pass one per text, nothing for none");
   }
-  Adaptation adaptation;
-  adaptation.embeddings = embed(rows, bundle);
-  adaptation.cluster_ids = assign(adaptation.embeddings, bundle.centroids, static_cast<std::size_t>(model.hidden_size));
+  if (adapters && (used != Mode::static_ || factors)) {
+    throw ModeError("adapters go with mode 'static' and without factors: pass nothing else with them");
+  }
+  check_mode(used, bundle.manifest.adaptation);
+  check_tenants(used, tenants, batch);
+  if (factors && used != Mode::static_) {
+    throw ModeError("factors were passed in mode '" + std::string(to_string(used)) + "': pass mode static with them");
+  }
+  return used;
+}
+
+Embedded Runtime::Impl::embed(std::span<const TokenIds> rows) const {
+  std::vector<float> embeddings = chameleon::embed(rows, bundle);
+  const auto hidden_size = static_cast<std::size_t>(bundle.manifest.model.hidden_size);
+  std::vector<std::int64_t> cluster_ids = assign(embeddings, bundle.centroids, hidden_size);
+  return {std::move(embeddings), std::move(cluster_ids)};
+}
+
+Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const {
+  const Mode chosen = check_arguments(options.mode, options.tenants, options.factors, options.adapters, rows.size());
+  auto [embeddings, cluster_ids] = embed(rows);
+  RowFactors factors;
   const std::vector<std::int64_t> first_set(rows.size(), 0);
   if (chosen == Mode::none) {
-    adaptation.factors = {no_factors(bundle.manifest.adaptation), first_set};
+    factors = {no_factors(bundle.manifest.adaptation), first_set};
+  } else if (options.adapters) {
+    factors = select(bundle.lora, adapter_ids(*options.adapters));
   } else if (chosen == Mode::static_) {
-    adaptation.factors = {static_factors(options.factors), first_set};
+    factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {
-    adaptation.factors = select(factors_of_centroids(), adaptation.cluster_ids);
+    factors = select(factors_of_centroids(), cluster_ids);
   } else {
-    Conditioning given = conditioning(chosen, adaptation.embeddings, adaptation.cluster_ids, options.tenants);
-    adaptation.factors = {generate_factors(given.vectors), std::move(given.factor_ids)};
+    Conditioning given = conditioning(chosen, embeddings, cluster_ids, options.tenants);
+    factors = {generate_factors(given.vectors), std::move(given.factor_ids)};
   }
-  return adaptation;
+  return {std::move(embeddings), std::move(cluster_ids), std::move(factors)};
+}
+
+std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embedded& embedded,
+                                                        const std::optional<std::vector<std::string>>& tenants,
+                                                        const std::optional<Factors>& factors,
+                                                        const std::optional<AdapterNames>& adapters) const {
+  const std::size_t batch = embedded.cluster_ids.size();
+  if (chosen == Mode::none) {
+    const auto make = [this] { return no_factors(bundle.manifest.adaptation); };
+    return std::vector<FactorSource>(batch, {"none", make});
+  }
+  if (adapters) {
+    std::vector<FactorSource> sources;
+    for (const std::int64_t id : adapter_ids(*adapters)) {
+      const auto make = [this, id] { return select(bundle.lora, std::span(&id, 1)).sets; };
+      sources.push_back({"adapter " + std::to_string(id), make});
+    }
+    return sources;
+  }
+  if (chosen == Mode::static_) {
+    static std::atomic<std::uint64_t> number = 0;  // a caller's set is shared by the rows of its submit alone
+    const std::string key = factors ? "static " + std::to_string(number++) : "static";
+    return std::vector<FactorSource>(batch, {key, [sets = static_factors(factors)] { return sets; }});
+  }
+  std::vector<FactorSource> sources;
+  if (chosen == Mode::centroid) {
+    for (const std::int64_t id : embedded.cluster_ids) {
+      const auto make = [this, id] { return select(factors_of_centroids(), std::span(&id, 1)).sets; };
+      sources.push_back({"centroid " + std::to_string(id), make});
+    }
+    return sources;
+  }
+  const Conditioning given = conditioning(chosen, embedded.embeddings, embedded.cluster_ids, tenants);
+  const auto hidden_size = static_cast<std::size_t>(bundle.manifest.model.hidden_size);
+  for (const std::int64_t id : given.factor_ids) {
+    const auto begin = given.vectors.begin() + id * static_cast<std::ptrdiff_t>(hidden_size);
+    std::vector<float> vector(begin, begin + static_cast<std::ptrdiff_t>(hidden_size));
+    // Equal vectors have equal factors, for any tenant.
+    std::string key(reinterpret_cast<const char*>(vector.data()), vector.size() * sizeof(float));
+    sources.push_back({"vector " + key, [this, vector = std::move(vector)] { return generate_factors(vector); }});
+  }
+  return sources;
+}
+
+std::vector<std::int64_t> Runtime::Impl::adapter_ids(const AdapterNames& adapters) const {
+  const std::vector<std::string>& names = bundle.manifest.adaptation.adapters;
+  if (names.empty()) throw AdapterError("this bundle has no adapters: export it with --adapter");
+  std::vector<std::int64_t> ids;
+  for (const std::optional<std::string>& name : adapters) {
+    const auto found = name ? std::ranges::find(names, *name) : names.end();
+    if (name && found == names.end()) {
+      throw AdapterError("no adapter is named '" + name->substr(0, 80) + "': inspect shows the bundle's");
+    }
+    ids.push_back(found - names.begin());  // the set of zeros is after the last
+  }
+  return ids;
 }
 
 FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) const {
   if (factors) return check_factors(*factors, bundle.manifest.adaptation);
   if (bundle.lora.count == 0) {
     throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
+  }
+  if (!bundle.manifest.adaptation.adapters.empty()) {
+    throw ModeError("mode 'static' of a bundle with adapters: pass adapters, a name or nothing per text");
   }
   return bundle.lora;
 }
@@ -221,7 +270,8 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
-    : impl_((check_provider(options.provider), std::make_unique<const Impl>(path, options))) {}
+    : impl_((check_provider(options.provider),
+             std::make_unique<const Impl>(start_opening(path, options.trusted_keys), options))) {}
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime::~Runtime() = default;
 
@@ -234,35 +284,28 @@ std::vector<Score> Runtime::score(Texts texts, const AdaptOptions& options, cons
   return score_rows(rows, *impl_->decoder, impl_->adapt(rows, options), stop);
 }
 
+std::vector<std::vector<Choice>> Runtime::prompt_logprobs(Texts texts, const RowFactors& factors, int count,
+                                                          const std::stop_token& stop) const {
+  return chameleon::prompt_logprobs(impl_->encode(texts), *impl_->decoder, factors, count, stop);
+}
+
 std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& options) const {
   const std::vector<TokenIds> prompt_ids = impl_->encode(prompts);
-  check_count(options.max_new_tokens, prompt_ids.size(), "max_new_tokens");
-  check_count(options.sampling, prompt_ids.size(), "sampling");
-  for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
-    check(value_of(options.sampling, i), manifest().model.vocab_size);
-    if (value_of(options.max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
-  }
-  const Adaptation adaptation = impl_->adapt(prompt_ids, options);
   const ModelSpec& model = manifest().model;
-  const bool single = std::holds_alternative<Sampling>(options.sampling);
-  std::vector<Row> rows;
-  rows.reserve(prompt_ids.size());
-  for (std::size_t i = 0; i < prompt_ids.size(); ++i) {
-    // The last new token is never fed back, so it needs no position.
-    const std::int64_t room = model.max_positions - static_cast<std::int64_t>(prompt_ids[i].size()) + 1;
-    rows.emplace_back(prompt_ids[i], std::min(value_of(options.max_new_tokens, i), room), value_of(options.sampling, i),
-                      single ? i : 0, adaptation.cluster_ids[i]);
+  Adaptation adaptation = impl_->adapt(prompt_ids, options);
+  std::vector<Row> rows = begin_rows(prompt_ids, adaptation.cluster_ids, options.max_new_tokens, options.sampling, 1,
+                                     model.max_positions, model.vocab_size);
+  if (options.prompt_lookup_num_tokens != 0) {
+    return generate_speculated(std::move(rows), options.prompt_lookup_num_tokens, *impl_->decoder, adaptation.factors,
+                               impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
   }
-  stream_tokens(rows, *impl_->decoder, adaptation, impl_->tokenizer, model.eos_token_id, options.on_token,
-                options.stop);
-  std::vector<Generation> generations;
-  generations.reserve(rows.size());
-  for (Row& row : rows) generations.push_back(std::move(row.generation()));
-  return generations;
+  return generate_rows(std::move(rows), *impl_->decoder, std::move(adaptation.factors), impl_->tokenizer,
+                       model.eos_token_id, options.on_token, options.stop);
 }
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }
+const Bundle& Runtime::bundle() const { return impl_->bundle; }
 const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
 const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }
 

@@ -21,8 +21,7 @@ void read(const Json& json, const std::string& at, Entry& entry) {
   Fields(json, at)
       .required("dtype", entry.dtype)
       .required("shape", entry.shape)
-      .required("data_offsets", entry.data_offsets)
-      .finish();
+      .required("data_offsets", entry.data_offsets);  // others are ignored, as by the library safetensors
 }
 
 std::map<std::string, Entry> read_header(std::string_view header, const std::string& where) {

@@ -54,8 +54,6 @@ double weight(float logit, double highest, double scale) {
   return (q * kUnit + 0x1p52) - 0x1p52;  // rounds to an integer, and unlike std::rint as a vector instruction
 }
 
-double weight_scale(double temperature) { return 0x1p-9 / temperature; }
-
 bool changes_logits(const Sampling& s) {
   return s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0 || !s.logit_bias.empty();
 }
@@ -117,7 +115,7 @@ void check(const Sampling& sampling, std::int64_t vocab_size) {
   const char* expected = "a number from -2 to 2 (0 changes nothing)";
   require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
   require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
-  require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= 5), "logprobs",
+  require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= kMaxLogprobs), "logprobs",
           "an integer from 0 to 5");
   for (const auto& [id, bias] : sampling.logit_bias) {
     require(id >= 0 && std::abs(bias) <= 100, "logit_bias of token " + std::to_string(id),
@@ -139,8 +137,8 @@ void TokenCounts::append(std::int64_t token_id) {
   ++generated_[token_id];
 }
 
-Sampler::Sampler(const Sampling& sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
-    : sampling_(sampling), stream_(stream), counts_(prompt) {}
+Sampler::Sampler(Sampling sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
+    : sampling_(std::move(sampling)), stream_(stream), counts_(prompt) {}
 
 Choice Sampler::choose(std::span<const float> logits, std::span<const bool> allowed) const {
   const double u = uniform(sampling_.seed, stream_, step_);
@@ -195,7 +193,7 @@ std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, co
   }
   if (sampling.temperature == 0) return static_cast<std::int64_t>(best);
 
-  const double highest = logits[best], scale = weight_scale(sampling.temperature);
+  const double highest = logits[best], scale = 0x1p-9 / sampling.temperature;
   std::vector<Candidate> kept;
   kept.reserve(logits.size());
   for (std::size_t id = 0; id < logits.size(); ++id) {
@@ -212,10 +210,10 @@ std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, co
 }
 
 Choice log_probabilities(std::span<const float> logits, std::int64_t token_id, int count) {
-  const double highest = logits[finite_argmax(logits)], scale = weight_scale(1);
+  const double highest = logits[finite_argmax(logits)];
   double total = 0;
-  for (const float logit : logits) total += weight(logit, highest, scale);
-  const double log_total = std::log(total / kUnit);
+  for (const float logit : logits) total += std::exp(logit - highest);
+  const double log_total = std::log(total);
   const auto logprob = [&](std::size_t id) {
     return static_cast<float>(static_cast<double>(logits[id]) - highest - log_total);
   };

@@ -7,6 +7,9 @@
 
 namespace chameleon {
 
+/// The largest number of alternatives that are reported for a token.
+inline constexpr int kMaxLogprobs = 5;
+
 /// Throws InputError for a setting out of range, and TokenError for a bias of a token outside the vocabulary.
 void check(const Sampling& sampling, std::int64_t vocab_size);
 
@@ -29,20 +32,14 @@ class TokenCounts {
   std::map<std::int64_t, std::int64_t> generated_;
 };
 
-/// A chosen token; the other fields are empty unless Sampling::logprobs asks for them.
-struct Choice {
-  std::int64_t token_id;
-  std::optional<float> logprob{};
-  std::vector<TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
-};
-
 /// Chooses the tokens of one row, one after another.
 class Sampler {
  public:
-  /// sampling  must outlive this
-  /// prompt    token ids of the row
-  /// stream    which of the seed's random streams it draws from
-  Sampler(const Sampling& sampling, std::span<const std::int64_t> prompt, std::uint64_t stream);
+  /// prompt  token ids of the row
+  /// stream  which of the seed's random streams it draws from
+  Sampler(Sampling sampling, std::span<const std::int64_t> prompt, std::uint64_t stream);
+
+  [[nodiscard]] const Sampling& sampling() const { return sampling_; }
 
   /// The next token, by the row's own random number. It is not counted until `append`. See `choose` below.
   [[nodiscard]] Choice choose(std::span<const float> logits, std::span<const bool> allowed = {}) const;
@@ -50,7 +47,7 @@ class Sampler {
   void append(std::int64_t token_id);
 
  private:
-  const Sampling& sampling_;
+  Sampling sampling_;
   std::uint64_t stream_, step_ = 0;
   TokenCounts counts_;
 };

@@ -1,10 +1,13 @@
 #include "shared_cache.h"
 
 #include <algorithm>
-#include <cstring>
+#include <map>
 #include <new>
+#include <numeric>
 
 #include "chameleon/error.h"
+#include "schedule.h"
+#include "slots.h"
 
 namespace chameleon {
 
@@ -14,188 +17,185 @@ namespace {
 // It is smaller in int8, whose activations then stay in the processor's cache.
 constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
 
-// The same for calls that compute the hidden states of all positions.
+// The same for calls that return hidden states or logits of all positions.
 constexpr std::size_t kScoredTokens = 256;
 
-/// Logits [batch, 1, vocab] in the memory that ONNX Runtime wrote them to.
-Logits logits_of(Ort::Value value) {
-  const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
-  const auto owner = std::make_shared<Ort::Value>(std::move(value));
-  return {owner->GetTensorMutableData<float>(), 1, static_cast<std::size_t>(shape.at(1)), owner};
+constexpr auto kSize = &std::span<const std::int64_t>::size;
+
+/// Call `read` with rows and the position of their first token: several rows whole, a single row in pieces of at most
+/// `tokens` tokens. GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
+template <class Read>
+void in_pieces(Rows rows, std::size_t tokens, const Read& read) {
+  if (rows.size() > 1) return read(rows, 0);
+  for (std::size_t start = 0; start < rows[0].size();) {
+    const auto piece = rows[0].subspan(start, chunk_length(rows[0].size() - start, tokens));
+    read(Rows(&piece, 1), start);
+    start += piece.size();
+  }
 }
 
 }  // namespace
 
-SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest)
-    : session_(std::move(session)),
-      scorer_(std::move(scorer)),
-      model_(manifest.model),
-      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens),
-      cache_type_(manifest.precision == "int8" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
-                                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-  std::vector<std::string> present;
-  for (std::int64_t layer = 0; layer < model_.num_layers; ++layer) {
-    for (const char* kind : {".key", ".value"}) {
-      const std::string name = "." + std::to_string(layer) + kind;
-      names_.push_back("past_key_values" + name);
-      present.push_back("present" + name);
-    }
+SpareMemory::Block::Block(SpareMemory& spare, std::size_t size) : spare_(spare) {
+  {
+    const std::lock_guard lock(spare.mutex_);
+    bytes_ = std::move(spare.bytes_);
+    size_ = std::exchange(spare.size_, 0);
   }
-  for (const char* name : {"input_ids", "position_ids", "logits_positions", "num_logits", "seqlens_k",
-                           "total_sequence_length", "factor_ids"}) {
-    names_.emplace_back(name);
-  }
-  for (const auto& [name, width] : manifest.adaptation.factor_widths()) names_.push_back(name);
-  const auto num_inputs = static_cast<std::ptrdiff_t>(names_.size());
-  names_.insert(names_.end(), present.begin(), present.end());
-  std::ranges::transform(names_.begin(), names_.begin() + num_inputs, std::back_inserter(input_names_),
-                         &std::string::c_str);
-  std::ranges::transform(names_.begin() + num_inputs, names_.end(), std::back_inserter(present_names_),
-                         &std::string::c_str);
+  if (size_ >= size) return;
+  bytes_.reset();  // first, so that there are never both
+  bytes_ = std::make_unique_for_overwrite<std::byte[]>(size);
+  size_ = size;
 }
+
+SpareMemory::Block::~Block() {
+  if (bytes_ == nullptr) return;
+  const std::lock_guard lock(spare_.mutex_);
+  spare_.bytes_ = std::move(bytes_);
+  spare_.size_ = size_;
+}
+
+/// The key-value cache of a batch.
+struct SharedCacheDecoder::SharedCache final : Cache {
+  SharedCache(SpareMemory::Block block, std::size_t rows, std::size_t capacity)
+      : memory(std::move(block)), buffers{memory.data(), rows, capacity}, lengths(rows) {}
+
+  SpareMemory::Block memory;
+  CacheBuffers buffers;
+  std::vector<std::int64_t> lengths;  // [batch], real tokens per row: the next token's position
+  std::unique_ptr<BoundCall> step;    // the bound call of a decoding step, made at the first one of a number of rows
+  std::map<std::size_t, std::unique_ptr<BoundCall>> extend;  // the same of calls that append several tokens, by number
+};
+
+SharedCacheDecoder::SharedCacheDecoder(Ort::Session session, TiledScorer scorer, const Manifest& manifest)
+    : graph_(std::move(session), manifest),
+      scorer_(std::move(scorer)),
+      prefill_tokens_(manifest.precision == "int8" ? kInt8Tokens : kPrefillTokens) {}
 
 std::pair<Logits, std::unique_ptr<Cache>> SharedCacheDecoder::prefill(Rows rows, const RowFactors& factors,
                                                                       std::size_t capacity,
                                                                       const std::stop_token& stop) const {
-  for (const auto& row : rows) capacity = std::max(capacity, row.size());
-  auto cache = empty_cache(rows.size(), capacity);
-  const auto vocab = static_cast<std::size_t>(model_.vocab_size);
+  capacity = std::max(capacity, std::ranges::max(rows, {}, kSize).size());
+  auto cache = std::make_unique<SharedCache>(empty_cache(rows.size(), capacity));
+  const auto vocab = static_cast<std::size_t>(graph_.model.vocab_size);
   const auto values = std::make_shared<std::vector<float>>(rows.size() * vocab);
-  Logits logits(values->data(), 1, vocab, values);
   for (const Part& part : parts(rows, prefill_tokens_)) {
-    const Rows members = rows.subspan(part.first, part.count);
-    Logits read_logits =
-        logits_of(read(Output::logits, members, factors.rows(part.indices()), *cache, part.first, stop));
-    for (std::size_t row = 0; row < part.count; ++row) {
-      std::ranges::copy(read_logits.at(row), logits.at(part.first + row).begin());
-    }
+    const RowFactors own = factors.rows(part.indices());
+    const auto out = values->begin() + static_cast<std::ptrdiff_t>(part.first * vocab);
+    in_pieces(rows.subspan(part.first, part.count), prefill_tokens_, [&](Rows piece, std::size_t start) {
+      const auto call = read(piece, own, cache->buffers, part.first, start, true, BoundCall::Output::logits, stop);
+      std::ranges::copy(call->output(), out);
+    });
   }
-  return {std::move(logits), std::move(cache)};
+  std::ranges::transform(rows, cache->lengths.begin(), [](const auto& row) { return std::ssize(row); });
+  return {Logits(values->data(), 1, vocab, values), std::move(cache)};
 }
 
 Logits SharedCacheDecoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& any_cache,
                                 const std::stop_token& stop) const {
-  auto& cache = dynamic_cast<Buffers&>(any_cache);
-  const Call call{.input_ids = {token_ids.begin(), token_ids.end()},
-                  .position_ids = cache.lengths,
-                  .logits_positions = std::vector<std::int64_t>(token_ids.size(), 0),
-                  .num_logits = 1,
-                  .seqlens_k = {cache.lengths.begin(), cache.lengths.end()},
-                  .total_sequence_length = static_cast<std::int32_t>(std::ranges::max(cache.lengths)) + 1};
-  Logits logits = logits_of(run(Output::logits, call, factors, cache, 0, stop));
+  auto& cache = dynamic_cast<SharedCache&>(any_cache);
+  if (cache.step == nullptr) {
+    cache.step =
+        std::make_unique<BoundCall>(graph_, cache.buffers, 0, token_ids.size(), 1, 1, BoundCall::Output::logits);
+  }
+  BoundCall& call = *cache.step;
+  std::ranges::copy(token_ids, call.input_ids.begin());
+  call.append_to(cache.lengths);
+  const std::span<float> logits = call.run(factors, stop);
   for (std::int64_t& length : cache.lengths) ++length;
-  return logits;
+  return {logits.data(), 1, static_cast<std::size_t>(graph_.model.vocab_size), nullptr};
+}
+
+Logits SharedCacheDecoder::extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors,
+                                  Cache& any_cache, const std::stop_token& stop) const {
+  auto& cache = dynamic_cast<SharedCache&>(any_cache);
+  const std::size_t width = token_ids.size();
+  auto& call = cache.extend[width];
+  if (call == nullptr) {
+    call = std::make_unique<BoundCall>(graph_, cache.buffers, 0, 1, width, width, BoundCall::Output::logits);
+    std::iota(call->logits_positions.begin(), call->logits_positions.end(), 0);
+  }
+  std::ranges::copy(token_ids, call->input_ids.begin());
+  std::iota(call->position_ids.begin(), call->position_ids.end(), past);
+  call->seqlens_k[0] = static_cast<std::int32_t>(past + width - 1);
+  call->total_sequence_length = static_cast<std::int32_t>(past + width);
+  const std::span<float> logits = call->run(factors, stop);
+  cache.lengths[0] = static_cast<std::int64_t>(past + width);
+  return {logits.data(), width, static_cast<std::size_t>(graph_.model.vocab_size), nullptr};
+}
+
+void SharedCacheDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {
+  auto& cache = dynamic_cast<SharedCache&>(any_cache);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (i == rows[i]) continue;
+    cache.buffers.copy_row(graph_, rows[i], i, static_cast<std::size_t>(cache.lengths[rows[i]]));
+    cache.lengths[i] = cache.lengths[rows[i]];
+  }
+  cache.lengths.resize(rows.size());
+  cache.step.reset();
+}
+
+void SharedCacheDecoder::all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                                    const std::stop_token& stop) const {
+  const SharedCache cache = empty_cache(rows.size(), std::ranges::max(rows, {}, kSize).size());
+  in_pieces(rows, kScoredTokens, [&](Rows piece, std::size_t start) {
+    const auto call = read(piece, factors, cache.buffers, 0, start, false, BoundCall::Output::logits, stop);
+    const std::size_t positions = call->logits_positions.size() / piece.size();
+    take(start, Logits(call->output().data(), positions, static_cast<std::size_t>(graph_.model.vocab_size), nullptr));
+  });
 }
 
 std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, const RowFactors& factors,
                                                                    const std::stop_token& stop) const {
   TiledScorer::Batch batch(scorer_, rows, factors, stop);
   const std::vector inputs = without_last(rows);
+  const auto hidden_size = static_cast<std::size_t>(graph_.model.hidden_size);
   for (const Part& part : parts(inputs, kScoredTokens)) {
     const Rows members = Rows(inputs).subspan(part.first, part.count);
-    const std::size_t width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
-    const auto cache = empty_cache(part.count, width);
-    const Ort::Value states = read(Output::hidden_states, members, factors.rows(part.indices()), *cache, 0, stop);
-    const auto hidden_size = static_cast<std::size_t>(model_.hidden_size);
-    for (std::size_t row = 0; row < part.count; ++row) {
-      batch.add(part.first + row,
-                {states.GetTensorData<float>() + row * width * hidden_size, members[row].size() * hidden_size});
-    }
+    const RowFactors own = factors.rows(part.indices());
+    const SharedCache cache = empty_cache(part.count, std::ranges::max(members, {}, kSize).size());
+    in_pieces(members, kScoredTokens, [&](Rows piece, std::size_t start) {
+      const auto call = read(piece, own, cache.buffers, 0, start, false, BoundCall::Output::hidden_states, stop);
+      const std::size_t width = call->logits_positions.size() / piece.size();
+      for (std::size_t row = 0; row < piece.size(); ++row) {
+        batch.add(part.first + row, call->output().subspan(row * width * hidden_size, piece[row].size() * hidden_size));
+      }
+    });
   }
   return batch.finish();
 }
 
-void SharedCacheDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {
-  auto& cache = dynamic_cast<Buffers&>(any_cache);
-  const std::size_t row_size = row_bytes(cache.capacity);
-  for (auto& buffer : cache.values) {
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      if (i != rows[i]) std::memcpy(&buffer[i * row_size], &buffer[rows[i] * row_size], row_size);
-    }
-  }
-  for (std::size_t i = 0; i < rows.size(); ++i) cache.lengths[i] = cache.lengths[rows[i]];
-  cache.lengths.resize(rows.size());
+std::unique_ptr<Slots> SharedCacheDecoder::slots(std::size_t rows, std::size_t capacity) const {
+  return std::make_unique<Slots>(graph_, rows, capacity);
 }
 
-Ort::Value SharedCacheDecoder::read(Output output, Rows rows, const RowFactors& factors, Buffers& cache,
-                                    std::size_t first_row, const std::stop_token& stop) const {
-  const std::size_t width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
-  Call call{.input_ids = std::vector<std::int64_t>(rows.size() * width),  // padding is never attended: any id will do
-            .position_ids = std::vector<std::int64_t>(rows.size() * width),
-            .logits_positions = {},
-            .num_logits = output == Output::logits ? 1 : 0,
-            .seqlens_k = {},
-            .total_sequence_length = static_cast<std::int32_t>(width)};
+std::unique_ptr<BoundCall> SharedCacheDecoder::read(Rows rows, const RowFactors& factors, const CacheBuffers& cache,
+                                                    std::size_t first, std::size_t start, bool last_only,
+                                                    BoundCall::Output output, const std::stop_token& stop) const {
+  const std::size_t width = std::ranges::max(rows, {}, kSize).size();
+  auto call = std::make_unique<BoundCall>(graph_, cache, first, rows.size(), width, last_only ? 1 : width, output);
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    std::ranges::copy(rows[row], call.input_ids.begin() + static_cast<std::ptrdiff_t>(row * width));
-    for (std::size_t i = 0; i < width; ++i) call.position_ids[row * width + i] = static_cast<std::int64_t>(i);
+    const auto at = static_cast<std::ptrdiff_t>(row * width), end = at + static_cast<std::ptrdiff_t>(width);
+    std::ranges::copy(rows[row], call->input_ids.begin() + at);
+    std::iota(call->position_ids.begin() + at, call->position_ids.begin() + end, start);
     const auto length = static_cast<std::int64_t>(rows[row].size());
-    if (output == Output::logits) call.logits_positions.push_back(length - 1);
-    call.seqlens_k.push_back(static_cast<std::int32_t>(length - 1));
-    cache.lengths[first_row + row] = length;
-  }
-  if (output == Output::hidden_states) call.logits_positions = call.position_ids;
-  return run(output, call, factors, cache, first_row, stop);
-}
-
-Ort::Value SharedCacheDecoder::run(Output output, const Call& call, const RowFactors& factors, Buffers& cache,
-                                   std::size_t first_row, const std::stop_token& stop) const {
-  const auto batch = static_cast<std::int64_t>(call.seqlens_k.size());
-  const auto columns = [batch](std::span<const std::int64_t> values) {
-    return static_cast<std::int64_t>(values.size()) / batch;
-  };
-  auto& inputs = cache.inputs;
-  auto& outputs = cache.outputs;
-  if (cache.batch != batch || cache.first_row != first_row) {
-    inputs.clear();
-    outputs.clear();
-    const auto capacity = static_cast<std::int64_t>(cache.capacity);
-    const std::size_t row_size = row_bytes(cache.capacity);
-    for (const auto& buffer : cache.values) {
-      // Past and present are the same memory: the graph writes in place.
-      const std::span<std::byte> rows(&buffer[first_row * row_size], static_cast<std::size_t>(batch) * row_size);
-      for (auto* values : {&inputs, &outputs}) {
-        values->push_back(
-            tensor_over(rows, cache_type_, {batch, model_.num_key_value_heads, capacity, model_.head_dim}));
-      }
+    if (last_only) {
+      call->logits_positions[row] = length - 1;
+    } else {
+      std::iota(call->logits_positions.begin() + at, call->logits_positions.begin() + end, 0);
     }
-    cache.first_row = first_row;
-    cache.batch = batch;
+    call->seqlens_k[row] = static_cast<std::int32_t>(static_cast<std::int64_t>(start) + length - 1);
   }
-  inputs.resize(cache.values.size());
-  outputs.resize(cache.values.size());
-  inputs.push_back(tensor_over<std::int64_t>(call.input_ids, {batch, columns(call.input_ids)}));
-  inputs.push_back(tensor_over<std::int64_t>(call.position_ids, {batch, columns(call.position_ids)}));
-  inputs.push_back(tensor_over<std::int64_t>(call.logits_positions, {batch, columns(call.logits_positions)}));
-  inputs.push_back(tensor_over<std::int64_t>(std::span(&call.num_logits, 1), {1}));
-  inputs.push_back(tensor_over<std::int32_t>(call.seqlens_k, {batch}));
-  inputs.push_back(tensor_over<std::int32_t>(std::span(&call.total_sequence_length, 1), {}));
-  inputs.push_back(tensor_over<std::int64_t>(factors.factor_ids, {batch}));
-  for (const auto& [name, values] : factors.sets.tensors) inputs.push_back(factor_tensor(factors.sets, values));
-  outputs.emplace_back(nullptr);
-  std::vector<const char*> output_names = present_names_;
-  output_names.push_back(output == Output::logits ? "logits" : "hidden_states");
-  run_session(session_, stop, input_names_, inputs, output_names, outputs);
-  return std::move(outputs.back());
+  call->total_sequence_length = static_cast<std::int32_t>(start + width);
+  call->run(factors, stop);
+  return call;
 }
 
-std::unique_ptr<SharedCacheDecoder::Buffers> SharedCacheDecoder::empty_cache(std::size_t batch,
-                                                                             std::size_t capacity) const try {
-  auto cache = std::make_unique<Buffers>();
-  cache->capacity = capacity;
-  cache->lengths.assign(batch, 0);
-  for (std::size_t i = 0; i < present_names_.size(); ++i) {
-    cache->values.push_back(std::make_unique_for_overwrite<std::byte[]>(batch * row_bytes(capacity)));
-  }
-  return cache;
+SharedCacheDecoder::SharedCache SharedCacheDecoder::empty_cache(std::size_t batch, std::size_t capacity) const try {
+  return {SpareMemory::Block(spare_, graph_.cache_bytes(batch, capacity)), batch, capacity};
 } catch (const std::bad_alloc&) {
   throw LengthError("no memory for a cache of " + std::to_string(batch) + " rows of " + std::to_string(capacity) +
                     " tokens: pass fewer rows or a smaller max_new_tokens");
-}
-
-std::size_t SharedCacheDecoder::row_bytes(std::size_t capacity) const {
-  const std::size_t item = cache_type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? sizeof(std::int8_t) : sizeof(float);
-  return static_cast<std::size_t>(model_.num_key_value_heads * model_.head_dim) * capacity * item;
 }
 
 }  // namespace chameleon

@@ -1,11 +1,37 @@
 // A decoder on ONNX Runtime whose past and present are one buffer, written in place at each row's own length.
 #pragma once
 
+#include <mutex>
+
+#include "bound_call.h"
 #include "decoder.h"
-#include "session.h"
 #include "tiled_scorer.h"
 
 namespace chameleon {
+
+/// Key-value memory that one call leaves to the next. The first write to new memory costs time: 2 to 4 % of a prefill
+/// in int8.
+class SpareMemory {
+ public:
+  /// Memory of at least one size; its end gives it back.
+  class Block {
+   public:
+    Block(SpareMemory& spare, std::size_t size);
+    Block(Block&&) noexcept = default;
+    ~Block();
+    [[nodiscard]] std::byte* data() const { return bytes_.get(); }
+
+   private:
+    SpareMemory& spare_;
+    std::unique_ptr<std::byte[]> bytes_;
+    std::size_t size_ = 0;
+  };
+
+ private:
+  std::mutex mutex_;
+  std::unique_ptr<std::byte[]> bytes_;  // of the call that ended last
+  std::size_t size_ = 0;
+};
 
 /// See Decoder. One session reads prompts, runs steps and computes the hidden states for scoring.
 class SharedCacheDecoder final : public Decoder {
@@ -16,52 +42,29 @@ class SharedCacheDecoder final : public Decoder {
                                                     const std::stop_token& stop) const override;
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const std::stop_token& stop) const override;
+  Logits extend(std::span<const std::int64_t> token_ids, std::size_t past, const RowFactors& factors, Cache& cache,
+                const std::stop_token& stop) const override;
+  void select(Cache& cache, std::span<const std::size_t> rows) const override;
+  void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                  const std::stop_token& stop) const override;
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override;
-  void select(Cache& cache, std::span<const std::size_t> rows) const override;
+  [[nodiscard]] std::unique_ptr<Slots> slots(std::size_t rows, std::size_t capacity) const override;
 
  private:
-  struct Buffers final : Cache {
-    /// [batch, heads, capacity, head_dim] of every layer's key and value, in the order of the graph's inputs: float32,
-    /// or int8 in an int8 bundle.
-    std::vector<std::unique_ptr<std::byte[]>> values;
-    std::size_t capacity = 0;
-    std::vector<std::int64_t> lengths;  ///< [batch], real tokens per row: the next token's position
-    /// Tensors of the last call. Those over `values` are reused while calls are over the same rows: creating them costs
-    /// 20 us per step.
-    std::vector<Ort::Value> inputs, outputs;
-    std::size_t first_row = 0;
-    std::int64_t batch = 0;
-  };
+  struct SharedCache;
 
-  /// The output of a call besides the cache: logits after each row's last token, or hidden states of all positions.
-  enum class Output { logits, hidden_states };
+  /// Read rows whose cache, beginning at its row `first`, has `start` tokens already. The output is of each row's last
+  /// position, or of all positions.
+  [[nodiscard]] std::unique_ptr<BoundCall> read(Rows rows, const RowFactors& factors, const CacheBuffers& cache,
+                                                std::size_t first, std::size_t start, bool last_only,
+                                                BoundCall::Output output, const std::stop_token& stop) const;
+  [[nodiscard]] SharedCache empty_cache(std::size_t batch, std::size_t capacity) const;
 
-  /// The inputs of one call besides the factors and the cache.
-  struct Call {
-    std::vector<std::int64_t> input_ids, position_ids;  // [batch, width]
-    std::vector<std::int64_t> logits_positions;         // [batch, positions]
-    std::int64_t num_logits;                            // how many of a row's positions get logits: the first ones
-    std::vector<std::int32_t> seqlens_k;                // real tokens of each row after the call, minus one
-    std::int32_t total_sequence_length;
-  };
-
-  /// Bytes of one row in one buffer.
-  [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
-  [[nodiscard]] std::unique_ptr<Buffers> empty_cache(std::size_t batch, std::size_t capacity) const;
-  /// Read whole rows into the cache, beginning at its row first_row.
-  [[nodiscard]] Ort::Value read(Output output, Rows rows, const RowFactors& factors, Buffers& cache,
-                                std::size_t first_row, const std::stop_token& stop) const;
-  [[nodiscard]] Ort::Value run(Output output, const Call& call, const RowFactors& factors, Buffers& cache,
-                               std::size_t first_row, const std::stop_token& stop) const;
-
-  Ort::Session session_;
+  SharedCacheGraph graph_;
   TiledScorer scorer_;
-  ModelSpec model_;
   std::size_t prefill_tokens_;
-  ONNXTensorElementDataType cache_type_;
-  std::vector<std::string> names_;  // owns the characters that the next two point to
-  std::vector<const char*> input_names_, present_names_;
+  mutable SpareMemory spare_;
 };
 
 }  // namespace chameleon

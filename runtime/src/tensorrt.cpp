@@ -3,6 +3,7 @@
 #include <NvInferRuntime.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -67,9 +68,11 @@ class TensorRTDecoder final : public Decoder {
                                                     const std::stop_token& stop) const override;
   Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
               const std::stop_token& stop) const override;
+  void select(Cache& cache, std::span<const std::size_t> rows) const override;
+  void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                  const std::stop_token& stop) const override;
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override;
-  void select(Cache& cache, std::span<const std::size_t> rows) const override;
 
  private:
   using Numbers = std::vector<std::int64_t>;
@@ -77,6 +80,7 @@ class TensorRTDecoder final : public Decoder {
   /// Throws LengthError for a call that the engine's profiles do not accept. width: the cache's in the end
   void check_limits(Rows rows, const FactorSets& sets, std::size_t width) const;
   [[nodiscard]] Logits read(Rows rows, const RowFactors& factors, bool last_only, TwoBuffers& cache) const;
+  [[nodiscard]] Logits read_whole(Rows rows, const RowFactors& factors) const;
   /// An empty cache of `width` tokens per row for a batch that is within the limits.
   [[nodiscard]] TwoBuffers empty_cache(Rows rows, const FactorSets& sets, std::size_t width) const;
   /// One call: the host's inputs by name, and shapes. The cache grows by `sequence` tokens.
@@ -180,15 +184,23 @@ Logits TensorRTDecoder::step(std::span<const std::int64_t> token_ids, const RowF
   return run(kDecode, std::move(numbers), 1, 1, factors.sets, cache);
 }
 
+void TensorRTDecoder::all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                                 const std::stop_token& /*stop*/) const {
+  take(0, read_whole(rows, factors));
+}
+
 std::vector<std::vector<float>> TensorRTDecoder::token_logprobs(Rows rows, const RowFactors& factors,
                                                                 const std::stop_token& stop) const {
-  const auto all_logits = [this](Rows members, const RowFactors& own) {
-    const auto width = std::ranges::max(members, {}, &std::span<const std::int64_t>::size).size();
-    const std::lock_guard lock(mutex_);
-    TwoBuffers cache = empty_cache(members, own.sets, width);
-    return read(members, own, false, cache);
-  };
-  return logprobs_of_logits(rows, factors, static_cast<std::size_t>(limits_.batch), stop, all_logits);
+  return logprobs_of_logits(rows, factors, static_cast<std::size_t>(limits_.batch), stop,
+                            std::bind_front(&TensorRTDecoder::read_whole, this));
+}
+
+/// The logits of every position.
+Logits TensorRTDecoder::read_whole(Rows rows, const RowFactors& factors) const {
+  const auto width = std::ranges::max(rows, {}, &std::span<const std::int64_t>::size).size();
+  const std::lock_guard lock(mutex_);
+  TwoBuffers cache = empty_cache(rows, factors.sets, width);
+  return read(rows, factors, false, cache);
 }
 
 void TensorRTDecoder::select(Cache& any_cache, std::span<const std::size_t> rows) const {

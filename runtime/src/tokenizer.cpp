@@ -9,6 +9,7 @@
 #include "bpe.h"
 #include "chameleon/error.h"
 #include "json_fields.h"
+#include "tokenizer_file.h"
 #include "unicode_regex.h"
 #include "utf8.h"
 
@@ -24,8 +25,6 @@ constexpr std::string_view kWords = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+
 // The characters that Digits splits at. `tokenizers` follows Unicode 17, which has thirteen more numbers than the
 // Unicode 16 of PCRE2.
 constexpr std::string_view kDigit = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
-
-constexpr std::int64_t kMaxId = 1 << 24;  // bounds the table of tokens; no vocabulary is that large
 
 /// GPT-2 writes every byte as a printable character: a printable byte as itself, others as U+0100 and following.
 std::array<char32_t, 256> byte_characters() {
@@ -47,21 +46,6 @@ std::string token_bytes(const std::string& token, const std::unordered_map<char3
     bytes += found->second;
   }
   return bytes;
-}
-
-/// A merge is "left right" in older files and ["left", "right"] in newer ones.
-std::pair<std::string, std::string> read_merge(const Json& json) {
-  std::vector<std::string> parts;
-  if (json.is_array()) {
-    chameleon::read(json, "tokenizer.json: model.merges", parts);
-  } else {
-    std::string line;
-    chameleon::read(json, "tokenizer.json: model.merges", line);
-    const std::size_t space = line.find(' ');
-    if (space != std::string::npos) parts = {line.substr(0, space), line.substr(space + 1)};
-  }
-  if (parts.size() != 2) fail_at("tokenizer.json: model.merges", "a merge is not a pair of tokens");
-  return {parts[0], parts[1]};
 }
 
 void require_type(const Json& json, const char* key, const char* type) {
@@ -126,25 +110,12 @@ WordRules read_word_rules(const Json& json) {
 
 }  // namespace
 
-// Not in the unnamed namespace: json_fields.h finds it through its argument.
-static void read(const Json& json, const std::string& at, AddedToken& token) {
-  Fields(json, at)
-      .required("id", token.id)
-      .required("content", token.content)
-      .required("single_word", token.single_word)
-      .required("lstrip", token.lstrip)
-      .required("rstrip", token.rstrip)
-      .required("normalized", token.normalized)
-      .required("special", token.special)
-      .finish();
-  if (token.content.empty()) fail_at(at, "is empty");
-}
-
 struct Tokenizer::Impl {
   Regex words{kWords}, digit{kDigit};
   std::vector<AddedToken> plain, normalized;  // plain tokens are searched first
   WordRules rules;
-  std::vector<std::string> bytes;  // by id; empty for special tokens
+  std::vector<std::string> tokens;  // by id
+  std::vector<std::string> bytes;   // by id; empty for special tokens
   std::unique_ptr<const Bpe> bpe;
 
   explicit Impl(const Json& json);
@@ -154,6 +125,7 @@ struct Tokenizer::Impl {
 
 Tokenizer::Impl::Impl(const Json& json) {
   refuse_options(json);
+  check_tokenizer_file(json);
   rules = read_word_rules(json);
   std::unordered_map<char32_t, char> bytes_of;
   const auto characters = byte_characters();
@@ -163,14 +135,19 @@ Tokenizer::Impl::Impl(const Json& json) {
   chameleon::read(json.at("model").at("vocab"), "tokenizer.json: model.vocab", vocab);
   std::vector<AddedToken> added;
   if (json.contains("added_tokens")) chameleon::read(json.at("added_tokens"), "tokenizer.json: added_tokens", added);
-  const auto store = [&](std::int64_t id, std::string token) {
-    if (id < 0 || id >= kMaxId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
-    if (static_cast<std::size_t>(id) >= bytes.size()) bytes.resize(static_cast<std::size_t>(id) + 1);
-    bytes[static_cast<std::size_t>(id)] = std::move(token);
+  const auto store = [&](std::int64_t id, const std::string& token, bool special) {
+    if (id < 0 || id > kMaxTokenId) fail_at("tokenizer.json", "id " + std::to_string(id) + " is out of range");
+    const auto index = static_cast<std::size_t>(id);
+    if (index >= tokens.size()) {
+      tokens.resize(index + 1);
+      bytes.resize(index + 1);
+    }
+    tokens[index] = token;
+    bytes[index] = special ? "" : token_bytes(token, bytes_of);
   };
-  for (const auto& [token, id] : vocab) store(id, token_bytes(token, bytes_of));
+  for (const auto& [token, id] : vocab) store(id, token, false);
   for (AddedToken& token : added) {
-    store(token.id, token.special ? "" : token_bytes(token.content, bytes_of));
+    store(token.id, token.content, token.special);
     (token.normalized ? normalized : plain).push_back(std::move(token));
   }
 
@@ -186,7 +163,7 @@ Tokenizer::Impl::Impl(const Json& json) {
   }
   std::vector<Bpe::Merge> merges;
   for (const Json& item : json.at("model").at("merges")) {
-    const auto [left, right] = read_merge(item);
+    const auto [left, right] = item.get<std::pair<std::string, std::string>>();
     merges.push_back({id_of(left), id_of(right), id_of(left + right)});
     if (merges.back().left < 0 || merges.back().right < 0 || merges.back().merged < 0) {
       fail_at("tokenizer.json: model.merges", "'" + left + " " + right + "' is not in the vocabulary");
@@ -253,15 +230,23 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
   return ids;
 }
 
-std::string Tokenizer::decode(std::span<const std::int64_t> ids) const {
+std::string Tokenizer::decode(std::span<const std::int64_t> ids, bool skip_special_tokens) const {
   std::string joined;
-  for (const std::int64_t id : ids) joined += bytes(id);
+  for (const std::int64_t id : ids) {
+    const std::string_view found = bytes(id);
+    joined += found.empty() && !skip_special_tokens ? token(id) : found;  // only special tokens have no bytes
+  }
   return replace_invalid_utf8(joined);
 }
 
 std::string_view Tokenizer::bytes(std::int64_t id) const {
   if (id < 0 || id >= static_cast<std::int64_t>(impl_->bytes.size())) return {};
   return impl_->bytes[static_cast<std::size_t>(id)];
+}
+
+std::string_view Tokenizer::token(std::int64_t id) const {
+  if (id < 0 || id >= static_cast<std::int64_t>(impl_->tokens.size())) return {};
+  return impl_->tokens[static_cast<std::size_t>(id)];
 }
 
 }  // namespace chameleon

@@ -2,6 +2,9 @@
 //
 //   chameleon_bench decode BUNDLE [batch] [tokens]
 //       milliseconds per step, and the share spent outside Session::Run
+//   chameleon_bench engine BUNDLE [rounds]
+//       tokens per second of 8 callers of an engine, each with one request at a time, and of `generate` with 8 rows, in
+//       turns; the engine's milliseconds per step of 8 rows, and the time of it spent outside Session::Run
 //   chameleon_bench load BUNDLE [packed|shared]
 //       resident memory after loading and after generating 32 tokens
 //   chameleon_bench soak BUNDLE [threads] [requests]
@@ -20,7 +23,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "chameleon/runtime.h"
+#include "chameleon/engine.h"
 
 namespace {
 
@@ -104,6 +107,57 @@ void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
             << std::endl;
 }
 
+void engine(const std::string& bundle, std::size_t rounds) {
+  constexpr std::size_t kCallers = 8, kRequests = 3;
+  constexpr std::int64_t kTokens = 64;
+  install_timer();
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid});
+  const auto rows = prompts(kCallers, runtime.manifest().model.vocab_size);
+  std::vector<double> steps, outside, closed, offline;
+  Clock::time_point last;
+  chameleon::Engine engine(runtime, {.rows = kCallers, .observe = [&](const chameleon::Iteration& iteration) {
+                                       const auto now = Clock::now();
+                                       if (iteration.rows == kCallers && iteration.chunk_tokens == 0) {
+                                         steps.push_back(milliseconds(now - last));
+                                         outside.push_back(milliseconds(now - last - inside_run));
+                                       }
+                                       inside_run = {};
+                                       last = Clock::now();
+                                     }});
+  const auto per_second = [](std::size_t tokens, const auto& work) {
+    const auto start = Clock::now();
+    work();
+    return static_cast<double>(tokens) * 1e3 / milliseconds(Clock::now() - start);
+  };
+  chameleon::GenerateOptions generate;
+  chameleon::SubmitOptions submit;
+  generate.max_new_tokens = submit.max_new_tokens = kTokens;
+  generate.sampling = submit.sampling = chameleon::Sampling{.ignore_eos = true};
+  for (std::size_t round = 0; round < rounds; ++round) {
+    offline.push_back(per_second(kCallers * kTokens, [&] { runtime.generate(rows, generate); }));
+    closed.push_back(per_second(kCallers * kRequests * kTokens, [&] {
+      std::vector<std::jthread> callers;
+      for (const TokenIds& row : rows) {
+        callers.emplace_back([&] {
+          for (std::size_t request = 0; request < kRequests; ++request) {
+            const chameleon::Stream stream = engine.submit(std::span(&row, 1), submit);
+            while (stream.next()) {
+            }
+          }
+        });
+      }
+    }));
+  }
+  engine.close();
+  std::cout << Json({{"tokens_per_second", median(closed)},
+                     {"tokens_per_second_of_generate", median(offline)},
+                     {"ratio", median(closed) / median(offline)},
+                     {"ms_per_step_of_8_rows", median(steps)},
+                     {"microseconds_outside_run", median(outside) * 1e3}})
+                   .dump()
+            << std::endl;
+}
+
 void load(const std::string& bundle, bool share_weights) {
   const double before = resident_mib();
   const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .share_weights = share_weights});
@@ -172,12 +226,14 @@ int main(int argc, char** argv) {
   const std::string what = word(0, ""), bundle = word(1, "");
   if (what == "decode") {
     decode(bundle, std::stoul(word(2, "1")), std::stol(word(3, "64")));
+  } else if (what == "engine") {
+    engine(bundle, std::stoul(word(2, "7")));
   } else if (what == "load") {
     load(bundle, word(2, "packed") == "shared");
   } else if (what == "soak") {
     soak(bundle, std::stoul(word(2, "64")), std::stoul(word(3, "10000")));
   } else {
-    std::cerr << "usage: chameleon_bench decode|load|soak BUNDLE ...\n";
+    std::cerr << "usage: chameleon_bench decode|engine|load|soak BUNDLE ...\n";
     return 2;
   }
   return 0;

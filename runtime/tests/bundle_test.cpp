@@ -56,6 +56,14 @@ TEST(Bundle, TheGraphForFewerProvidersWins) {
   EXPECT_THROW((void)bundle.graph("decoder", "rocm"), ManifestError);
 }
 
+TEST(Bundle, DamagedWeightsAreReportedBeforeWhatTheyExplain) {
+  const HostileBundle damaged(
+      {{"base", "lora_masked"}, {"changes", {{{"do", "flip"}, {"file", "weights.bin"}, {"offset", 100}}}}});
+  EXPECT_THROW(open_bundle(damaged.path()), DigestError);
+  EXPECT_THROW(Runtime{damaged.path()}, DigestError);
+  EXPECT_THROW(Runtime(damaged.path(), {.mode = Mode::cohort}), DigestError);  // of an intact bundle: a ModeError
+}
+
 TEST(Runtime, UnavailableModesAndProviders) {
   EXPECT_THROW(Runtime(good_bundle("lora_masked"), {.mode = Mode::cohort}), ModeError);
   EXPECT_THROW(Runtime(good_bundle("lora_masked"), {.provider = "cuda"}), ProviderError);

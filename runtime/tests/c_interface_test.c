@@ -28,7 +28,14 @@ int main(int argc, char** argv) {
   chameleon_error_free(error);
   chameleon_error_free(NULL);
 
-  const chameleon_load_options options = {"cpu", "centroid", 1, 1};
+  const char* const keys[] = {"/nowhere/key.pub"};
+  const chameleon_load_options strict = {"cpu", "centroid", 1, 1, keys, 1};
+  error = chameleon_load(argv[1], &strict, &runtime);
+  CHECK(error != NULL && runtime == NULL);
+  CHECK(strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+
+  const chameleon_load_options options = {"cpu", "centroid", 1, 1, NULL, 0};
   CHECK(chameleon_load(argv[1], &options, &runtime) == NULL);
   CHECK(chameleon_vocab_size(runtime) == 320 && chameleon_hidden_size(runtime) == 16);
 
@@ -69,6 +76,44 @@ int main(int argc, char** argv) {
   CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, cancel_after_two, &calls, &generations) == NULL);
   CHECK(calls == 2 && strcmp(chameleon_generation_finish_reason(generations, 0), "cancelled") == 0);
   chameleon_generations_free(generations);
+
+  chameleon_engine* engine = NULL;
+  const chameleon_engine_options few = {.prefill_tokens = 1};
+  error = chameleon_engine_start(runtime, &few, &engine);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+  CHECK(chameleon_engine_start(runtime, NULL, &engine) == NULL);
+  CHECK(chameleon_engine_stats(engine).rows == 8 && chameleon_engine_stats(engine).running == 0);
+  chameleon_stream* stream = NULL;
+  const chameleon_submit_options twice = {.max_new_tokens = 4, .n = 2};
+  CHECK(chameleon_engine_submit(engine, &batch, &twice, &stream) == NULL);
+  chameleon_token token;
+  int tokens = 0, ends = 0, found = 0;
+  while ((found = chameleon_stream_next(stream, -1, &token)) == 1) {
+    ++tokens;
+    ends += token.finished;
+  }
+  CHECK(found == 0 && tokens == 8 && ends == 2);
+  CHECK(chameleon_stream_result(stream, &generations) == NULL);
+  CHECK(chameleon_generation_token_ids(generations, 1, &count)[3] == token.token_id && count == 4);
+  CHECK(chameleon_generation_error_code(generations, 0) == NULL);
+  chameleon_generations_free(generations);
+  chameleon_stream_free(stream);
+
+  const chameleon_submit_options hurried = {.max_new_tokens = 4, .deadline_seconds = 1e-9};
+  CHECK(chameleon_engine_submit(engine, &batch, &hurried, &stream) == NULL);
+  CHECK(chameleon_stream_next(stream, 60, &token) == 1 && token.token_id == -1 && token.finished);
+  chameleon_stream_cancel(stream);
+  CHECK(chameleon_stream_result(stream, &generations) == NULL);
+  CHECK(strcmp(chameleon_generation_finish_reason(generations, 0), "deadline") == 0);
+  chameleon_generations_free(generations);
+  chameleon_stream_free(stream);
+
+  CHECK(chameleon_engine_close(engine, 30) == NULL);
+  error = chameleon_engine_submit(engine, &batch, NULL, &stream);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "closed") == 0);
+  chameleon_error_free(error);
+  chameleon_engine_free(engine);
 
   chameleon_scores* scores = NULL;
   CHECK(chameleon_score(runtime, &batch, &scores) == NULL);

@@ -93,6 +93,25 @@ TEST_F(Engines, BehindALinkAreRefused) {
 TEST_F(Engines, WithoutJsonAreRefused) {
   expect_refused([&] { write("entry.json", "{"); });
 }
+TEST_F(Engines, ThatOthersCanReplaceAreRefused) {
+  expect_refused([&] { fs::permissions(entry_, fs::perms::group_write, fs::perm_options::add); });
+}
+TEST_F(Engines, OfACacheThatOthersCanWriteToAreRefused) {
+  for (const fs::path& directory : {cache_, cache_ / "engines"}) {
+    fs::permissions(directory, fs::perms::others_write, fs::perm_options::add);
+    EXPECT_THROW((void)find_engines(bundle_, target_), PathError) << directory;
+    fs::permissions(directory, fs::perms::others_write, fs::perm_options::remove);
+    EXPECT_EQ(find_engines(bundle_, target_), entry_);
+  }
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can give a directory away";
+  ASSERT_EQ(::chown(cache_.c_str(), 65534, 65534), 0);
+  EXPECT_THROW((void)find_engines(bundle_, target_), PathError);
+}
+TEST_F(Engines, BehindALinkOfTheirKindAreRefused) {
+  fs::rename(cache_ / "engines", cache_ / "elsewhere");
+  fs::create_directory_symlink(cache_ / "elsewhere", cache_ / "engines");
+  EXPECT_THROW((void)find_engines(bundle_, target_), PathError);
+}
 TEST_F(Engines, OfNoCacheAreRefused) {
   expect_refused([&] { fs::remove_all(cache_); });
 }

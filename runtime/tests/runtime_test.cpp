@@ -190,6 +190,48 @@ TEST(Numbers, FactorsThatOverflowAreReported) {
   EXPECT_THROW((void)runtime().score(kRows, overflowing), NumericError);
 }
 
+TEST(Numbers, WhatACallLeavesInMemoryIsNotReadByTheNext) {
+  const auto before = token_ids(runtime().generate(kRows, options(Mode::cohort)));
+  const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
+  GenerateOptions overflowing = options(Mode::static_);
+  overflowing.factors = head_factors(1, lora_A, lora_B);
+  const std::vector<TokenIds> longer(8, TokenIds(40, 3));
+  EXPECT_THROW(runtime().generate(longer, overflowing), NumericError);  // its cache is larger
+  EXPECT_EQ(token_ids(runtime().generate(kRows, options(Mode::cohort))), before);
+}
+
+TEST(PromptLogprobs, AreTheScores) {
+  const AdaptOptions request{.mode = Mode::request};
+  const std::vector<TokenIds> rows = {{5, 6, 7, 300, 2, 9}, {8}, {10, 11, 12, 13}};
+  const auto choices = runtime().prompt_logprobs(rows, runtime().adapt(rows, request).factors, 2);
+  const auto scores = runtime().score(rows, request);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    ASSERT_EQ(choices[row].size(), rows[row].size() - 1);
+    for (std::size_t i = 0; i < choices[row].size(); ++i) {
+      EXPECT_EQ(choices[row][i].token_id, rows[row][i + 1]);
+      EXPECT_NEAR(choices[row][i].logprob.value(), scores[row].token_logprobs[i], 1e-4);
+      EXPECT_EQ(choices[row][i].top_logprobs.size(), 2U);
+    }
+  }
+  EXPECT_THROW((void)runtime().prompt_logprobs(rows, runtime().adapt(rows).factors, 6), InputError);
+  EXPECT_THROW((void)runtime().prompt_logprobs(kRows, runtime().adapt(std::span(rows).first(1)).factors, 0),
+               InputError);
+}
+
+TEST(PromptLogprobs, AGreedyTokenIsTheFirstAlternativeByTheSameFloat) {
+  GenerateOptions greedy = options(Mode::none);
+  greedy.sampling = Sampling{.ignore_eos = true, .logprobs = 1};
+  const std::vector<TokenIds> prompt = {{5, 6, 7}};
+  const Generation generation = runtime().generate(prompt, greedy)[0];
+  std::vector<TokenIds> whole = prompt;
+  whole[0].insert(whole[0].end(), generation.token_ids.begin(), generation.token_ids.end());
+  const auto choices = runtime().prompt_logprobs(whole, runtime().adapt(whole, {.mode = Mode::none}).factors, 1)[0];
+  for (std::size_t i = 2; i < choices.size(); ++i) {
+    EXPECT_EQ(choices[i].top_logprobs, (std::vector<TokenLogprob>{{choices[i].token_id, choices[i].logprob.value()}}));
+    EXPECT_NEAR(choices[i].logprob.value(), generation.token_logprobs[i - 2], 1e-4);
+  }
+}
+
 TEST(Isolation, FactorsDoNotDependOnNeighbours) {
   for (const Mode mode : {Mode::centroid, Mode::request}) {
     const Adaptation together = runtime().adapt(kRows, {.mode = mode});

@@ -99,13 +99,20 @@ GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
   options.mode = parse_mode(golden_case.at("mode").get<std::string>());
   if (!golden_case.at("tenants").is_null()) options.tenants = golden_case.at("tenants").get<std::vector<std::string>>();
   if (golden_case.at("rank").is_null()) return;
-  const std::int64_t rank = golden_case.at("rank");
-  for (std::int64_t i = 0; i < rank * (model.hidden_size + model.vocab_size); ++i) {
-    factor_values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
+  factors.emplace(golden_case.at("rank"), model);
+  options.factors = factors->factors();
+}
+
+CallerFactors::CallerFactors(std::int64_t given, const ModelSpec& model)
+    : rank(static_cast<std::size_t>(given)), hidden_size(static_cast<std::size_t>(model.hidden_size)) {
+  for (std::int64_t i = 0; i < given * (model.hidden_size + model.vocab_size); ++i) {
+    values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
   }
-  const auto split = static_cast<std::size_t>(rank * model.hidden_size);
-  const std::span values(factor_values);
-  options.factors = head_factors(static_cast<std::size_t>(rank), values.first(split), values.subspan(split));
+}
+
+Factors CallerFactors::factors() const {
+  const auto all = std::span(values);
+  return head_factors(rank, all.first(rank * hidden_size), all.subspan(rank * hidden_size));
 }
 
 Factors head_factors(std::size_t rank, std::span<const float> lora_A, std::span<const float> lora_B) {
@@ -128,6 +135,8 @@ Sampling read_sampling(const Json& json) {
   sampling.presence_penalty = json.value("presence_penalty", sampling.presence_penalty);
   sampling.frequency_penalty = json.value("frequency_penalty", sampling.frequency_penalty);
   sampling.logit_bias = json.value("logit_bias", sampling.logit_bias);
+  sampling.ignore_eos = json.value("ignore_eos", sampling.ignore_eos);
+  if (json.contains("logprobs") && !json.at("logprobs").is_null()) sampling.logprobs = json.at("logprobs").get<int>();
   sampling.seed = json.value("seed", sampling.seed);
   sampling.stop_token_ids = json.value("stop_token_ids", std::vector<std::int64_t>());
   sampling.stop = json.value("stop", std::vector<std::string>());

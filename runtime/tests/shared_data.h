@@ -27,11 +27,20 @@ class HostileBundle {
   std::filesystem::path path_;
 };
 
+/// A caller's factors of lm_head that every language computes alike: value i is ((7 i + 3) mod 11 - 5) / 16.
+struct CallerFactors {
+  CallerFactors(std::int64_t rank, const ModelSpec& model);
+  /// Valid as long as this.
+  [[nodiscard]] Factors factors() const;
+  std::size_t rank, hidden_size;
+  std::vector<float> values;
+};
+
 /// The batch of a golden case, and how it is adapted.
 struct GoldenCase {
   explicit GoldenCase(const Json& golden_case, const ModelSpec& model);
   std::vector<TokenIds> rows;
-  std::vector<float> factor_values;
+  std::optional<CallerFactors> factors;
   AdaptOptions options;
 };
 

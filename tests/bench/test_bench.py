@@ -51,8 +51,8 @@ def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPath
         Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime),
         WithoutLoRA(runtime),
         PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
-        CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1),
-        OpenVINO(mini.trunk, "int8", 1),
+        CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1, directory),
+        OpenVINO(mini.trunk, "int8", 1, directory / "int8"),
     ]  # fmt: skip
     return {peer.name: peer for peer in peers}
 
@@ -138,7 +138,35 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
     assert 0 < footprint["shared_private"] < footprint["resident"] <= footprint["peak"]
     assert min(footprint["load_seconds"], footprint["shared_load_seconds"]) > 0
     assert record["machine"]["onnxruntime"]
+    assert record["quality"]["bundle"]["mean_kl"] < 1e-7
+    assert "same best token" in printed
     assert "Peak with a generation of batch 8" in printed
+
+
+def test_a_base_model_is_exported_for_one_run(mini_path: Path, tmp_path: Path) -> None:
+    result = run("chameleon_deploy.bench", "--model", mini_path / "base", "--precision", "int8", "--threads", 1,
+                 "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch",
+                 "--json", tmp_path / "bench.json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["precision"] == "int8"
+    assert set(record["quality"]) == {"bundle", "PyTorch eager fp32"}
+    assert set(record["timings"][0]["ratios"]) == {"PyTorch eager fp32"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model NAME"),
+        (["BUNDLE"], "--reference CHECKPOINT"),
+        (["BUNDLE", "--model", "smollm2"], "pass no bundle"),
+        (["BUNDLE", "--reference", "models/tiny", "--precision", "int8"], "a bundle has its precision"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], message: str) -> None:
+    result = run("chameleon_deploy.bench", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
 
 
 def test_smoke_makes_a_page(smoke: tuple[str, dict[str, Any], str]) -> None:
@@ -183,16 +211,47 @@ def test_the_documented_table_comes_from_the_json(smoke: tuple[str, dict[str, An
         assert f"| {name} |" in documented
 
 
+def test_the_table_of_a_pretrained_model_comes_from_the_json(
+    smoke: tuple[str, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """Two files of one precision are put together; times are the bundle's times the paired ratios."""
+    _, record, _ = smoke
+    first, second = copy.deepcopy(record), copy.deepcopy(record)
+    first["timings"] = [timing for timing in record["timings"] if timing["part"]["batch"] != 8]
+    second["quality"] = {}
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    for file, content in zip(files, (first, second), strict=True):
+        file.write_text(json.dumps(content))
+    command = [sys.executable, str(REPOSITORY / "docs" / "real_model_table.py"), *map(str, files)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("\n")]
+    cells = {name: rest for name, *rest in filter(None, lines)}
+    decode = next(t for t in record["timings"] if (t["part"]["kind"], t["part"]["batch"]) == ("decode", 8))
+    step = 1e3 * decode["seconds"]["bundle"] / decode["part"]["units"]
+    assert float(cells["**bundle fp32**"][8]) == pytest.approx(step, abs=0.06)
+    assert float(cells["PyTorch eager fp32"][8]) == pytest.approx(
+        step * decode["ratios"]["PyTorch eager fp32"], abs=0.06
+    )
+    assert cells["step, batch 8"][2] == f"{decode['ratios']['PyTorch eager fp32']:.2f} (PyTorch eager fp32)"
+    assert cells["step, batch 8"][3] == f"{1 / decode['ratios']['without LoRA'] - 1:+.1%}"
+    documented = (REPOSITORY / "docs" / "performance.md").read_text()
+    headings = "| " + " | ".join(["engine", *cells["engine"]]) + " |"
+    assert headings in documented
+
+
 def test_a_missing_engine_is_printed_with_its_extra(
     runtime: Runtime, mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Brackets are text: rich would take `[peers]` for markup and print `pip install 'chameleon-deploy'`."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     _, missing = open_peers(runtime, mini, 1, tmp_path, foreign=True)
-    assert set(missing) == {"CTranslate2 fp32", "OpenVINO fp32"}
+    assert set(missing) == {"CTranslate2 fp32", "OpenVINO fp32", "llama.cpp F32"}
     console.show(report.missing_sheet(_benchmark(missing)))
-    assert capsys.readouterr().out.count("pip install 'chameleon-deploy[peers]'") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("pip install 'chameleon-deploy[peers]'") == 2
+    assert printed.count("pip install 'chameleon-deploy[peers-llama]'") == 1
 
 
 def test_from_a_wheel_other_engines_are_compared_from_a_clone(
@@ -201,18 +260,18 @@ def test_from_a_wheel_other_engines_are_compared_from_a_clone(
     """The modules that pyproject.toml keeps out of the wheel are missing here."""
     excluded = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     files = [REPOSITORY / file for file in excluded["exclude"]]
-    assert len(files) == 5
+    assert len(files) == 7
     for file in files:
         assert file.is_file()
         monkeypatch.setitem(sys.modules, ".".join(file.relative_to(REPOSITORY).with_suffix("").parts), None)
     peers, missing = open_peers(runtime, mini, 1, tmp_path, foreign=True)
     assert [peer.name for peer in peers] == ["bundle", "full logits", "one call per cluster"]
-    assert len(missing) == 5
+    assert len(missing) == 6
     report.print_tables(_benchmark(missing))
     printed = capsys.readouterr().out
-    assert printed.count("run bench from a clone of the repository") == 5
+    assert printed.count("run bench from a clone of the repository") == 6
     assert "This is an installed wheel: other engines are compared from a clone" in printed
 
 
 def _benchmark(missing: dict[str, str]) -> Benchmark:
-    return Benchmark({"processor": "one"}, "fp32", 1, 1, Footprint(1.0, 1, 1, 1.0, 1), [], missing)
+    return Benchmark({"processor": "one"}, "fp32", 1, 1, Footprint(1.0, 1, 1, 1.0, 1), [], {}, missing)

@@ -161,7 +161,7 @@ def test_a_server(server: CompletionServer) -> None:
         return await closed_loop(target, random_requests(0, 4, (3, 9), (5, 5), 256), 2, 30), await target.steps()
 
     records, steps = asyncio.run(measure())
-    assert steps == Steps(4, 16)
+    assert steps == Steps(4, 16, 4.0)
     assert [record.error for record in records] == [""] * 4
     assert [len(record.arrivals) for record in records] == [record.new_tokens for record in records] == [5] * 4
     gaps = [gap for each in records for gap in map(float.__sub__, each.arrivals[1:], each.arrivals)]

@@ -14,6 +14,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import Generation, Runtime, Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
 from tests.plain_sampling import FAULTS, plain_choose
+from tests.schedules import run_schedule
 from tests.shared_data import case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle, read
 
 NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked")
@@ -51,6 +52,11 @@ def test_golden(case: dict[str, Any], runtimes: dict[str, Runtime]) -> None:
     assert runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how) == sampled
     stream = runtime.stream(rows, max_new_tokens=limit, sampling=sampling, **how)
     assert [[t.row, t.token_id, t.text, t.generation is not None] for t in stream] == case["stream"]
+
+
+@pytest.mark.parametrize("case", read("schedules.json"), ids=lambda case: case["bundle"])
+def test_schedules(case: dict[str, Any], runtimes: dict[str, Runtime]) -> None:
+    assert run_schedule(runtimes[case["bundle"]], case["schedule"]) == case["result"]
 
 
 def test_uniform() -> None:

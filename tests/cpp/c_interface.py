@@ -21,7 +21,8 @@ P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
 
 
 class LoadOptions(c.Structure):
-    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int))
+    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int),
+                ("trusted_keys", c.POINTER(c.c_char_p)), ("num_trusted_keys", Z))  # fmt: skip
 
 
 class CText(c.Structure):
@@ -92,7 +93,7 @@ class NativeRuntime:
     def __init__(self, path: Path, mode: str | None = None, threads: int = 0) -> None:
         self._c = _load_library()
         self._handle = P()
-        options = LoadOptions(None, mode.encode() if mode else None, threads, 0)
+        options = LoadOptions(None, mode.encode() if mode else None, threads, 0, None, 0)
         self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
         self._hidden_size = self._c.chameleon_hidden_size(self._handle)
 

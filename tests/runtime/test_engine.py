@@ -467,10 +467,11 @@ def test_a_cohort_window_joins_callers_and_says_so(runtime: Runtime) -> None:
         assert streams[0].cohort is not None
         assert streams[0].cohort.size == 4
         assert alone.cohort is None
-        two = [engine.submit(rows[:2], mode="tenant", tenant=tenant, sampling=[HOT] * 2) for tenant in "ab"]
-        apart = [stream.result(60) for stream in two]
-        assert apart[0] == apart[1] == runtime.generate(rows[:2], mode="cohort", sampling=[HOT] * 2)
-        assert [stream.cohort.size for stream in two if stream.cohort] == [2, 2]
+        tenants = ["a", "b", 1, True]
+        four = [engine.submit(rows[:2], mode="tenant", tenant=tenant, sampling=[HOT] * 2) for tenant in tenants]
+        together = runtime.generate(rows[:2], mode="cohort", sampling=[HOT] * 2)
+        assert [stream.result(60) for stream in four] == [together] * 4
+        assert [stream.cohort.size for stream in four if stream.cohort] == [2] * 4
 
 
 def test_only_the_first_tokens_adapt(runtime: Runtime, engine: Engine) -> None:
@@ -561,6 +562,9 @@ def test_a_decoder_without_slots_runs_static_batches(portable: Runtime) -> None:
         (ModeError, [[1]], {"mode": "static"}),
         (FactorsError, [[1]], {"mode": "static", "factors": (1, 2)}),
         (InputError, [[1]], {"mode": "tenant"}),
+        (InputError, [[1]], {"mode": "tenant", "tenant": ["a"]}),
+        (InputError, [[1]], {"mode": "tenant", "tenant": ("a", {})}),
+        (InputError, [[1]], {"mode": "none", "tenant": ["a"]}),
         (InputError, [[1]], {"n": 0}),
         (InputError, [[1]], {"max_new_tokens": 0}),
         (InputError, [[1]], {"max_new_tokens": [1, 2]}),

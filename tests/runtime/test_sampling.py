@@ -65,7 +65,58 @@ def test_top_p_by_selection_equals_top_p_by_sorting(seed: int, spread: float, to
     weights = implementation._weights(logits, float(logits.max()), 1.0)
     order = np.lexsort((np.arange(3000), -weights))
     count = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1
-    assert implementation._top_p(weights, top_p).tolist() == sorted(order[:count])
+    kept = implementation._top_p(weights, top_p)
+    assert kept is not None
+    assert kept.tolist() == sorted(order[:count])
+
+
+def choices_beside_a_bound(top_p: float, error: float) -> list[tuple[int | None, int | None]]:
+    """What weights with errors of up to one unit choose, and exact ones, where u is close to a running sum."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(400):
+        logits = floats(random.standard_normal(1000) * random.choice([1, 3, 6])).round(3)
+        weights = implementation._weights(logits, float(logits.max()), 1.0)
+        kept = np.arange(1000) if top_p == 1 else implementation._top_p(weights, top_p)
+        sums = np.cumsum(weights[kept])
+        u = float(
+            np.clip((random.choice(sums) + random.normal() * 10 ** random.uniform(-1, 3)) / sums[-1], 0, 1 - 2.0**-53)
+        )
+        wrong = np.maximum(weights + random.uniform(-1, 1, 1000), 0)
+        found.append((
+            implementation._choose_place(wrong, top_p, u, error), implementation._choose_place(weights, top_p, u)
+        ))  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_weights_with_errors_choose_as_exact_ones_or_not_at_all(top_p: float) -> None:
+    chosen = choices_beside_a_bound(top_p, 1.0)
+    assert all(place in (None, exact) for place, exact in chosen)
+    assert any(place is not None for place, _ in chosen)
+    trusted = choices_beside_a_bound(top_p, 1e-9)  # the check notices errors that are larger than was said
+    assert any(place not in (None, exact) for place, exact in trusted)
+
+
+@given(seed=st.integers(0, 2**32), spread=st.sampled_from([0.0, 1.0, 8.0]), temperature=st.sampled_from([0.01, 1, 9]))
+@settings(max_examples=30, deadline=None)
+def test_exponentials_differ_from_weights_by_less_than_the_bound(seed: int, spread: float, temperature: float) -> None:
+    logits = floats(np.random.default_rng(seed).standard_normal(3000) * spread)
+    highest = float(logits.max())
+    exact = implementation._weights(logits, highest, temperature)
+    assert np.abs(implementation._exponentials(logits, highest, temperature) - exact).max() < 0.6
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_choice_that_errors_could_change_is_made_by_exact_weights(
+    top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = floats(np.random.default_rng(3).standard_normal(500))
+    numbers = [uniform(0, 0, step) for step in range(50)]
+    chosen = [choose(logits, NOTHING, Sampling(1.0, top_p=top_p), u) for u in numbers]
+    monkeypatch.setattr(implementation, "_ERROR", 1e12)
+    assert [choose(logits, NOTHING, Sampling(1.0, top_p=top_p), u) for u in numbers] == chosen
+    monkeypatch.setattr(implementation, "_weights", lambda *_: np.ones(500))
+    assert [choose(logits, NOTHING, Sampling(1.0, top_p=top_p), u) for u in numbers] != chosen
 
 
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 1100), u=st.floats(0, 1, exclude_max=True))

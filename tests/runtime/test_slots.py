@@ -203,6 +203,10 @@ def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_pat
             chunks.append(chunk_length(unread, 16))
             unread -= chunks[-1]
         np.testing.assert_allclose(logits_of_chunks(alone, prompt, chunks), whole, rtol=0, atol=1e-5)
+        alone.decoder.prefill_tokens, usual = 16, alone.decoder.prefill_tokens  # the decoder's own pieces
+        pieces = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
+        alone.decoder.prefill_tokens = usual
+        np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)
         if len(prompt) > 1:
             stepped = max(stepped, np.abs(logits_of_chunks(alone, prompt, [len(prompt) - 1, 1]) - whole).max())
     assert stepped > 1e-4

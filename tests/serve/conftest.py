@@ -1,4 +1,4 @@
-"""A server that tests share which do it no harm."""
+"""Servers that tests share which do them no harm."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.serving import Running, running
+from tests.serving import COMMANDS, InThread, Running, running, running_cpp
 
 
 @pytest.fixture(scope="session")
-def server(bundle: Path) -> Iterator[Running]:
+def python_server(bundle: Path) -> Iterator[InThread]:
     with running(bundle, rows=4, prefill_tokens=16) as found:
         yield found
+
+
+@pytest.fixture(scope="session", params=COMMANDS)
+def program(request: pytest.FixtureRequest) -> str:
+    """Each of the servers, which have one interface."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def server(program: str, request: pytest.FixtureRequest, bundle: Path) -> Iterator[Running]:
+    if program == "python":
+        yield request.getfixturevalue("python_server")
+    else:
+        with running_cpp(bundle, rows=4, prefill_tokens=16) as found:
+            yield found
 
 
 @pytest.fixture(scope="session")

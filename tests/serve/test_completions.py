@@ -12,7 +12,7 @@ import pytest
 
 from chameleon_deploy import Sampling
 from tests.rows import random_rows
-from tests.serving import Running
+from tests.serving import InThread, Running
 
 PROMPT = "The river runs through the old town"
 
@@ -189,8 +189,8 @@ def test_a_stream_ends_with_done(server: Running) -> None:
     assert all(json.loads(event)["choices"] for event in events[:-1])
 
 
-def test_token_names_are_unique(server: Running) -> None:
-    names = [server.served.names[i] for i in range(server.runtime.manifest.model.vocab_size)]
+def test_token_names_are_unique(python_server: InThread) -> None:
+    names = [python_server.served.names[i] for i in range(python_server.runtime.manifest.model.vocab_size)]
     assert len(set(names)) == len(names)
     assert any(name.startswith("bytes:\\x") for name in names)
 
@@ -262,11 +262,11 @@ def test_what_is_no_request_is_refused(server: Running, raw: bytes) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "input_invalid")
 
 
-def test_minus_infinity_is_a_number(server: Running) -> None:
+def test_minus_infinity_is_a_number(python_server: InThread) -> None:
     from chameleon_deploy.runtime.sampling import Choice
     from chameleon_deploy.serve.logprobs import LogprobsWriter
 
-    written = LogprobsWriter(server.runtime.tokenizer, str).write([Choice(5, -math.inf, ((5, -math.inf),))])
+    written = LogprobsWriter(python_server.runtime.tokenizer, str).write([Choice(5, -math.inf, ((5, -math.inf),))])
     assert (written.token_logprobs, written.top_logprobs) == ([-9999.0], [{"5": -9999.0}])
 
 

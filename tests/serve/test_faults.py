@@ -24,7 +24,7 @@ from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.serve.service import Service, Settings
 from tests.rows import random_rows
-from tests.serving import Running, running, wait_for
+from tests.serving import STARTS, InThread, Running, running, wait_for
 
 LONG = {"max_tokens": 100, "ignore_eos": True, "mode": "none"}
 
@@ -41,47 +41,43 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slots, "step", slow_step)
 
 
-def connect(server: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.server.port))
-
-
 def request(**body: Any) -> bytes:
     raw = json.dumps(body).encode()
     return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
 
 
-def running_rows(server: Running) -> int:
+def running_rows(server: InThread) -> int:
     return server.served.engine.stats().running
 
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_cancels(server: Running, stream: bool) -> None:
-    server.wait_until_idle()
-    with connect(server) as client:
+def test_a_disconnect_cancels(python_server: InThread, stream: bool) -> None:
+    python_server.wait_until_idle()
+    with python_server.connect() as client:
         client.sendall(request(prompt="The river", stream=stream, **LONG))
-        wait_for(lambda: running_rows(server) == 1)
+        wait_for(lambda: running_rows(python_server) == 1)
     started = time.monotonic()
-    wait_for(lambda: running_rows(server) == 0)
+    wait_for(lambda: running_rows(python_server) == 0)
     assert time.monotonic() - started < 1  # the whole request takes two seconds
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_disconnect_that_is_not_noticed_is_seen(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disconnect_that_is_not_noticed_is_seen(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     async def blind(stream: Any, receive: Any) -> None: ...
 
     monkeypatch.setattr("chameleon_deploy.serve.completions._watch", blind)
     with pytest.raises(AssertionError):
-        test_a_disconnect_cancels(server, False)
-    server.wait_until_idle()
+        test_a_disconnect_cancels(python_server, False)
+    python_server.wait_until_idle()
 
 
 def test_connections_that_send_or_read_nothing_harm_nobody(server: Running) -> None:
     with ExitStack() as opened:
         for _ in range(250):
-            opened.enter_context(connect(server))
+            opened.enter_context(server.connect())
         for number in range(250):
-            client = opened.enter_context(connect(server))
+            client = opened.enter_context(server.connect())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             if number % 10 == 0:
                 client.sendall(request(prompt="The river", stream=True, max_tokens=20, mode="none"))
@@ -141,14 +137,14 @@ def test_more_requests_than_are_allowed_are_a_429(bundle: Path) -> None:
         assert server.post("/tokenize", prompt="a").status_code == 200
 
 
-def test_a_body_that_is_too_large_is_a_413(bundle: Path) -> None:
-    with running(bundle, max_body_bytes=1000) as server:
+def test_a_body_that_is_too_large_is_a_413(program: str, bundle: Path) -> None:
+    with STARTS[program](bundle, max_body_bytes=1000) as server:
         refused = server.post("/v1/completions", prompt="a" * 10_000_000)
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
         assert server.post("/v1/completions", prompt="a" * 50, max_tokens=1).status_code == 200
 
 
-def test_a_row_that_is_not_finite_fails_alone(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_not_finite_fails_alone(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     choose, bad = server_choose(), [7, 7, 7]
 
     def damaged(sampler: Any, logits: Any, *more: Any) -> Any:
@@ -160,10 +156,10 @@ def test_a_row_that_is_not_finite_fails_alone(server: Running, monkeypatch: pyte
     fields = {"max_tokens": 3, "mode": "none", "logprobs": 0}
     with ThreadPoolExecutor(4) as clients:
         prompts = [[1, 2, 3], bad, [4, 5, 6], bad]
-        answers = list(clients.map(lambda ids: server.post("/v1/completions", prompt=ids, **fields), prompts))
+        answers = list(clients.map(lambda ids: python_server.post("/v1/completions", prompt=ids, **fields), prompts))
     assert [answer.status_code for answer in answers] == [200, 500, 200, 500]
     assert answers[1].json()["error"]["code"] == "not_finite"
-    events = server.post("/v1/completions", prompt=bad, stream=True, **fields).text.strip().split("\n\n")
+    events = python_server.post("/v1/completions", prompt=bad, stream=True, **fields).text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "not_finite"
 
 
@@ -187,23 +183,25 @@ def plant(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Any]) -> None:
     monkeypatch.setattr(Sampler, "choose", choose)
 
 
-def test_an_exception_in_a_session_ends_the_requests_in_it(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_session_ends_the_requests_in_it(
+    python_server: InThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Slots.step
 
     def fail(slots: Slots, *arguments: Any) -> Any:
         monkeypatch.setattr(Slots, "step", step)  # once
         raise RuntimeError("out of memory")
 
-    server.wait_until_idle()
+    python_server.wait_until_idle()
     monkeypatch.setattr(Slots, "step", fail)
-    failed = server.post("/v1/completions", prompt="The river", max_tokens=3)
+    failed = python_server.post("/v1/completions", prompt="The river", max_tokens=3)
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "request_failed")
-    assert server.post("/v1/completions", prompt="The river", max_tokens=3).status_code == 200
+    assert python_server.post("/v1/completions", prompt="The river", max_tokens=3).status_code == 200
 
 
-def test_a_fault_that_nobody_foresaw_tells_nothing(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_nobody_foresaw_tells_nothing(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chameleon_deploy.serve.completions.check", lambda *_: 1 / 0)
-    failed = server.post("/v1/completions", prompt="secret")
+    failed = python_server.post("/v1/completions", prompt="secret")
     assert failed.status_code == 500
     assert failed.json()["error"]["code"] == "internal_error"
     assert "division" not in failed.text
@@ -211,10 +209,10 @@ def test_a_fault_that_nobody_foresaw_tells_nothing(server: Running, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def keyed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def keyed(program: str, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     file.write_text('{"sk-a": "a", "sk-b": "b"}')
-    with running(bundle, api_keys=file, cohort_window_ms=300) as server:
+    with STARTS[program](bundle, api_keys=file, cohort_window_ms=300) as server:
         yield server
 
 
@@ -222,12 +220,12 @@ def test_a_key_is_asked_for(keyed: Running) -> None:
     with pytest.raises(openai.AuthenticationError) as refused:
         keyed.openai("sk-wrong").completions.create(model=keyed.name, prompt="a")
     assert refused.value.code == "invalid_api_key"
-    for path in ("/v1/completions", "/v1/score", "/v1/adapt", "/tokenize", "/detokenize"):
-        assert keyed.post(path).status_code == 401
     with keyed.http() as http:
-        for path in ("/v1/models", f"/v1/models/{keyed.name}", "/v1/clusters", "/tokenizer_info"):
-            assert http.get(path).status_code == 401
-        assert http.get("/health").status_code == 200
+        for path, methods in http.get("/openapi.json").json()["paths"].items():
+            (method,) = methods
+            open_to_all = path in ("/health", "/version")
+            answer = http.request(method, path.format(model=keyed.name), json={} if method == "post" else None)
+            assert answer.status_code == (200 if open_to_all else 401), path
     assert keyed.openai("sk-a").completions.create(model=keyed.name, prompt="a", max_tokens=1).choices
 
 
@@ -266,9 +264,9 @@ def test_a_default_mode_that_cannot_be_served(bundle: Path) -> None:
             Service(Settings(bundle, mode=mode)).open()
 
 
-def test_a_changed_bundle_is_unhealthy(bundle: Path, copy_of: Callable[[Path], Path]) -> None:
+def test_a_changed_bundle_is_unhealthy(program: str, bundle: Path, copy_of: Callable[[Path], Path]) -> None:
     copy = copy_of(bundle)
-    with running(copy) as server:
+    with STARTS[program](copy) as server:
         (copy / "bundle.json").touch()
         with server.http() as http:
             answer = http.get("/health")

@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from chameleon_deploy.serve import playground
+from tests.cpp import openapi
 from tests.rows import random_rows
-from tests.serving import Running, running
+from tests.serving import STARTS, Running
 
 CASES = int(os.environ.get("CHAMELEON_SCHEMA_CASES", "200"))
 ERROR_FIELDS = {"message", "type", "param", "code"}
@@ -47,10 +48,10 @@ def test_tokens_there_and_back(server: Running) -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "centroid", "request", "cohort"])
-def test_scores_are_those_of_the_runtime(server: Running, mode: Any) -> None:
+def test_scores_are_those_of_the_runtime(python_server: Running, mode: Any) -> None:
     rows = [*random_rows(3, 4, 40), [5]]
-    found = server.post("/v1/score", input=rows, mode=mode).json()
-    expected = server.runtime.score(rows, mode=mode)
+    found = python_server.post("/v1/score", input=rows, mode=mode).json()
+    expected = python_server.runtime.score(rows, mode=mode)
     assert found["mode"] == mode
     for item, score in zip(found["data"], expected, strict=True):
         assert item["token_logprobs"] == pytest.approx(score.token_logprobs, abs=1e-4)
@@ -58,18 +59,18 @@ def test_scores_are_those_of_the_runtime(server: Running, mode: Any) -> None:
     assert found["data"][-1]["perplexity"] is None
 
 
-def test_a_text_is_put_among_the_clusters(server: Running) -> None:
-    with server.http() as http:
+def test_a_text_is_put_among_the_clusters(python_server: Running) -> None:
+    with python_server.http() as http:
         before = http.get("/v1/clusters").json()["data"]
-    found = server.post("/v1/adapt", input=["The river", "A town"]).json()["data"]
-    adaptation = server.runtime.adapt(["The river", "A town"], mode="none")
+    found = python_server.post("/v1/adapt", input=["The river", "A town"]).json()["data"]
+    adaptation = python_server.runtime.adapt(["The river", "A town"], mode="none")
     for i, item in enumerate(found):
         assert item["cluster_id"] == adaptation.cluster_ids[i] == int(np.argmin(item["distances"]))
         assert item["embedding"] == pytest.approx(adaptation.embeddings[i].tolist())
         centroids = np.array([cluster["centroid"] for cluster in before])
         assert item["distances"] == pytest.approx(np.linalg.norm(centroids - item["embedding"], axis=1), abs=1e-5)
-    server.post("/v1/completions", prompt="The river", max_tokens=1)
-    with server.http() as http:
+    python_server.post("/v1/completions", prompt="The river", max_tokens=1)
+    with python_server.http() as http:
         after = http.get("/v1/clusters").json()["data"]
     grown = [b["size"] - a["size"] for a, b in zip(before, after, strict=True)]
     assert grown == [int(i == found[0]["cluster_id"]) for i in range(len(after))]
@@ -109,9 +110,14 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert sum(grown(n) for n in after if n.startswith("chameleon_requests_total{") and "{mode=none}" in n) == 2
     for name in ("step_seconds_count", "batch_rows_count", "batch_factor_sets_count"):
         assert grown(f"chameleon_{name}") >= 4
+    assert grown("chameleon_prefill_seconds_count") >= 2
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "factor_sets_resident"):
         assert after[f"chameleon_{name}"] == 0
     assert {"chameleon_requests_cancelled_total", "chameleon_factor_set_hits_total"} <= set(after)
+
+
+def test_the_schema_of_the_cpp_server_is_a_part_of_this_one() -> None:
+    assert openapi.FILE.read_text() == openapi.text(), "python -m tests.cpp.openapi writes it"
 
 
 def error_shape(context: Any, response: Any, case: Any) -> None:
@@ -121,7 +127,7 @@ def error_shape(context: Any, response: Any, case: Any) -> None:
         assert set(body) == {"error"} and set(body["error"]) == ERROR_FIELDS, body
 
 
-def test_the_schema_holds(server: Running) -> None:
+def test_the_schema_holds(program: str, server: Running) -> None:
     checks = [
         schemathesis.checks.not_a_server_error,
         response_schema_conformance,
@@ -129,7 +135,7 @@ def test_the_schema_holds(server: Running) -> None:
     ]
     schema: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 11
+    assert len(operations) == {"python": 11, "cpp": 8}[program]
     asked = []
 
     def ask(case: Any) -> None:
@@ -141,7 +147,7 @@ def test_the_schema_holds(server: Running) -> None:
 
     for operation in operations:
         as_test(operation, ask)()
-    assert len(asked) >= CASES
+    assert len(asked) >= CASES // 4 * sum(operation.method == "post" for operation in operations)
     assert {200, 400} <= set(asked)
     assert not any(status >= 500 for status in asked)
 
@@ -170,10 +176,12 @@ def test_other_paths_and_methods_have_the_same_errors(server: Running) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_the_page_is_served_by_name_with_a_strict_policy(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_served_by_name_with_a_strict_policy(
+    python_server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {"index.html": (b"<!doctype html>", "text/html"), "app.js": (b"1", "text/javascript")}
     monkeypatch.setattr(playground, "_FILES", files)
-    with server.http() as http:
+    with python_server.http() as http:
         page, script = http.get("/"), http.get("/app.js")
     assert page.content == b"<!doctype html>"
     assert script.headers["content-type"].startswith("text/javascript")
@@ -187,8 +195,8 @@ def test_version_and_health(server: Running) -> None:
         assert http.get("/version").json()["bundle_digest"] == server.runtime.bundle.digest
 
 
-def test_a_bundle_of_regime_lora_serves_its_own_mode(lora_bundle: Path) -> None:
-    with running(lora_bundle) as server:
+def test_a_bundle_of_regime_lora_serves_its_own_mode(program: str, lora_bundle: Path) -> None:
+    with STARTS[program](lora_bundle) as server:
         answer = server.post("/v1/completions", prompt="The river", max_tokens=6, temperature=0).json()
         assert answer["choices"][0]["chameleon"]["mode"] == "static"
         assert answer["choices"][0]["text"] == server.runtime.generate(["The river"], max_new_tokens=6)[0].text

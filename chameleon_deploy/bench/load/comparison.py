@@ -45,7 +45,7 @@ class Plan:
     """Sizes of the comparison: rows in the batch, tokens of prompts and answers, requests per run, rounds."""
 
     rows: int = 8
-    prefill_tokens: int = 64
+    prefill_tokens: int = 128
     prompt_tokens: int = 128
     new_tokens: int = 64
     ragged: tuple[int, int] = (16, 256)

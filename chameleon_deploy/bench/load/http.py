@@ -104,15 +104,16 @@ class HttpTarget:
             raise ResponseError("the stream ended without [DONE]")
 
     async def steps(self) -> Steps | None:
-        """Return the figures of chameleon_batch_rows in /metrics, which other servers do not have."""
+        """Return the figures of /metrics that are this project's; other servers do not have them."""
         try:
             metrics = (await self._get("/metrics")).decode("utf-8", "replace")
         except (OSError, ResponseError, asyncio.IncompleteReadError):
             return None
-        total, count = (_metric(metrics, f"chameleon_batch_rows_{part}") for part in ("sum", "count"))
-        if total is None or count is None:
+        names = ("batch_rows_count", "batch_rows_sum", "step_seconds_sum", "prefill_seconds_sum")
+        count, rows, *seconds = (_metric(metrics, f"chameleon_{name}") for name in names)
+        if count is None or rows is None:
             return None
-        before, self._seen = self._seen, Steps(int(count), int(total))
+        before, self._seen = self._seen, Steps(int(count), int(rows), sum(filter(None, seconds)))
         return self._seen.since(before)
 
     async def _events(self, request: Request) -> AsyncIterator[bytes]:

@@ -5,17 +5,19 @@ bundle.py        the bundle as users run it, and two ablations: one call per clu
 Only in a clone, not in the wheel:
 
 without_lora.py  the bundle with LoRA removed from its graphs
-pytorch.py       the reference, eager and compiled
+pytorch.py       the reference, eager and compiled; in int8 by torchao
 pytorch_gpu.py   the same on a GPU, for `gpu_check`
 ctranslate2.py   the frozen base model only: it does not adapt
 openvino.py      the frozen base model only: it does not adapt
+llama_cpp.py     the frozen base model only: it does not adapt
+gguf_writer.py   that model as llama.cpp's file
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from chameleon_deploy.bench.timing import Lap
 
@@ -50,29 +52,81 @@ class Peer(Protocol):
         """Return greedy tokens, int [batch, num_tokens], of rows of one length; no token ends a row."""
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """An engine that also gives logits, so that its quality can be measured.
+
+    size         bytes of its files; of PyTorch, of its parameters
+    is_ablation  whether it is the bundle with one thing changed: its quality is the bundle's
+    """
+
+    name: str
+    size: int
+    is_ablation: bool
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Return float32 [length, vocab] of one text, without adaptation."""
+
+
 def open_peers(
-    runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: Path, foreign: bool
+    runtime: Runtime,
+    checkpoint: Checkpoint,
+    threads: int,
+    directory: Path,
+    foreign: bool,
+    only: Sequence[str] = (),
 ) -> tuple[list[Peer], dict[str, str]]:
     """Open the bundle, then all other engines of this machine, in the bundle's precision if they have it.
 
     directory  an empty one, for converted models
     foreign    also open the engines that take half a minute to convert or to compile
+    only       how the names of the engines begin that are opened beside the bundle; none for all
 
     Returns the engines, and by name the reasons why others are missing.
     """
-    from chameleon_deploy.bench.peers.bundle import Bundle, FullLogits, OneCallPerCluster
+    from chameleon_deploy.bench.peers.bundle import Bundle
 
-    trunk, precision = checkpoint.trunk, runtime.manifest.precision
+    openers = _ablations(runtime) | _pytorch(runtime, checkpoint, "fp32", compiled=False)
+    if foreign:
+        openers |= _foreign(runtime, checkpoint, threads, directory)
+    peers: list[Peer] = [Bundle(runtime)]
+    missing = {}
+    for name, opener in openers.items():
+        if only and not name.startswith(tuple(only)):
+            continue
+        try:
+            peers.append(opener())
+        except Exception as error:  # a foreign engine may raise anything
+            missing[name] = reason(error)
+    return peers, missing
+
+
+def _ablations(runtime: Runtime) -> dict[str, Callable[[], Peer]]:
+    from chameleon_deploy.bench.peers.bundle import FullLogits, OneCallPerCluster
 
     def without_lora() -> Peer:
         from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
 
         return WithoutLoRA(runtime)
 
-    def pytorch(compiled: bool) -> Peer:
+    return {
+        "full logits": lambda: FullLogits(runtime),
+        "one call per cluster": lambda: OneCallPerCluster(runtime),
+        "without LoRA": without_lora,
+    }
+
+
+def _pytorch(runtime: Runtime, checkpoint: Checkpoint, precision: str, compiled: bool) -> dict[str, Callable[[], Peer]]:
+    def pytorch() -> Peer:
         from chameleon_deploy.bench.peers.pytorch import PyTorch
 
-        return PyTorch(checkpoint, runtime.mode, compiled)
+        return PyTorch(checkpoint, runtime.mode, compiled, precision)
+
+    return {f"{'torch.compile' if compiled else 'PyTorch eager'} {precision}": pytorch}
+
+
+def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: Path) -> dict[str, Callable[[], Peer]]:
+    trunk, precision = checkpoint.trunk, runtime.manifest.precision
 
     def ctranslate2() -> Peer:
         from chameleon_deploy.bench.peers.ctranslate2 import CTranslate2
@@ -82,26 +136,27 @@ def open_peers(
     def openvino() -> Peer:
         from chameleon_deploy.bench.peers.openvino import OpenVINO
 
-        return OpenVINO(trunk, precision, threads)
+        return OpenVINO(trunk, precision, threads, directory)
 
-    openers: dict[str, Callable[[], Peer]] = {
-        "without LoRA": without_lora,
-        "PyTorch eager fp32": lambda: pytorch(compiled=False),
-    }
-    if foreign:
-        openers |= {
-            "torch.compile fp32": lambda: pytorch(compiled=True),
-            f"CTranslate2 {precision}": ctranslate2,
-            f"OpenVINO {precision}": openvino,
-        }
-    peers: list[Peer] = [Bundle(runtime), FullLogits(runtime), OneCallPerCluster(runtime)]
-    missing = {}
-    for name, opener in openers.items():
-        try:
-            peers.append(opener())
-        except Exception as error:  # a foreign engine may raise anything
-            missing[name] = reason(error)
-    return peers, missing
+    def llama_cpp() -> Peer:
+        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+
+        return LlamaCpp(converted_file(trunk, precision, directory), precision, threads)
+
+    def llama_cpp_own(file: Path) -> Peer:
+        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp
+
+        return LlamaCpp(file, precision, threads)
+
+    openers = _pytorch(runtime, checkpoint, "fp32", compiled=True)
+    openers |= {f"CTranslate2 {precision}": ctranslate2, f"OpenVINO {precision}": openvino}
+    openers |= {f"llama.cpp {'Q8_0' if precision == 'int8' else 'F32'}": llama_cpp}
+    if precision == "int8":
+        openers |= _pytorch(runtime, checkpoint, "int8", compiled=True)
+        if trunk.gguf is not None:
+            file = trunk.gguf
+            openers["llama.cpp, the file's own type"] = lambda: llama_cpp_own(file)
+    return openers
 
 
 def reason(error: Exception) -> str:
@@ -109,5 +164,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, ImportError) and error.name:
         if error.name.startswith(__name__):
             return FROM_A_CLONE
-        return f"{error.name} is not installed: pip install 'chameleon-deploy[peers]'"
+        extra = "peers-llama" if error.name in ("llama_cpp", "gguf") else "peers"
+        return f"{error.name} is not installed: pip install 'chameleon-deploy[{extra}]'"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

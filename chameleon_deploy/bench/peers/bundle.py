@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,24 @@ class Bundle:
     """
 
     scores = generates = True
+    is_ablation = False
 
     def __init__(self, runtime: Runtime, name: str = "bundle", wait: Callable[[], None] = lambda: None) -> None:
         self.name, self.adapts, self._wait = name, runtime.mode != "none", wait
         self.precision: str = runtime.manifest.precision
+        self.size = sum(file.size for file in runtime.manifest.files.values())
         self._runtime = runtime
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        factors = self._runtime.adapt([ids], mode="none", on_device=True).factors
+        pieces = self._runtime.decoder.all_logits([ids], factors)
+        return np.concatenate([np.array(piece)[0] for _, piece in pieces])
 
     def score(self, rows: Rows) -> Any:
         return np.array([score.token_logprobs for score in self._runtime.score(rows)])
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        return self._generate(rows, self._adapt(rows, lap), num_tokens, lap)
+        return self.generate_with(rows, self._adapt(rows, lap), num_tokens, lap)
 
     def _adapt(self, rows: Rows, lap: Lap) -> RowFactors:
         factors = self._runtime.adapt(rows, on_device=True).factors
@@ -39,8 +46,8 @@ class Bundle:
         lap(ADAPT)
         return factors
 
-    def _generate(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
-        """Generate as `Runtime.stream` does. No token ends a generation, so that all have the same length."""
+    def generate_with(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
+        """Generate with given factors, as `Runtime.stream` does, but no token ends a row: all have the same length."""
         active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
         tokens = stream_tokens(active, self._runtime.decoder, factors, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
@@ -56,6 +63,7 @@ class OneCallPerCluster(Bundle):
     """One call per cluster with that cluster's factors, as in the paper. See `Peer`."""
 
     scores = False
+    is_ablation = True
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime, "one call per cluster")
@@ -66,7 +74,7 @@ class OneCallPerCluster(Bundle):
         for i in range(len(factors.sets)):
             members = np.flatnonzero(factors.factor_ids == i)
             own = RowFactors(factors.sets[np.array([i])], np.zeros(len(members), np.int64))
-            chosen[members] = self._generate([rows[int(row)] for row in members], own, num_tokens, lap)
+            chosen[members] = self.generate_with([rows[int(row)] for row in members], own, num_tokens, lap)
         return chosen
 
 
@@ -74,6 +82,7 @@ class FullLogits(Bundle):
     """Scoring with the logits of all positions in memory at once and their softmax in numpy. See `Peer`."""
 
     generates = False
+    is_ablation = True
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime, "full logits")

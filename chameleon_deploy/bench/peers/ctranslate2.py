@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ COMPUTE_TYPES: dict[str, str] = {"fp32": "float32", "int8": "int8"}
 class CTranslate2:
     """CTranslate2. See `Peer`."""
 
-    adapts, scores, generates = False, True, True
+    adapts, scores, generates, is_ablation = False, True, True, False
 
     def __init__(self, trunk: Trunk, precision: str, threads: int, directory: Path) -> None:
         """Convert the model into `directory` and load it.
@@ -29,13 +30,17 @@ class CTranslate2:
         import ctranslate2
 
         self.name, self.precision = f"CTranslate2 {precision}", precision
-        self._tokens = _convert(trunk, directory / "ctranslate2")
+        self._tokens = _convert(trunk, directory / "ctranslate2", COMPUTE_TYPES[precision])
+        self.size = sum(file.stat().st_size for file in (directory / "ctranslate2").iterdir())
         self._generator: Any = ctranslate2.Generator(
             str(directory / "ctranslate2"),
             compute_type=COMPUTE_TYPES[precision],
             intra_threads=threads,
             inter_threads=1,
         )
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        return np.array(self._generator.forward_batch([self._strings(ids)]))[0]
 
     def score(self, rows: Rows) -> Any:
         results = self._generator.score_batch([self._strings(ids) for ids in rows])
@@ -64,7 +69,7 @@ class CTranslate2:
         return [self._tokens[i] for i in ids]
 
 
-def _convert(trunk: Trunk, out: Path) -> list[str]:
+def _convert(trunk: Trunk, out: Path, compute_type: str) -> list[str]:
     """Convert the model and return its vocabulary.
 
     A model may have more rows than its tokenizer has tokens; CTranslate2 needs names for all.
@@ -80,5 +85,5 @@ def _convert(trunk: Trunk, out: Path) -> list[str]:
     with TemporaryDirectory() as original:
         tokenizer.save_pretrained(original)
         trunk.causal_lm.save_pretrained(original)
-        TransformersConverter(original).convert(str(out))
+        TransformersConverter(original).convert(str(out), quantization=compute_type)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(range(size))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,10 @@ class OpenVINO:
     fp32 is float32 throughout. int8 uses NNCF's default weights, INT8_ASYM. Other settings are OpenVINO's defaults.
     """
 
-    adapts, scores, generates = False, True, True
+    adapts, scores, generates, is_ablation = False, True, True, False
 
-    def __init__(self, trunk: Trunk, precision: str, threads: int) -> None:
-        """Convert the model and compile it.
+    def __init__(self, trunk: Trunk, precision: str, threads: int, directory: Path) -> None:
+        """Convert the model, save it into `directory` and compile it.
 
         Raises ValueError for a precision other than fp32 and int8, and what OpenVINO raises.
         """
@@ -50,9 +52,14 @@ class OpenVINO:
             nncf.set_log_level(logging.ERROR)
             with redirect_stdout(io.StringIO()):  # the converter draws its own progress there
                 model = nncf.compress_weights(model)
+        openvino.save_model(model, directory / "openvino.xml", compress_to_fp16=False)
+        self.size = sum((directory / f"openvino.{kind}").stat().st_size for kind in ("xml", "bin"))
         core = openvino.Core()
         self._generating: Any = core.compile_model(model, "CPU", config).create_infer_request()
         self._scoring: Any = core.compile_model(_with_log_softmax(model), "CPU", config).create_infer_request()
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        return self._infer(self._generating, "logits", np.array([ids]), 0, np.arange(len(ids)))[0].copy()
 
     def score(self, rows: Rows) -> Any:
         input_ids = np.array(rows)

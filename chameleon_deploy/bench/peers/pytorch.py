@@ -1,8 +1,9 @@
-"""The PyTorch reference through `transformers`' generate, with the factors added in the head."""
+"""The PyTorch reference through `transformers`' generate, with the factors added in the head; in int8 by torchao."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,19 +20,33 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 class PyTorch:
     """PyTorch. See `Peer`. Every call adapts its batch, as the bundle does."""
 
-    precision: str = "fp32"
     adapts = scores = generates = True
+    is_ablation = False
 
-    def __init__(self, checkpoint: Checkpoint, mode: Mode, compiled: bool) -> None:
-        self.name = "torch.compile fp32" if compiled else "PyTorch eager fp32"
+    def __init__(self, checkpoint: Checkpoint, mode: Mode, compiled: bool, precision: str = "fp32") -> None:
+        """Share the checkpoint's weights, or quantise a copy of them with torchao: weights per output channel,
+        activations per token.
+
+        Raises ImportError without torchao, ValueError if its layers are not those that torchao quantises.
+        """
+        self.name, self.precision = f"{'torch.compile' if compiled else 'PyTorch eager'} {precision}", precision
         self._checkpoint, self._mode = checkpoint, mode
         # A second model that shares the layers: the checkpoint's own keeps its plain head.
         self._model: Any = copy.copy(checkpoint.trunk.causal_lm)
+        if precision == "int8":
+            self._model = _quantised(self._model)
+        self.size = _bytes(self._model)
         self._model._modules = dict(self._model._modules)
         self._head = _AdaptedHead(self._model.get_output_embeddings(), checkpoint.config.alpha)
         self._model.set_output_embeddings(self._head)
         if compiled:
             self._model.forward = torch.compile(self._model.forward, dynamic=True)
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> Any:
+        vocab, hidden = self._checkpoint.trunk.head_weight.shape
+        self._head.lora_A, self._head.lora_B = torch.zeros(1, 1, hidden), torch.zeros(1, vocab, 1)
+        return self._model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
     @torch.no_grad()
     def score(self, rows: Rows) -> Any:
@@ -65,6 +80,27 @@ class PyTorch:
         self._head.lora_A = adaptation.lora_A[adaptation.factor_ids]
         self._head.lora_B = adaptation.lora_B[adaptation.factor_ids]
         return torch.tensor(rows)
+
+
+def _quantised(model: Any) -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layers = [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError("its layers are not nn.Linear, which torchao quantises")
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters, those of a quantised one with their scales."""
+    sizes = {}
+    for parameter in model.parameters():
+        inner = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
+        tensors = [getattr(parameter, name) for name in inner] or [parameter]
+        sizes[id(parameter)] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(sizes.values())
 
 
 class _AdaptedHead(nn.Module):

@@ -18,6 +18,8 @@ from chameleon_deploy.runtime.session import import_onnxruntime
 class WithoutLoRA(Bundle):
     """The same engine on the same weights, in mode none. See `Peer`."""
 
+    is_ablation = True
+
     def __init__(self, runtime: Runtime) -> None:
         """Remove the updates. Raises ValueError if the bundle does not run on the CPU or its graph's update is not a
         sum.

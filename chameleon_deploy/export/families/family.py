@@ -10,6 +10,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
 
@@ -23,6 +24,7 @@ class TrunkInputs:
     attention_mask           int64 [batch, past + sequence]
     logits_positions         int64 [batch, positions], which of the sequence get final hidden states
     past                     key and value of every layer, float32 [batch, key-value heads, past, head_dim]
+    updates                  of the linear layers
     """
 
     input_ids: ir.Value
@@ -30,6 +32,7 @@ class TrunkInputs:
     attention_mask: ir.Value
     logits_positions: ir.Value
     past: Sequence[tuple[ir.Value, ir.Value]]
+    updates: Updates
 
 
 class BuildTrunk(Protocol):
@@ -60,6 +63,15 @@ class MatrixNames(NamedTuple):
     o: str
     up: str
     down: str
+
+
+class LayerTargets(NamedTuple):
+    """The linear layers behind each of those matrices, by their PEFT names, in the order of the matrix's channels."""
+
+    qkv: tuple[str, ...]
+    o: tuple[str, ...]
+    up: tuple[str, ...]
+    down: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ class Family:
     build_trunk         builds the graph
     layers              the layers of a reference, first to last
     matrix_names        names in the graph of the matrices of layer i
+    layer_targets       PEFT names of the linear layers of layer i
     """
 
     name: str
@@ -116,6 +129,7 @@ class Family:
     build_trunk: BuildTrunk
     layers: Callable[[Trunk], Iterator[Layer]]
     matrix_names: Callable[[int], MatrixNames]
+    layer_targets: Callable[[int], LayerTargets]
 
     def last_norm_of(self, trunk: Trunk) -> nn.Module:
         """Return the module whose outputs are the final hidden states."""

@@ -12,6 +12,7 @@ from chameleon_deploy.export.attention import attention, attention_bias
 from chameleon_deploy.export.families.family import (
     Family,
     Layer,
+    LayerTargets,
     Linear,
     MatrixNames,
     TrunkInputs,
@@ -30,6 +31,11 @@ def matrix_names(i: int) -> MatrixNames:
     return MatrixNames(*(f"transformer.h.{i}.{part}.weight" for part in parts))
 
 
+def layer_targets(i: int) -> LayerTargets:
+    """See `Family`."""
+    return LayerTargets(*((name.removesuffix(".weight"),) for name in matrix_names(i)))
+
+
 def build_trunk(
     op: Any, weights: GraphWeights, token_embedding: ir.Value, inputs: TrunkInputs, model: ModelSpec, trunk: Trunk
 ) -> TrunkOutputs:
@@ -39,24 +45,28 @@ def build_trunk(
         scale, bias = weights(f"{name}.weight"), weights(f"{name}.bias")
         return op.LayerNormalization(x, scale, bias, epsilon=trunk.config.layer_norm_epsilon)
 
-    def linear(x: Any, matrix: str) -> Any:
+    def linear(x: Any, matrix: str, at: ir.Value) -> Any:
         """GPT-2 stores its projections as [in, out] (Conv1D), which is what MatMul takes."""
-        return op.Add(op.MatMul(x, weights(matrix)), weights(f"{matrix.removesuffix('.weight')}.bias"))
+        name = matrix.removesuffix(".weight")
+        y = op.Add(op.MatMul(x, weights(matrix)), weights(f"{name}.bias"))
+        return inputs.updates.add(y, x, at, [(name, trunk.causal_lm.get_submodule(name).weight.shape[1])])
 
     positions = op.Gather(weights(POSITION_EMBEDDING), inputs.position_ids)
     x = op.Add(op.Gather(token_embedding, inputs.input_ids), positions)
     bias = attention_bias(op, inputs.past[0][0], inputs.input_ids, inputs.attention_mask)
     present = []
+    at = inputs.input_ids
     for i, past in enumerate(inputs.past):
         layer, names = f"transformer.h.{i}", matrix_names(i)
-        qkv = linear(norm(x, f"{layer}.ln_1"), names.qkv)
+        qkv = linear(norm(x, f"{layer}.ln_1"), names.qkv, at)
         context, key, value = attention(op, model, qkv, *past, bias)
         present.append((key, value))
         if past is inputs.past[-1]:
-            x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
-        x = op.Add(x, linear(context, names.o))
-        inner = linear(norm(x, f"{layer}.ln_2"), names.up)
-        x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), names.down))
+            at = inputs.logits_positions
+            x, context = (at_positions(op, tensor, at) for tensor in (x, context))
+        x = op.Add(x, linear(context, names.o, at))
+        inner = linear(norm(x, f"{layer}.ln_2"), names.up, at)
+        x = op.Add(x, linear(op.Gelu(inner, approximate="tanh"), names.down, at))
     return norm(x, LAST_NORM), present
 
 
@@ -80,4 +90,5 @@ GPT2 = Family(
     build_trunk=build_trunk,
     layers=layers,
     matrix_names=matrix_names,
+    layer_targets=layer_targets,
 )

@@ -5,7 +5,7 @@ Projections of the same input are concatenated to one matrix of the graph: one p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from chameleon_deploy.export.attention import attention, attention_bias
 from chameleon_deploy.export.families.family import (
     Family,
     Layer,
+    LayerTargets,
     Linear,
     MatrixNames,
     TrunkInputs,
@@ -35,6 +36,17 @@ def matrix_names(i: int) -> MatrixNames:
     return MatrixNames(*(f"model.layers.{i}.{part}.weight" for part in parts))
 
 
+def layer_targets(i: int) -> LayerTargets:
+    """See `Family`."""
+    attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+    return LayerTargets(
+        (f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj"),
+        (f"{attn}.o_proj",),
+        (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        (f"{mlp}.down_proj",),
+    )
+
+
 def build_trunk(
     op: Any, weights: GraphWeights, token_embedding: ir.Value, inputs: TrunkInputs, model: ModelSpec, trunk: Trunk
 ) -> TrunkOutputs:
@@ -50,23 +62,30 @@ def build_trunk(
     bias = attention_bias(op, inputs.past[0][0], inputs.input_ids, inputs.attention_mask)
     tables = zip(ROTARY_TABLES, rotary_tables(trunk), strict=True)
     cos, sin = (op.Unsqueeze(op.Gather(weights.add(*table), inputs.position_ids), [1]) for table in tables)
+    heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
+    qkv_sizes = [model.head_dim * n for n in heads]
+
+    def linear(x: Any, matrix: str, targets: Sequence[str], sizes: Sequence[int], at: ir.Value) -> Any:
+        """Return the product with the targets' weights, side by side."""
+        parts = [f"{target}.weight" for target in targets]
+        y = op.MatMul(x, weights.side_by_side(matrix, parts))
+        return inputs.updates.add(y, x, at, list(zip(targets, sizes, strict=True)))
+
     present = []
+    at = inputs.input_ids
     for i, past in enumerate(inputs.past):
-        layer, names = f"model.layers.{i}", matrix_names(i)
-        normed = norm(x, f"{layer}.input_layernorm")
-        parts = [f"{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
-        qkv = op.MatMul(normed, weights.side_by_side(names.qkv, parts))
+        layer, names, targets = f"model.layers.{i}", matrix_names(i), layer_targets(i)
+        qkv = linear(norm(x, f"{layer}.input_layernorm"), names.qkv, targets.qkv, qkv_sizes, at)
         context, key, value = attention(op, model, qkv, *past, bias, (cos, sin))
         present.append((key, value))
         if past is inputs.past[-1]:
-            x, context = (at_positions(op, tensor, inputs.logits_positions) for tensor in (x, context))
-        x = op.Add(x, op.MatMul(context, weights.side_by_side(names.o)))
-        normed = norm(x, f"{layer}.post_attention_layernorm")
-        parts = [f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up")]
-        gate_up = op.MatMul(normed, weights.side_by_side(names.up, parts))
+            at = inputs.logits_positions
+            x, context = (at_positions(op, tensor, at) for tensor in (x, context))
+        x = op.Add(x, linear(context, names.o, targets.o, [model.hidden_size], at))
+        gate_up = linear(norm(x, f"{layer}.post_attention_layernorm"), names.up, targets.up, [inner_size] * 2, at)
         gate, up = op.Split(gate_up, [inner_size, inner_size], axis=2, _outputs=2)
         inner = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)  # SwiGLU (https://arxiv.org/abs/2002.05202)
-        x = op.Add(x, op.MatMul(inner, weights.side_by_side(names.down)))
+        x = op.Add(x, linear(inner, names.down, targets.down, [model.hidden_size], at))
     return norm(x, LAST_NORM), present
 
 
@@ -107,4 +126,5 @@ LLAMA = Family(
     build_trunk=build_trunk,
     layers=layers,
     matrix_names=matrix_names,
+    layer_targets=layer_targets,
 )

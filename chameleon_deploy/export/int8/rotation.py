@@ -51,15 +51,18 @@ def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
 
 
 @torch.no_grad()
-def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
-    """Balance the channels of gated products, and change the statistics of the inputs that this changes.
+def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> list[Tensor | None]:
+    """Balance the channels of gated products, and change the statistics of the inputs that this changes. Returns the
+    factors of every layer, [channels], or None for a layer without a gate.
 
     Rounding a rotated row costs the product of two sums: of the channels' mean squares, and of the squares of their
     weights. Factors change neither term of a channel's own product, and the two sums are smallest where both terms of
     each channel are equal. In SmolLM2-135M this divides the cost by 1.2 to 140.
     """
+    balances: list[Tensor | None] = []
     for layer in family_of(model.architecture).layers(trunk):
         if len(layer.ups) < 2:  # an activation function in between
+            balances.append(None)
             continue
         squares = statistics.inputs[layer.names.down].squares()
         weights = layer.down.matrix.square().sum(1)
@@ -67,6 +70,8 @@ def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> Non
         _multiply_outputs(layer.ups[1], factors)
         layer.down.matrix.div_(factors[:, None])
         statistics.inputs[layer.names.down].divide(1 / factors)
+        balances.append(factors)
+    return balances
 
 
 def _relative(values: Tensor) -> Tensor:

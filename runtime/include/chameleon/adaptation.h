@@ -17,11 +17,15 @@ struct Adaptation {
   RowFactors factors;                     ///< the factor sets of the batch, and the set that each row uses
 };
 
+/// The name of each text's adapter, nothing for the base model.
+using AdapterNames = std::vector<std::optional<std::string>>;
+
 /// How to adapt a batch.
 struct AdaptOptions {
   std::optional<Mode> mode{};                         ///< the runtime's mode by default
   std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: the owner of each text, one per text
   std::optional<Factors> factors{};                   ///< mode static: the caller's factor set
+  std::optional<AdapterNames> adapters{};             ///< mode static, which they imply: one per text
 };
 
 }  // namespace chameleon

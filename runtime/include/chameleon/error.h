@@ -44,15 +44,21 @@ using MissingFileError = CodedError<"file_missing">;
 using PathError = CodedError<"path_unsafe">;
 using DigestError = CodedError<"digest_mismatch">;
 using TensorError = CodedError<"tensor_invalid">;
+using SignatureError = CodedError<"signature_invalid">;
 using GraphError = CodedError<"graph_invalid">;
+using BundleChangedError = CodedError<"bundle_changed">;
 using InputError = CodedError<"input_invalid">;
 using TokenError = CodedError<"token_invalid">;
 using LengthError = CodedError<"text_too_long">;
 using ModeError = CodedError<"mode_unavailable">;
 using FactorsError = CodedError<"factors_invalid">;
+using AdapterError = CodedError<"adapter_invalid">;
 using ProviderError = CodedError<"provider_unavailable">;
 using DeviceError = CodedError<"device_failed">;
 using CancelledError = CodedError<"cancelled">;
 using NumericError = CodedError<"not_finite">;
+using QueueFullError = CodedError<"queue_full">;
+using ClosedError = CodedError<"closed">;
+using RequestError = CodedError<"request_failed">;
 
 }  // namespace chameleon

@@ -2,7 +2,8 @@
 
 #include <cstdint>
 #include <functional>
-#include <span>
+#include <memory>
+#include <optional>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -10,11 +11,13 @@
 #include <vector>
 
 #include "chameleon/adaptation.h"
+#include "chameleon/error.h"
 #include "chameleon/sampling.h"
 
 namespace chameleon {
 
-enum class FinishReason { stop, length, cancelled };
+/// Why a row ended. An Engine gives every reason; Runtime::generate the first three.
+enum class FinishReason { stop, length, cancelled, deadline, error };
 
 CHAMELEON_EXPORT std::string_view to_string(FinishReason reason);
 
@@ -27,29 +30,37 @@ struct Generation {
   FinishReason finish_reason = FinishReason::length;
   std::vector<float> token_logprobs{};  ///< of each of token_ids; empty unless Sampling::logprobs is set
   std::vector<std::vector<TokenLogprob>> top_logprobs{};  ///< the most probable tokens at each place, likewise
+  std::optional<Error> error{};                           ///< what ended the row, if finish_reason is error
 };
 
 /// One step of one row. text is the part that can be shown now: it may be empty, or have the characters of several
-/// tokens. Valid during the callback only.
+/// tokens.
 struct Token {
   std::size_t row;
-  std::int64_t token_id;
-  std::string_view text;
-  const Generation* generation;                  ///< set on a row's last Token
+  std::int64_t token_id;  ///< -1 if the row ended without a new token: cancelled, past its deadline, or failed
+  std::string text;
+  std::shared_ptr<const Generation> generation;  ///< set on a row's last Token
   std::optional<float> logprob{};                ///< of token_id, unless Sampling::logprobs is not set
-  std::span<const TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
+  std::vector<TokenLogprob> top_logprobs{};      ///< of the most probable tokens, highest first
 };
 
 /// Called for every token, within a step in the order of the rows. Return false to cancel this row; the others
 /// continue.
 using OnToken = std::function<bool(const Token&)>;
 
+/// One value for all prompts, or one for each.
+template <class T>
+using PerPrompt = std::variant<T, std::vector<T>>;
+
 struct GenerateOptions : AdaptOptions {
-  /// At least 1: one number, or one per prompt. The model's positions are a limit too.
-  std::variant<std::int64_t, std::vector<std::int64_t>> max_new_tokens = std::int64_t{20};
+  /// At least 1. The model's positions are a limit too.
+  PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
   /// One Sampling for all, where row i draws from random stream i, or one per prompt, each drawing from stream 0, so
   /// that a row does not depend on its place in the batch.
-  std::variant<Sampling, std::vector<Sampling>> sampling = Sampling{};
+  PerPrompt<Sampling> sampling = Sampling{};
+  /// For a single prompt on the CPU: up to this many tokens, at most 16, are drafted from the text so far and read in
+  /// one call. The tokens are the same; 0 is off.
+  std::int64_t prompt_lookup_num_tokens = 0;
   OnToken on_token{};
   std::stop_token stop{};  ///< cancels all rows, even within a long prompt
 };

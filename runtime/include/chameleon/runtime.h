@@ -31,6 +31,7 @@ struct LoadOptions {
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
   bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
                                  ///< shared between processes; slower in batches, and last bits differ
+  TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any
 };
 
 /// A loaded bundle. It keeps no state of requests: one runtime serves any number of threads.
@@ -50,6 +51,12 @@ class CHAMELEON_EXPORT Runtime {
   [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {},
                                          const std::stop_token& stop = {}) const;
 
+  /// What would have chosen each token of a text after its first, with the `count` most probable tokens (0 to 5) at
+  /// each place, as Sampling::logprobs reports them. factors: a row for each text, as `adapt` returns them Throws
+  /// InputError, TokenError, LengthError, NumericError or CancelledError.
+  [[nodiscard]] std::vector<std::vector<Choice>> prompt_logprobs(Texts texts, const RowFactors& factors, int count,
+                                                                 const std::stop_token& stop = {}) const;
+
   /// Continue every prompt. The factors of a row depend on its prompt alone. A callback's exception ends the call.
   std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
 
@@ -58,11 +65,14 @@ class CHAMELEON_EXPORT Runtime {
 
   /// The provider that runs the decoder: cpu or tensorrt, also with provider `auto`.
   [[nodiscard]] const std::string& provider() const;
+  [[nodiscard]] const Bundle& bundle() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;
 
+  struct Impl;  ///< of the library itself
+  [[nodiscard]] const Impl& impl() const { return *impl_; }
+
  private:
-  struct Impl;
   std::unique_ptr<const Impl> impl_;
 };
 

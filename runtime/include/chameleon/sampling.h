@@ -32,4 +32,11 @@ struct TokenLogprob {
   bool operator==(const TokenLogprob&) const = default;
 };
 
+/// A chosen token; the other fields are empty unless Sampling::logprobs asks for them.
+struct Choice {
+  std::int64_t token_id;
+  std::optional<float> logprob{};
+  std::vector<TokenLogprob> top_logprobs{};  ///< of the most probable tokens, highest first
+};
+
 }  // namespace chameleon

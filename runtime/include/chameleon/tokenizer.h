@@ -24,11 +24,14 @@ class CHAMELEON_EXPORT Tokenizer {
   /// UTF-8.
   [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text) const;
 
-  /// The text of token ids, without special tokens. Invalid UTF-8 becomes U+FFFD.
-  [[nodiscard]] std::string decode(std::span<const std::int64_t> ids) const;
+  /// The text of token ids. Invalid UTF-8 becomes U+FFFD.
+  [[nodiscard]] std::string decode(std::span<const std::int64_t> ids, bool skip_special_tokens = true) const;
 
   /// The bytes of one token, which may be part of a character. Empty for special tokens and unknown ids.
   [[nodiscard]] std::string_view bytes(std::int64_t id) const;
+
+  /// A token as the vocabulary writes it, in GPT-2's alphabet of bytes. Empty for unknown ids.
+  [[nodiscard]] std::string_view token(std::int64_t id) const;
 
  private:
   struct Impl;

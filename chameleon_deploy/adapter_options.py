@@ -1,0 +1,48 @@
+"""The --adapter options: directories for commands that read PEFT, names for those that run a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chameleon_deploy.errors import InputError
+
+AdapterDirectories = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        help="A PEFT LoRA directory, of any linear layers of a base model; may be given several times.",
+    ),
+]
+AdapterNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="Adapter of all texts, or one per text in order; '' is the base model.",
+    ),
+]
+
+
+def named_directories(options: Sequence[str] | None) -> dict[str, Path]:
+    """Return directories by name. Raises InputError."""
+    pairs = [option.partition("=") for option in options or ()]
+    for name, separator, path in pairs:
+        if not (name and separator and path):
+            raise InputError(f"--adapter {name}{separator}{path}: pass NAME=DIR")
+    directories = {name: Path(path) for name, _, path in pairs}
+    if len(directories) < len(pairs):
+        raise InputError("--adapter: two adapters have the same name")
+    return directories
+
+
+def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | None] | None:
+    """Return the adapter of each text from one name or one per text; None without the option."""
+    if not names:
+        return None
+    each = list(names) * texts if len(names) == 1 else names
+    return [name or None for name in each]

@@ -1,0 +1,81 @@
+"""A base model as a GGUF file, for llama.cpp: the weights and hyperparameters, without a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as TensorType
+from gguf.quants import quantize
+from transformers.pytorch_utils import Conv1D
+
+from chameleon_deploy.reference.model import Trunk
+
+
+def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
+    """Write a model whose matrices have one type; norms, biases and position embeddings stay float32, as llama.cpp's
+    own tool leaves them.
+
+    Raises ValueError for a family that GGUF does not have, or rotary frequencies that need a table.
+    """
+    config = trunk.config
+    architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type), None)
+    if architecture is None:
+        raise ValueError(f"GGUF has no family {config.model_type!r}")
+    writer = gguf.GGUFWriter(file, config.model_type)
+    tensors = dict(_tensors(trunk, gguf.get_tensor_name_map(architecture, config.num_hidden_layers)))
+    _write_hyperparameters(writer, trunk, tensors["blk.0.ffn_up.weight"].shape[0])
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in tensors.items():
+        is_matrix = tensor.ndim == 2 and not name.startswith("position_embd")
+        raw_type = tensor_type if is_matrix else TensorType.F32
+        writer.add_tensor(name, quantize(tensor, raw_type), raw_dtype=raw_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_hyperparameters(writer: Any, trunk: Trunk, feed_forward_length: int) -> None:
+    config = trunk.config
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(trunk.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(feed_forward_length)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(trunk.num_key_value_heads)
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    if rope["rope_type"] != "default":
+        raise ValueError(f"no comparison with rotary embeddings of type {rope['rope_type']!r}")
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(trunk.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def _tensors(trunk: Trunk, names: Any) -> Any:
+    """Yield the names that GGUF uses and float32 arrays [out, in]; a tied head is left out."""
+    for module_name, module in trunk.causal_lm.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            name = names.get_name(f"{module_name}.{kind}", try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ValueError(f"GGUF has no name for {module_name}.{kind}")
+            if name == "output.weight" and trunk.is_tied:
+                continue
+            tensor = parameter.detach().numpy()
+            if isinstance(module, Conv1D) and tensor.ndim == 2:
+                tensor = tensor.T
+            if name.endswith(("attn_q.weight", "attn_k.weight")):
+                tensor = _interleaved(tensor, trunk.head_dim)
+            yield name, np.ascontiguousarray(tensor)
+
+
+def _interleaved(matrix: Any, head_dim: int) -> Any:
+    """Reorder the rows of each head: GGUF rotates neighbours, Hugging Face channels that are half a head apart."""
+    halves = matrix.reshape(-1, 2, head_dim // 2, matrix.shape[1])
+    return halves.swapaxes(1, 2).reshape(matrix.shape)

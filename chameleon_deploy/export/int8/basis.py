@@ -1,0 +1,100 @@
+"""The basis of an int8 graph's linear layers, which factors enter when a runtime loads them (runtime/basis.py).
+
+rotation.py rotates and scales what linear layers read and write. Factors of an adapter are of the layers as they were:
+A follows the change of a layer's input, B that of its output, exactly as the layer's own matrix does. Adapter files are
+therefore the same for every precision.
+
+A layer norm's bias, which rotation.py folds into the biases of the next layers, is missing from what A reads. It is
+added back as a shift of A's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
+from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.int8.calibration import INT8_MAX, Absmax
+from chameleon_deploy.export.int8.hadamard import block_of, rotate
+from chameleon_deploy.manifest import basis_names
+from chameleon_deploy.reference.model import Trunk
+
+SMALLEST = 1e-6  # of a norm's weight, as a share of the largest: its bias is divided by it
+
+
+class Basis:
+    """The basis of every layer.
+
+    tensors  what basis.safetensors has of a layer, see `basis_names`
+    shifts   [in_features], for layers after a norm with a bias
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, np.ndarray] = {}
+        self.shifts: dict[str, FloatArray] = {}
+
+    def of(self, targets: Sequence[str]) -> tuple[dict[str, np.ndarray], Mapping[str, FloatArray]]:
+        """Return tensors and shifts of some layers."""
+        names = [name for target in targets if target != LM_HEAD for name in basis_names(target)]
+        return {n: self.tensors[n] for n in names}, {t: self.shifts[t] for t in targets if t in self.shifts}
+
+    def add(self, layer: str, before: Tensor, block: int, after: Tensor, out_blocks: list[int], out: Tensor) -> None:
+        values = (before, torch.tensor([block]), after, torch.tensor(out_blocks), out)
+        self.tensors |= {
+            name: np.ascontiguousarray(value.detach().numpy())
+            for name, value in zip(basis_names(layer), values, strict=True)
+        }
+
+
+@torch.no_grad()
+def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax], balances: Sequence[Tensor | None] = ()) -> Basis:
+    """Return the basis that `rotate_trunk`, `balance_trunk` and `scale_trunk` give a trunk.
+
+    trunk     the base model, which is not rotated
+    absmax    of every layer, of the statistics that are passed to `scale_trunk`
+    balances  of every layer, from `balance_trunk`; none if it has not been called
+    """
+    family, basis = family_of(model.architecture), Basis()
+    residual, head = block_of(model.hidden_size), block_of(model.head_dim)
+    groups = model.num_attention_heads // model.num_key_value_heads
+    balances = balances or [None] * model.num_layers
+    for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), absmax, balances, strict=True)):
+        names = family.layer_targets(i)
+        key, value = seen.keys / INT8_MAX, seen.values / INT8_MAX
+        if family.rotary_tables:
+            key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
+        of_queries = value.repeat_interleave(groups, 0).flatten()
+        outputs = [(1, key.repeat_interleave(groups, 0).flatten()), (1, 1 / key.flatten()), (head, 1 / value.flatten())]
+        if len(names.qkv) == 1:  # one layer has all three
+            joined = [([block for block, _ in outputs], torch.cat([scale for _, scale in outputs]))]
+        else:
+            joined = [([block], scale) for block, scale in outputs]
+        inner = torch.ones(len(layer.down.matrix))
+        ups = [([1], inner) for _ in layer.ups]
+        if balance is not None:
+            ups[1] = [1], balance
+        for norm, scales, targets, outs in (
+            (layer.norm_1, seen.norm_1 / INT8_MAX, names.qkv, joined),
+            (
+                layer.norm_2,
+                seen.norm_2 / INT8_MAX,
+                names.up,
+                ups,
+            ),
+        ):
+            weight, bias = norm.weight, getattr(norm, "bias", None)
+            if bias is not None:
+                least = SMALLEST * weight.abs().max()
+                weight = torch.where(weight.abs() < least, least, weight)
+            for target, (blocks, out) in zip(targets, outs, strict=True):
+                basis.add(target, weight, residual, scales, blocks, out)
+                if bias is not None:
+                    basis.shifts[target] = (rotate(bias / weight) / scales).numpy()
+        hidden = torch.ones(model.hidden_size)
+        basis.add(names.o[0], torch.ones_like(of_queries), head, of_queries, [residual], hidden)
+        basis.add(names.down[0], inner, 1, 1 / (inner if balance is None else balance), [residual], hidden)
+    return basis

@@ -1,0 +1,129 @@
+"""A base model with named adapters: low-rank updates of any of its linear layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chameleon_deploy.bundle import FloatArray, TargetSpec, factor_names
+from chameleon_deploy.errors import InputError
+from chameleon_deploy.manifest import ADAPTER_NAME, is_adapter_name
+from chameleon_deploy.reference import peft_lora
+from chameleon_deploy.reference.model import Trunk, load_trunk
+
+Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them
+
+
+@dataclass
+class AdaptedBase:
+    """A loaded base model with its adapters.
+
+    name      of the base model
+    adapters  factors by name; an adapter has tensors for the layers that it adapts
+    digest    of the base and the adapters
+    """
+
+    name: str
+    trunk: Trunk
+    adapters: dict[str, Factors]
+    base_digest: str
+    digest: str
+
+    @property
+    def targets(self) -> tuple[TargetSpec, ...]:
+        """Return the layers that any of the adapters adapts, in the model's order."""
+        adapted = {name for factors in self.adapters.values() for name in factors}
+        return tuple(
+            TargetSpec(layer, *sizes)
+            for layer, sizes in self.trunk.linear_layers().items()
+            if not adapted.isdisjoint(factor_names(layer))
+        )
+
+    @property
+    def rank(self) -> int:
+        return max(len(array) for factors in self.adapters.values() for array in factors.values())
+
+
+def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None = None) -> AdaptedBase:
+    """Load a base model and PEFT directories.
+
+    base         see `load_trunk`
+    directories  by the adapters' names
+    trunk        the base model, if it is loaded already
+
+    Raises InputError for a name that cannot be used, and the errors of `load_trunk` and `read_peft`.
+    """
+    for name in directories:
+        if not is_adapter_name(name):
+            raise InputError(f"{name!r} cannot name an adapter: use {ADAPTER_NAME}")
+    trunk = trunk or load_trunk(base)
+    layers = trunk.linear_layers()
+    adapters: dict[str, Factors] = {
+        name: peft_lora.read_peft(path, layers, trunk.head_weight) for name, path in directories.items()
+    }
+    base_digest = trunk.digest()
+    digest = hashlib.sha256(base_digest.encode())
+    for name, path in directories.items():
+        digest.update(name.encode())
+        for file in (peft_lora.CONFIG_FILE, peft_lora.TENSOR_FILE):
+            digest.update((path / file).read_bytes())
+    return AdaptedBase(base, trunk, adapters, base_digest, digest.hexdigest())
+
+
+@contextmanager
+def adapted(trunk: Trunk, factors: Factors, shifts: Mapping[str, FloatArray] = MappingProxyType({})) -> Iterator[None]:
+    """Let the layers of a trunk add an adapter's update to their outputs: y + (x A^T) B.
+
+    shifts  [in], added to the x of a layer's update; by layer
+    """
+
+    def update(lora_A: Tensor, lora_B: Tensor, shift: Tensor | float) -> Any:
+        return lambda module, inputs, output: output + ((inputs[0] + shift) @ lora_A.T) @ lora_B
+
+    hooks = []
+    for layer in trunk.linear_layers():
+        if factor_names(layer)[0] in factors:
+            lora_A, lora_B = (torch.from_numpy(np.asarray(factors[name])) for name in factor_names(layer))
+            shift = torch.from_numpy(shifts[layer]) if layer in shifts else 0.0
+            hook = update(lora_A, lora_B, shift)
+            hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class AdapterLogits:
+    """Logits [positions, vocab] of one row with one adapter, computed alone: no padding, no cache.
+
+    hidden  final hidden states by adapter and text, which are computed once
+    """
+
+    base: AdaptedBase
+    hidden: dict[tuple[str | None, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(
+        self, ids: Sequence[int], adapters: Sequence[str | None], row: int, positions: slice = slice(None)
+    ) -> Tensor:
+        """Return the logits of a row whose adapter is adapters[row]."""
+        name = adapters[row]
+        factors = self.base.adapters[name] if name is not None else {}
+        key = (name, tuple(ids))
+        if key not in self.hidden:
+            with adapted(self.base.trunk, factors):
+                self.hidden[key], _ = self.base.trunk.hidden_states(torch.tensor([list(ids)]))
+        with adapted(self.base.trunk, factors):
+            logits: Tensor = self.base.trunk.causal_lm.get_output_embeddings()(self.hidden[key][0, positions])
+        return logits

@@ -1,0 +1,150 @@
+"""Named adapters: factor sets that callers choose by name, row by row."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chameleon_deploy.adapter_file import read_adapter
+from chameleon_deploy.bundle import Bundle, FloatArray
+from chameleon_deploy.errors import AdapterError, InputError
+from chameleon_deploy.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
+from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, no_factors, stack_sets
+from chameleon_deploy.runtime.inputs import checked_path
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter.
+
+    key    of its factor set; another for an adapter that is loaded later under the same name
+    file   where it is read again when its factors have left the memory, and its state when it was loaded; None for an
+           adapter of the bundle, whose factors stay
+    """
+
+    key: tuple[str, int]
+    file: tuple[Path, tuple[int, ...]] | None
+
+
+class Adapters:
+    """The adapters of a bundle, and those that were loaded from files. For any number of threads.
+
+    max_bytes  of the factors of files that stay in memory; those used least recently leave first. None is no limit
+    """
+
+    def __init__(self, bundle: Bundle, enter: Callable[[Factors], Factors]) -> None:
+        """Take the bundle's own adapters.
+
+        enter  converts factors to the basis of the decoder (basis.py)
+        """
+        self.max_bytes: int | None = None
+        self._spec: AdaptationSpec = bundle.manifest.adaptation
+        self._enter, self._numbers, self._lock = enter, itertools.count(), threading.Lock()
+        self._named: dict[str, Adapter] = {}
+        self._sets: OrderedDict[tuple[str, int], FactorSets] = OrderedDict()  # the most recently used last
+        if self._spec.adapters:
+            tensors = bundle.lora()
+            for i, name in enumerate(self._spec.adapters):
+                adapter = self._named[name] = Adapter((name, next(self._numbers)), None)
+                self._sets[adapter.key] = self._entered({tensor: array[i] for tensor, array in tensors.items()})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._named)
+
+    def __getitem__(self, name: str) -> Adapter:
+        """Return an adapter. Raises AdapterError for a name that no adapter has."""
+        adapter = self._named.get(name)
+        if adapter is None:
+            names = self.names
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise AdapterError(f"no adapter is named {name!r:.80}: loaded are {shown or 'none'}")
+        return adapter
+
+    def load(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Read an adapter file; see `Runtime.load_adapter`."""
+        if not isinstance(name, str) or not is_adapter_name(name):
+            raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}")
+        file = checked_path(path)
+        sets, stamp = self._read(file)
+        with self._lock:
+            if name in self._named:
+                raise AdapterError(f"an adapter named {name!r} is loaded already: unload it first")
+            adapter = Adapter((name, next(self._numbers)), (file, stamp))
+            self._named = {**self._named, name: adapter}
+            self._keep(adapter, sets)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterError for a name that no adapter has."""
+        with self._lock:
+            adapter = self[name]
+            self._named = {other: kept for other, kept in self._named.items() if other != name}
+            self._sets.pop(adapter.key, None)
+
+    def sets_of(self, adapter: Adapter) -> FactorSets:
+        """Return a stack of an adapter's one set, in memory. Raises AdapterError if its file has changed."""
+        with self._lock:
+            if adapter.key in self._sets:
+                self._sets.move_to_end(adapter.key)
+                return self._sets[adapter.key]
+        if adapter.file is None:  # unloaded after the caller had it
+            raise AdapterError(f"the adapter {adapter.key[0]!r} was unloaded")
+        file, stamp = adapter.file
+        sets, now = self._read(file)
+        if now != stamp:
+            raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
+        with self._lock:
+            if self._named.get(adapter.key[0]) == adapter:
+                self._keep(adapter, sets)
+        return sets
+
+    def of_rows(self, names: Sequence[str | None]) -> RowFactors:
+        """Return a stack of the sets that rows use, in memory; None is a set of zeros. Raises AdapterError."""
+        chosen = list(dict.fromkeys(names))
+        sets = [no_factors(self._spec) if name is None else self.sets_of(self[name]) for name in chosen]
+        return RowFactors(stack_sets(sets), np.array([chosen.index(name) for name in names], np.int64))
+
+    def _keep(self, adapter: Adapter, sets: FactorSets) -> None:
+        """Keep factors in memory, and let go of others beyond max_bytes. The lock is held."""
+        self._sets[adapter.key] = sets
+        if self.max_bytes is None:
+            return
+        of_files = [named.key for named in self._named.values() if named.file and named.key in self._sets]
+        by_age = [key for key in self._sets if key in set(of_files)]
+        total = sum(_size(self._sets[key]) for key in by_age)
+        for key in by_age[:-1]:
+            if total <= self.max_bytes:
+                return
+            total -= _size(self._sets.pop(key))
+
+    def _read(self, file: Path) -> tuple[FactorSets, tuple[int, ...]]:
+        factors = read_adapter(file, self._spec)
+        found = file.stat()
+        return self._entered(factors), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def _entered(self, factors: Mapping[str, FloatArray]) -> FactorSets:
+        entered = self._enter(factors)
+        return FactorSets({name: np.ascontiguousarray(array, np.float32)[None] for name, array in entered.items()})
+
+
+def _size(sets: FactorSets) -> int:
+    return sum(np.asarray(array).nbytes for array in sets.tensors.values())
+
+
+def check_adapters(adapters: Sequence[str | None] | None, batch: int) -> None:
+    """Raise InputError unless adapters are None or a list with a name or None for each row."""
+    if adapters is None:
+        return
+    if isinstance(adapters, str | bytes) or not isinstance(adapters, Sequence):
+        raise InputError(f"adapters must be a list with a name or None per text, got a {type(adapters).__name__}")
+    if len(adapters) != batch:
+        raise InputError(f"{len(adapters)} adapters for {batch} texts: pass one per text, None for none")
+    if wrong := [name for name in adapters if name is not None and not isinstance(name, str)]:
+        raise InputError(f"an adapter must be a name or None, got a {type(wrong[0]).__name__}")

@@ -1,0 +1,50 @@
+"""Bring factors into the basis of a bundle's linear layers: int8 graphs rotate and scale what layers read and write.
+
+    A' = ((A * in_before) H) * in_after        B' = (B H) * out_after
+
+H is block diagonal with Hadamard matrices (export/int8/hadamard.py); a block of 1 rotates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.manifest import AdaptationSpec, basis_names, factor_names
+
+FOUR = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32) / 2
+
+
+def enter_basis(
+    factors: Mapping[str, FloatArray], spec: AdaptationSpec, basis: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, FloatArray]:
+    """Return factors [..., rank, width] of plain layers as factors of a bundle's layers.
+
+    basis  tensors of basis.safetensors; a layer without any is plain
+    """
+    entered = dict(factors)
+    for target in spec.targets:
+        names = basis_names(target.name)
+        name_A, name_B = factor_names(target.name)
+        if names[0] not in basis or name_A not in factors:
+            continue
+        before, block, after, out_blocks, out = (basis[name] for name in names)
+        entered[name_A] = _rotate(factors[name_A] * before, int(block[0])) * after
+        parts = np.split(factors[name_B], len(out_blocks), axis=-1)
+        rotated = [_rotate(part, int(size)) for part, size in zip(parts, out_blocks, strict=True)]
+        entered[name_B] = np.concatenate(rotated, axis=-1) * out
+    return entered
+
+
+def _rotate(x: FloatArray, block: int) -> FloatArray:
+    if block == 1:
+        return x
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < block:
+        matrix = np.kron(matrix, FOUR)
+    rotated: FloatArray = (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape)
+    return rotated

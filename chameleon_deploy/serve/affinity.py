@@ -1,0 +1,73 @@
+"""What a request has in common with those that should meet it in one replica."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from chameleon_deploy import remote
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.errors import ChameleonError, InputError
+from chameleon_deploy.runtime.adaptation import assign, embed
+from chameleon_deploy.runtime.inputs import encode
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
+from chameleon_deploy.serve.errors import ApiError
+from chameleon_deploy.serve.keys import Keys
+from chameleon_deploy.serve.prompts import as_texts
+from chameleon_deploy.serve.routing import Routing
+
+
+class Affinity:
+    """The keys of one kind of routing. A request that a replica will refuse has none: any replica may refuse it."""
+
+    def __init__(self, routing: Routing, bundle: str, api_keys: Path | None) -> None:
+        """Raises a ChameleonError, among them InputError for a routing whose keys nothing would have."""
+        if routing == "tenant" and api_keys is None:
+            raise InputError("routing by tenant needs api_keys: a tenant is known by its API key")
+        self._routing, self._keys = routing, Keys(api_keys)
+        self._cluster_of = _clusters(bundle) if routing == "cluster" else None
+
+    async def key(self, request: Request, body: bytes) -> str | None:
+        """Return the tenant, the cluster of the first prompt, or None."""
+        if self._cluster_of is not None and request.method == "POST":
+            return await asyncio.to_thread(self._cluster_of, body)
+        if self._routing == "tenant":
+            try:
+                return self._keys.tenant(request.headers.get("authorization"))
+            except ApiError:
+                return None
+        return None
+
+
+class _Prompts(msgspec.Struct):
+    """What is looked at of a body."""
+
+    prompt: Any = None
+    input: Any = None
+    adapt_tokens: int | None = None
+
+
+def _clusters(path: str) -> Callable[[bytes], str | None]:
+    """Return a function from a body to its cluster; it needs a bundle's tokenizer and centroids, but no session."""
+    bundle = open_bundle(remote.local(path))
+    model, spec = bundle.manifest.model, bundle.manifest.adaptation
+    tokenizer, token_embedding = load_tokenizer(bundle.path / "tokenizer.json"), bundle.token_embedding()
+    centroids = bundle.centroids()
+    if "centroid" not in spec.modes:
+        raise InputError(f"routing by cluster needs a bundle whose factors depend on the cluster: {path} has none")
+
+    def cluster(body: bytes) -> str | None:
+        try:
+            fields = msgspec.json.decode(body, type=_Prompts)
+            texts = as_texts(fields.input if fields.prompt is None else fields.prompt)
+            ids = encode(texts[:1], tokenizer, model)[0][: fields.adapt_tokens]
+            return str(assign(embed([ids], token_embedding, spec, model.eos_token_id), centroids)[0])
+        except (ChameleonError, msgspec.MsgspecError, UnicodeDecodeError, TypeError, IndexError):
+            return None
+
+    return cluster

@@ -1,0 +1,77 @@
+"""The metrics of all replicas, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector, CollectorRegistry
+
+MEANS = ("chameleon_kv_cache_usage_perc",)  # gauges whose sum means nothing
+
+Families = dict[str, Metric]
+
+
+@dataclass
+class Totals:
+    """Sums over replicas. What a replica counted before it ended stays counted, so that no counter goes back.
+
+    last  families of each replica that lived at the last call, by its name
+    past  counters and histograms of those that have ended
+    """
+
+    last: dict[str, Families] = field(default_factory=dict)
+    past: list[Families] = field(default_factory=list)
+
+    def add_up(self, texts: Mapping[str, bytes]) -> bytes:
+        """Return one text in Prometheus' format of the texts of all living replicas, by their names."""
+        ended = [self.last.pop(name) for name in set(self.last) - set(texts)]
+        if ended:
+            counted = [{n: f for n, f in families.items() if f.type != "gauge"} for families in ended]
+            self.past = [_sum([*self.past, *counted])]
+        self.last |= {name: _parse(text) for name, text in texts.items()}
+        families = _sum([*self.past, *self.last.values()])
+        for name in MEANS:
+            if name in families:
+                families[name].samples = [
+                    sample._replace(value=sample.value / len(texts)) for sample in families[name].samples
+                ]
+        registry = CollectorRegistry()
+        registry.register(_Fixed(families.values()))
+        return generate_latest(registry)
+
+
+class _Fixed(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _parse(text: bytes) -> Families:
+    """The families of a text, but for the times at which counters were created."""
+    return {
+        family.name: family
+        for family in text_string_to_metric_families(text.decode())
+        if not family.name.endswith("_created")
+    }
+
+
+def _sum(parts: Iterable[Families]) -> Families:
+    totals: Families = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for families in parts:
+        for name, family in families.items():
+            totals.setdefault(name, Metric(name, family.documentation, family.type))
+            sums = values.setdefault(name, {})
+            for sample in family.samples:
+                key = (sample.name, tuple(sample.labels.items()))
+                sums[key] = sums.get(key, 0) + sample.value
+    for name, sums in values.items():
+        for (sample_name, labels), value in sums.items():
+            totals[name].add_sample(sample_name, dict(labels), value)
+    return totals

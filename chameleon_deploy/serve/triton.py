@@ -1,0 +1,140 @@
+"""The engine as a model of Triton's Python backend: one process per instance, one response per token.
+
+`export BUNDLE --target triton` writes the model repository whose model.py imports this. A request holds one prompt; the
+engine batches the requests of an instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import triton_python_backend_utils as triton  # part of tritonserver
+
+import chameleon_deploy
+from chameleon_deploy.bundle import Mode, default_mode
+from chameleon_deploy.errors import (
+    ChameleonError,
+    ClosedError,
+    InputError,
+    LengthError,
+    ModeError,
+    QueueFullError,
+    TokenError,
+)
+from chameleon_deploy.runtime import Engine, Sampling, Stream, Token
+
+BUNDLE = "bundle"  # directory of it beside model.py
+CANCEL_SECONDS = 0.2  # between two looks for requests that their clients have cancelled
+# By name: Triton adds its error type to the module after this one is imported.
+_CODES: dict[type[Exception], str] = {
+    **dict.fromkeys((InputError, TokenError, LengthError, ModeError), "INVALID_ARG"),
+    **dict.fromkeys((QueueFullError, ClosedError), "UNAVAILABLE"),
+}
+
+
+class Model:
+    """What Triton calls a TritonPythonModel."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle and start the engine, with the parameters of config.pbtxt. Raises a ChameleonError."""
+        config = json.loads(args["model_config"])
+        given = {name: value["string_value"] for name, value in config["parameters"].items()}
+        path = Path(args["model_repository"]) / args["model_version"] / BUNDLE
+        runtime = chameleon_deploy.load(path, threads=int(given["threads"]), share_weights=True)
+        modes = runtime.manifest.adaptation.modes
+        self._mode: Mode = "centroid" if "centroid" in modes else default_mode(runtime.manifest.adaptation)
+        self._engine = Engine(runtime, rows=int(given["rows"]), max_waiting=int(given["max_waiting"]))
+        self._active: dict[Stream, Any] = {}  # the sender of each request's responses
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="chameleon-responses", daemon=True).start()
+        self._watch = asyncio.run_coroutine_threadsafe(self._cancel(), self._loop)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Submit requests and return; their responses follow from another thread."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                stream = self._submit(request)
+            except Exception as error:
+                _fail(sender, error)
+                continue
+            self._active[stream] = sender
+            asyncio.run_coroutine_threadsafe(self._respond(stream, sender), self._loop)
+
+    def finalize(self) -> None:
+        """Finish what was accepted, and end the threads."""
+        self._engine.close()
+        self._watch.cancel()
+        done: Future[None] = asyncio.run_coroutine_threadsafe(self._responded(), self._loop)
+        done.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _submit(self, request: Any) -> Stream:
+        values = {tensor.name(): tensor.as_numpy().ravel().tolist() for tensor in request.inputs()}
+        texts = {name: [_text(value) for value in values.get(name, ())] for name in ("text_input", "mode", "stop")}
+        if len(texts["text_input"]) != 1:
+            raise InputError(f"text_input holds {len(texts['text_input'])} prompts: pass one per request")
+        numbers = {name: values[name][0] for name in ("temperature", "top_p", "top_k", "seed") if values.get(name)}
+        sampling = Sampling(**{"seed": secrets.randbits(64), **numbers}, stop=texts["stop"])
+        return self._engine.submit(
+            texts["text_input"],
+            max_new_tokens=values["max_tokens"][0] if values.get("max_tokens") else 16,
+            sampling=sampling,
+            mode=cast(Mode, texts["mode"][0]) if texts["mode"] else self._mode,  # the engine checks it
+        )
+
+    async def _respond(self, stream: Stream, sender: Any) -> None:
+        try:
+            async for token in stream:
+                error = token.generation.error if token.generation else None
+                if error is not None:
+                    raise error
+                sender.send(_response(token, stream.cluster_ids[0]))
+            sender.send(flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:
+            stream.cancel()
+            _fail(sender, error)
+        finally:
+            del self._active[stream]
+
+    async def _cancel(self) -> None:
+        while True:
+            await asyncio.sleep(CANCEL_SECONDS)
+            for stream, sender in list(self._active.items()):
+                if sender.is_cancelled():
+                    stream.cancel()
+
+    async def _responded(self) -> None:
+        while self._active:
+            await asyncio.sleep(0.01)
+
+
+def _response(token: Token, cluster_id: int) -> Any:
+    reason = token.generation.finish_reason if token.generation else ""
+    return triton.InferenceResponse([
+        triton.Tensor("text_output", np.array([token.text.encode()], np.object_)),
+        triton.Tensor("token_id", np.array([token.token_id], np.int32)),
+        triton.Tensor("finish_reason", np.array([reason.encode()], np.object_)),
+        triton.Tensor("cluster_id", np.array([cluster_id], np.int32)),
+    ])  # fmt: skip
+
+
+def _fail(sender: Any, error: Exception) -> None:
+    code = getattr(triton.TritonError, _CODES.get(type(error), "INTERNAL"))
+    message = f"{error} [{error.code}]" if isinstance(error, ChameleonError) else f"{error!r}"
+    response = triton.InferenceResponse(error=triton.TritonError(message, code))
+    sender.send(response, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"a text is not UTF-8: {error}") from error

@@ -1,0 +1,188 @@
+"""The numeric gates of a bundle with adapters: in a mixed batch every row is the base model with its own adapter.
+
+The reference computes each row alone, in PyTorch, with the adapter as its PEFT directory has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from chameleon_deploy.bundle import AdaptationSpec, FloatArray, factor_names
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
+from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify.checks import CAUGHT, UPDATE, Rows
+from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
+from chameleon_deploy.verify.logit_figures import largest, max_abs
+
+FEW = 4  # texts that every single adapter is checked on
+Stacks = Mapping[str, FloatArray]  # of all adapters, as in lora.safetensors
+# Noise of int8 activations, which differ between the base and the adapted model, does not cancel in their difference.
+UPDATES = {"fp32": UPDATE, "fp16": UPDATE, "bf16": 4 * UPDATE, "int8": None}
+
+
+def verify_adapters(
+    runtime: Runtime, base: AdaptedBase, rows: Rows, whole: bool, report: Progress, max_kl: float | None = None
+) -> list[Check]:
+    """The checks of one decoder graph on real text. Arguments as in `checks.verify`."""
+    gate = gate_of(runtime.manifest.precision, runtime.provider)
+    if max_kl is not None:
+        gate = accept(gate, max_kl)
+    if runtime.manifest.precision != "fp32":
+        # The order of an update's sums can decide how an activation is rounded, as with a cache.
+        gate = replace(gate, summation_order_tolerance=gate.cache_tolerance)
+    reference = AdapterLogits(base)
+    everything, rows = rows, rows[:33]
+    few, long = rows[:8], sorted(everything, key=len)[-8:]
+    of_all, of_rows, of_few, of_long = (in_turn(base, len(part)) for part in (everything, rows, few, long))
+
+    def factors(names: Sequence[str | None], texts: Rows) -> RowFactors:
+        return runtime.adapt(texts, adapters=names, on_device=True).factors
+
+    some = next(iter(base.adapters))
+    steps: list[Callable[[], Iterator[Check]]] = [
+        lambda: parity.gate_checks(
+            "mixed adapters:", runtime, reference, everything, factors(of_all, everything), of_all, gate
+        ),
+        lambda: parity.cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
+        lambda: parity.check_batching(runtime, rows, gate, adapters=of_rows),
+        lambda: parity.check_scores(runtime, few, gate, adapters=of_few),
+        lambda: parity.check_rerun(runtime, few, adapters=of_few),
+        lambda: parity.check_neighbours(runtime, few, adapters=[some]),
+        lambda: check_none(runtime, reference, few, gate),
+        *(partial(check_adapter, runtime, reference, few[:FEW], gate, name) for name in base.adapters),
+        lambda: check_wrong_factors(runtime, reference, few, of_few),
+    ]
+    if whole:
+        steps += [
+            lambda: parity.check_parameters(runtime, base),
+            lambda: check_factors(runtime, base),
+            lambda: check_alone(runtime, few, of_few),
+        ]
+    return parity.run_steps(runtime, steps, report)
+
+
+def in_turn(base: AdaptedBase, rows: int) -> list[str | None]:
+    """The adapters and none, one row after the other."""
+    names = [*base.adapters, None]
+    return [names[row % len(names)] for row in range(rows)]
+
+
+def check_none(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
+    """Rows in mode none are the base model."""
+    logits = list(parity.row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors))
+    yield from parity.check_few("mode none against the base model:", logits, reference, rows, [None] * len(rows), gate)
+
+
+def check_adapter(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate, name: str) -> Iterator[Check]:
+    """An adapter, beside rows of the base model, has the reference's logits, and its update is the reference's."""
+    adapted, none = [name] * len(rows), [None] * len(rows)
+    both = runtime.adapt([*rows, *rows], adapters=[*adapted, *none]).factors
+    logits = list(parity.row_logits(runtime, [*rows, *rows], both))
+    ours, base = logits[: len(rows)], logits[len(rows) :]
+    yield from parity.check_few(f"adapter {name}:", ours, reference, rows, adapted, gate)
+    difference = parity.update_difference(reference, rows, ours, base, adapted, none)
+    if difference is None:
+        yield Check(f"adapter {name}: update, relative difference", 0, None, note="not checked: it changes no logit")
+    else:
+        limit = UPDATES[runtime.manifest.precision]
+        yield Check(f"adapter {name}: update, relative difference", difference, limit)
+
+
+def check_factors(runtime: Runtime, base: AdaptedBase) -> Iterator[Check]:
+    """The bundle's factors are those of the PEFT directories, in every precision."""
+    spec, stacks = runtime.manifest.adaptation, runtime.bundle.lora()
+    theirs = _stacks(base, spec)
+    for i, adapter in enumerate(spec.adapters):
+        difference = largest(max_abs(stacks[name][i], theirs[name][i]) for name in spec.factor_widths)
+        yield Check(f"adapter {adapter}: factors, max abs difference", difference, 1e-6)
+
+
+def check_alone(runtime: Runtime, rows: Rows, names: Sequence[str | None]) -> Iterator[Check]:
+    """Promise F: a row's factors are the same bits, whatever stands beside it."""
+    together, differences = runtime.adapt(rows, adapters=names).factors, []
+    for row, ids in enumerate(rows):
+        alone = runtime.adapt([ids], adapters=[names[row]]).factors.sets.tensors
+        for name, array in together.sets[together.factor_ids[[row]]].tensors.items():
+            own = np.asarray(alone[name])
+            differences.append(max_abs(np.asarray(array)[:, : own.shape[1]], own))
+    yield Check("promise F: factors of adapters alone and in a batch", largest(differences), 0)
+
+
+def check_wrong_factors(
+    runtime: Runtime, reference: AdapterLogits, rows: Rows, names: Sequence[str | None]
+) -> Iterator[Check]:
+    """Wrong factors change the bundle's logits as much as they change the reference's; see checks.py."""
+    spec, stacks = runtime.manifest.adaptation, runtime.bundle.lora()
+    right = list(parity.row_logits(runtime, rows, _row_factors(runtime, stacks, names)))
+    expected = [reference(ids, names, row).numpy() for row, ids in enumerate(rows)]
+    for fault, mutate in MUTATIONS.items():
+        changed = mutate(spec, stacks)
+        moved = largest(map(max_abs, parity.row_logits(runtime, rows, _row_factors(runtime, changed, names)), right))
+        wrong = AdapterLogits(
+            replace(reference.base, adapters=_named(mutate(spec, _stacks(reference.base, spec)), spec))
+        )
+        must_move = largest(max_abs(wrong(ids, names, row), expected[row]) for row, ids in enumerate(rows))
+        if must_move > 0:
+            yield Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
+                        note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
+        else:
+            yield Check(f"caught: {fault}", moved, None, note="not checked: it changes no logit of the reference")
+
+
+def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
+    """Every adapter with the factors of the next one."""
+    return {name: np.roll(stack, -1, axis=0) for name, stack in stacks.items()}
+
+
+def swapped_layers(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
+    """Every layer with the factors of the next layer of the same sizes."""
+    changed = dict(stacks)
+    for sizes in {(target.in_features, target.out_features) for target in spec.targets}:
+        alike = [t.name for t in spec.targets if (t.in_features, t.out_features) == sizes]
+        for layer, other in zip(alike, [*alike[1:], alike[0]], strict=True):
+            changed |= {a: stacks[b] for a, b in zip(factor_names(layer), factor_names(other), strict=True)}
+    return changed
+
+
+def doubled_scaling(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
+    return {name: stack * np.float32(2) if name.endswith(".lora_B") else stack for name, stack in stacks.items()}
+
+
+MUTATIONS: dict[str, Callable[[AdaptationSpec, Stacks], Stacks]] = {
+    "another adapter": another_adapter,
+    "layers swapped": swapped_layers,
+    "scaling doubled": doubled_scaling,
+}
+
+
+def _row_factors(runtime: Runtime, stacks: Stacks, names: Sequence[str | None]) -> RowFactors:
+    """The bundle's factors, with a set of zeros after them for rows without an adapter."""
+    spec, basis = runtime.manifest.adaptation, runtime.bundle.basis()
+    with_zeros = {name: np.concatenate([stack, np.zeros_like(stack[:1])]) for name, stack in stacks.items()}
+    order = [*spec.adapters, None]
+    ids = np.array([order.index(name) for name in names], np.int64)
+    return RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids)
+
+
+def _stacks(base: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:
+    """The reference's factors in the layout of the bundle's, in the order of its adapters."""
+    stacks = {}
+    for name, width in spec.factor_widths.items():
+        stack = stacks[name] = np.zeros((len(spec.adapters), spec.rank, width), np.float32)
+        for i, adapter in enumerate(spec.adapters):
+            factors = base.adapters[adapter]
+            if name in factors:
+                stack[i, : len(factors[name])] = factors[name]
+    return stacks
+
+
+def _named(stacks: Stacks, spec: AdaptationSpec) -> dict[str, Stacks]:
+    return {adapter: {n: stack[i] for n, stack in stacks.items()} for i, adapter in enumerate(spec.adapters)}

@@ -1,0 +1,249 @@
+"""How a cluster scales: the real routing, with replicas and an ingress that take time by a recorded model.
+
+    python experiments/scaling.py                                    # GPT-2 small in fp32, as docs/scaling.md prints it
+    python experiments/scaling.py --record BUNDLE --threads 1        # measure the model of steps of a bundle first
+    python experiments/scaling.py --replicas 16 --routing cluster --clusters 64
+
+Time is simulated, so that 64 replicas fit one processor. Requests arrive as a Poisson process, of clusters that follow
+Zipf's law. A replica iterates as the engine does: it admits while it has rows, prefills one chunk, steps all rows. A
+token leaves through one of the ingresses, each a queue with a fixed time per token. Two runs give each line: one that
+offers more than the replicas can do, for tokens per second, and one at 80 % of that, for the time to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from chameleon_deploy import console
+from chameleon_deploy.serve.routing import choose
+from chameleon_deploy.table import Sheet
+
+CHUNK = 64  # prompt tokens per iteration
+PROMPT, NEW_TOKENS = (16, 128), (16, 128)  # uniform between these
+ZIPF = 1.2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of a prompt's token; of a token's way out.
+
+    By default GPT-2 small in fp32 with two threads: 11 ms for 1 row, 19 ms for 8, and 2 % of that for adapting to 4
+    clusters (docs/serving.md, docs/performance.md); the way out is what experiments/ingress_cost.py measured.
+    """
+
+    base: float = 0.00986
+    row: float = 0.00114
+    factor_set: float = 0.0001
+    prompt_token: float = 0.0004
+    ingress_token: float = 0.0004
+
+    def step(self, rows: int, sets: int) -> float:
+        return self.base + self.row * rows + self.factor_set * (sets - 1)
+
+
+@dataclass
+class Request:
+    due: float
+    cluster: int
+    prompt: int
+    left: int
+
+
+@dataclass
+class Replica:
+    """An engine: requests that wait, one whose prompt is read, those that generate."""
+
+    waiting: deque[Request] = field(default_factory=deque)
+    reading: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+    busy: bool = False
+
+    @property
+    def queue(self) -> int:
+        return len(self.waiting) + len(self.reading) + len(self.running)
+
+    def iterate(self, costs: Costs, rows: int) -> tuple[float, list[Request], int, int]:
+        """Return the seconds, the requests that get a token, and rows and factor sets of the step."""
+        while self.waiting and len(self.reading) + len(self.running) < rows:
+            self.reading.append(self.waiting.popleft())
+        seconds = 0.0
+        if self.reading:
+            read = min(CHUNK, self.reading[0].prompt)
+            self.reading[0].prompt -= read
+            seconds += read * costs.prompt_token
+            if not self.reading[0].prompt:
+                self.running.append(self.reading.popleft())
+        sets = len({request.cluster for request in self.running})
+        if self.running:
+            seconds += costs.step(len(self.running), sets)
+        return seconds, list(self.running), len(self.running), sets
+
+
+@dataclass
+class Result:
+    tokens_per_second: float
+    first_token_p99: float
+    sets_per_step: float
+    longest_queue: int
+    ingress_busy: float
+
+
+def simulate(
+    replicas: int, rate: float, seconds: float, routing: str, clusters: int, rows: int, ingresses: int, costs: Costs
+) -> Result:
+    """Run one cluster for so many simulated seconds; the first fifth is not counted.
+
+    rate  requests per second
+    """
+    random.seed(replicas)
+    engines = {str(i): Replica() for i in range(replicas)}
+    weights = [1 / (rank + 1) ** ZIPF for rank in range(clusters)]
+    held, limit, warm = deque[Request](), 2 * rows, seconds / 5
+    free_at, busy = [0.0] * ingresses, 0.0
+    tokens = steps = step_sets = longest = 0
+    first: list[float] = []
+    started: set[int] = set()
+    events: list[tuple[float, int, str, list[Request]]] = [(random.expovariate(rate), 0, "", [])]
+    count = 0
+
+    def start(name: str, now: float) -> None:
+        nonlocal steps, step_sets, count
+        engine = engines[name]
+        took, got, stepped, sets = engine.iterate(costs, rows)
+        if stepped and now > warm:
+            steps, step_sets = steps + 1, step_sets + sets
+        engine.busy, count = True, count + 1
+        heapq.heappush(events, (now + took, count, name, got))
+
+    def route(request: Request, now: float) -> bool:
+        nonlocal longest
+        queues = {name: engine.queue for name, engine in engines.items()}
+        for name in choose(queues, str(request.cluster) if routing == "cluster" else None, 1.25):
+            if queues[name] < limit:
+                engines[name].waiting.append(request)
+                longest = max(longest, queues[name] + 1)
+                if not engines[name].busy:
+                    start(name, now)
+                return True
+        return False
+
+    while events:
+        now, _, name, got = heapq.heappop(events)
+        if now > seconds:
+            break
+        if not name:  # an arrival
+            (cluster,) = random.choices(range(clusters), weights)
+            request = Request(now, cluster, random.randint(*PROMPT), random.randint(*NEW_TOKENS))
+            if not route(request, now) and len(held) < 256:
+                held.append(request)
+            count += 1
+            heapq.heappush(events, (now + random.expovariate(rate), count, "", []))
+            continue
+        engine = engines[name]
+        for request in got:
+            i = min(range(ingresses), key=free_at.__getitem__)
+            free_at[i] = max(free_at[i], now) + costs.ingress_token
+            busy += costs.ingress_token
+            if warm < free_at[i] <= seconds:
+                tokens += 1
+            if id(request) not in started:
+                started.add(id(request))
+                if request.due > warm:
+                    first.append(free_at[i] - request.due)
+            request.left -= 1
+            if not request.left:
+                engine.running.remove(request)
+                started.discard(id(request))
+        engine.busy = False
+        while held and route(held[0], now):
+            held.popleft()
+        if engine.queue and not engine.busy:
+            start(name, now)
+    return Result(
+        tokens / (seconds - warm),
+        float(np.percentile(first, 99)) if first else float("nan"),
+        step_sets / max(steps, 1),
+        longest,
+        min(1.0, busy / seconds / ingresses),
+    )
+
+
+def capacity(replicas: int, rows: int, costs: Costs) -> float:
+    """Requests per second that full replicas can do, by the model alone."""
+    prompt, new = statistics.mean(PROMPT), statistics.mean(NEW_TOKENS)
+    return replicas / (prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
+
+
+def record(bundle: str, threads: int, rows: int) -> Costs:
+    """Fit the model of steps to the decoder of a bundle, in mode centroid."""
+    import chameleon_deploy
+
+    runtime = chameleon_deploy.load(bundle, mode="centroid", threads=threads)
+    ids = list(range(1, 33))
+    points = []
+    for count in (1, max(rows // 2, 1), rows):
+        runtime.generate([ids] * count, max_new_tokens=2)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            runtime.generate([ids] * count, max_new_tokens=2)
+            middle = time.perf_counter()
+            runtime.generate([ids] * count, max_new_tokens=34)
+            times.append((time.perf_counter() - middle - (middle - begin)) / 32)
+        points.append((count, statistics.median(times)))
+    row, base = np.polyfit(*zip(*points, strict=True), 1)
+    prompt = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        runtime.score([list(range(1, 65))])
+        prompt.append((time.perf_counter() - begin) / 64)
+    return Costs(base=max(float(base), 0.0), row=max(float(row), 0.0), prompt_token=statistics.median(prompt))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--routing", nargs="+", choices=["load", "cluster"], default=["load", "cluster"])
+    parser.add_argument("--clusters", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=60, help="simulated")
+    parser.add_argument("--record", metavar="BUNDLE", help="measure the model of steps of a bundle")
+    parser.add_argument("--threads", type=int, default=1)
+    for name in ("base", "row", "factor_set", "prompt_token", "ingress_token"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="seconds, see Costs")
+    given = parser.parse_args()
+    costs = record(given.record, given.threads, given.rows) if given.record else Costs()
+    changed = {name: getattr(given, name) for name in vars(costs) if getattr(given, name) is not None}
+    costs = Costs(**{**vars(costs), **changed})
+    headers = ["routing", "replicas", "tokens/s", "of linear", "first token p99, s", "sets per step", "longest queue",
+               "ingress busy"]  # fmt: skip
+    lines = []
+    for routing in given.routing:
+        one = None
+        for replicas in given.replicas:
+            arguments = (given.seconds, routing, given.clusters, given.rows, given.ingresses, costs)
+            rate = capacity(replicas, given.rows, costs)
+            full = simulate(replicas, 1.3 * rate, *arguments)
+            usual = simulate(replicas, 0.8 * rate, *arguments)
+            one = one or full.tokens_per_second / replicas
+            lines.append([
+                routing, f"{replicas}", f"{full.tokens_per_second:,.0f}",
+                f"{full.tokens_per_second / replicas / one:.1%}", f"{usual.first_token_p99:.2f}",
+                f"{full.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
+            ])  # fmt: skip
+    limit = given.ingresses / costs.ingress_token if costs.ingress_token else float("inf")
+    note = f"{given.ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"
+    console.show(Sheet(headers, lines, "Scaling, simulated", note))
+
+
+if __name__ == "__main__":
+    main()

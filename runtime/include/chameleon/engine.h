@@ -1,0 +1,88 @@
+/// Continuous batching: one thread drives the decoder, any number of threads submit to it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "chameleon/iteration.h"
+#include "chameleon/runtime.h"
+#include "chameleon/stream.h"
+
+namespace chameleon {
+
+struct EngineOptions {
+  std::size_t rows = 8;              ///< places in the batch, at least 1
+  std::size_t max_waiting = 256;     ///< rows that may wait for a place; a submit beyond that throws QueueFullError
+  std::size_t prefill_tokens = 128;  ///< prompt tokens prefilled between two steps of the running rows, at least 8
+  std::optional<std::size_t> max_factor_sets{};  ///< different sets in the batch at a time: by default, as many as rows
+  /// How long a submit in mode cohort, or in mode tenant of the same tenant, waits for others that join its cohort;
+  /// with 0 a cohort is the prompts of one submit.
+  Seconds cohort_window{0};
+  std::optional<std::size_t> capacity{};  ///< tokens per row that the key-value cache holds: by default, the positions
+  /// Called by the engine's thread after every iteration; must be quick. Its exceptions are ignored.
+  std::function<void(const Iteration&)> observe{};
+};
+
+/// How to continue the prompts of one submit.
+struct SubmitOptions {
+  /// At least 1. The capacity of a row is a limit too.
+  PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
+  /// One Sampling for all, where row i draws from random stream i, or one per prompt, where its continuation k draws
+  /// from stream k.
+  PerPrompt<Sampling> sampling = Sampling{};
+  std::optional<Mode> mode{};                 ///< the runtime's mode by default
+  std::optional<std::string> tenant{};        ///< mode tenant: the tenant of the prompts
+  std::optional<Factors> factors{};           ///< mode static: the caller's factor set, which is copied
+  std::optional<std::string> adapter{};       ///< mode static, which it implies: the name of the prompts' adapter
+  std::size_t n = 1;                          ///< continuations per prompt
+  std::optional<Seconds> deadline{};          ///< from now, after which rows that have not ended finish as deadline
+  std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every prompt
+  /// Called by the engine's thread for every token, in place of Stream::next; must be quick. Return false to cancel
+  /// this row; the others continue. An exception cancels the row too.
+  OnToken on_token{};
+};
+
+/// The state of an engine at one moment.
+struct Stats {
+  std::size_t running, waiting;  ///< rows in the batch, and rows that wait for a place
+  std::size_t rows;              ///< places in the batch
+  std::size_t cached_tokens;     ///< tokens in the key-value cache
+  std::size_t cache_capacity;    ///< tokens that it can hold
+  std::size_t factor_sets;       ///< resident factor sets
+};
+
+/// Generates for many callers at once on one runtime. Every function may be called from any thread, but `close` not
+/// from a callback.
+class CHAMELEON_EXPORT Engine {
+ public:
+  /// Start the engine's thread. Throws InputError, or LengthError where there is no memory for the cache.
+  /// runtime: must outlive the engine; other threads may use it too and share the processor
+  explicit Engine(const Runtime& runtime, EngineOptions options = {});
+  Engine(Engine&&) noexcept;
+  /// As `close`.
+  ~Engine();
+
+  /// Queue every prompt and return at once. Every argument is checked before this returns.
+  /// Throws InputError, TokenError, LengthError (a prompt that no row can hold), ModeError, FactorsError,
+  /// QueueFullError, or ClosedError after `close`.
+  Stream submit(Texts prompts, SubmitOptions options = {});
+
+  /// Whether no request is accepted any more: after `close`, or a fault of the thread.
+  [[nodiscard]] bool closed() const;
+  [[nodiscard]] Stats stats() const;
+
+  /// Accept no new request, finish the accepted ones, and end the thread. A second call does nothing.
+  /// drain: after which rows that have not ended are cancelled
+  void close(Seconds drain = Seconds{30});
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace chameleon

@@ -1,0 +1,58 @@
+// The factor sets of a batch, stacked for the decoder and counted by reference.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "chameleon/factors.h"
+
+namespace chameleon {
+
+/// The source of a row's factor set.
+struct FactorSource {
+  std::string key;                   ///< equal for rows that share a set
+  std::function<FactorSets()> make;  ///< a stack of that set only
+};
+
+/// A stack of immutable factor sets. A set is made for its first row and removed with its last.
+///
+/// Sets of a smaller rank than the largest are padded with zeros, which add nothing to a row's logits.
+class FactorTable {
+ public:
+  explicit FactorTable(std::size_t max_sets) : max_sets_(max_sets) {}
+
+  [[nodiscard]] std::size_t size() const { return keys_.size(); }
+  [[nodiscard]] bool is_full() const { return size() >= max_sets_; }
+  [[nodiscard]] bool contains(const std::string& key) const { return references_.contains(key); }
+  /// The place of a set in the stack.
+  [[nodiscard]] std::size_t index(const std::string& key) const;
+  /// The stack. It is valid until a set is added or removed.
+  [[nodiscard]] FactorSets sets() const { return some_sets(0, size()); }
+  /// A stack of a single set, likewise.
+  [[nodiscard]] RowFactors set_of(const std::string& key) const { return {some_sets(index(key), 1), {0}}; }
+
+  /// Count one more row of a set, which is made first if it is not resident. `is_full` must be false then.
+  /// Throws NumericError for a set that is not finite, and whatever making it throws.
+  void acquire(const FactorSource& source);
+  /// Count one row less.
+  void release(const std::string& key);
+
+ private:
+  using Tensors = std::map<std::string, std::vector<float>>;  // [max_sets, rank, in_features or out_features]
+
+  [[nodiscard]] FactorSets some_sets(std::size_t first, std::size_t count) const;
+  void append(const std::string& key, const FactorSets& made);
+  void remove(std::size_t i);
+  void set_rank();
+
+  std::size_t max_sets_;
+  std::vector<std::string> keys_;  // in the order of the stack
+  std::vector<std::int64_t> ranks_;
+  std::map<std::string, std::size_t> references_;
+  std::int64_t rank_ = 0;  // of the stack: the largest of its sets'; a larger one would waste computation
+  std::shared_ptr<Tensors> tensors_ = std::make_shared<Tensors>();
+};
+
+}  // namespace chameleon

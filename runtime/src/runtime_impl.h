@@ -1,0 +1,56 @@
+// What a Runtime holds, for the parts of the library that work on it.
+#pragma once
+
+#include <mutex>
+
+#include "chameleon/runtime.h"
+#include "decoder.h"
+#include "factor_table.h"
+#include "opening.h"
+#include "session.h"
+
+namespace chameleon {
+
+/// Texts as clustering sees them.
+struct Embedded {
+  std::vector<float> embeddings;          ///< [batch, hidden]
+  std::vector<std::int64_t> cluster_ids;  ///< [batch]
+};
+
+struct Runtime::Impl {
+  Impl(OpeningBundle opening, const LoadOptions& options);
+
+  [[nodiscard]] std::vector<TokenIds> encode(const Texts& texts) const;
+  [[nodiscard]] Embedded embed(std::span<const TokenIds> rows) const;
+  [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
+  /// The mode of a call. Throws ModeError or InputError.
+  [[nodiscard]] Mode check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
+                                     const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                     std::size_t batch) const;
+  /// The source of each row's factors. Factors are made on demand, except those that a caller passed.
+  [[nodiscard]] std::vector<FactorSource> factor_sources(Mode chosen, const Embedded& embedded,
+                                                         const std::optional<std::vector<std::string>>& tenants,
+                                                         const std::optional<Factors>& factors,
+                                                         const std::optional<AdapterNames>& adapters) const;
+
+  Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "chameleon"};
+  Bundle bundle;
+  Tokenizer tokenizer;
+  Mode mode;
+  std::string provider;  // the one that runs the decoder
+  std::unique_ptr<const Decoder> decoder;
+
+ private:
+  void open_decoder(const LoadOptions& options);
+  /// The set in bundle.lora of each row's adapter. Throws AdapterError.
+  [[nodiscard]] std::vector<std::int64_t> adapter_ids(const AdapterNames& adapters) const;
+  [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
+  [[nodiscard]] const FactorSets& factors_of_centroids() const;
+  [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;
+
+  Ort::Session hypernetwork{nullptr};
+  mutable std::once_flag centroid_factors_once;
+  mutable FactorSets centroid_factors;
+};
+
+}  // namespace chameleon

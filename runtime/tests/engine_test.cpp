@@ -1,0 +1,444 @@
+// The engine: rows of many callers in one batch, each as if it were alone, and each fault its own request's.
+//
+// CHAMELEON_REQUESTS=10000 sends as many under load.
+
+#include "chameleon/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <random>
+#include <thread>
+
+#include "loop.h"
+#include "runtime_impl.h"
+#include "schedules.h"
+#include "shared_data.h"
+
+namespace chameleon::test {
+
+namespace {
+
+const Runtime& runtime() {
+  static const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  return runtime;
+}
+
+const Sampling kHot{.temperature = 1.3, .top_p = 0.95, .seed = 5};
+const Sampling kEndless{.ignore_eos = true};
+constexpr std::int64_t kLong = 40;
+
+std::vector<TokenIds> prompts_of(std::initializer_list<std::size_t> lengths) {
+  std::mt19937 random(static_cast<unsigned int>(lengths.size()));
+  std::vector<TokenIds> prompts;
+  for (const std::size_t length : lengths) {
+    TokenIds& ids = prompts.emplace_back();
+    for (std::size_t i = 0; i < length; ++i) ids.push_back(1 + static_cast<std::int64_t>(random() % 319));
+  }
+  return prompts;
+}
+
+struct Kind {
+  Mode mode;
+  Sampling sampling;
+  std::int64_t max_new_tokens;
+};
+
+const std::vector<Kind> kMixed = {
+    {Mode::none, {}, 20},
+    {Mode::centroid, {}, 3},
+    {Mode::request, {}, 12},
+    {Mode::cohort, {}, 9},
+    {Mode::centroid, kHot, 15},
+    {Mode::request, {.temperature = 0.7, .repetition_penalty = 1.2, .seed = 9}, 1},
+    {Mode::none, kHot, 11},
+    {Mode::centroid, {.stop = {"e", "\n"}}, 20},
+    {Mode::request, {.frequency_penalty = 1}, 7},
+};
+
+SubmitOptions submit_options(const Kind& kind) {
+  SubmitOptions options{.mode = kind.mode};
+  options.max_new_tokens = kind.max_new_tokens;
+  options.sampling = std::vector{kind.sampling};
+  return options;
+}
+
+SubmitOptions endless(std::int64_t max_new_tokens = kLong) {
+  SubmitOptions options{.mode = Mode::none};
+  options.max_new_tokens = max_new_tokens;
+  options.sampling = kEndless;
+  return options;
+}
+
+/// n rows of one prompt as `generate` makes them.
+std::vector<Generation> alone(const TokenIds& prompt, const Kind& kind, std::size_t n = 1) {
+  const std::vector<TokenIds> rows(n, prompt);
+  GenerateOptions options{{.mode = kind.mode}};
+  options.max_new_tokens = kind.max_new_tokens;
+  options.sampling = kind.sampling;
+  return runtime().generate(rows, options);
+}
+
+void expect_same(const std::vector<Generation>& found, const std::vector<Generation>& expected) {
+  ASSERT_EQ(found.size(), expected.size());
+  for (std::size_t row = 0; row < found.size(); ++row) {
+    EXPECT_EQ(found[row].token_ids, expected[row].token_ids);
+    EXPECT_EQ(found[row].text, expected[row].text);
+    EXPECT_EQ(found[row].finish_reason, expected[row].finish_reason);
+    EXPECT_EQ(found[row].cluster_id, expected[row].cluster_id);
+  }
+}
+
+Stream submit(Engine& engine, const TokenIds& prompt, SubmitOptions options) {
+  return engine.submit(std::span(&prompt, 1), std::move(options));
+}
+
+void until(const std::function<bool()>& condition) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!condition()) {
+    ASSERT_LT(std::chrono::steady_clock::now(), end) << "it never happened";
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+std::size_t env(const char* name, std::size_t otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::stoul(value) : otherwise;
+}
+
+}  // namespace
+
+TEST(Engine, ARequestAmongOthersIsAsIfAlone) {
+  Engine engine(runtime(), {.rows = 4, .prefill_tokens = 8});
+  const auto prompts = prompts_of({5, 28, 1, 17, 20, 2, 9, 25, 8});
+  std::vector<Stream> streams;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    streams.push_back(submit(engine, prompts[i], submit_options(kMixed[i])));
+  }
+  for (std::size_t i = 0; i < prompts.size(); ++i) expect_same(streams[i].result(), alone(prompts[i], kMixed[i]));
+}
+
+TEST(Engine, ASubmitOfManyPromptsIsWhatGenerateMakesOfThem) {
+  Engine engine(runtime(), {.rows = 4});
+  const auto prompts = prompts_of({5, 18, 1, 17, 20, 2, 9, 3, 8});
+  for (const Mode mode : {Mode::cohort, Mode::request, Mode::tenant}) {
+    GenerateOptions generate{{.mode = mode}};
+    SubmitOptions options{.mode = mode};
+    generate.sampling = options.sampling = kHot;
+    if (mode == Mode::tenant) {
+      generate.tenants.emplace(prompts.size(), "a");
+      options.tenant = "a";
+    }
+    const Stream stream = engine.submit(prompts, options);
+    const auto expected = runtime().generate(prompts, generate);
+    expect_same(stream.result(), expected);
+    for (std::size_t row = 0; row < prompts.size(); ++row) {
+      EXPECT_EQ(stream.cluster_ids()[row], expected[row].cluster_id);
+    }
+    EXPECT_EQ(stream.cohort().has_value(), mode != Mode::request);
+  }
+}
+
+TEST(Engine, ContinuationsDrawFromStreamsOfTheirOwn) {
+  Engine engine(runtime(), {.rows = 3});
+  const auto prompt = prompts_of({20})[0];
+  for (const Mode mode : {Mode::none, Mode::centroid}) {
+    SubmitOptions options = submit_options({mode, kHot, 12});
+    options.n = 7;  // more than rows
+    expect_same(submit(engine, prompt, options).result(), alone(prompt, {mode, kHot, 12}, 7));
+  }
+}
+
+TEST(Engine, ACancelledStreamKeepsWhatItHas) {
+  // Slower than this thread.
+  Engine engine(runtime(),
+                {.observe = [](const Iteration&) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }});
+  const Stream stream = submit(engine, prompts_of({5})[0], endless());
+  TokenIds token_ids;
+  std::string text;
+  std::shared_ptr<const Generation> last;
+  while (const auto token = stream.next()) {
+    if (token->token_id >= 0) token_ids.push_back(token->token_id);
+    text += token->text;
+    last = token->generation;
+    if (token_ids.size() == 3) stream.cancel();
+  }
+  const Generation generation = stream.result()[0];
+  ASSERT_NE(last, nullptr);
+  EXPECT_EQ(generation.finish_reason, FinishReason::cancelled);
+  EXPECT_LT(generation.token_ids.size(), static_cast<std::size_t>(kLong));
+  EXPECT_EQ(generation.token_ids, token_ids);
+  EXPECT_EQ(generation.text, text);
+  EXPECT_FALSE(stream.next().has_value());
+}
+
+TEST(Engine, ACallbackGetsTheTokensAndMayEndItsRow) {
+  Engine engine(runtime());
+  const auto prompts = prompts_of({5, 9, 3});
+  std::vector<TokenIds> seen(3);
+  SubmitOptions options = endless(12);
+  options.on_token = [&](const Token& token) {
+    if (token.token_id >= 0) seen[token.row].push_back(token.token_id);
+    if (token.row == 2 && seen[2].size() == 2) throw std::domain_error("mine");
+    return token.row != 1 || seen[1].size() < 3;
+  };
+  const Stream stream = engine.submit(prompts, options);
+  const auto generations = stream.result();
+  EXPECT_FALSE(stream.next().has_value());
+  for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(generations[row].token_ids, seen[row]);
+  EXPECT_EQ(seen[0].size(), 12U);
+  EXPECT_EQ(seen[1].size(), 3U);
+  EXPECT_EQ(seen[2].size(), 2U);
+  EXPECT_EQ(generations[0].finish_reason, FinishReason::length);
+  EXPECT_EQ(generations[1].finish_reason, FinishReason::cancelled);
+  EXPECT_EQ(generations[2].finish_reason, FinishReason::cancelled);
+}
+
+TEST(Engine, ADeadlineEndsRowsThatRunAndRowsThatWait) {
+  Engine engine(runtime(), {.rows = 4});
+  const auto prompts = prompts_of({5, 5, 5, 5, 5, 5, 5, 5, 5});
+  for (const auto& [deadline, reason] :
+       {std::pair(Seconds(1e-6), FinishReason::deadline), std::pair(Seconds(1e300), FinishReason::length)}) {
+    SubmitOptions options = endless();
+    options.deadline = deadline;
+    for (const Generation& generation : engine.submit(prompts, options).result()) {
+      EXPECT_EQ(generation.finish_reason, reason);
+    }
+  }
+  until([&] { return engine.stats().factor_sets == 0; });
+}
+
+TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
+  Engine engine(runtime(), {.rows = 2, .max_waiting = 3});
+  std::vector<Stream> kept;
+  EXPECT_THROW(while (kept.size() < 10'000) kept.push_back(submit(engine, prompts_of({5})[0], endless())),
+               QueueFullError);
+  EXPECT_GE(kept.size(), 5U);
+  EXPECT_THROW(engine.submit(prompts_of({5, 5, 5, 5, 5, 5}), endless()), InputError);
+  for (const Stream& stream : kept) EXPECT_EQ(stream.result()[0].finish_reason, FinishReason::length);
+  EXPECT_EQ(submit(engine, prompts_of({5})[0], endless(3)).result()[0].token_ids.size(), 3U);
+}
+
+TEST(Engine, CloseFinishesWhatWasAccepted) {
+  Engine engine(runtime(), {.rows = 2});
+  std::vector<Stream> streams;
+  for (int i = 0; i < 20; ++i) streams.push_back(submit(engine, prompts_of({5})[0], submit_options(kMixed[4])));
+  EXPECT_FALSE(engine.closed());
+  engine.close();
+  EXPECT_TRUE(engine.closed());
+  for (const Stream& stream : streams) {
+    ASSERT_TRUE(stream.done());
+    EXPECT_NE(stream.result()[0].finish_reason, FinishReason::cancelled);
+  }
+  const Stats stats = engine.stats();
+  EXPECT_EQ(stats.running + stats.waiting + stats.factor_sets + stats.cached_tokens, 0U);
+  EXPECT_THROW(submit(engine, prompts_of({5})[0], {}), ClosedError);
+  engine.close();
+}
+
+TEST(Engine, CloseCancelsWhatTakesTooLong) {
+  Engine engine(runtime(), {.rows = 1});
+  std::vector<Stream> streams;
+  for (int i = 0; i < 200; ++i) streams.push_back(submit(engine, prompts_of({5})[0], endless()));
+  std::jthread patient([&] { engine.close(Seconds(600)); });  // the second call ends its patience
+  until([&] { return engine.closed(); });
+  engine.close(Seconds(0));
+  std::size_t cancelled = 0;
+  for (const Stream& stream : streams) {
+    ASSERT_TRUE(stream.done());
+    cancelled += stream.result()[0].finish_reason == FinishReason::cancelled ? 1 : 0;
+  }
+  EXPECT_GT(cancelled, 0U);
+}
+
+TEST(Engine, ARowThatIsNotFiniteEndsAlone) {
+  Engine engine(runtime(), {.rows = 4});
+  const auto prompts = prompts_of({5, 9, 12, 3});
+  CallerFactors overflowing(2, runtime().manifest().model);
+  std::ranges::fill(overflowing.values, 3e38F);
+  std::vector<Stream> good;
+  for (std::size_t i = 0; i < 2; ++i) good.push_back(submit(engine, prompts[i], submit_options(kMixed[4])));
+  const Stream bad = submit(engine, prompts[0], {.mode = Mode::static_, .factors = overflowing.factors()});
+  for (std::size_t i = 2; i < 4; ++i) good.push_back(submit(engine, prompts[i], submit_options(kMixed[4])));
+  const Generation generation = bad.result()[0];
+  EXPECT_EQ(generation.finish_reason, FinishReason::error);
+  ASSERT_TRUE(generation.error.has_value());
+  EXPECT_STREQ(generation.error->code(), NumericError::code_word);
+  for (std::size_t i = 0; i < 4; ++i) expect_same(good[i].result(), alone(prompts[i], kMixed[4]));
+}
+
+TEST(Engine, ACohortWindowJoinsCallersAndSaysSo) {
+  const auto prompts = prompts_of({5, 9, 12, 3});
+  GenerateOptions together{{.mode = Mode::cohort}};
+  together.sampling = std::vector(4, kHot);
+  const auto expected = runtime().generate(prompts, together);
+  Engine engine(runtime(), {.cohort_window = Seconds(0.5)});
+  std::vector<Stream> streams;
+  for (const TokenIds& prompt : prompts)
+    streams.push_back(submit(engine, prompt, submit_options({Mode::cohort, kHot, 20})));
+  const Stream other = submit(engine, prompts[0], submit_options({Mode::centroid, kHot, 20}));
+  for (std::size_t i = 0; i < 4; ++i) {
+    expect_same(streams[i].result(), {expected[i]});
+    ASSERT_TRUE(streams[i].cohort().has_value());
+    EXPECT_EQ(streams[i].cohort(), streams[0].cohort());
+    EXPECT_EQ(streams[i].cohort()->size, 4U);
+  }
+  EXPECT_FALSE(other.cohort().has_value());
+  std::vector<Stream> apart;
+  for (const char* tenant : {"a", "b"}) {
+    SubmitOptions options = submit_options({Mode::tenant, kHot, 20});
+    options.tenant = tenant;
+    apart.push_back(submit(engine, prompts[0], options));
+  }
+  for (const Stream& stream : apart) EXPECT_EQ(stream.cohort().has_value() ? 1U : stream.result().size(), 1U);
+  expect_same(apart[0].result(), apart[1].result());
+  EXPECT_EQ(apart[0].cohort()->size, 1U);
+  EXPECT_NE(apart[0].cohort()->id, apart[1].cohort()->id);
+}
+
+TEST(Engine, OnlyTheFirstTokensAdapt) {
+  Engine engine(runtime());
+  const auto prompt = prompts_of({30})[0];
+  SubmitOptions options{.mode = Mode::request};
+  options.adapt_tokens = 3;
+  const std::vector<TokenIds> first = {{prompt.begin(), prompt.begin() + 3}};
+  EXPECT_EQ(submit(engine, prompt, options).cluster_ids(), runtime().adapt(first).cluster_ids);
+}
+
+TEST(Engine, WhatItSaysOfItself) {
+  std::vector<Iteration> iterations;
+  {
+    Engine engine(runtime(), {.rows = 2, .prefill_tokens = 8, .observe = [&](const Iteration& iteration) {
+                                iterations.push_back(iteration);
+                                throw std::runtime_error("an observer's fault ends nobody");
+                              }});
+    EXPECT_EQ(engine.stats().cache_capacity, 2U * 48U);
+    SubmitOptions options{.mode = Mode::centroid, .n = 2};
+    options.max_new_tokens = std::int64_t{4};
+    options.sampling = kEndless;
+    EXPECT_EQ(engine.submit(prompts_of({20, 5, 3}), options).result().size(), 6U);
+  }
+  std::size_t finished = 0, first = 0, later = 0, queued = 0, rows = 0, chunks = 0;
+  for (const Iteration& iteration : iterations) {
+    for (const FinishedRow& row : iteration.finished) {
+      EXPECT_EQ(row.mode, Mode::centroid);
+      EXPECT_EQ(row.finish_reason, FinishReason::length);
+      EXPECT_EQ(row.new_tokens, 4U);
+    }
+    finished += iteration.finished.size();
+    first += iteration.first_tokens.size();
+    later += iteration.later_tokens.size();
+    queued += iteration.queued.size();
+    rows += iteration.rows;
+    chunks += iteration.chunk_tokens;
+    EXPECT_LE(iteration.rows, 2U);
+    EXPECT_EQ(iteration.step > Seconds::zero(), iteration.rows > 0);
+  }
+  EXPECT_EQ(finished, 6U);
+  EXPECT_EQ(first, 6U);
+  EXPECT_EQ(later, 18U);
+  EXPECT_EQ(queued, 6U);
+  EXPECT_EQ(rows, 24U);
+  EXPECT_EQ(chunks, 19U + 4U + 2U);  // each prompt once, its last token by a step
+}
+
+TEST(Engine, BadArgumentsAreRefusedAtOnce) {
+  Engine engine(runtime(), {.rows = 2, .capacity = 40});
+  const auto refused = [&](std::vector<TokenIds> prompts, const auto& change) {
+    SubmitOptions options;
+    change(options);
+    (void)engine.submit(prompts, options);
+  };
+  const auto nothing = [](SubmitOptions&) {};
+  EXPECT_THROW(refused({}, nothing), InputError);
+  EXPECT_THROW(refused({{}}, nothing), InputError);
+  EXPECT_THROW(refused({{320}}, nothing), TokenError);
+  EXPECT_THROW(refused({TokenIds(41, 1)}, nothing), LengthError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::static_; }), ModeError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.factors.emplace(); }), ModeError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::static_, options.factors.emplace(); }),
+               FactorsError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::tenant; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.tenant = "a"; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = 0; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = SIZE_MAX; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = std::int64_t{0}; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = TokenIds{1, 2}; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.sampling = std::vector<Sampling>(2); }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.sampling = Sampling{.top_p = 2}; }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.deadline = Seconds(0); }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.deadline = Seconds(NAN); }), InputError);
+  EXPECT_THROW(refused({{1}}, [](auto& options) { options.adapt_tokens = 0; }), InputError);
+  EXPECT_EQ(engine.stats().waiting, 0U);
+  EXPECT_EQ(submit(engine, TokenIds(40, 1), endless()).result()[0].token_ids.size(), 1U);
+}
+
+TEST(Engine, BadSettingsAreRefused) {
+  EXPECT_THROW(Engine(runtime(), {.rows = 0}), InputError);
+  EXPECT_THROW(Engine(runtime(), {.prefill_tokens = 7}), InputError);
+  EXPECT_THROW(Engine(runtime(), {.max_factor_sets = 0}), InputError);
+  EXPECT_THROW(Engine(runtime(), {.cohort_window = Seconds(-1)}), InputError);
+  EXPECT_THROW(Engine(runtime(), {.rows = SIZE_MAX / 2}), LengthError);
+}
+
+TEST(Engine, ManyThreads) {
+  const auto prompts = prompts_of({5, 28, 1, 17, 20, 2, 9, 25, 8, 3, 30, 11, 6, 4, 22, 13});
+  struct Case {
+    TokenIds prompt;
+    Kind kind;
+    std::size_t n;
+    std::vector<Generation> expected;
+  };
+  std::vector<Case> cases;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const Kind& kind = kMixed[(i * 5) % kMixed.size()];
+    const std::size_t n = 1 + (i % 4) / 2;
+    cases.push_back({prompts[i], kind, n, alone(prompts[i], kind, n)});
+  }
+  Engine engine(runtime(), {.rows = 8, .prefill_tokens = 16, .max_factor_sets = 5});
+  const std::size_t requests = env("CHAMELEON_REQUESTS", 400);
+  std::atomic<std::size_t> next = 0, cancelled = 0;
+  {
+    std::vector<std::jthread> pool;
+    for (int i = 0; i < 16; ++i) {
+      pool.emplace_back([&] {
+        for (std::size_t number = next++; number < requests; number = next++) {
+          const Case& one = cases[(number * 7) % cases.size()];
+          SubmitOptions options{.mode = one.kind.mode, .n = one.n};
+          options.max_new_tokens = one.kind.max_new_tokens;
+          options.sampling = one.kind.sampling;
+          const Stream stream = submit(engine, one.prompt, options);
+          if (number % 10 == 0) {
+            if (number % 20 == 0) (void)stream.next();
+            stream.cancel();
+            (void)stream.result();
+            ++cancelled;
+            continue;
+          }
+          while (number % 2 == 0 && stream.next()) {
+          }
+          expect_same(stream.result(), one.expected);
+        }
+      });
+    }
+  }
+  EXPECT_GT(cancelled, 0U);
+  until([&] { return engine.stats().factor_sets == 0; });
+  const Stats stats = engine.stats();
+  EXPECT_EQ(stats.running + stats.waiting + stats.cached_tokens, 0U);
+}
+
+class Schedules : public testing::TestWithParam<Json> {};
+
+/// What the Python engine gives.
+TEST_P(Schedules, Agree) {
+  const Json& expected = GetParam();
+  const Runtime runtime(good_bundle(expected.at("bundle").get<std::string>()), {.threads = 1});
+  const Json found = run_schedule(runtime, expected.at("schedule"));
+  for (const char* part : {"rows", "tokens", "iterations"}) EXPECT_EQ(found.at(part), expected.at("result").at(part));
+}
+
+INSTANTIATE_TEST_SUITE_P(Engine, Schedules, testing::ValuesIn(read_data("schedules.json").get<std::vector<Json>>()),
+                         [](const auto& info) { return std::to_string(info.index); });
+
+}  // namespace chameleon::test

@@ -1,0 +1,244 @@
+// The work of the engine's thread, one iteration at a time: what runs between two tokens, and what a fault ends.
+
+#include "loop.h"
+
+#include <gtest/gtest.h>
+
+#include "runtime_impl.h"
+#include "shared_data.h"
+#include "submission.h"
+
+namespace chameleon::test {
+
+namespace {
+
+constexpr std::size_t kCapacity = 48;
+
+const Runtime& runtime() {
+  static const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  return runtime;
+}
+
+/// The runtime's decoder without its slots, one of whose calls may fail.
+class StaticDecoder final : public Decoder {
+ public:
+  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
+                                                    const std::stop_token& stop) const override {
+    return decoder().prefill(rows, factors, capacity, stop);
+  }
+  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
+              const std::stop_token& stop) const override {
+    if (fails) throw GraphError("out of memory");
+    return decoder().step(token_ids, factors, cache, stop);
+  }
+  void select(Cache& cache, std::span<const std::size_t> rows) const override { decoder().select(cache, rows); }
+  void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
+                  const std::stop_token& stop) const override {
+    decoder().all_logits(rows, factors, take, stop);
+  }
+  [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
+                                                               const std::stop_token& stop) const override {
+    return decoder().token_logprobs(rows, factors, stop);
+  }
+  bool fails = false;
+
+ private:
+  static const Decoder& decoder() { return *runtime().impl().decoder; }
+};
+
+/// The engine without its thread: every iteration is asked for.
+class Bench {
+ public:
+  explicit Bench(const Decoder& decoder, std::size_t rows = 3, std::size_t max_factor_sets = 3)
+      : table(max_factor_sets),
+        batch(open_batch(decoder, table, rows, kCapacity, 8)),
+        loop(*batch, table, runtime().tokenizer(), runtime().manifest().model.eos_token_id) {}
+
+  Stream submit(TokenIds prompt, Mode mode = Mode::none, std::int64_t max_new_tokens = 20, std::size_t n = 1) {
+    SubmitOptions options{.mode = mode, .n = n};
+    options.max_new_tokens = max_new_tokens;
+    options.sampling = Sampling{.ignore_eos = true};
+    const Submission submission = prepare(runtime().impl(), kCapacity, std::span(&prompt, 1), options);
+    form_cohort(runtime().impl(), std::span(&submission, 1), 0);
+    loop.wait(submission.members);
+    return Stream(submission.stream);
+  }
+
+  Iteration iterate() {
+    const Loop::Result result = loop.iterate();
+    for (const auto& [stream, token] : result.tokens) stream->deliver(token);
+    return result.iteration;
+  }
+
+  void run() {
+    while (!loop.empty()) iterate();
+  }
+
+  FactorTable table;
+  std::unique_ptr<Batch> batch;
+  Loop loop;
+};
+
+TokenIds prompt_of(std::size_t length) {
+  TokenIds ids;
+  for (std::size_t i = 0; i < length; ++i) ids.push_back(static_cast<std::int64_t>(1 + (i * 37 + length * 11) % 319));
+  return ids;
+}
+
+TokenIds alone(const TokenIds& prompt, Mode mode, std::int64_t max_new_tokens) {
+  GenerateOptions options{{.mode = mode}};
+  options.max_new_tokens = max_new_tokens;
+  options.sampling = Sampling{.ignore_eos = true};
+  return runtime().generate(std::span(&prompt, 1), options)[0].token_ids;
+}
+
+}  // namespace
+
+TEST(Loop, ACancelledRowIsGoneWithinOneIteration) {
+  for (std::size_t place = 0; place < 4; ++place) {  // running, being read, or waiting; whoever follows takes the place
+    Bench bench(*runtime().impl().decoder);
+    std::vector<Stream> streams;
+    for (const std::size_t length : {3, 5, 28, 4}) streams.push_back(bench.submit(prompt_of(length)));
+    for (int i = 0; i < 3; ++i) bench.iterate();
+    ASSERT_EQ(bench.batch->ready(), 2U);
+    ASSERT_EQ(bench.loop.waiting().size(), 1U);
+    streams[place].cancel();
+    const Iteration iteration = bench.iterate();
+    ASSERT_EQ(iteration.finished.size(), 1U);
+    EXPECT_EQ(iteration.finished[0].finish_reason, FinishReason::cancelled);
+    EXPECT_TRUE(streams[place].done());
+    EXPECT_EQ(bench.batch->members().size(), 3U);
+    bench.run();
+    for (std::size_t i = 0; i < 4; ++i) {
+      if (i == place) continue;
+      EXPECT_EQ(streams[i].result()[0].token_ids, alone(streams[i].prompts()[0], Mode::none, 20));
+    }
+  }
+}
+
+TEST(Loop, TheGapBetweenTwoTokensIsOneChunkAndOneStep) {
+  Bench bench(*runtime().impl().decoder);
+  const Stream running = bench.submit(prompt_of(4), Mode::none, 40);
+  bench.iterate();
+  std::size_t read = 0;
+  for (const std::size_t length : {28, 3, 25, 20, 1}) bench.submit(prompt_of(length), Mode::none, 3);
+  while (!running.done()) {
+    const Iteration iteration = bench.iterate();
+    EXPECT_LE(iteration.chunk_tokens, 8U);
+    EXPECT_GE(iteration.rows, 1U);
+    read += iteration.chunk_tokens;
+  }
+  EXPECT_EQ(read, 27U + 2U + 24U + 19U);
+}
+
+TEST(Loop, NobodyStarves) {
+  // One factor set at a time, and requests of the resident one keep coming.
+  Bench bench(*runtime().impl().decoder, 2, 1);
+  bench.submit(prompt_of(3), Mode::none, 10);
+  bench.iterate();
+  const Stream waiting = bench.submit(prompt_of(4), Mode::request, 2);
+  for (int i = 0; i < 400 && !waiting.done(); ++i) {
+    bench.submit(prompt_of(3), Mode::none, 10);
+    bench.iterate();
+  }
+  EXPECT_TRUE(waiting.done());
+}
+
+TEST(Loop, ADecoderWithoutSlotsRunsStaticBatches) {
+  const StaticDecoder decoder;
+  Bench bench(decoder);
+  std::vector<Stream> streams;
+  const std::vector<Mode> modes = {Mode::request, Mode::none, Mode::centroid, Mode::request, Mode::none};
+  for (std::size_t i = 0; i < modes.size(); ++i) {
+    streams.push_back(bench.submit(prompt_of(3 + 5 * i), modes[i], static_cast<std::int64_t>(4 + 3 * i)));
+  }
+  bench.iterate();
+  EXPECT_EQ(bench.batch->room(), 0U);
+  EXPECT_EQ(bench.batch->cached_tokens(), 3U + 8U + 13U);
+  bench.run();
+  for (std::size_t i = 0; i < modes.size(); ++i) {
+    EXPECT_EQ(streams[i].result()[0].token_ids,
+              alone(streams[i].prompts()[0], modes[i], static_cast<std::int64_t>(4 + 3 * i)));
+  }
+}
+
+TEST(Loop, AStepThatFailsEndsTheRowsInIt) {
+  StaticDecoder decoder;
+  Bench bench(decoder, 2);
+  const std::vector<Stream> inside = {bench.submit(prompt_of(3)), bench.submit(prompt_of(5))};
+  const Stream outside = bench.submit(prompt_of(4));
+  bench.iterate();
+  decoder.fails = true;
+  bench.iterate();
+  decoder.fails = false;
+  for (const Stream& stream : inside) {
+    const Generation generation = stream.result()[0];
+    EXPECT_EQ(generation.finish_reason, FinishReason::error);
+    ASSERT_TRUE(generation.error.has_value());
+    EXPECT_STREQ(generation.error->code(), RequestError::code_word);
+    EXPECT_EQ(generation.token_ids.size(), 1U);
+  }
+  bench.run();
+  EXPECT_EQ(outside.result()[0].token_ids, alone(outside.prompts()[0], Mode::none, 20));
+  EXPECT_EQ(bench.table.size(), 0U);
+}
+
+TEST(Loop, FactorsThatCannotBeMadeEndTheirOwnRow) {
+  Bench bench(*runtime().impl().decoder);
+  const Stream good = bench.submit(prompt_of(3), Mode::request, 5);
+  const Stream bad = bench.submit(prompt_of(4), Mode::request, 5);
+  const auto& member = bench.loop.waiting().back();
+  member->source.make = [make = member->source.make] {
+    static const std::vector<float> infinite(1000, INFINITY);
+    FactorSets sets = make();
+    for (auto& [name, values] : sets.tensors) values = std::span(infinite).first(values.size());
+    return sets;
+  };
+  bench.run();
+  EXPECT_STREQ(bad.result()[0].error->code(), NumericError::code_word);
+  EXPECT_EQ(good.result()[0].token_ids, alone(good.prompts()[0], Mode::request, 5));
+}
+
+TEST(Loop, AFaultOfTheEngineItselfLeavesNobodyWaiting) {
+  Bench bench(*runtime().impl().decoder, 2);
+  std::vector<Stream> streams;
+  for (int i = 0; i < 5; ++i) streams.push_back(bench.submit(prompt_of(5)));
+  bench.iterate();
+  for (const auto& [stream, token] : bench.loop.fail(RequestError("the engine failed")).tokens) stream->deliver(token);
+  for (const Stream& stream : streams) {
+    ASSERT_TRUE(stream.done());
+    EXPECT_STREQ(stream.result()[0].error->code(), RequestError::code_word);
+  }
+}
+
+TEST(Loop, FactorSetsOfDifferentRanksShareAStack) {
+  FactorTable table(3);
+  const auto source = [](const std::string& key, std::int64_t rank, float value) {
+    static std::vector<std::vector<float>> memory;
+    memory.reserve(100);
+    const auto& values = memory.emplace_back(static_cast<std::size_t>(rank) * 2, value);
+    return FactorSource{key, [&values, rank] { return FactorSets{1, rank, {{"lora_A", values}}, nullptr}; }};
+  };
+  const auto values = [&] {
+    const auto found = table.sets().tensors.at("lora_A");
+    return std::vector<float>(found.begin(), found.end());
+  };
+  table.acquire(source("a", 1, 1));
+  table.acquire(source("b", 2, 2));
+  table.acquire(source("a", 1, 1));
+  EXPECT_EQ(table.size(), 2U);
+  EXPECT_EQ(table.sets().rank, 2);
+  EXPECT_EQ(values(), (std::vector<float>{1, 1, 0, 0, 2, 2, 2, 2}));
+  table.acquire(source("c", 1, 3));
+  EXPECT_TRUE(table.is_full());
+  table.release("a");
+  EXPECT_EQ(table.size(), 3U);
+  table.release("a");  // the last set takes its place
+  EXPECT_EQ(values(), (std::vector<float>{3, 3, 0, 0, 2, 2, 2, 2}));
+  EXPECT_EQ(table.index("c"), 0U);
+  table.release("b");
+  EXPECT_EQ(table.sets().rank, 1);
+  EXPECT_EQ(values(), (std::vector<float>{3, 3}));
+}
+
+}  // namespace chameleon::test

@@ -1,0 +1,165 @@
+// Rows that join, read, step, move, fork and leave: each as if it were alone.
+
+#include "slots.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include "decoder.h"
+#include "runtime_impl.h"
+#include "schedule.h"
+#include "shared_data.h"
+
+namespace chameleon::test {
+
+namespace {
+
+constexpr std::size_t kRows = 4, kCapacity = 24;
+constexpr float kTolerance = 1e-5F;
+
+const Runtime& runtime() {
+  static const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
+  return runtime;
+}
+
+struct Rows {
+  explicit Rows(const Decoder& given) : decoder(given), slots(given.slots(kRows, kCapacity)) {
+    const std::vector<TokenIds> one(3, TokenIds{1});
+    const std::vector<std::int64_t> clusters = {0, 1, 2};
+    for (const FactorSource& source : runtime().impl().factor_sources(Mode::centroid, {{}, clusters}, {}, {})) {
+      table.acquire(source);
+      keys.push_back(source.key);
+    }
+  }
+
+  /// The logits after a row's tokens, read whole by the decoder.
+  [[nodiscard]] std::vector<float> alone(std::size_t row) const {
+    const std::span<const std::int64_t> ids(tokens[row]);
+    auto [logits, cache] = decoder.prefill(chameleon::Rows(&ids, 1), table.set_of(keys[sets[row]]), kCapacity, {});
+    const auto values = logits.at(0);
+    return {values.begin(), values.end()};
+  }
+
+  const Decoder& decoder;
+  std::unique_ptr<Slots> slots;
+  FactorTable table{3};
+  std::vector<std::string> keys;
+  std::vector<TokenIds> tokens;   // of each row in use
+  std::vector<std::size_t> sets;  // likewise
+};
+
+/// The largest difference of two logits, as a share of the largest logit.
+float largest_difference(std::span<const float> found, std::span<const float> expected) {
+  float difference = 0, logit = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    difference = std::max(difference, std::abs(found[i] - expected[i]));
+    logit = std::max(logit, std::abs(expected[i]));
+  }
+  return difference / logit;
+}
+
+void run_sequence(unsigned int seed) {
+  std::mt19937 random(seed);
+  Rows rows(*runtime().impl().decoder);
+  const auto token = [&] { return static_cast<std::int64_t>(random() % 320); };
+  for (int operation = 0; operation < 24; ++operation) {
+    const std::size_t used = rows.tokens.size(), row = used > 0 ? random() % used : 0;
+    switch (random() % 6) {
+      case 0:  // admit, with a prompt
+      case 1: {
+        if (used == kRows) break;
+        rows.slots->admit(used);
+        TokenIds& ids = rows.tokens.emplace_back();
+        rows.sets.push_back(random() % 3);
+        for (std::size_t i = 1 + random() % 12; i > 0; --i) ids.push_back(token());
+        const RowFactors factors = rows.table.set_of(rows.keys[rows.sets.back()]);
+        const std::size_t half = ids.size() / 2;
+        if (half > 0) rows.slots->prefill(used, std::span(ids).first(half), factors, false);
+        ASSERT_LT(largest_difference(rows.slots->prefill(used, std::span(ids).subspan(half), factors, true),
+                                     rows.alone(used)),
+                  kTolerance);
+        break;
+      }
+      case 2:
+      case 3: {  // step
+        if (used == 0) break;
+        if (std::ranges::any_of(rows.tokens, [](const TokenIds& ids) { return ids.size() >= kCapacity; })) break;
+        TokenIds next;
+        RowFactors factors{rows.table.sets(), {}};
+        for (std::size_t i = 0; i < used; ++i) {
+          next.push_back(token());
+          rows.tokens[i].push_back(next.back());
+          factors.factor_ids.push_back(static_cast<std::int64_t>(rows.table.index(rows.keys[rows.sets[i]])));
+        }
+        rows.slots->step(next, factors);
+        for (std::size_t i = 0; i < used; ++i)
+          ASSERT_LT(largest_difference(rows.slots->logits(i), rows.alone(i)), kTolerance);
+        break;
+      }
+      case 4: {  // fork
+        if (used == 0 || used == kRows) break;
+        const std::size_t length = 1 + random() % rows.tokens[row].size();
+        rows.slots->fork(row, used, static_cast<std::int64_t>(length));
+        rows.tokens.emplace_back(rows.tokens[row].begin(),
+                                 rows.tokens[row].begin() + static_cast<std::ptrdiff_t>(length));
+        rows.sets.push_back(rows.sets[row]);
+        break;
+      }
+      default:  // drop
+        if (used == 0) break;
+        if (row + 1 < used) rows.slots->move(used - 1, row);
+        rows.tokens[row] = rows.tokens.back();
+        rows.sets[row] = rows.sets.back();
+        rows.tokens.pop_back();
+        rows.sets.pop_back();
+    }
+    for (std::size_t i = 0; i < rows.tokens.size(); ++i) {
+      ASSERT_EQ(rows.slots->lengths()[i], std::ssize(rows.tokens[i]));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(Slots, EveryRowIsAsIfAlone) {
+  for (unsigned int seed = 0; seed < 60; ++seed) {
+    run_sequence(seed);
+    if (HasFatalFailure()) FAIL() << "seed " << seed;
+  }
+}
+
+TEST(Slots, AFaultWouldBeSeen) {
+  Rows rows(*runtime().impl().decoder);
+  rows.tokens = {{5, 6, 7, 8}, {5, 6, 7, 8}};
+  rows.sets = {0, 1};
+  const auto factors = [&](std::size_t set) { return rows.table.set_of(rows.keys[set]); };
+  rows.slots->admit(0);
+  rows.slots->prefill(0, std::span(rows.tokens[0]).first(3), factors(0), false);
+  rows.slots->fork(0, 1, 2);  // a token less
+  const auto whole = rows.slots->prefill(0, std::span(rows.tokens[0]).subspan(3), factors(0), true);
+  const auto shorter = rows.slots->prefill(1, std::span(rows.tokens[0]).subspan(3), factors(0), true);
+  EXPECT_LT(largest_difference(whole, rows.alone(0)), kTolerance);
+  EXPECT_GT(largest_difference(shorter, rows.alone(0)), 100 * kTolerance);
+  EXPECT_GT(largest_difference(whole, rows.alone(1)), 100 * kTolerance);  // another set of factors
+}
+
+TEST(Slots, MoreMemoryThanThereIsIsAnError) {
+  EXPECT_THROW((void)runtime().impl().decoder->slots(std::size_t{1} << 50, 48), LengthError);
+  EXPECT_THROW((void)runtime().impl().decoder->slots(SIZE_MAX, 48), LengthError);
+}
+
+TEST(Slots, AChunkNeverLeavesASingleToken) {
+  for (std::size_t length = 2; length < 100; ++length) {
+    std::size_t left = length;
+    while (left > 0) {
+      const std::size_t chunk = chunk_length(left, 8);
+      ASSERT_TRUE(chunk > 1 && chunk <= 8) << length;
+      left -= chunk;
+    }
+  }
+}
+
+}  // namespace chameleon::test

@@ -1,0 +1,68 @@
+"""`bench.growth`: every point of every curve, in processes that end, and no failure hidden."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chameleon_deploy.bench.growth.curves import CURVES, points
+from tests.commands import run
+from tests.page import Page
+
+ENGINES = ["bundle", "PyTorch eager fp32"]
+
+
+@pytest.fixture(scope="module")
+def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
+    """The JSON, the page and the tables of a run on the mini model, with an engine that does not exist."""
+    out = tmp_path_factory.mktemp("growth")
+    result = run("chameleon_deploy.bench.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
+                 "--largest", 64, "--engine", ENGINES[1], "--engine", "no such engine",
+                 "--json", out / "growth.json", "--html", out / "growth.html")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads((out / "growth.json").read_text()), (out / "growth.html").read_text(), result.stdout
+
+
+def test_every_point_is_measured(growth: tuple[dict[str, Any], str, str]) -> None:
+    record, _, printed = growth
+    for curve in CURVES:
+        expected = [point.x for point in points(curve, 128, 64)]
+        assert expected
+        for engine in ENGINES if curve != "factor_sets" else ENGINES[:1]:
+            own = [one for one in record["measured"] if (one["curve"], one["engine"]) == (curve, engine)]
+            assert [one["x"] for one in own] == expected
+            assert all(one["first_token"] > 0 and one["step"] > 0 and one["memory"] >= 0 for one in own)
+    assert record["failed"] == {"no such engine": "there is no engine of this name"}
+    assert "there is no engine of this name" in printed
+
+
+def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], str, str]) -> None:
+    """The logits and the cache of 64 rows alone are larger than those of one."""
+    record, _, _ = growth
+    own = {
+        one["x"]: one["memory"] for one in record["measured"] if (one["curve"], one["engine"]) == ("batch", "bundle")
+    }
+    assert own[64] > own[1] + 64 * 512 * 4
+
+
+def test_the_page_has_a_plot_per_curve(growth: tuple[dict[str, Any], str, str]) -> None:
+    page = Page(growth[1])
+    assert page.fetched == []
+    assert page.tags.count("svg") == len(CURVES)
+
+
+def test_points_fit_the_model() -> None:
+    assert [point.width for point in points("length", 128)] == [32, 111]
+    assert [point.width for point in points("length", 8192)][-2:] == [4096, 8175]
+    assert [point.factor_sets for point in points("factor_sets", 8192, 4)] == [1, 2, 4]
+    for curve in CURVES:
+        assert all(point.width + point.steps + 1 <= 128 for point in points(curve, 128))
+
+
+def test_a_process_that_dies_is_an_error_with_its_last_line(bundle: Path, tmp_path: Path) -> None:
+    result = run("chameleon_deploy.bench.growth", bundle, "--reference", tmp_path, "--threads", 1, "--largest", 1)
+    assert result.returncode == 2
+    assert "neither chameleon_config.json nor adapter_config.json" in result.stderr

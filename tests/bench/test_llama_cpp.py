@@ -1,0 +1,72 @@
+"""llama.cpp as a peer. Without the package the bench says so; the file that it reads is checked without it, too."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers
+
+import chameleon_deploy
+from chameleon_deploy.bench.peers import open_peers
+from chameleon_deploy.bench.peers.gguf_writer import write_gguf
+from chameleon_deploy.bench.quality import Quality, measure_quality, text_windows
+from chameleon_deploy.bench.workloads import Workloads, text_rows
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+
+IS_INSTALLED = importlib.util.find_spec("llama_cpp") is not None
+NOT_INSTALLED = "llama_cpp is not installed: pip install 'chameleon-deploy[peers-llama]'"
+
+
+@pytest.fixture(scope="module", params=["mini_path", "llama_path"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    path: Path = request.getfixturevalue(request.param)
+    return load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("kind", "precision", "name"), [("fp32", "fp32", "F32"), ("int8", "int8", "Q8_0")])
+def test_it_gives_what_the_reference_gives_or_is_reported(
+    kind: str, precision: str, name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    export_bundle(checkpoint, tmp_path / "bundle", None, precision="fp32" if precision == "fp32" else "int8")
+    runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
+    peers, missing = open_peers(runtime, checkpoint, 1, tmp_path, foreign=True, only=[f"llama.cpp {name}"])
+    if not IS_INSTALLED:
+        assert missing == {f"llama.cpp {name}": NOT_INSTALLED}
+        return
+    peer = peers[1]
+    assert peer.name == f"llama.cpp {name}"
+    rows = text_rows(checkpoint, 6, 24)
+    work = Workloads(runtime, checkpoint, [peer])
+    for engine in (work.scoring(rows).engines[peer.name], work.generation(rows, 5).engines[peer.name]):
+        laps: list[str] = []
+        assert engine.deviation(engine.run(laps.append)) <= engine.bound
+        assert laps in ([], ["prefill", "decode"])
+    windows = text_windows(checkpoint.trunk, [], 3, 40)
+    quality = measure_quality([peer], checkpoint.trunk, windows, lambda *_: None)[peer.name]
+    assert isinstance(quality, Quality)
+    assert quality.mean_kl < (1e-7 if precision == "fp32" else 1e-3)
+    assert quality.size < (1.5e6 if precision == "fp32" else 5e5)
+
+
+def test_the_file_has_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """transformers reads the same model from it; a matrix that is stored otherwise would change its logits."""
+    write_gguf(checkpoint.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=copy.deepcopy(checkpoint.trunk.config), dtype=torch.float32
+    )
+    ids = torch.tensor(text_rows(checkpoint, 2, 24))
+    with torch.no_grad():
+        difference = read.eval()(ids).logits - checkpoint.trunk.causal_lm(ids).logits
+    assert difference.abs().max() < 1e-4
+
+
+def test_a_family_that_gguf_does_not_have(mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini.trunk.config, "model_type", "unheard")
+    with pytest.raises(ValueError, match="no family 'unheard'"):
+        write_gguf(mini.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)

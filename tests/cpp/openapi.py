@@ -1,0 +1,21 @@
+"""The schema of chameleon-server, a part of the Python server's: `python -m tests.cpp.openapi` writes its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from chameleon_deploy.serve.openapi import document
+from chameleon_deploy.serve.operations import OPERATIONS
+
+FILE = Path(__file__).parents[2] / "runtime" / "serve" / "openapi.json"
+PATHS = {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info"}
+
+
+def text() -> str:
+    found = document([operation for operation in OPERATIONS if operation.path in PATHS])
+    return json.dumps(found, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text())

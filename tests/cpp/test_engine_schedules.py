@@ -1,0 +1,58 @@
+"""The C++ engine against the Python engine over random schedules of requests: the same tokens, texts and iterations.
+
+CHAMELEON_EXAMPLES=1000 makes as many schedules; a run of the suite makes a few.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import chameleon_deploy
+from tests.cpp.c_interface import BUILD
+from tests.schedules import random_schedule, run_schedule
+
+KINDS = ("chameleon", "lora", "llama", "int8", "llama-int8")
+EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40")) // len(KINDS)
+
+
+def run_native(bundle: Path, schedules: list[dict[str, Any]]) -> list[Any]:
+    lines = "".join(json.dumps(schedule) + "\n" for schedule in schedules)
+    program = [str(BUILD / "tests" / "chameleon_schedules"), str(bundle)]
+    output = subprocess.run(program, input=lines, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_schedules_give_the_same_tokens(mini_bundles: dict[str, Path], kind: str) -> None:
+    python, random = chameleon_deploy.load(mini_bundles[kind]), np.random.default_rng(KINDS.index(kind))
+    schedules = [random_schedule(random, python) for _ in range(EXAMPLES)]
+    for number, found in enumerate(run_native(mini_bundles[kind], schedules)):
+        assert found == run_schedule(python, schedules[number]), number
+
+
+def test_another_seed_or_place_is_seen(mini_bundles: dict[str, Path]) -> None:
+    python, random = chameleon_deploy.load(mini_bundles["chameleon"]), np.random.default_rng(7)
+    submit = {
+        "at": 0, "prompts": [[5, 6, 7], [8] * 20], "mode": "request", "tenant": None, "rank": None, "overflows": False,
+        "max_new_tokens": 12, "sampling": {"temperature": 1.0, "seed": int(random.integers(100))}, "n": 2,
+        "expires": False, "adapt_tokens": None, "cancel_at": None,
+    }  # fmt: skip
+    schedule: dict[str, Any] = {
+        "rows": 3, "prefill_tokens": 8, "max_factor_sets": 2, "capacity": 40, "submits": [submit],
+    }  # fmt: skip
+    another_seed, another_place = copy.deepcopy(schedule), copy.deepcopy(schedule)
+    another_seed["submits"][0]["sampling"]["seed"] += 1
+    another_place["submits"][0]["at"] = 1
+    expected = run_schedule(python, schedule)
+    same, *others = run_native(mini_bundles["chameleon"], [schedule, another_seed, another_place])
+    assert same == expected
+    assert [other["rows"] == expected["rows"] for other in others] == [False, True]
+    assert all(other["iterations"] != expected["iterations"] for other in others[1:])

@@ -1,0 +1,1 @@
+"""Mutation testing: change one place of a module at a time and see whether its tests notice."""

@@ -1,0 +1,105 @@
+"""`python -m tests.mutation [MODULE ...]`: mutate modules and count the mutants that their tests do not notice.
+
+Results are kept in --json. A mutant that was killed stays so until its module changes; survivors are tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.mutation.operators import Mutant, mutants
+from tests.mutation.trial import import_heavy, is_killed, record
+
+ROOT = Path(__file__).parents[2]
+# Each module with the few tests that are meant to hold it.
+CONTRACT = "tests/contract/test_shared_data.py"
+HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
+TESTS: dict[str, tuple[str, ...]] = {
+    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_manifest.py", HOSTILE,
+               "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
+    "manifest": ("tests/contract/test_manifest.py", HOSTILE),
+    "signature": (HOSTILE, "tests/contract/test_bundle.py"),
+    "provenance": ("tests/contract/test_provenance.py",),
+    "verify.gates": ("tests/verify/test_gates.py",
+                     "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
+    "verify.checks": ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py"),
+    "verify.logit_figures": ("tests/verify/test_checks.py",),
+    "runtime.adaptation": (GOLDEN, "tests/runtime/test_adaptation.py", "tests/runtime/test_inputs.py"),
+    "runtime.factors": (GOLDEN, "tests/runtime/test_runtime.py", "tests/runtime/test_types.py"),
+    "runtime.sampling": (CONTRACT, "tests/runtime/test_sampling.py"),
+    "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"),
+    "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_types.py", "tests/runtime/test_runtime.py"),
+    "runtime.tokenizer": (HOSTILE, "tests/runtime/test_runtime_errors.py"),
+    "runtime.generation": (GOLDEN, "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py"),
+    "evaluate.experiment": ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("modules", nargs="*", choices=[*TESTS, []], metavar="MODULE", help=", ".join(TESTS))
+    parser.add_argument("--json", type=Path, default=ROOT / "mutants.json", help="where results are kept")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; go on next time")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    deadline = time.monotonic() + 60 * arguments.minutes
+    import_heavy()
+    for name in arguments.modules or TESTS:
+        try_module(name, results, deadline)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results)
+
+
+def try_module(name: str, results: dict[str, Any], deadline: float) -> None:
+    """Try every mutant of a module that is not known to be killed, until the deadline."""
+    file = (ROOT / "chameleon_deploy" / name.replace(".", "/")).with_suffix(".py")
+    source = file.read_text()
+    digest, everything = hashlib.sha256(source.encode()).hexdigest(), mutants(source)
+    if results.get(name, {}).get("sha256") != digest:
+        results[name] = {"sha256": digest, "mutants": len(everything), "killed": [], "survived": {}}
+    result = results[name]
+    left = [mutant for mutant in everything if mutant.number not in result["killed"]]
+    if not left or time.monotonic() > deadline:
+        return
+    recorded = record(TESTS[name], file)
+    for mutant in left:
+        if time.monotonic() > deadline:
+            return
+        tests = _tests_of(mutant, recorded)
+        seconds = 20 + 10 * sum(recorded[test]["seconds"] for test in tests)
+        if tests and is_killed(tests, f"chameleon_deploy.{name}", file, mutant.number, seconds):
+            result["killed"].append(mutant.number)
+            result["survived"].pop(str(mutant.number), None)
+        else:
+            where = f"{name}:{mutant.line}: {mutant.text}{'' if tests else ' (no test runs it)'}"
+            result["survived"][str(mutant.number)] = where
+            print(where, flush=True)
+
+
+def _tests_of(mutant: Mutant, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """The tests that run a mutant's line, fastest first; all of them for what an import runs."""
+    fitting = [test for test, about in recorded.items() if mutant.line in about["lines"] or not mutant.is_function]
+    return sorted(fitting, key=lambda test: float(recorded[test]["seconds"]))
+
+
+def print_table(results: dict[str, Any]) -> None:
+    print(f"{'module':28}{'mutants':>8}{'tried':>8}{'killed':>8}{'share':>8}")
+    total = [0, 0, 0]
+    for name, result in results.items():
+        row = [result["mutants"], len(result["killed"]) + len(result["survived"]), len(result["killed"])]
+        total = [a + b for a, b in zip(total, row, strict=True)]
+        _print_row(name, row)
+    _print_row("all", total)
+
+
+def _print_row(name: str, row: list[int]) -> None:
+    print(f"{name:28}{row[0]:8}{row[1]:8}{row[2]:8}{row[2] / max(row[1], 1):8.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Adapters by name, and adapters from files: loaded, refused and unloaded while others run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import chameleon_deploy
+from chameleon_deploy import Runtime
+from chameleon_deploy.adapter_file import read_adapter, write_adapter
+from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, TensorError
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.runtime.engine import Engine
+from tests.adapters import save_adapter
+from tests.commands import run
+
+PROMPT = [5, 9, 301, 17, 44]
+LAYERS = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def directories(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("adapters")
+    return {
+        name: save_adapter(llama_path / "base", path / name, seed, 0.3, r=rank, lora_alpha=4, target_modules=layers)
+        for seed, (name, rank, layers) in enumerate(
+            (("legal", 4, LAYERS), ("code", 2, LAYERS), ("wiki", 8, ["v_proj"]))
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def path(llama_path: Path, directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the first two adapters."""
+    own = {name: directories[name] for name in ("legal", "code")}
+    out = tmp_path_factory.mktemp("bundle") / "adapters"
+    export_bundle(load_adapted(str(llama_path / "base"), own), out, None)
+    return out
+
+
+@pytest.fixture
+def runtime(path: Path) -> Runtime:
+    return chameleon_deploy.load(path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def file(path: Path, directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The third adapter as a file for the bundle, written by the command."""
+    out = tmp_path_factory.mktemp("file") / "wiki.safetensors"
+    result = run("chameleon_deploy.export", path, "--adapter", f"wiki={directories['wiki']}", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "2 layers, rank 8" in result.stdout
+    return out
+
+
+def tokens(runtime: Runtime, *adapters: str | None) -> list[list[int]]:
+    generations = runtime.generate([PROMPT] * len(adapters), adapters=adapters, max_new_tokens=8)
+    return [generation.token_ids for generation in generations]
+
+
+def test_rows_choose_adapters_by_name(runtime: Runtime) -> None:
+    legal, none, code = tokens(runtime, "legal", None, "code")
+    assert [legal], [code] == [tokens(runtime, "legal")[0], tokens(runtime, "code")[0]]
+    assert none == runtime.generate([PROMPT], max_new_tokens=8)[0].token_ids  # mode none is the default
+    assert len({tuple(ids) for ids in (legal, none, code)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"adapters": ["nobody"]}, AdapterError),
+        ({"adapters": "legal"}, InputError),
+        ({"adapters": ["legal", "code"]}, InputError),
+        ({"adapters": [7]}, InputError),
+        ({"adapters": ["legal"], "mode": "none"}, ModeError),
+        ({"adapters": ["legal"], "factors": {}}, ModeError),
+        ({"mode": "static"}, ModeError),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(runtime: Runtime, arguments: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        runtime.generate([PROMPT], **arguments)
+
+
+def test_a_file_becomes_an_adapter_and_is_forgotten(
+    runtime: Runtime, file: Path, llama_path: Path, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    export_bundle(load_adapted(str(llama_path / "base"), directories), tmp_path / "all", None)
+    expected = tokens(chameleon_deploy.load(tmp_path / "all", threads=1), "wiki", "legal", None)
+    before = tokens(runtime, "legal")
+    runtime.load_adapter("wiki", file)
+    assert runtime.adapters.names == ["legal", "code", "wiki"]
+    assert tokens(runtime, "wiki", "legal", None) == expected
+    with pytest.raises(AdapterError, match="already"):
+        runtime.load_adapter("wiki", file)
+    runtime.unload_adapter("wiki")
+    with pytest.raises(AdapterError, match="wiki"):
+        tokens(runtime, "wiki")
+    with pytest.raises(AdapterError):
+        runtime.unload_adapter("wiki")
+    assert tokens(runtime, "legal") == before
+
+
+def test_factors_of_a_caller_are_those_of_an_adapter(runtime: Runtime, file: Path) -> None:
+    factors = read_adapter(file, runtime.manifest.adaptation)
+    runtime.load_adapter("wiki", file)
+    (generation,) = runtime.generate([PROMPT], mode="static", factors=factors, max_new_tokens=8)
+    assert [generation.token_ids] == tokens(runtime, "wiki")
+
+
+Tensors = dict[str, np.ndarray]
+V = "model.layers.1.self_attn.v_proj"
+
+
+def _damaged(file: Path, out: Path, change: Callable[[Tensors, dict[str, str]], Any]) -> Path:
+    raw = file.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    tensors, metadata = load_file(file), header["__metadata__"]
+    change(tensors, metadata)
+    save_file(tensors, out, metadata)
+    return out
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors, dict[str, str]], Any], type[ChameleonError]]] = {
+    "another base": (lambda tensors, metadata: metadata.update(base_digest="0" * 64), AdapterError),
+    "another format": (lambda tensors, metadata: metadata.update(format="pt"), AdapterError),
+    "a newer version": (lambda tensors, metadata: metadata.update(format_version="2"), AdapterError),
+    "no metadata": (lambda tensors, metadata: metadata.clear(), AdapterError),
+    "targets that are no JSON": (lambda tensors, metadata: metadata.update(targets="["), AdapterError),
+    "targets of another type": (lambda tensors, metadata: metadata.update(targets="7"), AdapterError),
+    "nested targets": (lambda tensors, metadata: metadata.update(targets=json.dumps([[V]])), AdapterError),
+    "a target that the bundle lacks": (lambda t, metadata: metadata.update(targets='["lm_head"]'), AdapterError),
+    "a missing layer": (lambda tensors, metadata: [tensors.pop(f"{V}.lora_{part}") for part in "AB"], TensorError),
+    "a missing B": (lambda tensors, metadata: tensors.pop(f"{V}.lora_B"), TensorError),
+    "another tensor": (lambda tensors, metadata: tensors.update(extra=np.zeros(3, np.float32)), TensorError),
+    "another width": (
+        lambda tensors, metadata: tensors.update({f"{V}.lora_A": np.zeros((8, 65), np.float32)}),
+        TensorError,
+    ),
+    "another rank": (
+        lambda tensors, metadata: tensors.update({f"{V}.lora_A": np.zeros((3, 64), np.float32)}),
+        TensorError,
+    ),
+    "no rank": (
+        lambda tensors, m: tensors.update({n: np.zeros((0, a.shape[1]), np.float32) for n, a in tensors.items()}),
+        TensorError,
+    ),
+    "a rank beyond the limit": (
+        lambda tensors, m: tensors.update({n: np.zeros((1025, a.shape[1]), np.float32) for n, a in tensors.items()}),
+        TensorError,
+    ),
+    "NaN": (lambda tensors, metadata: tensors[f"{V}.lora_A"].fill(np.nan), TensorError),
+    "float64": (
+        lambda tensors, metadata: tensors.update({f"{V}.lora_A": tensors[f"{V}.lora_A"].astype(np.float64)}),
+        TensorError,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_hostile_file_is_refused_and_nothing_is_loaded(
+    fault: str, runtime: Runtime, file: Path, tmp_path: Path
+) -> None:
+    change, error = FAULTS[fault]
+    damaged = _damaged(file, tmp_path / "damaged.safetensors", change)
+    with pytest.raises(error):
+        runtime.load_adapter("wiki", damaged)
+    assert runtime.adapters.names == ["legal", "code"]
+
+
+def test_what_is_no_adapter_file_is_refused(runtime: Runtime, file: Path, tmp_path: Path) -> None:
+    cut, claims = tmp_path / "cut.safetensors", tmp_path / "claims.safetensors"
+    cut.write_bytes(file.read_bytes()[:-1])
+    header = b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
+    claims.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    for wrong in (cut, claims, link, tmp_path, tmp_path / "missing", Path("/dev/zero")):
+        with pytest.raises(AdapterError):
+            runtime.load_adapter("wiki", wrong)
+    for name in ("", "a/b", "../wiki", "a:b", "x" * 65):
+        with pytest.raises(InputError):
+            runtime.load_adapter(name, file)
+
+
+def test_a_bundle_without_adapters_takes_no_file(llama_bundle: Path, file: Path) -> None:
+    with pytest.raises(AdapterError, match="without adapters"):
+        chameleon_deploy.load(llama_bundle, threads=1).load_adapter("wiki", file)
+
+
+def test_a_written_file_is_read_again(runtime: Runtime, file: Path, tmp_path: Path) -> None:
+    factors = read_adapter(file, runtime.manifest.adaptation)
+    write_adapter(tmp_path / "again.safetensors", factors, runtime.manifest.adaptation)
+    again = read_adapter(tmp_path / "again.safetensors", runtime.manifest.adaptation)
+    assert all(np.array_equal(again[name], array) for name, array in factors.items())
+
+
+def test_the_engine_serves_adapters_while_others_come_and_go(runtime: Runtime, file: Path) -> None:
+    """No request of another adapter is lost or changed while a file is loaded and unloaded all the time."""
+    names = ["legal", None, "code"]
+    expected = dict(zip(names, tokens(runtime, *names), strict=True))
+    runtime.load_adapter("wiki", file)
+    (wiki,) = tokens(runtime, "wiki")
+    runtime.unload_adapter("wiki")
+    failures: list[Any] = []
+    with Engine(runtime, rows=4, max_waiting=256, prefill_tokens=8) as engine:
+
+        def ask(name: str | None) -> None:
+            for _ in range(3):
+                stream = engine.submit([PROMPT], adapter=name, max_new_tokens=8)
+                found = [token.generation for token in stream][-1]
+                if found is None or found.token_ids != expected[name]:
+                    failures.append((name, found))
+
+        threads = [threading.Thread(target=ask, args=(names[i % 3],)) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            runtime.load_adapter("wiki", file)
+            stream = engine.submit([PROMPT], adapter="wiki", max_new_tokens=8)
+            runtime.unload_adapter("wiki")  # its rows keep it
+            found = [token.generation for token in stream][-1]
+            if found is None or found.token_ids != wiki:
+                failures.append(("wiki", found))
+        with pytest.raises(AdapterError):
+            engine.submit([PROMPT], adapter="wiki")
+    assert not failures
+
+
+def test_inspect_names_adapters_and_layers(path: Path) -> None:
+    shown = run("chameleon_deploy.inspect", path)
+    assert "legal, code" in shown.stdout, shown.stderr
+    assert "model.layers.*.self_attn.v_proj [32 x 64] in 2 layers" in shown.stdout
+
+
+def test_the_command_takes_adapters(path: Path, runtime: Runtime) -> None:
+    arguments = ["--prompt", "one", "--prompt", "two", "--adapter", "legal", "--adapter", "", "--json"]
+    result = run("chameleon_deploy.generate", path, *arguments)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line)["token_ids"] for line in result.stdout.splitlines()]
+    expected = runtime.generate(["one", "two"], adapters=["legal", None])
+    assert found == [generation.token_ids for generation in expected]
+    wrong = run("chameleon_deploy.generate", path, "--prompt", "one", "--adapter", "nobody")
+    assert (wrong.returncode, "[adapter_invalid]" in wrong.stderr) == (2, True)

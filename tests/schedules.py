@@ -1,0 +1,149 @@
+"""Schedules of requests for the engine without its thread; the C++ counterpart is runtime/tests/schedules.h.
+
+A schedule is a JSON object: the engine's settings, and submits, each at an iteration of the engine's loop and with the
+iteration at which it is cancelled. Since iterations are counted and not timed, every run of a schedule has the same
+batches, and what the rows get can be compared exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chameleon_deploy import Runtime, Sampling, Stream
+from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.runtime.batch import open_batch
+from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.loop import Loop
+from chameleon_deploy.runtime.stream import deliver
+from chameleon_deploy.runtime.submission import form_cohort, prepare
+from tests.shared_data import caller_factors
+
+EXPIRED = 1e-9  # a deadline that is over at once
+OVERFLOW = 3e38  # factors of this value are finite, and the logits of their rows are not
+
+
+def random_schedule(random: np.random.Generator, runtime: Runtime) -> dict[str, Any]:
+    model = runtime.manifest.model
+    rows = int(random.integers(1, 6))
+    capacity = int(random.choice([20, 40, model.max_positions]))
+    schedule: dict[str, Any] = {
+        "rows": rows,
+        "prefill_tokens": int(random.choice([8, 9, 16])),
+        "max_factor_sets": int(random.integers(1, rows + 1)),
+        "capacity": min(capacity, model.max_positions),
+        "submits": [],
+    }
+    arrival = 0
+    for _ in range(int(random.integers(1, 9))):
+        schedule["submits"].append(_random_submit(random, runtime, schedule["capacity"], arrival))
+        arrival += int(random.choice([0, 0, 1, 3, 10]))
+    return schedule
+
+
+def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int, arrival: int) -> dict[str, Any]:
+    model, modes = runtime.manifest.model, runtime.manifest.adaptation.modes
+    mode = str(random.choice(modes))
+    longest = int(random.choice([3, 12, capacity]))
+    lengths = random.integers(1, longest + 1, int(random.choice([1, 1, 2, 4])))
+    needs_factors = mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5)
+    per_prompt = random.random() < 0.5
+    return {
+        "at": arrival,
+        "prompts": [random.integers(0, model.vocab_size, length).tolist() for length in lengths],
+        "mode": mode,
+        "tenant": f"t{random.integers(0, 2)}" if mode == "tenant" else None,
+        "rank": int(random.integers(1, 4)) if needs_factors else None,
+        "overflows": bool(needs_factors and random.random() < 0.2),
+        "max_new_tokens": int(random.integers(1, 16)),
+        "sampling": [random_settings(random, model) for _ in lengths] if per_prompt else random_settings(random, model),
+        "n": int(random.choice([1, 1, 1, 2, 5])),
+        "expires": bool(random.random() < 0.05),
+        "adapt_tokens": int(random.integers(1, 5)) if random.random() < 0.2 else None,
+        "cancel_at": arrival + int(random.integers(0, 12)) if random.random() < 0.2 else None,
+    }
+
+
+def random_settings(random: np.random.Generator, model: ModelSpec) -> dict[str, Any]:
+    """Arguments of Sampling that JSON can hold."""
+    if random.random() < 0.3:
+        return {}
+    return {
+        "temperature": float(random.choice([0.0, 0.5, 1.0, 2.0])),
+        "top_k": int(random.choice([0, 0, 1, 5, 50])),
+        "top_p": float(random.choice([1.0, 0.9, 0.3])),
+        "repetition_penalty": float(random.choice([1.0, 1.3])),
+        "seed": int(random.integers(0, 2**63)),
+        "stop_token_ids": [7, 8] if random.random() < 0.2 else [],
+        "stop": ["e", "ing", "\u00e9t"] if random.random() < 0.4 else [],
+        "presence_penalty": float(random.choice([0.0, 0.7])),
+        "frequency_penalty": float(random.choice([0.0, 0.4, -0.2])),
+        "logit_bias": [[int(random.integers(model.vocab_size)), float(random.uniform(-5, 5))]]
+        if random.random() < 0.3
+        else [],
+        "ignore_eos": bool(random.random() < 0.3),
+        "logprobs": int(random.integers(0, 6)) if random.random() < 0.2 else None,
+    }
+
+
+def run_schedule(runtime: Runtime, schedule: dict[str, Any]) -> dict[str, Any]:
+    """What a schedule gives: the rows of every submit, the tokens that they were streamed, and the iterations."""
+    table, submits = FactorTable(schedule["max_factor_sets"]), schedule["submits"]
+    batch = open_batch(runtime, table, schedule["rows"], schedule["capacity"], schedule["prefill_tokens"])
+    loop = Loop(batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
+    streams: list[Stream] = []
+    iterations: list[list[int]] = []
+    while len(streams) < len(submits) or loop:
+        while len(streams) < len(submits) and submits[len(streams)]["at"] <= len(iterations):
+            streams.append(_submit(runtime, loop, submits[len(streams)], schedule["capacity"]))
+        for stream, submit in zip(streams, submits, strict=False):
+            if submit["cancel_at"] == len(iterations):
+                stream.cancel()
+        tokens, record = loop.iterate()
+        deliver(tokens)
+        iterations.append([
+            record.rows, record.factor_sets, record.factor_set_hits, record.chunk_tokens, len(record.queued),
+            len(record.first_tokens), len(record.later_tokens), len(record.finished), batch.cached_tokens,
+        ])  # fmt: skip
+    return {
+        "rows": [[_row(generation) for generation in stream.result(0)] for stream in streams],
+        "tokens": [[[token.row, token.token_id, token.text] for token in stream] for stream in streams],
+        "iterations": iterations,
+    }
+
+
+def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int) -> Stream:
+    given = submit["sampling"]
+    sampling = Sampling(**given) if isinstance(given, dict) else [Sampling(**settings) for settings in given]
+    factors = None if submit["rank"] is None else caller_factors(submit["rank"], runtime.manifest.model)
+    if factors is not None and submit["overflows"]:
+        factors = {name: np.full_like(matrix, OVERFLOW) for name, matrix in factors.items()}
+    submission = prepare(
+        runtime,
+        capacity,
+        submit["prompts"],
+        submit["max_new_tokens"],
+        sampling,
+        mode=submit["mode"],
+        tenant=submit["tenant"],
+        factors=factors,
+        adapter=None,
+        n=submit["n"],
+        deadline=EXPIRED if submit["expires"] else None,
+        adapt_tokens=submit["adapt_tokens"],
+    )
+    form_cohort(runtime, [submission], 0)
+    loop.waiting.extend(submission.members)
+    return submission.stream
+
+
+def _row(generation: Any) -> dict[str, Any]:
+    return {
+        "token_ids": generation.token_ids,
+        "text": generation.text,
+        "cluster_id": generation.cluster_id,
+        "finish_reason": generation.finish_reason,
+        "error": None if generation.error is None else generation.error.code,
+        "num_logprobs": len(generation.token_logprobs or ()),
+    }

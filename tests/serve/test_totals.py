@@ -1,0 +1,63 @@
+"""Metrics of several replicas: sums that no ending replica makes smaller."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from chameleon_deploy.runtime.engine import Stats
+from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.serve.metrics import Metrics
+from chameleon_deploy.serve.totals import Totals
+
+
+class _Engine:
+    """What the gauges read."""
+
+    def __init__(self, running: int) -> None:
+        self._running = running
+
+    def stats(self) -> Stats:
+        return Stats(self._running, 0, 8, self._running, 10, 1)
+
+
+def _text(running: int, tokens: int) -> bytes:
+    metrics = Metrics()
+    metrics.watch(_Engine(running))  # type: ignore[arg-type]
+    metrics.accept("centroid", 3)
+    metrics.observe(_iteration(tokens))
+    return metrics.text()
+
+
+def _iteration(tokens: int) -> Iteration:
+    row = FinishedRow("centroid", 3, "length", 5, tokens, 0.5)
+    return Iteration(rows=1, factor_sets=1, step=0.02, later_tokens=[0.02] * tokens, finished=[row])
+
+
+def _values(text: bytes) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            found[sample.name + "".join(f",{key}={value}" for key, value in sample.labels.items())] = sample.value
+    return found
+
+
+def test_sums_and_means() -> None:
+    values = _values(Totals().add_up({"a": _text(2, 10), "b": _text(6, 5)}))
+    assert values["chameleon_generation_tokens_total"] == 15
+    assert values["chameleon_requests_total,cluster=3,mode=centroid"] == 2
+    assert values["chameleon_num_requests_running"] == 8
+    assert values["chameleon_kv_cache_usage_perc"] == (0.2 + 0.6) / 2
+    assert values["chameleon_step_seconds_bucket,le=0.02"] == values["chameleon_step_seconds_count"] == 2
+    assert not any("_created" in name for name in values)
+
+
+def test_a_replica_that_ended_stays_counted() -> None:
+    totals = Totals()
+    totals.add_up({"a": _text(2, 10), "b": _text(6, 5)})
+    for _ in range(2):
+        values = _values(totals.add_up({"b": _text(6, 7)}))
+        assert values["chameleon_generation_tokens_total"] == 17
+        assert values["chameleon_num_requests_running"] == 6
+    values = _values(totals.add_up({"c": _text(1, 1)}))
+    assert values["chameleon_generation_tokens_total"] == 18
+    assert values["chameleon_inter_token_latency_seconds_count"] == 18

@@ -1,0 +1,30 @@
+"""experiments/scaling.py: simulated clusters keep the laws that a real one must."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.scaling import Costs, capacity, simulate
+
+
+def _tokens(replicas: int, costs: Costs, ingresses: int = 1, load: float = 1.3) -> float:
+    rate = load * capacity(replicas, 8, costs)
+    return simulate(replicas, rate, 20, "load", 16, 8, ingresses, costs).tokens_per_second
+
+
+def test_linear_up_to_the_limit_of_the_ingress() -> None:
+    free = Costs(ingress_token=0)
+    one = _tokens(1, free)
+    assert _tokens(4, free) == pytest.approx(4 * one, rel=0.05)
+    limited = Costs(ingress_token=1 / (2 * one))  # an ingress for two replicas
+    assert _tokens(4, limited) == pytest.approx(2 * one, rel=0.05)
+    assert _tokens(4, limited, ingresses=2) == pytest.approx(4 * one, rel=0.05)
+
+
+def test_what_is_offered_is_done() -> None:
+    costs = Costs()
+    rate = 0.5 * capacity(2, 8, costs)
+    found = simulate(2, rate, 60, "cluster", 16, 8, 1, costs)
+    assert found.tokens_per_second == pytest.approx(rate * 72, rel=0.15)  # 72 new tokens on average
+    assert found.longest_queue <= 16
+    assert 1 <= found.sets_per_step <= 8
