@@ -74,7 +74,8 @@ void rotate(std::span<double> x, std::size_t block) {
 void restore(const Bundle& bundle, std::span<double> sums) {
   const auto rotation = bundle.manifest.token_embedding.rotation;
   if (!rotation) return;
-  for (std::size_t i = 0; i < sums.size(); ++i) sums[i] *= static_cast<double>(item_of<float>(bundle.channel_scales, i));
+  for (std::size_t i = 0; i < sums.size(); ++i)
+    sums[i] *= static_cast<double>(item_of<float>(bundle.channel_scales, i));
   rotate(sums, static_cast<std::size_t>(*rotation));
 }
 
