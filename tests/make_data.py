@@ -416,10 +416,32 @@ def hostile_cases() -> list[dict[str, Any]]:
              "pad_type_id": 0, "pad_token": "<|endoftext|>"},
         ),
         "dropout": (["model", "dropout"], 0.1),
+        # Found by mutated bundles, where the languages differed
+        "flag_is_text": (["pre_tokenizer", "trim_offsets"], "fp16"),
+        "decoder_flag_is_text": (["decoder", "use_regex"], "x"),
+        "template_is_true": (["post_processor", "single", "0", "Sequence"], True),
+        "template_without_text": (["post_processor", "single"], []),
+        "template_of_an_unknown_token": (
+            ["post_processor", "single", "0"],
+            {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+        ),
+        "type_id_negative": (["post_processor", "pair", "0", "Sequence", "type_id"], -1),
+        "fuse_unk_null": (["model", "fuse_unk"], None),
+        "merge_is_text": (["model", "merges", "0"], "a b"),
+        "merge_of_three": (["model", "merges", "0"], ["a", "b", "c"]),
+        "id_too_large": (["model", "vocab", "a"], 2**24),
+        "id_is_float": (["model", "vocab", "a"], 1.5),
+        "version": (["version"], "2.0"),
+        "unknown_field": (["surprise"], 1),
     }  # fmt: skip
-    for name, (place, value) in options.items():
-        change = {"do": "set", "file": "tokenizer.json", "path": place, "value": value}
-        case(f"tokenizer_{name}", "manifest_invalid", change, {"do": "redigest", "file": "tokenizer.json"})
+    changes: dict[str, dict[str, Any]] = {
+        name: {"do": "set", "path": place, "value": value} for name, (place, value) in options.items()
+    }
+    for place in (["padding"], ["added_tokens", "0", "special"], ["model", "byte_fallback"], ["post_processor"]):
+        changes[f"no_{place[-1]}"] = {"do": "unset", "path": place}
+    redigest = {"do": "redigest", "file": "tokenizer.json"}
+    for name, change in changes.items():
+        case(f"tokenizer_{name}", "manifest_invalid", {**change, "file": "tokenizer.json"}, redigest)
     for c in cases:
         with tempfile.TemporaryDirectory() as directory:
             path = hostile_bundle(c, Path(directory) / "bundle")

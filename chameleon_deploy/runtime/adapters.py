@@ -61,7 +61,7 @@ class Adapters:
 
     def __getitem__(self, name: str) -> Adapter:
         """Return an adapter. Raises AdapterError for a name that no adapter has."""
-        adapter = self._named.get(name)
+        adapter = self._named.get(name) if isinstance(name, str) else None
         if adapter is None:
             names = self.names
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

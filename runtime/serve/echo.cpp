@@ -13,8 +13,9 @@ void score(const Job& job, const std::optional<std::string>& tenant, std::vector
   if (const auto& limit = job.request.adapt_tokens) {
     for (TokenIds& ids : read) ids.resize(std::min(ids.size(), static_cast<std::size_t>(*limit)));
   }
-  AdaptOptions options{.mode = job.mode};
-  if (job.mode == Mode::tenant) options.tenants = std::vector(read.size(), tenant.value_or(""));
+  AdaptOptions options{.mode = job.meant.mode};
+  if (job.meant.adapter) options.adapters = AdapterNames(read.size(), job.meant.adapter);
+  if (job.meant.mode == Mode::tenant) options.tenants = std::vector(read.size(), tenant.value_or(""));
   const Adaptation adaptation = runtime.adapt(read, options);
   for (std::size_t i = 0; i < echoes.size(); ++i) {
     const std::lock_guard alone(job.served.scorer);

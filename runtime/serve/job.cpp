@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <ctime>
 #include <random>
-#include <tuple>
 
 #include "prompts.h"
 #include "sampling.h"
@@ -60,9 +59,10 @@ Stream submit(const Job& job, const Sampling& sampling, const std::optional<std:
   // One Sampling per prompt: each prompt as if it were alone.
   SubmitOptions options{.max_new_tokens = job.request.max_tokens,
                         .sampling = std::vector(job.ids.size(), sampling),
-                        .mode = job.mode,
+                        .mode = job.meant.mode,
+                        .adapter = job.meant.adapter,
                         .n = static_cast<std::size_t>(job.request.n)};
-  if (job.mode == Mode::tenant) options.tenant = tenant;
+  if (job.meant.mode == Mode::tenant) options.tenant = tenant;
   if (job.request.adapt_tokens) options.adapt_tokens = static_cast<std::size_t>(*job.request.adapt_tokens);
   try {
     return job.served.engine.submit(job.ids, std::move(options));
@@ -81,7 +81,7 @@ Json Job::completion(Json choices) const {
   return {{"id", id},
           {"object", "text_completion"},
           {"created", created},
-          {"model", model},
+          {"model", meant.model},
           {"system_fingerprint", served.fingerprint},
           {"choices", std::move(choices)}};
 }
@@ -97,8 +97,8 @@ Json Job::usage(std::size_t new_tokens) const {
 std::shared_ptr<Job> prepare(CompletionRequest request, Served& served, const std::optional<std::string>& tenant,
                              const std::string& request_id) {
   const auto job = std::make_shared<Job>(std::move(request), served);
-  std::tie(job->model, job->mode) = served.models.resolve(job->request.model, job->request.mode);
-  check_fields(job->request, job->mode, served);
+  job->meant = served.models.resolve(job->request.model, job->request.mode);
+  check_fields(job->request, job->meant.mode, served);
   const Sampling sampling = sampling_of(job->request, served);
   job->ids = encode(job->request.prompt, "prompt", served);
   if (job->request.max_tokens > 0) {
@@ -107,7 +107,7 @@ std::shared_ptr<Job> prepare(CompletionRequest request, Served& served, const st
   } else {
     job->cluster_ids = served.runtime.adapt(job->ids, {.mode = Mode::none}).cluster_ids;
   }
-  for (const std::int64_t cluster_id : job->cluster_ids) served.metrics.accept(job->mode, cluster_id);
+  for (const std::int64_t cluster_id : job->cluster_ids) served.metrics.accept(job->meant.mode, cluster_id);
   job->id = "cmpl-" + request_id;
   job->created = std::time(nullptr);
   return job;

@@ -25,9 +25,9 @@ struct Job {
 
   CompletionRequest request;
   Served& served;
-  std::string id, model;
+  std::string id;
   std::int64_t created = 0;
-  Mode mode{};
+  Meant meant;
   std::vector<TokenIds> ids;  ///< of every prompt
   std::vector<std::int64_t> cluster_ids;
   std::optional<Stream> stream;  ///< none where no token is asked for

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <ctime>
+#include <ranges>
 
 #include "chameleon/error.h"
 
@@ -10,11 +11,15 @@ namespace chameleon::serve {
 
 namespace {
 
-/// Factors are never taken from a body, so static needs the bundle's own; a tenant is known by its API key.
+constexpr std::size_t kMaxNames = 20;  // in a message
+
+/// Factors are never taken from a body, so static needs the bundle's own, and without a name of an adapter; a tenant is
+/// known by its API key.
 std::vector<Mode> served(const Manifest& manifest, bool has_tenants) {
   std::vector<Mode> modes = available_modes(manifest.adaptation);
   std::erase_if(modes, [&](Mode mode) {
-    return (mode == Mode::static_ && manifest.adaptation.regime != "lora") || (mode == Mode::tenant && !has_tenants);
+    const bool has_static = manifest.adaptation.regime == "lora" && manifest.adaptation.adapters.empty();
+    return (mode == Mode::static_ && !has_static) || (mode == Mode::tenant && !has_tenants);
   });
   return modes;
 }
@@ -39,53 +44,55 @@ std::vector<std::string> words_of(const std::vector<Mode>& modes) {
 Models::Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants)
     : name_(std::move(name)), created_(std::time(nullptr)), max_positions_(manifest.model.max_positions) {
   const std::vector<Mode> modes = served(manifest, has_tenants);
-  constexpr std::array preferred = {Mode::centroid, Mode::request, Mode::static_};
+  constexpr std::array preferred = {Mode::centroid, Mode::request, Mode::static_, Mode::none};
   const Mode own = mode.value_or(*std::ranges::find_if(preferred, [&](Mode each) { return contains(modes, each); }));
   if (!contains(modes, own)) {
     throw ModeError("mode '" + std::string(to_string(own)) + "' cannot be served: choose one of " +
                     joined(words_of(modes)));
   }
-  modes_.emplace_back(name_, own);
-  for (const Mode each : modes) modes_.emplace_back(name_ + ":" + std::string(to_string(each)), each);
+  models_.push_back({name_, own});
+  for (const Mode each : modes) models_.push_back({name_ + ":" + std::string(to_string(each)), each});
+  for (const std::string& adapter : manifest.adaptation.adapters) {
+    const std::string model = name_ + ":" + adapter;
+    const bool is_mode = std::ranges::find(models_, model, &Meant::model) != models_.end();  // which has the name then
+    if (!is_mode) models_.push_back({model, Mode::static_, adapter});
+  }
 }
 
-std::pair<std::string, Mode> Models::resolve(const std::optional<std::string>& model, std::optional<Mode> mode) const {
+Meant Models::resolve(const std::optional<std::string>& model, std::optional<Mode> mode) const {
   const std::string named = model.value_or(name_);
-  const auto found = std::ranges::find(modes_, named, &std::pair<std::string, Mode>::first);
-  if (found == modes_.end()) {
+  const auto found = std::ranges::find(models_, named, &Meant::model);
+  if (found == models_.end()) {
     std::vector<std::string> names;
-    for (const auto& [name, each] : modes_) names.push_back(name);
+    for (const Meant& each : models_ | std::views::take(kMaxNames)) names.push_back(each.model);
     throw ApiError(404, "model_not_found", "no model '" + named + "': choose one of " + joined(names), "model");
   }
-  if (!mode || *mode == found->second) return *found;
+  if (!mode || *mode == found->mode) return *found;
   const std::string word(to_string(*mode));
   if (named != name_) {
     throw ApiError(400, "input_invalid", "model '" + named + "' and mode '" + word + "' contradict each other", "mode");
   }
-  if (std::ranges::find(modes_, *mode, &std::pair<std::string, Mode>::second) == modes_.end()) {
-    throw ApiError(400, "mode_unavailable", "mode '" + word + "' is not served here", "mode");
-  }
+  const bool is_served =
+      std::ranges::any_of(models_, [&](const Meant& each) { return each.mode == *mode && !each.adapter; });
+  if (!is_served) throw ApiError(400, "mode_unavailable", "mode '" + word + "' is not served here", "mode");
   return {named, *mode};
 }
 
 Json Models::list() const {
   Json data = Json::array();
-  for (const auto& [name, mode] : modes_) data.push_back(describe(name, mode));
+  for (const Meant& model : models_) data.push_back(describe(model));
   return {{"object", "list"}, {"data", data}};
 }
 
-Json Models::get(const std::string& name) const {
-  const auto [named, mode] = resolve(name);
-  return describe(named, mode);
-}
+Json Models::get(const std::string& name) const { return describe(resolve(name)); }
 
-Json Models::describe(const std::string& name, Mode mode) const {
-  return {{"id", name},
+Json Models::describe(const Meant& model) const {
+  return {{"id", model.model},
           {"object", "model"},
           {"created", created_},
           {"owned_by", "chameleon-deploy"},
           {"root", name_},
-          {"mode", to_string(mode)},
+          {"mode", to_string(model.mode)},
           {"max_model_len", max_positions_}};
 }
 

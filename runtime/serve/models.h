@@ -1,10 +1,9 @@
-// Names of models: the bundle's own, and one per mode, such as `wiki:none`.
+// Names of models: the bundle's own, one per mode, such as `wiki:none`, and one per adapter, such as `wiki:legal`.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "chameleon/manifest.h"
@@ -12,7 +11,14 @@
 
 namespace chameleon::serve {
 
-/// Which names there are and the mode that each means.
+/// What a request means: the model's name to answer with, the mode, and the adapter if it is one's model.
+struct Meant {
+  std::string model;
+  Mode mode;
+  std::optional<std::string> adapter{};
+};
+
+/// Which names there are and what each means.
 class Models {
  public:
   /// name: the bundle's directory
@@ -21,19 +27,18 @@ class Models {
   /// Throws ModeError.
   Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants);
 
-  [[nodiscard]] Mode default_mode() const { return modes_.front().second; }
-  /// The name to answer with and the mode that is meant. Throws ApiError.
-  [[nodiscard]] std::pair<std::string, Mode> resolve(const std::optional<std::string>& model,
-                                                     std::optional<Mode> mode = {}) const;
+  [[nodiscard]] Mode default_mode() const { return models_.front().mode; }
+  /// Throws ApiError for a name that no model has, or a mode that it does not go with.
+  [[nodiscard]] Meant resolve(const std::optional<std::string>& model, std::optional<Mode> mode = {}) const;
   [[nodiscard]] Json list() const;
   /// Throws ApiError.
   [[nodiscard]] Json get(const std::string& name) const;
 
  private:
-  [[nodiscard]] Json describe(const std::string& name, Mode mode) const;
+  [[nodiscard]] Json describe(const Meant& model) const;
 
   std::string name_;
-  std::vector<std::pair<std::string, Mode>> modes_;  // by name; the bundle's own is first
+  std::vector<Meant> models_;  // the bundle's own is first
   std::int64_t created_, max_positions_;
 };
 

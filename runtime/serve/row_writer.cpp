@@ -63,7 +63,7 @@ Json RowWriter::choice(const std::string& text, Json logprobs, std::optional<Fin
                {"logprobs", std::move(logprobs)},
                {"finish_reason", reason ? Json(*reason == FinishReason::stop ? "stop" : "length") : Json()},
                {"chameleon",
-                {{"mode", to_string(job_.mode)},
+                {{"mode", to_string(job_.meant.mode)},
                  {"cluster_id", job_.cluster_ids[prompt_]},
                  {"cohort", cohort ? Json{{"id", cohort->id}, {"size", cohort->size}} : Json()}}}};
   if (job_.request.return_token_ids) {

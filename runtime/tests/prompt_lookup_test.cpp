@@ -17,8 +17,8 @@ const Runtime& runtime() {
 
 const std::vector<TokenIds> kRepeating = {{7, 8, 9, 10, 7, 8, 9, 10, 7, 8}};
 
-TokenIds generate(const std::vector<TokenIds>& prompts, const Sampling& sampling, std::int64_t draft_tokens,
-                  const OnToken& on_token = {}) {
+TokenIds tokens_of(const std::vector<TokenIds>& prompts, const Sampling& sampling, std::int64_t draft_tokens,
+                   const OnToken& on_token = {}) {
   GenerateOptions options{{.mode = Mode::centroid}};
   options.max_new_tokens = 36;
   options.sampling = sampling;
@@ -48,21 +48,21 @@ TEST(PromptLookup, TokensEqualThoseOfPlainDecoding) {
   for (const double temperature : {0.0, 0.4, 1.5}) {
     const Sampling sampling{.temperature = temperature, .seed = 5};
     for (const std::int64_t draft_tokens : {1, 4, 16}) {
-      EXPECT_EQ(generate(kRepeating, sampling, draft_tokens), generate(kRepeating, sampling, 0));
+      EXPECT_EQ(tokens_of(kRepeating, sampling, draft_tokens), tokens_of(kRepeating, sampling, 0));
     }
   }
 }
 
 TEST(PromptLookup, CanBeCancelled) {
   std::size_t seen = 0;
-  const TokenIds ids = generate(kRepeating, {}, 8, [&](const Token&) { return ++seen < 5; });
+  const TokenIds ids = tokens_of(kRepeating, {}, 8, [&](const Token&) { return ++seen < 5; });
   EXPECT_EQ(ids.size(), 5U);
 }
 
 TEST(PromptLookup, ArgumentsAreChecked) {
-  EXPECT_THROW(generate(kRepeating, {}, 17), InputError);
-  EXPECT_THROW(generate(kRepeating, {}, -1), InputError);
-  EXPECT_THROW(generate({{1, 2}, {3}}, {}, 4), InputError);
+  EXPECT_THROW(tokens_of(kRepeating, {}, 17), InputError);
+  EXPECT_THROW(tokens_of(kRepeating, {}, -1), InputError);
+  EXPECT_THROW(tokens_of({{1, 2}, {3}}, {}, 4), InputError);
 }
 
 }  // namespace chameleon::test

@@ -29,7 +29,7 @@ struct Rows {
   explicit Rows(const Decoder& given) : decoder(given), slots(given.slots(kRows, kCapacity)) {
     const std::vector<TokenIds> one(3, TokenIds{1});
     const std::vector<std::int64_t> clusters = {0, 1, 2};
-    for (const FactorSource& source : runtime().impl().factor_sources(Mode::centroid, {{}, clusters}, {}, {})) {
+    for (const FactorSource& source : runtime().impl().factor_sources(Mode::centroid, {{}, clusters}, {}, {}, {})) {
       table.acquire(source);
       keys.push_back(source.key);
     }

@@ -21,7 +21,7 @@ def test_both_languages_draft_without_a_trace(temperature: float) -> None:
     expected = runtime.generate([prompt], max_new_tokens=24, sampling=sampling)[0].token_ids
     python = runtime.generate([prompt], max_new_tokens=24, sampling=sampling, prompt_lookup_num_tokens=4)
     options = ["--max-new-tokens", "24", "--temperature", str(temperature), "--seed", "4", "--mode", "centroid"]
-    command = [BUILD / "chameleon-run", "generate", bundle, "--prompt", prompt, "--json", *options]
+    command = [str(BUILD / "chameleon-run"), "generate", str(bundle), "--prompt", prompt, "--json", *options]
     cpp = subprocess.run([*command, "--prompt-lookup-num-tokens", "4"], capture_output=True, text=True, check=True)
     assert python[0].token_ids == expected
     assert json.loads(cpp.stdout)["token_ids"] == expected

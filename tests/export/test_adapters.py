@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.factors import adaptation_spec
 from chameleon_deploy.export.families import family_of
@@ -54,7 +54,7 @@ def bundles(mini_path: Path, llama_path: Path, tmp_path_factory: pytest.TempPath
         }
         adapted = load_adapted(str(checkpoint / "base"), directories)
         export_bundle(adapted, path / "bundle", None)
-        made[family] = path / "bundle", adapted, {None: None, **directories}
+        made[family] = path / "bundle", adapted, {None: None} | directories
     return made
 
 
@@ -137,7 +137,7 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
     tensors, _ = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
     rank = min(model.hidden_size, 64)
     generator = np.random.default_rng(0)
-    plain = {
+    plain: dict[str, FloatArray] = {
         name: generator.normal(size=(rank, width)).astype(np.float32) / 8 for name, width in spec.factor_widths.items()
     }
     low_rank = load_adapted(adapted.name, {}).trunk

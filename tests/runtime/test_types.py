@@ -65,9 +65,9 @@ def test_texts(method: str, runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("method", ["adapt", "score", "generate", "stream"])
-@pytest.mark.parametrize("name", ["mode", "tenants", "factors"])
+@pytest.mark.parametrize("name", ["mode", "tenants", "factors", "adapters"])
 def test_adaptation(method: str, name: str, runtime: Runtime) -> None:
-    mode = {"mode": None, "tenants": "tenant", "factors": "static"}[name]
+    mode = {"mode": None, "tenants": "tenant", "factors": "static", "adapters": None}[name]
     values = WRONG + tuple({A: value, B: value} for value in WRONG) + tuple([value] * 2 for value in WRONG)
     call = getattr(runtime, method)
     assert foreign(lambda value: call(TEXTS, **{"mode": mode, name: value}), values) == []
@@ -80,14 +80,20 @@ def test_generate(name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: runtime.generate(**{**arguments, name: value}), values) == []
 
 
+def test_adapter_files(runtime: Runtime) -> None:
+    assert foreign(lambda value: runtime.load_adapter(value, "x.safetensors")) == []
+    assert foreign(lambda value: runtime.load_adapter("x", value)) == []
+    assert foreign(runtime.unload_adapter) == []
+
+
 @pytest.mark.parametrize("name", ["rows", "max_waiting", "prefill_tokens", "max_factor_sets", "cohort_window_ms",
                                   "capacity", "observe"])  # fmt: skip
 def test_engine(name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: Engine(runtime, **{name: value}).close()) == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenant", "factors", "n", "deadline",
-                                  "adapt_tokens"])  # fmt: skip
+@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenant", "factors", "adapter", "n",
+                                  "deadline", "adapt_tokens"])  # fmt: skip
 def test_submit(name: str, engine: Engine) -> None:
     arguments = {"prompts": TEXTS, "max_new_tokens": 1}
     assert foreign(lambda value: engine.submit(**{**arguments, name: value}).cancel()) == []

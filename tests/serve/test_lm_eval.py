@@ -15,7 +15,7 @@ import pytest
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from tests.serving import process
+from tests.serving import COMMANDS, process
 
 pytestmark = pytest.mark.lm_eval
 POSITIONS = 128  # of the model
@@ -93,10 +93,12 @@ def likelihoods(sample: dict[str, Any]) -> list[tuple[float, bool | None]]:
 def expected(runtime: Runtime, sample: dict[str, Any]) -> list[tuple[float, bool | None]]:
     """The same by the runtime."""
     if "text" in sample["doc"]:
-        return [(rolling(runtime, runtime.encode([sample["doc"]["text"]])[0]), None)]
+        return [(rolling(runtime, runtime.tokenizer.encode(sample["doc"]["text"]).ids), None)]
     question, choices = sample["doc"]["question"], sample["doc"]["choices"]
-    length, found = len(runtime.encode([question])[0]), list[tuple[float, bool | None]]()
-    for ids in runtime.encode([question + choice for choice in choices]):
+    context, found = runtime.encode([question])[0], list[tuple[float, bool | None]]()
+    length = len(context)
+    for whole in runtime.encode([question + choice for choice in choices]):
+        ids = context + whole[length:]  # as lm-eval does, even where a token of the whole spans both
         logprobs = runtime.score([ids], mode="none")[0].token_logprobs[length - 1 :]
         prefixes = [ids[:end] for end in range(length, len(ids))]
         next_ids = [g.token_ids[0] for g in runtime.generate(prefixes, max_new_tokens=1, mode="none")]
@@ -116,9 +118,9 @@ def rolling(runtime: Runtime, ids: list[int]) -> float:
 
 
 def test_likelihoods_are_the_runtimes_and_those_of_transformers(
-    tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
+    program: str, tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
-    with process(bundle) as (_, url):
+    with process(bundle, command=COMMANDS[program]) as (_, url):
         served, samples = evaluate(
             tasks, tmp_path / "served", "local-completions",
             f"model={bundle.name}:none,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent=4,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from chameleon_deploy.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.serving import Running, running
+from tests.serving import Running, running, running_cpp
 
 LAYERS = ["q_proj", "v_proj"]
 PROMPT = "def main"
@@ -50,14 +51,25 @@ def expected(server: Running, adapter: str | None) -> str:
     return server.runtime.generate([PROMPT], adapters=[adapter], max_new_tokens=12)[0].text
 
 
-def test_an_adapter_is_a_model(adapters: Running) -> None:
-    names = [model.id for model in adapters.openai().models.list().data]
-    assert names == ["wiki", "wiki:none", "wiki:legal"]
-    assert text_of(adapters, "wiki:legal") == expected(adapters, "legal")
-    assert text_of(adapters, "wiki") == text_of(adapters, "wiki:none") == expected(adapters, None)
-    assert text_of(adapters, "wiki:legal") != text_of(adapters, "wiki")
-    with pytest.raises(openai.NotFoundError):
-        text_of(adapters, "wiki:static")
+def test_an_adapter_is_a_model(program: str, adapters: Running) -> None:
+    with contextlib.ExitStack() as opened:
+        server = adapters
+        if program == "cpp":
+            server = opened.enter_context(running_cpp(adapters.runtime.bundle.path))
+        names = [model.id for model in server.openai().models.list().data]
+        assert names == ["wiki", "wiki:none", "wiki:legal"]
+        assert text_of(server, "wiki:legal") == expected(server, "legal")
+        assert text_of(server, "wiki") == text_of(server, "wiki:none") == expected(server, None)
+        assert text_of(server, "wiki:legal") != text_of(server, "wiki")
+        with pytest.raises(openai.NotFoundError):
+            text_of(server, "wiki:static")
+        logprobs = [
+            server.openai().completions.create(
+                model=model, prompt=PROMPT, max_tokens=0, echo=True, logprobs=0
+            ).choices[0].logprobs
+            for model in ("wiki", "wiki:legal")
+        ]  # fmt: skip
+        assert logprobs[0] and logprobs[1] and logprobs[0].token_logprobs != logprobs[1].token_logprobs
     assert adapters.post("/v1/completions", model="wiki:legal", mode="none", prompt="a").status_code == 400
 
 

@@ -88,8 +88,7 @@ def test_a_decoder_that_drops_an_update_is_caught(
 ) -> None:
     """The runtime binds zeros for one layer: the files are right, the rows are not."""
     from chameleon_deploy.runtime import adapters
-
-    stack_sets = adapters.stack_sets
+    from chameleon_deploy.runtime.factors import stack_sets
 
     def without_a_layer(stacks: Any) -> Any:
         sets = stack_sets(stacks)
