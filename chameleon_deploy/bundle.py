@@ -60,6 +60,7 @@ from chameleon_deploy.manifest import (
 from chameleon_deploy.onnx_operators import check_graph_file
 from chameleon_deploy.provenance import SIGNATURE, TrustedKeys, check_signature
 from chameleon_deploy.signature import check_graphs
+from chameleon_deploy.token_embedding import Int8Rows, TokenEmbedding
 
 # The manifest's types are part of the contract: modules that need both import them from here.
 __all__ = [
@@ -119,10 +120,16 @@ class Bundle:
             raise ManifestError(f"{self.path / MANIFEST}: no {role} graph for provider {provider!r}: export again")
         return min(fitting, key=lambda name: len(graphs[name].providers))
 
-    def token_embedding(self) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
-        """Return the token embedding [vocab, hidden], memory-mapped."""
+    def token_embedding(self) -> TokenEmbedding:
+        """Return the token embedding, memory-mapped."""
         spec = self.manifest.token_embedding
-        return np.memmap(self.path / spec.file, spec.dtype, "r", spec.offset, spec.shape)
+        file, (vocab_size, hidden_size) = self.path / spec.file, spec.shape
+        stored = np.memmap(file, spec.dtype, "r", spec.offset, spec.shape)
+        if spec.row_scales_offset is None or spec.channel_scales_offset is None or spec.rotation is None:
+            return TokenEmbedding(stored)
+        scales = np.memmap(file, np.float32, "r", spec.row_scales_offset, vocab_size)
+        channels = np.memmap(file, np.float32, "r", spec.channel_scales_offset, hidden_size)
+        return TokenEmbedding(stored, Int8Rows(scales, channels, spec.rotation))
 
     def centroids(self) -> FloatArray:
         """Return the centroids, float32 [num_clusters, hidden]."""

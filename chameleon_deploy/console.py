@@ -86,6 +86,7 @@ def progress() -> Iterator[Progress]:
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as drawn:
         tasks: dict[str, bars.TaskID] = {}

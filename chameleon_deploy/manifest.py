@@ -70,12 +70,19 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor inside a weights file: little-endian, row-major, at a byte offset."""
+    """A tensor inside a weights file: little-endian, row-major, at a byte offset.
+
+    int8 rows are multiplied by scales of each row and of each channel, float32 at other offsets, and are rotated by a
+    Hadamard matrix in blocks of `rotation` channels.
+    """
 
     file: str
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int8"]
     shape: tuple[Int64, ...]
     offset: Int64
+    row_scales_offset: Int64 | None = None
+    channel_scales_offset: Int64 | None = None
+    rotation: Int64 | None = None
 
 
 class FileSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -276,9 +283,24 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     stored = manifest.token_embedding
     if stored.shape != (model.vocab_size, model.hidden_size):
         raise ManifestError(f"{where}: token_embedding has shape {stored.shape}, not [vocab_size, hidden_size]")
-    end = stored.offset + math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
-    if stored.offset < 0 or end > manifest.files[stored.file].size:
-        raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")
+    int8 = stored.row_scales_offset, stored.channel_scales_offset, stored.rotation
+    if any((part is None) == (stored.dtype == "int8") for part in int8):
+        raise ManifestError(f"{where}: token_embedding needs offsets of scales and a rotation in int8, and only there")
+    if stored.rotation is not None and (not _is_power_of_four(stored.rotation) or model.hidden_size % stored.rotation):
+        raise ManifestError(f"{where}: token_embedding.rotation is not a power of four that divides hidden_size")
+    parts = [(stored.offset, math.prod(stored.shape) * np.dtype(stored.dtype).itemsize)]
+    if stored.row_scales_offset is not None and stored.channel_scales_offset is not None:
+        parts += [
+            (stored.row_scales_offset, 4 * model.vocab_size),
+            (stored.channel_scales_offset, 4 * model.hidden_size),
+        ]
+    for offset, size in parts:
+        if offset < 0 or offset + size > manifest.files[stored.file].size:
+            raise ManifestError(f"{where}: token_embedding lies outside {stored.file}")
+
+
+def _is_power_of_four(number: int) -> bool:
+    return number > 0 and number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _check_targets(manifest: Manifest, where: Path) -> None:

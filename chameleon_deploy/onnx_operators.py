@@ -22,7 +22,7 @@ STANDARD = """Abs Add And ArgMax Cast Concat Constant DequantizeLinear Div Equal
 CONTRIB = "GroupQueryAttention MatMulIntegerToFloat RotaryEmbedding"
 # By domain, exactly the operators that `export` writes, which a test compares.
 OPERATORS = {"": frozenset(STANDARD.split()), "com.microsoft": frozenset(CONTRIB.split())}
-SIZE_PRESERVING = frozenset(("Cast", "DequantizeLinear"))  # of constants, which may be folded
+SIZE_PRESERVING = frozenset(("Cast", "DequantizeLinear", "Transpose"))  # of constants, which may be folded
 MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB
 MAX_EMBEDDED_BYTES = 2**20  # of one tensor or attribute; larger ones are in weights.bin
 MAX_DEPTH = 4  # of graphs in graphs

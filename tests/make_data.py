@@ -292,6 +292,15 @@ def hostile_cases() -> list[dict[str, Any]]:
     case("embedding_overflows", "manifest_invalid", manifest(2**62, "model", "vocab_size"),
          manifest([2**62, HIDDEN], "token_embedding", "shape"))  # fmt: skip
     case("embedding_dtype", "manifest_invalid", manifest("float64", "token_embedding", "dtype"))
+    case("embedding_int8_without_scales", "manifest_invalid", manifest("int8", "token_embedding", "dtype"))
+    case("embedding_rotated_in_float32", "manifest_invalid", manifest(4, "token_embedding", "rotation"))
+    int8 = {"dtype": "int8", "row_scales_offset": 0, "channel_scales_offset": 0, "rotation": 4}
+    for field, values in {"row_scales_offset": (-4, 2**63 - 1), "channel_scales_offset": (-4, 10**9),
+                          "rotation": (-4, 0, 2, 64, 2**62)}.items():  # fmt: skip
+        for value in values:
+            changes = {**int8, field: value}.items()
+            case(f"embedding_{field}_{value}", "manifest_invalid",
+                 *(manifest(new, "token_embedding", name) for name, new in changes))  # fmt: skip
     # Its dimensions against the inputs and outputs of the graphs
     for field, values in {
         "num_layers": (1, 3, 2 * 10**9, 2**63, 10**30),

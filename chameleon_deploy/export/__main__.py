@@ -35,6 +35,9 @@ def main(
     ] = None,
     adapter: AdapterDirectories = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text that int8 scales are measured on; default: the package's own.")
+    ] = None,
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
@@ -90,7 +93,14 @@ def main(
             return summary(checks, max_kl), record
 
         manifest = export_bundle(
-            checkpoint, out, gates if verify else None, recipe.limits, precision or recipe.precision, signer
+            checkpoint,
+            out,
+            gates if verify else None,
+            recipe.limits,
+            precision or recipe.precision,
+            signer,
+            calibration,
+            report,
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity

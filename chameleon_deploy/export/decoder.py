@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
@@ -19,6 +20,7 @@ from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.head import build_head
+from chameleon_deploy.export.int8.hadamard import block_of
 from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
@@ -106,7 +108,26 @@ def _factor_inputs(builder: Any, target: TargetSpec) -> tuple[ir.Value, ir.Value
 
 def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
     """Return where a decoder's token embedding is stored."""
-    return stored_tensor(decoder.graph.initializers[family_of(model.architecture).token_embedding])
+    tensors, name = decoder.graph.initializers, family_of(model.architecture).token_embedding
+    if name in tensors:
+        return stored_tensor(tensors[name])
+    rows, scales, channels = (stored_tensor(tensors[part]) for part in (*int8_names(name), channel_scales(name)))
+    return msgspec.structs.replace(
+        rows,
+        row_scales_offset=scales.offset,
+        channel_scales_offset=channels.offset,
+        rotation=block_of(model.hidden_size),
+    )
+
+
+def int8_names(name: str) -> tuple[str, str]:
+    """Return the graph's names of a matrix in int8, and of its scales."""
+    return f"{name}.int8", f"{name}.scale"
+
+
+def channel_scales(name: str) -> str:
+    """Return the graph's name of the scales of an int8 table's channels."""
+    return f"{name}.channel_scale"
 
 
 def _tied_head(builder: Any, token_embedding: ir.Value) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from chameleon_deploy.export.factors import adaptation_spec, parameter_counts, s
 from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.progress import Progress, silent
 from chameleon_deploy.provenance import SIGNATURE
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.families import require_supported
@@ -58,20 +59,24 @@ def export_bundle(
     limits: Limits = Limits(),  # noqa: B008  (immutable)
     precision: Precision = "fp32",
     sign: Callable[[bytes], bytes] | None = None,
+    calibration: Sequence[Path] | None = None,
+    report: Progress = silent,
 ) -> Manifest:
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
-    verify     checks the bundle at the path it is given; None records the bundle as not verified
-    limits     the largest call that engines built from it accept
-    precision  of the matrices that are multiplied; what is looked up stays float32: clusters do not depend on it
-    sign       makes the signature of bundle.json, see `provenance.read_signing_key`
+    verify       checks the bundle at the path it is given; None records the bundle as not verified
+    limits       the largest call that engines built from it accept
+    precision    of the matrices that are multiplied; except in int8, what is looked up stays float32
+    sign         makes the signature of bundle.json, see `provenance.read_signing_key`
+    calibration  files of text, on which int8 scales are measured; None takes that of the package
+    report       is told what is being done
 
-    Raises RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
+    Raises InputError, RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
     model = model_spec(checkpoint)
     resolved = limits.resolve(model, adaptation_spec(checkpoint).num_clusters)
     with new_directory(out) as directory:
-        manifest = _write_files(checkpoint, directory, model, resolved, precision)
+        manifest = _write_files(checkpoint, directory, model, resolved, precision, calibration, report)
         parity: dict[str, Any] = {"verified": False}
         manifest = _write_manifest(directory, manifest, parity)
         if verify is not None:
@@ -102,12 +107,18 @@ def model_spec(checkpoint: Source) -> ModelSpec:
 
 
 def _write_files(
-    checkpoint: Source, directory: Path, model: ModelSpec, limits: LimitsSpec, precision: Precision
+    checkpoint: Source,
+    directory: Path,
+    model: ModelSpec,
+    limits: LimitsSpec,
+    precision: Precision,
+    calibration: Sequence[Path] | None,
+    report: Progress,
 ) -> Manifest:
     """Write everything but bundle.json and parity.json; the manifest does not list files yet."""
     spec = adaptation_spec(checkpoint)
     with WeightsFile(directory / "weights.bin") as weights_file:
-        graphs = build_graphs(checkpoint, model, spec, precision, weights_file)
+        graphs = build_graphs(checkpoint, model, spec, precision, weights_file, calibration, report)
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, model)
     save_factors(checkpoint, spec, directory)

@@ -42,10 +42,14 @@ def copy_of(model: ir.Model) -> ir.Model:
 
 def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     """Return a numpy array or scalar as a constant stored in the graph itself."""
+    return initializer(graph, ir.tensor(array, name=name))
+
+
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Return a tensor as an initializer of its name."""
     value = ir.Value(
-        name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-    )  # fmt: skip
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-import torch
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
-from chameleon_deploy.export.decoder import HEAD, build_decoder
+from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
-from chameleon_deploy.export.int8.adapters import absmax_with_adapters
+from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
-from chameleon_deploy.export.int8.calibration import activations_of
-from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.calibration import calibration_texts
+from chameleon_deploy.export.int8.digits import choose_two
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
-from chameleon_deploy.export.int8.weights import quantize_weights, rotate_residual
+from chameleon_deploy.export.int8.weights import quantize_embedding, quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -30,6 +32,7 @@ from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.progress import Progress, silent
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
@@ -40,16 +43,10 @@ DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
 PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
 
 Pass = Callable[[ir.Model, ModelSpec], object]
-# Passes from the portable decoder to the decoder of the CPU.
+# Passes from the portable decoder to the decoder of the CPU; those of int8 are below.
 SHARED_CACHE: tuple[Pass, ...] = (
     share_cache,  # first, because it looks for attention as attention.py builds it
     give_hidden_states,  # last, because the scorer is extracted at the place where this pass cuts off the head
-)
-SHARED_INT8_CACHE: tuple[Pass, ...] = (
-    share_cache,
-    quantize_cache,  # rewrites the operator of share_cache
-    quantize_rows,  # before the scorer is extracted, which has the same product as the head
-    give_hidden_states,
 )
 
 
@@ -72,14 +69,22 @@ def build_graphs(
     spec: AdaptationSpec,
     precision: Precision,
     weights_file: WeightsFile,
+    calibration: Sequence[Path] | None = None,
+    report: Progress = silent,
 ) -> Graphs:
     """Return all graphs of a bundle by their names, with their weights in weights_file.
 
-    spec  the linear layers that get low-rank updates
+    spec         the linear layers that get low-rank updates
+    calibration  files of text for int8
 
-    Raises TensorError for a weight that float16 cannot represent.
+    Raises TensorError for a weight that float16 cannot represent, InputError for too little text.
     """
-    graphs = _DECODERS[precision](source, model, spec, weights_file)
+    if precision == "int8":
+        graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
+    elif precision == "fp32":
+        graphs = _fp32(source, model, spec, weights_file)
+    else:
+        graphs = _half(precision, source, model, spec, weights_file)
     if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
         layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
         config = source.config
@@ -94,16 +99,40 @@ def _fp32(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: 
     decoder = build_decoder(model, source.trunk, spec.targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_shared_cache(decoder, model, weights_file, SHARED_CACHE),
+        **_shared_cache(decoder, model, SHARED_CACHE),
     }
 
 
-def _int8(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
-    decoder = _int8_decoder(source, model, spec, weights_file)
-    return {
-        "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_shared_cache(decoder, model, weights_file, SHARED_INT8_CACHE),
-    }
+def _int8(
+    source: Source,
+    model: ModelSpec,
+    spec: AdaptationSpec,
+    weights_file: WeightsFile,
+    texts: Sequence[Tensor],
+    report: Progress,
+) -> Graphs:
+    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
+    rotated = rotate_trunk(trunk, model)
+    statistics = calibrate_with_adapters(trunk, rotated, model, spec, list(adapters), texts, report)
+    balances = balance_trunk(rotated, model, statistics)
+    tensors, shifts = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
+    if tensors:
+        save_file(tensors, weights_file.path.with_name("basis.safetensors"))
+    scale_trunk(rotated, model, statistics)
+    two_digits = choose_two(rotated, model, texts, report)
+    with _float32_weights(weights_file) as floats:
+        decoder = build_decoder(model, rotated, spec.targets, floats, shifts)
+        rotate_residual(decoder, model)
+        quantize_weights(decoder, model, statistics, weights_file, report)
+        quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
+        weights_file.take(decoder.graph)
+    passes: tuple[Pass, ...] = (
+        share_cache,
+        quantize_cache,  # rewrites the operator of share_cache
+        partial(quantize_rows, two_digits=two_digits),  # before the scorer is extracted, which has the head's product
+        give_hidden_states,
+    )
+    return {"decoder": Graph(decoder, "decoder", PROVIDERS, "growing"), **_shared_cache(decoder, model, passes)}
 
 
 def _half(
@@ -124,32 +153,6 @@ def _half(
     }
 
 
-_DECODERS: dict[Precision, Callable[[Source, ModelSpec, AdaptationSpec, WeightsFile], Graphs]] = {
-    "fp32": _fp32,
-    "int8": _int8,
-    "fp16": partial(_half, "fp16"),
-    "bf16": partial(_half, "bf16"),
-}
-
-
-def _int8_decoder(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> ir.Model:
-    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
-    rotated = rotate_trunk(trunk, model)
-    absmax, head_absmax = absmax_with_adapters(trunk, rotated, model, spec, list(adapters))
-    tensors, shifts = basis_of(trunk, model, absmax).of([target.name for target in spec.targets])
-    if tensors:
-        save_file(tensors, weights_file.path.with_name("basis.safetensors"))
-    scale_trunk(rotated, model, absmax)
-    with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, spec.targets, floats, shifts)
-        rotate_residual(decoder, model)
-        activations = activations_of(rotated, model)
-        activations[HEAD].absmax = torch.maximum(activations[HEAD].absmax, head_absmax)
-        quantize_weights(decoder, activations, weights_file)
-        weights_file.take(decoder.graph)
-    return decoder
-
-
 @contextmanager
 def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     """Yield a file next to weights_file for matrices before they are rounded. It is deleted at the end."""
@@ -159,13 +162,13 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     path.unlink()
 
 
-def _shared_cache(portable: ir.Model, model: ModelSpec, weights_file: WeightsFile, passes: tuple[Pass, ...]) -> Graphs:
+def _shared_cache(portable: ir.Model, model: ModelSpec, passes: tuple[Pass, ...]) -> Graphs:
     """Return the decoder and the scorer of the CPU."""
     decoder = copy_of(portable)
     for rewrite in passes:
         rewrite(decoder, model)
     # The scorer is extracted before the last two passes, because it finds the head by the operators that they rewrite.
-    scorer = build_tiled_scorer(decoder, model, weights_file)
+    scorer = build_tiled_scorer(decoder, model)
     for graph in (decoder, scorer):
         sum_update(graph)
     flatten_logits(decoder)

@@ -3,9 +3,8 @@
 The logits of 1,024 positions of GPT-2 are 206 MB, and an update, its sum and a softmax each traverse all of them. The
 logits of a tile stay in the processor's cache until they are summed, and only one tile of them exists at a time.
 
-The graph is the head of decoder_cpu.onnx with its matrix in tiles: the same products in the same precision. If the
-matrix is [vocab, hidden], a tile is a range of the bytes that are stored already. If it is [hidden, vocab], in int8, it
-is stored once more, tile by tile.
+The graph is the head of decoder_cpu.onnx with its matrix in tiles: the same products in the same precision. The matrix
+is [vocab, hidden], so a tile is a range of the bytes that are stored already.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from onnxscript import GraphBuilder
 from chameleon_deploy.bundle import LM_HEAD, ModelSpec, factor_names
 from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, subgraph, take_nodes
 from chameleon_deploy.export.head import FACTOR_IDS, HIDDEN_STATES
-from chameleon_deploy.export.weights import WeightsFile, rows_of
+from chameleon_deploy.export.weights import rows_of
 
 TILE = 2048  # tokens: the logits of 512 positions take 4 MB
 
@@ -46,10 +45,8 @@ def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
     graph.outputs.append(hidden)
 
 
-def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: WeightsFile) -> ir.Model:
+def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
     """Return the scorer that belongs to a decoder.
-
-    weights_file  takes the tiles of a matrix [hidden, vocab]
 
     Inputs:
         hidden_states   float32 [positions, hidden], of the decoder
@@ -77,14 +74,14 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec, weights_file: Weight
         _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
     builder = GraphBuilder(graph)
     targets = builder.input("targets", INT64, ["positions"])
-    graph.outputs[0] = _logprobs(builder, targets, model.vocab_size, weights_file)
+    graph.outputs[0] = _logprobs(builder, targets, model.vocab_size)
     _declare(graph.outputs[0], "logprobs", FLOAT, ["positions"])
     scorer = ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
     RemoveUnusedNodesPass()(scorer)
     return scorer
 
 
-def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: WeightsFile) -> Any:
+def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
     """Return log-probabilities in place of a graph's logits [positions, vocab]."""
     op = builder.op
     product, (products, lora_B) = builder.graph.outputs[0].producer(), (None, None)
@@ -94,7 +91,6 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     if product is None or product.op_type not in ("Gemm", "MatMul", "MatMulIntegerToFloat"):
         raise ValueError("the decoder's logits are not a product and its update")
     attributes = {name: attribute.value for name, attribute in product.attributes.items()}
-    matrix_axis = 0 if attributes.get("transB") else 1  # the axis of the vocabulary
     sizes = [min(TILE, vocab_size - start) for start in range(0, vocab_size, TILE)]
     parts_of_B: list[Any] = [None] * len(sizes)
     if lora_B is not None:
@@ -106,7 +102,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     logits_there, logprobs_there = [], []  # [positions, 1] of each tile, at that place
     for i, size in enumerate(sizes):
         tokens = slice(i * TILE, i * TILE + size)
-        inputs = [_tile(builder, value, tokens, matrix_axis, weights_file) for value in product.inputs]
+        inputs = [_tile(builder, value, tokens) for value in product.inputs]
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
         logits = base if products is None else op.Gemm(products, parts_of_B[i], base)
         if size < TILE:
@@ -119,22 +115,17 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int, weights_file: We
     return op.Squeeze(op.Sub(chosen, op.ReduceLogSumExp(sums, column)), column)
 
 
-def _tile(
-    builder: Any, value: ir.Value | None, tokens: slice, matrix_axis: int, weights_file: WeightsFile
-) -> ir.Value | None:
-    """Return the slice of the matrix, or of its columns' scales, that belongs to some tokens; another value
+def _tile(builder: Any, value: ir.Value | None, tokens: slice) -> Any:
+    """Return the rows of the matrix, of its transpose or of its scales that belong to some tokens; another value
     unchanged.
     """
-    tensor = value.const_value if value else None
-    if value is None or not isinstance(tensor, ir.ExternalTensor):
+    node = value.producer() if value else None
+    if node and node.op_type == "Transpose":
+        return builder.op.Transpose(_tile(builder, node.inputs[0], tokens), perm=[1, 0])
+    if value is None or not isinstance(value.const_value, ir.ExternalTensor):
         return value
     name = f"{value.name}.{tokens.start}"
-    if matrix_axis == 0 or tensor.shape.rank() == 1:
-        part = rows_of(value, name, tokens)
-    else:
-        part = weights_file.add(name, tensor.numpy()[:, tokens])
-    tile: ir.Value = builder.initializer(part, name)
-    return tile
+    return builder.initializer(rows_of(value, name, tokens), name)
 
 
 def _producer(value: ir.Value) -> ir.Node:

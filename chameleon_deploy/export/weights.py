@@ -132,4 +132,5 @@ def _renamed(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
 def stored_tensor(value: ir.Value) -> StoredTensor:
     """Return where an initializer is stored, in the manifest's terms."""
     tensor = cast(ir.ExternalTensor, value.const_value)
-    return StoredTensor(str(tensor.location), "float32", tuple(tensor.shape.numpy()), int(tensor.offset or 0))
+    dtype: Any = str(tensor.numpy().dtype)
+    return StoredTensor(str(tensor.location), dtype, tuple(tensor.shape.numpy()), int(tensor.offset or 0))

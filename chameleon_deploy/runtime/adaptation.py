@@ -10,12 +10,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import is_sequence
+from chameleon_deploy.token_embedding import TokenEmbedding
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Adaptation:
 
 
 def embed(
-    rows: Sequence[Sequence[int]], token_embedding: npt.NDArray[np.floating], spec: AdaptationSpec, eos_token_id: int
+    rows: Sequence[Sequence[int]], token_embedding: TokenEmbedding, spec: AdaptationSpec, eos_token_id: int
 ) -> FloatArray:
     """Return e = p / (||p|| + 1e-8), where p is the mean token embedding of a row.  -> float32 [batch, hidden]
 
     Protocol `paper` also pools the EOS padding up to max_length.
     """
-    embeddings = np.empty((len(rows), token_embedding.shape[1]), np.float32)
+    embeddings = np.empty((len(rows), token_embedding.stored.shape[1]), np.float32)
     for i, ids in enumerate(rows):
         count = len(ids)
-        pooled = np.asarray(token_embedding[np.asarray(ids)]).astype(np.float64).sum(0)
+        pooled = token_embedding.rows(np.asarray(ids)).sum(0)
         if spec.protocol == "paper" and count < spec.max_length:
-            pooled += (spec.max_length - count) * np.asarray(token_embedding[eos_token_id]).astype(np.float64)
+            pooled += (spec.max_length - count) * token_embedding.rows(np.array([eos_token_id]))[0]
             count = spec.max_length
-        pooled /= count
+        pooled = token_embedding.restore(pooled / count)
         embeddings[i] = pooled / (np.sqrt((pooled * pooled).sum()) + 1e-8)
     return embeddings
 

@@ -53,7 +53,7 @@ def open_session(
     Raises GraphError if the graph does not load or its signature differs from the manifest's, ProviderError if ONNX
     Runtime would run it on another provider, OutputError if the local cache cannot be written.
     """
-    options = _session_options(graph, threads)
+    options = _session_options(bundle, graph, threads)
     path = bundle.path / graph.file
     if share_weights and graph.role != "hidden_scorer":
         path = _prepacked_graph(bundle, graph, threads)
@@ -87,7 +87,7 @@ def run(method: Any, *arguments: Any) -> Any:
         raise GraphError(f"ONNX Runtime failed: {_one_line(error)}") from error
 
 
-def _session_options(graph: GraphSpec, threads: int | None) -> Any:
+def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3  # errors: warnings about initializers are of no use to a service
     # ONNX Runtime would keep a memory pattern for each combination of shapes forever, and every batch has new shapes.
@@ -99,8 +99,9 @@ def _session_options(graph: GraphSpec, threads: int | None) -> Any:
     # Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to steal cores from the
     # scorer's session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
-    if graph.role == "hidden_scorer":
-        # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file.
+    if graph.role == "hidden_scorer" and bundle.manifest.precision != "int8":
+        # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In int8 the
+        # matrix is transposed, a copy already.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "hypernetwork":
         # A second spinning thread pool would cost the decoder more than it saves here.
@@ -129,7 +130,7 @@ def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> P
     }
 
     def save(directory: Path) -> None:
-        options = _session_options(graph, threads)
+        options = _session_options(bundle, graph, threads)
         options.optimized_model_filepath = str(directory / graph.file)
         for name, value in (
             ("optimized_model_external_initializers_file_name", "weights.bin"),

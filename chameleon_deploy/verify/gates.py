@@ -21,6 +21,9 @@ class Gate:
     summation_order_tolerance  of a logit or log-probability between calls that differ in batch size, row order, padding
                                or graph, and so in the order of their sums only
     cache_tolerance            of a logit between cached decoding and reading the text whole
+    embedding_tolerance        of a channel of a text embedding
+    cluster_margin             texts whose two nearest centroids differ by more than this have the reference's cluster
+    factor_tolerance           of a factor, relative to the largest factor
     """
 
     max_abs_logit: float | None
@@ -31,6 +34,9 @@ class Gate:
     perplexity: float
     summation_order_tolerance: float
     cache_tolerance: float
+    embedding_tolerance: float = 1e-5
+    cluster_margin: float = 1e-5
+    factor_tolerance: float = 1e-4
 
 
 GATES: dict[Precision, Gate] = {
@@ -76,6 +82,9 @@ GATES: dict[Precision, Gate] = {
         perplexity=5e-3,
         summation_order_tolerance=1e-3,
         cache_tolerance=3e-1,
+        embedding_tolerance=1e-2,  # pooled from the head's int8 rows
+        cluster_margin=1e-3,
+        factor_tolerance=2e-2,
     ),
 }
 TENSORRT_FP32 = Gate(  # its kernels sum in other orders than the reference

@@ -87,13 +87,13 @@ def largest(values: Iterable[float]) -> float:
 
 
 def factor_difference(ours: RowFactors, theirs: ReferenceAdaptation, alpha: float) -> float:
-    """Between the factors of each row."""
+    """The largest between the factors of each row, relative to the reference's largest."""
     lora_A, lora_B = (np.asarray(ours.sets.tensors[name]) for name in factor_names(LM_HEAD))
     A, B = theirs.lora_A.numpy(), alpha * theirs.lora_B.numpy().swapaxes(1, 2)
+    pairs = list(zip(ours.factor_ids, theirs.factor_ids.numpy(), strict=True))
     return largest(
-        difference
-        for i, j in zip(ours.factor_ids, theirs.factor_ids.numpy(), strict=True)
-        for difference in (max_abs(lora_A[i], A[j]), max_abs(lora_B[i], B[j]))
+        largest(max_abs(found[i], expected[j]) for i, j in pairs) / (max_abs(expected, 0) or 1)
+        for found, expected in ((lora_A, A), (lora_B, B))
     )
 
 

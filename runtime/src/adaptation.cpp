@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 #include <numeric>
+#include <string>
+#include <tuple>
 
 #include "chameleon/error.h"
 
@@ -34,22 +36,47 @@ double pairwise_sum(std::span<const double> values) {
   return sum;
 }
 
-/// sums += count * E[id], where E is the token embedding in the file's dtype, at any alignment.
+/// Item i of an array of T at any alignment.
+template <class T>
+T item_of(std::span<const std::byte> array, std::size_t i) {
+  T item;
+  std::memcpy(&item, array.data() + i * sizeof(T), sizeof(T));
+  return item;
+}
+
+/// sums += count * row, of the token embedding as the file stores it: `restore` a sum of int8 rows.
 void add_embedding(const Bundle& bundle, std::int64_t id, double count, std::span<double> sums) {
-  const bool half = bundle.manifest.token_embedding.dtype == "float16";
-  const std::size_t item = half ? 2 : 4;
-  const std::byte* row = bundle.embedding.data() + static_cast<std::size_t>(id) * sums.size() * item;
+  const std::string& dtype = bundle.manifest.token_embedding.dtype;
+  const std::size_t row = static_cast<std::size_t>(id), first = row * sums.size();
+  const double scale = dtype == "int8" ? static_cast<double>(item_of<float>(bundle.row_scales, row)) : 1;
   for (std::size_t i = 0; i < sums.size(); ++i) {
-    float value = 0;
-    if (half) {
-      Ort::Float16_t stored;
-      std::memcpy(&stored, row + i * item, item);
-      value = stored.ToFloat();
-    } else {
-      std::memcpy(&value, row + i * item, item);
-    }
-    sums[i] += count * static_cast<double>(value);
+    const double value = dtype == "int8"      ? static_cast<double>(item_of<std::int8_t>(bundle.embedding, first + i))
+                         : dtype == "float16" ? item_of<Ort::Float16_t>(bundle.embedding, first + i).ToFloat()
+                                              : item_of<float>(bundle.embedding, first + i);
+    sums[i] += count * (value * scale);
   }
+}
+
+/// Multiply blocks of channels by H, a Kronecker power of J/2 - R, where J is four by four of ones and R reverses four
+/// channels.
+void rotate(std::span<double> x, std::size_t block) {
+  for (std::size_t stride = 1; stride < block; stride *= 4) {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      if (i / stride % 4 != 0) continue;  // the first of four channels
+      double &a = x[i], &b = x[i + stride], &c = x[i + 2 * stride], &d = x[i + 3 * stride];
+      const double half = (((a + b) + c) + d) / 2;
+      std::tie(a, b, c, d) = std::tuple(half - d, half - c, half - b, half - a);
+    }
+  }
+}
+
+/// A sum of rows becomes a sum of rows of the token embedding.
+void restore(const Bundle& bundle, std::span<double> sums) {
+  const auto rotation = bundle.manifest.token_embedding.rotation;
+  if (!rotation) return;
+  for (std::size_t i = 0; i < sums.size(); ++i)
+    sums[i] *= static_cast<double>(item_of<float>(bundle.channel_scales, i));
+  rotate(sums, static_cast<std::size_t>(*rotation));
 }
 
 std::span<const float> row_of(std::span<const float> matrix, std::size_t row, std::size_t width) {
@@ -73,6 +100,7 @@ std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const 
       count = spec.max_length;
     }
     for (double& value : pooled) value /= static_cast<double>(count);
+    restore(bundle, pooled);
     std::ranges::transform(pooled, squares.begin(), [](double value) { return value * value; });
     const double length = std::sqrt(pairwise_sum(squares)) + 1e-8;
     for (const double value : pooled) embeddings.push_back(static_cast<float>(value / length));

@@ -116,7 +116,10 @@ std::shared_future<void> read_files(Bundle& bundle) {
   bundle.centroids = read_centroids(path, bundle.manifest);
   if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
   const auto weights = std::make_shared<const MappedFile>(path / stored.file);
-  bundle.embedding = weights->bytes().subspan(static_cast<std::size_t>(stored.offset));
+  const auto from = [&](std::int64_t offset) { return weights->bytes().subspan(static_cast<std::size_t>(offset)); };
+  bundle.embedding = from(stored.offset);
+  if (stored.row_scales_offset) bundle.row_scales = from(*stored.row_scales_offset);
+  if (stored.channel_scales_offset) bundle.channel_scales = from(*stored.channel_scales_offset);
   bundle.mapping = weights;
   return weights_checked;
 }

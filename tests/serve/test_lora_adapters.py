@@ -15,14 +15,14 @@ from chameleon_deploy.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.serving import Running, running, running_cpp
+from tests.serving import InThread, Running, running, running_cpp
 
 LAYERS = ["q_proj", "v_proj"]
 PROMPT = "def main"
 
 
 @pytest.fixture(scope="module")
-def adapters(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def adapters(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InThread]:
     """A server of a bundle named wiki with one adapter, and a directory with the files of two others."""
     path, base = tmp_path_factory.mktemp("adapters"), llama_path / "base"
     directories = {
@@ -116,7 +116,7 @@ def test_a_name_that_no_model_may_have(name: str, adapters: Running) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "input_invalid")
 
 
-def test_a_file_that_changes_under_the_server_is_refused(adapters: Running) -> None:
+def test_a_file_that_changes_under_the_server_is_refused(adapters: InThread) -> None:
     directory = adapters.served.adapter_files
     assert directory is not None
     shutil.copy(directory / "code.safetensors", directory / "changing.safetensors")

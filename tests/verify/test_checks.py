@@ -81,10 +81,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "x1 factors: logits",
     ),
     "a layer norm forgotten": (change_weights("transformer.h.0.ln_1.weight", lambda w: w * 0 + 1.1), "mode none"),
-    "alpha folded in twice": (change_weights("lm_head.lora_B.bias", lambda b: b * 2), "factors, max abs"),
+    "alpha folded in twice": (change_weights("lm_head.lora_B.bias", lambda b: b * 2), "factors, relative"),
     "lora_B not reordered": (
         change_weights("lm_head.lora_B.weight", lambda w: w.reshape(4, 512, -1).swapaxes(0, 1).reshape(w.shape)),
-        "factors, max abs",
+        "factors, relative",
     ),
     "centroids in another order": (swap_centroids, "cluster ids"),
     "wrong count of parameters": (edit(parameters__base=1), "parameters"),
@@ -333,7 +333,7 @@ def test_the_command_exits_1_on_a_missed_gate(
     )  # fmt: skip
     assert bad.returncode == 1
     assert "MISSED" in bad.stdout
-    assert "factors, max abs difference" in bad.stderr
+    assert "factors, relative difference" in bad.stderr
     assert json.loads((tmp_path / "record.json").read_text())["verified"] is False
 
 

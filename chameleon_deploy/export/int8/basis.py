@@ -51,16 +51,18 @@ class Basis:
 
 
 @torch.no_grad()
-def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax]) -> Basis:
-    """Return the basis that `rotate_trunk` and `scale_trunk` give a trunk.
+def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax], balances: Sequence[Tensor | None] = ()) -> Basis:
+    """Return the basis that `rotate_trunk`, `balance_trunk` and `scale_trunk` give a trunk.
 
-    trunk   the base model, which is not rotated
-    absmax  as passed to `scale_trunk`
+    trunk     the base model, which is not rotated
+    absmax    of every layer, of the statistics that are passed to `scale_trunk`
+    balances  of every layer, from `balance_trunk`; none if it has not been called
     """
     family, basis = family_of(model.architecture), Basis()
     residual, head = block_of(model.hidden_size), block_of(model.head_dim)
     groups = model.num_attention_heads // model.num_key_value_heads
-    for i, (layer, seen) in enumerate(zip(family.layers(trunk), absmax, strict=True)):
+    balances = balances or [None] * model.num_layers
+    for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), absmax, balances, strict=True)):
         names = family.layer_targets(i)
         key, value = seen.keys / INT8_MAX, seen.values / INT8_MAX
         if family.rotary_tables:
@@ -71,13 +73,17 @@ def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax]) -> Basis:
             joined = [([block for block, _ in outputs], torch.cat([scale for _, scale in outputs]))]
         else:
             joined = [([block], scale) for block, scale in outputs]
+        inner = torch.ones(len(layer.down.matrix))
+        ups = [([1], inner) for _ in layer.ups]
+        if balance is not None:
+            ups[1] = [1], balance
         for norm, scales, targets, outs in (
             (layer.norm_1, seen.norm_1 / INT8_MAX, names.qkv, joined),
             (
                 layer.norm_2,
                 seen.norm_2 / INT8_MAX,
                 names.up,
-                [([1], torch.ones(up.matrix.shape[1])) for up in layer.ups],
+                ups,
             ),
         ):
             weight, bias = norm.weight, getattr(norm, "bias", None)
@@ -90,6 +96,5 @@ def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax]) -> Basis:
                     basis.shifts[target] = (rotate(bias / weight) / scales).numpy()
         hidden = torch.ones(model.hidden_size)
         basis.add(names.o[0], torch.ones_like(of_queries), head, of_queries, [residual], hidden)
-        inner = torch.ones(len(layer.down.matrix))
-        basis.add(names.down[0], inner, 1, inner, [residual], hidden)
+        basis.add(names.down[0], inner, 1, 1 / (inner if balance is None else balance), [residual], hidden)
     return basis

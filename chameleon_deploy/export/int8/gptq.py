@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 127  # -128 is not used: the scale is the same on both sides of zero
-DAMPING = 0.01  # share of the activations' mean square that is added to each, so that rare channels do not change
+DAMPING = 0.1  # share of the activations' mean square that is added to each, so that rare channels do not change
 LAZY = 32  # channels after which the rest of a group is updated
 
 
@@ -23,11 +23,17 @@ def round_weights(matrix: Tensor, products: Sequence[Tensor]) -> tuple[Tensor, T
 
     products  of the activations with each other (calibration.Activations)
     """
-    scale = matrix.abs().amax(0) / LARGEST
-    scale[scale < torch.finfo(torch.float32).tiny] = 1  # a column of zeros, or close to it, becomes zeros
+    scale = column_scales(matrix)
     groups = matrix.split([len(product) for product in products])
     rounded = [_round_group(group.clone(), product, scale) for group, product in zip(groups, products, strict=True)]
     return torch.cat(rounded), scale
+
+
+def column_scales(matrix: Tensor) -> Tensor:
+    """Return the scale of each column's int8 values, float32 [out]."""
+    scale = matrix.abs().amax(0) / LARGEST
+    scale[scale < torch.finfo(torch.float32).tiny] = 1  # a column of zeros, or close to it, becomes zeros
+    return scale
 
 
 def _round_group(matrix: Tensor, product: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ residual stream  rotated (hadamard.py) from after the embedding to before the la
 values           rotated head by head, and rotated back by the output projection of attention
 keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied
 norms            their outputs are divided by int8 scales too, by which the layers' matrices are multiplied
+gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
+                 that a channel of large values has small weights, and the reverse
 
 Everything but the two ends of the residual stream is done to the weights, once. Source: Ashkboos et al., "QuaRot:
 Outlier-Free 4-Bit Inference in Rotated LLMs" (https://arxiv.org/abs/2404.00456). QuaRot rotates all channels at once
@@ -14,7 +16,6 @@ and removes the mean in a layer norm; blocks of 64 are as accurate here, and kee
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear
-from chameleon_deploy.export.int8.calibration import INT8_MAX, Absmax
+from chameleon_deploy.export.int8.calibration import INT8_MAX, Statistics
 from chameleon_deploy.export.int8.hadamard import block_of, rotate
 from chameleon_deploy.reference.model import Trunk
 
@@ -50,19 +51,56 @@ def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
 
 
 @torch.no_grad()
-def scale_trunk(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax]) -> None:
-    """Scale keys, values and norm outputs to the range of int8, -127 to 127, without rounding them."""
+def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> list[Tensor | None]:
+    """Balance the channels of gated products, and change the statistics of the inputs that this changes. Returns the
+    factors of every layer, [channels], or None for a layer without a gate.
+
+    Rounding a rotated row costs the product of two sums: of the channels' mean squares, and of the squares of their
+    weights. Factors change neither term of a channel's own product, and the two sums are smallest where both terms of
+    each channel are equal. In SmolLM2-135M this divides the cost by 1.2 to 140.
+    """
+    balances: list[Tensor | None] = []
+    for layer in family_of(model.architecture).layers(trunk):
+        if len(layer.ups) < 2:  # an activation function in between
+            balances.append(None)
+            continue
+        squares = statistics.inputs[layer.names.down].squares()
+        weights = layer.down.matrix.square().sum(1)
+        factors = (_relative(weights) / _relative(squares)) ** 0.25
+        _multiply_outputs(layer.ups[1], factors)
+        layer.down.matrix.div_(factors[:, None])
+        statistics.inputs[layer.names.down].divide(1 / factors)
+        balances.append(factors)
+    return balances
+
+
+def _relative(values: Tensor) -> Tensor:
+    """Divide by the mean, and bound what is close to zero."""
+    return (values / values.mean().clamp_min(1e-30)).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
+    """Scale keys, values and norm outputs to the range of int8, -127 to 127, without rounding them, and change the
+    statistics of the inputs that this changes.
+    """
     family, groups = family_of(model.architecture), model.num_attention_heads // model.num_key_value_heads
-    for layer, seen in zip(family.layers(trunk), absmax, strict=True):
-        _scale_norm(layer.norm_1, seen.norm_1 / INT8_MAX, [layer.q, layer.k, layer.v])
-        _scale_norm(layer.norm_2, seen.norm_2 / INT8_MAX, layer.ups)
+    for layer, seen in zip(family.layers(trunk), statistics.layers, strict=True):
+        for norm, absmax, name, linears in (
+            (layer.norm_1, seen.norm_1, layer.names.qkv, [layer.q, layer.k, layer.v]),
+            (layer.norm_2, seen.norm_2, layer.names.up, layer.ups),
+        ):
+            _scale_norm(norm, absmax / INT8_MAX, linears)
+            statistics.inputs[name].divide(absmax / INT8_MAX)
         key, value = seen.keys / INT8_MAX, seen.values / INT8_MAX
         if family.rotary_tables:  # the two coordinates of a rotary embedding share one scale
             key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
         _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
         _multiply_outputs(layer.k, 1 / key.flatten())
         _multiply_outputs(layer.v, 1 / value.flatten())
-        layer.o.matrix.mul_(value.repeat_interleave(groups, 0).reshape(-1, 1))
+        values = value.repeat_interleave(groups, 0).flatten()
+        layer.o.matrix.mul_(values[:, None])
+        statistics.inputs[layer.names.o].divide(values)
 
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:

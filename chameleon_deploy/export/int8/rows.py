@@ -8,9 +8,9 @@ other rows. Here activations are rounded to int8, multiplied by int8 weights in 
     everything else  one scale per row, from its absmax: outputs of attention and activation functions vary too much
                      from row to row for fixed scales
 
-One int8 value per activation is enough, since rotated activations have no outliers (rotation.py), except in the first
-layer, whose errors pass through all others. There a second, residual int8 value holds the rounding error with a scale
-255 times finer, and the product takes twice as long. Values are unsigned around 128 because the kernels for signed ones
+One int8 value per activation is enough for most matrices, since rotated activations have no outliers (rotation.py). For
+those that digits.py chose, a second, residual int8 value holds the rounding error with a scale 255 times finer, and the
+product takes twice as long. Values are unsigned around 128 because the kernels for signed ones
 are many times slower.
 
 Operator: com.microsoft.MatMulIntegerToFloat
@@ -19,7 +19,7 @@ Operator: com.microsoft.MatMulIntegerToFloat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,22 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
 from chameleon_deploy.bundle import ModelSpec
-from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.graph import constant
+from chameleon_deploy.export.graph import FLOAT, constant
 from chameleon_deploy.export.int8.calibration import INT8_MAX
 
 ZERO_POINT = 128
 RESIDUAL = 255  # the residual's range is half a scale unit on either side
 
 
-def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
-    """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten."""
+def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str]) -> int:
+    """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten.
+
+    two_digits  names of the matrices that take two int8 values per activation (digits.py)
+    """
     graph = decoder.graph
     layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
-    first_layer, after_norm = set(layers[0]), {HEAD, *(name for names in layers for name in (names.qkv, names.up))}
+    after_norm = {name for names in layers for name in (names.qkv, names.up)}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
     part = constant(graph, "int8_rows.part", np.float32(1 / INT8_MAX))
@@ -71,24 +73,39 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec) -> int:
     def with_bias(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
         return op.Add(weight_only(op, x, weight, scale), bias)
 
+    def head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
+        return op.Gemm(x, op.DequantizeLinear(weight, scale, axis=0), transB=1)
+
+    def rounded_head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
+        return rounded_product(op, x, op.Transpose(weight, perm=[1, 0]), scale)
+
+    def lookup(op: Any, weight: Any, scale: Any, ids: Any) -> Any:
+        return op.Gather(op.DequantizeLinear(weight, scale, axis=0), ids)
+
+    def lookup_first(op: Any, weight: Any, scale: Any, ids: Any) -> Any:
+        rows = op.Cast(op.Gather(weight, ids), to=FLOAT)
+        return op.Mul(rows, op.Unsqueeze(op.Gather(scale, ids), last_axis))
+
     def is_after_norm(context: Any, weight: Any, **_: Any) -> bool:
         return str(weight.name).removesuffix(".int8") in after_norm
 
-    def is_first(context: Any, weight: Any, **_: Any) -> bool:
-        return str(weight.name).removesuffix(".int8") in first_layer
+    def has_two(context: Any, weight: Any, **_: Any) -> bool:
+        return str(weight.name).removesuffix(".int8") in two_digits
 
-    def is_first_after_norm(context: Any, weight: Any, **_: Any) -> bool:
-        return is_first(context, weight) and is_after_norm(context, weight)
+    def has_two_after_norm(context: Any, weight: Any, **_: Any) -> bool:
+        return has_two(context, weight) and is_after_norm(context, weight)
 
     def has_bias(context: Any, weight: Any, bias: Any, **_: Any) -> bool:
-        return is_after_norm(context, weight) and not is_first(context, weight) and bool(bias.is_initializer())
+        return is_after_norm(context, weight) and not has_two(context, weight) and bool(bias.is_initializer())
 
     decoder.opset_imports["com.microsoft"] = 1
     rules = [
+        RewriteRule(lookup, lookup_first),
+        RewriteRule(head, rounded_head),
         RewriteRule(with_bias, rounded_product, has_bias),
-        RewriteRule(weight_only, with_residual, is_first_after_norm),
+        RewriteRule(weight_only, with_residual, has_two_after_norm),
         RewriteRule(weight_only, rounded_product, is_after_norm),
-        RewriteRule(weight_only, by_row(with_residual), is_first),
+        RewriteRule(weight_only, by_row(with_residual), has_two),
         RewriteRule(weight_only, by_row(rounded_product)),
     ]
     return int(RewriteRuleSet(rules).apply_to_model(decoder))

@@ -4,98 +4,126 @@ Each output channel has one symmetric scale, so that a column's error does not d
 rotated already (rotation.py), so that no outlier determines a scale. Outputs of an activation function and the final
 hidden states are rotated here: x W = (x H)(H W), a small product before the large one. gptq.py rounds.
 
+The head's matrix is [vocab, hidden], so that its rows serve the token embedding too, in the rotated form that the trunk
+takes.
+
 The graph stays portable: DequantizeLinear is a standard operator
-(https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and TensorRT takes int8 in no other form. Embeddings,
-which are looked up rather than multiplied, norms and biases stay float32.
+(https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html), and TensorRT takes int8 in no other form. Positions, norms
+and biases stay float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
+from torch import Tensor
 
 from chameleon_deploy.bundle import ModelSpec
-from chameleon_deploy.export.decoder import HEAD
+from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.graph import constant, integers, subgraph, take_nodes
-from chameleon_deploy.export.int8.calibration import INT8_MAX, Activations
-from chameleon_deploy.export.int8.gptq import round_weights
+from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
+from chameleon_deploy.export.int8.calibration import GROUP, INT8_MAX, Statistics
+from chameleon_deploy.export.int8.gptq import column_scales, round_weights
 from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
-from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.export.weights import WeightsFile, alias
+from chameleon_deploy.progress import Progress
 
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
-def quantize_weights(decoder: ir.Model, activations: Mapping[str, Activations], weights_file: WeightsFile) -> int:
+def quantize_weights(
+    decoder: ir.Model, model: ModelSpec, statistics: Statistics, weights_file: WeightsFile, report: Progress
+) -> int:
     """Rewrite a portable decoder of a rotated trunk in place, with its int8 matrices in weights_file. Returns their
     number.
-
-    activations  by the graph's name of a matrix (calibration.py)
     """
+    layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
+    after_activation, done = {names.down for names in layers}, itertools.count()
 
-    def product(op: Any, x: Any, weight: Any, transpose: bool) -> Any:
-        matrix = torch.tensor(weight.const_value.numpy())
-        matrix = matrix.T if transpose else matrix
-        seen = activations[weight.name]
-        if seen.rotated:
-            matrix = rotate(matrix.T).T
+    def product(op: Any, x: Any, weight: Any) -> Any:
+        report("round weights", next(done), 4 * len(layers) + 1)
+        matrix, products = torch.tensor(weight.const_value.numpy()), statistics.inputs[weight.name]
+        groups = products.groups
+        if weight.name in after_activation:
+            matrix, groups = rotate(matrix.T).T, products.rotated()
             x = rotated(op, x, len(matrix), decoder.graph)
-        if weight.name == HEAD:  # the update shares the last norm's weights, so the scales are applied here
-            scale = seen.absmax / INT8_MAX
-            seen, matrix = seen.divided(scale), matrix * scale[:, None]
-            x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / scale).numpy()))
-        names = f"{weight.name}.int8", f"{weight.name}.scale"
-        stored = [
-            op.initializer(weights_file.add(name, array.numpy()), name)
-            for name, array in zip(names, round_weights(matrix, seen.products), strict=True)
+        return op.MatMul(x, op.DequantizeLinear(*store(op, weight.name, *round_weights(matrix, groups)), axis=1))
+
+    def head(op: Any, x: Any, weight: Any) -> Any:
+        """Rotate and scale the inputs here, since the update shares the last norm."""
+        report("round weights", next(done), 4 * len(layers) + 1)
+        matrix, steps = rotate(torch.tensor(weight.const_value.numpy())), statistics.head / INT8_MAX
+        x = rotated(op, x, matrix.shape[1], decoder.graph)
+        x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / steps).numpy()))
+        groups = [
+            group / part / part[:, None]
+            for group, part in zip(statistics.inputs[HEAD].rotated(), steps.split(GROUP), strict=True)
         ]
-        return op.MatMul(x, op.DequantizeLinear(*stored, axis=1))
+        int8, scale = round_weights((matrix * steps).T, groups)
+        return op.Gemm(x, op.DequantizeLinear(*store(op, HEAD, int8.T, scale), axis=0), transB=1)
+
+    def store(op: Any, name: str, int8: Tensor, scale: Tensor) -> list[Any]:
+        arrays = zip(int8_names(name), (int8, scale), strict=True)
+        return [op.initializer(weights_file.add(part, array.numpy()), part) for part, array in arrays]
 
     def is_stored(context: Any, weight: Any, **_: Any) -> bool:
         return isinstance(weight.const_value, ir.ExternalTensor)
 
     rules = [
-        RewriteRule(
-            lambda op, x, weight: op.MatMul(x, weight),
-            lambda op, x, weight, **_: product(op, x, weight, transpose=False),
-            is_stored,
-        ),
-        RewriteRule(  # the head: integer products take the matrix as [in, out]
-            lambda op, x, weight: op.Gemm(x, weight, transB=1),
-            lambda op, x, weight, **_: product(op, x, weight, transpose=True),
-            is_stored,
-        ),
+        RewriteRule(lambda op, x, weight: op.MatMul(x, weight), product, is_stored),
+        RewriteRule(lambda op, x, weight: op.Gemm(x, weight, transB=1), head, is_stored),
     ]
     count = RewriteRuleSet(rules).apply_to_model(decoder)
     RemoveUnusedNodesPass()(decoder)
     return int(count)
 
 
-def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
-    """Rotate token embeddings after the lookup, and rotate back before the last norm, in place.
+def quantize_embedding(
+    decoder: ir.Model, model: ModelSpec, statistics: Statistics, tied: bool, weights_file: WeightsFile
+) -> None:
+    """Give the lookup of a decoder with int8 weights rotated int8 rows, in place.
 
-    The table itself, on which clusters depend, is unchanged.
+    tied  take the rows of the head, which are rotated already, and undo their scaling of channels
     """
+    graph = decoder.graph
+    table = graph.initializers[family_of(model.architecture).token_embedding]
+    names = int8_names(str(table.name))
+    if tied:
+        tensors = [alias(graph.initializers[head], name) for head, name in zip(int8_names(HEAD), names, strict=True)]
+        channels = INT8_MAX / statistics.head
+    else:
+        matrix = rotate(torch.tensor(table.const_value.numpy()))
+        scale = column_scales(matrix.T)
+        int8 = (matrix / scale[:, None]).round().to(torch.int8)
+        tensors = [weights_file.add(name, array.numpy()) for name, array in zip(names, (int8, scale), strict=True)]
+        channels = torch.ones(model.hidden_size)
+    tensors.append(weights_file.add(channel_scales(str(table.name)), channels.numpy()))
+    rows, scales, by = (initializer(graph, tensor) for tensor in tensors)
+    (lookup,) = table.consumers()
+    part = subgraph(
+        graph,
+        "token_embedding",
+        lambda op: [op.Mul(op.Gather(op.DequantizeLinear(rows, scales, axis=0), lookup.inputs[1]), by)],
+    )
+    nodes, (embedded,) = take_nodes(part)
+    ir.convenience.replace_nodes_and_values(graph, lookup, [lookup], nodes, lookup.outputs, [embedded])
+    del graph.initializers[str(table.name)]
+
+
+def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
+    """Rotate the residual stream back before the last norm, in place. The lookup rotates it."""
     graph, family = decoder.graph, family_of(model.architecture)
-    (lookup,) = graph.initializers[family.token_embedding].consumers()
     (norm,) = graph.initializers[f"{family.last_norm}.weight"].consumers()
-    embedded, last = lookup.outputs[0], norm.inputs[0]
-    for value, takers in ((embedded, embedded.consumers()), (last, [norm])):
-        _rotate_value(graph, value, takers, model.hidden_size)
-
-
-def _rotate_value(graph: ir.Graph, value: Any, takers: Iterable[ir.Node], channels: int) -> None:
-    """Give the takers of a value its rotated form."""
-    part = subgraph(graph, f"{value.name}.rotated", lambda op: [rotated(op, value, channels, graph)])
+    last = norm.inputs[0]
+    part = subgraph(graph, "last_norm", lambda op: [rotated(op, last, model.hidden_size, graph)])
     nodes, (turned,) = take_nodes(part)
-    graph.insert_after(value.producer(), nodes)
-    for taker in takers:
-        taker.replace_input_with(taker.inputs.index(value), turned)
+    graph.insert_after(last.producer(), nodes)
+    norm.replace_input_with(0, turned)
 
 
 def rotated(op: Any, x: Any, channels: int, graph: ir.Graph) -> Any:

@@ -25,13 +25,15 @@ struct FileStamp {
 struct Bundle {
   std::filesystem::path path;
   Manifest manifest;
-  std::string digest;                       ///< SHA-256 of bundle.json, which holds the digests of all other files
-  std::span<const std::byte> embedding;     ///< the token embedding [vocab, hidden], memory-mapped
-  std::vector<float> centroids;             ///< [num_clusters, hidden]
-  FactorSets lora;                          ///< the trained sets of a bundle of regime lora, else empty; after those of
-                                            ///< named adapters a set of zeros, for rows without one
-  std::shared_ptr<const void> mapping;      ///< keeps `embedding` alive
-  std::map<std::string, FileStamp> stamps;  ///< of the manifest and the weights
+  std::string digest;                         ///< SHA-256 of bundle.json, which holds the digests of all other files
+  std::span<const std::byte> embedding;       ///< the token embedding [vocab, hidden], memory-mapped
+  std::span<const std::byte> row_scales;      ///< of its rows in int8, float32 [vocab]; else empty
+  std::span<const std::byte> channel_scales;  ///< of its channels in int8, float32 [hidden]; else empty
+  std::vector<float> centroids;               ///< [num_clusters, hidden]
+  FactorSets lora;                            ///< the trained sets of a bundle of regime lora, else empty; after those
+                                              ///< of named adapters a set of zeros, for rows without one
+  std::shared_ptr<const void> mapping;        ///< keeps `embedding` and its scales alive
+  std::map<std::string, FileStamp> stamps;    ///< of the manifest and the weights
 
   /// The graph of a role for a provider: of several, the one made for the fewest providers.
   /// Throws ManifestError when there is none.

@@ -44,9 +44,12 @@ struct GraphSpec {
 /// A tensor inside a weights file: little-endian, row-major, at a byte offset.
 struct StoredTensor {
   std::string file;
-  std::string dtype;  ///< float32 or float16
+  std::string dtype;  ///< float32, float16 or int8
   std::vector<std::int64_t> shape;
   std::int64_t offset = 0;
+  std::optional<std::int64_t> row_scales_offset;      ///< int8: of the rows' scales, float32
+  std::optional<std::int64_t> channel_scales_offset;  ///< int8: of the channels' scales, float32
+  std::optional<std::int64_t> rotation;               ///< int8: how many channels a Hadamard matrix rotates together
 };
 
 struct FileSpec {
