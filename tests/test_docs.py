@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,14 @@ def documented_gates(text: str) -> dict[str, Gate]:
     for row in rows:
         logit, top, kl, perplexity = (numbers(row[i]) for i in columns)
         code = gate_of_row(row[0])
-        found[row[0]] = Gate(
+        found[row[0]] = replace(
+            code,
             max_abs_logit=logit[0] if logit else None,
             top1_agreement=1.0 if len(top) == 1 else top[0],
             top1_gap=top[-1],
             kl_mean=kl[0],
             kl_p999=kl[1],
             perplexity=perplexity[0],
-            summation_order_tolerance=code.summation_order_tolerance,
-            cache_tolerance=code.cache_tolerance,
         )
     return found
 

@@ -47,6 +47,13 @@ def test_tolerances(precision: Precision, summation_order: float, cache: float) 
     assert (gate.summation_order_tolerance, gate.cache_tolerance) == (summation_order, cache)
 
 
+def test_tolerances_of_the_adaptation() -> None:
+    for precision in PRECISIONS:
+        gate = GATES[precision]
+        found = gate.embedding_tolerance, gate.cluster_margin, gate.factor_tolerance
+        assert found == ((1e-2, 1e-3, 2e-2) if precision == "int8" else (1e-5, 1e-5, 1e-4))
+
+
 def test_the_gates_of_devices() -> None:
     assert gate_of("fp32", "tensorrt") is TENSORRT_FP32
     assert (TENSORRT_FP32.summation_order_tolerance, TENSORRT_FP32.cache_tolerance) == (1e-3, 1e-3)
