@@ -26,7 +26,7 @@ test: .venv/ready
 mutants: .venv/ready
 	$(BIN)/python -m tests.mutation
 
-# A pretrained model beside other engines, for docs/performance.md: up to an hour on an idle machine, with what
+# A pretrained model beside other engines, for docs/performance.md: allow two hours on an idle machine, with what
 # pip install -e '.[peers,peers-llama,report]' adds. TEXT is the text that the quality is measured on.
 THREADS ?= 2
 BENCH := models/bench
