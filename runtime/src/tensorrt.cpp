@@ -12,6 +12,7 @@
 #include "cuda.h"
 #include "logits_scorer.h"
 #include "mapped_file.h"
+#include "tensorrt_logger.h"
 #include "tensorrt_target.h"
 
 namespace chameleon {
@@ -20,23 +21,6 @@ namespace {
 
 constexpr int kPrefill = 0, kDecode = 1;  // the decoder's optimization profiles
 constexpr std::size_t kAlignment = 256;   // bytes: the alignment that TensorRT requires
-
-class Logger final : public nvinfer1::ILogger {
- public:
-  void log(Severity severity, const char* message) noexcept override {
-    if (severity > Severity::kERROR) return;
-    const std::lock_guard lock(mutex_);
-    last_ = message;
-  }
-  [[nodiscard]] std::string last() const {
-    const std::lock_guard lock(mutex_);
-    return last_.empty() ? "no reason was logged" : last_;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  std::string last_;
-};
 
 /// Keys and values of every layer, [batch, heads, width, head_dim], each at the beginning of its own stretch of a
 /// buffer. A step reads one buffer and writes the values with one more token into the other.
