@@ -27,7 +27,7 @@ mutants: .venv/ready
 	$(BIN)/python -m tests.mutation
 
 # A pretrained model beside other engines, for docs/performance.md: allow two hours on an idle machine, with what
-# pip install -e '.[peers,peers-llama,report]' adds. TEXT is the text that the quality is measured on.
+# pip install -e '.[peers,peers-llama,peers-torchao,report]' adds. TEXT is the text that the quality is measured on.
 THREADS ?= 2
 BENCH := models/bench
 BENCHED := $(foreach p,fp32 int8,$(BENCH)/bench-$p-8.json $(BENCH)/bench-$p-32.json)

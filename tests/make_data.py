@@ -298,9 +298,9 @@ def hostile_cases() -> list[dict[str, Any]]:
     for field, values in {"row_scales_offset": (-4, 2**63 - 1), "channel_scales_offset": (-4, 10**9),
                           "rotation": (-4, 0, 2, 64, 2**62)}.items():  # fmt: skip
         for value in values:
-            changes = {**int8, field: value}.items()
+            stored = {**int8, field: value}
             case(f"embedding_{field}_{value}", "manifest_invalid",
-                 *(manifest(new, "token_embedding", name) for name, new in changes))  # fmt: skip
+                 *(manifest(new, "token_embedding", name) for name, new in stored.items()))  # fmt: skip
     # Its dimensions against the inputs and outputs of the graphs
     for field, values in {
         "num_layers": (1, 3, 2 * 10**9, 2**63, 10**30),

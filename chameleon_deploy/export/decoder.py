@@ -19,8 +19,8 @@ from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec, StoredTensor
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
+from chameleon_deploy.export.hadamard import block_of
 from chameleon_deploy.export.head import build_head
-from chameleon_deploy.export.int8.hadamard import block_of
 from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk

@@ -122,7 +122,7 @@ def _write_files(
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, model)
     save_factors(checkpoint, spec, directory)
-    checkpoint.trunk.tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(checkpoint.trunk.tokenizer.to_str(pretty=True), encoding="utf-8")
     return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)
 
 

@@ -47,9 +47,8 @@ def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Return a tensor as an initializer of its name."""
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
-    )
+    shape: Any = tensor.shape
+    value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 

@@ -2,7 +2,7 @@
 
     A' = ((A * in_before) H) * in_after        B' = (B H) * out_after
 
-H is block diagonal with Hadamard matrices (export/int8/hadamard.py); a block of 1 rotates nothing.
+H is block diagonal with Hadamard matrices (export/hadamard.py); a block of 1 rotates nothing.
 """
 
 from __future__ import annotations

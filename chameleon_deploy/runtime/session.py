@@ -111,7 +111,8 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
 
 def _create_session(path: Path, options: Any, execution_provider: ExecutionProvider) -> Any:
     try:
-        return import_onnxruntime().InferenceSession(path, options, providers=[execution_provider])
+        # Else it prints to standard output, and tries again with a provider that nobody asked for.
+        return import_onnxruntime().InferenceSession(path, options, providers=[execution_provider], enable_fallback=0)
     except Exception as error:  # onnxruntime raises several unrelated types
         raise GraphError(f"{path}: ONNX Runtime cannot load it: {_one_line(error)}") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chameleon_deploy.bench.growth.curves import CURVES, points
+from chameleon_deploy.bench.growth.curves import CURVES, CurveName, points
 from tests.commands import run
 from tests.page import Page
 
@@ -55,9 +55,9 @@ def test_the_page_has_a_plot_per_curve(growth: tuple[dict[str, Any], str, str]) 
 
 
 def test_points_fit_the_model() -> None:
-    assert [point.width for point in points("length", 128)] == [32, 111]
-    assert [point.width for point in points("length", 8192)][-2:] == [4096, 8175]
-    assert [point.factor_sets for point in points("factor_sets", 8192, 4)] == [1, 2, 4]
+    assert [point.width for point in points(CurveName.LENGTH, 128)] == [32, 111]
+    assert [point.width for point in points(CurveName.LENGTH, 8192)][-2:] == [4096, 8175]
+    assert [point.factor_sets for point in points(CurveName.FACTOR_SETS, 8192, 4)] == [1, 2, 4]
     for curve in CURVES:
         assert all(point.width + point.steps + 1 <= 128 for point in points(curve, 128))
 

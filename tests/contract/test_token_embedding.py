@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from chameleon_deploy.export.int8 import hadamard
+from chameleon_deploy.export import hadamard
 from chameleon_deploy.token_embedding import Int8Rows, TokenEmbedding, rotate
 
 RANDOM = np.random.default_rng(0)

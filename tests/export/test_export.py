@@ -29,6 +29,7 @@ from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError,
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
+from chameleon_deploy.progress import silent
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.model import load_trunk
@@ -217,7 +218,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
             from chameleon_deploy.export import exporter
 
             model = model_spec(mini)
-            manifest = exporter._write_files(mini, directory, model, Limits().resolve(model, 4), "fp32")
+            manifest = exporter._write_files(mini, directory, model, Limits().resolve(model, 4), "fp32", None, silent)
             exporter._write_manifest(directory, manifest, {})
             time.sleep(60)
         os._exit(1)

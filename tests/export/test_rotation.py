@@ -13,9 +13,9 @@ import torch
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
 from chameleon_deploy.export.families.llama import LLAMA
+from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.gptq import round_weights
-from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint

@@ -12,6 +12,7 @@ import pytest
 from chameleon_deploy.bundle import AdaptationSpec, TargetSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.adaptation import assign, check_tenants, conditioning, embed
+from chameleon_deploy.token_embedding import TokenEmbedding
 
 VOCAB_SIZE, HIDDEN, EOS = 7, 3, 2
 TABLE = np.random.default_rng(0).standard_normal((VOCAB_SIZE, HIDDEN)).astype(np.float32)
@@ -31,16 +32,19 @@ def plain_embedding(ids: Sequence[int], table: Any) -> list[float]:
 @pytest.mark.parametrize("ids", [[0], [1, 1], [0, 1, 3], [6, 5, 4, 3], [0, 1, 2, 3, 4, 5, 6]])
 def test_embed(ids: list[int], dtype: Any) -> None:
     table = TABLE.astype(dtype)
-    found = embed([ids, [1]], table, spec("masked"), EOS)
+    embedding = TokenEmbedding(table)
+    found = embed([ids, [1]], embedding, spec("masked"), EOS)
     assert found.dtype == np.float32
     assert found.shape == (2, HIDDEN)
     np.testing.assert_allclose(found[0], plain_embedding(ids, table), rtol=1e-6)
     padded = ids + [EOS] * (4 - len(ids))
-    np.testing.assert_allclose(embed([ids], table, spec("paper"), EOS)[0], plain_embedding(padded, table), rtol=1e-6)
+    np.testing.assert_allclose(
+        embed([ids], embedding, spec("paper"), EOS)[0], plain_embedding(padded, table), rtol=1e-6
+    )
 
 
 def test_a_text_of_no_direction_has_the_embedding_zero() -> None:
-    assert embed([[0]], np.zeros_like(TABLE), spec("masked"), EOS).tolist() == [[0.0] * HIDDEN]
+    assert embed([[0]], TokenEmbedding(np.zeros_like(TABLE)), spec("masked"), EOS).tolist() == [[0.0] * HIDDEN]
 
 
 def test_assign() -> None:

@@ -195,18 +195,16 @@ def logits_of_chunks(alone: Alone, prompt: list[int], chunks: list[int]) -> Any:
 def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:
     """But for a last chunk of a single token, which the decoder takes for a step: so none is ever read."""
     export_bundle(llama, tmp_path / "int8", None, precision="int8")
-    alone, stepped = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1)), 0.0
+    alone = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1))
     for prompt in random_rows(8, 60, 100):
         whole = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
         chunks, unread = list[int](), len(prompt)
         while unread:
             chunks.append(chunk_length(unread, 16))
             unread -= chunks[-1]
+        assert len(prompt) == 1 or 1 not in chunks
         np.testing.assert_allclose(logits_of_chunks(alone, prompt, chunks), whole, rtol=0, atol=1e-5)
         alone.decoder.prefill_tokens, usual = 16, alone.decoder.prefill_tokens  # the decoder's own pieces
         pieces = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
         alone.decoder.prefill_tokens = usual
         np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)
-        if len(prompt) > 1:
-            stepped = max(stepped, np.abs(logits_of_chunks(alone, prompt, [len(prompt) - 1, 1]) - whole).max())
-    assert stepped > 1e-4

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from enum import StrEnum
 
-CurveName = Literal["batch", "length", "factor_sets"]
-CURVES: tuple[CurveName, ...] = get_args(CurveName)
+
+class CurveName(StrEnum):
+    """What grows."""
+
+    BATCH = "batch"
+    LENGTH = "length"
+    FACTOR_SETS = "factor_sets"
+
+
+CURVES = tuple(CurveName)
 
 STEPS = 16  # after the first token
 PAST = 128  # tokens of each prompt where the length is not what grows
@@ -38,9 +46,9 @@ def points(curve: CurveName, max_positions: int, largest: int | None = None) -> 
     """
     room = max_positions - STEPS - 1
     width = min(PAST, room)
-    if curve == "batch":
+    if curve is CurveName.BATCH:
         found = [Point(batch, batch, width) for batch in BATCHES]
-    elif curve == "length":
+    elif curve is CurveName.LENGTH:
         widths = dict.fromkeys(min(length, room) for length in LENGTHS)
         found = [Point(length, 1, length) for length in widths]
     else:

@@ -10,12 +10,12 @@ from chameleon_deploy.bench.growth.run import Growth, Measured
 from chameleon_deploy.html_page import Page
 from chameleon_deploy.table import Sheet
 
-TITLES: dict[CurveName, str] = {
-    "batch": "Batch: prompts of 128 tokens",
-    "length": "Length of the prompt: one row",
-    "factor_sets": "Factor sets: 64 rows, prompts of 128 tokens",
+TITLES = {
+    CurveName.BATCH: "Batch: prompts of 128 tokens",
+    CurveName.LENGTH: "Length of the prompt: one row",
+    CurveName.FACTOR_SETS: "Factor sets: 64 rows, prompts of 128 tokens",
 }
-AXES: dict[CurveName, str] = {"batch": "rows", "length": "tokens of the prompt", "factor_sets": "factor sets"}
+AXES = {CurveName.BATCH: "rows", CurveName.LENGTH: "tokens of the prompt", CurveName.FACTOR_SETS: "factor sets"}
 FIGURES = (  # of a point: name, attribute, factor to the unit
     ("first token, ms", "first_token", 1e3),
     ("step, ms", "step", 1e3),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.hadamard import block_of, rotate
 from chameleon_deploy.export.int8.calibration import INT8_MAX, Absmax
-from chameleon_deploy.export.int8.hadamard import block_of, rotate
 from chameleon_deploy.manifest import basis_names
 from chameleon_deploy.reference.model import Trunk
 

@@ -23,7 +23,7 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.int8.hadamard import rotate
+from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
@@ -113,8 +113,8 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     for layer, absmax in zip(family.layers(trunk), layers, strict=True):
         fixed = absmax.norm_1, None, absmax.norm_2, None
         for name, module, scale in zip(layer.names, layer.readers, fixed, strict=True):
-            hook = lambda module, inputs, name=name, scale=scale: see(name, inputs[0], scale)  # noqa: E731
-            hooks.append(module.register_forward_pre_hook(hook))
+            before = lambda module, inputs, name=name, scale=scale: see(name, inputs[0], scale)  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(before))
     last_norm = family.last_norm_of(trunk)
     hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, seen.head)))
     for done, rows in enumerate(texts):

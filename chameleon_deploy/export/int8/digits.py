@@ -19,8 +19,8 @@ from torch import Tensor
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear
+from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.export.int8.calibration import INT8_MAX
-from chameleon_deploy.export.int8.hadamard import rotate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
 

@@ -27,9 +27,9 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
+from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.calibration import GROUP, INT8_MAX, Statistics
 from chameleon_deploy.export.int8.gptq import column_scales, round_weights
-from chameleon_deploy.export.int8.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.progress import Progress
 
@@ -92,12 +92,13 @@ def quantize_embedding(
     """
     graph = decoder.graph
     table = graph.initializers[family_of(model.architecture).token_embedding]
+    stored: Any = table.const_value
     names = int8_names(str(table.name))
     if tied:
         tensors = [alias(graph.initializers[head], name) for head, name in zip(int8_names(HEAD), names, strict=True)]
         channels = INT8_MAX / statistics.head
     else:
-        matrix = rotate(torch.tensor(table.const_value.numpy()))
+        matrix = rotate(torch.tensor(stored.numpy()))
         scale = column_scales(matrix.T)
         int8 = (matrix / scale[:, None]).round().to(torch.int8)
         tensors = [weights_file.add(name, array.numpy()) for name, array in zip(names, (int8, scale), strict=True)]
@@ -119,7 +120,7 @@ def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
     """Rotate the residual stream back before the last norm, in place. The lookup rotates it."""
     graph, family = decoder.graph, family_of(model.architecture)
     (norm,) = graph.initializers[f"{family.last_norm}.weight"].consumers()
-    last = norm.inputs[0]
+    last: Any = norm.inputs[0]
     part = subgraph(graph, "last_norm", lambda op: [rotated(op, last, model.hidden_size, graph)])
     nodes, (turned,) = take_nodes(part)
     graph.insert_after(last.producer(), nodes)
