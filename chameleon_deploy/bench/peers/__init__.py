@@ -159,11 +159,15 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
     return openers
 
 
+# Extras other than `peers`, by the module that they install.
+EXTRAS = {"gguf": "peers-llama", "llama_cpp": "peers-llama", "torchao": "peers-torchao"}
+
+
 def reason(error: Exception) -> str:
     """Return why an engine could not be opened, in one line."""
     if isinstance(error, ImportError) and error.name:
         if error.name.startswith(__name__):
             return FROM_A_CLONE
-        extra = "peers-llama" if error.name in ("llama_cpp", "gguf") else "peers"
+        extra = EXTRAS.get(error.name, "peers")
         return f"{error.name} is not installed: pip install 'chameleon-deploy[{extra}]'"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
