@@ -87,5 +87,5 @@ def test_engines_of_every_precision(small: tuple[Path, Path, int], precision: st
     )  # fmt: skip
     assert int(result.stdout.splitlines()[-1]) * 1024 <= 4 * 2**30
     (engine,) = (tmp_path / "cache").rglob("decoder.engine")
-    assert engine.stat().st_size > 200e6
+    assert engine.stat().st_size > 150e6  # in int8, the weights are 124 MB of it
     shutil.rmtree(tmp_path)

@@ -117,7 +117,9 @@ def test_mixed_requests_at_once_are_each_as_if_alone(server: Running) -> None:
 @pytest.mark.usefixtures("slow")
 def test_a_full_queue_is_a_429(bundle: Path) -> None:
     with running(bundle, rows=1, max_waiting=1) as server, ThreadPoolExecutor(2) as clients:
-        kept = [clients.submit(server.post, "/v1/completions", prompt="The river", **LONG) for _ in range(2)]
+        kept = [clients.submit(server.post, "/v1/completions", prompt="The river", **LONG)]
+        wait_for(lambda: server.served.engine.stats().running == 1)
+        kept.append(clients.submit(server.post, "/v1/completions", prompt="The river", **LONG))
         wait_for(lambda: server.served.engine.stats().waiting == 1)
         with pytest.raises(openai.RateLimitError) as refused:
             server.openai().completions.create(model=server.name, prompt="The river")
