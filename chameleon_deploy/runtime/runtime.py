@@ -88,7 +88,8 @@ class Runtime:
         self._token_embedding = bundle.token_embedding()
         self._centroids = bundle.centroids()
         self._lora: FactorSets | None = None
-        self._basis = bundle.basis()
+        # A function, not a method: a runtime in a cycle of references would outlive its last user.
+        self._enter = partial(enter_basis, spec=bundle.manifest.adaptation, basis=bundle.basis())
         self.adapters = Adapters(bundle, self._enter)
         if self.manifest.adaptation.regime == "lora" and not self.manifest.adaptation.adapters:
             self._lora = backend.place(FactorSets(bundle.lora()))
@@ -350,9 +351,6 @@ class Runtime:
         adapter = self.adapters[name]
         sets = self.adapters.sets_of(adapter)  # held, so that the row keeps it whatever is unloaded or leaves
         return FactorSource(adapter.key, lambda: sets)
-
-    def _enter(self, factors: Factors) -> Factors:
-        return enter_basis(factors, self.manifest.adaptation, self._basis)
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:

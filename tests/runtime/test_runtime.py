@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -325,3 +328,16 @@ def test_onnxruntime_wheels(
     monkeypatch.setattr(session, "_is_installed", lambda name: name in installed)
     with pytest.raises(DependencyError, match=message):
         chameleon_deploy.load(bundle)
+
+
+def test_a_runtime_is_freed_with_its_last_reference(bundle: Path) -> None:
+    """Its sessions hold the weights: a cycle of references would keep them until Python's collector runs."""
+    runtime = chameleon_deploy.load(bundle, threads=1)
+    runtime.generate([[1, 2]], max_new_tokens=2)
+    freed = weakref.ref(runtime)
+    gc.disable()
+    try:
+        del runtime
+        assert freed() is None
+    finally:
+        gc.enable()
