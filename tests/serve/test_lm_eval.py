@@ -47,7 +47,7 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
 def tasks(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 questions, whose choices are greedy, nearly greedy and any text, and 100 texts of up to four windows."""
     directory = tmp_path_factory.mktemp("tasks")
-    texts = [text for kind in KINDS for text in python_texts(kind)[:40]][:200]
+    texts = [text for kind in KINDS for text in python_texts(kind)[:50]][:200]
     questions = [text[:60].rstrip() for text in texts[:100]]
     greedy = runtime.generate(questions, max_new_tokens=4, mode="none")
     choices = [[g.text, g.text + " and", " and more"] for g in greedy]
