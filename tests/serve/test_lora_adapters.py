@@ -149,7 +149,7 @@ def test_no_request_is_lost_while_adapters_come_and_go(adapters: Running) -> Non
     assert not wrong
 
 
-def test_without_the_option_nothing_is_loaded(server: Running) -> None:
-    answer = server.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors")
+def test_without_the_option_nothing_is_loaded(python_server: Running) -> None:
+    answer = python_server.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapters_fixed")
-    assert server.post("/v1/unload_lora_adapter", lora_name="code").status_code == 403
+    assert python_server.post("/v1/unload_lora_adapter", lora_name="code").status_code == 403
