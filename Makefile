@@ -20,7 +20,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore tests/export/test_tensorrt.py
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/export/test_tensorrt.py
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
 
 mutants: .venv/ready
