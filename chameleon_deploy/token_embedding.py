@@ -51,14 +51,14 @@ class TokenEmbedding:
         return pooled if self.int8 is None else rotate(pooled * self.int8.channels, self.int8.rotation)
 
 
-def rotate(x: Doubles, block: int) -> Doubles:
-    """Return x H for blocks of channels, a power of four: H is a Kronecker power of J/2 - R, where J is four by four of
-    ones and R reverses four channels.
+def rotate(x: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
+    """Return x H, [..., channels], for blocks of a power of four channels: H is a Kronecker power of J/2 - R, where J is
+    four by four of ones and R reverses four channels.
     """
-    stride = 1
+    shape, stride = x.shape, 1
     while stride < block:
         fours = x.reshape(-1, 4, stride)
         half = (((fours[:, 0] + fours[:, 1]) + fours[:, 2]) + fours[:, 3]) / 2
         x = (half[:, None] - fours[:, ::-1]).reshape(-1)
         stride *= 4
-    return x
+    return x.reshape(shape)

@@ -116,8 +116,8 @@ class Adapters:
         self._sets[adapter.key] = sets
         if self.max_bytes is None:
             return
-        of_files = [named.key for named in self._named.values() if named.file and named.key in self._sets]
-        by_age = [key for key in self._sets if key in set(of_files)]
+        of_files = {named.key for named in self._named.values() if named.file}
+        by_age = [key for key in self._sets if key in of_files]
         total = sum(_size(self._sets[key]) for key in by_age)
         for key in by_age[:-1]:
             if total <= self.max_bytes:

@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.manifest import AdaptationSpec, basis_names, factor_names
-
-FOUR = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32) / 2
+from chameleon_deploy.token_embedding import rotate
 
 
 def enter_basis(
@@ -33,18 +32,8 @@ def enter_basis(
         if names[0] not in basis or name_A not in factors:
             continue
         before, block, after, out_blocks, out = (basis[name] for name in names)
-        entered[name_A] = _rotate(factors[name_A] * before, int(block[0])) * after
+        entered[name_A] = rotate(factors[name_A] * before, int(block[0])) * after
         parts = np.split(factors[name_B], len(out_blocks), axis=-1)
-        rotated = [_rotate(part, int(size)) for part, size in zip(parts, out_blocks, strict=True)]
+        rotated = [rotate(part, int(size)) for part, size in zip(parts, out_blocks, strict=True)]
         entered[name_B] = np.concatenate(rotated, axis=-1) * out
     return entered
-
-
-def _rotate(x: FloatArray, block: int) -> FloatArray:
-    if block == 1:
-        return x
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < block:
-        matrix = np.kron(matrix, FOUR)
-    rotated: FloatArray = (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape)
-    return rotated

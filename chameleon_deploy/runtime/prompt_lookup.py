@@ -2,7 +2,8 @@
 
 A step that reads several tokens costs little more than a step of one while it is bound by reading the weights. So the
 model reads its last token and a draft in one call, and the draft's tokens that it would have chosen itself are kept:
-the result is that of plain decoding, with the same random numbers.
+the result is that of plain decoding, with the same random numbers, up to the rounding of a call of
+several tokens.
 
 Speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192. Prompt lookup: Saxena 2023; transformers has it as
 `prompt_lookup_num_tokens`.

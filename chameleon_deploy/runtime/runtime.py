@@ -203,7 +203,8 @@ class Runtime:
                         as in `adapt`; the factors of a row are made from its prompt and do not change
         prompt_lookup_num_tokens  for a single prompt on the CPU: up to this many tokens, at most 16, are drafted by
                         prompt lookup and read in one call, which is faster where the text repeats itself, and slower
-                        elsewhere. The tokens are the same; 0 is off
+                        elsewhere. The tokens are those of plain decoding in fp32; in int8 they can
+                        differ, since a call of several tokens rounds differently. 0 is off
 
         Every argument is checked before this returns; see `adapt` for the errors.
         """

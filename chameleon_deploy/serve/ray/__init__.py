@@ -108,5 +108,5 @@ def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
 
 def _path(kind: type, value: Any) -> Any:
     if kind is not Path:
-        raise NotImplementedError
+        raise NotImplementedError  # so a msgspec hook says that it does not know a type
     return Path(value)

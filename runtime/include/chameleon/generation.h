@@ -59,7 +59,8 @@ struct GenerateOptions : AdaptOptions {
   /// that a row does not depend on its place in the batch.
   PerPrompt<Sampling> sampling = Sampling{};
   /// For a single prompt on the CPU: up to this many tokens, at most 16, are drafted from the text so far and read in
-  /// one call. The tokens are the same; 0 is off.
+  /// one call. The tokens are those of plain decoding in fp32; in int8 they can differ, since a call of several tokens
+  /// rounds differently. 0 is off.
   std::int64_t prompt_lookup_num_tokens = 0;
   OnToken on_token{};
   std::stop_token stop{};  ///< cancels all rows, even within a long prompt
