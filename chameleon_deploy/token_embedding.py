@@ -52,8 +52,9 @@ class TokenEmbedding:
 
 
 def rotate(x: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
-    """Return x H, [..., channels], for blocks of a power of four channels: H is a Kronecker power of J/2 - R, where J is
-    four by four of ones and R reverses four channels.
+    """Return x H, [..., channels], for blocks of a power of four channels.
+
+    H is a Kronecker power of J/2 - R, where J is four by four of ones and R reverses four channels.
     """
     shape, stride = x.shape, 1
     while stride < block:
