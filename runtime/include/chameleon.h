@@ -166,8 +166,7 @@ CHAMELEON_EXPORT const int64_t* chameleon_generation_token_ids(const chameleon_g
 CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generations* generations, size_t row,
                                                        size_t* size);
 CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
-/* "stop", "length" or "cancelled"; "error" with chameleon_generate_options.errors "row"; of an engine also "deadline".
- */
+/* "stop", "length" or "cancelled"; with errors "row" also "error"; of an engine also "error" or "deadline". */
 CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
 /* One for each token id; none without chameleon_sampling.logprobs. */
 CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row,
@@ -210,9 +209,8 @@ CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
 
 /* How to continue the prompts of one submit. Zero is the default in every field. */
 typedef struct {
-  int64_t max_new_tokens; /* 20 by default */
-  const chameleon_sampling*
-      sampling; /* as in chameleon_generate_options; continuation k of a prompt draws from stream k */
+  int64_t max_new_tokens;             /* 20 by default */
+  const chameleon_sampling* sampling; /* one, or one per prompt; continuation k of a prompt draws from stream k */
   size_t num_samplings;
   const char* tenant;      /* mode tenant: the tenant of the prompts; the batch's tenants must be NULL */
   const char* adapter;     /* mode static: the adapter of the prompts; the batch's adapters must be NULL */

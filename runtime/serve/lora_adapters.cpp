@@ -1,6 +1,7 @@
 #include "lora_adapters.h"
 
 #include <algorithm>
+#include <cctype>
 
 namespace chameleon::serve {
 

@@ -21,6 +21,7 @@ from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
 from tests.cpp.c_interface import BUILD, NativeError, NativeRuntime
 from tests.damage import edit, reseal
+from tests.shared_data import adapter_case, read
 
 TEXTS = ["The river runs to the sea.", "def main():", "A list of numbers", "one two three four"]
 NAMES = ["all", "", "attention", "all"]
@@ -178,3 +179,22 @@ def test_a_damaged_basis_is_refused(fault: str, path: Path, tmp_path: Path) -> N
         with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
             load(tmp_path / "bundle")
         assert caught.value.code == "tensor_invalid"  # type: ignore[union-attr]
+
+
+def test_a_row_that_fails_ends_alone(tmp_path: Path) -> None:
+    (case,) = (case for case in read("adapters.json") if case["name"] == "its_logits_overflow")
+    bundle, file = adapter_case(case, tmp_path)
+    python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+    prompts = [[5, 9, 301], [17, 44], [7]]
+    found = []
+    for runtime in (python, native):
+        runtime.load_adapter("legal", file)
+        with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
+            runtime.generate(prompts, adapters=[None, "legal", "own"])
+        assert caught.value.code == "not_finite"  # type: ignore[union-attr]
+        rows = runtime.generate(prompts, adapters=[None, "legal", "own"], errors="row")
+        found.append([(row.token_ids, row.text, row.finish_reason, row.error and row.error.code) for row in rows])
+    native.close()
+    assert found[0] == found[1]
+    assert [reason for _, _, reason, _ in found[0]] == ["length", "error", "length"]
+    assert found[0][1][3] == "not_finite"

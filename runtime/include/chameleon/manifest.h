@@ -69,7 +69,7 @@ struct ModelSpec {
   std::int64_t eos_token_id = 0;
 };
 
-/// The target that every bundle without adapters has, by its PEFT name.
+/// The language-model head, by its PEFT name.
 inline constexpr std::string_view kHead = "lm_head";
 
 /// Whether an adapter may have this name: what kAdapterName says.
