@@ -178,7 +178,7 @@ def test_a_damaged_basis_is_refused(fault: str, path: Path, tmp_path: Path) -> N
     for load in (chameleon_deploy.load, NativeRuntime):
         with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
             load(tmp_path / "bundle")
-        assert caught.value.code == "tensor_invalid"  # type: ignore[union-attr]
+        assert caught.value.code == "tensor_invalid"  # type: ignore[attr-defined]
 
 
 def test_a_row_that_fails_ends_alone(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_row_that_fails_ends_alone(tmp_path: Path) -> None:
         runtime.load_adapter("legal", file)
         with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
             runtime.generate(prompts, adapters=[None, "legal", "own"])
-        assert caught.value.code == "not_finite"  # type: ignore[union-attr]
+        assert caught.value.code == "not_finite"  # type: ignore[attr-defined]
         rows = runtime.generate(prompts, adapters=[None, "legal", "own"], errors="row")
         found.append([(row.token_ids, row.text, row.finish_reason, row.error and row.error.code) for row in rows])
     native.close()
