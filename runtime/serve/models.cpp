@@ -41,8 +41,11 @@ std::vector<std::string> words_of(const std::vector<Mode>& modes) {
 
 }  // namespace
 
-Models::Models(std::string name, const Runtime& runtime, std::optional<Mode> mode, bool has_tenants)
+Models::Models(std::string name, const Runtime& runtime, std::optional<Mode> mode, bool has_tenants,
+               std::optional<std::size_t> capacity)
     : name_(std::move(name)), runtime_(runtime), created_(std::time(nullptr)) {
+  const std::int64_t positions = runtime.manifest().model.max_positions;
+  max_length_ = std::min<std::int64_t>(positions, capacity ? *capacity : positions);
   const std::vector<Mode> modes = served(runtime.manifest(), has_tenants);
   constexpr std::array preferred = {Mode::centroid, Mode::request, Mode::static_, Mode::none};
   const Mode own = mode.value_or(*std::ranges::find_if(preferred, [&](Mode each) { return contains(modes, each); }));
@@ -103,7 +106,7 @@ Json Models::describe(const Meant& model) const {
           {"owned_by", "chameleon-deploy"},
           {"root", name_},
           {"mode", to_string(model.mode)},
-          {"max_model_len", runtime_.manifest().model.max_positions}};
+          {"max_model_len", max_length_}};
 }
 
 }  // namespace chameleon::serve
