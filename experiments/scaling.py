@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import random
 import statistics
 import time
@@ -22,13 +23,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.serve.routing import choose
 from chameleon_deploy.table import Sheet
 
 CHUNK = 64  # prompt tokens per iteration
 PROMPT, NEW_TOKENS = (16, 128), (16, 128)  # uniform between these
 ZIPF = 1.2
+ROUNDS = 3  # of a recording
 
 
 @dataclass(frozen=True)
@@ -183,29 +188,33 @@ def capacity(replicas: int, rows: int, costs: Costs) -> float:
 
 
 def record(bundle: str, threads: int, rows: int) -> Costs:
-    """Fit the model of steps to the decoder of a bundle, in mode centroid."""
-    import chameleon_deploy
+    """Fit the model to the engine's iterations on a bundle, 1 to `rows` greedy rows of one or several clusters.
 
+    An iteration lasts until the next one ends, so it includes sampling and handing out.
+    """
     runtime = chameleon_deploy.load(bundle, mode="centroid", threads=threads)
-    ids = list(range(1, 33))
-    points = []
-    for count in (1, max(rows // 2, 1), rows):
-        runtime.generate([ids] * count, max_new_tokens=2)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            runtime.generate([ids] * count, max_new_tokens=2)
-            middle = time.perf_counter()
-            runtime.generate([ids] * count, max_new_tokens=34)
-            times.append((time.perf_counter() - middle - (middle - begin)) / 32)
-        points.append((count, statistics.median(times)))
-    row, base = np.polyfit(*zip(*points, strict=True), 1)
-    prompt = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        runtime.score([list(range(1, 65))])
-        prompt.append((time.perf_counter() - begin) / 64)
-    return Costs(base=max(float(base), 0.0), row=max(float(row), 0.0), prompt_token=statistics.median(prompt))
+    prompts = [text[:100] for kind in KINDS for text in python_texts(kind)[:20]]
+    cluster_ids = runtime.embed(runtime.encode(prompts))[1].tolist()
+    of_cluster = dict(zip(cluster_ids, prompts, strict=True))
+    ends: list[tuple[float, Iteration]] = []
+    lasted: dict[tuple[int, int, int], list[float]] = {}
+    with chameleon_deploy.Engine(
+        runtime, rows=rows, prefill_tokens=CHUNK, observe=lambda made: ends.append((time.perf_counter(), made))
+    ) as engine:
+        for count, mixed, _ in itertools.product(range(1, rows + 1), (False, True), range(ROUNDS)):
+            chosen = list(of_cluster.values()) if mixed else prompts[:1]
+            ends.clear()
+            streams = [engine.submit([chosen[i % len(chosen)]], max_new_tokens=32) for i in range(count)]
+            for stream in streams:
+                stream.result()
+            for (begin, _), (end, made) in itertools.pairwise(ends):
+                lasted.setdefault((made.rows, made.factor_sets, made.chunk_tokens), []).append(end - begin)
+    kinds = np.array([(count > 0, count, max(sets - 1, 0), read) for count, sets, read in lasted])
+    seconds = np.array([statistics.median(times) for times in lasted.values()])
+    weights = np.sqrt([len(times) for times in lasted.values()])
+    fitted, *_ = np.linalg.lstsq(kinds * weights[:, None], seconds * weights, rcond=None)
+    base, row, factor_set, prompt_token = map(float, fitted)
+    return Costs(base=base, row=row, factor_set=factor_set, prompt_token=prompt_token)
 
 
 def main() -> None:
