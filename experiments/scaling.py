@@ -19,7 +19,7 @@ import random
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -30,15 +30,16 @@ from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.serve.routing import choose
 from chameleon_deploy.table import Sheet
 
-CHUNK = 64  # prompt tokens per iteration
+CHUNK = 128  # prompt tokens per iteration, as the server has it
 PROMPT, NEW_TOKENS = (16, 128), (16, 128)  # uniform between these
 ZIPF = 1.2
-ROUNDS = 3  # of a recording
+ROUNDS, NEW = 2, 32  # of a recording: repetitions, and tokens of each row
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of a prompt's token; of a token's way out.
+    """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of n prompt tokens, chunk + prompt_token * n; of
+    a token's way out.
 
     By default GPT-2 small in fp32 with two threads: 11 ms for 1 row, 19 ms for 8, and 2 % of that for adapting to 4
     clusters (docs/serving.md, docs/performance.md); the way out is what experiments/ingress_cost.py measured.
@@ -47,6 +48,7 @@ class Costs:
     base: float = 0.00986
     row: float = 0.00114
     factor_set: float = 0.0001
+    chunk: float = 0.0
     prompt_token: float = 0.0004
     ingress_token: float = 0.0004
 
@@ -83,7 +85,7 @@ class Replica:
         if self.reading:
             read = min(CHUNK, self.reading[0].prompt)
             self.reading[0].prompt -= read
-            seconds += read * costs.prompt_token
+            seconds += costs.chunk + read * costs.prompt_token
             if not self.reading[0].prompt:
                 self.running.append(self.reading.popleft())
         sets = len({request.cluster for request in self.running})
@@ -184,7 +186,7 @@ def simulate(
 def capacity(replicas: int, rows: int, costs: Costs) -> float:
     """Requests per second that full replicas can do, by the model alone."""
     prompt, new = statistics.mean(PROMPT), statistics.mean(NEW_TOKENS)
-    return replicas / (prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
+    return replicas / (costs.chunk + prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
 
 
 def record(bundle: str, threads: int, rows: int) -> Costs:
@@ -193,28 +195,32 @@ def record(bundle: str, threads: int, rows: int) -> Costs:
     An iteration lasts until the next one ends, so it includes sampling and handing out.
     """
     runtime = chameleon_deploy.load(bundle, mode="centroid", threads=threads)
-    prompts = [text[:100] for kind in KINDS for text in python_texts(kind)[:20]]
-    cluster_ids = runtime.embed(runtime.encode(prompts))[1].tolist()
-    of_cluster = dict(zip(cluster_ids, prompts, strict=True))
+    longest = min(PROMPT[1], runtime.manifest.model.max_positions - NEW)
+    texts = [text for kind in KINDS for text in python_texts(kind)[:20]]
+    random.seed(0)
+    prompts = [runtime.tokenizer.encode(text).ids[: random.randint(PROMPT[0], longest)] for text in texts]
+    of_cluster: dict[int, list[list[int]]] = {}
+    for prompt, cluster_id in zip(prompts, runtime.embed(prompts)[1].tolist(), strict=True):
+        of_cluster.setdefault(cluster_id, []).append(prompt)
     ends: list[tuple[float, Iteration]] = []
     lasted: dict[tuple[int, int, int], list[float]] = {}
     with chameleon_deploy.Engine(
         runtime, rows=rows, prefill_tokens=CHUNK, observe=lambda made: ends.append((time.perf_counter(), made))
     ) as engine:
         for count, mixed, _ in itertools.product(range(1, rows + 1), (False, True), range(ROUNDS)):
-            chosen = list(of_cluster.values()) if mixed else prompts[:1]
+            clusters = list(of_cluster.values())[: None if mixed else 1]
             ends.clear()
-            streams = [engine.submit([chosen[i % len(chosen)]], max_new_tokens=32) for i in range(count)]
+            chosen = [random.choice(clusters[i % len(clusters)]) for i in range(count)]
+            streams = [engine.submit([prompt], max_new_tokens=NEW) for prompt in chosen]
             for stream in streams:
                 stream.result()
             for (begin, _), (end, made) in itertools.pairwise(ends):
                 lasted.setdefault((made.rows, made.factor_sets, made.chunk_tokens), []).append(end - begin)
-    kinds = np.array([(count > 0, count, max(sets - 1, 0), read) for count, sets, read in lasted])
+    kinds = np.array([(count > 0, count, max(sets - 1, 0), read > 0, read) for count, sets, read in lasted])
     seconds = np.array([statistics.median(times) for times in lasted.values()])
     weights = np.sqrt([len(times) for times in lasted.values()])
     fitted, *_ = np.linalg.lstsq(kinds * weights[:, None], seconds * weights, rcond=None)
-    base, row, factor_set, prompt_token = map(float, fitted)
-    return Costs(base=base, row=row, factor_set=factor_set, prompt_token=prompt_token)
+    return Costs(*map(float, fitted))
 
 
 def main() -> None:
@@ -227,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="simulated")
     parser.add_argument("--record", metavar="BUNDLE", help="measure the model of steps of a bundle")
     parser.add_argument("--threads", type=int, default=1)
-    for name in ("base", "row", "factor_set", "prompt_token", "ingress_token"):
+    for name in (found.name for found in fields(Costs)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="seconds, see Costs")
     given = parser.parse_args()
     costs = record(given.record, given.threads, given.rows) if given.record else Costs()
