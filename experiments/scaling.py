@@ -22,6 +22,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 
 import numpy as np
+from scipy.optimize import nnls
 
 import chameleon_deploy
 from chameleon_deploy import console
@@ -219,7 +220,7 @@ def record(bundle: str, threads: int, rows: int) -> Costs:
     kinds = np.array([(count > 0, count, max(sets - 1, 0), read > 0, read) for count, sets, read in lasted])
     seconds = np.array([statistics.median(times) for times in lasted.values()])
     weights = np.sqrt([len(times) for times in lasted.values()])
-    fitted, *_ = np.linalg.lstsq(kinds * weights[:, None], seconds * weights, rcond=None)
+    fitted, _ = nnls(kinds * weights[:, None], seconds * weights)  # least squares, and no cost below 0
     return Costs(*map(float, fitted))
 
 

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,7 @@ import yaml
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.serve.event_stream import DONE
 from tests import lm_evaluation
 from tests.ray_cluster import SECONDS, Cluster, wait_for
 from tests.ray_load import TOKENS, Answer, connect, stream
@@ -152,6 +154,25 @@ def test_a_killed_replica_ends_only_the_streams_it_had_begun(running: Cluster, t
         assert time.monotonic() - began < usual + 10
         _wait_for_another(running, killed)
     assert 0 < broken < KILLS * STREAMS / 4, "each replica had begun some of its streams, and others were waiting"
+
+
+@pytest.mark.parametrize(("sent", "broken"), [([b"data: 1\n\n"], True), ([b"data: 1\n\n", DONE], False)])
+def test_a_replica_that_dies_after_the_last_event_breaks_nothing(sent: list[bytes], broken: bool) -> None:
+    from ray.exceptions import RayActorError
+
+    from chameleon_deploy.serve.ray.ingress import _stream
+
+    async def rest() -> AsyncIterator[bytes]:
+        for part in sent[1:]:
+            yield part
+        raise RayActorError
+
+    async def read() -> list[bytes]:
+        return [part async for part in _stream(sent[0], rest())]
+
+    parts = asyncio.run(read())
+    assert parts[: len(sent)] == sent
+    assert [b'"closed"' in part for part in parts[len(sent) :]] == [True] * broken
 
 
 def test_a_node_goes_and_another_comes(running: Cluster, texts: list[str]) -> None:
