@@ -42,16 +42,16 @@ class Costs:
     """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of n prompt tokens, chunk + prompt_token * n; of
     a token's way out.
 
-    By default GPT-2 small in fp32 with two threads: 11 ms for 1 row, 19 ms for 8, and 2 % of that for adapting to 4
-    clusters (docs/serving.md, docs/performance.md); the way out is what experiments/ingress_cost.py measured.
+    By default what --record measured for GPT-2 small in fp32 with two threads (docs/scaling.md), and what
+    experiments/ingress_cost.py did for the way out.
     """
 
-    base: float = 0.00986
-    row: float = 0.00114
-    factor_set: float = 0.0001
-    chunk: float = 0.0
-    prompt_token: float = 0.0004
-    ingress_token: float = 0.0004
+    base: float = 0.0185
+    row: float = 0.00168
+    factor_set: float = 0.0
+    chunk: float = 0.0228
+    prompt_token: float = 0.0005
+    ingress_token: float = 0.00074
 
     def step(self, rows: int, sets: int) -> float:
         return self.base + self.row * rows + self.factor_set * (sets - 1)
