@@ -25,12 +25,13 @@ test: .venv/ready
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
 
 scale: .venv/scale
-	LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval $(BIN)/python -m pytest -m 'ray or triton' tests/serve
+	LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton $(BIN)/python -m pytest -m 'ray or triton' tests/serve
 
-# nvidia-pytriton without what it requires, numpy below 2: the tests want only the tritonserver in it.
+# In environments of their own: tritonserver wants numpy below 2.
 .venv/scale: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[ray]' 'tritonclient[grpc]>=2.50'
-	$(BIN)/pip install --quiet --no-deps 'nvidia-pytriton>=0.7'
+	$(PYTHON) -m venv .venv/triton
+	.venv/triton/bin/pip install --quiet --editable '.[cpu]' 'nvidia-pytriton>=0.7'
 	$(PYTHON) -m venv .venv/lm-eval
 	.venv/lm-eval/bin/pip install --quiet 'lm-eval[api]>=0.4.13'
 	touch $@
