@@ -17,11 +17,13 @@ TOKENS = 60
 class Answer:
     """A stream that was read to its end.
 
+    events  with tokens, whose texts may be empty
     errors  the codes of its error events
     done    whether it ended as it should
     """
 
     text: str = ""
+    events: int = 0
     errors: list[str] = field(default_factory=list)
     done: bool = False
 
@@ -44,5 +46,6 @@ async def stream(client: httpx.AsyncClient, prompt: str, answer: Answer | None =
                 if "error" in event:
                     answer.errors.append(event["error"]["code"])
                 else:
+                    answer.events += 1
                     answer.text += "".join(choice["text"] for choice in event["choices"])
     return answer
