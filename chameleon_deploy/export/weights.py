@@ -79,6 +79,9 @@ class GraphWeights:
         page_out(self._state[name])
         return value
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
     def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
         """Return linear weights [out, in] as MatMul takes them, [in, out]; several are concatenated under a new
         name.
