@@ -23,6 +23,7 @@ constexpr const char* kHelp = R"(chameleon-server BUNDLE [options]
   --rows N                rows that are generated at a time (8)
   --max-waiting N         rows that may wait; more are refused with 429 (256)
   --prefill-tokens N      prompt tokens read between two steps (128)
+  --capacity N            tokens of a row, prompt and answer (the model's positions)
   --max-factor-sets N     factor sets of the running rows (as many as --rows)
   --api-keys FILE         JSON file, {"key": "tenant"}
   --cohort-window-ms X    join cohorts of requests this close (0)
@@ -62,6 +63,7 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--max-waiting", [&](auto& option, auto& text) { settings.max_waiting = number<std::size_t>(option, text); }},
       {"--prefill-tokens",
        [&](auto& option, auto& text) { settings.prefill_tokens = number<std::size_t>(option, text, 1); }},
+      {"--capacity", [&](auto& option, auto& text) { settings.capacity = number<std::size_t>(option, text, 1); }},
       {"--max-factor-sets",
        [&](auto& option, auto& text) { settings.max_factor_sets = number<std::size_t>(option, text, 1); }},
       {"--api-keys", [&](auto&, auto& text) { settings.api_keys = text; }},

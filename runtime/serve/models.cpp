@@ -41,8 +41,12 @@ std::vector<std::string> words_of(const std::vector<Mode>& modes) {
 
 }  // namespace
 
-Models::Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants)
-    : name_(std::move(name)), created_(std::time(nullptr)), max_positions_(manifest.model.max_positions) {
+Models::Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants,
+               std::optional<std::size_t> capacity)
+    : name_(std::move(name)),
+      created_(std::time(nullptr)),
+      max_length_(
+          std::min<std::int64_t>(manifest.model.max_positions, capacity ? *capacity : manifest.model.max_positions)) {
   const std::vector<Mode> modes = served(manifest, has_tenants);
   constexpr std::array preferred = {Mode::centroid, Mode::request, Mode::static_, Mode::none};
   const Mode own = mode.value_or(*std::ranges::find_if(preferred, [&](Mode each) { return contains(modes, each); }));
@@ -93,7 +97,7 @@ Json Models::describe(const Meant& model) const {
           {"owned_by", "chameleon-deploy"},
           {"root", name_},
           {"mode", to_string(model.mode)},
-          {"max_model_len", max_positions_}};
+          {"max_model_len", max_length_}};
 }
 
 }  // namespace chameleon::serve

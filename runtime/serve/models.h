@@ -24,9 +24,13 @@ class Models {
   /// name: the bundle's directory
   /// mode: what the name alone means; by default centroid, or the bundle's default where it has no centroids
   /// has_tenants: whether API keys tell of tenants
+  /// capacity: tokens of a row that the engine holds; by default, the model's positions
   /// Throws ModeError.
-  Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants);
+  Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants,
+         std::optional<std::size_t> capacity = {});
 
+  /// Tokens of a row, prompt and answer.
+  [[nodiscard]] std::int64_t max_length() const { return max_length_; }
   [[nodiscard]] Mode default_mode() const { return models_.front().mode; }
   /// Throws ApiError for a name that no model has, or a mode that it does not go with.
   [[nodiscard]] Meant resolve(const std::optional<std::string>& model, std::optional<Mode> mode = {}) const;
@@ -39,7 +43,7 @@ class Models {
 
   std::string name_;
   std::vector<Meant> models_;  // the bundle's own is first
-  std::int64_t created_, max_positions_;
+  std::int64_t created_, max_length_;
 };
 
 }  // namespace chameleon::serve

@@ -17,6 +17,7 @@ EngineOptions engine_options(const Settings& settings, Metrics& metrics) {
           .prefill_tokens = settings.prefill_tokens,
           .max_factor_sets = settings.max_factor_sets,
           .cohort_window = Seconds(settings.cohort_window_ms / 1000),
+          .capacity = settings.capacity,
           .observe = [&metrics](const Iteration& iteration) { metrics.observe(iteration); }};
 }
 
@@ -36,7 +37,7 @@ Served::Served(const Settings& settings, bool has_tenants, Metrics& metrics_)
                                 .threads = settings.threads,
                                 .share_weights = settings.share_weights,
                                 .trusted_keys = settings.trusted_keys}),
-      models(name_of(settings.bundle), runtime.manifest(), settings.mode, has_tenants),
+      models(name_of(settings.bundle), runtime.manifest(), settings.mode, has_tenants, settings.capacity),
       names(runtime.tokenizer(), runtime.manifest().model.vocab_size),
       metrics(metrics_),
       fingerprint(runtime.bundle().digest.substr(0, 16) + "-" + runtime.provider() + "-" +

@@ -28,6 +28,7 @@ struct Settings {
   std::size_t rows = 8;
   std::size_t max_waiting = 256;
   std::size_t prefill_tokens = 128;
+  std::optional<std::size_t> capacity;
   std::optional<std::size_t> max_factor_sets;
   double cohort_window_ms = 0;
   std::optional<std::filesystem::path> api_keys;
