@@ -1,6 +1,7 @@
 # `make demo` runs the tiny model from checkpoint to text, `make serve` serves it over HTTP, `make test` runs every check of the Python side.
 # `make bench` measures a pretrained model beside other engines.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
+# `make scale` runs what needs Ray Serve, tritonserver or lm-evaluation-harness, and installs them; CHAMELEON_DEPLOY_RAY_KILLS=10 is the long form.
 # `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
@@ -22,6 +23,18 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/export/test_tensorrt.py
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
+
+scale: .venv/scale
+	LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton $(BIN)/python -m pytest -m 'ray or triton' tests/serve
+
+# In environments of their own: tritonserver wants numpy below 2.
+.venv/scale: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[ray]' 'tritonclient[grpc]>=2.50'
+	$(PYTHON) -m venv .venv/triton
+	.venv/triton/bin/pip install --quiet --editable '.[cpu]' 'nvidia-pytriton>=0.7'
+	$(PYTHON) -m venv .venv/lm-eval
+	.venv/lm-eval/bin/pip install --quiet 'lm-eval[api]>=0.4.13'
+	touch $@
 
 mutants: .venv/ready
 	$(BIN)/python -m tests.mutation
@@ -65,4 +78,4 @@ cpp: .venv/ready
 	touch $@
 
 .PRECIOUS: $(BENCH)/smollm2-%
-.PHONY: bench cpp demo mutants serve test
+.PHONY: bench cpp demo mutants scale serve test

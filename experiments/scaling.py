@@ -6,44 +6,53 @@
 
 Time is simulated, so that 64 replicas fit one processor. Requests arrive as a Poisson process, of clusters that follow
 Zipf's law. A replica iterates as the engine does: it admits while it has rows, prefills one chunk, steps all rows. A
-token leaves through one of the ingresses, each a queue with a fixed time per token. Two runs give each line: one that
-offers more than the replicas can do, for tokens per second, and one at 80 % of that, for the time to the first token.
+token leaves through one of the ingresses, each a queue with a fixed time per token. Two runs give each line: one at
+80 % of what the replicas can do, for the time to the first token and the factor sets; the rest is of one that offers
+more.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import random
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+from scipy.optimize import nnls
 
+import chameleon_deploy
 from chameleon_deploy import console
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.serve.routing import choose
 from chameleon_deploy.table import Sheet
 
-CHUNK = 64  # prompt tokens per iteration
+CHUNK = 128  # prompt tokens per iteration, as the server has it
 PROMPT, NEW_TOKENS = (16, 128), (16, 128)  # uniform between these
 ZIPF = 1.2
+ROUNDS, NEW = 2, 32  # of a recording: repetitions, and tokens of each row
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of a prompt's token; of a token's way out.
+    """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of n prompt tokens, chunk + prompt_token * n; of
+    a token's way out.
 
-    By default GPT-2 small in fp32 with two threads: 11 ms for 1 row, 19 ms for 8, and 2 % of that for adapting to 4
-    clusters (docs/serving.md, docs/performance.md); the way out is what experiments/ingress_cost.py measured.
+    By default what --record measured for GPT-2 small in fp32 with two threads (docs/scaling.md), and what
+    experiments/ingress_cost.py did for the way out.
     """
 
-    base: float = 0.00986
-    row: float = 0.00114
-    factor_set: float = 0.0001
-    prompt_token: float = 0.0004
-    ingress_token: float = 0.0004
+    base: float = 0.0185
+    row: float = 0.00168
+    factor_set: float = 0.0
+    chunk: float = 0.0228
+    prompt_token: float = 0.0005
+    ingress_token: float = 0.00074
 
     def step(self, rows: int, sets: int) -> float:
         return self.base + self.row * rows + self.factor_set * (sets - 1)
@@ -78,7 +87,7 @@ class Replica:
         if self.reading:
             read = min(CHUNK, self.reading[0].prompt)
             self.reading[0].prompt -= read
-            seconds += read * costs.prompt_token
+            seconds += costs.chunk + read * costs.prompt_token
             if not self.reading[0].prompt:
                 self.running.append(self.reading.popleft())
         sets = len({request.cluster for request in self.running})
@@ -179,33 +188,41 @@ def simulate(
 def capacity(replicas: int, rows: int, costs: Costs) -> float:
     """Requests per second that full replicas can do, by the model alone."""
     prompt, new = statistics.mean(PROMPT), statistics.mean(NEW_TOKENS)
-    return replicas / (prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
+    return replicas / (costs.chunk + prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
 
 
 def record(bundle: str, threads: int, rows: int) -> Costs:
-    """Fit the model of steps to the decoder of a bundle, in mode centroid."""
-    import chameleon_deploy
+    """Fit the model to the engine's iterations on a bundle, 1 to `rows` greedy rows of one or several clusters.
 
+    An iteration lasts until the next one ends, so it includes sampling and handing out.
+    """
     runtime = chameleon_deploy.load(bundle, mode="centroid", threads=threads)
-    ids = list(range(1, 33))
-    points = []
-    for count in (1, max(rows // 2, 1), rows):
-        runtime.generate([ids] * count, max_new_tokens=2)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            runtime.generate([ids] * count, max_new_tokens=2)
-            middle = time.perf_counter()
-            runtime.generate([ids] * count, max_new_tokens=34)
-            times.append((time.perf_counter() - middle - (middle - begin)) / 32)
-        points.append((count, statistics.median(times)))
-    row, base = np.polyfit(*zip(*points, strict=True), 1)
-    prompt = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        runtime.score([list(range(1, 65))])
-        prompt.append((time.perf_counter() - begin) / 64)
-    return Costs(base=max(float(base), 0.0), row=max(float(row), 0.0), prompt_token=statistics.median(prompt))
+    longest = min(PROMPT[1], runtime.manifest.model.max_positions - NEW)
+    texts = [text for kind in KINDS for text in python_texts(kind)[:20]]
+    random.seed(0)
+    prompts = [runtime.tokenizer.encode(text).ids[: random.randint(PROMPT[0], longest)] for text in texts]
+    of_cluster: dict[int, list[list[int]]] = {}
+    for prompt, cluster_id in zip(prompts, runtime.embed(prompts)[1].tolist(), strict=True):
+        of_cluster.setdefault(cluster_id, []).append(prompt)
+    ends: list[tuple[float, Iteration]] = []
+    lasted: dict[tuple[int, int, int], list[float]] = {}
+    with chameleon_deploy.Engine(
+        runtime, rows=rows, prefill_tokens=CHUNK, observe=lambda made: ends.append((time.perf_counter(), made))
+    ) as engine:
+        for count, mixed, _ in itertools.product(range(1, rows + 1), (False, True), range(ROUNDS)):
+            clusters = list(of_cluster.values())[: None if mixed else 1]
+            ends.clear()
+            chosen = [random.choice(clusters[i % len(clusters)]) for i in range(count)]
+            streams = [engine.submit([prompt], max_new_tokens=NEW) for prompt in chosen]
+            for stream in streams:
+                stream.result()
+            for (begin, _), (end, made) in itertools.pairwise(ends):
+                lasted.setdefault((made.rows, made.factor_sets, made.chunk_tokens), []).append(end - begin)
+    kinds = np.array([(count > 0, count, max(sets - 1, 0), read > 0, read) for count, sets, read in lasted])
+    seconds = np.array([statistics.median(times) for times in lasted.values()])
+    weights = np.sqrt([len(times) for times in lasted.values()])
+    fitted, _ = nnls(kinds * weights[:, None], seconds * weights)  # least squares, and no cost below 0
+    return Costs(*map(float, fitted))
 
 
 def main() -> None:
@@ -218,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="simulated")
     parser.add_argument("--record", metavar="BUNDLE", help="measure the model of steps of a bundle")
     parser.add_argument("--threads", type=int, default=1)
-    for name in ("base", "row", "factor_set", "prompt_token", "ingress_token"):
+    for name in (found.name for found in fields(Costs)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="seconds, see Costs")
     given = parser.parse_args()
     costs = record(given.record, given.threads, given.rows) if given.record else Costs()
@@ -238,7 +255,7 @@ def main() -> None:
             lines.append([
                 routing, f"{replicas}", f"{full.tokens_per_second:,.0f}",
                 f"{full.tokens_per_second / replicas / one:.1%}", f"{usual.first_token_p99:.2f}",
-                f"{full.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
+                f"{usual.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
             ])  # fmt: skip
     limit = given.ingresses / costs.ingress_token if costs.ingress_token else float("inf")
     note = f"{given.ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"

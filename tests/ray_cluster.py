@@ -59,15 +59,16 @@ class Cluster:
         node.wait()
         self.nodes.remove(node)
 
-    def serve(self, *arguments: str) -> None:
-        """Run the command `serve` to its end."""
-        subprocess.run([_BIN / "serve", *arguments], env=self.env, check=True, timeout=SECONDS)
+    def run(self, application: str, *arguments: str) -> None:
+        """`serve run`: deploy an application, or what has changed of it, and wait until it answers."""
+        options = ["--address", f"127.0.0.1:{self.gcs_port}", "--non-blocking"]
+        command: list[str | Path] = [_BIN / "serve", "run", *options, application, *arguments]
+        subprocess.run(command, env=self.env, check=True, timeout=SECONDS)
 
     def deploy(self, bundle: Path, **options: Any) -> None:
-        """Deploy the application, or what has changed of it, and wait until it answers."""
+        """Deploy the application on a bundle, with options of its own."""
         given = [f"{name}={value}" for name, value in {"bundle": bundle, **options}.items()]
-        address = ["--address", f"127.0.0.1:{self.gcs_port}", "--non-blocking"]
-        self.serve("run", *address, "chameleon_deploy.serve.ray:app", *given)
+        self.run("chameleon_deploy.serve.ray:app", *given)
 
     def is_healthy(self) -> bool:
         try:

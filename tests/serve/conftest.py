@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import openai
 import pytest
 
 from tests.serving import COMMANDS, InThread, Running, running, running_cpp
+
+if TYPE_CHECKING:
+    from tests.ray_cluster import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +39,12 @@ def server(program: str, request: pytest.FixtureRequest, bundle: Path) -> Iterat
 @pytest.fixture(scope="session")
 def client(server: Running) -> openai.OpenAI:
     return server.openai()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes of three processors, on which a test deploys what it needs."""
+    from tests.ray_cluster import cluster
+
+    with cluster(tmp_path_factory.mktemp("ray"), (3, 3)) as found:
+        yield found

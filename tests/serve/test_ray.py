@@ -1,18 +1,16 @@
 """Two Ray nodes with four replicas of one thread: one machine's results, and what becomes of requests when one dies.
 
-pip install -e '.[cpu,ray]', then: python -m pytest -m ray tests/serve/test_ray.py
+`make scale` runs these; with CHAMELEON_DEPLOY_RAY_KILLS=10 the long form.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -22,22 +20,24 @@ import yaml
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.errors import InputError
-from tests.ray_cluster import SECONDS, Cluster, cluster, wait_for
+from chameleon_deploy.serve.event_stream import DONE
+from tests import lm_evaluation
+from tests.ray_cluster import SECONDS, Cluster, wait_for
+from tests.ray_load import TOKENS, Answer, connect, stream
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).parents[2]
 STREAMS = 32
 KILLS = int(os.environ.get("CHAMELEON_DEPLOY_RAY_KILLS", "2"))  # 10 is the long form
+ROWS = 4  # of each replica: half of the streams wait
 PROMPTS = [f"The river number {i} of" for i in range(STREAMS)]
-TOKENS = 60
 
 
 @pytest.fixture(scope="module")
-def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("ray"), (3, 3)) as found:
-        found.deploy(bundle, replicas=4, routing="cluster", drain_seconds=5)
-        wait_for(found.is_healthy)
-        yield found
+def running(ray_cluster: Cluster, bundle: Path) -> Cluster:
+    ray_cluster.deploy(bundle, replicas=4, routing="cluster", rows=ROWS, drain_seconds=5)
+    wait_for(ray_cluster.is_healthy)
+    return ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +46,19 @@ def runtime(bundle: Path) -> Runtime:
 
 
 @pytest.fixture(scope="module")
-def expected(runtime: Runtime) -> list[str]:
+def texts(runtime: Runtime) -> list[str]:
     return [runtime.generate([prompt], max_new_tokens=TOKENS)[0].text for prompt in PROMPTS]
 
 
-def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, expected: list[str]) -> None:
+def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, texts: list[str]) -> None:
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
     before = running.metric("chameleon_generation_tokens_total")
     name = client.models.list().data[0].id
     whole = client.completions.create(model=name, prompt=PROMPTS, max_tokens=TOKENS, temperature=0)
-    assert [choice.text for choice in whole.choices] == expected
-    for prompt, text in zip(PROMPTS[:4], expected[:4], strict=True):
-        stream = client.completions.create(model=name, prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True)
-        parts = [chunk.choices[0].text for chunk in stream]
+    assert [choice.text for choice in whole.choices] == texts
+    for prompt, text in zip(PROMPTS[:4], texts[:4], strict=True):
+        chunks = client.completions.create(model=name, prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True)
+        parts = [chunk.choices[0].text for chunk in chunks]
         assert "".join(parts) == text and len(parts) > 10
     scores = httpx.post(f"{running.url}/v1/score", json={"input": PROMPTS[:2]}, timeout=SECONDS).json()["data"]
     for score, ours in zip(scores, runtime.score(PROMPTS[:2]), strict=True):
@@ -106,79 +106,77 @@ def test_the_examples_are_taken(name: str) -> None:
     assert app(application["args"])
 
 
-async def _stream(client: httpx.AsyncClient, prompt: str) -> tuple[str, list[str], bool]:
-    """The text, the codes of the error events, and whether the stream ended as it should."""
-    text, errors, done = "", list[str](), False
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                done = True
-            elif line:
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    errors.append(event["error"]["code"])
-                else:
-                    text += "".join(choice["text"] for choice in event["choices"])
-    return text, errors, done
+def test_lm_eval_reads_the_results_of_one_machine(
+    running: Cluster, runtime: Runtime, bundle: Path, tmp_path: Path
+) -> None:
+    tasks = lm_evaluation.write_tasks(tmp_path / "tasks", runtime, documents=10)
+    _, samples = lm_evaluation.evaluate_server(tasks, tmp_path / "out", running.url, f"{bundle.name}:none")
+    assert len(samples) == 20
+    for sample in samples:
+        found, wanted = lm_evaluation.likelihoods(sample), lm_evaluation.expected(runtime, sample)
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+        assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in wanted]
 
 
-async def _under_load(running: Cluster, kill: bool) -> list[tuple[str, list[str], bool]]:
-    async with httpx.AsyncClient(
-        base_url=running.url, timeout=SECONDS, limits=httpx.Limits(max_connections=None)
-    ) as client:
-        streams = [asyncio.create_task(_stream(client, prompt)) for prompt in PROMPTS]
-        if kill:
-            await asyncio.sleep(0.3)
-            os.kill(running.replicas()[0].pid, signal.SIGKILL)
+async def _under_load(running: Cluster, kill: int | None = None) -> list[Answer]:
+    """Answer all prompts at once, while a replica is killed after some answers have begun."""
+    answers = [Answer() for _ in PROMPTS]
+    async with connect(running.url) as client:
+        streams = [asyncio.create_task(stream(client, *pair)) for pair in zip(PROMPTS, answers, strict=True)]
+        if kill is not None:
+            while sum(bool(answer.text) for answer in answers) < ROWS:
+                await asyncio.sleep(0.01)
+            os.kill(kill, signal.SIGKILL)
         return await asyncio.gather(*streams)
 
 
-def test_a_killed_replica_ends_only_the_streams_it_had_begun(running: Cluster, expected: list[str]) -> None:
+def _wait_for_another(running: Cluster, killed: int) -> None:
+    wait_for(lambda: len(running.replicas()) == 4 and killed not in {replica.pid for replica in running.replicas()})
+    wait_for(running.is_healthy)
+
+
+def test_a_killed_replica_ends_only_the_streams_it_had_begun(running: Cluster, texts: list[str]) -> None:
     wait_for(lambda: len(running.replicas()) == 4)
     began = time.monotonic()
-    assert [text for text, _, _ in asyncio.run(_under_load(running, kill=False))] == expected
+    assert [answer.text for answer in asyncio.run(_under_load(running))] == texts
     usual, broken = time.monotonic() - began, 0
-    for _ in range(KILLS):
+    for i in range(KILLS):
+        killed = running.replicas()[i % 4].pid
         began = time.monotonic()
-        for (text, errors, done), whole in zip(asyncio.run(_under_load(running, kill=True)), expected, strict=True):
-            if errors:
-                assert errors == ["closed"] and not done and text and whole.startswith(text.rstrip("\ufffd"))
+        for answer, text in zip(asyncio.run(_under_load(running, killed)), texts, strict=True):
+            if answer.errors:
+                assert answer.errors == ["closed"] and not answer.done
+                assert answer.events and text.startswith(answer.text.rstrip("\ufffd"))
                 broken += 1
             else:
-                assert done and text == whole
+                assert answer.done and answer.text == text
         assert time.monotonic() - began < usual + 10
-        wait_for(lambda: len(running.replicas()) == 4)
-        wait_for(running.is_healthy)
-    assert broken < KILLS * STREAMS
+        _wait_for_another(running, killed)
+    assert 0 < broken < KILLS * STREAMS / 4, "each replica had begun some of its streams, and others were waiting"
 
 
-def test_a_new_bundle_replaces_the_old_one_without_losing_a_request(
-    running: Cluster, bundle: Path, expected: list[str]
-) -> None:
-    async def load(until: asyncio.Event) -> int:
-        answered = 0
-        async with httpx.AsyncClient(base_url=running.url, timeout=SECONDS) as client:
-            while not until.is_set():
-                for text, errors, done in await asyncio.gather(*(_stream(client, prompt) for prompt in PROMPTS[:8])):
-                    assert done and not errors and text == expected[answered % 8]
-                    answered += 1
-        return answered
+@pytest.mark.parametrize(("sent", "broken"), [([b"data: 1\n\n"], True), ([b"data: 1\n\n", DONE], False)])
+def test_a_replica_that_dies_after_the_last_event_breaks_nothing(sent: list[bytes], broken: bool) -> None:
+    from ray.exceptions import RayActorError
 
-    async def run() -> int:
-        until = asyncio.Event()
-        loading = asyncio.create_task(load(until))
-        await asyncio.to_thread(running.deploy, bundle, replicas=4, routing="load", rows=4, drain_seconds=5)
-        until.set()
-        return await loading
+    from chameleon_deploy.serve.ray.ingress import _stream
 
-    assert asyncio.run(run()) > 0
+    async def rest() -> AsyncIterator[bytes]:
+        for part in sent[1:]:
+            yield part
+        raise RayActorError
+
+    async def read() -> list[bytes]:
+        return [part async for part in _stream(sent[0], rest())]
+
+    parts = asyncio.run(read())
+    assert parts[: len(sent)] == sent
+    assert [b'"closed"' in part for part in parts[len(sent) :]] == [True] * broken
 
 
-def test_a_node_goes_and_another_comes(running: Cluster, expected: list[str]) -> None:
+def test_a_node_goes_and_another_comes(running: Cluster, texts: list[str]) -> None:
     running.remove_node(running.nodes[1])
     running.add_node(3)
     wait_for(lambda: len(running.replicas()) == 4)
     wait_for(running.is_healthy)
-    assert [text for text, _, _ in asyncio.run(_under_load(running, kill=False))] == expected
+    assert [answer.text for answer in asyncio.run(_under_load(running))] == texts

@@ -1,11 +1,11 @@
 """A real tritonserver, the one of the package nvidia-pytriton, with a repository that export wrote.
 
-pip install nvidia-pytriton 'tritonclient[grpc]', then: python -m pytest -m triton tests/serve/test_triton.py
+`make scale` runs these. TRITON is an environment with nvidia-pytriton and chameleon-deploy[cpu], apart because the
+Python backend of tritonserver 2.51 aborts at the first text where numpy is 2. The tests want tritonclient[grpc].
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import queue
 import shutil
@@ -48,9 +48,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = importlib.util.find_spec("pytriton")
-    assert found is not None and found.origin is not None
-    home, work = Path(found.origin).parent / "tritonserver", tmp_path_factory.mktemp("triton")
+    environment, work = Path(os.environ["TRITON"]), tmp_path_factory.mktemp("triton")
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    home = packages / "pytriton" / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copytree(home / "backends", work / "backends")
     shutil.copy(home / "python_backend_stubs" / version / "triton_python_backend_stub", work / "backends" / "python")
@@ -65,8 +65,8 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         **os.environ,
         "CHAMELEON_DEPLOY_CACHE": str(work / "cache"),
         # The stub was moved away from its libraries, and links to libpython.
-        "LD_LIBRARY_PATH": f"{home.parents[1] / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the stub takes the environment of this python3
+        "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
+        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",  # the stub takes the environment of this python3
     }
     with subprocess.Popen(command, env=env, cwd=REPOSITORY) as process:
         running = Server(f"127.0.0.1:{port}", bundle.name)

@@ -17,7 +17,7 @@ from chameleon_deploy.serve import metrics
 from chameleon_deploy.serve.affinity import Affinity
 from chameleon_deploy.serve.bodies import DisconnectedError, read_body
 from chameleon_deploy.serve.errors import ApiError, api_error, error_response
-from chameleon_deploy.serve.event_stream import event
+from chameleon_deploy.serve.event_stream import DONE, event
 from chameleon_deploy.serve.ray.replica import Head
 from chameleon_deploy.serve.routing import Routing
 from chameleon_deploy.serve.service import Settings
@@ -87,16 +87,19 @@ def _response(head: Head, rest: Any) -> Response:
 
 
 async def _stream(first: bytes, rest: Any) -> AsyncIterator[bytes]:
-    """The bytes of a stream. A replica that dies ends it with one error event."""
+    """The bytes of a stream. A replica that dies before it has sent all of them ends it with one error event."""
     ended = False
     try:
         yield first
+        ended = first.endswith(DONE)
         async for part in rest:
             yield part
+            ended = part.endswith(DONE)
         ended = True
     except RayActorError:
-        ended = True
-        yield event(ApiError(503, "closed", "the replica died before the end of the stream").body)
+        if not ended:
+            ended = True
+            yield event(ApiError(503, "closed", "the replica died before the end of the stream").body)
     finally:
         if not ended:
             rest.cancel()

@@ -1,0 +1,83 @@
+"""What routing by cluster is worth on a cluster that runs: factor sets and rows of a step, and tokens per second.
+
+    serve run chameleon_deploy.serve.ray:app bundle=BUNDLE replicas=2 routing=cluster      # and again with routing=load
+    python experiments/affinity.py http://127.0.0.1:8000 --bundle BUNDLE
+
+Prompts are Python's own texts, of clusters that follow Zipf's law. Each stream sends its next request when its last one
+has ended. The metrics of the replicas tell rows and factor sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+
+import httpx
+
+import chameleon_deploy
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+
+ZIPF = 1.2
+
+
+def draw(bundle: str, count: int, characters: int) -> list[str]:
+    """Return prompts whose clusters are drawn by Zipf's law; the same for every routing."""
+    runtime = chameleon_deploy.load(bundle, threads=1)
+    texts = [text[:characters] for kind in KINDS for text in python_texts(kind)[:200]]
+    of_cluster: dict[int, list[str]] = {}
+    for text, cluster_id in zip(texts, runtime.embed(runtime.encode(texts))[1].tolist(), strict=True):
+        of_cluster.setdefault(cluster_id, []).append(text)
+    groups = list(of_cluster.values())
+    random.seed(0)
+    weights = [1 / (rank + 1) ** ZIPF for rank in range(len(groups))]
+    return [random.choice(group) for group in random.choices(groups, weights, k=count)]
+
+
+async def load(url: str, prompts: list[str], streams: int, tokens: int) -> None:
+    """Complete all prompts."""
+    left = list(reversed(prompts))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        while left:
+            body = {"prompt": left.pop(), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(work(client) for _ in range(streams)))
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Return the samples without labels, by name."""
+    lines = [line.split() for line in httpx.get(f"{url}/metrics", timeout=60).text.splitlines()]
+    return {words[0]: float(words[1]) for words in lines if len(words) == 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--characters", type=int, default=300, help="of a prompt")
+    given = parser.parse_args()
+    prompts = draw(given.bundle, given.requests, given.characters)
+    asyncio.run(load(given.url, prompts[: given.streams], given.streams, given.tokens))  # connections, caches
+    before, begin = metrics(given.url), time.perf_counter()
+    asyncio.run(load(given.url, prompts, given.streams, given.tokens))
+    seconds = time.perf_counter() - begin
+    grown = {name: value - before.get(name, 0) for name, value in metrics(given.url).items()}
+    steps = grown["chameleon_batch_rows_count"]
+    print(json.dumps({
+        "tokens_per_second": round(given.requests * given.tokens / seconds, 1),
+        "rows_per_step": round(grown["chameleon_batch_rows_sum"] / steps, 2),
+        "factor_sets_per_step": round(grown["chameleon_batch_factor_sets_sum"] / steps, 2),
+        "step_ms": round(1e3 * grown["chameleon_step_seconds_sum"] / steps, 2),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
