@@ -88,7 +88,8 @@ def build_graphs(
     if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
         layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
         config = source.config
-        hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
+        float16 = precision == "int8"
+        hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file, float16)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
     graphs["logits_scorer"] = Graph(build_logits_scorer(model), "logits_scorer", DEVICES)

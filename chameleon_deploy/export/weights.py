@@ -20,6 +20,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray, StoredTensor
+from chameleon_deploy.errors import TensorError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 MADV_PAGEOUT = 21  # a Linux constant that Python's mmap module lacks
@@ -78,6 +79,9 @@ class GraphWeights:
         page_out(self._state[name])
         return value
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
     def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
         """Return linear weights [out, in] as MatMul takes them, [in, out]; several are concatenated under a new
         name.
@@ -92,6 +96,17 @@ class GraphWeights:
         """Return an array under a new name."""
         value: ir.Value = self._builder.initializer(self._file.add(name, array), name)
         return value
+
+
+def narrowed(array: FloatArray, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
+    """Return an array rounded to a narrower floating-point type. Raises TensorError, with the name of the array, for
+    values that the type cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype)
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise TensorError(f"{name} holds values that {dtype} cannot: export with --precision bf16 or fp32")
+    return rounded
 
 
 def page_out(tensor: Tensor) -> None:

@@ -15,14 +15,17 @@ from onnxscript import GraphBuilder
 
 import chameleon_deploy
 from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
+from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.families.gpt2 import GPT2
+from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.digits import costs, take_two
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
+from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -187,6 +190,21 @@ def test_the_head_and_the_embedding_are_stored_once(int8_bundle: Path) -> None:
             tensor: Any = value.const_value
             if name.startswith(("lm_head.weight.int8", "transformer.wte.weight.int8")):
                 assert head.offset <= tensor.offset < tensor.offset + tensor.nbytes <= head.offset + head.nbytes
+
+
+def test_the_hypernetwork_is_stored_in_float16(int8_bundle: Path) -> None:
+    """Its last layer: nearly all of its bytes."""
+    stored = {str(v.name): v.dtype for v in ir.load(int8_bundle / "hypernetwork.onnx").graph.initializers.values()}
+    halves = {name for name, dtype in stored.items() if dtype == ir.DataType.FLOAT16}
+    assert halves == {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
+
+
+def test_factors_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    weight, bias = np.ones((LLAMA.hidden_size + LLAMA.vocab_size, 4), np.float32), np.zeros(16, np.float32)
+    with WeightsFile(tmp_path / "fits") as file:
+        build_hypernetwork([(weight, bias)], 1, 65504, LLAMA, file, float16=True)
+    with WeightsFile(tmp_path / "overflows") as file, pytest.raises(TensorError, match=r"lora_B.weight holds values"):
+        build_hypernetwork([(weight, bias)], 1, 65536, LLAMA, file, float16=True)
 
 
 @pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])

@@ -14,7 +14,15 @@ from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
 from chameleon_deploy.export.families.llama import LLAMA
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
-from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
+from chameleon_deploy.export.int8.calibration import (
+    INT8_MAX,
+    MARGIN,
+    Products,
+    calibrate,
+    calibration_texts,
+    centre_and_steps,
+    steps_of,
+)
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.progress import silent
@@ -65,7 +73,9 @@ def test_a_rotation_is_its_own_inverse_and_leaves_a_layer_norm_what_it_is(channe
 
 @pytest.mark.parametrize("name", ["mini", "llama"])
 def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
-    """Also on a Llama with fewer key-value heads than heads. What norms, keys and values are is within 127."""
+    """Also on a Llama with fewer key-value heads than heads. What norms, keys and values are fills the range of int8,
+    norms around zero.
+    """
     checkpoint: Checkpoint = request.getfixturevalue(name)
     trunk, model = copy.deepcopy(checkpoint.trunk), model_spec(checkpoint)
     with torch.no_grad():
@@ -84,13 +94,35 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
     assert torch.equal(rotated.token_embedding, trunk.token_embedding)
     again = calibrate(rotated, model, texts, silent)
     for seen in again.layers:
-        for value in (seen.norm_1, seen.norm_2, seen.values):
-            assert torch.allclose(value, torch.tensor(127.0), rtol=1e-3)
-        assert seen.keys.max() < 127.1
+        for extremes in (seen.norm_1, seen.norm_2):
+            centre, steps = centre_and_steps(extremes)
+            assert centre.abs().max() < 0.1
+            assert torch.allclose(steps, torch.tensor(1.0), rtol=1e-3)
+        for absmax in (seen.keys, seen.values):
+            assert torch.allclose(steps_of(absmax), torch.tensor(1.0), rtol=1e-3)
     # The statistics have followed what the trunk has become.
     for matrix, products in again.inputs.items():
         for group, followed in zip(products.groups, statistics.inputs[matrix].groups, strict=True):
             assert (group - followed).abs().max() < 1e-3 * group.abs().max(), matrix
+
+
+@pytest.mark.parametrize("offset", [-30.0, 0.0, 30.0])
+def test_steps_do_not_depend_on_where_a_range_lies(offset: float) -> None:
+    x = torch.linspace(-1, 1, 100) + offset
+    centre, steps = centre_and_steps(torch.stack([x.amax(), (-x).amax()])[:, None])
+    assert torch.allclose(centre, torch.tensor(offset), atol=1e-4)
+    assert torch.allclose(steps, torch.tensor(MARGIN / INT8_MAX), rtol=1e-4)
+
+
+def test_products_follow_a_centre() -> None:
+    x, centre = torch.randn(50, 300, generator=torch.Generator().manual_seed(7)) + 2, torch.full((300,), 1.5)
+    followed, expected = Products(), Products()
+    followed.add(x)
+    followed.subtract(centre)
+    expected.add(x - centre)
+    for ours, theirs in zip(followed.groups, expected.groups, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-2)
+    assert torch.allclose(followed.total, expected.total, atol=1e-3)
 
 
 def test_balanced_channels_cost_less_to_round(llama: Checkpoint) -> None:

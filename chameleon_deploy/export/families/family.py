@@ -119,6 +119,8 @@ class Family:
     layers              the layers of a reference, first to last
     matrix_names        names in the graph of the matrices of layer i
     layer_targets       PEFT names of the linear layers of layer i
+    add_biases          gives a reference biases of zeros in the norms of its layers and in the linear layers after
+                        them, where it has none; `build_trunk` then builds them
     """
 
     name: str
@@ -130,6 +132,7 @@ class Family:
     layers: Callable[[Trunk], Iterator[Layer]]
     matrix_names: Callable[[int], MatrixNames]
     layer_targets: Callable[[int], LayerTargets]
+    add_biases: Callable[[Trunk], None]
 
     def last_norm_of(self, trunk: Trunk) -> nn.Module:
         """Return the module whose outputs are the final hidden states."""

@@ -91,4 +91,5 @@ GPT2 = Family(
     layers=layers,
     matrix_names=matrix_names,
     layer_targets=layer_targets,
+    add_biases=lambda trunk: None,  # GPT-2 has them
 )

@@ -56,7 +56,8 @@ def build_trunk(
     def norm(x: Any, name: str) -> Any:
         """Return x / sqrt(mean(x^2) + epsilon) * weight, in the operators that ONNX Runtime fuses into one."""
         mean = op.ReduceMean(op.Pow(x, real(op, 2.0)), integers(op, [-1]))
-        return op.Mul(op.Div(x, op.Sqrt(op.Add(mean, real(op, epsilon)))), weights(f"{name}.weight"))
+        y = op.Mul(op.Div(x, op.Sqrt(op.Add(mean, real(op, epsilon)))), weights(f"{name}.weight"))
+        return op.Add(y, weights(f"{name}.bias")) if f"{name}.bias" in weights else y
 
     x = op.Gather(token_embedding, inputs.input_ids)
     bias = attention_bias(op, inputs.past[0][0], inputs.input_ids, inputs.attention_mask)
@@ -69,6 +70,9 @@ def build_trunk(
         """Return the product with the targets' weights, side by side."""
         parts = [f"{target}.weight" for target in targets]
         y = op.MatMul(x, weights.side_by_side(matrix, parts))
+        biases = [f"{target}.bias" for target in targets]
+        if biases[0] in weights:
+            y = op.Add(y, weights.side_by_side(f"{matrix.removesuffix('.weight')}.bias", biases))
         return inputs.updates.add(y, x, at, list(zip(targets, sizes, strict=True)))
 
     present = []
@@ -106,6 +110,17 @@ def _linear(of: Any, part: str) -> Linear:
     return Linear(linear.weight.T, linear.bias)
 
 
+def add_biases(trunk: Trunk) -> None:
+    """See `Family`."""
+    for block in trunk.causal_lm.base_model.layers:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.register_parameter("bias", torch.nn.Parameter(torch.zeros_like(norm.weight)))
+            norm.register_forward_hook(lambda module, inputs, output: output + module.bias)
+        attn, mlp = block.self_attn, block.mlp
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+
+
 def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:
     """Return cosines and sines float32 [max_positions, head_dim / 2] as the reference computes them, with any
     scaling of the model applied.
@@ -127,4 +142,5 @@ LLAMA = Family(
     layers=layers,
     matrix_names=matrix_names,
     layer_targets=layer_targets,
+    add_biases=add_biases,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chameleon_deploy.bundle import AdaptationSpec, ModelSpec
 from chameleon_deploy.export.int8.basis import basis_of
-from chameleon_deploy.export.int8.calibration import INT8_MAX, Absmax, Statistics, calibrate
+from chameleon_deploy.export.int8.calibration import INT8_MAX, MARGIN, Extremes, Statistics, calibrate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.adapters import Factors, adapted
 from chameleon_deploy.reference.model import Trunk
@@ -26,12 +26,12 @@ def calibrate_with_adapters(
     texts: Sequence[Tensor],
     report: Progress,
 ) -> Statistics:
-    """Return the statistics of the base model, with the absmax of all adapters too.
+    """Return the statistics of the base model, with the extremes of all adapters too.
 
     trunk, rotated  the base model, and its rotated form
     """
     statistics = calibrate(rotated, model, texts, report)
-    unscaled = [Absmax(*(torch.full_like(value, INT8_MAX) for value in _values(seen))) for seen in statistics.layers]
+    unscaled = [_of_steps_of_one(seen) for seen in statistics.layers]
     tensors, shifts = basis_of(trunk, model, unscaled).of([target.name for target in spec.targets])
     for factors in adapters:
         with adapted(rotated, enter_basis(factors, spec, tensors), shifts):
@@ -44,5 +44,10 @@ def calibrate_with_adapters(
     return statistics
 
 
-def _values(absmax: Absmax) -> list[Tensor]:
-    return [getattr(absmax, field.name) for field in fields(absmax)]
+def _of_steps_of_one(extremes: Extremes) -> Extremes:
+    norm, cached = (torch.full_like(seen, INT8_MAX) for seen in (extremes.norm_1, extremes.keys))
+    return Extremes(norm / MARGIN, norm / MARGIN, cached, cached)
+
+
+def _values(extremes: Extremes) -> list[Tensor]:
+    return [getattr(extremes, field.name) for field in fields(extremes)]

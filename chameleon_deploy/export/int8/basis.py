@@ -4,8 +4,8 @@ rotation.py rotates and scales what linear layers read and write. Factors of an 
 A follows the change of a layer's input, B that of its output, exactly as the layer's own matrix does. Adapter files are
 therefore the same for every precision.
 
-A layer norm's bias, which rotation.py folds into the biases of the next layers, is missing from what A reads. It is
-added back as a shift of A's input.
+A layer norm's bias and the centre of its outputs, which rotation.py folds into the biases of the next layers, are
+missing from what A reads. They are added back as a shift of A's input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import INT8_MAX, Absmax
+from chameleon_deploy.export.int8.calibration import Extremes, centre_and_steps, steps_of
 from chameleon_deploy.manifest import basis_names
 from chameleon_deploy.reference.model import Trunk
 
@@ -30,7 +30,7 @@ class Basis:
     """The basis of every layer.
 
     tensors  what basis.safetensors has of a layer, see `basis_names`
-    shifts   [in_features], for layers after a norm with a bias
+    shifts   [in_features], for layers after a norm
     """
 
     def __init__(self) -> None:
@@ -51,22 +51,22 @@ class Basis:
 
 
 @torch.no_grad()
-def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax], balances: Sequence[Tensor | None] = ()) -> Basis:
+def basis_of(
+    trunk: Trunk, model: ModelSpec, extremes: Sequence[Extremes], balances: Sequence[Tensor | None] = ()
+) -> Basis:
     """Return the basis that `rotate_trunk`, `balance_trunk` and `scale_trunk` give a trunk.
 
     trunk     the base model, which is not rotated
-    absmax    of every layer, of the statistics that are passed to `scale_trunk`
+    extremes  of every layer, of the statistics that are passed to `scale_trunk`
     balances  of every layer, from `balance_trunk`; none if it has not been called
     """
     family, basis = family_of(model.architecture), Basis()
     residual, head = block_of(model.hidden_size), block_of(model.head_dim)
     groups = model.num_attention_heads // model.num_key_value_heads
     balances = balances or [None] * model.num_layers
-    for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), absmax, balances, strict=True)):
+    for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), extremes, balances, strict=True)):
         names = family.layer_targets(i)
-        key, value = seen.keys / INT8_MAX, seen.values / INT8_MAX
-        if family.rotary_tables:
-            key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
+        key, value = steps_of(seen.keys), steps_of(seen.values)
         of_queries = value.repeat_interleave(groups, 0).flatten()
         outputs = [(1, key.repeat_interleave(groups, 0).flatten()), (1, 1 / key.flatten()), (head, 1 / value.flatten())]
         if len(names.qkv) == 1:  # one layer has all three
@@ -77,23 +77,19 @@ def basis_of(trunk: Trunk, model: ModelSpec, absmax: Sequence[Absmax], balances:
         ups = [([1], inner) for _ in layer.ups]
         if balance is not None:
             ups[1] = [1], balance
-        for norm, scales, targets, outs in (
-            (layer.norm_1, seen.norm_1 / INT8_MAX, names.qkv, joined),
-            (
-                layer.norm_2,
-                seen.norm_2 / INT8_MAX,
-                names.up,
-                ups,
-            ),
+        for norm, seen_norm, targets, outs in (
+            (layer.norm_1, seen.norm_1, names.qkv, joined),
+            (layer.norm_2, seen.norm_2, names.up, ups),
         ):
             weight, bias = norm.weight, getattr(norm, "bias", None)
+            shift, steps = centre_and_steps(seen_norm)
             if bias is not None:
                 least = SMALLEST * weight.abs().max()
                 weight = torch.where(weight.abs() < least, least, weight)
+                shift = shift + rotate(bias / weight)
             for target, (blocks, out) in zip(targets, outs, strict=True):
-                basis.add(target, weight, residual, scales, blocks, out)
-                if bias is not None:
-                    basis.shifts[target] = (rotate(bias / weight) / scales).numpy()
+                basis.add(target, weight, residual, steps, blocks, out)
+                basis.shifts[target] = (shift / steps).numpy()
         hidden = torch.ones(model.hidden_size)
         basis.add(names.o[0], torch.ones_like(of_queries), head, of_queries, [residual], hidden)
         basis.add(names.down[0], inner, 1, 1 / (inner if balance is None else balance), [residual], hidden)

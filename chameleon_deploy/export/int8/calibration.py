@@ -32,17 +32,19 @@ from chameleon_deploy.texts import read_texts
 TEXTS = slice(100, 106)  # of each kind of Python's text; `verify` uses the hundred before
 LONG = 12, 512  # how many long texts, and the tokens of each
 BEGINNINGS = 64, 32
-MARGIN = 1.1  # over the observed absmax
+MARGIN = 1.1  # over the observed range of a norm's outputs; of keys and values, coarser steps cost more than saturation
 INT8_MAX = 127  # the largest int8 value; -128 is not used
+SMALLEST_STEP = 1e-8  # of a channel that is never used
 GROUP = 256  # channels whose products with each other are stored
 
 
 @dataclass
-class Absmax:
-    """The absmax of each channel of a layer, including the margin.
+class Extremes:
+    """The extreme values of each channel of a layer.
 
-    norm_1, norm_2  of the norms' outputs, [hidden]
-    keys, values    [key-value heads, head_dim]
+    norm_1, norm_2  of the norms' outputs, [2, hidden]: the largest of x and of -x
+    keys, values    absmax, [key-value heads, head_dim]; of keys with a rotary embedding, the largest norm of the two
+                    coordinates that rotate together, so that it holds at every position
     """
 
     norm_1: Tensor
@@ -56,13 +58,20 @@ class Products:
     """Sums over tokens of x^T x for the inputs x [tokens, n] of a matrix, in groups of 256 channels.
 
     groups  float32 [256, 256] each, fewer for the last
+    total   the sum of x, float32 [n]
+    tokens  how many
     """
 
     groups: list[Tensor] = field(default_factory=list)
+    total: Tensor = field(default_factory=lambda: torch.zeros(1))
+    tokens: int = 0
 
     def add(self, x: Tensor) -> None:
         """Add activations x [..., n]."""
-        parts = x.flatten(0, -2).split(GROUP, -1)
+        rows = x.flatten(0, -2)
+        parts = rows.split(GROUP, -1)
+        self.total = self.total + rows.sum(0)
+        self.tokens += len(rows)
         self.groups = self.groups or [torch.zeros(part.shape[1], part.shape[1]) for part in parts]
         for group, part in zip(self.groups, parts, strict=True):
             group.addmm_(part.T, part)
@@ -75,23 +84,32 @@ class Products:
         """Change them to those of x / by, float32 [n]."""
         for group, part in zip(self.groups, by.split(GROUP), strict=True):
             group.div_(part).div_(part[:, None])
+        self.total = self.total / by
 
-    def rotated(self) -> list[Tensor]:
-        """Return the groups of x H."""
-        return [rotate(rotate(group).T.contiguous()) for group in self.groups]
+    def subtract(self, centre: Tensor) -> None:
+        """Change them to those of x - centre, float32 [n]."""
+        parts = zip(self.groups, self.total.split(GROUP), centre.split(GROUP), strict=True)
+        for group, total, part in parts:
+            group.addr_(part, total, alpha=-1).addr_(total - self.tokens * part, part, alpha=-1)
+        self.total = self.total - self.tokens * centre
+
+    def rotated(self) -> Products:
+        """Return those of x H."""
+        groups = [rotate(rotate(group).T.contiguous()) for group in self.groups]
+        return Products(groups, rotate(self.total), self.tokens)
 
 
 @dataclass
 class Statistics:
     """What calibration has seen.
 
-    layers  the absmax of every layer, first to last
-    head    the absmax of the rotated inputs of the head, [hidden]
+    layers  the extremes of every layer, first to last
+    head    those of the rotated inputs of the head, [2, hidden]
     inputs  products of the inputs of each matrix, by the graph's name; those of an activation function and of the head
             before their rotation
     """
 
-    layers: list[Absmax]
+    layers: list[Extremes]
     head: Tensor
     inputs: dict[str, Products]
 
@@ -101,28 +119,30 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     from transformers import DynamicCache
 
     family = family_of(model.architecture)
-    hidden, heads = (model.hidden_size,), (model.num_key_value_heads, model.head_dim)
-    layers = [Absmax(*(_unseen(shape) for shape in (hidden, hidden, heads, heads))) for _ in range(model.num_layers)]
+    hidden, heads = (2, model.hidden_size), (model.num_key_value_heads, model.head_dim)
+    layers = [Extremes(*(_unseen(shape) for shape in (hidden, hidden, heads, heads))) for _ in range(model.num_layers)]
     seen, hooks = Statistics(layers, _unseen(hidden), {}), []
 
-    def see(name: str, x: Tensor, absmax: Tensor | None) -> None:
+    def see(name: str, x: Tensor, extremes: Tensor | None) -> None:
         seen.inputs.setdefault(name, Products()).add(x)
-        if absmax is not None:
-            _update(absmax, rotate(x) if name == HEAD else x)
+        if extremes is not None:
+            x = rotate(x) if name == HEAD else x
+            _update(extremes, torch.stack([x, -x]))
 
-    for layer, absmax in zip(family.layers(trunk), layers, strict=True):
-        fixed = absmax.norm_1, None, absmax.norm_2, None
-        for name, module, scale in zip(layer.names, layer.readers, fixed, strict=True):
-            before = lambda module, inputs, name=name, scale=scale: see(name, inputs[0], scale)  # noqa: E731
+    for layer, extremes in zip(family.layers(trunk), layers, strict=True):
+        fixed = extremes.norm_1, None, extremes.norm_2, None
+        for name, module, taken in zip(layer.names, layer.readers, fixed, strict=True):
+            before = lambda module, inputs, name=name, taken=taken: see(name, inputs[0], taken)  # noqa: E731
             hooks.append(module.register_forward_pre_hook(before))
     last_norm = family.last_norm_of(trunk)
     hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, seen.head)))
     for done, rows in enumerate(texts):
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
-        for absmax, (key, value, *_) in zip(layers, cache, strict=True):
-            _update(absmax.keys, key)
-            _update(absmax.values, value)
+        for extremes, (key, value, *_) in zip(layers, cache, strict=True):
+            norms = key.unflatten(-1, (2, -1)).norm(dim=-2).repeat(1, 1, 1, 2) if family.rotary_tables else key.abs()
+            _update(extremes.keys, norms.transpose(0, 1))
+            _update(extremes.values, value.abs().transpose(0, 1))
     report("calibrate", len(texts), len(texts))
     for hook in hooks:
         hook.remove()
@@ -130,13 +150,26 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
 
 
 def _unseen(shape: tuple[int, ...]) -> Tensor:
-    """A channel that is never used has an absmax close to zero."""
-    return torch.full(shape, 1e-6)
+    return torch.full(shape, -torch.inf)
 
 
-def _update(absmax: Tensor, x: Tensor) -> None:
-    """Update absmax with x [texts, tokens, hidden] or [texts, key-value heads, tokens, head_dim]."""
-    torch.maximum(absmax, x.abs().amax((0, -2)) * MARGIN, out=absmax)
+def _update(extremes: Tensor, x: Tensor) -> None:
+    """Update extremes [n, channels] with x [n, texts, tokens, channels]."""
+    torch.maximum(extremes, x.amax((1, 2)), out=extremes)
+
+
+def steps_of(absmax: Tensor) -> Tensor:
+    """Return the steps of int8 values from zero to either side."""
+    return (absmax / INT8_MAX).clamp_min(SMALLEST_STEP)
+
+
+def centre_and_steps(extremes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centre of each channel of a norm's outputs, and the steps of int8 values around it, [hidden] each.
+
+    extremes  [2, hidden], see `Extremes`
+    """
+    high, low = extremes
+    return (high - low) / 2, steps_of((high + low) / 2 * MARGIN)
 
 
 def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor]:

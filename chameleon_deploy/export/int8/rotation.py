@@ -4,7 +4,8 @@ residual stream  rotated (hadamard.py) from after the embedding to before the la
                  Matrices that write to it write rotated values; the norms' weights are folded into the next matrices
 values           rotated head by head, and rotated back by the output projection of attention
 keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied
-norms            their outputs are divided by int8 scales too, by which the layers' matrices are multiplied
+norms            the centre of each channel's range is subtracted from their outputs, and what the next matrices make of
+                 it is added to the biases; then they are divided by int8 scales, by which the matrices are multiplied
 gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
                  that a channel of large values has small weights, and the reverse
 
@@ -25,7 +26,7 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import INT8_MAX, Statistics
+from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps, steps_of
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -34,6 +35,7 @@ def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
     """Return a copy with the residual stream and the values rotated. Its token embedding is the same."""
     rotated = Trunk(copy.deepcopy(trunk.causal_lm), trunk.tokenizer)
     family, head = family_of(model.architecture), block_of(model.head_dim)
+    family.add_biases(rotated)
     for layer in family.layers(rotated):
         _take_norm(layer.norm_1, [layer.q, layer.k, layer.v])
         _take_norm(layer.norm_2, layer.ups)
@@ -81,20 +83,21 @@ def _relative(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
-    """Scale keys, values and norm outputs to the range of int8, -127 to 127, without rounding them, and change the
-    statistics of the inputs that this changes.
+    """Scale keys, values and centred norm outputs to the range of int8, -127 to 127, without rounding them, and change
+    the statistics of the inputs that this changes.
     """
     family, groups = family_of(model.architecture), model.num_attention_heads // model.num_key_value_heads
     for layer, seen in zip(family.layers(trunk), statistics.layers, strict=True):
-        for norm, absmax, name, linears in (
+        for norm, extremes, name, linears in (
             (layer.norm_1, seen.norm_1, layer.names.qkv, [layer.q, layer.k, layer.v]),
             (layer.norm_2, seen.norm_2, layer.names.up, layer.ups),
         ):
-            _scale_norm(norm, absmax / INT8_MAX, linears)
-            statistics.inputs[name].divide(absmax / INT8_MAX)
-        key, value = seen.keys / INT8_MAX, seen.values / INT8_MAX
-        if family.rotary_tables:  # the two coordinates of a rotary embedding share one scale
-            key = torch.stack(key.chunk(2, -1)).amax(0).repeat(1, 2)
+            centre, steps = centre_and_steps(extremes)
+            _centre_norm(norm, centre, linears)
+            _scale_norm(norm, steps, linears)
+            statistics.inputs[name].subtract(centre)
+            statistics.inputs[name].divide(steps)
+        key, value = steps_of(seen.keys), steps_of(seen.values)
         _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
         _multiply_outputs(layer.k, 1 / key.flatten())
         _multiply_outputs(layer.v, 1 / value.flatten())
@@ -104,15 +107,20 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
 
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:
-    """Fold the weights of a norm into the matrices that follow it, whose inputs are rotated from then on."""
-    bias: Tensor | None = getattr(norm, "bias", None)
+    """Fold the parameters of a norm into the layers that follow it, whose inputs are rotated from then on."""
+    _centre_norm(norm, norm.bias.clone(), linears)
     for linear in linears:
-        if bias is not None and linear.bias is not None:
-            linear.bias.add_(bias @ linear.matrix)
         linear.matrix.copy_(rotate((norm.weight[:, None] * linear.matrix).T).T)
     norm.weight.fill_(1)
-    if bias is not None:
-        bias.zero_()
+
+
+def _centre_norm(norm: Any, centre: Tensor, linears: list[Linear]) -> None:
+    """Subtract a vector from a norm's outputs, and add what the next layers make of it to their biases."""
+    norm.bias.sub_(centre)
+    for linear in linears:
+        if linear.bias is None:
+            raise ValueError("a layer after a norm has no bias")
+        linear.bias.add_(centre @ linear.matrix)
 
 
 def _scale_norm(norm: Any, scale: Tensor, linears: list[Linear]) -> None:

@@ -3,8 +3,8 @@
 ONNX Runtime's dynamic quantisation takes one scale for a whole tensor, so that one request changes the results of the
 other rows. Here activations are rounded to int8, multiplied by int8 weights in one integer product, and scaled back:
 
-    after a norm     the scales were fixed at export (rotation.py): nothing is searched, divided or scaled back, and the
-                     bias is added by the operator
+    after a norm     centres and scales were fixed at export (rotation.py): nothing is searched, divided or scaled back,
+                     and the bias is added by the operator
     everything else  one scale per row, from its absmax: outputs of attention and activation functions vary too much
                      from row to row for fixed scales
 
@@ -45,9 +45,16 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
     after_norm = {name for names in layers for name in (names.qkv, names.up)}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
-    part = constant(graph, "int8_rows.part", np.float32(1 / INT8_MAX))
-    one = constant(graph, "int8_rows.one", np.float32(1))
-    finer = constant(graph, "int8_rows.finer", np.float32(RESIDUAL))
+    one, of_row, one_finer, of_row_finer, part = (
+        constant(graph, f"int8_rows.{name}", np.float32(value))
+        for name, value in (
+            ("one", 1),
+            ("of_row", 1 / INT8_MAX),
+            ("one_finer", 1 / RESIDUAL),
+            ("of_row_finer", 1 / INT8_MAX / RESIDUAL),
+            ("part", 1 / RESIDUAL),
+        )
+    )
     zero_point = constant(graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
 
     def rounded_product(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, x_scale: Any = one) -> Any:
@@ -55,15 +62,18 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
         return op.MatMulIntegerToFloat(rounded, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
 
     def with_residual(op: Any, x: Any, weight: Any, scale: Any, x_scale: Any = one) -> Any:
-        residual = op.Sub(x, op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero_point), x_scale, zero_point))
-        both = rounded_product(op, op.Concat(x, op.Mul(residual, finer), axis=0), weight, scale, x_scale=x_scale)
-        coarse, fine = op.Split(both, axis=0, num_outputs=2, _outputs=2)
-        return op.Add(coarse, op.Div(fine, finer))
+        rounded = op.QuantizeLinear(x, x_scale, zero_point)
+        residual = op.Sub(x, op.DequantizeLinear(rounded, x_scale, zero_point))
+        finer = one_finer if x_scale is one else of_row_finer
+        both = op.Concat(rounded, op.QuantizeLinear(residual, finer, zero_point), axis=0)
+        y = op.MatMulIntegerToFloat(both, weight, x_scale, scale, zero_point, _domain="com.microsoft")
+        coarse, fine = op.Split(y, axis=0, num_outputs=2, _outputs=2)
+        return op.Add(coarse, op.Mul(fine, part))
 
     def by_row(inner: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
             absmax = op.Max(op.ReduceMax(op.Abs(x), last_axis), smallest)  # [..., 1]
-            return op.Mul(inner(op, op.Mul(x, op.Reciprocal(absmax)), weight, scale, x_scale=part), absmax)
+            return op.Mul(inner(op, op.Mul(x, op.Reciprocal(absmax)), weight, scale, x_scale=of_row), absmax)
 
         return product
 
@@ -73,11 +83,11 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
     def with_bias(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
         return op.Add(weight_only(op, x, weight, scale), bias)
 
-    def head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-        return op.Gemm(x, op.DequantizeLinear(weight, scale, axis=0), transB=1)
+    def head(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+        return op.Gemm(x, op.DequantizeLinear(weight, scale, axis=0), bias, transB=1)
 
-    def rounded_head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-        return rounded_product(op, x, op.Transpose(weight, perm=[1, 0]), scale)
+    def rounded_head(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+        return rounded_product(op, x, op.Transpose(weight, perm=[1, 0]), scale, bias)
 
     def lookup(op: Any, weight: Any, scale: Any, ids: Any) -> Any:
         return op.Gather(op.DequantizeLinear(weight, scale, axis=0), ids)

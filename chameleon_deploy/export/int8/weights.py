@@ -23,16 +23,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import LM_HEAD, ModelSpec
 from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
-from chameleon_deploy.export.int8.calibration import GROUP, INT8_MAX, Statistics
+from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps
 from chameleon_deploy.export.int8.gptq import column_scales, round_weights
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.progress import Progress
 
+HEAD_BIAS = f"{LM_HEAD}.bias"
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
@@ -44,28 +45,31 @@ def quantize_weights(
     """
     layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
     after_activation, done = {names.down for names in layers}, itertools.count()
+    centre, steps = centre_and_steps(statistics.head)
 
     def product(op: Any, x: Any, weight: Any) -> Any:
         report("round weights", next(done), 4 * len(layers) + 1)
         matrix, products = torch.tensor(weight.const_value.numpy()), statistics.inputs[weight.name]
         groups = products.groups
         if weight.name in after_activation:
-            matrix, groups = rotate(matrix.T).T, products.rotated()
+            matrix, groups = rotate(matrix.T).T, products.rotated().groups
             x = rotated(op, x, len(matrix), decoder.graph)
         return op.MatMul(x, op.DequantizeLinear(*store(op, weight.name, *round_weights(matrix, groups)), axis=1))
 
     def head(op: Any, x: Any, weight: Any) -> Any:
-        """Rotate and scale the inputs here, since the update shares the last norm."""
+        """Rotate, centre and scale the inputs here, since the update shares the last norm."""
         report("round weights", next(done), 4 * len(layers) + 1)
-        matrix, steps = rotate(torch.tensor(weight.const_value.numpy())), statistics.head / INT8_MAX
+        matrix = rotate(torch.tensor(weight.const_value.numpy()))
         x = rotated(op, x, matrix.shape[1], decoder.graph)
+        x = op.Sub(x, constant(decoder.graph, "int8_weights.centre", centre.numpy()))
         x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / steps).numpy()))
-        groups = [
-            group / part / part[:, None]
-            for group, part in zip(statistics.inputs[HEAD].rotated(), steps.split(GROUP), strict=True)
-        ]
-        int8, scale = round_weights((matrix * steps).T, groups)
-        return op.Gemm(x, op.DequantizeLinear(*store(op, HEAD, int8.T, scale), axis=0), transB=1)
+        products = statistics.inputs[HEAD].rotated()
+        products.subtract(centre)
+        products.divide(steps)
+        int8, scale = round_weights((matrix * steps).T, products.groups)
+        int8, scale = store(op, HEAD, int8.T, scale)
+        bias = op.initializer(weights_file.add(HEAD_BIAS, (matrix @ centre).numpy()), HEAD_BIAS)
+        return op.Gemm(x, op.DequantizeLinear(int8, scale, axis=0), bias, transB=1)
 
     def store(op: Any, name: str, int8: Tensor, scale: Tensor) -> list[Any]:
         arrays = zip(int8_names(name), (int8, scale), strict=True)
@@ -96,7 +100,7 @@ def quantize_embedding(
     names = int8_names(str(table.name))
     if tied:
         tensors = [alias(graph.initializers[head], name) for head, name in zip(int8_names(HEAD), names, strict=True)]
-        channels = INT8_MAX / statistics.head
+        channels = 1 / centre_and_steps(statistics.head)[1]
     else:
         matrix = rotate(torch.tensor(stored.numpy()))
         scale = column_scales(matrix.T)

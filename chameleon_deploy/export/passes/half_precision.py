@@ -11,13 +11,11 @@ the same places, multiplied and kept in float32.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.graph import FLOAT
-from chameleon_deploy.export.weights import WeightsFile
+from chameleon_deploy.export.weights import WeightsFile, narrowed
 
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 LAYOUT = ("Transpose", "Reshape", "Unsqueeze", "Expand")  # move numbers of any type
@@ -104,11 +102,7 @@ def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
 def _half_weight(graph: ir.Graph, weight: ir.TensorProtocol, half: ir.DataType, weights_file: WeightsFile) -> ir.Value:
     """Return the rounded copy of a stored matrix as a new initializer."""
     name = f"{weight.name}.{half.short_name()}"
-    with np.errstate(over="ignore"):
-        rounded = weight.numpy().astype(half.numpy())
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        raise TensorError(f"{weight.name} holds values that float16 cannot: export with --precision bf16")
-    tensor = weights_file.add(name, rounded)
+    tensor = weights_file.add(name, narrowed(weight.numpy(), half.numpy(), str(weight.name)))
     value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(half))
     graph.register_initializer(value)
     return value
