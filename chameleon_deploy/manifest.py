@@ -115,6 +115,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     adapters     names of the sets in lora.safetensors; none if its one set has no name
     base_digest  of the base model's weights, which adapters of other files must have too; empty without adapters
+    conditioning_size  of a vector that the caller gives with every text; 0: texts are conditioned on embeddings
     """
 
     regime: Regime
@@ -126,6 +127,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     max_length: Int64
     adapters: tuple[str, ...] = ()
     base_digest: str = ""
+    conditioning_size: Int64 = 0
 
     @property
     def modes(self) -> tuple[Mode, ...]:

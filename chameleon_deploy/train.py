@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.train`: train the head of a frozen base model into a checkpoint."""
+"""`python -m chameleon_deploy.train`: train the factors of a frozen base model into a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.bundle import LM_HEAD
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.presets import PRESETS
 from chameleon_deploy.training_options import (
     Alpha,
+    ArchitectureOption,
     BatchSize,
     Clusters,
     Epochs,
@@ -21,6 +23,7 @@ from chameleon_deploy.training_options import (
     Patience,
     PresetOption,
     Rank,
+    Targets,
 )
 
 
@@ -34,6 +37,8 @@ def main(
         Literal["masked", "paper"],
         typer.Option(help="Loss over real next tokens, or the loss of the paper's scripts."),
     ] = "masked",
+    targets: Targets = [LM_HEAD],  # noqa: B006  (typer's own copy)
+    architecture: ArchitectureOption = "paper",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     text: Annotated[
         list[Path] | None,
@@ -62,18 +67,20 @@ def main(
         int, typer.Option(min=0, help="Seed of initialisation, order and dropout.", rich_help_panel="Training")
     ] = 0,
 ) -> None:
-    """Train the head factors of a frozen base model into a checkpoint."""
+    """Train the factors of a frozen base model into a checkpoint."""
     train_texts, validation_texts = _texts(text, dataset, validation_text)
 
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
+    from chameleon_deploy.reference.targets import choose_targets
     from chameleon_deploy.reference.training import train_checkpoint
 
     chosen = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed,
     )  # fmt: skip
+    trunk = load_trunk(base)
     config = CheckpointConfig(
         regime=regime,
         base_model=os.path.relpath(base, out) if Path(base).is_dir() or gguf_file(base) else base,
@@ -83,8 +90,9 @@ def main(
         num_clusters=chosen.num_clusters,
         protocol=protocol,
         max_length=chosen.max_length,
+        targets=choose_targets(trunk, targets),
+        architecture=architecture,
     )
-    trunk = load_trunk(base)
     with console.progress() as report:
         state = train_checkpoint(trunk, config, train_texts, validation_texts, out, chosen.training, report, resume)
     console.stdout.print(f"{out}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")

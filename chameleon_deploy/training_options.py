@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -48,5 +48,19 @@ Patience = Annotated[
         min=1,
         help="Epochs without improvement before stopping.",
         show_default=default_of("patience"),
+    ),
+]
+Targets = Annotated[
+    list[str],
+    typer.Option(
+        metavar="lm_head|attention|mlp|all|NAME",
+        help="Linear layers to update: a group, a layer's name or its end as in PEFT, such as q_proj; repeatable.",
+    ),
+]
+ArchitectureOption = Annotated[
+    Literal["paper", "shared"],
+    typer.Option(
+        help="Hypernetwork: the paper's, whose last layer gives all factors, or one that is shared by all layers and "
+        "told the layer and the module by embeddings."
     ),
 ]

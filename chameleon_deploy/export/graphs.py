@@ -13,7 +13,8 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
+from chameleon_deploy.bundle import LM_HEAD, AdaptationSpec, ModelSpec, Precision, Role
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
@@ -35,7 +36,7 @@ from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import Progress, silent
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
 
 CPU = ("cpu",)
@@ -77,18 +78,22 @@ def build_graphs(
     spec         the linear layers that get low-rank updates
     calibration  files of text for int8
 
-    Raises TensorError for a weight that float16 cannot represent, InputError for too little text.
+    Raises TensorError for a weight that float16 cannot represent, InputError for too little text, or for an int8 bundle
+    whose hypernetwork updates more than the head.
     """
     if precision == "int8":
+        if spec.regime == "chameleon" and (beyond := [t.name for t in spec.targets if t.name != LM_HEAD]):
+            raise InputError(
+                f"int8 has generated factors for {LM_HEAD} alone, not for {beyond[0]}: export in fp32, fp16 or bf16"
+            )
         graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
     elif precision == "fp32":
         graphs = _fp32(source, model, spec, weights_file)
     else:
         graphs = _half(precision, source, model, spec, weights_file)
-    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
-        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
-        config = source.config
-        hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file)
+    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork):
+        size = spec.conditioning_size or model.hidden_size
+        hypernetwork = build_hypernetwork(source.factors, size, source.config.alpha, weights_file)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
     graphs["logits_scorer"] = Graph(build_logits_scorer(model), "logits_scorer", DEVICES)

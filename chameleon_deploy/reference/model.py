@@ -110,11 +110,12 @@ class Trunk:
             if id(module) not in kept:
                 module.to("meta")
 
-    @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
         """Return final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
+
+        The weights are frozen, so that gradients flow only to factors of an update (reference/adapters.py).
 
         input_ids       int64 [batch, sequence]
         attention_mask  int64 [batch, past + sequence], 1 = real token; None attends to everything

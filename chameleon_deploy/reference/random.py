@@ -100,7 +100,7 @@ def _save_factors(out: Path, base_model: str, trunk: Trunk, regime: Regime, num_
     ids = encode_texts(_texts(), trunk.tokenizer, "masked", config.max_length)
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
     centroids = fit_centroids(embeddings, num_clusters, seed)
-    factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size)
+    factors = build_factors(config, trunk)
     save_checkpoint(out, config, factors, centroids)
 
 
