@@ -30,8 +30,8 @@ OPTION_GROUPS = {
         "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",
     ),
     "Training": (
-        "regime", "targets", "architecture", "protocol", "preset", "rank", "alpha", "clusters", "max_length", "epochs",
-        "lr", "patience", "seeds", "resume",
+        "regime", "targets", "architecture", "conditioning", "protocol", "preset", "rank", "alpha", "clusters",
+        "max_length", "epochs", "lr", "patience", "seeds", "resume",
     ),
     "Execution": ("provider", "threads", "share_weights", "trusted_key"),
     "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),

@@ -266,6 +266,9 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
     _check_targets(manifest, where)
     _check_adapters(adaptation, where)
+    size = adaptation.conditioning_size
+    if not 0 <= size <= MAX_DIMENSION or (size and (adaptation.regime != "chameleon" or adaptation.num_clusters)):
+        raise ManifestError(f"{where}: adaptation.conditioning_size goes with regime 'chameleon' and no clusters")
     if fault := limits_fault(manifest.limits, model):
         raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}

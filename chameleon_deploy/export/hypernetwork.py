@@ -39,8 +39,11 @@ def build_hypernetwork(
         return stored[name]
 
     conditioning = builder.input("conditioning", FLOAT, ["factor_sets", conditioning_size])
-    layers = _shared if isinstance(network, SharedHypernetwork) else _paper
-    for name, x, parameters, weight, bias in layers(op, store, network, conditioning, alpha):
+    if isinstance(network, SharedHypernetwork):
+        last_layers = _shared(op, store, network, conditioning, alpha)
+    else:
+        last_layers = _paper(op, store, network, conditioning, alpha)
+    for name, x, parameters, weight, bias in last_layers:
         width = len(bias) // network.rank
         flat = op.Gemm(x, store(f"{parameters}.weight", weight), store(f"{parameters}.bias", bias), transB=1)
         builder.add_output(op.Reshape(flat, [-1, network.rank, width]), name)
@@ -64,10 +67,10 @@ def _shared(op: Any, store: Store, network: SharedHypernetwork, conditioning: An
     for target, place, (_, module) in zip(network.targets, network.place_embeddings(), network.places, strict=True):
         bias = store(f"{target.name}.place", first.bias + place)
         x = op.Relu(op.Gemm(conditioning, store("conditioning.weight", first.weight), bias, transB=1))
-        for i, layer in enumerate(network.inner):
+        for i, layer in enumerate(network.inner_layers()):
             x = op.Relu(op.Gemm(x, store(f"inner.{i}.weight", layer.weight), store(f"inner.{i}.bias", layer.bias),
                                 transB=1))  # fmt: skip
-        last = _last_layers(network.heads[module], [target], network.rank, alpha)
+        last = _last_layers(network.last_layers()[module], [target], network.rank, alpha)
         for (name, (weight, own_bias)), kind in zip(last.items(), ("lora_A", "lora_B"), strict=True):
             yield name, x, f"heads.{module}.{kind}", weight, own_bias
 

@@ -19,7 +19,7 @@ from chameleon_deploy.manifest import ADAPTER_NAME, is_adapter_name
 from chameleon_deploy.reference import peft_lora
 from chameleon_deploy.reference.model import Trunk, load_trunk
 
-Factors = Mapping[str, FloatArray | Tensor]  # one set, as `read_peft` returns them: B [rank, out] with the scaling
+Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them: B [rank, out] with the scaling
 
 
 @dataclass
@@ -79,7 +79,9 @@ def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None
 
 
 @contextmanager
-def adapted(trunk: Trunk, factors: Factors, shifts: Mapping[str, FloatArray] = MappingProxyType({})) -> Iterator[None]:
+def adapted(
+    trunk: Trunk, factors: Factors | Mapping[str, Tensor], shifts: Mapping[str, FloatArray] = MappingProxyType({})
+) -> Iterator[None]:
     """Let the layers of a trunk add the update of one factor set to their outputs: y + (x A^T) B.
 
     shifts  [in], added to the x of a layer's update; by layer

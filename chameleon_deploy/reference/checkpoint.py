@@ -24,6 +24,7 @@ from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, SharedHypernetwork, StaticLoRA
 from chameleon_deploy.reference.model import Trunk, load_trunk
+from chameleon_deploy.reference.presets import Architecture
 from chameleon_deploy.reference.targets import target_specs
 
 CONFIG_FILE = "chameleon_config.json"
@@ -31,9 +32,6 @@ TENSOR_FILE = "chameleon.safetensors"
 FORMAT_VERSION = 1
 AUTHORS_BASE = "gpt2"  # the hub id of the base model in the paper's scripts
 MAX_SIZE = 1 << 20  # of any dimension in the configuration; products of larger ones overflow
-
-
-Architecture = Literal["paper", "shared"]
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,7 +204,7 @@ def _assemble(
         if stored.shape != parameter.shape:
             raise TensorError(
                 f"{path}: {stored_name} has shape {tuple(stored.shape)}, "
-                f"rank {config.rank} on this base model needs {tuple(parameter.shape)}"
+                f"a rank-{config.rank} update of this base model needs {tuple(parameter.shape)}"
             )
         _check_finite(path, stored_name, stored)
         found[name] = stored.to(torch.float32)

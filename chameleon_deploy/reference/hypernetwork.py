@@ -94,6 +94,7 @@ class SharedHypernetwork(FactorModule):
         super().__init__(targets, rank)
         places = [place_of(target.name) for target in targets]
         layers, modules = ([*dict.fromkeys(column)] for column in zip(*places, strict=True))
+        # Of each target: the rows of the two embeddings.
         self.places = [(layers.index(layer), modules.index(module)) for layer, module in places]
         sizes = {module: num_factors([target], rank) for (_, module), target in zip(places, targets, strict=True)}
         self.conditioning = nn.Linear(conditioning_size, hidden_sizes[0])
@@ -102,6 +103,13 @@ class SharedHypernetwork(FactorModule):
         self.inner = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(hidden_sizes))
         self.heads = nn.ModuleList(nn.Linear(hidden_sizes[-1], sizes[module]) for module in modules)
         self.dropout = nn.Dropout(DROPOUT)
+
+    def inner_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.inner if isinstance(layer, nn.Linear)]
+
+    def last_layers(self) -> list[nn.Linear]:
+        """Return the last layer of each kind of module, by the second of `places`."""
+        return [head for head in self.heads if isinstance(head, nn.Linear)]
 
     def place_embeddings(self) -> Tensor:
         """Return the sum of each target's layer and module embedding [targets, hidden_sizes[0]]."""
@@ -123,7 +131,7 @@ class SharedHypernetwork(FactorModule):
     def begin_at_base(self) -> None:
         """See `FactorModule`."""
         for target, (_, module) in zip(self.targets, self.places, strict=True):
-            head = self.heads[module]
+            head = self.last_layers()[module]
             for values in (head.weight.T, head.bias[None]):
                 _zero_trunk_B(split_factors(values, [target], self.rank), [target])
 
@@ -159,7 +167,7 @@ class StaticLoRA(FactorModule):
 
 def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> Factors:
     """Return the factors in vectors [sets, num_factors]: of one target after the other A, then B; views of them."""
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for target in targets:
         name_A, name_B = factor_names(target.name)
         shapes |= {name_A: (rank, target.in_features), name_B: (target.out_features, rank)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.reference.adapters import adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
@@ -43,10 +44,16 @@ class ReferenceAdaptation:
 
 @torch.no_grad()
 def adapt(
-    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], mode: str, tenants: Sequence[Hashable] | None = None
+    checkpoint: Checkpoint,
+    rows: Sequence[Sequence[int]],
+    mode: str,
+    tenants: Sequence[Hashable] | None = None,
+    conditioning: FloatArray | None = None,
 ) -> ReferenceAdaptation:
     """Return the factors of a batch of token ids in one of the modes none, static (regime lora), centroid, request,
     cohort, tenant.
+
+    conditioning  [batch, conditioning_size], mode request of a checkpoint with a conditioning_size
     """
     config, trunk = checkpoint.config, checkpoint.trunk
     embeddings = embed_texts(rows, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
@@ -54,17 +61,19 @@ def adapt(
         nearest_centroids(embeddings, checkpoint.centroids) if config.num_clusters else torch.full((len(rows),), -1)
     )
     if mode in ("none", "static"):
-        conditioning, factor_ids = embeddings[:1], torch.zeros(len(rows), dtype=torch.int64)
+        vectors = torch.zeros(1, config.conditioning_size or trunk.config.hidden_size)
+        factor_ids = torch.zeros(len(rows), dtype=torch.int64)
     elif mode == "centroid":
-        conditioning, factor_ids = checkpoint.centroids, clusters
+        vectors, factor_ids = checkpoint.centroids, clusters
     elif mode == "request":
-        conditioning, factor_ids = embeddings, torch.arange(len(rows))
+        vectors = embeddings if conditioning is None else torch.from_numpy(conditioning)
+        factor_ids = torch.arange(len(rows))
     else:
         keys = [(tenants[i] if tenants else None, int(clusters[i])) for i in range(len(rows))]
         groups = list(dict.fromkeys(keys))
         factor_ids = torch.tensor([groups.index(key) for key in keys])
-        conditioning = torch.stack([embeddings[factor_ids == g].mean(0) for g in range(len(groups))])
-    factors = checkpoint.factors(conditioning)
+        vectors = torch.stack([embeddings[factor_ids == g].mean(0) for g in range(len(groups))])
+    factors = checkpoint.factors(vectors)
     if mode == "none":
         factors = {name: torch.zeros_like(factor) for name, factor in factors.items()}
     return ReferenceAdaptation(embeddings, clusters, factors, factor_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,11 @@ class Losses(Protocol):
 
     A position counts if its protocol scores it, see hidden_states.py.
 
-    embeddings  float32 [texts, hidden]
     """
 
-    embeddings: Tensor
+    @property
+    def embeddings(self) -> Tensor:
+        """Return float32 [texts, conditioning_size]: of the texts, or the vectors that are given with them."""
 
     def __len__(self) -> int: ...
 
@@ -49,13 +51,18 @@ def losses_of(
     alpha: float,
     directory: Path,
     report: Callable[[int], None] = lambda done: None,
+    vectors: Tensor | None = None,
 ) -> Losses:
     """Return the losses of updates of the targets on texts, which are lists of token ids.
 
     directory, report  of hidden states, see `cache_hidden_states`; without need where the trunk is updated
+    vectors            [texts, conditioning_size], given with the texts and taken in place of their embeddings
     """
     if in_head_alone(targets):
         states = cache_hidden_states(trunk, texts, protocol, max_length, directory, report)
+        if vectors is not None:
+            states = replace(states, embeddings=vectors)
         return HeadLosses(states, trunk.head_weight, alpha)
-    embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
-    return TrunkLosses(trunk, texts, embeddings, protocol, max_length, alpha)
+    if vectors is None:
+        vectors = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
+    return TrunkLosses(trunk, texts, vectors, protocol, max_length, alpha)

@@ -13,12 +13,13 @@ import msgspec
 import torch
 from torch import Tensor
 
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
-from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.corpus import encode_pieces
 from chameleon_deploy.reference.fit import TrainingState, fit
 from chameleon_deploy.reference.head_losses import HeadLosses
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
@@ -38,12 +39,15 @@ def train_checkpoint(
     settings: TrainingSettings,
     report: Progress,
     resume: bool = False,
+    vectors: tuple[FloatArray, FloatArray] | None = None,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
     Working files (hidden states, the state of the last epoch) are in `<out>.training` until then.
 
-    resume  continue an interrupted training of the same `out`
+    resume   continue an interrupted training of the same `out`
+    vectors  float32 [texts, conditioning_size] of the training and of the validation texts, for a configuration with a
+             conditioning_size; texts of equal vectors share their batches
 
     Raises OutputExistsError, InputError.
     """
@@ -56,21 +60,29 @@ def train_checkpoint(
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
     check_settings(config, settings)
-    made_of = _fingerprint(config, settings, train_texts, validation_texts)
+    sizes = {part.shape[1] for part in vectors} if vectors else {0}
+    if sizes != {config.conditioning_size}:
+        raise InputError(f"the texts have vectors of {sorted(sizes)} numbers, not of {config.conditioning_size}")
+    made_of = _fingerprint(config, settings, train_texts, validation_texts, vectors)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was started with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
 
-    def losses(part: str, texts: list[str]) -> Losses:
-        ids = encode_texts(texts, trunk.tokenizer, config.protocol, config.max_length)
+    def losses(part: str, texts: list[str], given: FloatArray | None) -> Losses:
+        pieces = encode_pieces(texts, trunk.tokenizer, config.protocol, config.max_length)
         return losses_of(
-            trunk, ids, config.targets, config.protocol, config.max_length, config.alpha, work / part,
-            lambda done: report(f"hidden states ({part})", done, len(ids)),
+            trunk, [ids for _, ids in pieces], config.targets, config.protocol, config.max_length, config.alpha,
+            work / part, lambda done: report(f"hidden states ({part})", done, len(pieces)),
+            None if given is None else torch.from_numpy(given[[text for text, _ in pieces]]),
         )  # fmt: skip
 
     try:
-        train, validation = losses("train", train_texts), losses("validation", validation_texts)
-        centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
+        given = vectors or (None, None)
+        train, validation = losses("train", train_texts, given[0]), losses("validation", validation_texts, given[1])
+        if vectors:
+            centroids = torch.unique(train.embeddings, dim=0)
+        else:
+            centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
     except ChameleonError:
         shutil.rmtree(work)
         raise
@@ -92,9 +104,10 @@ def fit_checkpoint(
 ) -> TrainingState:
     """Do the part of `train_checkpoint` after the texts are prepared; continue if `<out>.training` has a state.
 
-    centroids  [K, hidden], by which batches are drawn
+    centroids  [K, hidden], by which batches are drawn; the checkpoint has none if it has a conditioning_size
     constant   see `fit`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
     """
+    check_settings(config, settings)
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -107,7 +120,7 @@ def fit_checkpoint(
         factors, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
     )  # fmt: skip
-    served = centroids if constant is None else constant[None]
+    served = centroids[: 0 if config.conditioning_size else None] if constant is None else constant[None]
     record: dict[str, object] = {"settings": asdict(settings)}
     match counted, factors, train, validation:
         case True, StaticLoRA(), HeadLosses(), HeadLosses():
@@ -130,8 +143,11 @@ def check_settings(config: CheckpointConfig, settings: TrainingSettings) -> None
         return
     if config.rank < 2 or config.hidden_sizes != (config.num_clusters, config.num_clusters):
         raise InputError("the preset residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
-    if not in_head_alone(config.targets) or config.architecture != "paper":
-        raise InputError("the preset residual counts corrections of the head: leave out --targets and --architecture")
+    if not in_head_alone(config.targets) or config.architecture != "paper" or config.conditioning_size:
+        raise InputError(
+            "the preset residual counts corrections of the head for each cluster: "
+            "leave out --targets, --architecture and --conditioning"
+        )
 
 
 def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
@@ -140,9 +156,15 @@ def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
 
 
 def _fingerprint(
-    config: CheckpointConfig, settings: TrainingSettings, train_texts: list[str], validation_texts: list[str]
+    config: CheckpointConfig,
+    settings: TrainingSettings,
+    train_texts: list[str],
+    validation_texts: list[str],
+    vectors: tuple[FloatArray, FloatArray] | None,
 ) -> str:
     """Return what must be equal for a training to continue. The number of epochs may change."""
     kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
-    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode()).hexdigest()
-    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts})
+    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode())
+    for part in vectors or ():
+        texts.update(part.tobytes())
+    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts.hexdigest()})

@@ -113,7 +113,8 @@ def check_parameters(runtime: Runtime, checkpoint: Source) -> Iterator[Check]:
 def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Embeddings, clusters and generated factors."""
     mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
-    ours, theirs = runtime.adapt(rows, mode=mode), inference.adapt(checkpoint, rows, mode)
+    vectors = given(runtime, mode, range(len(rows)))
+    ours, theirs = runtime.adapt(rows, mode=mode, **vectors), inference.adapt(checkpoint, rows, mode, **vectors)
     difference = max_abs(ours.embeddings, theirs.embeddings.numpy())
     yield Check("embeddings, max abs difference", difference, gate.embedding_tolerance)
     if len(checkpoint.centroids) > 1:
@@ -143,7 +144,9 @@ def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate,
 
 
 def _logit_checks(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
-    ours, theirs = runtime.adapt(rows).factors, inference.adapt(reference.checkpoint, rows, runtime.mode)
+    vectors = given(runtime, runtime.mode, range(len(rows)))
+    ours = runtime.adapt(rows, **vectors).factors
+    theirs = inference.adapt(reference.checkpoint, rows, runtime.mode, **vectors)
     ours = with_B(ours, lambda lora_B: lora_B * np.float32(scale))
     theirs = theirs.with_B(lambda lora_B: lora_B * scale)
     yield from gate_checks(f"x{scale:g} factors:", runtime, reference, rows, ours, theirs, gate)
@@ -174,8 +177,9 @@ def gate_checks(
 
 def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Cached decoding in the bundle's default mode."""
-    ours = runtime.adapt(rows, on_device=True).factors
-    theirs = inference.adapt(reference.checkpoint, rows, runtime.mode)
+    vectors = given(runtime, runtime.mode, range(len(rows)))
+    ours = runtime.adapt(rows, on_device=True, **vectors).factors
+    theirs = inference.adapt(reference.checkpoint, rows, runtime.mode, **vectors)
     yield from cache_checks(runtime, reference, rows, ours, theirs, gate)
 
 
@@ -203,6 +207,7 @@ def cache_checks(
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -> Iterator[Check]:
     """A row's logits do not depend on how many rows stand beside it, how long they are, or in which order."""
+    arguments = arguments or given(runtime, runtime.mode, range(len(rows)))
     factors, tolerance = runtime.adapt(rows, on_device=True, **arguments).factors, gate.summation_order_tolerance
     longest = max(range(len(rows)), key=lambda row: len(rows[row]))
     wide, rows = rows[longest][:PADDED_TO], [ids[:BATCHED] for ids in rows]
@@ -230,6 +235,7 @@ def check_batching(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -
 
 def check_scores(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -> Iterator[Check]:
     """Scores, which have a graph of their own, are what the decoder's logits say."""
+    arguments = arguments or given(runtime, runtime.mode, range(len(rows)))
     logits = list(row_logits(runtime, rows, runtime.adapt(rows, **arguments).factors))
     difference = score_difference(runtime.score(rows, **arguments), logits) / logit_scale(logits)
     yield Check("scores against logits, max abs difference", difference, gate.summation_order_tolerance)
@@ -240,7 +246,7 @@ def check_base(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) -
     none, theirs = runtime.adapt(rows, mode="none").factors, inference.adapt(reference.checkpoint, rows, "none")
     ours = list(row_logits(runtime, rows, none))
     yield from check_few("mode none against the base model:", ours, reference, rows, theirs, gate)
-    silent = with_B(runtime.adapt(rows).factors, np.zeros_like)
+    silent = with_B(runtime.adapt(rows, **given(runtime, runtime.mode, range(len(rows)))).factors, np.zeros_like)
     difference = largest(map(max_abs, ours, row_logits(runtime, rows, silent)))
     yield Check("alpha 0 against mode none", difference, 0)
 
@@ -311,9 +317,11 @@ def _arguments_of(
     mode: Mode, runtime: Runtime, checkpoint: Checkpoint, rows: Rows
 ) -> tuple[dict[str, Any], ReferenceAdaptation]:
     """What a mode takes besides texts, and the reference's adaptation with it."""
+    if vectors := given(runtime, mode, range(len(rows))):
+        return vectors, inference.adapt(checkpoint, rows, mode, **vectors)
     if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":
         # The caller's factors: those that the reference generates for the first text.
-        theirs = inference.adapt(checkpoint, rows[:1], "request")
+        theirs = inference.adapt(checkpoint, rows[:1], "request", **given(runtime, "request", [0]))
         theirs = replace(theirs, factor_ids=torch.zeros(len(rows), dtype=torch.int64))
         one_set = factor_set(theirs.factors, 0, checkpoint.config.alpha)
         return {"factors": {name: factor.numpy() for name, factor in one_set.items()}}, theirs
@@ -324,9 +332,18 @@ def _arguments_of(
     return {"tenants": tenants}, inference.adapt(checkpoint, rows, mode, tenants)
 
 
+def given(runtime: Runtime, mode: Mode, rows: Sequence[int]) -> dict[str, Any]:
+    """The argument `conditioning` of rows, for a bundle that takes the caller's vectors: any of length one."""
+    size = runtime.manifest.adaptation.conditioning_size
+    if not size or mode != "request":
+        return {}
+    vectors = np.stack([np.random.default_rng(row).normal(size=size) for row in rows])
+    return {"conditioning": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)}
+
+
 def check_rerun(runtime: Runtime, rows: Rows, **arguments: Any) -> Iterator[Check]:
     """Promise R: a rerun gives the same bits."""
-    factors = runtime.adapt(rows, **arguments).factors
+    factors = runtime.adapt(rows, **(arguments or given(runtime, runtime.mode, range(len(rows))))).factors
     first, second = (list(row_logits(runtime, rows, factors)) for _ in range(2))
     yield Check("promise R: rerun, max abs difference", largest(map(max_abs, first, second)), 0)
 
@@ -345,9 +362,11 @@ def check_factors_alone(runtime: Runtime, rows: Rows) -> Iterator[Check]:
     """Promise F: in a batch-independent mode a row's factors are the same bits, whatever stands beside it."""
     modes: tuple[Mode, ...] = ("none", "centroid", "request")
     for mode in (m for m in modes if m in runtime.manifest.adaptation.modes):
-        together, differences = runtime.adapt(rows, mode=mode).factors, []
+        together = runtime.adapt(rows, mode=mode, **given(runtime, mode, range(len(rows)))).factors
+        differences = []
         for row, ids in enumerate(rows):
-            alone, own = runtime.adapt([ids], mode=mode).factors, together.rows(np.array([row]))
+            alone = runtime.adapt([ids], mode=mode, **given(runtime, mode, [row])).factors
+            own = together.rows(np.array([row]))
             for name, array in own.sets[own.factor_ids].tensors.items():
                 differences.append(max_abs(alone.sets.tensors[name], array))
         yield Check(f"promise F: mode {mode}, factors alone and in a batch", largest(differences), 0)
@@ -360,7 +379,9 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows) -> I
     precision is not refused for being coarse, and a decoder that ignores its factors is caught in every precision.
     """
     mode: Mode = "request" if "request" in runtime.manifest.adaptation.modes else "static"
-    ours, theirs = runtime.adapt(rows, mode=mode).factors, inference.adapt(reference.checkpoint, rows, mode)
+    vectors = given(runtime, mode, range(len(rows)))
+    ours = runtime.adapt(rows, mode=mode, **vectors).factors
+    theirs = inference.adapt(reference.checkpoint, rows, mode, **vectors)
     right, expected = list(row_logits(runtime, rows, ours)), _reference_logits(reference, rows, theirs)
     for name, (wrong, theirs_wrong) in _mutations(runtime.manifest.adaptation, ours, theirs).items():
         moved = largest(map(max_abs, row_logits(runtime, rows, wrong), right))
@@ -381,8 +402,8 @@ def _mutations(
     """The same faults of the factors of both models."""
     found = {"lora_B of the opposite sign": (with_B(ours, np.negative), theirs.with_B(torch.neg))}
     for name, fault in FAULTS.items() if len(spec.targets) > 1 else ():
-        sets = FactorSets(fault(spec, ours.sets.tensors))
-        found[name] = replace(ours, sets=sets), replace(theirs, factors=dict(fault(spec, theirs.factors)))
+        wrong = FactorSets(fault(spec, ours.sets.tensors))
+        found[name] = replace(ours, sets=wrong), replace(theirs, factors=dict(fault(spec, theirs.factors)))
     sets = len(ours.sets)
     if sets > 1:  # mode request: set i is row i's, in both
         following = (ours.factor_ids + 1) % sets

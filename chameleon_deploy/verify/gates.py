@@ -99,7 +99,7 @@ TENSORRT_FP32 = Gate(  # its kernels sum in other orders than the reference
 )
 
 
-def gate_of(precision: Precision, provider: str, updates_trunk: bool) -> Gate:
+def gate_of(precision: Precision, provider: str, updates_trunk: bool = False) -> Gate:
     """The gate of a precision on a provider ("cpu", "cuda" or "tensorrt").
 
     updates_trunk  whether factors update more than the head

@@ -103,6 +103,7 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .required("max_length", spec.max_length)
       .optional("adapters", spec.adapters)
       .optional("base_digest", spec.base_digest)
+      .optional("conditioning_size", spec.conditioning_size)
       .finish();
 }
 
@@ -311,6 +312,9 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   const auto is_head = [](const TargetSpec& target) { return target.name == "lm_head"; };
   if (manifest.precision == "int8" && !std::ranges::all_of(manifest.adaptation.targets, is_head)) {
     fail_at(where, "int8 with targets other than lm_head: only the Python runtime reads their basis");
+  }
+  if (manifest.adaptation.conditioning_size != 0) {
+    fail_at(where, "adaptation.conditioning_size: only the Python runtime takes the caller's vectors");
   }
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);

@@ -161,8 +161,8 @@ def _swapped_factors(patch: pytest.MonkeyPatch) -> None:
 
 
 def _shifted_labels(patch: pytest.MonkeyPatch) -> None:
-    targets = hidden_states._targets
-    patch.setattr(hidden_states, "_targets", lambda ids, *rest: targets([ids[-1], *ids[:-1]], *rest))
+    targets = hidden_states.targets_of
+    patch.setattr(hidden_states, "targets_of", lambda ids, *rest: targets([ids[-1], *ids[:-1]], *rest))
 
 
 @pytest.mark.parametrize("mutate", [_shuffled_clusters, _swapped_factors, _shifted_labels])

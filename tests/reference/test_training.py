@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.errors import InputError, OutputExistsError
 from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
-from chameleon_deploy.reference import corpus, head
+from chameleon_deploy.reference import corpus, fit, head_losses
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
@@ -147,22 +148,23 @@ def test_hidden_states_of_other_texts_are_not_reused(mini: Checkpoint, tmp_path:
 
 def test_chunked_gradients_are_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(6, 11, 2, (5, 4)).eval()  # no dropout, so that both runs see the same network
-    u, h, W, targets = torch.randn(1, 6), torch.randn(10, 6), torch.randn(11, 6), torch.randint(0, 11, (10,))
-    lora_A, lora_B = hypernetwork(u)
+    hypernetwork = Hypernetwork(6, [TargetSpec("lm_head", 6, 11)], 2, (5, 4)).eval()  # without dropout: one network
+    u, h, W, targets = torch.randn(6), torch.randn(10, 6), torch.randn(11, 6), torch.randint(0, 11, (10,))
+    lora_A, lora_B = hypernetwork(u[None]).values()
     logits = h @ W.T + 0.7 * (h @ lora_A[0].T) @ lora_B[0].T
     torch.nn.functional.cross_entropy(logits, targets).backward()
     whole = [p.grad.clone() for p in hypernetwork.parameters() if p.grad is not None]
     hypernetwork.zero_grad()
-    monkeypatch.setattr(head, "CHUNK_POSITIONS", 3)
-    head._backward(hypernetwork, u, h, targets, W, 0.7, len(targets))
+    monkeypatch.setattr(head_losses, "CHUNK_POSITIONS", 3)
+    states = HiddenStates(h.numpy(), targets.numpy(), np.array([0, len(targets)]), u[None])
+    head_losses.HeadLosses(states, W, 0.7).backward(hypernetwork, u, [0], len(targets))
     for expected, p in zip(whole, hypernetwork.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_never_mix_clusters() -> None:
     clusters = [torch.arange(0, 7), torch.arange(7, 9), torch.arange(9, 20)]
-    batches = head._shuffled_batches(clusters, 4)
+    batches = fit._shuffled_batches(clusters, 4)
     assert sorted(row for batch in batches for row in batch) == list(range(20))
     for batch in batches:
         assert len(batch) <= 4
@@ -172,7 +174,8 @@ def test_batches_never_mix_clusters() -> None:
 def test_validation_loss_of_a_known_distribution() -> None:
     """Uniform logits cost log(vocab), whatever the cohort."""
     states = HiddenStates(np.zeros((5, 3), np.float32), np.arange(5), np.array([0, 2, 5]), torch.eye(3)[:2])
-    loss = head.validation_loss(None, torch.zeros(7, 3), 1.0, states, torch.eye(3)[:2], 32)
+    losses = head_losses.HeadLosses(states, torch.zeros(7, 3), 1.0)
+    loss = fit.validation_loss(None, losses, torch.eye(3)[:2], 32)
     assert abs(loss - np.log(7)) < 1e-6
 
 
