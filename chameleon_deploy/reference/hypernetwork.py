@@ -185,7 +185,7 @@ def factor_set(factors: Factors, index: int, alpha: float) -> Factors:
 
 
 def place_of(target: str) -> tuple[int | None, str]:
-    """Return the layer's number and the module's name within it: model.layers.3.mlp.up_proj -> 3, mlp.up_proj.
+    """Return the layer's number and the module's name within it, such as 3 and mlp.up_proj.
 
     A target outside the layers has no number.
     """

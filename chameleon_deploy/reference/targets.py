@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from chameleon_deploy.bundle import LM_HEAD, TargetSpec
 from chameleon_deploy.errors import CheckpointError, InputError
+from chameleon_deploy.reference.families import LAYER_GROUPS
 from chameleon_deploy.reference.model import Trunk
-
-# Groups of layers, by the part of a name that tells them; every supported family calls its blocks so.
-GROUPS = {"attention": ("attn.",), "mlp": ("mlp.",), "all": ("attn.", "mlp.", LM_HEAD)}
 
 
 def choose_targets(trunk: Trunk, chosen: Sequence[str]) -> tuple[str, ...]:
@@ -21,13 +19,15 @@ def choose_targets(trunk: Trunk, chosen: Sequence[str]) -> tuple[str, ...]:
     """
     layers, found = list(trunk.linear_layers()), set()
     for choice in chosen:
-        if choice in GROUPS:
-            named = {layer for layer in layers if any(part in layer for part in GROUPS[choice])}
+        if choice in LAYER_GROUPS:
+            named = {layer for layer in layers if any(part in layer for part in LAYER_GROUPS[choice])}
         else:
             named = {layer for layer in layers if layer == choice or layer.endswith(f".{choice}")}
         if not named:
             ends = sorted({layer.rpartition(".")[2] for layer in layers})
-            raise InputError(f"no linear layer is named {choice!r}: choose {', '.join(GROUPS)}, {', '.join(ends)}")
+            raise InputError(
+                f"no linear layer is named {choice!r}: choose {', '.join(LAYER_GROUPS)}, {', '.join(ends)}"
+            )
         found |= named
     return tuple(layer for layer in layers if layer in found)
 
