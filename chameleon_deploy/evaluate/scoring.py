@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from chameleon_deploy.bundle import Protocol
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate.conditioning import Conditioning, cohort_mean, members_of
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
@@ -77,8 +78,10 @@ def evaluate(
               since its hypernetwork was trained on those embeddings
     cache     a directory for the hidden states
 
-    Raises InputError if no text has two tokens.
+    Raises InputError if no text has two tokens, or for a checkpoint that is conditioned on vectors of the caller.
     """
+    if checkpoint.config.conditioning_size:
+        raise InputError("texts are scored with their embeddings, and this checkpoint reads vectors of the caller")
     config, trunk = checkpoint.config, checkpoint.trunk
     protocol = protocol or config.protocol
     ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)

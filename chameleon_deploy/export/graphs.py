@@ -13,12 +13,11 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, AdaptationSpec, ModelSpec, Precision, Role
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
-from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
+from chameleon_deploy.export.int8.adapters import calibrate_with_factors, known_sets
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.int8.calibration import calibration_texts
@@ -34,7 +33,6 @@ from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import Progress, silent
-from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
@@ -78,14 +76,10 @@ def build_graphs(
     spec         the linear layers that get low-rank updates
     calibration  files of text for int8
 
-    Raises TensorError for a weight that float16 cannot represent, InputError for too little text, or for an int8 bundle
-    whose hypernetwork updates more than the head.
+    Raises TensorError for a weight that float16 cannot represent; in int8 InputError for too little text, or for
+    factors of the trunk that cannot be known.
     """
     if precision == "int8":
-        if spec.regime == "chameleon" and (beyond := [t.name for t in spec.targets if t.name != LM_HEAD]):
-            raise InputError(
-                f"int8 has generated factors for {LM_HEAD} alone, not for {beyond[0]}: export in fp32, fp16 or bf16"
-            )
         graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
     elif precision == "fp32":
         graphs = _fp32(source, model, spec, weights_file)
@@ -116,9 +110,9 @@ def _int8(
     texts: Sequence[Tensor],
     report: Progress,
 ) -> Graphs:
-    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
+    trunk, known = source.trunk, known_sets(source)
     rotated = rotate_trunk(trunk, model)
-    statistics = calibrate_with_adapters(trunk, rotated, model, spec, list(adapters), texts, report)
+    statistics = calibrate_with_factors(trunk, rotated, model, spec, known, texts, report)
     balances = balance_trunk(rotated, model, statistics)
     tensors, shifts = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
     if tensors:

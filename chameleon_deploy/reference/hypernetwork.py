@@ -175,13 +175,16 @@ def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> Fac
     return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def factor_set(factors: Factors, index: int, alpha: float) -> Factors:
-    """Return one set as the runtime and adapters have it: lora_A [rank, in_features], and lora_B [rank, out_features]
-    with alpha multiplied in.
+def factor_stacks(factors: Factors, alpha: float) -> Factors:
+    """Return sets as the runtime has them: lora_A [sets, rank, in_features], and lora_B [sets, rank, out_features] with
+    alpha multiplied in.
     """
-    return {
-        name: alpha * stack[index].T if name.endswith(".lora_B") else stack[index] for name, stack in factors.items()
-    }
+    return {name: alpha * stack.mT if name.endswith(".lora_B") else stack for name, stack in factors.items()}
+
+
+def factor_set(factors: Factors, index: int, alpha: float) -> Factors:
+    """Return one set as the runtime and adapters have it, see `factor_stacks`."""
+    return factor_stacks({name: stack[index] for name, stack in factors.items()}, alpha)
 
 
 def place_of(target: str) -> tuple[int | None, str]:

@@ -93,7 +93,7 @@ class Runtime:
         self._enter = partial(enter_basis, spec=bundle.manifest.adaptation, basis=bundle.basis())
         self.adapters = Adapters(bundle, self._enter)
         if self.manifest.adaptation.regime == "lora" and not self.manifest.adaptation.adapters:
-            self._lora = backend.place(FactorSets(bundle.lora()))
+            self._lora = self._entered(FactorSets(bundle.lora()))
         # the decoder has factor inputs in every mode
         self._no_factors = backend.place(no_factors(self.manifest.adaptation))
         self._centroid_factors: FactorSets | None = None
@@ -306,10 +306,10 @@ class Runtime:
             sets = self._factors_of_centroids()[present]
         elif given is not None:
             vectors, factor_ids = adapting.distinct(given)
-            sets = self.backend.generate_factors(vectors)
+            sets = self._generate(vectors)
         else:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-            sets = self.backend.generate_factors(vectors)
+            sets = self._generate(vectors)
         return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
 
     def check_arguments(
@@ -361,7 +361,7 @@ class Runtime:
             return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
         vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
         # Equal vectors have equal factors, for any tenant.
-        sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
+        sources = [FactorSource(v.tobytes(), partial(self._generate, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
     def _adapter_source(self, name: str) -> FactorSource:
@@ -371,9 +371,7 @@ class Runtime:
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            checked = check_factors(factors, self.manifest.adaptation)
-            arrays = {name: np.asarray(array) for name, array in checked.tensors.items()}
-            return self.backend.place(FactorSets(self._enter(arrays)))
+            return self._entered(check_factors(factors, self.manifest.adaptation))
         if self.adapters.names and factors is None:
             raise ModeError("mode 'static' of a bundle with adapters: pass adapters=, a name or None per text")
         if self._lora is None:
@@ -381,10 +379,21 @@ class Runtime:
             raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA")
         return self._lora
 
+    def _generate(self, vectors: FloatArray) -> FactorSets:
+        """Return the sets of conditioning vectors [factor_sets, size], where and as the decoder reads them."""
+        sets = self.backend.generate_factors(vectors)
+        return self._entered(sets) if self.manifest.has_basis else sets
+
+    def _entered(self, sets: FactorSets) -> FactorSets:
+        """Return sets of plain layers as the decoder reads them."""
+        entered = self._enter(sets.in_memory().tensors)
+        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in entered.items()}
+        return self.backend.place(FactorSets(arrays))
+
     def _factors_of_centroids(self) -> FactorSets:
         # Two threads may both compute it the first time; they get the same values.
         if self._centroid_factors is None:
-            self._centroid_factors = self.backend.generate_factors(self._centroids)
+            self._centroid_factors = self._generate(self._centroids)
         return self._centroid_factors
 
     def _factors_of_centroid(self, cluster_id: int) -> FactorSets:

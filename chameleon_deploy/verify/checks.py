@@ -16,15 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from chameleon_deploy.bundle import AdaptationSpec, FloatArray, Mode
+from chameleon_deploy.bundle import FloatArray, Mode
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.hypernetwork import factor_set
+from chameleon_deploy.reference.hypernetwork import factor_set, factor_stacks
 from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
 from chameleon_deploy.verify.faults import FAULTS
@@ -128,7 +129,7 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate:
             0,
             note=f"{clear.sum()} rows with a margin over {gate.cluster_margin:g}",
         )
-    difference = factor_difference(ours.factors, theirs, checkpoint.config.alpha)
+    difference = factor_difference(ours.factors, as_ours(runtime, theirs, checkpoint.config.alpha))
     yield Check("factors, relative difference", difference, gate.factor_tolerance)
 
 
@@ -259,7 +260,7 @@ def check_mode(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, m
     """
     arguments, theirs = _arguments_of(mode, runtime, reference.checkpoint, rows)
     ours, scores = runtime.adapt(rows, mode=mode, **arguments), runtime.score(rows, mode=mode, **arguments)
-    difference = factor_difference(ours.factors, theirs, reference.checkpoint.config.alpha)
+    difference = factor_difference(ours.factors, as_ours(runtime, theirs, reference.checkpoint.config.alpha))
     yield Check(f"mode {mode}: factors, relative difference", difference, gate.factor_tolerance)
     logits = list(row_logits(runtime, rows, ours.factors))
     yield from check_few(f"mode {mode}:", logits, reference, rows, theirs, gate)
@@ -383,7 +384,10 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows) -> I
     ours = runtime.adapt(rows, mode=mode, **vectors).factors
     theirs = inference.adapt(reference.checkpoint, rows, mode, **vectors)
     right, expected = list(row_logits(runtime, rows, ours)), _reference_logits(reference, rows, theirs)
-    for name, (wrong, theirs_wrong) in _mutations(runtime.manifest.adaptation, ours, theirs).items():
+    mutations = _mutations(ours, theirs)
+    if not in_head_alone(reference.checkpoint.config.targets):
+        mutations |= _faults(runtime, theirs, reference.checkpoint.config.alpha)
+    for name, (wrong, theirs_wrong) in mutations.items():
         moved = largest(map(max_abs, row_logits(runtime, rows, wrong), right))
         must_move = largest(map(max_abs, _reference_logits(reference, rows, theirs_wrong), expected))
         if must_move > 0:
@@ -396,14 +400,27 @@ def check_wrong_factors(runtime: Runtime, reference: RowLogits, rows: Rows) -> I
             yield Check(f"caught: {name}", 0, None, note=f"not checked: mode {mode} has one factor set")
 
 
-def _mutations(
-    spec: AdaptationSpec, ours: RowFactors, theirs: ReferenceAdaptation
+def as_ours(runtime: Runtime, theirs: ReferenceAdaptation, alpha: float) -> RowFactors:
+    """The reference's factors as the bundle's decoder reads them."""
+    stacks = {name: stack.contiguous().numpy() for name, stack in factor_stacks(theirs.factors, alpha).items()}
+    entered = enter_basis(stacks, runtime.manifest.adaptation, runtime.bundle.basis())
+    return RowFactors(FactorSets(entered), theirs.factor_ids.numpy())
+
+
+def _faults(
+    runtime: Runtime, theirs: ReferenceAdaptation, alpha: float
 ) -> dict[str, tuple[RowFactors, ReferenceAdaptation]]:
+    """Faults of layers, planted before factors enter the basis of the bundle's layers."""
+    spec, found = runtime.manifest.adaptation, {}
+    for name, fault in FAULTS.items():
+        wrong = replace(theirs, factors=dict(fault(spec, theirs.factors)))
+        found[name] = as_ours(runtime, wrong, alpha), wrong
+    return found
+
+
+def _mutations(ours: RowFactors, theirs: ReferenceAdaptation) -> dict[str, tuple[RowFactors, ReferenceAdaptation]]:
     """The same faults of the factors of both models."""
     found = {"lora_B of the opposite sign": (with_B(ours, np.negative), theirs.with_B(torch.neg))}
-    for name, fault in FAULTS.items() if len(spec.targets) > 1 else ():
-        wrong = FactorSets(fault(spec, ours.sets.tensors))
-        found[name] = replace(ours, sets=wrong), replace(theirs, factors=dict(fault(spec, theirs.factors)))
     sets = len(ours.sets)
     if sets > 1:  # mode request: set i is row i's, in both
         following = (ours.factor_ids + 1) % sets

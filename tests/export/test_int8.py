@@ -17,7 +17,7 @@ import chameleon_deploy
 from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.families.gpt2 import GPT2
-from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
+from chameleon_deploy.export.int8.adapters import calibrate_with_factors
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.digits import costs, take_two
 from chameleon_deploy.export.int8.gptq import round_weights
@@ -290,13 +290,13 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
     what: tuple[str, str], factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: Any) -> Any:
-        statistics = calibrate_with_adapters(*args)
+        statistics = calibrate_with_factors(*args)
         for layer in statistics.layers:
             for name in what:
                 getattr(layer, name).mul_(factor)
         return statistics
 
-    monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_adapters", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_factors", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]

@@ -137,11 +137,24 @@ def test_the_swap_is_between_layers_of_one_size(path: Path) -> None:
     assert len(moved) == len(stacks) - 2  # the head has no other layer of its size
 
 
-def test_half_precision_and_not_int8(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    manifest = export_bundle(checkpoint, tmp_path / "bf16", None, precision="bf16")
-    assert manifest.adaptation.targets == checkpoint.factors.targets
-    with pytest.raises(InputError, match="int8 has generated factors for lm_head alone"):
-        export_bundle(checkpoint, tmp_path / "int8", None, precision="int8")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_reduced_precisions(checkpoint: Checkpoint, tmp_path: Path, precision: Any) -> None:
+    """What does not depend on how good a precision is for weights of chance: factors, modes, promises, faults."""
+    export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
+    checks, _ = verify_bundle(tmp_path / "bundle", checkpoint, None, 1, quiet)
+    found = {check.name: check for check in checks}
+    for name in ("factors, relative difference", "mode cohort: factors, relative difference",
+                 "alpha 0 against mode none",
+                 "promise F: mode request, factors alone and in a batch", "caught: layers swapped",
+                 "caught: scaling doubled", "caught: A and B of another row"):  # fmt: skip
+        assert found[name].passed, found[name]
+    assert not np.isnan([check.value for check in checks]).any()
+
+
+def test_int8_needs_factors_to_measure_scales_with(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", targets=["mlp"], conditioning_size=8)
+    with pytest.raises(InputError, match="measured with the factors of the centroids"):
+        export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "int8", None, precision="int8")
     assert not (tmp_path / "int8").exists()
 
 
