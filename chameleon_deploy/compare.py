@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.manifest import LM_HEAD
 from chameleon_deploy.reference.presets import PRESETS, Preset
 from chameleon_deploy.training_options import (
     Alpha,
@@ -158,9 +159,12 @@ def _texts(
 
 def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> str:
     training = settings.training
+    layers = "" if settings.targets == (LM_HEAD,) else f"{len(settings.targets)} layers, {settings.architecture}; "
+    rates = ", ".join(f"{rate:g}" for rate in settings.lora_lrs)
     return (
-        f"rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
-        f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}, at most "
+        f"{layers}rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
+        f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
+        f"{f' (of LoRAs the best of {rates})' if rates else ''}, at most "
         f"{training.epochs} epochs, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
         f"({outcome.train_positions:,} positions, masked), {len(texts.validation):,} validation texts, "
         f"{len(texts.test):,} test texts"
