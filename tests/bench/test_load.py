@@ -237,6 +237,8 @@ def test_the_command_on_a_bundle(bundle: Path, tmp_path: Path) -> None:
         (["http://"], "input_invalid"),
         (["http://127.0.0.1:9", "--scenario"], "input_invalid"),
         (["nowhere", "--scenario", "--rate", "2"], "input_invalid"),
+        (["nowhere", "--scenario", "--server", "http://127.0.0.1:9"], "input_invalid"),
+        (["nowhere", "--server", "a=http://127.0.0.1:9"], "input_invalid"),
         (["nowhere"], "bundle_not_found"),
         (["nowhere", "--new-tokens", "x"], "input_invalid"),
         (["nowhere", "--rate", "0"], "usage"),
@@ -254,10 +256,30 @@ def test_ratios(runtime: Runtime) -> None:
     ratios = compare(runtime, plan, lambda what, done, total: None)
     assert [list(ratio.values) for ratio in ratios] == [
         ["engine", "offline generate"], ["engine", "static batches"], ["static batches", "engine"],
-        ["centroid", "none"],
+        ["engine, centroid", "engine, none"],
     ]  # fmt: skip
     for ratio in ratios:
         assert ratio.ratio > 0
         assert ratio.interquartile_range[0] <= ratio.ratio <= ratio.interquartile_range[1]
     with pytest.raises(InputError, match="512 positions"):
         compare(runtime, Plan(), lambda what, done, total: None)
+
+
+def test_ratios_of_servers(bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(rows=4, prompt_tokens=8, new_tokens=8, ragged=(2, 24), requests=8, rounds=1)
+    models = []
+    complete = HttpTarget.complete
+
+    async def noted(self: HttpTarget, record: Record) -> None:
+        models.append(record.request.model)
+        await complete(self, record)
+
+    monkeypatch.setattr(HttpTarget, "complete", noted)
+    with running(bundle, rows=4) as server, serve() as other:
+        servers = {"ours": HttpTarget(server.url), "other": HttpTarget(other.url)}
+        ratios = compare(runtime, plan, lambda what, done, total: None, servers)
+    assert [list(ratio.values) for ratio in ratios] == [
+        ["ours", "offline generate"], ["ours", "static batches"], ["static batches", "ours"],
+        ["ours, centroid", "ours, none"], ["ours", "other"],
+    ]  # fmt: skip
+    assert set(models) == {f"{server.name}:centroid", f"{server.name}:none", "stub:none"}

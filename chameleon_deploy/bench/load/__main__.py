@@ -59,6 +59,14 @@ def main(
     scenario: Annotated[
         bool, typer.Option(help="BUNDLE: interleaved comparison of the engine with static batches, as ratios.")
     ] = False,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL",
+            help="--scenario: the first serves BUNDLE and takes the engine's place; each "
+            "further one is compared with it.",
+        ),
+    ] = None,
     ragged: Annotated[str, typer.Option(help="--scenario: bounds of the lengths that vary.")] = "16:256",
     rounds: Annotated[int, typer.Option(min=1, help="--scenario: pairs of runs per ratio.")] = 5,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds per request.")] = 300.0,
@@ -78,11 +86,14 @@ def main(
     if scenario and (static or rate or prompts or model or html_file or temperature):
         raise InputError("--scenario decides what it sends and how: leave out --static, --rate, --prompts, --model, "
                          "--temperature and --html")  # fmt: skip
+    if server and not scenario:
+        raise InputError("--server belongs to --scenario; without it, pass the URL in place of the bundle")
+    servers = dict(map(_named_server, server or []))
     runtime = None if is_url else chameleon_deploy.load(target, threads=threads)
     if scenario and runtime:
         plan = comparison.Plan(rows, prefill_tokens, lengths[0][1], lengths[1][1], parse_range(ragged),
                                requests, rounds, seed)  # fmt: skip
-        _compare(runtime, plan, json_file)
+        _compare(runtime, plan, servers, json_file)
         return
     vocab_size = runtime.manifest.model.vocab_size if runtime else ANY_VOCABULARY
     models: list[str | None] = [*model] if model else [None]
@@ -131,9 +142,16 @@ async def _run(
     return records, await target.steps()
 
 
-def _compare(runtime: Runtime, plan: comparison.Plan, json_file: Path | None) -> None:
+def _named_server(text: str) -> tuple[str, HttpTarget]:
+    name, _, url = text.partition("=")
+    if not name or not url:
+        raise InputError(f"--server {text}: pass a name and an address, as python=http://127.0.0.1:8000")
+    return name, HttpTarget(url, os.environ.get("OPENAI_API_KEY"))
+
+
+def _compare(runtime: Runtime, plan: comparison.Plan, servers: dict[str, HttpTarget], json_file: Path | None) -> None:
     with console.progress() as progress:
-        ratios = comparison.compare(runtime, plan, progress)
+        ratios = comparison.compare(runtime, plan, progress, servers)
     console.show(comparison.ratio_sheet(ratios))
     _write(json_file, {"plan": asdict(plan), "ratios": [asdict(ratio) for ratio in ratios]})
 

@@ -1,4 +1,4 @@
-"""Ratios of the engine to static batches, and of mixed clusters to none: interleaved runs in one process."""
+"""Ratios of an engine or a server to static batches and to other servers: interleaved runs of one process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import msgspec
 
 from chameleon_deploy import Runtime, Sampling
 from chameleon_deploy.bench.load.figures import Figures, summarize
+from chameleon_deploy.bench.load.http import HttpTarget
 from chameleon_deploy.bench.load.in_process import EngineTarget, StaticTarget, mode_of, prompts_of
 from chameleon_deploy.bench.load.requests import Request, poisson_arrivals, random_requests
-from chameleon_deploy.bench.load.traffic import closed_loop, open_loop
+from chameleon_deploy.bench.load.traffic import Target, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.table import Sheet
@@ -54,12 +59,22 @@ class Plan:
     seed: int = 0
 
 
-def compare(runtime: Runtime, plan: Plan, report: Progress) -> list[Ratio]:
-    """Run every comparison. Raises InputError if the model has too few positions for the plan."""
+def compare(
+    runtime: Runtime, plan: Plan, report: Progress, servers: Mapping[str, HttpTarget] | None = None
+) -> list[Ratio]:
+    """Run every comparison.
+
+    servers  by the names they get in the ratios: the first one serves the same bundle and takes the place of the
+             engine in this process; each of the others is compared with it
+
+    Raises InputError if the model has too few positions for the plan, or if a server does not answer.
+    """
     longest = max(plan.prompt_tokens + plan.new_tokens, 2 * plan.ragged[1])
     if longest > runtime.manifest.model.max_positions:
         raise InputError(f"the plan needs {longest} positions, the model has {runtime.manifest.model.max_positions}")
-    comparison = _Comparison(runtime, plan, report)
+    for server in (servers or {}).values():
+        asyncio.run(server.open())
+    comparison = _Comparison(runtime, plan, report, servers or {})
     try:
         return comparison.run()
     finally:
@@ -67,42 +82,50 @@ def compare(runtime: Runtime, plan: Plan, report: Progress) -> list[Ratio]:
 
 
 class _Comparison:
-    def __init__(self, runtime: Runtime, plan: Plan, report: Progress) -> None:
+    def __init__(self, runtime: Runtime, plan: Plan, report: Progress, servers: Mapping[str, HttpTarget]) -> None:
         self._runtime, self._plan, self._report = runtime, plan, report
         self._shuffle = random.Random(plan.seed)
-        self._engine_target = EngineTarget(runtime, plan.rows, plan.prefill_tokens)
+        self._engine = None if servers else EngineTarget(runtime, plan.rows, plan.prefill_tokens)
+        self._serving: Mapping[str, Target] = servers or {"engine": cast(Target, self._engine)}
         self._static_target = StaticTarget(runtime, plan.rows)
 
     def close(self) -> None:
-        self._engine_target.close()
+        if self._engine:
+            self._engine.close()
         self._static_target.close()
 
     def run(self) -> list[Ratio]:
-        plan = self._plan
+        plan, (first, *others) = self._plan, self._serving
+        serve = partial(self._serve, first)
         equal = self._mixed((plan.prompt_tokens,) * 2, (plan.new_tokens,) * 2)
         ragged = self._mixed(plan.ragged, plan.ragged)
         ratios = [
             self._ratio("equal lengths, tokens/s", {
-                "engine": lambda: self._engine(equal).tokens_per_second,
+                first: lambda: serve(equal).tokens_per_second,
                 "offline generate": lambda: self._offline(equal),
             }),
             self._ratio("uniform lengths, tokens/s", {
-                "engine": lambda: self._engine(ragged).tokens_per_second,
+                first: lambda: serve(ragged).tokens_per_second,
                 "static batches": lambda: self._static(ragged).tokens_per_second,
             }),
         ]  # fmt: skip
-        rate = LOAD * ratios[1].values["engine"] / statistics.mean(request.max_tokens for request in ragged)
+        rate = LOAD * ratios[1].values[first] / statistics.mean(request.max_tokens for request in ragged)
         arrivals = poisson_arrivals(plan.seed, len(ragged), rate)
         ratios.append(self._ratio(f"Poisson arrivals at {LOAD:.0%} of capacity, p99 of the time to first token, s", {
             "static batches": lambda: _p99(self._static(ragged, arrivals)),
-            "engine": lambda: _p99(self._engine(ragged, arrivals)),
+            first: lambda: _p99(serve(ragged, arrivals)),
         }))  # fmt: skip
+        base = [Request(request.prompt, request.max_tokens, "none") for request in equal]
         if self._runtime.manifest.adaptation.regime == "chameleon":
-            of_mode = {mode: [Request(r.prompt, r.max_tokens, mode) for r in equal] for mode in ("centroid", "none")}
             ratios.append(self._ratio("clusters mixed, tokens/s", {
-                "centroid": lambda: self._engine(of_mode["centroid"]).tokens_per_second,
-                "none": lambda: self._engine(of_mode["none"]).tokens_per_second,
+                f"{first}, centroid": lambda: serve(equal).tokens_per_second,
+                f"{first}, none": lambda: serve(base).tokens_per_second,
             }))  # fmt: skip
+        ratios.extend(
+            self._ratio("equal lengths, base model, tokens/s", {
+                name: partial(lambda name: self._serve(name, base).tokens_per_second, name) for name in (first, other)
+            }) for other in others
+        )  # fmt: skip
         return ratios
 
     def _ratio(self, name: str, sides: Mapping[str, Callable[[], float]]) -> Ratio:
@@ -122,15 +145,16 @@ class _Comparison:
         medians = {side: statistics.median(taken) for side, taken in values.items()}
         return Ratio(name, medians, statistics.median(ratios), (low, high))
 
-    def _engine(self, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
-        return self._run(self._engine_target, requests, arrivals)
+    def _serve(self, name: str, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
+        target = self._serving[name]
+        if isinstance(target, HttpTarget):
+            requests = [msgspec.structs.replace(request, model=target.model_of(request.model)) for request in requests]
+        return self._run(target, requests, arrivals)
 
     def _static(self, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
         return self._run(self._static_target, requests, arrivals)
 
-    def _run(
-        self, target: EngineTarget | StaticTarget, requests: Sequence[Request], arrivals: Sequence[float] | None
-    ) -> Figures:
+    def _run(self, target: Target, requests: Sequence[Request], arrivals: Sequence[float] | None) -> Figures:
         """Run the requests. Raises InputError if one failed, since the figures would compare different work."""
         if arrivals is None:
             work = closed_loop(target, requests, self._plan.rows, TIMEOUT)

@@ -72,7 +72,7 @@ class HttpTarget:
         if api_key:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
         self._temperature = temperature
-        self._model: str | None = None
+        self._models: list[str] = []
         self._seen = Steps()  # all, when last looked at
 
     async def open(self) -> None:
@@ -82,10 +82,16 @@ class HttpTarget:
         """
         try:
             body = await self._get("/v1/models")
-            self._model = msgspec.json.decode(body)["data"][0]["id"]
+            self._models = [model["id"] for model in msgspec.json.decode(body)["data"]]
+            self._models[0]  # the target of requests that name none
         except (OSError, ResponseError, asyncio.IncompleteReadError, msgspec.DecodeError, LookupError) as error:
             raise InputError(f"{self._host}:{self._port} gives no list of models at /v1/models: {error}") from error
         await self.steps()
+
+    def model_of(self, mode: str | None) -> str:
+        """Return this project's name of the model in an adaptation mode; a server without it has its first model."""
+        named = f"{self._models[0]}:{mode}"
+        return named if named in self._models else self._models[0]
 
     async def complete(self, record: Record) -> None:
         ended = False
@@ -117,7 +123,7 @@ class HttpTarget:
         return self._seen.since(before)
 
     async def _events(self, request: Request) -> AsyncIterator[bytes]:
-        body = _Body(request.model or self._model, request.prompt, request.max_tokens, self._temperature)
+        body = _Body(request.model or self._models[0], request.prompt, request.max_tokens, self._temperature)
         async for line in self._request("POST", "/v1/completions", msgspec.json.encode(body)):
             if line.startswith(b"data:"):
                 yield line[5:].strip()
