@@ -192,17 +192,15 @@ def _train_and_score(
         config = checkpoint_config(variant, settings, trunk, base, protocol)
         training = replace(settings.training, seed=seed)
         vector = side.train.embeddings.mean(0) if variant.constant else None
-        attempts = []
-        for lr in (variant.regime == "lora" and settings.lora_lrs) or (training.lr,):
-            attempts.append(path.with_name(f"{path.name}.lr-{lr:g}"))
-            if not attempts[-1].exists():
-                own = replace(training, lr=lr)
-                fit_checkpoint(
-                    trunk, config, side.train, side.validation, side.centroids, attempts[-1], own, report, vector
-                )
-        os.rename(min(attempts, key=_validation_loss), path)
-        for attempt in attempts:
-            shutil.rmtree(attempt, ignore_errors=True)
+        rates = settings.lora_lrs if variant.regime == "lora" else ()
+        attempts = {path.with_name(f"{path.name}.lr-{lr:g}"): replace(training, lr=lr) for lr in rates}
+        for out, own in (attempts or {path: training}).items():
+            if not out.exists():
+                fit_checkpoint(trunk, config, side.train, side.validation, side.centroids, out, own, report, vector)
+        if attempts:
+            os.rename(min(attempts, key=_validation_loss), path)
+        for out in attempts:
+            shutil.rmtree(out, ignore_errors=True)
     if not scores.exists():
         checkpoint = load_checkpoint(path, trunk=trunk)
         found: dict[str, FloatArray] = {}
