@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import LM_HEAD, TargetSpec, factor_names
+from chameleon_deploy.bundle import TargetSpec, factor_names
 
 DROPOUT = 0.5
 Factors = dict[str, Tensor]
@@ -35,8 +35,8 @@ class FactorModule(nn.Module):
         return f"hypernetwork.{parameter}"
 
     def begin_at_base(self) -> None:
-        """Set lora_B of every target in the trunk to zero, as LoRA begins (arXiv 2106.09685): random updates of many
-        layers would begin with a broken model. The head's stays random, as in the paper.
+        """Set lora_B of every target to zero, as LoRA begins (arXiv 2106.09685): random updates of many layers would
+        begin with a broken model.
         """
         raise NotImplementedError
 
@@ -74,10 +74,7 @@ class Hypernetwork(FactorModule):
     @torch.no_grad()
     def begin_at_base(self) -> None:
         """See `FactorModule`."""
-        last = self.linears()[-1]
-        for values in (split_factors(last.weight.T, self.targets, self.rank),
-                       split_factors(last.bias[None], self.targets, self.rank)):  # fmt: skip
-            _zero_trunk_B(values, self.targets)
+        _zero_B(self.linears()[-1], self.targets, self.rank)
 
 
 class SharedHypernetwork(FactorModule):
@@ -131,9 +128,7 @@ class SharedHypernetwork(FactorModule):
     def begin_at_base(self) -> None:
         """See `FactorModule`."""
         for target, (_, module) in zip(self.targets, self.places, strict=True):
-            head = self.last_layers()[module]
-            for values in (head.weight.T, head.bias[None]):
-                _zero_trunk_B(split_factors(values, [target], self.rank), [target])
+            _zero_B(self.last_layers()[module], [target], self.rank)
 
 
 class StaticLoRA(FactorModule):
@@ -162,7 +157,8 @@ class StaticLoRA(FactorModule):
     @torch.no_grad()
     def begin_at_base(self) -> None:
         """See `FactorModule`."""
-        _zero_trunk_B({self.stored_name(name): value for name, value in self.named_parameters()}, self.targets)
+        for lora_B in self.lora_B:
+            lora_B.zero_()
 
 
 def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> Factors:
@@ -205,7 +201,9 @@ def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _zero_trunk_B(factors: Factors, targets: Sequence[TargetSpec]) -> None:
-    for target in targets:
-        if target.name != LM_HEAD:
-            factors[factor_names(target.name)[1]].zero_()
+def _zero_B(last: nn.Linear, targets: Sequence[TargetSpec], rank: int) -> None:
+    """Set to zero what a last layer gives as lora_B."""
+    for parameter in (last.weight.T, last.bias[None]):
+        for name, values in split_factors(parameter, targets, rank).items():
+            if name.endswith(".lora_B"):
+                values.zero_()

@@ -115,7 +115,8 @@ def fit_checkpoint(
     factors = (
         StaticLoRA(target_specs(trunk, config.targets), config.rank - 1) if counted else build_factors(config, trunk)
     )
-    factors.begin_at_base()
+    if not (in_head_alone(config.targets) and config.architecture == "paper"):
+        factors.begin_at_base()  # the paper's own training, of the head alone, begins with random factors
     state = fit(
         factors, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,

@@ -386,7 +386,7 @@ class Runtime:
 
     def _entered(self, sets: FactorSets) -> FactorSets:
         """Return sets of plain layers as the decoder reads them."""
-        entered = self._enter(sets.in_memory().tensors)
+        entered = self._enter({name: np.asarray(array, np.float32) for name, array in sets.tensors.items()})
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in entered.items()}
         return self.backend.place(FactorSets(arrays))
 

@@ -79,7 +79,7 @@ def change_factor_rows(change: Callable[[dict[str, np.ndarray]], dict[str, np.nd
             if tensor.name.endswith((".lora_A.bias", ".lora_B.bias")):
                 info = external_data_helper.ExternalDataInfo(tensor)
                 shape = tuple(tensor.dims)
-                found[tensor.name] = np.memmap(path / info.location, np.float32, "r+", info.offset, shape)
+                found[tensor.name] = np.memmap(path / info.location, np.float32, "r+", info.offset or 0, shape)
         for name, values in change({name: np.array(values) for name, values in found.items()}).items():
             found[name][:] = values
         reseal(path)

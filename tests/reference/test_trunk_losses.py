@@ -95,7 +95,7 @@ def test_other_targets_are_read_by_the_trunk(mini: Checkpoint, tmp_path: Path) -
 
 def test_blocks_are_computed_again_for_the_gradient(mini: Checkpoint) -> None:
     block, calls = mini.trunk.causal_lm.base_model.h[0].mlp, []
-    hook = block.register_forward_hook(lambda *_: calls.append(1))
+    hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         losses(mini.trunk).backward(network(mini.trunk, ["attention"]), torch.randn(64), ROWS, 11)
     finally:
