@@ -50,14 +50,13 @@ def read_adapter(file: Path, spec: AdaptationSpec) -> dict[str, FloatArray]:
     try:
         with safe_open(file, "numpy") as opened:
             _check_metadata(file, opened.metadata() or {}, spec, set(opened.keys()))
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            rank = _check_shapes(file, shapes, spec)
-            tensors = {name: opened.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            rank = _check_tensors(file, {name: opened.get_slice(name) for name in opened.keys()}, spec)  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not an adapter file: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise TensorError(f"{file}: {name} holds NaN, infinity or {tensor.dtype} instead of float32")
+        if not np.isfinite(tensor).all():
+            raise TensorError(f"{file}: {name} holds NaN or infinity")
     return {
         name: tensors[name] if name in tensors else np.zeros((rank, width), np.float32)
         for name, width in spec.factor_widths.items()
@@ -85,12 +84,14 @@ def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpe
         raise TensorError(f"{file}: its tensors and its targets differ at {sorted(names ^ expected)[0]!r}")
 
 
-def _check_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: AdaptationSpec) -> int:
-    """Return the rank of all tensors. Raises TensorError."""
-    rank = next(iter(shapes.values()), (0,))[0]
+def _check_tensors(file: Path, slices: Mapping[str, Any], spec: AdaptationSpec) -> int:
+    """Check dtypes and shapes before anything is read, and return the rank of all tensors. Raises TensorError."""
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    rank = next((shape[0] for shape in shapes.values() if shape), 0)
     if not 1 <= rank <= MAX_RANK:
         raise TensorError(f"{file}: rank {rank}: it must be from 1 to {MAX_RANK}")
     for name, shape in shapes.items():
-        if shape != (rank, spec.factor_widths[name]):
-            raise TensorError(f"{file}: {name} has shape {shape}, expected {(rank, spec.factor_widths[name])}")
+        if slices[name].get_dtype() != "F32" or shape != (rank, spec.factor_widths[name]):
+            expected = f"F32 {(rank, spec.factor_widths[name])}"
+            raise TensorError(f"{file}: {name} is {slices[name].get_dtype()} {shape}, expected {expected}")
     return rank

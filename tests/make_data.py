@@ -1,6 +1,7 @@
 """Writes tests/data, which pytest and the C++ tests read: `python -m tests.make_data`.
 
     bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
+    adapters.json    adapter files for a bundle, and the error code of each that must be refused
     signatures.json  keys, signatures of a good bundle, and the error code of each where it must be refused
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
@@ -19,6 +20,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,15 @@ from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
 from tests.schedules import random_schedule, run_schedule
-from tests.shared_data import DATA, case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle
+from tests.shared_data import (
+    DATA,
+    adapter_case,
+    case_arguments,
+    case_logits,
+    choice_arguments,
+    good_bundle,
+    hostile_bundle,
+)
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
 BUNDLES: dict[str, tuple[Regime, str, int]] = {
@@ -49,6 +59,7 @@ def main() -> None:
     for seed, (name, how) in enumerate(BUNDLES.items()):
         make_bundle(good_bundle(name), *how, seed=seed)
     write("hostile.json", hostile_cases())
+    write("adapters.json", adapter_cases())
     write("signatures.json", signature_cases())
     write("golden.json", golden_cases())
     write("sampling.json", sampling_cases())
@@ -65,6 +76,15 @@ def write(name: str, records: Any) -> None:
         blocks.append(body if key is None else f"{json.dumps(key)}: {body}")
     text = blocks[0] if isinstance(records, list) else "{\n" + ",\n".join(blocks) + "\n}"
     (DATA / name).write_text(text + "\n")
+
+
+def code_of(function: Callable[..., Any], *arguments: Any) -> str | None:
+    """The code of the error that a call raises; None for a call that raises none."""
+    try:
+        function(*arguments)
+    except ChameleonError as error:
+        return error.code
+    return None
 
 
 def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -> None:
@@ -106,6 +126,101 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
         save_base(model, tokenizer, path / "base")
         save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed))
         export_bundle(load_checkpoint(path), out, None)
+
+
+def adapter_cases() -> list[dict[str, Any]]:
+    """Files that are loaded as adapters, and the code that refuses each; null for one that is loaded.
+
+    The bundle has one adapter of its own, named "own".
+    """
+    from safetensors.numpy import save
+
+    digest = "c0de" * 16
+    changes = [
+        {"do": "set", "path": ["adaptation", "adapters"], "value": ["own"]},
+        {"do": "set", "path": ["adaptation", "base_digest"], "value": digest},
+    ]
+    metadata = {"format": "chameleon-adapter", "format_version": "1", "base_digest": digest, "targets": '["lm_head"]'}
+    A = (np.arange(HIDDEN, dtype=np.float32) % 5 - 2)[None] / 8
+    B = (np.arange(VOCAB_SIZE, dtype=np.float32) % 7 - 3)[None] / 4
+    good = {"lm_head.lora_A": A, "lm_head.lora_B": B}
+    cases: list[dict[str, Any]] = []
+
+    def case(name: str, code: str | None, content: bytes, changed: list[dict[str, Any]] = changes) -> None:
+        encoded = base64.b64encode(content).decode()
+        cases.append({"name": name, "base": "lora_masked", "code": code, "changes": changed, "base64": encoded})
+
+    def with_metadata(**values: str) -> bytes:
+        return save(good, metadata | values)
+
+    def with_tensors(**tensors: Any) -> bytes:
+        named = {name.replace("lora", "lm_head.lora"): array for name, array in tensors.items()}
+        return save({name: array for name, array in (good | named).items() if array is not None}, metadata)
+
+    def with_header(data: bytes, **tensors: Any) -> bytes:
+        header = json.dumps({"__metadata__": metadata} | {f"lm_head.{name}": value for name, value in tensors.items()})
+        return len(header).to_bytes(8, "little") + header.encode() + data
+
+    def entry(begin: int, width: int, dtype: str = "F32") -> dict[str, Any]:
+        return {
+            "dtype": dtype,
+            "shape": [1, width],
+            "data_offsets": [begin, begin + width * (2 if "16" in dtype else 4)],
+        }
+
+    both, size = A.tobytes() + B.tobytes(), A.nbytes
+    case("good", None, save(good, metadata))
+    case("of_another_rank", None, with_tensors(lora_A=np.tile(A, (3, 1)), lora_B=np.tile(B, (3, 1))))
+    case("its_logits_overflow", None, with_tensors(lora_B=np.full_like(B, 3e38)))
+    case("a_target_twice", None, with_metadata(targets='["lm_head", "lm_head"]'))
+    # Where it comes from
+    case("a_bundle_without_adapters", "adapter_invalid", save(good, metadata), [])
+    case("no_metadata", "adapter_invalid", save(good))
+    for field, value in (("format", "pt"), ("format_version", "2"), ("base_digest", "0" * 64)):
+        case(f"another_{field}", "adapter_invalid", with_metadata(**{field: value}))
+    for name, targets in {
+        "no_JSON": "[", "empty": "[]", "a_number": "7", "an_object": '{"lm_head": 1}', "nested": '[["lm_head"]]',
+        "of_no_layer": '["transformer.h.0.attn.c_attn"]', "numbers": "[1]",
+    }.items():  # fmt: skip
+        case(f"targets_{name}", "adapter_invalid", with_metadata(targets=targets))
+    # Its tensors
+    for part in ("lora_A", "lora_B"):
+        case(f"no_{part}", "tensor_invalid", with_tensors(**{part: None}))
+    case("no_tensors", "tensor_invalid", with_tensors(lora_A=None, lora_B=None))
+    case("another_tensor", "tensor_invalid", with_tensors(lora_C=A))
+    case("another_width", "tensor_invalid", with_tensors(lora_A=A[:, 1:]))
+    case("another_rank_of_A", "tensor_invalid", with_tensors(lora_A=np.tile(A, (2, 1))))
+    case("rank_0", "tensor_invalid", with_tensors(lora_A=A[:0], lora_B=B[:0]))
+    case("one_dimension", "tensor_invalid", with_tensors(lora_A=A[0], lora_B=B[0]))
+    case("no_dimension", "tensor_invalid", with_tensors(lora_A=np.array(A[0, 0]), lora_B=np.array(B[0, 0])))
+    for dtype in (np.float64, np.float16, np.int32):
+        case(f"of_{np.dtype(dtype)}", "tensor_invalid", with_tensors(lora_A=A.astype(dtype)))
+    halved = with_header(both[size // 2 :], lora_A=entry(0, HIDDEN, "BF16"), lora_B=entry(size // 2, VOCAB_SIZE))
+    case("of_bfloat16", "tensor_invalid", halved)
+    for bad in ("nan", "inf"):
+        case(f"of_{bad}", "tensor_invalid", with_tensors(lora_A=np.full_like(A, float(bad))))
+    # The file
+    case("empty", "adapter_invalid", b"")
+    case("text", "adapter_invalid", b"no adapter")
+    case("cut", "adapter_invalid", save(good, metadata)[:-1])
+    case("longer", "adapter_invalid", save(good, metadata) + b"\0")
+    case("a_header_beyond_the_file", "adapter_invalid", b"\xff" * 8 + save(good, metadata)[8:])
+    case("an_unknown_dtype", "adapter_invalid", with_header(both, lora_A=entry(0, HIDDEN, "F33")))
+    for name, lora_A in {
+        "claims_more_than_there_is": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, size]},
+        "overlaps": entry(4, HIDDEN),
+        "ends_before_it_begins": {"dtype": "F32", "shape": [1, HIDDEN], "data_offsets": [size, 0]},
+    }.items():
+        case(name, "adapter_invalid", with_header(both, lora_A=lora_A, lora_B=entry(size, VOCAB_SIZE)))
+    hole = with_header(both + b"\0" * 4, lora_A=entry(0, HIDDEN), lora_B=entry(size + 4, VOCAB_SIZE))
+    case("a_hole", "adapter_invalid", hole)
+    for c in cases:
+        with tempfile.TemporaryDirectory() as directory:
+            bundle, file = adapter_case(c, Path(directory))
+            found = code_of(chameleon_deploy.load(bundle).load_adapter, "legal", file)
+            if found != c["code"]:
+                sys.exit(f"{c['name']}: {found}, expected {c['code']}")
+    return cases
 
 
 def signature_cases() -> dict[str, list[dict[str, Any]]]:
@@ -445,12 +560,7 @@ def hostile_cases() -> list[dict[str, Any]]:
         case(f"tokenizer_{name}", "manifest_invalid", {**change, "file": "tokenizer.json"}, redigest)
     for c in cases:
         with tempfile.TemporaryDirectory() as directory:
-            path = hostile_bundle(c, Path(directory) / "bundle")
-            try:
-                chameleon_deploy.load(path)
-                found = "opened"
-            except ChameleonError as error:
-                found = error.code
+            found = code_of(chameleon_deploy.load, hostile_bundle(c, Path(directory) / "bundle"))
             if found != c["code"]:
                 sys.exit(f"{c['name']}: {found}, expected {c['code']}")
     return cases

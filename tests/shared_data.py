@@ -67,6 +67,13 @@ def hostile_bundle(case: dict[str, Any], out: Path) -> Path:
     return out
 
 
+def adapter_case(case: dict[str, Any], directory: Path) -> tuple[Path, Path]:
+    """Return the bundle of a case of adapters.json and the file that is loaded as an adapter."""
+    file = directory / "adapter.safetensors"
+    file.write_bytes(base64.b64decode(case["base64"]))
+    return hostile_bundle(case, directory / "bundle"), file
+
+
 def signed_bundle(case: dict[str, Any], directory: Path) -> tuple[Path, list[Path] | None]:
     """Return the bundle of a case of signatures.json and the files of its trusted keys."""
     for key in read("signatures.json")["keys"]:

@@ -20,6 +20,9 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows that are generated at a time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Rows that may wait; more are refused with 429.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 128,
+    capacity: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, prompt and answer; default: the model's positions.")
+    ] = None,
     max_factor_sets: Annotated[
         int | None, typer.Option(min=1, help="Factor sets of the running rows; default: as many as --rows.")
     ] = None,
@@ -57,7 +60,7 @@ def main(
     service = Service(Settings(
         console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
         cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
-        max_factor_sets, adapters, max_adapter_bytes,
+        max_factor_sets, adapters, max_adapter_bytes, capacity,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

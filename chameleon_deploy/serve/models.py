@@ -24,14 +24,24 @@ class Meant(NamedTuple):
 class Models:
     """Which names there are and what each means.
 
-    name     the bundle's directory
-    default  mode of the name alone
+    name        the bundle's directory
+    default     mode of the name alone
+    max_length  tokens of a row, prompt and answer
     """
 
-    def __init__(self, name: str, manifest: Manifest, mode: Mode | None, has_tenants: bool, adapters: Adapters) -> None:
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest,
+        mode: Mode | None,
+        has_tenants: bool,
+        adapters: Adapters,
+        capacity: int | None = None,
+    ) -> None:
         """mode: what the name alone means; None is centroid, or the bundle's default where it has no centroids
 
         adapters  of the runtime, which may change
+        capacity  tokens of a row that the engine holds; None means the model's positions
 
         Raises ModeError.
         """
@@ -41,7 +51,8 @@ class Models:
         if self.default not in served:
             raise ModeError(f"mode {self.default!r} cannot be served: choose one of {', '.join(served)}")
         self._modes: dict[str, Mode] = {name: self.default, **{f"{name}:{mode}": mode for mode in served}}
-        self._created, self._length = int(time.time()), manifest.model.max_positions
+        self._created = int(time.time())
+        self.max_length = min(manifest.model.max_positions, capacity or manifest.model.max_positions)
 
     def resolve(self, model: str | None, mode: Mode | None) -> Meant:
         """Raises ApiError for a name that no model has, or a mode that it does not go with."""
@@ -75,7 +86,7 @@ class Models:
 
     def _model(self, name: str) -> Model:
         mode = self._modes.get(name, "static")
-        return Model(id=name, created=self._created, root=self.name, mode=mode, max_model_len=self._length)
+        return Model(id=name, created=self._created, root=self.name, mode=mode, max_model_len=self.max_length)
 
 
 def _served(manifest: Manifest, has_tenants: bool) -> list[Mode]:

@@ -45,6 +45,7 @@ class Settings:
     max_factor_sets: int | None = None
     adapters: Path | None = None
     max_adapter_bytes: int = 2**30
+    capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,13 @@ class Service:
         s = self.settings
         runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights, s.trusted_keys)
         name = runtime.bundle.path.resolve().name
-        models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters)
+        models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters, s.capacity)
         runtime.adapters.max_bytes = s.max_adapter_bytes
         runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
-            max_factor_sets=s.max_factor_sets,
+            max_factor_sets=s.max_factor_sets, capacity=s.capacity,
             cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
         )  # fmt: skip
         self.metrics.watch(engine)

@@ -22,7 +22,7 @@ def _tokenize(call: Call[TokenizeRequest]) -> TokenizeResponse:
     body, served = call.body, call.served
     served.models.resolve(body.model, None)
     encoding = served.runtime.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    length = served.runtime.manifest.model.max_positions
+    length = served.models.max_length
     response = TokenizeResponse(count=len(encoding.ids), max_model_len=length, tokens=encoding.ids)
     if body.return_token_strs:
         response.token_strs = encoding.tokens

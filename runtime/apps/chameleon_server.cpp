@@ -23,7 +23,10 @@ constexpr const char* kHelp = R"(chameleon-server BUNDLE [options]
   --rows N                rows that are generated at a time (8)
   --max-waiting N         rows that may wait; more are refused with 429 (256)
   --prefill-tokens N      prompt tokens read between two steps (128)
+  --capacity N            tokens of a row, prompt and answer (the model's positions)
   --max-factor-sets N     factor sets of the running rows (as many as --rows)
+  --adapters DIR          let requests load adapter files of this directory
+  --max-adapter-bytes N   of loaded adapters that stay in memory (1073741824)
   --api-keys FILE         JSON file, {"key": "tenant"}
   --cohort-window-ms X    join cohorts of requests this close (0)
   --max-body-bytes N      larger bodies are refused with 413 (4194304)
@@ -50,6 +53,11 @@ std::filesystem::path file(const std::string& option, const std::string& path) {
   throw UsageError("invalid value for " + option + ": file '" + path + "' does not exist");
 }
 
+std::filesystem::path directory(const std::string& option, const std::string& path) {
+  if (std::filesystem::is_directory(path)) return path;
+  throw UsageError("invalid value for " + option + ": directory '" + path + "' does not exist");
+}
+
 Arguments parse(const std::vector<std::string>& words) {
   Arguments parsed;
   Settings& settings = parsed.settings;
@@ -62,8 +70,12 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--max-waiting", [&](auto& option, auto& text) { settings.max_waiting = number<std::size_t>(option, text); }},
       {"--prefill-tokens",
        [&](auto& option, auto& text) { settings.prefill_tokens = number<std::size_t>(option, text, 1); }},
+      {"--capacity", [&](auto& option, auto& text) { settings.capacity = number<std::size_t>(option, text, 1); }},
       {"--max-factor-sets",
        [&](auto& option, auto& text) { settings.max_factor_sets = number<std::size_t>(option, text, 1); }},
+      {"--adapters", [&](auto& option, auto& path) { settings.adapters = directory(option, path); }},
+      {"--max-adapter-bytes",
+       [&](auto& option, auto& text) { settings.max_adapter_bytes = number<std::size_t>(option, text, 1); }},
       {"--api-keys", [&](auto&, auto& text) { settings.api_keys = text; }},
       {"--cohort-window-ms",
        [&](auto& option, auto& text) { settings.cohort_window_ms = number<double>(option, text, 0); }},

@@ -40,6 +40,8 @@ void expect_request_or_error(const Read& read) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view body(reinterpret_cast<const char*>(data), size);
   expect_request_or_error([body] { check(CompletionRequest::of(body)); });
+  expect_request_or_error([body] { (void)LoadAdapterRequest::of(body); });
+  expect_request_or_error([body] { (void)UnloadAdapterRequest::of(body); });
   expect_request_or_error([body] { (void)TokenizeRequest::of(body); });
   expect_request_or_error([body] { (void)DetokenizeRequest::of(body); });
   return 0;

@@ -38,6 +38,7 @@ typedef struct {
   const char* const* trusted_keys; /* PEM files of Ed25519 public keys: a bundle that none of them signed is refused
                                       with "signature_invalid"; NULL accepts any */
   size_t num_trusted_keys;
+  size_t max_adapter_bytes; /* of the factors of adapter files that stay in memory; 0: all */
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,
@@ -45,6 +46,14 @@ CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chamele
 CHAMELEON_EXPORT void chameleon_runtime_free(chameleon_runtime* runtime);
 CHAMELEON_EXPORT int64_t chameleon_vocab_size(const chameleon_runtime* runtime);
 CHAMELEON_EXPORT int64_t chameleon_hidden_size(const chameleon_runtime* runtime);
+
+/* Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model. Calls that run are not affected.
+ * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or a file that is
+ * not an adapter of this bundle, "tensor_invalid". Then nothing is loaded. */
+CHAMELEON_EXPORT chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name,
+                                                         const char* path);
+/* Forget an adapter; rows that use it keep its factors. */
+CHAMELEON_EXPORT chameleon_error* chameleon_unload_adapter(chameleon_runtime* runtime, const char* name);
 
 /* One text: bytes of UTF-8 in `text`, or token ids in `token_ids` where `text` is NULL. */
 typedef struct {
@@ -70,6 +79,8 @@ typedef struct {
   const char* const* tenants;      /* mode tenant: num_texts names; else NULL */
   const chameleon_factor* factors; /* mode static: the caller's factor set, both tensors of every target; else NULL */
   size_t num_factors;
+  /* mode static, which they imply: num_texts names of adapters, NULL for the base model; else NULL */
+  const char* const* adapters;
 } chameleon_batch;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
@@ -131,18 +142,31 @@ typedef struct {
 /* Called for every token. Return 0 to cancel this row; the other rows continue. */
 typedef int (*chameleon_on_token)(const chameleon_token* token, void* user);
 
-/* sampling: one for all prompts (num_samplings 1), where row i draws from random stream i, or one per prompt, where
- * each row draws from stream 0. NULL with num_samplings 0 samples greedily. */
+/* How to continue the prompts of one chameleon_generate. Zero is the default in every field. */
+typedef struct {
+  int64_t max_new_tokens; /* 20 by default */
+  /* One for all prompts (num_samplings 1), where row i draws from random stream i, or one per prompt, where each row
+   * draws from stream 0. NULL with num_samplings 0 samples greedily. */
+  const chameleon_sampling* sampling;
+  size_t num_samplings;
+  int64_t prompt_lookup_num_tokens; /* one prompt on the CPU: draft up to this many tokens, at most 16, from the text so
+                                       far; 0 is off */
+  const char* errors; /* of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" (default)
+                         fails the call, "row" ends that row alone, with finish reason "error" */
+  chameleon_on_token on_token;
+  void* user; /* passed to on_token */
+} chameleon_generate_options;
+
+/* options: NULL for the defaults */
 CHAMELEON_EXPORT chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
-                                                     int64_t max_new_tokens, const chameleon_sampling* sampling,
-                                                     size_t num_samplings, chameleon_on_token on_token, void* user,
+                                                     const chameleon_generate_options* options,
                                                      chameleon_generations** generations);
 CHAMELEON_EXPORT const int64_t* chameleon_generation_token_ids(const chameleon_generations* generations, size_t row,
                                                                size_t* count);
 CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generations* generations, size_t row,
                                                        size_t* size);
 CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
-/* "stop", "length" or "cancelled"; of an engine also "deadline" or "error". */
+/* "stop", "length" or "cancelled"; with errors "row" also "error"; of an engine also "error" or "deadline". */
 CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
 /* One for each token id; none without chameleon_sampling.logprobs. */
 CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row,
@@ -150,7 +174,7 @@ CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleo
 /* The most probable tokens where token number `token` was chosen, highest first. */
 CHAMELEON_EXPORT const chameleon_token_logprob* chameleon_generation_top_logprobs(
     const chameleon_generations* generations, size_t row, size_t token, size_t* count);
-/* What ended a row of an engine whose finish reason is "error"; NULL for other rows. */
+/* What ended a row whose finish reason is "error"; NULL for other rows. */
 CHAMELEON_EXPORT const char* chameleon_generation_error_code(const chameleon_generations* generations, size_t row);
 CHAMELEON_EXPORT const char* chameleon_generation_error_message(const chameleon_generations* generations, size_t row);
 CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
@@ -186,9 +210,10 @@ CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
 /* How to continue the prompts of one submit. Zero is the default in every field. */
 typedef struct {
   int64_t max_new_tokens;             /* 20 by default */
-  const chameleon_sampling* sampling; /* as in chameleon_generate; continuation k of a prompt draws from stream k */
+  const chameleon_sampling* sampling; /* one, or one per prompt; continuation k of a prompt draws from stream k */
   size_t num_samplings;
   const char* tenant;      /* mode tenant: the tenant of the prompts; the batch's tenants must be NULL */
+  const char* adapter;     /* mode static: the adapter of the prompts; the batch's adapters must be NULL */
   size_t n;                /* continuations per prompt; 1 by default */
   double deadline_seconds; /* after which rows that have not ended finish as "deadline"; none by default */
   size_t adapt_tokens;     /* embed only this many leading tokens of every prompt; all by default */

@@ -12,8 +12,9 @@ namespace {
 
 // What the caller can change. Every other chameleon::Error is a fault of this side.
 int status_of(std::string_view code) {
-  constexpr std::array<std::pair<std::string_view, int>, 8> known = {{{"input_invalid", 400},
+  constexpr std::array<std::pair<std::string_view, int>, 9> known = {{{"input_invalid", 400},
                                                                       {"adapter_invalid", 400},
+                                                                      {"tensor_invalid", 400},
                                                                       {"text_too_long", 400},
                                                                       {"mode_unavailable", 400},
                                                                       {"token_invalid", 422},

@@ -11,6 +11,7 @@
 
 #include "completions.h"
 #include "connection_threads.h"
+#include "lora_adapters.h"
 #include "openapi.h"
 #include "schemas.h"
 #include "tokenization.h"
@@ -168,6 +169,12 @@ void HttpServer::add_routes() {
   });
   post("/v1/completions",
        [](const Call& call, const auto& request, auto& response) { answer_completion(call, request, response); });
+  post("/v1/load_lora_adapter", [](const Call& call, const auto&, auto& response) {
+    set_json(response, load(LoadAdapterRequest::of(call.body), call.served));
+  });
+  post("/v1/unload_lora_adapter", [](const Call& call, const auto&, auto& response) {
+    set_json(response, unload(UnloadAdapterRequest::of(call.body), call.served));
+  });
   get_without_key("/health", [this](auto& response) {
     service_.check_health();
     set_json(response, {{"status", "ok"}});

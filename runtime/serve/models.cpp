@@ -41,9 +41,12 @@ std::vector<std::string> words_of(const std::vector<Mode>& modes) {
 
 }  // namespace
 
-Models::Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants)
-    : name_(std::move(name)), created_(std::time(nullptr)), max_positions_(manifest.model.max_positions) {
-  const std::vector<Mode> modes = served(manifest, has_tenants);
+Models::Models(std::string name, const Runtime& runtime, std::optional<Mode> mode, bool has_tenants,
+               std::optional<std::size_t> capacity)
+    : name_(std::move(name)), runtime_(runtime), created_(std::time(nullptr)) {
+  const std::int64_t positions = runtime.manifest().model.max_positions;
+  max_length_ = std::min<std::int64_t>(positions, capacity ? *capacity : positions);
+  const std::vector<Mode> modes = served(runtime.manifest(), has_tenants);
   constexpr std::array preferred = {Mode::centroid, Mode::request, Mode::static_, Mode::none};
   const Mode own = mode.value_or(*std::ranges::find_if(preferred, [&](Mode each) { return contains(modes, each); }));
   if (!contains(modes, own)) {
@@ -52,19 +55,30 @@ Models::Models(std::string name, const Manifest& manifest, std::optional<Mode> m
   }
   models_.push_back({name_, own});
   for (const Mode each : modes) models_.push_back({name_ + ":" + std::string(to_string(each)), each});
-  for (const std::string& adapter : manifest.adaptation.adapters) {
-    const std::string model = name_ + ":" + adapter;
-    const bool is_mode = std::ranges::find(models_, model, &Meant::model) != models_.end();  // which has the name then
-    if (!is_mode) models_.push_back({model, Mode::static_, adapter});
+}
+
+std::optional<Meant> Models::find(const std::string& named) const {
+  const auto found = std::ranges::find(models_, named, &Meant::model);
+  if (found != models_.end()) return *found;
+  if (!named.starts_with(name_ + ":")) return std::nullopt;
+  const std::string adapter = named.substr(name_.size() + 1);
+  return runtime_.has_adapter(adapter) ? std::optional(Meant{named, Mode::static_, adapter}) : std::nullopt;
+}
+
+std::vector<Meant> Models::all() const {
+  std::vector<Meant> models = models_;
+  for (const std::string& adapter : runtime_.adapter_names()) {
+    models.push_back({name_ + ":" + adapter, Mode::static_, adapter});
   }
+  return models;
 }
 
 Meant Models::resolve(const std::optional<std::string>& model, std::optional<Mode> mode) const {
   const std::string named = model.value_or(name_);
-  const auto found = std::ranges::find(models_, named, &Meant::model);
-  if (found == models_.end()) {
+  const std::optional<Meant> found = find(named);
+  if (!found) {
     std::vector<std::string> names;
-    for (const Meant& each : models_ | std::views::take(kMaxNames)) names.push_back(each.model);
+    for (const Meant& each : all() | std::views::take(kMaxNames)) names.push_back(each.model);
     throw ApiError(404, "model_not_found", "no model '" + named + "': choose one of " + joined(names), "model");
   }
   if (!mode || *mode == found->mode) return *found;
@@ -72,15 +86,14 @@ Meant Models::resolve(const std::optional<std::string>& model, std::optional<Mod
   if (named != name_) {
     throw ApiError(400, "input_invalid", "model '" + named + "' and mode '" + word + "' contradict each other", "mode");
   }
-  const bool is_served =
-      std::ranges::any_of(models_, [&](const Meant& each) { return each.mode == *mode && !each.adapter; });
-  if (!is_served) throw ApiError(400, "mode_unavailable", "mode '" + word + "' is not served here", "mode");
+  if (std::ranges::find(models_, *mode, &Meant::mode) == models_.end())
+    throw ApiError(400, "mode_unavailable", "mode '" + word + "' is not served here", "mode");
   return {named, *mode};
 }
 
 Json Models::list() const {
   Json data = Json::array();
-  for (const Meant& model : models_) data.push_back(describe(model));
+  for (const Meant& model : all()) data.push_back(describe(model));
   return {{"object", "list"}, {"data", data}};
 }
 
@@ -93,7 +106,7 @@ Json Models::describe(const Meant& model) const {
           {"owned_by", "chameleon-deploy"},
           {"root", name_},
           {"mode", to_string(model.mode)},
-          {"max_model_len", max_positions_}};
+          {"max_model_len", max_length_}};
 }
 
 }  // namespace chameleon::serve

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "chameleon/manifest.h"
+#include "chameleon/runtime.h"
 #include "errors.h"
 
 namespace chameleon::serve {
@@ -22,11 +22,17 @@ struct Meant {
 class Models {
  public:
   /// name: the bundle's directory
+  /// runtime: must outlive this; its adapters may change
   /// mode: what the name alone means; by default centroid, or the bundle's default where it has no centroids
   /// has_tenants: whether API keys tell of tenants
+  /// capacity: tokens of a row that the engine holds; by default, the model's positions
   /// Throws ModeError.
-  Models(std::string name, const Manifest& manifest, std::optional<Mode> mode, bool has_tenants);
+  Models(std::string name, const Runtime& runtime, std::optional<Mode> mode, bool has_tenants,
+         std::optional<std::size_t> capacity = {});
 
+  [[nodiscard]] const std::string& name() const { return name_; }
+  /// Tokens of a row, prompt and answer.
+  [[nodiscard]] std::int64_t max_length() const { return max_length_; }
   [[nodiscard]] Mode default_mode() const { return models_.front().mode; }
   /// Throws ApiError for a name that no model has, or a mode that it does not go with.
   [[nodiscard]] Meant resolve(const std::optional<std::string>& model, std::optional<Mode> mode = {}) const;
@@ -35,11 +41,15 @@ class Models {
   [[nodiscard]] Json get(const std::string& name) const;
 
  private:
+  /// The model of a name; none if there is none.
+  [[nodiscard]] std::optional<Meant> find(const std::string& named) const;
+  [[nodiscard]] std::vector<Meant> all() const;
   [[nodiscard]] Json describe(const Meant& model) const;
 
   std::string name_;
-  std::vector<Meant> models_;  // the bundle's own is first
-  std::int64_t created_, max_positions_;
+  const Runtime& runtime_;
+  std::vector<Meant> models_;  // without those of adapters; the bundle's own is first
+  std::int64_t created_, max_length_;
 };
 
 }  // namespace chameleon::serve

@@ -68,6 +68,18 @@ CompletionRequest CompletionRequest::of(std::string_view body) {
   return request;
 }
 
+LoadAdapterRequest LoadAdapterRequest::of(std::string_view body) {
+  LoadAdapterRequest request;
+  Fields::of_body(body).required("lora_name", request.lora_name).required("lora_path", request.lora_path);
+  return request;
+}
+
+UnloadAdapterRequest UnloadAdapterRequest::of(std::string_view body) {
+  UnloadAdapterRequest request;
+  Fields::of_body(body).required("lora_name", request.lora_name);
+  return request;
+}
+
 TokenizeRequest TokenizeRequest::of(std::string_view body) {
   TokenizeRequest request;
   Fields::of_body(body)

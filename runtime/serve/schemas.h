@@ -48,6 +48,19 @@ struct CompletionRequest {
   static CompletionRequest of(std::string_view body);
 };
 
+/// lora_path is the name of a file in the server's directory of adapters.
+struct LoadAdapterRequest {
+  std::string lora_name, lora_path;
+
+  static LoadAdapterRequest of(std::string_view body);
+};
+
+struct UnloadAdapterRequest {
+  std::string lora_name;
+
+  static UnloadAdapterRequest of(std::string_view body);
+};
+
 struct TokenizeRequest {
   std::string prompt;
   std::optional<std::string> model;

@@ -17,6 +17,7 @@ EngineOptions engine_options(const Settings& settings, Metrics& metrics) {
           .prefill_tokens = settings.prefill_tokens,
           .max_factor_sets = settings.max_factor_sets,
           .cohort_window = Seconds(settings.cohort_window_ms / 1000),
+          .capacity = settings.capacity,
           .observe = [&metrics](const Iteration& iteration) { metrics.observe(iteration); }};
 }
 
@@ -35,12 +36,14 @@ Served::Served(const Settings& settings, bool has_tenants, Metrics& metrics_)
                                 .mode = {},
                                 .threads = settings.threads,
                                 .share_weights = settings.share_weights,
-                                .trusted_keys = settings.trusted_keys}),
-      models(name_of(settings.bundle), runtime.manifest(), settings.mode, has_tenants),
+                                .trusted_keys = settings.trusted_keys,
+                                .max_adapter_bytes = settings.max_adapter_bytes}),
+      models(name_of(settings.bundle), runtime, settings.mode, has_tenants, settings.capacity),
       names(runtime.tokenizer(), runtime.manifest().model.vocab_size),
       metrics(metrics_),
       fingerprint(runtime.bundle().digest.substr(0, 16) + "-" + runtime.provider() + "-" +
                   runtime.manifest().precision),
+      adapter_files(settings.adapters),
       joins_cohorts(settings.cohort_window_ms > 0),
       max_prompts(settings.rows + settings.max_waiting),
       engine(warmed(runtime, models.default_mode()), engine_options(settings, metrics)) {

@@ -28,7 +28,10 @@ struct Settings {
   std::size_t rows = 8;
   std::size_t max_waiting = 256;
   std::size_t prefill_tokens = 128;
+  std::optional<std::size_t> capacity;
   std::optional<std::size_t> max_factor_sets;
+  std::optional<std::filesystem::path> adapters;  ///< directory of the files that requests may load
+  std::size_t max_adapter_bytes = 1 << 30;
   double cohort_window_ms = 0;
   std::optional<std::filesystem::path> api_keys;
   std::size_t max_body_bytes = 4 << 20;
@@ -47,6 +50,7 @@ struct Served {
   TokenNames names;
   Metrics& metrics;
   std::string fingerprint;
+  std::optional<std::filesystem::path> adapter_files;
   bool joins_cohorts;                    ///< of different requests
   std::size_t max_prompts;               ///< of one request, whatever it asks for
   std::atomic<bool> is_aborted = false;  ///< requests are cancelled

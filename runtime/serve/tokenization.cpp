@@ -6,8 +6,7 @@ Json tokenize(const TokenizeRequest& request, const Served& served) {
   (void)served.models.resolve(request.model);
   const Tokenizer& tokenizer = served.runtime.tokenizer();
   const TokenIds ids = tokenizer.encode(request.prompt);
-  Json answer = {
-      {"count", ids.size()}, {"max_model_len", served.runtime.manifest().model.max_positions}, {"tokens", ids}};
+  Json answer = {{"count", ids.size()}, {"max_model_len", served.models.max_length()}, {"tokens", ids}};
   if (request.return_token_strs) {
     Json& tokens = answer["token_strs"] = Json::array();
     for (const std::int64_t id : ids) tokens.push_back(tokenizer.token(id));

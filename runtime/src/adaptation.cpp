@@ -8,9 +8,9 @@
 #include <map>
 #include <numeric>
 #include <string>
-#include <tuple>
 
 #include "chameleon/error.h"
+#include "rotation.h"
 
 namespace chameleon {
 
@@ -54,19 +54,6 @@ void add_embedding(const Bundle& bundle, std::int64_t id, double count, std::spa
                          : dtype == "float16" ? item_of<Ort::Float16_t>(bundle.embedding, first + i).ToFloat()
                                               : item_of<float>(bundle.embedding, first + i);
     sums[i] += count * (value * scale);
-  }
-}
-
-/// Multiply blocks of channels by H, a Kronecker power of J/2 - R, where J is four by four of ones and R reverses four
-/// channels.
-void rotate(std::span<double> x, std::size_t block) {
-  for (std::size_t stride = 1; stride < block; stride *= 4) {
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      if (i / stride % 4 != 0) continue;  // the first of four channels
-      double &a = x[i], &b = x[i + stride], &c = x[i + 2 * stride], &d = x[i + 3 * stride];
-      const double half = (((a + b) + c) + d) / 2;
-      std::tie(a, b, c, d) = std::tuple(half - d, half - c, half - b, half - a);
-    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <map>
 #include <utility>
 
+#include "basis.h"
 #include "chameleon/error.h"
 #include "factors.h"
 #include "mapped_file.h"
@@ -50,8 +51,7 @@ FileStamp stamp_of(const fs::path& file) {
   if (::stat(file.c_str(), &status) != 0) {
     throw BundleChangedError(file.string() + ": " + std::strerror(errno) + ": load the bundle again");
   }
-  return {static_cast<std::int64_t>(status.st_dev), static_cast<std::int64_t>(status.st_ino), status.st_size,
-          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+  return chameleon::stamp_of(status);
 }
 
 void check_size(const fs::path& file, const FileSpec& spec) {
@@ -87,16 +87,10 @@ std::vector<float> read_centroids(const fs::path& path, const Manifest& manifest
 FactorSets read_lora(const fs::path& path, const Manifest& manifest) {
   const fs::path file = path / "lora.safetensors";
   const std::int64_t rank = manifest.adaptation.rank;
-  const auto adapters = static_cast<std::int64_t>(manifest.adaptation.adapters.size());
+  const std::int64_t count = std::max<std::int64_t>(1, std::ssize(manifest.adaptation.adapters));
   std::map<std::string, std::vector<std::int64_t>> shapes;
-  for (const auto& [name, width] : manifest.adaptation.factor_widths()) {
-    shapes[name] = {adapters > 0 ? adapters : 1, rank, width};
-  }
-  auto tensors = read_safetensors(MappedFile(file).text(), file.string(), shapes);
-  if (adapters == 0) return make_factor_sets(1, rank, std::move(tensors));
-  for (auto& [name, values] : tensors)
-    values.resize(values.size() + values.size() / static_cast<std::size_t>(adapters));
-  return make_factor_sets(adapters + 1, rank, std::move(tensors));
+  for (const auto& [name, width] : manifest.adaptation.factor_widths()) shapes[name] = {count, rank, width};
+  return make_factor_sets(count, rank, read_safetensors(MappedFile(file).text(), file.string(), shapes));
 }
 
 /// Check and read every file that the manifest lists. Returns the check of the weights' digest, which is not over yet.
@@ -115,6 +109,10 @@ std::shared_future<void> read_files(Bundle& bundle) {
       std::async(std::launch::async, check_digest, path / stored.file, files.at(stored.file));
   bundle.centroids = read_centroids(path, bundle.manifest);
   if (bundle.manifest.adaptation.regime == "lora") bundle.lora = read_lora(path, bundle.manifest);
+  if (bundle.manifest.has_basis()) {
+    const fs::path file = path / "basis.safetensors";
+    bundle.basis = read_basis(MappedFile(file).text(), file.string(), bundle.manifest.adaptation);
+  }
   const auto weights = std::make_shared<const MappedFile>(path / stored.file);
   const auto from = [&](std::int64_t offset) { return weights->bytes().subspan(static_cast<std::size_t>(offset)); };
   bundle.embedding = from(stored.offset);

@@ -76,6 +76,12 @@ struct Batch {
     if (!strings.empty() && !ids.empty()) throw InputError("the batch mixes texts and token id lists: pass one kind");
     if (batch.mode != nullptr) options.mode = parse_mode(batch.mode);
     if (batch.tenants != nullptr) options.tenants.emplace(batch.tenants, batch.tenants + batch.num_texts);
+    if (batch.adapters != nullptr) {
+      options.adapters.emplace();
+      for (const char* name : std::span(batch.adapters, batch.num_texts)) {
+        options.adapters->push_back(name == nullptr ? std::nullopt : std::optional<std::string>(name));
+      }
+    }
     if (batch.factors == nullptr) return;
     options.factors.emplace();
     for (const chameleon_factor& factor : std::span(batch.factors, batch.num_factors)) {
@@ -115,6 +121,12 @@ PerPrompt<Sampling> read_all(const chameleon_sampling* sampling, size_t num_samp
   if (num_samplings == 0) return Sampling{};
   if (num_samplings == 1) return samplings.front();
   return samplings;
+}
+
+OnError read_errors(std::string_view word) {
+  if (word == "raise") return OnError::raise;
+  if (word == "row") return OnError::row;
+  throw InputError("errors must be one of raise, row, got '" + std::string(word.substr(0, 40)) + "'");
 }
 
 const chameleon_token_logprob* as_c(std::span<const TokenLogprob> logprobs) {
@@ -160,11 +172,18 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       if (options->trusted_keys != nullptr) {
         load.trusted_keys.emplace(options->trusted_keys, options->trusted_keys + options->num_trusted_keys);
       }
+      if (options->max_adapter_bytes != 0) load.max_adapter_bytes = options->max_adapter_bytes;
     }
     *runtime = new chameleon_runtime{Runtime(path, load)};
   });
 }
 void chameleon_runtime_free(chameleon_runtime* runtime) { delete runtime; }
+chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name, const char* path) {
+  return guarded([&] { runtime->value.load_adapter(name, path); });
+}
+chameleon_error* chameleon_unload_adapter(chameleon_runtime* runtime, const char* name) {
+  return guarded([&] { runtime->value.unload_adapter(name); });
+}
 int64_t chameleon_vocab_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.vocab_size; }
 int64_t chameleon_hidden_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.hidden_size; }
 
@@ -217,20 +236,23 @@ int64_t chameleon_score_cluster_id(const chameleon_scores* scores, size_t row) {
 void chameleon_scores_free(chameleon_scores* scores) { delete scores; }
 
 chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
-                                    int64_t max_new_tokens, const chameleon_sampling* sampling, size_t num_samplings,
-                                    chameleon_on_token on_token, void* user, chameleon_generations** generations) {
+                                    const chameleon_generate_options* options, chameleon_generations** generations) {
   return guarded([&] {
     const Batch given(*batch);
-    GenerateOptions options{given.options};
-    options.max_new_tokens = max_new_tokens;
-    options.sampling = read_all(sampling, num_samplings);
-    if (on_token != nullptr) {
-      options.on_token = [&](const Token& token) {
-        const chameleon_token seen = as_c(token);
-        return on_token(&seen, user) != 0;
-      };
+    GenerateOptions chosen{given.options};
+    if (options != nullptr) {
+      if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
+      chosen.sampling = read_all(options->sampling, options->num_samplings);
+      chosen.prompt_lookup_num_tokens = options->prompt_lookup_num_tokens;
+      if (options->errors != nullptr) chosen.errors = read_errors(options->errors);
+      if (options->on_token != nullptr) {
+        chosen.on_token = [options](const Token& token) {
+          const chameleon_token seen = as_c(token);
+          return options->on_token(&seen, options->user) != 0;
+        };
+      }
     }
-    *generations = new chameleon_generations{runtime->value.generate(given.texts(), options)};
+    *generations = new chameleon_generations{runtime->value.generate(given.texts(), chosen)};
   });
 }
 const int64_t* chameleon_generation_token_ids(const chameleon_generations* generations, size_t row, size_t* count) {
@@ -296,11 +318,13 @@ chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chamele
   return guarded([&] {
     const Batch given(*batch);
     if (given.options.tenants) throw InputError("the batch of a submit has no tenants: pass one in its options");
+    if (given.options.adapters) throw InputError("the batch of a submit has no adapters: pass one in its options");
     SubmitOptions chosen{.mode = given.options.mode, .factors = given.options.factors};
     if (options != nullptr) {
       if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
       chosen.sampling = read_all(options->sampling, options->num_samplings);
       if (options->tenant != nullptr) chosen.tenant = options->tenant;
+      if (options->adapter != nullptr) chosen.adapter = options->adapter;
       if (options->n != 0) chosen.n = options->n;
       if (options->deadline_seconds != 0) chosen.deadline = Seconds(options->deadline_seconds);
       if (options->adapt_tokens != 0) chosen.adapt_tokens = options->adapt_tokens;

@@ -87,6 +87,29 @@ FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec) {
   return make_factor_sets(1, static_cast<std::int64_t>(factors.begin()->second.rows), std::move(tensors));
 }
 
+FactorSets stack_sets(std::span<const FactorSets> stacks) {
+  if (stacks.size() == 1) return stacks.front();
+  std::int64_t count = 0, rank = 0;
+  for (const FactorSets& stack : stacks) {
+    count += stack.count;
+    rank = std::max(rank, stack.rank);
+  }
+  Tensors tensors;
+  for (const FactorSets& stack : stacks) {
+    for (const auto& [name, values] : stack.tensors) {
+      std::vector<float>& stacked = tensors[name];
+      const std::size_t size = values.size() / static_cast<std::size_t>(stack.count);
+      const std::size_t padded = size / static_cast<std::size_t>(stack.rank) * static_cast<std::size_t>(rank);
+      for (std::size_t start = 0; start < values.size(); start += size) {
+        const auto set = values.subspan(start, size);
+        stacked.insert(stacked.end(), set.begin(), set.end());
+        stacked.resize(stacked.size() + padded - size);
+      }
+    }
+  }
+  return make_factor_sets(count, rank, std::move(tensors));
+}
+
 RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids) {
   std::vector<std::int64_t> present(set_ids.begin(), set_ids.end());
   std::ranges::sort(present);

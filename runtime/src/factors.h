@@ -18,6 +18,9 @@ FactorSets no_factors(const AdaptationSpec& spec);
 /// A caller's factors as a stack of one set. Throws FactorsError.
 FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);
 
+/// All sets of some stacks as one stack; smaller ranks are padded with zeros.
+FactorSets stack_sets(std::span<const FactorSets> stacks);
+
 /// The sets that `set_ids` name, in ascending order, and which of them each row uses.
 RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids);
 

@@ -125,9 +125,19 @@ std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const s
   return rows;
 }
 
+Token append_choice(Row& row, std::span<float> logits, const Tokenizer& tokenizer, std::int64_t eos_token_id,
+                    OnError errors) {
+  try {
+    return row.append(row.sampler().choose(logits), tokenizer, eos_token_id);
+  } catch (const Error& error) {
+    if (errors == OnError::raise) throw;
+    return row.end(FinishReason::error, error);
+  }
+}
+
 std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
-                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
-                                      const std::stop_token& stop) {
+                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, OnError errors,
+                                      const OnToken& on_token, const std::stop_token& stop) {
   std::vector<Generation> generations(rows.size());
   std::vector<std::size_t> active(rows.size());  // rows by their place in the cache
   std::iota(active.begin(), active.end(), 0);
@@ -142,7 +152,7 @@ std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& deco
       std::vector<std::int64_t> chosen;
       for (std::size_t i = 0; i < active.size(); ++i) {
         Row& row = rows[active[i]];
-        const Token token = row.append(row.sampler().choose(logits.at(i)), tokenizer, eos_token_id);
+        const Token token = append_choice(row, logits.at(i), tokenizer, eos_token_id, errors);
         const bool wanted = !on_token || on_token(token);
         if (token.generation != nullptr) {
           finish(token);

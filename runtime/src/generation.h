@@ -51,9 +51,14 @@ std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const s
                             const PerPrompt<std::int64_t>& max_new_tokens, const PerPrompt<Sampling>& sampling,
                             std::size_t n, std::int64_t capacity, std::int64_t vocab_size);
 
+/// Append the next token to a row, or end the row with the error that choosing or decoding it threw.
+/// logits: of the row, [vocab]
+Token append_choice(Row& row, std::span<float> logits, const Tokenizer& tokenizer, std::int64_t eos_token_id,
+                    OnError errors);
+
 /// Sample, stop, drop finished rows, decode one step, again. Returns the generations in the order of the rows.
 std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
-                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, const OnToken& on_token,
-                                      const std::stop_token& stop);
+                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, OnError errors,
+                                      const OnToken& on_token, const std::stop_token& stop);
 
 }  // namespace chameleon

@@ -165,6 +165,11 @@ std::map<std::string, std::int64_t> AdaptationSpec::factor_widths() const {
   return widths;
 }
 
+bool Manifest::has_basis() const {
+  return precision == "int8" &&
+         std::ranges::any_of(adaptation.targets, [](const TargetSpec& target) { return target.name != kHead; });
+}
+
 std::vector<Mode> available_modes(const AdaptationSpec& spec) {
   if (spec.regime == "lora") return {Mode::none, Mode::static_};
   if (spec.num_clusters == 0) return {Mode::none, Mode::static_, Mode::request};
@@ -219,8 +224,7 @@ static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& 
       fail_at(where, "adaptation.targets: '" + target.name + "' has no name or a dimension below 1");
     }
     names.insert(target.name);
-    if (target.name == "lm_head" &&
-        (target.in_features != model.hidden_size || target.out_features != model.vocab_size)) {
+    if (target.name == kHead && (target.in_features != model.hidden_size || target.out_features != model.vocab_size)) {
       fail_at(where, "adaptation.targets: lm_head is not [hidden_size, vocab_size]");
     }
   }
@@ -229,15 +233,16 @@ static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& 
   }
 }
 
+bool is_adapter_name(std::string_view name) {
+  const auto is_plain = [](unsigned char c) { return std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-'; };
+  return !name.empty() && name.size() <= 64 && std::isalnum(static_cast<unsigned char>(name.front())) != 0 &&
+         std::ranges::all_of(name, is_plain) && std::ranges::find(kModes, name) == kModes.end();
+}
+
 static void check_adapters(const AdaptationSpec& adaptation, const std::string& where) {
-  const auto is_named_right = [](const std::string& name) {
-    const auto is_plain = [](unsigned char c) { return std::isalnum(c) != 0 || c == '.' || c == '_' || c == '-'; };
-    return !name.empty() && name.size() <= 64 && std::isalnum(static_cast<unsigned char>(name.front())) != 0 &&
-           std::ranges::all_of(name, is_plain) && std::ranges::find(kModes, name) == kModes.end();
-  };
   const std::vector<std::string>& names = adaptation.adapters;
-  if (std::set(names.begin(), names.end()).size() < names.size() || !std::ranges::all_of(names, is_named_right)) {
-    fail_at(where, "adaptation.adapters must be distinct names");
+  if (std::set(names.begin(), names.end()).size() < names.size() || !std::ranges::all_of(names, is_adapter_name)) {
+    fail_at(where, "adaptation.adapters must be distinct names of " + std::string(kAdapterName));
   }
   if (names.empty() != adaptation.base_digest.empty() || (!names.empty() && adaptation.regime != "lora")) {
     fail_at(where, "adaptation.adapters goes with a base_digest and regime 'lora'");
@@ -257,6 +262,7 @@ static void check_files(const Manifest& manifest, const std::string& where) {
   std::set<std::string> needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file};
   for (const auto& [name, graph] : manifest.graphs) needed.insert(graph.file);
   if (manifest.adaptation.regime == "lora") needed.insert("lora.safetensors");
+  if (manifest.has_basis()) needed.insert("basis.safetensors");
   if (manifest.adaptation.num_clusters > 0) needed.insert("centroids.safetensors");
   for (const std::string& name : needed) {
     if (!manifest.files.contains(name)) fail_at(where, "'" + name + "' is needed but not listed in files");
@@ -309,10 +315,6 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   check_model(manifest.model, where);
   check_adaptation(manifest.adaptation, manifest.model, where);
   check_adapters(manifest.adaptation, where);
-  const auto is_head = [](const TargetSpec& target) { return target.name == "lm_head"; };
-  if (manifest.precision == "int8" && !std::ranges::all_of(manifest.adaptation.targets, is_head)) {
-    fail_at(where, "int8 with targets other than lm_head: only the Python runtime reads their basis");
-  }
   if (manifest.adaptation.conditioning_size != 0) {
     fail_at(where, "adaptation.conditioning_size: only the Python runtime takes the caller's vectors");
   }

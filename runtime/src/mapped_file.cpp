@@ -22,6 +22,7 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
   void* memory = MAP_FAILED;
   if (descriptor >= 0 && ::fstat(descriptor, &status) == 0) {
     size_ = static_cast<std::size_t>(status.st_size);
+    stamp_ = stamp_of(status);
     // An empty file cannot be mapped and needs no memory.
     memory = size_ > 0 ? ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0) : nullptr;
   }
@@ -32,10 +33,15 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), stamp_(other.stamp_) {}
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+FileStamp stamp_of(const struct stat& status) {
+  return {static_cast<std::int64_t>(status.st_dev), static_cast<std::int64_t>(status.st_ino), status.st_size,
+          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
 std::string sha256(std::span<const std::byte> bytes) {

@@ -42,7 +42,7 @@ std::vector<std::int64_t> PromptLookup::suffix(std::size_t length) const {
 
 std::vector<Generation> generate_speculated(std::vector<Row> rows, std::int64_t draft_tokens, const Decoder& decoder,
                                             const RowFactors& factors, const Tokenizer& tokenizer,
-                                            std::int64_t eos_token_id, const OnToken& on_token,
+                                            std::int64_t eos_token_id, OnError errors, const OnToken& on_token,
                                             const std::stop_token& stop) {
   if (draft_tokens < 1 || draft_tokens > kMaxDraftTokens) {
     throw InputError("prompt_lookup_num_tokens must be from 0 (off) to " + std::to_string(kMaxDraftTokens) + ", got " +
@@ -60,7 +60,7 @@ std::vector<Generation> generate_speculated(std::vector<Row> rows, std::int64_t 
     std::vector<std::int64_t> read = {prompt.back()};  // the last token that was certain, then the draft
     while (!stop.stop_requested()) {
       for (std::size_t i = 0; i < read.size(); ++i) {
-        const Token token = row.append(row.sampler().choose(logits.at(0, i)), tokenizer, eos_token_id);
+        const Token token = append_choice(row, logits.at(0, i), tokenizer, eos_token_id, errors);
         const bool wanted = !on_token || on_token(token);
         if (token.generation != nullptr) return {*token.generation};
         if (!wanted) return {*row.end(FinishReason::cancelled).generation};

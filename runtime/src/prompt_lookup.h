@@ -32,7 +32,7 @@ class PromptLookup {
 /// Throws InputError for another number of rows or tokens, ProviderError for a decoder that reads no draft.
 std::vector<Generation> generate_speculated(std::vector<Row> rows, std::int64_t draft_tokens, const Decoder& decoder,
                                             const RowFactors& factors, const Tokenizer& tokenizer,
-                                            std::int64_t eos_token_id, const OnToken& on_token,
+                                            std::int64_t eos_token_id, OnError errors, const OnToken& on_token,
                                             const std::stop_token& stop);
 
 }  // namespace chameleon

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "adaptation.h"
+#include "basis.h"
 #include "factors.h"
 #include "generation.h"
 #include "mapped_file.h"
@@ -72,6 +73,7 @@ void check_row(std::size_t row, const TokenIds& ids, const ModelSpec& model) {
 Runtime::Impl::Impl(OpeningBundle opening, const LoadOptions& options) try
     : bundle(std::move(opening.bundle)),
       tokenizer(load_tokenizer(bundle)),
+      adapters(bundle, options.max_adapter_bytes),
       mode(options.mode.value_or(default_mode(bundle.manifest.adaptation))) {
   open_decoder(options);
   if (bundle.manifest.adaptation.regime == "chameleon") {
@@ -129,14 +131,14 @@ std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
 }
 
 Mode Runtime::Impl::check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
-                                    const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                    const std::optional<Factors>& factors, const std::optional<AdapterNames>& names,
                                     std::size_t batch) const {
-  const Mode used = chosen.value_or(adapters ? Mode::static_ : mode);
-  if (adapters && adapters->size() != batch) {
-    throw InputError(std::to_string(adapters->size()) + " adapters for " + std::to_string(batch) +
+  const Mode used = chosen.value_or(names ? Mode::static_ : mode);
+  if (names && names->size() != batch) {
+    throw InputError(std::to_string(names->size()) + " adapters for " + std::to_string(batch) +
                      " texts: pass one per text, nothing for none");
   }
-  if (adapters && (used != Mode::static_ || factors)) {
+  if (names && (used != Mode::static_ || factors)) {
     throw ModeError("adapters go with mode 'static' and without factors: pass nothing else with them");
   }
   check_mode(used, bundle.manifest.adaptation);
@@ -162,7 +164,7 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   if (chosen == Mode::none) {
     factors = {no_factors(bundle.manifest.adaptation), first_set};
   } else if (options.adapters) {
-    factors = select(bundle.lora, adapter_ids(*options.adapters));
+    factors = adapters.of_rows(*options.adapters);
   } else if (chosen == Mode::static_) {
     factors = {static_factors(options.factors), first_set};
   } else if (chosen == Mode::centroid) {
@@ -177,18 +179,13 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
 std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embedded& embedded,
                                                         const std::optional<std::vector<std::string>>& tenants,
                                                         const std::optional<Factors>& factors,
-                                                        const std::optional<AdapterNames>& adapters) const {
+                                                        const std::optional<AdapterNames>& names) const {
   const std::size_t batch = embedded.cluster_ids.size();
-  if (chosen == Mode::none) {
-    const auto make = [this] { return no_factors(bundle.manifest.adaptation); };
-    return std::vector<FactorSource>(batch, {"none", make});
-  }
-  if (adapters) {
+  const FactorSource none{"none", [this] { return no_factors(bundle.manifest.adaptation); }};
+  if (chosen == Mode::none) return std::vector<FactorSource>(batch, none);
+  if (names) {
     std::vector<FactorSource> sources;
-    for (const std::int64_t id : adapter_ids(*adapters)) {
-      const auto make = [this, id] { return select(bundle.lora, std::span(&id, 1)).sets; };
-      sources.push_back({"adapter " + std::to_string(id), make});
-    }
+    for (const auto& name : *names) sources.push_back(name ? adapters.source(*name) : none);
     return sources;
   }
   if (chosen == Mode::static_) {
@@ -216,29 +213,15 @@ std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embed
   return sources;
 }
 
-std::vector<std::int64_t> Runtime::Impl::adapter_ids(const AdapterNames& adapters) const {
-  const std::vector<std::string>& names = bundle.manifest.adaptation.adapters;
-  if (names.empty()) throw AdapterError("this bundle has no adapters: export it with --adapter");
-  std::vector<std::int64_t> ids;
-  for (const std::optional<std::string>& name : adapters) {
-    const auto found = name ? std::ranges::find(names, *name) : names.end();
-    if (name && found == names.end()) {
-      throw AdapterError("no adapter is named '" + name->substr(0, 80) + "': inspect shows the bundle's");
-    }
-    ids.push_back(found - names.begin());  // the set of zeros is after the last
-  }
-  return ids;
-}
-
 FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) const {
-  if (factors) return check_factors(*factors, bundle.manifest.adaptation);
-  if (bundle.lora.count == 0) {
-    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
-  }
+  if (factors) return enter_basis(check_factors(*factors, bundle.manifest.adaptation), bundle.basis);
   if (!bundle.manifest.adaptation.adapters.empty()) {
     throw ModeError("mode 'static' of a bundle with adapters: pass adapters, a name or nothing per text");
   }
-  return bundle.lora;
+  if (bundle.lora.count == 0) {
+    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
+  }
+  return bundle.basis.empty() ? bundle.lora : enter_basis(bundle.lora, bundle.basis);
 }
 
 const FactorSets& Runtime::Impl::factors_of_centroids() const {
@@ -266,7 +249,7 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
     sets.tensors[output_names[i]] = {output.GetTensorData<float>(),
                                      output.GetTensorTypeAndShapeInfo().GetElementCount()};
   }
-  return sets;
+  return bundle.basis.empty() ? sets : enter_basis(sets, bundle.basis);
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)
@@ -297,11 +280,18 @@ std::vector<Generation> Runtime::generate(Texts prompts, const GenerateOptions& 
                                      model.max_positions, model.vocab_size);
   if (options.prompt_lookup_num_tokens != 0) {
     return generate_speculated(std::move(rows), options.prompt_lookup_num_tokens, *impl_->decoder, adaptation.factors,
-                               impl_->tokenizer, model.eos_token_id, options.on_token, options.stop);
+                               impl_->tokenizer, model.eos_token_id, options.errors, options.on_token, options.stop);
   }
   return generate_rows(std::move(rows), *impl_->decoder, std::move(adaptation.factors), impl_->tokenizer,
-                       model.eos_token_id, options.on_token, options.stop);
+                       model.eos_token_id, options.errors, options.on_token, options.stop);
 }
+
+void Runtime::load_adapter(const std::string& name, const std::filesystem::path& file) {
+  impl_->adapters.load(name, file);
+}
+void Runtime::unload_adapter(const std::string& name) { impl_->adapters.unload(name); }
+std::vector<std::string> Runtime::adapter_names() const { return impl_->adapters.names(); }
+bool Runtime::has_adapter(const std::string& name) const { return impl_->adapters.contains(name); }
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }

@@ -3,6 +3,7 @@
 
 #include <mutex>
 
+#include "adapters.h"
 #include "chameleon/runtime.h"
 #include "decoder.h"
 #include "factor_table.h"
@@ -25,25 +26,24 @@ struct Runtime::Impl {
   [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const;
   /// The mode of a call. Throws ModeError or InputError.
   [[nodiscard]] Mode check_arguments(std::optional<Mode> chosen, const std::optional<std::vector<std::string>>& tenants,
-                                     const std::optional<Factors>& factors, const std::optional<AdapterNames>& adapters,
+                                     const std::optional<Factors>& factors, const std::optional<AdapterNames>& names,
                                      std::size_t batch) const;
   /// The source of each row's factors. Factors are made on demand, except those that a caller passed.
   [[nodiscard]] std::vector<FactorSource> factor_sources(Mode chosen, const Embedded& embedded,
                                                          const std::optional<std::vector<std::string>>& tenants,
                                                          const std::optional<Factors>& factors,
-                                                         const std::optional<AdapterNames>& adapters) const;
+                                                         const std::optional<AdapterNames>& names) const;
 
   Ort::Env env{ORT_LOGGING_LEVEL_ERROR, "chameleon"};
   Bundle bundle;
   Tokenizer tokenizer;
+  mutable Adapters adapters;  // for any number of threads
   Mode mode;
   std::string provider;  // the one that runs the decoder
   std::unique_ptr<const Decoder> decoder;
 
  private:
   void open_decoder(const LoadOptions& options);
-  /// The set in bundle.lora of each row's adapter. Throws AdapterError.
-  [[nodiscard]] std::vector<std::int64_t> adapter_ids(const AdapterNames& adapters) const;
   [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
   [[nodiscard]] const FactorSets& factors_of_centroids() const;
   [[nodiscard]] FactorSets generate_factors(std::span<const float> conditioning) const;

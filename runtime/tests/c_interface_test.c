@@ -29,26 +29,27 @@ int main(int argc, char** argv) {
   chameleon_error_free(NULL);
 
   const char* const keys[] = {"/nowhere/key.pub"};
-  const chameleon_load_options strict = {"cpu", "centroid", 1, 1, keys, 1};
+  const chameleon_load_options strict = {"cpu", "centroid", 1, 1, keys, 1, 0};
   error = chameleon_load(argv[1], &strict, &runtime);
   CHECK(error != NULL && runtime == NULL);
   CHECK(strcmp(chameleon_error_code(error), "input_invalid") == 0);
   chameleon_error_free(error);
 
-  const chameleon_load_options options = {"cpu", "centroid", 1, 1, NULL, 0};
+  const chameleon_load_options options = {"cpu", "centroid", 1, 1, NULL, 0, 0};
   CHECK(chameleon_load(argv[1], &options, &runtime) == NULL);
   CHECK(chameleon_vocab_size(runtime) == 320 && chameleon_hidden_size(runtime) == 16);
 
   const int64_t ids[] = {5, 6, 7};
   chameleon_text texts[] = {{"The river", 9, NULL, 0}, {NULL, 0, ids, 3}};
-  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0};
+  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0, NULL};
   chameleon_generations* generations = NULL;
-  error = chameleon_generate(runtime, &batch, 4, NULL, 0, NULL, NULL, &generations);
+  const chameleon_generate_options four = {.max_new_tokens = 4};
+  error = chameleon_generate(runtime, &batch, &four, &generations);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0); /* mixed kinds */
   chameleon_error_free(error);
 
   batch.num_texts = 1;
-  CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, NULL, NULL, &generations) == NULL);
+  CHECK(chameleon_generate(runtime, &batch, &four, &generations) == NULL);
   size_t count = 0;
   CHECK(chameleon_generation_token_ids(generations, 0, &count) != NULL && count == 4);
   CHECK(strcmp(chameleon_generation_finish_reason(generations, 0), "length") == 0);
@@ -62,20 +63,37 @@ int main(int argc, char** argv) {
                                         .num_logit_bias = 1,
                                         .logprobs = 1,
                                         .num_top_logprobs = 3};
-  error = chameleon_generate(runtime, &batch, 4, &reporting, 1, NULL, NULL, &generations);
+  const chameleon_generate_options reported = {.max_new_tokens = 4, .sampling = &reporting, .num_samplings = 1};
+  error = chameleon_generate(runtime, &batch, &reported, &generations);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
   chameleon_error_free(error);
   bias = 100;
-  CHECK(chameleon_generate(runtime, &batch, 4, &reporting, 1, NULL, NULL, &generations) == NULL);
+  CHECK(chameleon_generate(runtime, &batch, &reported, &generations) == NULL);
   CHECK(chameleon_generation_token_logprobs(generations, 0, &count)[3] <= 0 && count == 4);
   const chameleon_token_logprob* top = chameleon_generation_top_logprobs(generations, 0, 3, &count);
   CHECK(count == 3 && top[0].logprob >= top[1].logprob && top[1].logprob >= top[2].logprob);
   chameleon_generations_free(generations);
 
   int calls = 0;
-  CHECK(chameleon_generate(runtime, &batch, 4, NULL, 0, cancel_after_two, &calls, &generations) == NULL);
+  const chameleon_generate_options cancelled = {.on_token = cancel_after_two, .user = &calls};
+  CHECK(chameleon_generate(runtime, &batch, &cancelled, &generations) == NULL);
   CHECK(calls == 2 && strcmp(chameleon_generation_finish_reason(generations, 0), "cancelled") == 0);
   chameleon_generations_free(generations);
+
+  const chameleon_generate_options drafted = {.max_new_tokens = 4, .prompt_lookup_num_tokens = 17};
+  error = chameleon_generate(runtime, &batch, &drafted, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0); /* at most 16 */
+  chameleon_error_free(error);
+  const chameleon_generate_options ignoring = {.errors = "ignore"};
+  error = chameleon_generate(runtime, &batch, &ignoring, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+  error = chameleon_load_adapter(runtime, "legal", "/nowhere/legal.safetensors");
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "adapter_invalid") == 0);
+  chameleon_error_free(error);
+  error = chameleon_unload_adapter(runtime, "legal");
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "adapter_invalid") == 0);
+  chameleon_error_free(error);
 
   chameleon_engine* engine = NULL;
   const chameleon_engine_options few = {.prefill_tokens = 1};

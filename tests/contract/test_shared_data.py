@@ -15,7 +15,15 @@ from chameleon_deploy.runtime import Generation, Runtime, Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
 from tests.plain_sampling import FAULTS, plain_choose
 from tests.schedules import run_schedule
-from tests.shared_data import case_arguments, case_logits, choice_arguments, good_bundle, hostile_bundle, read
+from tests.shared_data import (
+    adapter_case,
+    case_arguments,
+    case_logits,
+    choice_arguments,
+    good_bundle,
+    hostile_bundle,
+    read,
+)
 
 NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked")
 # Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
@@ -32,6 +40,21 @@ def test_a_hostile_bundle_is_refused_with_its_code(case: dict[str, Any], tmp_pat
     with pytest.raises(ChameleonError) as error:
         chameleon_deploy.load(hostile_bundle(case, tmp_path / "bundle"))
     assert error.value.code == case["code"]
+
+
+@pytest.mark.parametrize("case", read("adapters.json"), ids=lambda case: case["name"])
+def test_an_adapter_file_is_loaded_or_refused_with_its_code(case: dict[str, Any], tmp_path: Path) -> None:
+    bundle, file = adapter_case(case, tmp_path)
+    runtime = chameleon_deploy.load(bundle)
+    before = runtime.adapters.names
+    if case["code"] is None:
+        runtime.load_adapter("legal", file)
+        assert runtime.adapters.names == [*before, "legal"]
+        return
+    with pytest.raises(ChameleonError) as error:
+        runtime.load_adapter("legal", file)
+    assert error.value.code == case["code"]
+    assert runtime.adapters.names == before
 
 
 @pytest.mark.parametrize("case", read("golden.json"), ids=lambda case: f"{case['bundle']}-{case['mode']}")

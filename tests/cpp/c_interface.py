@@ -22,7 +22,7 @@ P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
 
 class LoadOptions(c.Structure):
     _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int),
-                ("trusted_keys", c.POINTER(c.c_char_p)), ("num_trusted_keys", Z))  # fmt: skip
+                ("trusted_keys", c.POINTER(c.c_char_p)), ("num_trusted_keys", Z), ("max_adapter_bytes", Z))  # fmt: skip
 
 
 class CText(c.Structure):
@@ -35,7 +35,8 @@ class CFactor(c.Structure):
 
 class CBatch(c.Structure):
     _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
-                ("factors", c.POINTER(CFactor)), ("num_factors", Z))  # fmt: skip
+                ("factors", c.POINTER(CFactor)), ("num_factors", Z),
+                ("adapters", c.POINTER(c.c_char_p)))  # fmt: skip
 
 
 class CSampling(c.Structure):
@@ -60,6 +61,12 @@ class CToken(c.Structure):
 OnToken = c.CFUNCTYPE(c.c_int, c.POINTER(CToken), P)
 
 
+class GenerateOptions(c.Structure):
+    _fields_ = (("max_new_tokens", I64), ("sampling", c.POINTER(CSampling)), ("num_samplings", Z),
+                ("prompt_lookup_num_tokens", I64), ("errors", c.c_char_p), ("on_token", OnToken),
+                ("user", P))  # fmt: skip
+
+
 class NativeError(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{message} [{code}]")
@@ -71,15 +78,17 @@ def _load_library() -> Any:
     for name, result, *arguments in (
         ("error_code", c.c_char_p, P), ("error_message", c.c_char_p, P), ("error_free", None, P),
         ("load", P, c.c_char_p, P, P), ("runtime_free", None, P), ("vocab_size", I64, P), ("hidden_size", I64, P),
+        ("load_adapter", P, P, c.c_char_p, c.c_char_p), ("unload_adapter", P, P, c.c_char_p),
         ("adapt", P, P, P, P), ("adaptation_num_factor_sets", Z, P), ("adaptation_num_factors", Z, P),
         ("adaptation_embeddings", P, P), ("adaptation_cluster_ids", P, P), ("adaptation_factor_ids", P, P),
         ("adaptation_factor", CFactor, P, Z), ("adaptation_free", None, P),
         ("score", P, P, P, P), ("score_token_ids", P, P, Z, P), ("score_token_logprobs", P, P, Z, P),
         ("score_cluster_id", I64, P, Z), ("scores_free", None, P),
-        ("generate", P, P, P, I64, P, Z, OnToken, P, P), ("generation_token_ids", P, P, Z, P),
+        ("generate", P, P, P, P, P), ("generation_token_ids", P, P, Z, P),
         ("generation_text", P, P, Z, P), ("generation_cluster_id", I64, P, Z),
         ("generation_finish_reason", c.c_char_p, P, Z), ("generation_token_logprobs", P, P, Z, P),
         ("generation_top_logprobs", c.POINTER(CTokenLogprob), P, Z, Z, P), ("generations_free", None, P),
+        ("generation_error_code", c.c_char_p, P, Z),
         ("encode", P, P, c.c_char_p, Z, P, P), ("decode", P, P, P, Z, P, P), ("free", None, P),
     ):  # fmt: skip
         function = getattr(library, f"chameleon_{name}")
@@ -90,16 +99,22 @@ def _load_library() -> Any:
 class NativeRuntime:
     """The same calls as chameleon_deploy.Runtime. Errors are NativeError with the code."""
 
-    def __init__(self, path: Path, mode: str | None = None, threads: int = 0) -> None:
+    def __init__(self, path: Path, mode: str | None = None, threads: int = 0, max_adapter_bytes: int = 0) -> None:
         self._c = _load_library()
         self._handle = P()
-        options = LoadOptions(None, mode.encode() if mode else None, threads, 0, None, 0)
+        options = LoadOptions(None, mode.encode() if mode else None, threads, 0, None, 0, max_adapter_bytes)
         self._check(self._c.chameleon_load(os.fsencode(path), c.byref(options), c.byref(self._handle)))
         self._hidden_size = self._c.chameleon_hidden_size(self._handle)
 
     def close(self) -> None:
         self._c.chameleon_runtime_free(self._handle)
         self._handle = P()
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        self._check(self._c.chameleon_load_adapter(self._handle, name.encode(), os.fsencode(path)))
+
+    def unload_adapter(self, name: str) -> None:
+        self._check(self._c.chameleon_unload_adapter(self._handle, name.encode()))
 
     def adapt(self, texts: Any, **how: Any) -> Adaptation:
         batch, _keep = self._batch(texts, **how)
@@ -146,6 +161,8 @@ class NativeRuntime:
         max_new_tokens: int = 20,
         sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
         on_token: Callable[[int, int, str, bool], bool] | None = None,
+        prompt_lookup_num_tokens: int = 0,
+        errors: str | None = None,
         **how: Any,
     ) -> list[Generation]:
         batch, _keep = self._batch(texts, **how)
@@ -157,10 +174,12 @@ class NativeRuntime:
             t = token.contents
             return on_token(t.row, t.token_id, c.string_at(t.text, t.text_size).decode(), bool(t.finished))
 
-        callback = OnToken(forward) if on_token else OnToken()
+        options = GenerateOptions(
+            max_new_tokens, native, len(samplings), prompt_lookup_num_tokens, errors.encode() if errors else None,
+            OnToken(forward) if on_token else OnToken(), None,
+        )  # fmt: skip
         handle = P()
-        arguments = (c.byref(batch), max_new_tokens, native, len(samplings), callback, None, c.byref(handle))
-        self._check(self._c.chameleon_generate(self._handle, *arguments))
+        self._check(self._c.chameleon_generate(self._handle, c.byref(batch), c.byref(options), c.byref(handle)))
         generations = [
             Generation(
                 self._row("generation_token_ids", handle, row, np.int64).tolist(),
@@ -168,11 +187,17 @@ class NativeRuntime:
                 self._c.chameleon_generation_cluster_id(handle, row),
                 self._c.chameleon_generation_finish_reason(handle, row).decode(),
                 *self._logprobs(handle, row),
+                self._error(handle, row),
             )
             for row in range(len(texts))
         ]
         self._c.chameleon_generations_free(handle)
         return generations
+
+    def _error(self, handle: Any, row: int) -> Any:
+        """Generation.error, which is a NativeError here."""
+        code = self._c.chameleon_generation_error_code(handle, row)
+        return None if code is None else NativeError(code.decode(), "")
 
     def _logprobs(self, handle: Any, row: int) -> tuple[Any, Any]:
         """Generation.token_logprobs and top_logprobs."""
@@ -203,8 +228,9 @@ class NativeRuntime:
         return _copy(getattr(self._c, f"chameleon_{name}")(handle, row, c.byref(count)), count.value, dtype)
 
     def _batch(
-        self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None
-    ) -> tuple[CBatch, Any]:
+        self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> tuple[CBatch, Any]:  # fmt: skip
         """The batch, and what must live as long as it."""
         items = (CText * max(len(texts), 1))()
         keep: list[Any] = []
@@ -216,9 +242,11 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
+        if adapters is not None:
+            batch.adapters = (c.c_char_p * len(adapters))(*(name.encode() if name else None for name in adapters))
         if factors is not None:
             matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
             keep.append(matrices)

@@ -9,7 +9,10 @@ from chameleon_deploy.serve.openapi import document
 from chameleon_deploy.serve.operations import OPERATIONS
 
 FILE = Path(__file__).parents[2] / "runtime" / "serve" / "openapi.json"
-PATHS = {"/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info"}
+PATHS = {
+    "/v1/completions", "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize", "/detokenize",
+    "/tokenizer_info",
+}  # fmt: skip
 
 
 def text() -> str:

@@ -11,32 +11,48 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
+from chameleon_deploy.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
-from tests.cpp.c_interface import BUILD
-from tests.damage import edit
+from tests.cpp.c_interface import BUILD, NativeError, NativeRuntime
+from tests.damage import edit, reseal
+from tests.shared_data import adapter_case, read
 
 TEXTS = ["The river runs to the sea.", "def main():", "A list of numbers", "one two three four"]
 NAMES = ["all", "", "attention", "all"]
 
 
-@pytest.fixture(scope="module", params=["mini", "llama-mini"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with two adapters of different layers and ranks."""
+KINDS = [("mini", "fp32"), ("llama-mini", "fp32"), ("mini", "int8"), ("llama-mini", "int8")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with two adapters of different layers and ranks, and the file of a third."""
     directory = tmp_path_factory.mktemp("adapters")
-    random_checkpoint(directory / "checkpoint", request.param)
+    size, precision = request.param
+    random_checkpoint(directory / "checkpoint", size)
     base = directory / "checkpoint" / "base"
-    layers = GPT2_LAYERS if request.param == "mini" else LLAMA_LAYERS
+    layers = GPT2_LAYERS if size == "mini" else LLAMA_LAYERS
     adapters = {
         "all": save_adapter(base, directory / "all", 1, r=4, lora_alpha=8, target_modules=layers),
         "attention": save_adapter(base, directory / "attention", 2, r=2, target_modules=layers[:1]),
     }
-    export_bundle(load_adapted(str(base), adapters), directory / "bundle", None)
+    own = load_adapted(str(base), adapters)
+    manifest = export_bundle(own, directory / "bundle", None, precision=precision)
+    third = {"third": save_adapter(base, directory / "third", 3, r=8, target_modules=layers[1:2])}
+    factors = load_adapted(str(base), third, own.trunk).adapters["third"]
+    write_adapter(directory / "third.safetensors", factors, manifest.adaptation)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def path(directory: Path) -> Path:
     return directory / "bundle"
 
 
@@ -90,6 +106,46 @@ def test_vectors_of_the_caller_are_for_python(tmp_path: Path) -> None:
     assert "caller's vectors" in result.stderr
 
 
+def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> None:
+    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    for runtime in (python, native):
+        runtime.load_adapter("third", directory / "third.safetensors")
+    names = ["third", None, "all", "third"]
+    expected, found = (runtime.adapt(TEXTS, adapters=names) for runtime in (python, native))
+    assert found.factors.factor_ids.tolist() == expected.factors.factor_ids.tolist() == [0, 1, 2, 0]
+    for name, tensor in expected.factors.sets.tensors.items():
+        assert np.asarray(found.factors.sets.tensors[name]).tobytes() == np.asarray(tensor).tobytes(), name
+    generations = [runtime.generate(TEXTS, adapters=names, max_new_tokens=8) for runtime in (python, native)]
+    assert generations[0] == generations[1] != python.generate(TEXTS, max_new_tokens=8)
+    factors = read_adapter(directory / "third.safetensors", python.manifest.adaptation)
+    caller = [runtime.generate(TEXTS, mode="static", factors=factors, max_new_tokens=8) for runtime in (python, native)]
+    assert caller[0] == caller[1]
+    assert caller[0][0].token_ids == generations[0][0].token_ids
+    native.unload_adapter("third")
+    for wrong in (lambda: native.unload_adapter("third"), lambda: native.generate(TEXTS, adapters=names)):
+        with pytest.raises(NativeError) as caught:
+            wrong()
+        assert caught.value.code == "adapter_invalid"
+    native.close()
+
+
+def test_a_rank_beyond_the_limit_is_refused(directory: Path, tmp_path: Path) -> None:
+    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    spec = python.manifest.adaptation
+    for rank, code in ((1024, None), (1025, "tensor_invalid")):
+        factors = {name: np.zeros((rank, width), np.float32) for name, width in spec.factor_widths.items()}
+        write_adapter(tmp_path / "large.safetensors", factors, spec)
+        for runtime in (python, native):
+            try:
+                runtime.load_adapter("large", tmp_path / "large.safetensors")
+                runtime.unload_adapter("large")
+                found = None
+            except (chameleon_deploy.ChameleonError, NativeError) as error:
+                found = error.code
+            assert found == code
+    native.close()
+
+
 @pytest.mark.parametrize(
     ("adapters", "code"), [(["nobody"], "adapter_invalid"), (["all", "all"], "input_invalid")], ids=str
 )
@@ -100,6 +156,7 @@ def test_what_cannot_be_meant_is_refused(adapters: list[str], code: str, path: P
     assert "[mode_unavailable]" in static.stderr
 
 
+@pytest.mark.parametrize("directory", KINDS[:1], indirect=True, ids=str)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -108,7 +165,7 @@ def test_what_cannot_be_meant_is_refused(adapters: list[str], code: str, path: P
         {"adaptation__adapters": ["a/b", "attention"]},
         {"adaptation__adapters": []},
         {"adaptation__base_digest": ""},
-        {"precision": "int8"},
+        {"precision": "int8"},  # without a basis
     ],
     ids=str,
 )
@@ -120,3 +177,51 @@ def test_a_manifest_that_contradicts_itself_is_refused(changes: dict[str, Any], 
     with pytest.raises(chameleon_deploy.ChameleonError) as caught:
         chameleon_deploy.load(tmp_path / "bundle", threads=1)
     assert caught.value.code == "manifest_invalid"
+
+
+LAYER = "transformer.h.0.attn.c_attn"
+BASIS_FAULTS: dict[str, Any] = {
+    "a missing tensor": lambda basis: basis.pop(f"{LAYER}.in_after"),
+    "another tensor": lambda basis: basis.update(extra=np.zeros(3, np.float32)),
+    "another length": lambda basis: basis.update({f"{LAYER}.in_after": np.zeros(3, np.float32)}),
+    "NaN": lambda basis: basis[f"{LAYER}.out_after"].fill(np.nan),
+    "float64": lambda basis: basis.update({f"{LAYER}.in_before": np.ones(64)}),
+    "another block": lambda basis: basis.update({f"{LAYER}.in_block": np.array([2])}),
+    "no block": lambda basis: basis.update({f"{LAYER}.out_blocks": np.array([], np.int64)}),
+    "four blocks": lambda basis: basis.update({f"{LAYER}.out_blocks": np.ones(4, np.int64)}),
+    "a block that does not divide": lambda basis: basis.update({f"{LAYER}.out_blocks": np.array([64, 64])}),
+    "blocks of another type": lambda basis: basis.update({f"{LAYER}.in_block": np.array([4], np.int32)}),
+}
+
+
+@pytest.mark.parametrize("directory", KINDS[2:3], indirect=True, ids=str)
+@pytest.mark.parametrize("fault", BASIS_FAULTS)
+def test_a_damaged_basis_is_refused(fault: str, path: Path, tmp_path: Path) -> None:
+    shutil.copytree(path, tmp_path / "bundle")
+    basis = load_file(path / "basis.safetensors")
+    BASIS_FAULTS[fault](basis)
+    save_file(basis, tmp_path / "bundle" / "basis.safetensors")
+    reseal(tmp_path / "bundle")
+    for load in (chameleon_deploy.load, NativeRuntime):
+        with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
+            load(tmp_path / "bundle")
+        assert caught.value.code == "tensor_invalid"  # type: ignore[attr-defined]
+
+
+def test_a_row_that_fails_ends_alone(tmp_path: Path) -> None:
+    (case,) = (case for case in read("adapters.json") if case["name"] == "its_logits_overflow")
+    bundle, file = adapter_case(case, tmp_path)
+    python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+    prompts = [[5, 9, 301], [17, 44], [7]]
+    found = []
+    for runtime in (python, native):
+        runtime.load_adapter("legal", file)
+        with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
+            runtime.generate(prompts, adapters=[None, "legal", "own"])
+        assert caught.value.code == "not_finite"  # type: ignore[attr-defined]
+        rows = runtime.generate(prompts, adapters=[None, "legal", "own"], errors="row")
+        found.append([(row.token_ids, row.text, row.finish_reason, row.error and row.error.code) for row in rows])
+    native.close()
+    assert found[0] == found[1]
+    assert [reason for _, _, reason, _ in found[0]] == ["length", "error", "length"]
+    assert found[0][1][3] == "not_finite"

@@ -21,6 +21,15 @@ struct FileStamp {
   bool operator==(const FileStamp&) const = default;
 };
 
+/// What an int8 graph does to the inputs and outputs of a linear layer, and so to its factors (docs/bundle-format.md).
+struct TargetBasis {
+  std::vector<float> in_before;          ///< [in_features]
+  std::int64_t in_block = 1;             ///< channels that a Hadamard matrix rotates together: 1, 4, 16 or 64
+  std::vector<float> in_after;           ///< [in_features]
+  std::vector<std::int64_t> out_blocks;  ///< the same for equal parts of the outputs
+  std::vector<float> out_after;          ///< [out_features]
+};
+
 /// An opened bundle, whose checks have all passed.
 struct Bundle {
   std::filesystem::path path;
@@ -30,8 +39,8 @@ struct Bundle {
   std::span<const std::byte> row_scales;      ///< of its rows in int8, float32 [vocab]; else empty
   std::span<const std::byte> channel_scales;  ///< of its channels in int8, float32 [hidden]; else empty
   std::vector<float> centroids;               ///< [num_clusters, hidden]
-  FactorSets lora;                            ///< the trained sets of a bundle of regime lora, else empty; after those
-                                              ///< of named adapters a set of zeros, for rows without one
+  FactorSets lora;                            ///< the trained sets of a bundle of regime lora, else empty
+  std::map<std::string, TargetBasis> basis;   ///< by target, in an int8 bundle with targets other than lm_head
   std::shared_ptr<const void> mapping;        ///< keeps `embedding` and its scales alive
   std::map<std::string, FileStamp> stamps;    ///< of the manifest and the weights
 

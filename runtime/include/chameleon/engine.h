@@ -68,7 +68,7 @@ class CHAMELEON_EXPORT Engine {
   ~Engine();
 
   /// Queue every prompt and return at once. Every argument is checked before this returns.
-  /// Throws InputError, TokenError, LengthError (a prompt that no row can hold), ModeError, FactorsError,
+  /// Throws InputError, TokenError, LengthError (a prompt that no row can hold), ModeError, FactorsError, AdapterError,
   /// QueueFullError, or ClosedError after `close`.
   Stream submit(Texts prompts, SubmitOptions options = {});
 

@@ -16,7 +16,7 @@
 
 namespace chameleon {
 
-/// Why a row ended. An Engine gives every reason; Runtime::generate the first three.
+/// Why a row ended. An Engine gives every reason; Runtime::generate the first three, and `error` where it is asked to.
 enum class FinishReason { stop, length, cancelled, deadline, error };
 
 CHAMELEON_EXPORT std::string_view to_string(FinishReason reason);
@@ -52,6 +52,12 @@ using OnToken = std::function<bool(const Token&)>;
 template <class T>
 using PerPrompt = std::variant<T, std::vector<T>>;
 
+/// What becomes of the error of one row, whose logits are not finite or whose tokens cannot be decoded.
+enum class OnError {
+  raise,  ///< it is thrown and ends the batch
+  row,    ///< it ends that row alone, with finish reason `error` and its Generation::error
+};
+
 struct GenerateOptions : AdaptOptions {
   /// At least 1. The model's positions are a limit too.
   PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
@@ -62,6 +68,7 @@ struct GenerateOptions : AdaptOptions {
   /// one call. The tokens are those of plain decoding in fp32; in int8 they can differ, since a call of several tokens
   /// rounds differently. 0 is off.
   std::int64_t prompt_lookup_num_tokens = 0;
+  OnError errors = OnError::raise;
   OnToken on_token{};
   std::stop_token stop{};  ///< cancels all rows, even within a long prompt
 };

@@ -69,6 +69,14 @@ struct ModelSpec {
   std::int64_t eos_token_id = 0;
 };
 
+/// The language-model head, by its PEFT name.
+inline constexpr std::string_view kHead = "lm_head";
+
+/// Whether an adapter may have this name: what kAdapterName says.
+CHAMELEON_EXPORT bool is_adapter_name(std::string_view name);
+inline constexpr std::string_view kAdapterName =
+    "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name";
+
 /// A linear layer that the factors adapt, by its PEFT name: A is [rank, in_features], B is [rank, out_features].
 struct TargetSpec {
   std::string name;
@@ -131,6 +139,9 @@ struct Manifest {
   ParitySummary parity;
   std::string checkpoint_digest;
   std::map<std::string, std::string> tools;
+
+  /// Whether factors have to enter a basis: those of an int8 trunk.
+  [[nodiscard]] CHAMELEON_EXPORT bool has_basis() const;
 };
 
 /// The modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids.

@@ -32,6 +32,8 @@ struct LoadOptions {
   bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
                                  ///< shared between processes; slower in batches, and last bits differ
   TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any
+  std::optional<std::size_t> max_adapter_bytes{};  ///< of the factors of adapter files that stay in memory: others are
+                                                   ///< read again when a row names them; by default, all stay
 };
 
 /// A loaded bundle. It keeps no state of requests: one runtime serves any number of threads.
@@ -43,7 +45,7 @@ class CHAMELEON_EXPORT Runtime {
   ~Runtime();
 
   /// Embed and cluster a batch and generate its factors.
-  /// Throws InputError, TokenError, LengthError, ModeError or FactorsError.
+  /// Throws InputError, TokenError, LengthError, ModeError, FactorsError or AdapterError.
   [[nodiscard]] Adaptation adapt(Texts texts, const AdaptOptions& options = {}) const;
 
   /// Log-probability of every token of every text, given the tokens before it.
@@ -59,6 +61,17 @@ class CHAMELEON_EXPORT Runtime {
 
   /// Continue every prompt. The factors of a row depend on its prompt alone. A callback's exception ends the call.
   std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
+
+  /// Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model. The file is read whole and
+  /// checked; calls that run are not affected. From any thread.
+  /// Throws InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
+  /// adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.
+  void load_adapter(const std::string& name, const std::filesystem::path& file);
+  /// Forget an adapter; rows that use it keep its factors. From any thread. Throws AdapterError for an unknown name.
+  void unload_adapter(const std::string& name);
+  /// Of the bundle's adapters and those that were loaded, in that order.
+  [[nodiscard]] std::vector<std::string> adapter_names() const;
+  [[nodiscard]] bool has_adapter(const std::string& name) const;
 
   /// The token ids of texts. Makes the same checks as the calls above.
   [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;

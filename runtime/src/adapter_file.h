@@ -1,0 +1,15 @@
+// Adapter files: one low-rank update for bundles of one base model, in safetensors (docs/bundle-format.md).
+#pragma once
+
+#include <filesystem>
+#include <utility>
+
+#include "chameleon/bundle.h"
+
+namespace chameleon {
+
+/// The one set of an adapter file, with zeros for the targets that it lacks, and the state of the file.
+/// Throws AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
+std::pair<FactorSets, FileStamp> read_adapter(const std::filesystem::path& file, const AdaptationSpec& spec);
+
+}  // namespace chameleon

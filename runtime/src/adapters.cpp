@@ -1,0 +1,146 @@
+#include "adapters.h"
+
+#include <algorithm>
+#include <ranges>
+
+#include "adapter_file.h"
+#include "basis.h"
+#include "chameleon/error.h"
+#include "factors.h"
+
+namespace chameleon {
+
+namespace {
+
+constexpr std::size_t kNamesShown = 10;  // in a message
+
+std::size_t bytes_of(const FactorSets& sets) {
+  std::size_t bytes = 0;
+  for (const auto& [name, values] : sets.tensors) bytes += values.size_bytes();
+  return bytes;
+}
+
+}  // namespace
+
+Adapters::Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes)
+    : bundle_(bundle), max_bytes_(max_bytes) {
+  const FactorSets& own = bundle.lora;
+  for (const std::string& name : bundle.manifest.adaptation.adapters) {
+    FactorSets set{1, own.rank, {}, own.owner};
+    for (const auto& [tensor, values] : own.tensors) {
+      const std::size_t size = values.size() / static_cast<std::size_t>(own.count);
+      set.tensors[tensor] = values.subspan(next_number_ * size, size);
+    }
+    adapters_[name] = {next_number_++, {}, enter_basis(set, bundle.basis)};
+  }
+}
+
+std::vector<std::string> Adapters::names() const {
+  const std::lock_guard lock(mutex_);
+  std::map<std::uint64_t, std::string> by_number;
+  for (const auto& [name, adapter] : adapters_) by_number[adapter.number] = name;
+  std::vector<std::string> names;
+  for (auto& [number, name] : by_number) names.push_back(std::move(name));
+  return names;
+}
+
+bool Adapters::contains(const std::string& name) const {
+  const std::lock_guard lock(mutex_);
+  return adapters_.contains(name);
+}
+
+void Adapters::load(const std::string& name, const std::filesystem::path& file) {
+  if (!is_adapter_name(name)) {
+    throw InputError("'" + name.substr(0, 80) + "' cannot name an adapter: use " + std::string(kAdapterName));
+  }
+  auto [set, origin] = read(file);
+  const std::lock_guard lock(mutex_);
+  if (adapters_.contains(name)) {
+    throw AdapterError("an adapter named '" + name + "' is loaded already: unload it first");
+  }
+  keep(adapters_[name] = {next_number_++, std::move(origin), {}}, set);
+}
+
+void Adapters::unload(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  (void)find(name);
+  adapters_.erase(name);
+}
+
+FactorSource Adapters::source(const std::string& name) {
+  const auto source_of = [](std::uint64_t number, const FactorSets& set) {
+    return FactorSource{"adapter " + std::to_string(number), [set] { return set; }};
+  };
+  std::uint64_t number = 0;
+  File file;
+  {
+    const std::lock_guard lock(mutex_);
+    Adapter& adapter = find(name);
+    adapter.last_used = ++uses_;
+    if (adapter.set) return source_of(adapter.number, *adapter.set);
+    number = adapter.number;
+    file = *adapter.file;
+  }
+  const auto [set, now] = read(file.path);
+  if (now.stamp != file.stamp) {
+    throw AdapterError(file.path.string() + " has changed since it was loaded: unload the adapter and load it again");
+  }
+  const std::lock_guard lock(mutex_);
+  const auto found = adapters_.find(name);
+  if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
+  return source_of(number, set);
+}
+
+RowFactors Adapters::of_rows(const AdapterNames& names) {
+  AdapterNames chosen;
+  std::vector<FactorSets> sets;
+  RowFactors factors;
+  for (const std::optional<std::string>& name : names) {
+    const auto found = std::ranges::find(chosen, name);
+    factors.factor_ids.push_back(found - chosen.begin());
+    if (found != chosen.end()) continue;
+    chosen.push_back(name);
+    sets.push_back(name ? source(*name).make() : no_factors(bundle_.manifest.adaptation));
+  }
+  factors.sets = stack_sets(sets);
+  return factors;
+}
+
+std::pair<FactorSets, Adapters::File> Adapters::read(const std::filesystem::path& file) const {
+  const auto [set, stamp] = read_adapter(file, bundle_.manifest.adaptation);
+  return {enter_basis(set, bundle_.basis), {file, stamp}};
+}
+
+/// The lock is held.
+Adapters::Adapter& Adapters::find(const std::string& name) {
+  if (const auto found = adapters_.find(name); found != adapters_.end()) return found->second;
+  std::string shown;
+  for (const auto& [other, adapter] : adapters_ | std::views::take(kNamesShown)) {
+    shown += (shown.empty() ? "" : ", ") + other;
+  }
+  if (adapters_.size() > kNamesShown) shown += " and " + std::to_string(adapters_.size() - kNamesShown) + " more";
+  throw AdapterError("no adapter is named '" + name.substr(0, 80) + "': loaded are " +
+                     (shown.empty() ? "none" : shown));
+}
+
+/// Keep factors in memory, and let go of others beyond max_bytes. The lock is held.
+void Adapters::keep(Adapter& adapter, const FactorSets& set) {
+  adapter.set = set;
+  adapter.last_used = ++uses_;
+  if (!max_bytes_) return;
+  std::map<std::uint64_t, Adapter*> by_age;
+  std::size_t total = 0;
+  for (auto& [name, each] : adapters_) {
+    if (!each.file || !each.set) continue;
+    by_age[each.last_used] = &each;
+    total += bytes_of(*each.set);
+  }
+  by_age.erase(adapter.last_used);
+  for (const auto& [age, oldest] : by_age) {
+    if (total <= *max_bytes_) return;
+    total -= bytes_of(*oldest->set);
+    oldest->set.reset();
+  }
+}
+
+}  // namespace chameleon

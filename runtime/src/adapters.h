@@ -1,0 +1,63 @@
+// Named adapters: factor sets that callers choose by name, row by row.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "chameleon/adaptation.h"
+#include "chameleon/bundle.h"
+#include "factor_table.h"
+
+namespace chameleon {
+
+/// The adapters of a bundle, and those that were loaded from files. For any number of threads.
+class Adapters {
+ public:
+  /// bundle: must outlive this
+  /// max_bytes: of the factors of files that stay in memory; those used least recently leave first
+  Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes);
+
+  /// In the order in which they were loaded.
+  [[nodiscard]] std::vector<std::string> names() const;
+  [[nodiscard]] bool contains(const std::string& name) const;
+
+  /// Read an adapter file, see Runtime::load_adapter.
+  void load(const std::string& name, const std::filesystem::path& file);
+  /// Forget an adapter. Throws AdapterError for a name that no adapter has.
+  void unload(const std::string& name);
+
+  /// The factors of an adapter, which the result holds, whatever is unloaded or leaves the memory.
+  /// Throws AdapterError for a name that no adapter has, or a file that has changed.
+  [[nodiscard]] FactorSource source(const std::string& name);
+  /// A stack of the sets that rows use, in order of first appearance; a row without an adapter uses a set of zeros.
+  [[nodiscard]] RowFactors of_rows(const AdapterNames& names);
+
+ private:
+  /// Where factors are read again when they have left the memory, and the state of the file when they were loaded.
+  struct File {
+    std::filesystem::path path;
+    FileStamp stamp;
+  };
+  struct Adapter {
+    std::uint64_t number;           // another for an adapter that is loaded later under the same name
+    std::optional<File> file;       // none for an adapter of the bundle, whose factors stay
+    std::optional<FactorSets> set;  // while it is in memory
+    std::uint64_t last_used = 0;
+  };
+
+  [[nodiscard]] std::pair<FactorSets, File> read(const std::filesystem::path& file) const;
+  [[nodiscard]] Adapter& find(const std::string& name);
+  void keep(Adapter& adapter, const FactorSets& set);
+
+  const Bundle& bundle_;
+  const std::optional<std::size_t> max_bytes_;
+  mutable std::mutex mutex_;  // guards what follows
+  std::map<std::string, Adapter> adapters_;
+  std::uint64_t next_number_ = 0, uses_ = 0;
+};
+
+}  // namespace chameleon
