@@ -98,6 +98,16 @@ def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path:
         assert found == [row.token_ids for row in runtime.generate(TEXTS, mode=mode, max_new_tokens=8)]
 
 
+def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", targets=["all"])
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None, precision="int8")
+    python, native = chameleon_deploy.load(tmp_path / "bundle", threads=1), NativeRuntime(tmp_path / "bundle")
+    expected, found = (runtime.adapt(TEXTS, mode="request") for runtime in (python, native))
+    for name, tensor in expected.factors.sets.tensors.items():
+        np.testing.assert_allclose(np.asarray(found.factors.sets.tensors[name]), np.asarray(tensor), atol=1e-6)
+    native.close()
+
+
 def test_vectors_of_the_caller_are_for_python(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", conditioning_size=8)
     export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None)
