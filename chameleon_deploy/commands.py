@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # A command has the name of its module in chameleon_deploy.
 COMMANDS = {
-    "train": "Train the head of a frozen base model into a checkpoint.",
+    "train": "Train the factors of a frozen base model into a checkpoint.",
     "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
     "compare": "Train and compare base, LoRA, hypernetwork and controls.",
     "export": "Export a checkpoint to a bundle.",
@@ -30,8 +30,8 @@ OPTION_GROUPS = {
         "frequency_penalty", "logit_bias", "logprobs", "stop", "ignore_eos",
     ),
     "Training": (
-        "regime", "protocol", "preset", "rank", "alpha", "clusters", "max_length", "epochs", "lr", "patience",
-        "seeds", "resume",
+        "regime", "targets", "architecture", "conditioning", "protocol", "preset", "rank", "alpha", "clusters",
+        "max_length", "epochs", "lr", "patience", "seeds", "resume",
     ),
     "Execution": ("provider", "threads", "share_weights", "trusted_key"),
     "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),

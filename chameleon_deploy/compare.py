@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.manifest import LM_HEAD
 from chameleon_deploy.reference.presets import PRESETS, Preset
 from chameleon_deploy.training_options import (
     Alpha,
+    ArchitectureOption,
     BatchSize,
     Clusters,
     Epochs,
@@ -23,6 +25,7 @@ from chameleon_deploy.training_options import (
     Patience,
     PresetOption,
     Rank,
+    Targets,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +58,8 @@ def main(
     train_texts: Annotated[int | None, typer.Option(min=1, help="Number of training texts, sampled.")] = None,
     validation_texts: Annotated[int | None, typer.Option(min=1, help="Number of validation texts, sampled.")] = None,
     test_texts: Annotated[int | None, typer.Option(min=1, help="Number of test texts, sampled.")] = None,
+    targets: Targets = None,
+    architecture: ArchitectureOption = "paper",
     preset: PresetOption = "paper",
     rank: Rank = None,
     alpha: Alpha = None,
@@ -63,6 +68,14 @@ def main(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    lora_lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0,
+            help="Learning rate that LoRAs try; repeatable, the best on the validation text is kept; default: --lr.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     patience: Patience = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 5,
     seed: Annotated[
@@ -85,15 +98,18 @@ def main(
     from chameleon_deploy.evaluate.page import fill
     from chameleon_deploy.html_page import Page
     from chameleon_deploy.reference.model import load_trunk
+    from chameleon_deploy.reference.targets import choose_targets
 
+    trunk = load_trunk(base)
     settings = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
-        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed,
+        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
+        targets=choose_targets(trunk, targets) if targets else None, lora_lrs=tuple(lora_lr or ()),
     )  # fmt: skip
     page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
     texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
     with console.progress() as report:
-        outcome = run_experiment(load_trunk(base), base, texts, settings, seeds, work, report)
+        outcome = run_experiment(trunk, base, texts, settings, seeds, work, report)
     all_figures, summary = figures(outcome.scored, seed), _summary(settings, seeds, texts, outcome)
     if page and html:
         fill(page, outcome, all_figures, summary)
@@ -143,9 +159,12 @@ def _texts(
 
 def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> str:
     training = settings.training
+    layers = "" if settings.targets == (LM_HEAD,) else f"{len(settings.targets)} layers, {settings.architecture}; "
+    rates = ", ".join(f"{rate:g}" for rate in settings.lora_lrs)
     return (
-        f"rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
-        f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}, at most "
+        f"{layers}rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
+        f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
+        f"{f' (of LoRAs the best of {rates})' if rates else ''}, at most "
         f"{training.epochs} epochs, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
         f"({outcome.train_positions:,} positions, masked), {len(texts.validation):,} validation texts, "
         f"{len(texts.test):,} test texts"

@@ -72,7 +72,8 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["regime", f"{adaptation.regime}, protocol {adaptation.protocol}, at most {adaptation.max_length} tokens"],
         ["targets", "; ".join(_targets(adaptation))],
         ["rank", f"{adaptation.rank}, alpha {adaptation.alpha:g}"],
-        ["clusters", str(adaptation.num_clusters)],
+        ["clusters", str(adaptation.num_clusters) if not adaptation.conditioning_size
+                     else f"none: the caller gives vectors of {adaptation.conditioning_size:,} numbers"],
         ["adapters", ", ".join(adaptation.adapters) or str(_adapters(manifest))],
         ["modes", ", ".join(f"{mode} (default)" if mode == default else mode for mode in adaptation.modes)],
         ["parameters", f"base {parameters.base:,}, hypernetwork {parameters.hypernetwork:,}, "

@@ -115,6 +115,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     adapters     names of the sets in lora.safetensors; none if its one set has no name
     base_digest  of the base model's weights, which adapters of other files must have too; empty without adapters
+    conditioning_size  of a vector that the caller gives with every text; 0: texts are conditioned on embeddings
     """
 
     regime: Regime
@@ -126,6 +127,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     max_length: Int64
     adapters: tuple[str, ...] = ()
     base_digest: str = ""
+    conditioning_size: Int64 = 0
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -264,6 +266,9 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
     _check_targets(manifest, where)
     _check_adapters(adaptation, where)
+    size = adaptation.conditioning_size
+    if not 0 <= size <= MAX_DIMENSION or (size and (adaptation.regime != "chameleon" or adaptation.num_clusters)):
+        raise ManifestError(f"{where}: adaptation.conditioning_size goes with regime 'chameleon' and no clusters")
     if fault := limits_fault(manifest.limits, model):
         raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}

@@ -95,7 +95,8 @@ def _decoder(graph: GraphSpec, manifest: Manifest) -> Signature:
 def _hypernetwork(manifest: Manifest) -> Signature:
     adaptation = manifest.adaptation
     factors = [_float(name, "factor_sets", adaptation.rank, width) for name, width in adaptation.factor_widths.items()]
-    return [_float("conditioning", "factor_sets", manifest.model.hidden_size)], factors
+    size = adaptation.conditioning_size or manifest.model.hidden_size
+    return [_float("conditioning", "factor_sets", size)], factors
 
 
 def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "") -> list[TensorSpec]:

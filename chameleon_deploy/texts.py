@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import InputError
 
 
@@ -22,6 +25,31 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         texts += _read_one(path)
     return texts
+
+
+def read_conditioned(paths: Sequence[Path]) -> tuple[list[str], FloatArray]:
+    """Return the texts of `.jsonl` files and the vector of each, float32 [texts, size].
+
+    A line has one JSON object with a string "text" and a list of numbers "conditioning", all of one length.
+
+    Raises InputError for another file, and what `read_texts` raises.
+    """
+    texts: list[str] = []
+    vectors: list[list[float]] = []
+    for path in paths:
+        if path.suffix != ".jsonl":
+            raise InputError(f"{path}: texts with vectors are .jsonl files with the fields text and conditioning")
+        texts += _read_one(path)
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+        vectors += [json.loads(line).get("conditioning") for line in lines]
+    try:
+        found = np.array(vectors, np.float32)
+    except (TypeError, ValueError):
+        found = np.empty(0, np.float32)
+    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
+        names = ", ".join(map(str, paths))
+        raise InputError(f'{names}: every line needs a "conditioning", a list of as many finite numbers as the others')
+    return texts, found
 
 
 def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_with_text: Mapping[str, object]) -> None:

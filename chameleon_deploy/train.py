@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.train`: train the head of a frozen base model into a checkpoint."""
+"""`python -m chameleon_deploy.train`: train the factors of a frozen base model into a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.presets import PRESETS
 from chameleon_deploy.training_options import (
     Alpha,
+    ArchitectureOption,
     BatchSize,
     Clusters,
     Epochs,
@@ -21,6 +23,7 @@ from chameleon_deploy.training_options import (
     Patience,
     PresetOption,
     Rank,
+    Targets,
 )
 
 
@@ -34,6 +37,15 @@ def main(
         Literal["masked", "paper"],
         typer.Option(help="Loss over real next tokens, or the loss of the paper's scripts."),
     ] = "masked",
+    targets: Targets = None,
+    architecture: ArchitectureOption = "paper",
+    conditioning: Annotated[
+        Literal["embedding", "given"],
+        typer.Option(
+            help='What the hypernetwork reads: the mean embedding of a batch, or the vector "conditioning" of each '
+            ".jsonl line, which callers of the bundle then give too; --clusters is not used."
+        ),
+    ] = "embedding",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     text: Annotated[
         list[Path] | None,
@@ -62,17 +74,24 @@ def main(
         int, typer.Option(min=0, help="Seed of initialisation, order and dropout.", rich_help_panel="Training")
     ] = 0,
 ) -> None:
-    """Train the head factors of a frozen base model into a checkpoint."""
-    train_texts, validation_texts = _texts(text, dataset, validation_text)
+    """Train the factors of a frozen base model into a checkpoint."""
+    vectors = None
+    if conditioning == "given":
+        train_texts, validation_texts, vectors = _conditioned_texts(regime, text, dataset, validation_text)
+    else:
+        train_texts, validation_texts = _texts(text, dataset, validation_text)
 
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
+    from chameleon_deploy.reference.targets import choose_targets
     from chameleon_deploy.reference.training import train_checkpoint
 
+    trunk = load_trunk(base)
     chosen = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
-        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed,
+        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
+        targets=choose_targets(trunk, targets) if targets else None,
     )  # fmt: skip
     config = CheckpointConfig(
         regime=regime,
@@ -80,14 +99,30 @@ def main(
         rank=chosen.rank,
         alpha=chosen.alpha,
         hidden_sizes=chosen.hidden_sizes(chosen.num_clusters) if regime == "chameleon" else (),
-        num_clusters=chosen.num_clusters,
+        num_clusters=0 if vectors else chosen.num_clusters,
         protocol=protocol,
         max_length=chosen.max_length,
+        targets=chosen.targets,
+        architecture=chosen.architecture,
+        conditioning_size=vectors[0].shape[1] if vectors else 0,
     )
-    trunk = load_trunk(base)
     with console.progress() as report:
-        state = train_checkpoint(trunk, config, train_texts, validation_texts, out, chosen.training, report, resume)
+        state = train_checkpoint(
+            trunk, config, train_texts, validation_texts, out, chosen.training, report, resume, vectors
+        )
     console.stdout.print(f"{out}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")
+
+
+def _conditioned_texts(
+    regime: str, text: list[Path] | None, dataset: str | None, validation_text: list[Path] | None
+) -> tuple[list[str], list[str], tuple[FloatArray, FloatArray]]:
+    """Return the training and validation texts, and the vectors of each."""
+    from chameleon_deploy.texts import read_conditioned
+
+    if regime == "lora" or dataset or not text or not validation_text:
+        raise InputError("--conditioning given goes with a hypernetwork, --text FILE and --validation-text FILE")
+    (train, of_train), (validation, of_validation) = read_conditioned(text), read_conditioned(validation_text)
+    return train, validation, (of_train, of_validation)
 
 
 def _texts(

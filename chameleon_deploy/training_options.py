@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy.reference.presets import PresetName, default_of
+from chameleon_deploy.reference.presets import Architecture, PresetName, default_of
 
 PresetOption = Annotated[
     PresetName,
@@ -48,5 +48,20 @@ Patience = Annotated[
         min=1,
         help="Epochs without improvement before stopping.",
         show_default=default_of("patience"),
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="lm_head|attention|mlp|all|NAME",
+        show_default="lm_head",
+        help="Linear layers to update: a group, a layer's name or its end as in PEFT, such as q_proj; repeatable.",
+    ),
+]
+ArchitectureOption = Annotated[
+    Architecture,
+    typer.Option(
+        help="Hypernetwork: the paper's, whose last layer gives all factors, or one that is shared by all layers and "
+        "told the layer and the module by embeddings."
     ),
 ]

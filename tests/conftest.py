@@ -53,7 +53,7 @@ def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     random_checkpoint(path, "mini", "lora")
     checkpoint = load_checkpoint(path)
     assert isinstance(checkpoint.factors, StaticLoRA)
-    checkpoint.factors.lora_B.data *= 30  # as far from the base as a trained one
+    checkpoint.factors.lora_B[0].data *= 30  # as far from the base as a trained one
     return checkpoint
 
 
@@ -64,7 +64,7 @@ def checkpoint_around(config: Any, num_clusters: int = 2) -> Checkpoint:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     trunk = trunk_from(transformers.AutoModelForCausalLM.from_config(config), tokenizer)
     about = CheckpointConfig(regime="chameleon", base_model=".", rank=2, hidden_sizes=(8, 4), num_clusters=num_clusters)
-    factors = build_factors(about, config.hidden_size, config.vocab_size).eval().requires_grad_(False)
+    factors = build_factors(about, trunk).eval().requires_grad_(False)
     centroids = torch.nn.functional.normalize(torch.randn(num_clusters, config.hidden_size), dim=1)
     return Checkpoint(about, trunk, factors, centroids, "0" * 64)
 

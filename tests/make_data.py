@@ -95,6 +95,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
     from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, load_checkpoint, save_checkpoint
     from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
     from chameleon_deploy.reference.corpus import encode_texts
+    from chameleon_deploy.reference.model import trunk_from
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
     from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
@@ -115,7 +116,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
     )  # fmt: skip
     ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
     embeddings = embed_texts(ids, model.transformer.wte.weight.detach(), protocol, checkpoint.max_length, 0)
-    factors = build_factors(checkpoint, HIDDEN, VOCAB_SIZE)
+    factors = build_factors(checkpoint, trunk_from(model, tokenizer))
     with torch.no_grad():
         for parameter in factors.parameters():
             parameter.mul_(4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chameleon_deploy.reference.head import cohorts
+from chameleon_deploy.reference.fit import cohorts
 
 
 @dataclass(frozen=True)

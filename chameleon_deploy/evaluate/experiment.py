@@ -4,7 +4,7 @@ Finished parts stay in the work directory, so that a run that was killed continu
 
     settings.json                       what identifies the experiment
     hidden_states/{protocol}/{part}/    the trunk's output, computed once for all variants and seeds
-    {protocol}/seed-{n}/{variant}/      a checkpoint
+    {protocol}/seed-{n}/{variant}/      a checkpoint; {variant}.lr-{rate}/ until the best learning rate is known
     {protocol}/seed-{n}/{variant}.safetensors    its scores: one tensor [texts] per protocol and conditioning
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.directory import locked_directory, write_whole
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import conditioning
-from chameleon_deploy.evaluate.scoring import FloatArray, score_texts
+from chameleon_deploy.evaluate.scoring import FloatArray, positions_of, score_texts
 from chameleon_deploy.evaluate.variants import (
     VARIANTS,
     ConditioningName,
@@ -43,10 +44,10 @@ from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import Split, encode_texts
-from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
-from chameleon_deploy.reference.training import train_on_states
+from chameleon_deploy.reference.training import fit_checkpoint
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 
@@ -91,15 +92,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Side:
-    """The texts under one protocol: hidden states of the three splits, and clusters of the training texts.
+    """The texts under one protocol: losses of the three splits, and clusters of the training texts.
 
     test_ids  token ids of the test texts
     """
 
     protocol: Protocol
-    train: HiddenStates
-    validation: HiddenStates
-    test: HiddenStates
+    train: Losses
+    validation: Losses
+    test: Losses
     test_ids: list[list[int]]
     centroids: Tensor
 
@@ -150,7 +151,8 @@ def run_experiment(
     masked = sides["masked"]
     return Outcome(
         scored, histories, masked.test.embeddings.double().numpy(), masked.centroids.double().numpy(),
-        nearest_centroids(masked.test.embeddings, masked.centroids).numpy(), len(masked.train.targets),
+        nearest_centroids(masked.test.embeddings, masked.centroids).numpy(),
+        masked.train.num_positions(range(len(masked.train))),
     )  # fmt: skip
 
 
@@ -158,16 +160,16 @@ def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work
     def encode(part: list[str]) -> list[list[int]]:
         return encode_texts(part, trunk.tokenizer, protocol, settings.max_length)
 
-    def hidden_states(name: str, ids: list[list[int]]) -> HiddenStates:
-        return cache_hidden_states(
-            trunk, ids, protocol, settings.max_length, work / "hidden_states" / protocol / name,
+    def losses(name: str, ids: list[list[int]]) -> Losses:
+        return losses_of(
+            trunk, ids, settings.targets, protocol, settings.max_length, settings.alpha,
+            work / "hidden_states" / protocol / name,
             lambda done: report(f"hidden states ({protocol}, {name})", done, len(ids)),
         )  # fmt: skip
 
-    train = hidden_states("train", encode(texts.train))
-    validation = hidden_states("validation", encode(texts.validation))
+    train, validation = losses("train", encode(texts.train)), losses("validation", encode(texts.validation))
     test_ids = encode(texts.test)
-    test = hidden_states("test", test_ids)
+    test = losses("test", test_ids)
     centroids = fit_centroids(train.embeddings, settings.num_clusters, settings.training.seed)
     return _Side(protocol, train, validation, test, test_ids, centroids)
 
@@ -190,22 +192,32 @@ def _train_and_score(
         config = checkpoint_config(variant, settings, trunk, base, protocol)
         training = replace(settings.training, seed=seed)
         vector = side.train.embeddings.mean(0) if variant.constant else None
-        train_on_states(trunk, config, side.train, side.validation, side.centroids, path, training, report, vector)
+        rates = settings.lora_lrs if variant.regime == "lora" else ()
+        attempts = {path.with_name(f"{path.name}.lr-{lr:g}"): replace(training, lr=lr) for lr in rates}
+        for out, own in (attempts or {path: training}).items():
+            if not out.exists():
+                fit_checkpoint(trunk, config, side.train, side.validation, side.centroids, out, own, report, vector)
+        if attempts:
+            os.rename(min(attempts, key=_validation_loss), path)
+        for out in attempts:
+            shutil.rmtree(out, ignore_errors=True)
     if not scores.exists():
         checkpoint = load_checkpoint(path, trunk=trunk)
         found: dict[str, FloatArray] = {}
         for other in sides.values():
             # A text is embedded as in training, whichever protocol scores it.
-            embedded = replace(other.test, embeddings=_embed(trunk, other.test_ids, protocol, settings))
-            ways = conditionings(variant, checkpoint, embedded.embeddings, side.centroids, settings.training.seed)
+            embeddings = _embed(trunk, other.test_ids, protocol, settings)
+            ways = conditionings(variant, checkpoint, embeddings, side.centroids, settings.training.seed)
             for name, conditioned in ways:
                 if other is side or name == usual(variant):
                     report(f"scoring ({variant.name})", len(found), 9)
-                    found[f"{other.protocol}.{name}"] = score_texts(
-                        checkpoint.factors, settings.alpha, trunk.head_weight, embedded, conditioned
-                    )
+                    found[f"{other.protocol}.{name}"] = score_texts(checkpoint.factors, other.test, conditioned)
         write_whole(scores, lambda partial: save_file(found, partial))
     return load_file(scores)
+
+
+def _validation_loss(path: Path) -> float:
+    return float(json.loads((path / "training.json").read_text())["best_loss"])
 
 
 def _embed(trunk: Trunk, ids: list[list[int]], protocol: Protocol, settings: Preset) -> Tensor:
@@ -214,9 +226,9 @@ def _embed(trunk: Trunk, ids: list[list[int]], protocol: Protocol, settings: Pre
 
 def _score_base(trunk: Trunk, side: _Side) -> Scored:
     nothing = conditioning.constant(side.centroids[0], len(side.test))
-    nll = score_texts(None, 0.0, trunk.head_weight, side.test, nothing)[None]
+    nll = score_texts(None, side.test, nothing)[None]
     clusters = nearest_centroids(side.test.embeddings, side.centroids).numpy()
-    positions = np.diff(side.test.offsets)
+    positions = positions_of(side.test)
     return Scored("base", side.protocol, side.protocol, "none", trunk.num_parameters(), nll, positions, clusters)
 
 
@@ -235,7 +247,7 @@ def _collect(
         yield Scored(
             variant.name, protocol, other.protocol, cast(ConditioningName, name),
             num_parameters(trunk, settings, variant), np.stack([run[key] for run in runs]),
-            np.diff(other.test.offsets), clusters.numpy(),
+            positions_of(other.test), clusters.numpy(),
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Loss and perplexity of the three regimes under both protocols, on cached hidden states."""
+"""Loss and perplexity of the three regimes under both protocols."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy.typing as npt
 import torch
 
 from chameleon_deploy.bundle import Protocol
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate.conditioning import Conditioning, cohort_mean, members_of
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts
-from chameleon_deploy.reference.head import cohort_losses, cohorts
-from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
-from chameleon_deploy.reference.hypernetwork import HeadFactors, num_parameters
+from chameleon_deploy.reference.fit import cohorts
+from chameleon_deploy.reference.hypernetwork import FactorModule, num_parameters
+from chameleon_deploy.reference.losses import Losses, losses_of
 
 BOOTSTRAP_SAMPLES = 2000
 FloatArray = npt.NDArray[np.float64]
@@ -77,40 +78,41 @@ def evaluate(
               since its hypernetwork was trained on those embeddings
     cache     a directory for the hidden states
 
-    Raises InputError if no text has two tokens.
+    Raises InputError if no text has two tokens, or for a checkpoint that is conditioned on vectors of the caller.
     """
+    if checkpoint.config.conditioning_size:
+        raise InputError("texts are scored with their embeddings, and this checkpoint reads vectors of the caller")
     config, trunk = checkpoint.config, checkpoint.trunk
     protocol = protocol or config.protocol
     ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)
-    states = cache_hidden_states(trunk, ids, protocol, config.max_length, cache)
+    losses = losses_of(trunk, ids, config.targets, protocol, config.max_length, config.alpha, cache)
     embeddings = _embeddings(checkpoint, ids)
     clusters = _clusters(checkpoint, embeddings)
     conditioning = cohort_mean(embeddings, clusters, batch_size)
     factors = checkpoint.factors if adapted else None
-    nll = score_texts(factors, config.alpha, trunk.head_weight, states, conditioning, batch_size)
+    nll = score_texts(factors, losses, conditioning, batch_size)
     parameters = num_parameters(checkpoint.factors) if adapted else trunk.num_parameters()
     regime = config.regime if adapted else "base"
-    return Evaluation(regime, protocol, parameters, nll, np.diff(states.offsets), clusters.numpy())
+    return Evaluation(regime, protocol, parameters, nll, positions_of(losses), clusters.numpy())
 
 
 def score_texts(
-    factors: HeadFactors | None,
-    alpha: float,
-    head_weight: torch.Tensor,
-    states: HiddenStates,
-    conditioning: Conditioning,
-    batch_size: int = 32,
+    factors: FactorModule | None, losses: Losses, conditioning: Conditioning, batch_size: int = 32
 ) -> FloatArray:
-    """Return the negative log-likelihood of each text's stored positions, in nats, float64 [texts]; factors None:
-    the base.
+    """Return the negative log-likelihood of each text's scored positions, in nats, float64 [texts]; factors None: the
+    base.
     """
-    nll = np.zeros(len(states))
+    nll = np.zeros(len(losses))
     for vector, rows in conditioning.rows(batch_size):
-        hidden, targets = states.batch(rows)
-        losses = cohort_losses(factors, vector, hidden, targets, head_weight, alpha)
-        lengths = [int(states.offsets[row + 1] - states.offsets[row]) for row in rows]
-        nll[rows] = [float(part.double().sum()) for part in losses.split(lengths)]
+        lengths = [losses.num_positions([row]) for row in rows]
+        parts = losses.cross_entropy(factors, vector, rows).split(lengths)
+        nll[rows] = [float(part.double().sum()) for part in parts]
     return nll
+
+
+def positions_of(losses: Losses) -> npt.NDArray[np.int64]:
+    """Return the number of scored positions of every text: int64 [texts]."""
+    return np.array([losses.num_positions([row]) for row in range(len(losses))], np.int64)
 
 
 def bootstrap_gain(ours: Evaluation, base: Evaluation, seed: int = 0) -> tuple[float, float]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Literal
 
 import msgspec
+import torch
 from torch import Tensor
 
 from chameleon_deploy.bundle import Protocol, Regime
 from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.conditioning import Conditioning
-from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig
+from chameleon_deploy.reference import hypernetwork
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.hypernetwork import num_factors
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
+from chameleon_deploy.reference.targets import target_specs
 
 # The conditionings of a text: the keys of stored scores and of `--json`. Each has a label in figures.py.
 ConditioningName = Literal[
@@ -66,6 +68,8 @@ def checkpoint_config(
         num_clusters=num_clusters(variant, settings),
         protocol=protocol,
         max_length=settings.max_length,
+        targets=settings.targets,
+        architecture=settings.architecture,
     )
 
 
@@ -79,16 +83,15 @@ def hidden_sizes(variant: Variant, settings: Preset) -> tuple[int, ...]:
 
 def large_rank(trunk: Trunk, settings: Preset) -> int:
     """Return the rank, rounded, of a LoRA that has as many parameters as the hypernetwork."""
-    vocab_size, hidden_size = trunk.head_weight.shape
-    return round(num_parameters(trunk, settings, VARIANTS[1]) / num_factors(hidden_size, vocab_size, 1))
+    per_rank = num_factors(target_specs(trunk, settings.targets), 1)
+    return round(num_parameters(trunk, settings, VARIANTS[1]) / per_rank)
 
 
 def num_parameters(trunk: Trunk, settings: Preset, variant: Variant) -> int:
-    vocab_size, hidden_size = trunk.head_weight.shape
-    if variant.regime == "chameleon":
-        sizes = [hidden_size, *hidden_sizes(variant, settings), num_factors(hidden_size, vocab_size, settings.rank)]
-        return sum((i + 1) * o for i, o in pairwise(sizes))
-    return num_factors(hidden_size, vocab_size, large_rank(trunk, settings) if variant.large else settings.rank)
+    with torch.device("meta"):  # shapes only
+        return hypernetwork.num_parameters(
+            build_factors(checkpoint_config(variant, settings, trunk, "", "masked"), trunk)
+        )
 
 
 def conditionings(

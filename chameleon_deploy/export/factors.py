@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from chameleon_deploy.bundle import LM_HEAD, AdaptationSpec, FloatArray, Parameters, TargetSpec, factor_names
-from chameleon_deploy.export.hypernetwork import fold_lora_B
+from chameleon_deploy.bundle import AdaptationSpec, FloatArray, Parameters
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.hypernetwork import StaticLoRA, num_parameters
+from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set, num_parameters
 from chameleon_deploy.reference.source import Source
 
 
@@ -29,15 +28,16 @@ def adaptation_spec(source: Source) -> AdaptationSpec:
             adapters=tuple(source.adapters),
             base_digest=source.base_digest,
         )
-    config, (vocab_size, hidden_size) = source.config, source.trunk.head_weight.shape
+    config = source.config
     return AdaptationSpec(
         regime=config.regime,
         rank=config.rank,
         alpha=config.alpha,
-        targets=(TargetSpec(LM_HEAD, hidden_size, vocab_size),),
+        targets=source.factors.targets,
         num_clusters=config.num_clusters,
         protocol=config.protocol,
         max_length=config.max_length,
+        conditioning_size=config.conditioning_size,
     )
 
 
@@ -57,9 +57,8 @@ def save_factors(source: Source, spec: AdaptationSpec, directory: Path) -> None:
         save_file(_stacked(source, spec), directory / "lora.safetensors")
         return
     if isinstance(source.factors, StaticLoRA):
-        lora_A, lora_B = source.factors.lora_A.numpy(), source.factors.lora_B.numpy()
-        pair = np.ascontiguousarray(lora_A), fold_lora_B(lora_B, source.config.alpha)
-        tensors = {name: factor[None] for name, factor in zip(factor_names(LM_HEAD), pair, strict=True)}
+        one_set = factor_set(source.factors(source.centroids.new_empty(1, 0)), 0, source.config.alpha)
+        tensors = {name: np.ascontiguousarray(factor.numpy())[None] for name, factor in one_set.items()}
         save_file(tensors, directory / "lora.safetensors")
     if spec.num_clusters:
         save_file({"centroids": source.centroids.numpy()}, directory / "centroids.safetensors")

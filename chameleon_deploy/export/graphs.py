@@ -17,7 +17,7 @@ from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
-from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
+from chameleon_deploy.export.int8.adapters import calibrate_with_factors, known_sets
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.int8.calibration import calibration_texts
@@ -33,9 +33,8 @@ from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import Progress, silent
-from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.hypernetwork import Hypernetwork
+from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
 
 CPU = ("cpu",)
@@ -77,7 +76,8 @@ def build_graphs(
     spec         the linear layers that get low-rank updates
     calibration  files of text for int8
 
-    Raises TensorError for a weight that float16 cannot represent, InputError for too little text.
+    Raises TensorError for a weight that float16 cannot represent; in int8 InputError for too little text, or for
+    factors of the trunk that cannot be known.
     """
     if precision == "int8":
         graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
@@ -85,11 +85,10 @@ def build_graphs(
         graphs = _fp32(source, model, spec, weights_file)
     else:
         graphs = _half(precision, source, model, spec, weights_file)
-    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork):
-        layers = [(layer.weight.numpy(), layer.bias.numpy()) for layer in source.factors.linears()]
-        config = source.config
+    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork):
+        size = spec.conditioning_size or model.hidden_size
         float16 = precision == "int8"
-        hypernetwork = build_hypernetwork(layers, config.rank, config.alpha, model, weights_file, float16)
+        hypernetwork = build_hypernetwork(source.factors, size, source.config.alpha, weights_file, float16)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
     graphs["logits_scorer"] = Graph(build_logits_scorer(model), "logits_scorer", DEVICES)
@@ -112,9 +111,9 @@ def _int8(
     texts: Sequence[Tensor],
     report: Progress,
 ) -> Graphs:
-    trunk, adapters = source.trunk, source.adapters.values() if isinstance(source, AdaptedBase) else ()
+    trunk, known = source.trunk, known_sets(source)
     rotated = rotate_trunk(trunk, model)
-    statistics = calibrate_with_adapters(trunk, rotated, model, spec, list(adapters), texts, report)
+    statistics = calibrate_with_factors(trunk, rotated, model, spec, known, texts, report)
     balances = balance_trunk(rotated, model, statistics)
     tensors, shifts = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
     if tensors:

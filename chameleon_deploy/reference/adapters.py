@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from chameleon_deploy.manifest import ADAPTER_NAME, is_adapter_name
 from chameleon_deploy.reference import peft_lora
 from chameleon_deploy.reference.model import Trunk, load_trunk
 
-Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them
+Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them: B [rank, out] with the scaling
 
 
 @dataclass
@@ -80,8 +79,10 @@ def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None
 
 
 @contextmanager
-def adapted(trunk: Trunk, factors: Factors, shifts: Mapping[str, FloatArray] = MappingProxyType({})) -> Iterator[None]:
-    """Let the layers of a trunk add an adapter's update to their outputs: y + (x A^T) B.
+def adapted(
+    trunk: Trunk, factors: Factors | Mapping[str, Tensor], shifts: Mapping[str, FloatArray] = MappingProxyType({})
+) -> Iterator[None]:
+    """Let the layers of a trunk add the update of one factor set to their outputs: y + (x A^T) B.
 
     shifts  [in], added to the x of a layer's update; by layer
     """
@@ -92,7 +93,7 @@ def adapted(trunk: Trunk, factors: Factors, shifts: Mapping[str, FloatArray] = M
     hooks = []
     for layer in trunk.linear_layers():
         if factor_names(layer)[0] in factors:
-            lora_A, lora_B = (torch.from_numpy(np.asarray(factors[name])) for name in factor_names(layer))
+            lora_A, lora_B = (torch.as_tensor(factors[name]) for name in factor_names(layer))
             shift = torch.from_numpy(shifts[layer]) if layer in shifts else 0.0
             hook = update(lora_A, lora_B, shift)
             hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(hook))

@@ -22,8 +22,10 @@ from chameleon_deploy.bundle import LM_HEAD, Protocol, Regime, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
-from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA
+from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, SharedHypernetwork, StaticLoRA
 from chameleon_deploy.reference.model import Trunk, load_trunk
+from chameleon_deploy.reference.presets import Architecture
+from chameleon_deploy.reference.targets import target_specs
 
 CONFIG_FILE = "chameleon_config.json"
 TENSOR_FILE = "chameleon.safetensors"
@@ -33,6 +35,12 @@ MAX_SIZE = 1 << 20  # of any dimension in the configuration; products of larger 
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The configuration of a checkpoint.
+
+    architecture       of the hypernetwork: `Hypernetwork` or `SharedHypernetwork`
+    conditioning_size  of a vector that the caller gives with every text; 0: texts are conditioned on embeddings
+    """
+
     format: Literal["chameleon-checkpoint"] = "chameleon-checkpoint"
     format_version: int = FORMAT_VERSION
     regime: Regime
@@ -44,6 +52,8 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     protocol: Protocol = "masked"
     max_length: int = 256
     targets: tuple[str, ...] = (LM_HEAD,)
+    architecture: Architecture = "paper"
+    conditioning_size: int = 0
 
 
 @dataclass
@@ -52,7 +62,7 @@ class Checkpoint:
 
     config: CheckpointConfig
     trunk: Trunk
-    factors: HeadFactors
+    factors: FactorModule
     centroids: Tensor
     digest: str
 
@@ -77,9 +87,9 @@ def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = N
     raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
 
 
-def save_checkpoint(path: Path, config: CheckpointConfig, factors: HeadFactors, centroids: Tensor) -> None:
+def save_checkpoint(path: Path, config: CheckpointConfig, factors: FactorModule, centroids: Tensor) -> None:
     """Write the two checkpoint files into an existing directory, each one whole or not at all."""
-    tensors = {_stored_name(name): p.detach().contiguous() for name, p in factors.named_parameters()}
+    tensors = {factors.stored_name(name): p.detach().contiguous() for name, p in factors.named_parameters()}
     if len(centroids):
         tensors["centroids"] = centroids.contiguous()
     encoded = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
@@ -87,18 +97,13 @@ def save_checkpoint(path: Path, config: CheckpointConfig, factors: HeadFactors, 
     write_whole(path / CONFIG_FILE, lambda partial: partial.write_bytes(encoded))
 
 
-def build_factors(config: CheckpointConfig, hidden_size: int, vocab_size: int) -> HeadFactors:
-    """Return a freshly initialised hypernetwork or LoRA pair."""
-    if config.regime == "chameleon":
-        return Hypernetwork(hidden_size, vocab_size, config.rank, config.hidden_sizes)
-    return StaticLoRA(hidden_size, vocab_size, config.rank)
-
-
-def _stored_name(parameter: str) -> str:
-    """Return the name in the file: hypernetwork.{i}.weight or .bias, lm_head.lora_A or .lora_B."""
-    if parameter.startswith("layers."):
-        return parameter.replace("layers.", "hypernetwork.", 1)
-    return f"{LM_HEAD}.{parameter}"
+def build_factors(config: CheckpointConfig, trunk: Trunk) -> FactorModule:
+    """Return a freshly initialised hypernetwork or LoRA. Raises CheckpointError for targets that the trunk lacks."""
+    targets = target_specs(trunk, config.targets)
+    if config.regime == "lora":
+        return StaticLoRA(targets, config.rank)
+    kind = SharedHypernetwork if config.architecture == "shared" else Hypernetwork
+    return kind(config.conditioning_size or trunk.config.hidden_size, targets, config.rank, config.hidden_sizes)
 
 
 def _load_own(path: Path, base: str | None, trunk: Trunk | None) -> Checkpoint:
@@ -188,20 +193,20 @@ def _load_authors_state_dict(path: Path, base: str) -> Checkpoint:
 def _assemble(
     path: Path, config: CheckpointConfig, trunk: Trunk, tensors: dict[str, Tensor], centroids: Tensor, files: list[Path]
 ) -> Checkpoint:
-    vocab, hidden = trunk.head_weight.shape
     with torch.device("meta"):  # shapes only, which take no memory: the configuration may contain any size
-        factors = build_factors(config, hidden, vocab)
+        factors = build_factors(config, trunk)
     found = {}
     for name, parameter in factors.named_parameters():
-        stored = tensors.pop(_stored_name(name), None)
+        stored_name = factors.stored_name(name)
+        stored = tensors.pop(stored_name, None)
         if stored is None:
-            raise TensorError(f"{path}: tensor {_stored_name(name)} is missing")
+            raise TensorError(f"{path}: tensor {stored_name} is missing")
         if stored.shape != parameter.shape:
             raise TensorError(
-                f"{path}: {_stored_name(name)} has shape {tuple(stored.shape)}, "
-                f"a rank-{config.rank} head on this base model needs {tuple(parameter.shape)}"
+                f"{path}: {stored_name} has shape {tuple(stored.shape)}, "
+                f"a rank-{config.rank} update of this base model needs {tuple(parameter.shape)}"
             )
-        _check_finite(path, _stored_name(name), stored)
+        _check_finite(path, stored_name, stored)
         found[name] = stored.to(torch.float32)
     if tensors:
         raise TensorError(f"{path}: unexpected tensors {sorted(tensors)}")
@@ -237,8 +242,12 @@ def _read_config(path: Path) -> CheckpointConfig:
         raise CheckpointError(f"{path}: rank, max_length, num_clusters and hidden_sizes must be at most {MAX_SIZE}")
     if min(config.hidden_sizes, default=1) < 1:
         raise CheckpointError(f"{path}: hidden_sizes must be at least 1, not {list(config.hidden_sizes)}")
-    if config.targets != (LM_HEAD,):
-        raise CheckpointError(f"{path}: targets {list(config.targets)}: this release adapts [{LM_HEAD!r}] only")
+    if config.regime == "chameleon" and config.architecture == "shared" and not config.hidden_sizes:
+        raise CheckpointError(f"{path}: the architecture shared needs at least one of hidden_sizes")
+    if not 0 <= config.conditioning_size <= MAX_SIZE:
+        raise CheckpointError(f"{path}: conditioning_size must be between 0 and {MAX_SIZE}")
+    if config.conditioning_size and (config.num_clusters or config.regime == "lora"):
+        raise CheckpointError(f"{path}: conditioning_size goes with regime chameleon and num_clusters 0")
     return config
 
 

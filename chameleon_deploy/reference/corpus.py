@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from chameleon_deploy.errors import DatasetError, DependencyError, InputError
@@ -74,15 +74,18 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, protocol: str, max_length
 
     Raises InputError if no text is left.
     """
+    return [ids for _, ids in encode_pieces(texts, tokenizer, protocol, max_length)]
+
+
+def encode_pieces(texts: Sequence[str], tokenizer: Any, protocol: str, max_length: int) -> list[tuple[int, list[int]]]:
+    """Return what `encode_texts` does, each with the index of the text that it is from."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-    pieces = [ids[:max_length] for ids in encoded] if protocol == "paper" else list(_pieces(encoded, max_length))
-    pieces = [ids for ids in pieces if len(ids) >= 2]
+    pieces = [
+        (text, ids[start : start + max_length])
+        for text, ids in enumerate(encoded)
+        for start in (range(1) if protocol == "paper" else range(0, len(ids), max_length))
+    ]
+    pieces = [(text, ids) for text, ids in pieces if len(ids) >= 2]
     if not pieces:
         raise InputError("no text of at least two tokens: there is nothing to train or measure on")
     return pieces
-
-
-def _pieces(encoded: list[list[int]], max_length: int) -> Iterator[list[int]]:
-    for ids in encoded:
-        for start in range(0, len(ids), max_length):
-            yield ids[start : start + max_length]

@@ -11,6 +11,8 @@ from typing import Any
 from chameleon_deploy.errors import UnsupportedBaseError
 
 SUPPORTED_FAMILIES = ("gpt2", "llama")
+# Groups of linear layers, by the parts of a name that tell them: all families call the halves of a block so.
+LAYER_GROUPS = {"attention": ("attn.",), "mlp": ("mlp.",), "all": ("attn.", "mlp.", "lm_head")}
 
 # Kinds of rotary embedding whose frequencies do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -69,7 +69,7 @@ def cache_hidden_states(
     key = _key(trunk, texts, protocol, max_length)
     lengths = [1 if protocol == "paper" else len(ids) - 1 for ids in texts]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    targets = np.concatenate([_targets(ids, protocol, max_length, trunk.eos_token_id) for ids in texts])
+    targets = np.concatenate([targets_of(ids, protocol, max_length, trunk.eos_token_id) for ids in texts])
     file = directory / "hidden_states.npy"
     key_file = directory / "hidden_states.json"
     if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
@@ -80,6 +80,26 @@ def cache_hidden_states(
         write_whole(key_file, lambda partial: partial.write_text(json.dumps({"key": key})))
     embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
     return HiddenStates(np.load(file, mmap_mode="r"), targets, offsets, embeddings)
+
+
+def scored_states(trunk: Trunk, texts: Sequence[Sequence[int]], protocol: str, max_length: int) -> list[torch.Tensor]:
+    """Return the hidden states [positions, hidden] of every text's scored positions, computed in one padded batch."""
+    width = max_length if protocol == "paper" else max(map(len, texts))
+    input_ids = torch.full((len(texts), width), trunk.eos_token_id)
+    attention_mask = torch.zeros(len(texts), width, dtype=torch.int64)
+    for i, ids in enumerate(texts):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        attention_mask[i, : len(ids)] = 1
+    # The paper's scripts attend to the padding.
+    hidden, _ = trunk.hidden_states(input_ids, None if protocol == "paper" else attention_mask)
+    return [hidden[i, -1:] if protocol == "paper" else hidden[i, : len(ids) - 1] for i, ids in enumerate(texts)]
+
+
+def targets_of(ids: Sequence[int], protocol: str, max_length: int, eos_token_id: int) -> npt.NDArray[np.int64]:
+    """Return the target of each scored position of a text: int64 [positions]."""
+    if protocol == "paper":
+        return np.array([ids[-1] if len(ids) == max_length else eos_token_id], dtype=np.int64)
+    return np.array(ids[1:], dtype=np.int64)
 
 
 def _compute(
@@ -97,25 +117,11 @@ def _compute(
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # minimises padding in each batch
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max_length if protocol == "paper" else max(len(texts[row]) for row in rows)
-        input_ids = torch.full((len(rows), width), trunk.eos_token_id)
-        attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(texts[row])] = torch.tensor(texts[row])
-            attention_mask[i, : len(texts[row])] = 1
-        # The paper's scripts attend to the padding.
-        hidden, _ = trunk.hidden_states(input_ids, None if protocol == "paper" else attention_mask)
-        for i, row in enumerate(rows):
-            kept = hidden[i, -1:] if protocol == "paper" else hidden[i, : len(texts[row]) - 1]
-            stored[offsets[row] : offsets[row + 1]] = kept.numpy()
+        states = scored_states(trunk, [texts[row] for row in rows], protocol, max_length)
+        for row, hidden in zip(rows, states, strict=True):
+            stored[offsets[row] : offsets[row + 1]] = hidden.numpy()
         report(start + len(rows))
     stored.flush()
-
-
-def _targets(ids: Sequence[int], protocol: str, max_length: int, eos_token_id: int) -> npt.NDArray[np.int64]:
-    if protocol == "paper":
-        return np.array([ids[-1] if len(ids) == max_length else eos_token_id], dtype=np.int64)
-    return np.array(ids[1:], dtype=np.int64)
 
 
 def _key(trunk: Trunk, texts: Sequence[Sequence[int]], protocol: str, max_length: int) -> str:

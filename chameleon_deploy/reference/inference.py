@@ -5,15 +5,18 @@ It is written from docs/design.md sections 2 and 3, independently of the runtime
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.reference.adapters import adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
-from chameleon_deploy.reference.model import adapted_logits
+from chameleon_deploy.reference.hypernetwork import Factors, factor_set
+from chameleon_deploy.reference.targets import in_head_alone
 
 
 @dataclass
@@ -22,24 +25,35 @@ class ReferenceAdaptation:
 
     embeddings   [batch, hidden]
     cluster_ids  [batch]
-    lora_A       [clusters, rank, hidden]
-    lora_B       [clusters, vocab, rank], as in the checkpoint, without alpha
+    factors      "<target>.lora_A" [sets, rank, in_features] and "<target>.lora_B" [sets, out_features, rank], as in the
+                 checkpoint, without alpha
     factor_ids   [batch]
+    hidden       final hidden states by factor set and text, where they depend on the factors
     """
 
     embeddings: Tensor
     cluster_ids: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
+    factors: Factors
     factor_ids: Tensor
+    hidden: dict[tuple[int, tuple[int, ...]], Tensor] = field(init=False, default_factory=dict, repr=False)
+
+    def with_B(self, change: Callable[[Tensor], Tensor]) -> ReferenceAdaptation:
+        """Return the same adaptation with the lora_B of every target changed."""
+        return replace(self, factors={n: change(f) if n.endswith(".lora_B") else f for n, f in self.factors.items()})
 
 
 @torch.no_grad()
 def adapt(
-    checkpoint: Checkpoint, rows: Sequence[Sequence[int]], mode: str, tenants: Sequence[Hashable] | None = None
+    checkpoint: Checkpoint,
+    rows: Sequence[Sequence[int]],
+    mode: str,
+    tenants: Sequence[Hashable] | None = None,
+    conditioning: FloatArray | None = None,
 ) -> ReferenceAdaptation:
     """Return the factors of a batch of token ids in one of the modes none, static (regime lora), centroid, request,
     cohort, tenant.
+
+    conditioning  [batch, conditioning_size], mode request of a checkpoint with a conditioning_size
     """
     config, trunk = checkpoint.config, checkpoint.trunk
     embeddings = embed_texts(rows, trunk.token_embedding, config.protocol, config.max_length, trunk.eos_token_id)
@@ -47,47 +61,55 @@ def adapt(
         nearest_centroids(embeddings, checkpoint.centroids) if config.num_clusters else torch.full((len(rows),), -1)
     )
     if mode in ("none", "static"):
-        conditioning, factor_ids = embeddings[:1], torch.zeros(len(rows), dtype=torch.int64)
+        vectors = torch.zeros(1, config.conditioning_size or trunk.config.hidden_size)
+        factor_ids = torch.zeros(len(rows), dtype=torch.int64)
     elif mode == "centroid":
-        conditioning, factor_ids = checkpoint.centroids, clusters
+        vectors, factor_ids = checkpoint.centroids, clusters
     elif mode == "request":
-        conditioning, factor_ids = embeddings, torch.arange(len(rows))
+        vectors = embeddings if conditioning is None else torch.from_numpy(conditioning)
+        factor_ids = torch.arange(len(rows))
     else:
         keys = [(tenants[i] if tenants else None, int(clusters[i])) for i in range(len(rows))]
         groups = list(dict.fromkeys(keys))
         factor_ids = torch.tensor([groups.index(key) for key in keys])
-        conditioning = torch.stack([embeddings[factor_ids == g].mean(0) for g in range(len(groups))])
-    lora_A, lora_B = checkpoint.factors(conditioning)
+        vectors = torch.stack([embeddings[factor_ids == g].mean(0) for g in range(len(groups))])
+    factors = checkpoint.factors(vectors)
     if mode == "none":
-        lora_A, lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    return ReferenceAdaptation(embeddings, clusters, lora_A, lora_B, factor_ids)
+        factors = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+    return ReferenceAdaptation(embeddings, clusters, factors, factor_ids)
 
 
 @dataclass
 class RowLogits:
     """Logits [positions, vocab] of one row of a batch, computed alone: no padding, no cache.
 
-    The trunk does not depend on the factors, so the hidden states of a text are computed once and stored. The logits of
-    a long text are large: request a slice of its positions at a time.
+    Where the head alone is updated, the trunk does not depend on the factors, and the hidden states of a text are
+    computed once for all. The logits of a long text are large: request a slice of its positions at a time.
     """
 
     checkpoint: Checkpoint
     hidden: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
+    def __call__(
+        self, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int, positions: slice = slice(None)
+    ) -> Tensor:
+        factor_id, trunk = int(adaptation.factor_ids[row]), self.checkpoint.trunk
+        with adapted(trunk, factor_set(adaptation.factors, factor_id, self.checkpoint.config.alpha)):
+            if in_head_alone(self.checkpoint.config.targets):
+                hidden = self.read(ids)
+            else:
+                key = (factor_id, tuple(ids))
+                if key not in adaptation.hidden:
+                    adaptation.hidden[key], _ = trunk.hidden_states(torch.tensor([list(ids)]))
+                hidden = adaptation.hidden[key]
+            logits: Tensor = trunk.causal_lm.get_output_embeddings()(hidden[0, positions])
+        return logits
+
+    @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
-        """Return hidden states [1, sequence, hidden] of a text."""
+        """Return hidden states [1, sequence, hidden] of a text, which no factors change."""
         key = tuple(ids)
         if key not in self.hidden:
             self.hidden[key], _ = self.checkpoint.trunk.hidden_states(torch.tensor([key]))
         return self.hidden[key]
-
-    @torch.no_grad()
-    def __call__(
-        self, ids: Sequence[int], adaptation: ReferenceAdaptation, row: int, positions: slice = slice(None)
-    ) -> Tensor:
-        alpha, ids_of_row = self.checkpoint.config.alpha, adaptation.factor_ids[row : row + 1]
-        head_weight = self.checkpoint.trunk.head_weight
-        return adapted_logits(
-            self.read(ids)[:, positions], head_weight, adaptation.lora_A, adaptation.lora_B, alpha, ids_of_row
-        )[0]

@@ -1,4 +1,4 @@
-"""The reference model: a frozen Hugging Face trunk and a head with low-rank updates.
+"""The reference model: a frozen Hugging Face model, which adapters.py updates.
 
 This file is the definition that exported graphs are compared with. It is written to be read: no padding tricks, no
 caching of factors, float32 throughout.
@@ -110,11 +110,12 @@ class Trunk:
             if id(module) not in kept:
                 module.to("meta")
 
-    @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
         """Return final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
+
+        The weights are frozen, so that gradients flow only to factors of an update (reference/adapters.py).
 
         input_ids       int64 [batch, sequence]
         attention_mask  int64 [batch, past + sequence], 1 = real token; None attends to everything
@@ -130,19 +131,6 @@ class Trunk:
             use_cache=past_key_values is not None,
         )
         return output.last_hidden_state, output.past_key_values
-
-
-def adapted_logits(
-    hidden: Tensor, head_weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float, factor_ids: Tensor
-) -> Tensor:
-    """Return h W^T + alpha * (h A^T) B^T, each row with its own factor set.
-
-    hidden [batch, sequence, hidden], lora_A [clusters, rank, hidden], lora_B [clusters, vocab, rank], factor_ids int64
-    [batch] -> [batch, sequence, vocab]
-    """
-    logits = nn.functional.linear(hidden, head_weight)
-    A, B = lora_A[factor_ids], lora_B[factor_ids]
-    return logits + alpha * (hidden @ A.transpose(1, 2)) @ B.transpose(1, 2)
 
 
 def load_trunk(name_or_path: str | Path) -> Trunk:

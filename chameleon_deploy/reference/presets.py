@@ -12,7 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from chameleon_deploy.manifest import LM_HEAD
+
 PresetName = Literal["paper", "residual"]
+Architecture = Literal["paper", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class Preset:
     rank, alpha   of the factors
     num_clusters  of k-means
     max_length    tokens per text
+    targets       the layers that are updated, by their names
+    architecture  of the hypernetwork, see `CheckpointConfig`
+    lora_lrs      learning rates that a comparison's LoRAs try, of which the validation texts choose one; none for that
+                  of the training
     """
 
     rank: int
@@ -49,8 +56,11 @@ class Preset:
     num_clusters: int
     max_length: int
     training: TrainingSettings
+    targets: tuple[str, ...] = (LM_HEAD,)
+    architecture: Architecture = "paper"
+    lora_lrs: tuple[float, ...] = ()
 
-    def with_options(self, **options: float | None) -> Preset:
+    def with_options(self, **options: Any) -> Preset:
         """Return a copy with the options that are not None, by the field names of `Preset` and `TrainingSettings`."""
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         training = {name: given.pop(name) for name in list(given) if hasattr(self.training, name)}

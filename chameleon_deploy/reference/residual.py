@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.reference.clustering import nearest_centroids
-from chameleon_deploy.reference.head import CHUNK_POSITIONS, cohorts, validation_loss
+from chameleon_deploy.reference.fit import cohorts, validation_loss
+from chameleon_deploy.reference.head_losses import CHUNK_POSITIONS, HeadLosses
 from chameleon_deploy.reference.hidden_states import HiddenStates
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
 
@@ -37,42 +38,36 @@ LEAST_MARGIN = 0.1  # minimum between a cluster's centroid and its nearest rival
 
 @torch.no_grad()
 def add_residual(
-    lora: StaticLoRA,
-    head_weight: Tensor,
-    alpha: float,
-    train: HiddenStates,
-    validation: HiddenStates,
-    centroids: Tensor,
-    batch_size: int,
+    lora: StaticLoRA, train: HeadLosses, validation: HeadLosses, centroids: Tensor, batch_size: int
 ) -> tuple[Hypernetwork, dict[float, float]]:
     """Return a hypernetwork of rank lora.rank + 1 that returns the LoRA and each cluster's correction of it.
 
-    head_weight  [vocab, hidden]
-    centroids    [K, hidden]
-    batch_size   texts of a cohort, when the validation texts are scored
+    lora        of the head
+    centroids   [K, hidden]
+    batch_size  texts of a cohort, when the validation texts are scored
 
     Also returns the validation loss of every pseudo-count, in nats per position. The hypernetwork has the best one.
     """
-    vocab_size, hidden_size = head_weight.shape
+    vocab_size, hidden_size = train.head_weight.shape
     num_clusters, rank = len(centroids), lora.rank + 1
-    hypernetwork = Hypernetwork(hidden_size, vocab_size, rank, (num_clusters, num_clusters)).eval()
+    hypernetwork = Hypernetwork(hidden_size, lora.targets, rank, (num_clusters, num_clusters)).eval()
     first, second, last = hypernetwork.linears()
     weight, bias = detectors(train.embeddings.double(), centroids.double())
     first.weight.copy_(weight)
     first.bias.copy_(bias)
     second.weight.copy_(torch.eye(num_clusters))
     second.bias.zero_()
-    lora_A = torch.cat([constant_direction(train)[None], lora.lora_A])
-    lora_B = torch.nn.functional.pad(lora.lora_B, (1, 0))
+    lora_A = torch.cat([constant_direction(train.states)[None], lora.lora_A[0]])
+    lora_B = torch.nn.functional.pad(lora.lora_B[0], (1, 0))
     last.bias.copy_(torch.cat([lora_A.flatten(), lora_B.flatten()]))
     last.weight.zero_()
     residual = last.weight[rank * hidden_size :].view(vocab_size, rank, num_clusters)[:, 0]  # [vocab, K]
-    expected, observed = count(lora, head_weight, alpha, train, centroids)
+    expected, observed = count(lora, train, centroids)
     losses = {}
     for pseudo_count in PSEUDO_COUNTS:
-        residual.copy_(log_ratio(expected, observed, pseudo_count).T / alpha)
-        losses[pseudo_count] = validation_loss(hypernetwork, head_weight, alpha, validation, centroids, batch_size)
-    residual.copy_(log_ratio(expected, observed, min(losses, key=losses.__getitem__)).T / alpha)
+        residual.copy_(log_ratio(expected, observed, pseudo_count).T / train.alpha)
+        losses[pseudo_count] = validation_loss(hypernetwork, validation, centroids, batch_size)
+    residual.copy_(log_ratio(expected, observed, min(losses, key=losses.__getitem__)).T / train.alpha)
     return hypernetwork.requires_grad_(False), losses
 
 
@@ -84,18 +79,17 @@ def log_ratio(expected: Tensor, observed: Tensor, pseudo_count: float) -> Tensor
 
 
 @torch.no_grad()
-def count(
-    lora: StaticLoRA, head_weight: Tensor, alpha: float, states: HiddenStates, centroids: Tensor
-) -> tuple[Tensor, Tensor]:
+def count(lora: StaticLoRA, losses: HeadLosses, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return how often each token is expected and observed in each cluster's texts: two float32 [K, vocab]."""
-    expected, observed = torch.zeros(2, len(centroids), len(head_weight))
+    states, (lora_A, lora_B) = losses.states, (lora.lora_A[0], lora.lora_B[0])
+    expected, observed = torch.zeros(2, len(centroids), len(losses.head_weight))
     clusters = nearest_centroids(states.embeddings, centroids)
     for k in range(len(centroids)):
         for rows in cohorts([(clusters == k).nonzero().flatten()], 32):
             hidden, targets = states.batch(rows)
             observed[k].index_add_(0, targets, torch.ones(len(targets)))
             for h in hidden.split(CHUNK_POSITIONS):
-                logits = (h @ head_weight.T).addmm_(h @ lora.lora_A.T, lora.lora_B.T, alpha=alpha)
+                logits = (h @ losses.head_weight.T).addmm_(h @ lora_A.T, lora_B.T, alpha=losses.alpha)
                 expected[k] += torch.softmax(logits, 1, out=logits).sum(0)
     return expected, observed
 

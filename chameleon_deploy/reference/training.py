@@ -13,18 +13,21 @@ import msgspec
 import torch
 from torch import Tensor
 
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
-from chameleon_deploy.reference.corpus import encode_texts
-from chameleon_deploy.reference.head import TrainingState, train_head
-from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.corpus import encode_pieces
+from chameleon_deploy.reference.fit import TrainingState, fit
+from chameleon_deploy.reference.head_losses import HeadLosses
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
+from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import TrainingSettings
 from chameleon_deploy.reference.residual import add_residual
+from chameleon_deploy.reference.targets import in_head_alone, target_specs
 
 
 def train_checkpoint(
@@ -36,12 +39,15 @@ def train_checkpoint(
     settings: TrainingSettings,
     report: Progress,
     resume: bool = False,
+    vectors: tuple[FloatArray, FloatArray] | None = None,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
     Working files (hidden states, the state of the last epoch) are in `<out>.training` until then.
 
-    resume  continue an interrupted training of the same `out`
+    resume   continue an interrupted training of the same `out`
+    vectors  float32 [texts, conditioning_size] of the training and of the validation texts, for a configuration with a
+             conditioning_size; texts of equal vectors share their batches
 
     Raises OutputExistsError, InputError.
     """
@@ -53,70 +59,75 @@ def train_checkpoint(
         raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to continue it, or delete it")
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
-    sizes = (config.num_clusters, config.num_clusters)
-    if _is_counted(config, settings) and (config.rank < 2 or config.hidden_sizes != sizes):
-        raise InputError("the preset residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
-    made_of = _fingerprint(config, settings, train_texts, validation_texts)
+    check_settings(config, settings)
+    sizes = {part.shape[1] for part in vectors} if vectors else {0}
+    if sizes != {config.conditioning_size}:
+        raise InputError(f"the texts have vectors of {sorted(sizes)} numbers, not of {config.conditioning_size}")
+    made_of = _fingerprint(config, settings, train_texts, validation_texts, vectors)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was started with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
 
-    def hidden_states(part: str, texts: list[str]) -> HiddenStates:
-        ids = encode_texts(texts, trunk.tokenizer, config.protocol, config.max_length)
-        return cache_hidden_states(
-            trunk, ids, config.protocol, config.max_length, work / part,
-            lambda done: report(f"hidden states ({part})", done, len(ids)),
+    def losses(part: str, texts: list[str], given: FloatArray | None) -> Losses:
+        pieces = encode_pieces(texts, trunk.tokenizer, config.protocol, config.max_length)
+        return losses_of(
+            trunk, [ids for _, ids in pieces], config.targets, config.protocol, config.max_length, config.alpha,
+            work / part, lambda done: report(f"hidden states ({part})", done, len(pieces)),
+            None if given is None else torch.from_numpy(given[[text for text, _ in pieces]]),
         )  # fmt: skip
 
     try:
-        train, validation = hidden_states("train", train_texts), hidden_states("validation", validation_texts)
-        centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
+        given = vectors or (None, None)
+        train, validation = losses("train", train_texts, given[0]), losses("validation", validation_texts, given[1])
+        if vectors:
+            centroids = torch.unique(train.embeddings, dim=0)
+        else:
+            centroids = fit_centroids(train.embeddings, config.num_clusters, settings.seed)
     except ChameleonError:
         shutil.rmtree(work)
         raise
     # From here on there is progress worth resuming.
     write_whole(interrupted, lambda partial: partial.write_text(made_of))
-    return train_on_states(trunk, config, train, validation, centroids, out, settings, report)
+    return fit_checkpoint(trunk, config, train, validation, centroids, out, settings, report)
 
 
-def train_on_states(
+def fit_checkpoint(
     trunk: Trunk,
     config: CheckpointConfig,
-    train: HiddenStates,
-    validation: HiddenStates,
+    train: Losses,
+    validation: Losses,
     centroids: Tensor,
     out: Path,
     settings: TrainingSettings,
     report: Progress,
     constant: Tensor | None = None,
 ) -> TrainingState:
-    """Do the part of `train_checkpoint` that does not need the trunk; continue if `<out>.training` has a state.
+    """Do the part of `train_checkpoint` after the texts are prepared; continue if `<out>.training` has a state.
 
-    centroids  [K, hidden], by which batches are drawn
-    constant   see `train_head`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
+    centroids  [K, hidden], by which batches are drawn; the checkpoint has none if it has a conditioning_size
+    constant   see `fit`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
     """
+    check_settings(config, settings)
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    vocab_size, hidden_size = trunk.head_weight.shape
     counted = _is_counted(config, settings)
     factors = (
-        StaticLoRA(hidden_size, vocab_size, config.rank - 1)
-        if counted
-        else build_factors(config, hidden_size, vocab_size)
+        StaticLoRA(target_specs(trunk, config.targets), config.rank - 1) if counted else build_factors(config, trunk)
     )
-    state = train_head(
-        factors, trunk.head_weight, config.alpha, train, validation, centroids, settings, work,
+    if not (in_head_alone(config.targets) and config.architecture == "paper"):
+        factors.begin_at_base()  # the paper's own training, of the head alone, begins with random factors
+    state = fit(
+        factors, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
     )  # fmt: skip
-    served = centroids if constant is None else constant[None]
+    served = centroids[: 0 if config.conditioning_size else None] if constant is None else constant[None]
     record: dict[str, object] = {"settings": asdict(settings)}
-    if counted and isinstance(factors, StaticLoRA):
-        factors, losses = add_residual(
-            factors, trunk.head_weight, config.alpha, train, validation, served, settings.batch_size
-        )
-        record["validation_loss_by_pseudo_count"] = {str(count): loss for count, loss in losses.items()}
-        state.best_loss = min(losses.values())
+    match counted, factors, train, validation:
+        case True, StaticLoRA(), HeadLosses(), HeadLosses():
+            factors, losses = add_residual(factors, train, validation, served, settings.batch_size)
+            record["validation_loss_by_pseudo_count"] = {str(count): loss for count, loss in losses.items()}
+            state.best_loss = min(losses.values())
     complete = work / "checkpoint"
     shutil.rmtree(complete, ignore_errors=True)
     complete.mkdir()
@@ -127,15 +138,34 @@ def train_on_states(
     return state
 
 
+def check_settings(config: CheckpointConfig, settings: TrainingSettings) -> None:
+    """Raise InputError for settings that the preset residual cannot be trained with."""
+    if not _is_counted(config, settings):
+        return
+    if config.rank < 2 or config.hidden_sizes != (config.num_clusters, config.num_clusters):
+        raise InputError("the preset residual needs a rank of at least 2 and hidden sizes of one unit per cluster")
+    if not in_head_alone(config.targets) or config.architecture != "paper" or config.conditioning_size:
+        raise InputError(
+            "the preset residual counts corrections of the head for each cluster: "
+            "leave out --targets, --architecture and --conditioning"
+        )
+
+
 def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
     """Return whether the hypernetwork is built from a trained LoRA and counts: reference/residual.py."""
     return settings.residual and config.regime == "chameleon"
 
 
 def _fingerprint(
-    config: CheckpointConfig, settings: TrainingSettings, train_texts: list[str], validation_texts: list[str]
+    config: CheckpointConfig,
+    settings: TrainingSettings,
+    train_texts: list[str],
+    validation_texts: list[str],
+    vectors: tuple[FloatArray, FloatArray] | None,
 ) -> str:
     """Return what must be equal for a training to continue. The number of epochs may change."""
     kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
-    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode()).hexdigest()
-    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts})
+    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode())
+    for part in vectors or ():
+        texts.update(part.tobytes())
+    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts.hexdigest()})

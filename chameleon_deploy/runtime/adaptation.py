@@ -10,9 +10,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray, Mode
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import is_sequence
 from chameleon_deploy.token_embedding import TokenEmbedding
@@ -81,6 +82,37 @@ def conditioning(
         vectors[i] = embeddings[members].astype(np.float64).sum(0) / len(members)
         factor_ids[members] = i
     return vectors, factor_ids
+
+
+def distinct(vectors: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Return the distinct ones of vectors [batch, size] in order of first appearance, and which of them each is."""
+    keys = [vector.tobytes() for vector in vectors]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return vectors[[keys.index(key) for key in numbers]], np.array([numbers[key] for key in keys], np.int64)
+
+
+def check_conditioning(mode: Mode, vectors: npt.ArrayLike | None, size: int, batch: int) -> FloatArray | None:
+    """Return the vectors that a caller gives, float32 [batch, size]; None where the hypernetwork reads embeddings.
+
+    size  AdaptationSpec.conditioning_size
+
+    Raises ModeError unless vectors are given exactly in mode `request` of a bundle that takes them, InputError for
+    another shape, NaN or infinity.
+    """
+    if (vectors is not None) != (size > 0 and mode == "request"):
+        takes = f"needs conditioning= in mode 'request', float32 [texts, {size}]" if size else "takes no conditioning"
+        raise ModeError(f"mode {mode!r} {'without' if vectors is None else 'with'} conditioning: this bundle {takes}")
+    if vectors is None:
+        return None
+    try:
+        array = np.ascontiguousarray(vectors, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"conditioning is no array of numbers: {error}") from error
+    if array.shape != (batch, size):
+        raise InputError(f"conditioning has shape {array.shape}, expected ({batch}, {size}): a vector per text")
+    if not np.isfinite(array).all():
+        raise InputError("conditioning holds NaN or infinity")
+    return array
 
 
 def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) -> None:

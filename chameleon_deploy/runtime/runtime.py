@@ -9,6 +9,7 @@ from functools import partial
 from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy import remote
 from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
@@ -92,7 +93,7 @@ class Runtime:
         self._enter = partial(enter_basis, spec=bundle.manifest.adaptation, basis=bundle.basis())
         self.adapters = Adapters(bundle, self._enter)
         if self.manifest.adaptation.regime == "lora" and not self.manifest.adaptation.adapters:
-            self._lora = backend.place(FactorSets(bundle.lora()))
+            self._lora = self._entered(FactorSets(bundle.lora()))
         # the decoder has factor inputs in every mode
         self._no_factors = backend.place(no_factors(self.manifest.adaptation))
         self._centroid_factors: FactorSets | None = None
@@ -108,6 +109,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        conditioning: npt.ArrayLike | None = None,
         on_device: bool = False,
     ) -> Adaptation:
         """Embed and cluster a batch and generate its factors.
@@ -118,11 +120,13 @@ class Runtime:
         factors    mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
                    "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already applied, any rank
         adapters   mode static, which they imply: the name of each text's adapter, None for the base model
+        conditioning  mode request of a bundle whose hypernetwork reads vectors of the caller: float32 [texts,
+                   conditioning_size], such as the embedding of each text's task
         on_device  leave the factors in the decoder's memory, which may be a GPU's; False copies them to the host
 
         Raises InputError, TokenError, LengthError, ModeError, FactorsError or AdapterError.
         """
-        adaptation = self._adapt(self.encode(texts), mode, tenants, factors, adapters)
+        adaptation = self._adapt(self.encode(texts), mode, tenants, factors, adapters, conditioning)
         if on_device:
             return adaptation
         row_factors = adaptation.factors
@@ -136,12 +140,13 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        conditioning: npt.ArrayLike | None = None,
     ) -> list[Score]:
         """Return the log-probability of every token of every text, given the tokens before it. Arguments as in
         `adapt`.
         """
         rows = self.encode(texts)
-        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors, adapters))
+        return score_rows(rows, self.decoder, self._adapt(rows, mode, tenants, factors, adapters, conditioning))
 
     def generate(
         self,
@@ -153,6 +158,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        conditioning: npt.ArrayLike | None = None,
         prompt_lookup_num_tokens: int = 0,
         errors: OnError = "raise",
     ) -> list[Generation]:
@@ -172,6 +178,7 @@ class Runtime:
             tenants,
             factors,
             adapters,
+            conditioning,
             prompt_lookup_num_tokens,
             errors,
             is_shown=False,
@@ -191,6 +198,7 @@ class Runtime:
         tenants: Sequence[Hashable] | None = None,
         factors: Factors | None = None,
         adapters: Sequence[str | None] | None = None,
+        conditioning: npt.ArrayLike | None = None,
         prompt_lookup_num_tokens: int = 0,
     ) -> Iterator[Token]:
         """Continue every prompt, token by token. Closing the iterator cancels the rest.
@@ -199,7 +207,7 @@ class Runtime:
         max_new_tokens  at least 1, one number or one per prompt; also bounded by the model's positions
         sampling        one Sampling for all, where row i draws from random stream i, or one per prompt,
                         each drawing from stream 0, so that a row does not depend on its place in the batch
-        mode, tenants, factors, adapters
+        mode, tenants, factors, adapters, conditioning
                         as in `adapt`; the factors of a row are made from its prompt and do not change
         prompt_lookup_num_tokens  for a single prompt on the CPU: up to this many tokens, at most 16, are drafted by
                         prompt lookup and read in one call, which is faster where the text repeats itself, and slower
@@ -216,6 +224,7 @@ class Runtime:
             tenants,
             factors,
             adapters,
+            conditioning,
             prompt_lookup_num_tokens,
             "raise",
             is_shown=True,
@@ -230,12 +239,13 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
         adapters: Sequence[str | None] | None,
+        conditioning: npt.ArrayLike | None,
         prompt_lookup_num_tokens: int,
         errors: OnError,
         is_shown: bool,
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts), self.manifest.model
-        adaptation = self._adapt(rows, mode, tenants, factors, adapters)
+        adaptation = self._adapt(rows, mode, tenants, factors, adapters, conditioning)
         active = begin_rows(rows, adaptation.cluster_ids, max_new_tokens, sampling, model, is_shown=is_shown)
         decode = partial(stream_speculated, draft_tokens=prompt_lookup_num_tokens)
         return (decode if integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens) else stream_tokens)(
@@ -277,8 +287,11 @@ class Runtime:
         tenants: Sequence[Hashable] | None,
         factors: Factors | None,
         adapters: Sequence[str | None] | None,
+        conditioning: npt.ArrayLike | None,
     ) -> Adaptation:
         mode = self.check_arguments(mode, tenants, factors, adapters, len(rows))
+        size = self.manifest.adaptation.conditioning_size
+        given = adapting.check_conditioning(mode, conditioning, size, len(rows))
         embeddings, cluster_ids = self.embed(rows)
         factor_ids = np.zeros(len(rows), np.int64)
         if mode == "none":
@@ -291,9 +304,12 @@ class Runtime:
         elif mode == "centroid":
             present, factor_ids = np.unique(cluster_ids, return_inverse=True)
             sets = self._factors_of_centroids()[present]
+        elif given is not None:
+            vectors, factor_ids = adapting.distinct(given)
+            sets = self._generate(vectors)
         else:
             vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
-            sets = self.backend.generate_factors(vectors)
+            sets = self._generate(vectors)
         return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids.astype(np.int64)))
 
     def check_arguments(
@@ -345,7 +361,7 @@ class Runtime:
             return [FactorSource(int(c), partial(self._factors_of_centroid, int(c))) for c in cluster_ids]
         vectors, factor_ids = adapting.conditioning(mode, embeddings, cluster_ids, tenants)
         # Equal vectors have equal factors, for any tenant.
-        sources = [FactorSource(v.tobytes(), partial(self.backend.generate_factors, v[None])) for v in vectors]
+        sources = [FactorSource(v.tobytes(), partial(self._generate, v[None])) for v in vectors]
         return [sources[i] for i in factor_ids]
 
     def _adapter_source(self, name: str) -> FactorSource:
@@ -355,9 +371,7 @@ class Runtime:
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:
-            checked = check_factors(factors, self.manifest.adaptation)
-            arrays = {name: np.asarray(array) for name, array in checked.tensors.items()}
-            return self.backend.place(FactorSets(self._enter(arrays)))
+            return self._entered(check_factors(factors, self.manifest.adaptation))
         if self.adapters.names and factors is None:
             raise ModeError("mode 'static' of a bundle with adapters: pass adapters=, a name or None per text")
         if self._lora is None:
@@ -365,10 +379,21 @@ class Runtime:
             raise ModeError(f"mode 'static' needs factors={{{names}}}: this bundle has no trained LoRA")
         return self._lora
 
+    def _generate(self, vectors: FloatArray) -> FactorSets:
+        """Return the sets of conditioning vectors [factor_sets, size], where and as the decoder reads them."""
+        sets = self.backend.generate_factors(vectors)
+        return self._entered(sets) if self.manifest.has_basis else sets
+
+    def _entered(self, sets: FactorSets) -> FactorSets:
+        """Return sets of plain layers as the decoder reads them."""
+        entered = self._enter({name: np.asarray(array, np.float32) for name, array in sets.tensors.items()})
+        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in entered.items()}
+        return self.backend.place(FactorSets(arrays))
+
     def _factors_of_centroids(self) -> FactorSets:
         # Two threads may both compute it the first time; they get the same values.
         if self._centroid_factors is None:
-            self._centroid_factors = self.backend.generate_factors(self._centroids)
+            self._centroid_factors = self._generate(self._centroids)
         return self._centroid_factors
 
     def _factors_of_centroid(self, cluster_id: int) -> FactorSets:

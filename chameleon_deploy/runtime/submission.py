@@ -11,6 +11,7 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError, LengthError
+from chameleon_deploy.runtime.adaptation import check_conditioning
 from chameleon_deploy.runtime.batch import Member, Prompt
 from chameleon_deploy.runtime.factors import Factors
 from chameleon_deploy.runtime.generation import begin_rows
@@ -74,6 +75,7 @@ def prepare(
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}")
     tenants = None if tenant is None else [tenant] * len(ids)
     mode = runtime.check_arguments(mode, tenants, factors, _of_prompts(adapter, len(ids)), len(ids))
+    check_conditioning(mode, None, runtime.manifest.adaptation.conditioning_size, len(ids))
     embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
     rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
     stream = Stream(ids, cluster_ids.tolist(), mode, n)

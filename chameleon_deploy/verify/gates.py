@@ -99,16 +99,19 @@ TENSORRT_FP32 = Gate(  # its kernels sum in other orders than the reference
 )
 
 
-def gate_of(precision: Precision, provider: str) -> Gate:
+def gate_of(precision: Precision, provider: str, updates_trunk: bool = False) -> Gate:
     """The gate of a precision on a provider ("cpu", "cuda" or "tensorrt").
 
-    A device chooses its kernel by the shape of the call. In a reduced precision each may round an activation
-    differently, so calls of other shapes are held to the tolerance of the cache there.
+    updates_trunk  whether factors update more than the head
+
+    A device chooses its kernel by the shape of the call, and the stacked factor sets of a call decide the order of an
+    update's sums. In a reduced precision each may round an activation of the trunk differently, so calls of other
+    shapes are held to the tolerance of the cache there.
     """
     if provider == "tensorrt" and precision == "fp32":
         return TENSORRT_FP32
     gate = GATES[precision]
-    if provider == "cpu":
+    if provider == "cpu" and (precision == "fp32" or not updates_trunk):
         return gate
     return replace(gate, summation_order_tolerance=gate.cache_tolerance)
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, FloatArray, factor_names
-from chameleon_deploy.reference.inference import ReferenceAdaptation
+from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.runtime import Score
 from chameleon_deploy.runtime.factors import RowFactors
 
@@ -86,15 +85,15 @@ def largest(values: Iterable[float]) -> float:
     return float(np.max(list(values), initial=0.0))
 
 
-def factor_difference(ours: RowFactors, theirs: ReferenceAdaptation, alpha: float) -> float:
-    """The largest between the factors of each row, relative to the reference's largest."""
-    lora_A, lora_B = (np.asarray(ours.sets.tensors[name]) for name in factor_names(LM_HEAD))
-    A, B = theirs.lora_A.numpy(), alpha * theirs.lora_B.numpy().swapaxes(1, 2)
-    pairs = list(zip(ours.factor_ids, theirs.factor_ids.numpy(), strict=True))
-    return largest(
-        largest(max_abs(found[i], expected[j]) for i, j in pairs) / (max_abs(expected, 0) or 1)
-        for found, expected in ((lora_A, A), (lora_B, B))
-    )
+def factor_difference(ours: RowFactors, theirs: RowFactors) -> float:
+    """The largest between the factors of each row, relative to the reference's largest of the tensor."""
+    pairs = list(zip(ours.factor_ids, theirs.factor_ids, strict=True))
+    differences = []
+    for name, stack in theirs.sets.tensors.items():
+        found, expected = np.asarray(ours.sets.tensors[name]), np.asarray(stack)
+        difference = largest(max_abs(found[i], expected[j]) for i, j in pairs)
+        differences.append(difference / (max_abs(expected, 0) or 1))
+    return largest(differences)
 
 
 def score_difference(scores: Sequence[Score], rows_logits: Iterable[FloatArray]) -> float:

@@ -80,8 +80,8 @@ def verify_bundle(
 ) -> tuple[list[Check], dict[str, Any]]:
     """Run every check on every decoder graph of the CPU, or on the graph of another provider.
 
-    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless the
-                bundle has adapters, whose hidden states depend on them
+    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
+                hidden states depend on factors: those of adapters, or of targets beyond the head
     max_kl      accept a mean KL up to this value; None keeps the gates
 
     Returns the checks and the content of parity.json.
@@ -89,6 +89,7 @@ def verify_bundle(
     from chameleon_deploy.bundle import default_mode, open_bundle
     from chameleon_deploy.reference.adapters import AdaptedBase
     from chameleon_deploy.reference.inference import RowLogits
+    from chameleon_deploy.reference.targets import in_head_alone
     from chameleon_deploy.runtime import Runtime, load
     from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checks as parity
@@ -106,11 +107,12 @@ def verify_bundle(
         )
     else:
         reference = RowLogits(checkpoint)
-        for done, ids in enumerate(rows):
-            report("verify: reference", done, len(rows))
-            reference.read(ids)
-        if not keep_trunk:
-            checkpoint.trunk.drop_layers()
+        if in_head_alone(checkpoint.config.targets):
+            for done, ids in enumerate(rows):
+                report("verify: reference", done, len(rows))
+                reference.read(ids)
+            if not keep_trunk:
+                checkpoint.trunk.drop_layers()
         run = partial(parity.verify, reference=reference, rows=rows, report=report, max_kl=max_kl)
     checks: list[Check] = []
     if provider == "cpu":

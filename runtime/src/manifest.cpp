@@ -103,6 +103,7 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .required("max_length", spec.max_length)
       .optional("adapters", spec.adapters)
       .optional("base_digest", spec.base_digest)
+      .optional("conditioning_size", spec.conditioning_size)
       .finish();
 }
 
@@ -314,6 +315,9 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   check_model(manifest.model, where);
   check_adaptation(manifest.adaptation, manifest.model, where);
   check_adapters(manifest.adaptation, where);
+  if (manifest.adaptation.conditioning_size != 0) {
+    fail_at(where, "adaptation.conditioning_size: only the Python runtime takes the caller's vectors");
+  }
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);
   check_roles(manifest, where);

@@ -221,7 +221,7 @@ FactorSets Runtime::Impl::static_factors(const std::optional<Factors>& factors) 
   if (bundle.lora.count == 0) {
     throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
   }
-  return bundle.lora;
+  return bundle.basis.empty() ? bundle.lora : enter_basis(bundle.lora, bundle.basis);
 }
 
 const FactorSets& Runtime::Impl::factors_of_centroids() const {
@@ -249,7 +249,7 @@ FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) 
     sets.tensors[output_names[i]] = {output.GetTensorData<float>(),
                                      output.GetTensorTypeAndShapeInfo().GetElementCount()};
   }
-  return sets;
+  return bundle.basis.empty() ? sets : enter_basis(sets, bundle.basis);
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)

@@ -17,6 +17,7 @@ import chameleon_deploy
 from chameleon_deploy.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
 from tests.cpp.c_interface import BUILD, NativeError, NativeRuntime
@@ -77,6 +78,42 @@ def test_rows_have_the_results_of_python(path: Path, tmp_path: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     for line, score in zip(scored.stdout.splitlines(), runtime.score(TEXTS, adapters=adapters), strict=True):
         np.testing.assert_allclose(json.loads(line)["token_logprobs"], score.token_logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "architecture"), [("mini", "shared"), ("llama-mini", "paper")])
+def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", size, targets=["all"], architecture=architecture)
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None)
+    runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(TEXTS))
+    prompts = [word for text in TEXTS for word in ("--prompt", text)]
+    for mode in ("cohort", "request", "centroid", "none"):
+        scored = run("score", tmp_path / "bundle", ["--text", file, "--mode", mode], [])
+        assert scored.returncode == 0, scored.stderr
+        for line, score in zip(scored.stdout.splitlines(), runtime.score(TEXTS, mode=mode), strict=True):
+            np.testing.assert_allclose(json.loads(line)["token_logprobs"], score.token_logprobs, atol=2e-5)
+        generated = run("generate", tmp_path / "bundle", [*prompts, "--mode", mode, "--max-new-tokens", 8], [])
+        found = [json.loads(line)["token_ids"] for line in generated.stdout.splitlines()]
+        assert found == [row.token_ids for row in runtime.generate(TEXTS, mode=mode, max_new_tokens=8)]
+
+
+def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", targets=["all"])
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None, precision="int8")
+    python, native = chameleon_deploy.load(tmp_path / "bundle", threads=1), NativeRuntime(tmp_path / "bundle")
+    expected, found = (runtime.adapt(TEXTS, mode="request") for runtime in (python, native))
+    for name, tensor in expected.factors.sets.tensors.items():
+        np.testing.assert_allclose(np.asarray(found.factors.sets.tensors[name]), np.asarray(tensor), atol=1e-6)
+    native.close()
+
+
+def test_vectors_of_the_caller_are_for_python(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", conditioning_size=8)
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None)
+    result = run("generate", tmp_path / "bundle", ["--prompt", "a"], [])
+    assert "[manifest_invalid]" in result.stderr
+    assert "caller's vectors" in result.stderr
 
 
 def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> None:

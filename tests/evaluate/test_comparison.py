@@ -34,11 +34,12 @@ from chameleon_deploy.evaluate.figures import (
 )
 from chameleon_deploy.evaluate.variants import VARIANTS, ConditioningName
 from chameleon_deploy.reference import hidden_states
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.corpus import Split, split_texts
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.targets import choose_targets
 from tests import commands
 from tests.conftest import nearly
 
@@ -91,6 +92,25 @@ def test_every_row_of_the_tables_is_there(finished: tuple[Path, list[Figures]]) 
         assert f.perplexity == pytest.approx(math.exp(f.loss))
         assert f.positions == (f.texts if f.scored == "paper" else f.positions)
         assert f.seeds == (1 if f.regime == "base" else SEEDS)
+
+
+def test_layers_of_the_trunk_are_compared_with_every_control(mini: Checkpoint, tmp_path: Path) -> None:
+    targets = choose_targets(mini.trunk, ["attention"])
+    settings = SETTINGS.with_options(targets=targets, architecture="shared", epochs=1, lora_lrs=(1e-6, 2e-2))
+    found = figures(run_experiment(mini.trunk, "base", splits(TEXTS[::2]), settings, 1, tmp_path, quiet).scored, 0)
+    controls = control_sheet(found, "masked")
+    assert [row[1] for row in controls.rows] == [control.label for group in CONTROLS.values() for control in group]
+    for variant in VARIANTS:
+        path = tmp_path / "masked" / "seed-0" / variant.name
+        assert load_checkpoint(path, trunk=mini.trunk).config.targets == targets
+        record = json.loads((path / "training.json").read_text())
+        assert record["settings"]["lr"] == 2e-2  # of the two, the one that learns
+        if variant.regime == "lora":
+            assert find(found, variant.name, "static", "masked", "masked").change < 0
+    hypernetwork = find(found, "chameleon", "cohort_32", "masked", "masked").parameters
+    large = find(found, "lora-large", "static", "masked", "masked").parameters
+    assert abs(large / hypernetwork - 1) < 0.1
+    assert not list((tmp_path / "masked" / "seed-0").glob("*.lr-*"))
 
 
 def test_training_helps(finished: tuple[Path, list[Figures]]) -> None:
@@ -161,8 +181,8 @@ def _swapped_factors(patch: pytest.MonkeyPatch) -> None:
 
 
 def _shifted_labels(patch: pytest.MonkeyPatch) -> None:
-    targets = hidden_states._targets
-    patch.setattr(hidden_states, "_targets", lambda ids, *rest: targets([ids[-1], *ids[:-1]], *rest))
+    targets = hidden_states.targets_of
+    patch.setattr(hidden_states, "targets_of", lambda ids, *rest: targets([ids[-1], *ids[:-1]], *rest))
 
 
 @pytest.mark.parametrize("mutate", [_shuffled_clusters, _swapped_factors, _shifted_labels])

@@ -79,12 +79,12 @@ def test_mutations_change_the_figure(mini: Checkpoint, tmp_path: Path) -> None:
     assert abs(evaluate(mixed, TEXTS, tmp_path).nll - right.nll).max() > 1e-3
     from chameleon_deploy.reference import hidden_states
 
-    targets = hidden_states._targets
+    targets = hidden_states.targets_of
     try:
-        hidden_states._targets = lambda ids, *rest: targets([*ids[1:], ids[0]], *rest)
+        hidden_states.targets_of = lambda ids, *rest: targets([*ids[1:], ids[0]], *rest)
         assert abs(evaluate(mini, TEXTS, tmp_path / "shifted").loss - right.loss) > 1e-3
     finally:
-        hidden_states._targets = targets
+        hidden_states.targets_of = targets
 
 
 def _made(nll: list[float]) -> Evaluation:

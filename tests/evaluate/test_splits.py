@@ -21,10 +21,10 @@ from chameleon_deploy.reference import tiny, training
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import Split, split_texts
-from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
+from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.training import train_on_states
+from chameleon_deploy.reference.training import fit_checkpoint
 
 TEXTS = {
     name: [text for kind in KINDS for text in python_texts(kind)[first : first + 8]]
@@ -155,33 +155,35 @@ def _depends_on_the_test_texts(mini: Checkpoint, directory: Path) -> bool:
     )
 
 
-def _test_states(patch: pytest.MonkeyPatch) -> dict[str, HiddenStates]:
-    """Hidden states of the test texts by protocol, for a planted fault."""
-    states: dict[str, HiddenStates] = {}
+def _test_losses(patch: pytest.MonkeyPatch) -> dict[str, Losses]:
+    """Losses of the test texts by protocol, for a planted fault."""
+    losses: dict[str, Losses] = {}
 
-    def remember(trunk: Any, ids: Any, protocol: str, length: int, directory: Path, report: Any) -> HiddenStates:
-        found = cache_hidden_states(trunk, ids, protocol, length, directory, report)
+    def remember(
+        trunk: Any, ids: Any, targets: Any, protocol: str, length: int, alpha: float, directory: Path, report: Any
+    ) -> Losses:
+        found = losses_of(trunk, ids, targets, protocol, length, alpha, directory, report)
         if directory.name == "test":
-            states[protocol] = found
+            losses[protocol] = found
         return found
 
-    patch.setattr(experiment, "cache_hidden_states", remember)
-    return states
+    patch.setattr(experiment, "losses_of", remember)
+    return losses
 
 
 def _clusters_of_the_test_texts(patch: pytest.MonkeyPatch) -> None:
-    states = _test_states(patch)
+    losses = _test_losses(patch)
     patch.setattr(
-        experiment, "fit_centroids", lambda _, *rest: fit_centroids(list(states.values())[-1].embeddings, *rest)
+        experiment, "fit_centroids", lambda _, *rest: fit_centroids(list(losses.values())[-1].embeddings, *rest)
     )
 
 
 def _stopping_by_the_test_texts(patch: pytest.MonkeyPatch) -> None:
-    states = _test_states(patch)
+    losses = _test_losses(patch)
     patch.setattr(
         experiment,
-        "train_on_states",
-        lambda trunk, config, train, _, *rest: train_on_states(trunk, config, train, states[config.protocol], *rest),
+        "fit_checkpoint",
+        lambda trunk, config, train, _, *rest: fit_checkpoint(trunk, config, train, losses[config.protocol], *rest),
     )
 
 

@@ -125,7 +125,7 @@ def test_alpha_and_layout_are_folded_in(mini: Checkpoint, tmp_path: Path) -> Non
     rows = [[1, 2, 3], [4, 5]]
     ours, theirs = runtime.adapt(rows, mode="request"), inference.adapt(checkpoint, rows, "request")
     lora_B = np.asarray(ours.factors.sets.tensors["lm_head.lora_B"])
-    np.testing.assert_allclose(lora_B, 0.25 * theirs.lora_B.numpy().swapaxes(1, 2), atol=1e-6)
+    np.testing.assert_allclose(lora_B, 0.25 * theirs.factors["lm_head.lora_B"].numpy().swapaxes(1, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, ModelSpec, open_bundle
+from chameleon_deploy.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.families.gpt2 import GPT2
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
-from chameleon_deploy.export.int8.adapters import calibrate_with_adapters
+from chameleon_deploy.export.int8.adapters import calibrate_with_factors
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.digits import costs, take_two
 from chameleon_deploy.export.int8.gptq import round_weights
@@ -28,6 +28,7 @@ from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.verify import checks as parity
@@ -200,11 +201,13 @@ def test_the_hypernetwork_is_stored_in_float16(int8_bundle: Path) -> None:
 
 
 def test_factors_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    weight, bias = np.ones((LLAMA.hidden_size + LLAMA.vocab_size, 4), np.float32), np.zeros(16, np.float32)
+    target = TargetSpec("lm_head", LLAMA.hidden_size, LLAMA.vocab_size)
+    network = Hypernetwork(4, [target], 1, ()).requires_grad_(False)
+    network.linears()[-1].weight.fill_(1)
     with WeightsFile(tmp_path / "fits") as file:
-        build_hypernetwork([(weight, bias)], 1, 65504, LLAMA, file, float16=True)
+        build_hypernetwork(network, 4, 65504, file, float16=True)
     with WeightsFile(tmp_path / "overflows") as file, pytest.raises(TensorError, match=r"lora_B.weight holds values"):
-        build_hypernetwork([(weight, bias)], 1, 65536, LLAMA, file, float16=True)
+        build_hypernetwork(network, 4, 65536, file, float16=True)
 
 
 @pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
@@ -308,13 +311,13 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
     what: tuple[str, str], factor: float, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: Any) -> Any:
-        statistics = calibrate_with_adapters(*args)
+        statistics = calibrate_with_factors(*args)
         for layer in statistics.layers:
             for name in what:
                 getattr(layer, name).mul_(factor)
         return statistics
 
-    monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_adapters", wrong)
+    monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_factors", wrong)
     export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]

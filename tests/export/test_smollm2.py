@@ -42,7 +42,7 @@ def test_every_gate_holds(precision: Precision, largest: float, tmp_path: Path) 
     texts = [text for kind in KINDS for text in python_texts(kind)[:100]]
     ids = encode_texts(texts, trunk.tokenizer, "masked", config.max_length)
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
-    factors = build_factors(config, trunk.config.hidden_size, trunk.config.vocab_size).eval().requires_grad_(False)
+    factors = build_factors(config, trunk).eval().requires_grad_(False)
     checkpoint = Checkpoint(config, trunk, factors, fit_centroids(embeddings, 4, 0), "0" * 64)
     manifest = export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
     assert sum(file.size for file in manifest.files.values()) <= largest

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chameleon_deploy import compare
 from chameleon_deploy import train as train_command
+from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import variants
 from chameleon_deploy.evaluate.experiment import run_experiment
@@ -26,9 +27,10 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.corpus import Split, split_texts
-from chameleon_deploy.reference.head import train_head, validation_loss
+from chameleon_deploy.reference.fit import fit, validation_loss
+from chameleon_deploy.reference.head_losses import HeadLosses
 from chameleon_deploy.reference.hidden_states import HiddenStates
-from chameleon_deploy.reference.hypernetwork import HeadFactors, Hypernetwork, StaticLoRA, num_parameters
+from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, StaticLoRA, num_parameters
 from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, TrainingSettings, default_of
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.residual import add_residual, constant_direction, count, detectors, log_ratio
@@ -56,21 +58,25 @@ def synthetic_states(seed: int, texts: int = 120, length: int = 12) -> HiddenSta
 
 
 HEAD = 0.1 * torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(8))
+TARGETS = [TargetSpec("lm_head", HIDDEN, VOCAB)]
 
 
-def train(factors: HeadFactors, settings: TrainingSettings, work: Path) -> float:
+def losses_of(seed: int, alpha: float = 1.0) -> HeadLosses:
+    return HeadLosses(synthetic_states(seed), HEAD, alpha)
+
+
+def train(factors: FactorModule, settings: TrainingSettings, work: Path) -> float:
     work.mkdir(exist_ok=True)
-    states = synthetic_states(1), synthetic_states(2)
-    return train_head(factors, HEAD, 1.0, *states, CENTROIDS, settings, work).best_loss
+    return fit(factors, losses_of(1), losses_of(2), CENTROIDS, settings, work).best_loss
 
 
 def small_lora(seed: int = 0, rank: int = RANK - 1) -> StaticLoRA:
     torch.manual_seed(seed)
-    return StaticLoRA(HIDDEN, VOCAB, rank)
+    return StaticLoRA(TARGETS, rank)
 
 
 def with_residual(lora: StaticLoRA, alpha: float = 1.0) -> tuple[Hypernetwork, dict[float, float]]:
-    return add_residual(lora, HEAD, alpha, synthetic_states(1), synthetic_states(2), CENTROIDS, 8)
+    return add_residual(lora, losses_of(1, alpha), losses_of(2, alpha), CENTROIDS, 8)
 
 
 def test_a_detector_is_one_at_its_own_centroid_and_zero_at_the_others() -> None:
@@ -90,13 +96,13 @@ def test_the_hypernetwork_is_the_lora_and_the_counted_correction(alpha: float) -
     """Folding everything into three Linear layers changes nothing: at a centroid they give LoRA and log ratio."""
     lora, states = small_lora(), synthetic_states(1)
     hypernetwork, losses = with_residual(lora, alpha)
-    expected, observed = count(lora, HEAD, alpha, states, CENTROIDS)
+    expected, observed = count(lora, losses_of(1, alpha), CENTROIDS)
     ratio = log_ratio(expected, observed, min(losses, key=losses.__getitem__))
-    lora_A, lora_B = hypernetwork(CENTROIDS)
+    lora_A, lora_B = hypernetwork(CENTROIDS).values()
     h = torch.from_numpy(states.hidden[:50])
     for k in range(CLUSTERS):
         found = alpha * (h @ lora_A[k].T) @ lora_B[k].T
-        shared = alpha * (h @ lora.lora_A.T) @ lora.lora_B.T
+        shared = alpha * (h @ lora.lora_A[0].T) @ lora.lora_B[0].T
         torch.testing.assert_close(found, (shared + (h @ constant_direction(states))[:, None] * ratio[k]).detach())
     assert float((h @ constant_direction(states) - 1).abs().mean()) < 0.1
     assert observed.sum() == len(states.targets)
@@ -105,9 +111,9 @@ def test_the_hypernetwork_is_the_lora_and_the_counted_correction(alpha: float) -
 
 def test_no_correction_where_none_helps() -> None:
     """Validation texts whose kinds say the opposite of the training texts': the counts must not be used."""
-    validation = synthetic_states(2)
-    validation.embeddings = validation.embeddings.roll(1, 0)  # of the next text, which is of the next kind
-    hypernetwork, losses = add_residual(small_lora(), HEAD, 1.0, synthetic_states(1), validation, CENTROIDS, 8)
+    validation = losses_of(2)
+    validation.states.embeddings = validation.embeddings.roll(1, 0)  # of the next text, which is of the next kind
+    hypernetwork, losses = add_residual(small_lora(), losses_of(1), validation, CENTROIDS, 8)
     assert min(losses, key=losses.__getitem__) == math.inf
     assert not hypernetwork.linears()[-1].weight.any()
 
@@ -120,14 +126,14 @@ def test_conditioning_pays_where_it_must(tmp_path: Path) -> None:
     hypernetwork, _ = with_residual(lora)
     large = small_lora(rank=num_parameters(hypernetwork) // (HIDDEN + VOCAB))
     control = min(shared, train(large, settings, tmp_path / "large"))
-    held_out = synthetic_states(3)
+    held_out = losses_of(3)
 
-    def loss(factors: HeadFactors) -> float:
-        return validation_loss(factors, HEAD, 1.0, held_out, CENTROIDS, settings.batch_size)
+    def loss(factors: FactorModule) -> float:
+        return validation_loss(factors, held_out, CENTROIDS, settings.batch_size)
 
     adapted = loss(hypernetwork)
     assert adapted < min(loss(lora), loss(large), control) - 0.5
-    held_out.embeddings = held_out.embeddings.roll(1, 0)
+    held_out.states.embeddings = held_out.embeddings.roll(1, 0)
     assert loss(hypernetwork) > adapted + 1
 
 
@@ -136,10 +142,10 @@ def test_steps_that_see_several_cohorts_weigh_every_position_alike(tmp_path: Pat
     found = []
     for cohorts_per_step, batch_size in ((4, 120), (1000, 7)):
         torch.manual_seed(0)
-        lora = StaticLoRA(HIDDEN, VOCAB, RANK)
+        lora = StaticLoRA(TARGETS, RANK)
         settings = PAPER.with_options(epochs=1, batch_size=batch_size, cohorts_per_step=cohorts_per_step).training
         train(lora, settings, tmp_path / str(batch_size))
-        found.append(lora.lora_B)
+        found.append(lora.lora_B[0])
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 

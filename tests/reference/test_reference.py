@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.errors import (
     ChameleonError,
     CheckpointError,
@@ -22,10 +24,12 @@ from chameleon_deploy.errors import (
 from chameleon_deploy.reference import clustering, inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, num_factors, num_parameters
-from chameleon_deploy.reference.model import adapted_logits, trunk_from
+from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.reference.random import base_config
 from tests.conftest import checkpoint_around
 from tests.logits import row_logits
+
+HEAD_OF_GPT2 = [TargetSpec("lm_head", 768, 50257)]
 
 
 def test_the_three_counts_of_the_paper() -> None:
@@ -33,30 +37,32 @@ def test_the_three_counts_of_the_paper() -> None:
 
     with torch.device("meta"):
         trunk = trunk_from(transformers.GPT2LMHeadModel(transformers.GPT2Config()), None)
-        hypernetwork = Hypernetwork(768, 50257, 4, (64, 32))
+        hypernetwork = Hypernetwork(768, HEAD_OF_GPT2, 4, (64, 32))
     assert trunk.num_parameters() == 124_439_808
-    assert num_factors(768, 50257, 4) == 204_100
+    assert num_factors(HEAD_OF_GPT2, 4) == 204_100
     assert num_parameters(hypernetwork) == 6_786_596
 
 
 def test_factor_layout_is_designs() -> None:
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(6, 10, 2, (5, 3)).eval()
+    hypernetwork = Hypernetwork(6, [TargetSpec("lm_head", 6, 10)], 2, (5, 3)).eval()
     u = torch.randn(1, 6)
     flat = hypernetwork.layers[2](torch.relu(hypernetwork.layers[1](torch.relu(hypernetwork.layers[0](u)))))[0]
-    lora_A, lora_B = hypernetwork(u)
+    lora_A, lora_B = hypernetwork(u).values()
     assert torch.equal(lora_A[0], flat[:12].reshape(2, 6))
     assert torch.equal(lora_B[0], flat[12:].reshape(10, 2))
 
 
-def test_adapted_logits_follow_the_formula() -> None:
-    torch.manual_seed(0)
-    h, W = torch.randn(3, 5, 8), torch.randn(11, 8)
-    A, B, ids = torch.randn(2, 4, 8), torch.randn(2, 11, 4), torch.tensor([1, 0, 1])
-    logits = adapted_logits(h, W, A, B, 0.5, ids)
-    for row, c in enumerate(ids):
-        expected = h[row] @ W.T + 0.5 * (h[row] @ A[c].T) @ B[c].T
-        torch.testing.assert_close(logits[row], expected)
+def test_logits_follow_the_formula() -> None:
+    checkpoint = checkpoint_around(base_config("mini"))
+    checkpoint.config = msgspec.structs.replace(checkpoint.config, alpha=0.5)
+    rows = [[5, 6, 7], [8, 9]]
+    adaptation, logits = inference.adapt(checkpoint, rows, "request"), inference.RowLogits(checkpoint)
+    for row, ids in enumerate(rows):
+        h = logits.read(ids)[0]
+        A, B = (factor[row] for factor in adaptation.factors.values())
+        expected = h @ checkpoint.trunk.head_weight.T + 0.5 * (h @ A.T) @ B.T
+        torch.testing.assert_close(logits(ids, adaptation, row), expected)
 
 
 @pytest.mark.parametrize("size", ["mini", "llama-mini"])
@@ -149,8 +155,9 @@ def test_authors_state_dict_gives_the_same_factors(mini: Checkpoint, mini_path: 
     torch.save(state, tmp_path / "model.pt")
     checkpoint = load_checkpoint(tmp_path / "model.pt", base=str(mini_path / "base"))
     u = torch.randn(2, 64)
-    for ours, theirs_ in zip(checkpoint.factors(u), mini.factors(u), strict=True):
-        assert torch.equal(ours, theirs_)
+    expected = mini.factors(u)
+    for name, factor in checkpoint.factors(u).items():
+        assert torch.equal(factor, expected[name])
     assert (checkpoint.config.protocol, checkpoint.config.num_clusters) == ("paper", 0)
 
 

@@ -13,20 +13,25 @@ import numpy as np
 import pytest
 import torch
 
+from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.errors import InputError, OutputExistsError
 from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
-from chameleon_deploy.reference import corpus, head
+from chameleon_deploy.reference import corpus, fit, head_losses, inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
-from chameleon_deploy.reference.presets import PAPER, TrainingSettings
+from chameleon_deploy.reference.presets import PAPER, PRESETS, TrainingSettings
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.training import train_checkpoint
+from chameleon_deploy.texts import read_conditioned
 from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
 TRAIN, HELD_OUT = corpus.split_texts(TEXTS, 0.2)
+TASKS = (("a", 1), ("b", -1))
+TASKS = (("a", 1), ("b", -1))
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -110,6 +115,77 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
     assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
 
 
+@pytest.mark.parametrize("architecture", ["paper", "shared"])
+def test_layers_of_the_trunk_are_trained_and_resumed(
+    mini: Checkpoint, mini_path: Path, tmp_path: Path, architecture: str
+) -> None:
+    targets = choose_targets(mini.trunk, ["mlp", "lm_head"])
+    about = config(targets=targets, architecture=architecture)
+    straight, texts = settings_of(epochs=3, lr=1e-2, patience=9), (TRAIN[:40], HELD_OUT)
+    state = train_checkpoint(mini.trunk, about, *texts, tmp_path / "straight", straight, quiet)
+    base = evaluate(load_checkpoint(tmp_path / "straight", base=str(mini_path / "base")), HELD_OUT, tmp_path, False)
+    assert state.best_loss < base.loss - 0.05
+
+    class KilledError(Exception):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("epochs") and done == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_checkpoint(mini.trunk, about, *texts, tmp_path / "killed", straight, kill)
+    resumed = train_checkpoint(mini.trunk, about, *texts, tmp_path / "killed", straight, quiet, resume=True)
+    assert resumed.history == nearly(state.history)
+    a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
+    assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
+
+
+def test_texts_with_vectors_are_trained_on_them(mini_path: Path, tmp_path: Path) -> None:
+    """Two tasks of opposite vectors, whose texts have a letter each after the same word: the vector tells which."""
+    import json
+
+    lines = [json.dumps({"text": f"the {letter} " * 4, "conditioning": [sign, 1.0]}) for letter, sign in TASKS]
+    text = tmp_path / "texts.jsonl"
+    text.write_text("\n".join(lines * 8))
+    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
+               "--validation-text", str(text), "--conditioning", "given", "--out", str(tmp_path / "out"),
+               "--epochs", "60", "--lr", "0.01", "--patience", "60", "--max-length", "16"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
+    assert (checkpoint.config.conditioning_size, checkpoint.config.num_clusters) == (2, 0)
+    ids = checkpoint.trunk.tokenizer.encode("the a the a").ids
+    logprobs = []
+    for sign in (1.0, -1.0):
+        adaptation = inference.adapt(checkpoint, [ids], "request", conditioning=np.array([[sign, 1.0]], np.float32))
+        logits = inference.RowLogits(checkpoint)(ids, adaptation, 0)[:-1]
+        logprobs.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum()))
+    assert logprobs[0] > logprobs[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"}', "every line needs"),
+        ('{"text": "a", "conditioning": []}', "every line needs"),
+        ('{"text": "a", "conditioning": [1, "x"]}', "every line needs"),
+        ('{"text": "a", "conditioning": [1e999]}', "every line needs"),
+        ('{"text": "a", "conditioning": [1]}\n{"text": "b", "conditioning": [1, 2]}', "every line needs"),
+        ("a text", 'string "text"'),
+    ],
+)
+def test_texts_without_a_vector_each(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text(line)
+    with pytest.raises(InputError, match=message):
+        read_conditioned([tmp_path / "texts.jsonl"])
+
+
+def test_the_residual_preset_is_of_the_head(mini: Checkpoint, tmp_path: Path) -> None:
+    about = config(targets=choose_targets(mini.trunk, ["mlp"]), hidden_sizes=(3, 3))
+    with pytest.raises(InputError, match="leave out --targets"):
+        train_checkpoint(mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS["residual"].training, quiet)
+
+
 def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
     settings = settings_of(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
     state = train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
@@ -147,22 +223,23 @@ def test_hidden_states_of_other_texts_are_not_reused(mini: Checkpoint, tmp_path:
 
 def test_chunked_gradients_are_the_whole_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    hypernetwork = Hypernetwork(6, 11, 2, (5, 4)).eval()  # no dropout, so that both runs see the same network
-    u, h, W, targets = torch.randn(1, 6), torch.randn(10, 6), torch.randn(11, 6), torch.randint(0, 11, (10,))
-    lora_A, lora_B = hypernetwork(u)
+    hypernetwork = Hypernetwork(6, [TargetSpec("lm_head", 6, 11)], 2, (5, 4)).eval()  # without dropout: one network
+    u, h, W, targets = torch.randn(6), torch.randn(10, 6), torch.randn(11, 6), torch.randint(0, 11, (10,))
+    lora_A, lora_B = hypernetwork(u[None]).values()
     logits = h @ W.T + 0.7 * (h @ lora_A[0].T) @ lora_B[0].T
     torch.nn.functional.cross_entropy(logits, targets).backward()
     whole = [p.grad.clone() for p in hypernetwork.parameters() if p.grad is not None]
     hypernetwork.zero_grad()
-    monkeypatch.setattr(head, "CHUNK_POSITIONS", 3)
-    head._backward(hypernetwork, u, h, targets, W, 0.7, len(targets))
+    monkeypatch.setattr(head_losses, "CHUNK_POSITIONS", 3)
+    states = HiddenStates(h.numpy(), targets.numpy(), np.array([0, len(targets)]), u[None])
+    head_losses.HeadLosses(states, W, 0.7).backward(hypernetwork, u, [0], len(targets))
     for expected, p in zip(whole, hypernetwork.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_never_mix_clusters() -> None:
     clusters = [torch.arange(0, 7), torch.arange(7, 9), torch.arange(9, 20)]
-    batches = head._shuffled_batches(clusters, 4)
+    batches = fit._shuffled_batches(clusters, 4)
     assert sorted(row for batch in batches for row in batch) == list(range(20))
     for batch in batches:
         assert len(batch) <= 4
@@ -172,7 +249,8 @@ def test_batches_never_mix_clusters() -> None:
 def test_validation_loss_of_a_known_distribution() -> None:
     """Uniform logits cost log(vocab), whatever the cohort."""
     states = HiddenStates(np.zeros((5, 3), np.float32), np.arange(5), np.array([0, 2, 5]), torch.eye(3)[:2])
-    loss = head.validation_loss(None, torch.zeros(7, 3), 1.0, states, torch.eye(3)[:2], 32)
+    losses = head_losses.HeadLosses(states, torch.zeros(7, 3), 1.0)
+    loss = fit.validation_loss(None, losses, torch.eye(3)[:2], 32)
     assert abs(loss - np.log(7)) < 1e-6
 
 

@@ -14,7 +14,7 @@ from chameleon_deploy.bundle import AdaptationSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
-from chameleon_deploy.verify import adapter_checks
+from chameleon_deploy.verify import adapter_checks, faults
 from chameleon_deploy.verify.run import verify_bundle
 from tests.adapters import LLAMA_LAYERS, save_adapter
 from tests.damage import reseal
@@ -64,7 +64,7 @@ def _one_layer_of_zeros(spec: AdaptationSpec, stacks: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "fault", [adapter_checks.another_adapter, adapter_checks.swapped_layers, _undo_scaling, _one_layer_of_zeros]
+    "fault", [adapter_checks.another_adapter, faults.swapped_layers, _undo_scaling, _one_layer_of_zeros]
 )
 def test_wrong_factors_in_the_bundle_are_caught(
     fault: Callable[[AdaptationSpec, Any], Any], path: Path, adapted: AdaptedBase, copy_of: Callable[[Path], Path]

@@ -72,8 +72,8 @@ def _next_sets(factors: RowFactors) -> RowFactors:
 
 
 def _tenants_swapped(right: Callable[..., Any]) -> Callable[..., Any]:
-    def adapt(rows: Any, mode: Any, tenants: Any, factors: Any, adapters: Any) -> Any:
-        adaptation = right(rows, mode, tenants, factors, adapters)
+    def adapt(rows: Any, mode: Any, *rest: Any) -> Any:
+        adaptation = right(rows, mode, *rest)
         return replace(adaptation, factors=_next_sets(adaptation.factors))
 
     return adapt
@@ -82,8 +82,8 @@ def _tenants_swapped(right: Callable[..., Any]) -> Callable[..., Any]:
 def _tenants_ignored(right: Callable[..., Any]) -> Callable[..., Any]:
     """The factors of all tenants together are close to each one's, and the logits of int8 do not tell them apart."""
 
-    def adapt(rows: Any, mode: Any, tenants: Any, factors: Any, adapters: Any) -> Any:
-        return right(rows, "cohort", None, factors, adapters)
+    def adapt(rows: Any, mode: Any, tenants: Any, *rest: Any) -> Any:
+        return right(rows, "cohort", None, *rest)
 
     return adapt
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.bundle import LM_HEAD, Mode, factor_names
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 
@@ -77,8 +77,9 @@ class PyTorch:
 
     def _adapt(self, rows: Rows) -> Tensor:
         adaptation = inference.adapt(self._checkpoint, rows, self._mode)
-        self._head.lora_A = adaptation.lora_A[adaptation.factor_ids]
-        self._head.lora_B = adaptation.lora_B[adaptation.factor_ids]
+        self._head.lora_A, self._head.lora_B = (
+            adaptation.factors[name][adaptation.factor_ids] for name in factor_names(LM_HEAD)
+        )
         return torch.tensor(rows)
 
 

@@ -7,20 +7,20 @@ serving, the ids of each step are copied to the host.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.bundle import LM_HEAD, Mode, factor_names
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import ReferenceAdaptation
-from chameleon_deploy.reference.model import adapted_logits
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
@@ -65,14 +65,17 @@ class PyTorchGPU:
         output = self._model.base_model(input_ids, past_key_values=cache, use_cache=cache is not None)
         hidden = output.last_hidden_state if cache is None else output.last_hidden_state[:, -1:]
         weight, alpha = self._model.get_output_embeddings().weight, self._checkpoint.config.alpha
-        factors = adaptation.lora_A, adaptation.lora_B
-        return adapted_logits(hidden, weight, *factors, alpha, adaptation.factor_ids).float()
+        lora_A, lora_B = (adaptation.factors[name][adaptation.factor_ids] for name in factor_names(LM_HEAD))
+        update = (hidden @ lora_A.transpose(1, 2)) @ lora_B.transpose(1, 2)
+        logits: Tensor = nn.functional.linear(hidden, weight) + alpha * update
+        return logits.float()
 
     def _place(self, rows: Rows) -> tuple[Tensor, ReferenceAdaptation]:
         adaptation = inference.adapt(self._checkpoint, rows, self._mode)
-        lora_A, lora_B = (f.to(self._device, self._dtype) for f in (adaptation.lora_A, adaptation.lora_B))
-        placed = ReferenceAdaptation(
-            adaptation.embeddings, adaptation.cluster_ids, lora_A, lora_B, adaptation.factor_ids.to(self._device)
+        placed = replace(
+            adaptation,
+            factors={name: factor.to(self._device, self._dtype) for name, factor in adaptation.factors.items()},
+            factor_ids=adaptation.factor_ids.to(self._device),
         )
         return torch.tensor(rows).to(self._device), placed
 

@@ -1,4 +1,4 @@
-"""Calibration with adapters, whose activations may be larger than the base model's and would saturate at its scales."""
+"""Calibration with factors: with them, activations may be larger than the base model's and would saturate."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.bundle import AdaptationSpec, ModelSpec
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import INT8_MAX, MARGIN, Extremes, Statistics, calibrate
 from chameleon_deploy.progress import Progress
-from chameleon_deploy.reference.adapters import Factors, adapted
+from chameleon_deploy.reference.adapters import AdaptedBase, Factors, adapted
+from chameleon_deploy.reference.hypernetwork import factor_set
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.source import Source
+from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime.basis import enter_basis
 
 
-def calibrate_with_adapters(
+def calibrate_with_factors(
     trunk: Trunk,
     rotated: Trunk,
     model: ModelSpec,
     spec: AdaptationSpec,
-    adapters: Sequence[Factors],
+    sets: Sequence[Factors],
     texts: Sequence[Tensor],
     report: Progress,
 ) -> Statistics:
-    """Return the statistics of the base model, with the extremes of all adapters too.
+    """Return the statistics of the base model, with the extremes of all factor sets too.
 
     trunk, rotated  the base model, and its rotated form
     """
     statistics = calibrate(rotated, model, texts, report)
     unscaled = [_of_steps_of_one(seen) for seen in statistics.layers]
     tensors, shifts = basis_of(trunk, model, unscaled).of([target.name for target in spec.targets])
-    for factors in adapters:
+    for factors in sets:
         with adapted(rotated, enter_basis(factors, spec, tensors), shifts):
             other = calibrate(rotated, model, texts, report)
         pairs = [(statistics.head, other.head)]
@@ -42,6 +46,27 @@ def calibrate_with_adapters(
         for value, larger_value in pairs:
             torch.maximum(value, larger_value, out=value)
     return statistics
+
+
+def known_sets(source: Source) -> list[Factors]:
+    """Return the factor sets of the trunk that are known at export: those of adapters, of a LoRA, or of the centroids.
+
+    Raises InputError for a hypernetwork of the trunk without centroids.
+    """
+    if isinstance(source, AdaptedBase):
+        return list(source.adapters.values())
+    config = source.config
+    if in_head_alone(config.targets):
+        return []  # the trunk's activations do not depend on them
+    vectors = source.centroids if config.regime == "chameleon" else torch.empty(1, 0)
+    if not len(vectors):
+        raise InputError(
+            "int8 scales of layers that a hypernetwork updates are measured with the factors of the centroids, and "
+            "this checkpoint has none: export in fp32, fp16 or bf16"
+        )
+    factors = source.factors(vectors)
+    sets = [factor_set(factors, k, config.alpha) for k in range(len(vectors))]
+    return [{name: factor.numpy() for name, factor in one_set.items()} for one_set in sets]
 
 
 def _of_steps_of_one(extremes: Extremes) -> Extremes:

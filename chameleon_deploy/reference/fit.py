@@ -1,9 +1,4 @@
-"""Train the head factors on cached hidden states.
-
-A step computes the head only: base logits need no gradient, and the factors' gradient is written explicitly and
-accumulated over chunks of positions, in one buffer. This is four times as fast as autograd, and memory does not grow
-with the batch.
-"""
+"""Fit a source of factors to texts: epochs of batches of one cluster, early stopping, progress that a kill keeps."""
 
 from __future__ import annotations
 
@@ -18,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from chameleon_deploy.directory import write_whole
-from chameleon_deploy.reference.hidden_states import HiddenStates
+from chameleon_deploy.reference.clustering import nearest_centroids
+from chameleon_deploy.reference.hypernetwork import FactorModule
+from chameleon_deploy.reference.losses import Losses
 from chameleon_deploy.reference.presets import TrainingSettings
-
-CHUNK_POSITIONS = 1024  # logits of one chunk: 1024 * 50,257 * 4 bytes = 206 MB
 
 
 @dataclass
@@ -34,12 +29,10 @@ class TrainingState:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def train_head(
-    factors: nn.Module,
-    head_weight: Tensor,
-    alpha: float,
-    train: HiddenStates,
-    validation: HiddenStates,
+def fit(
+    factors: FactorModule,
+    train: Losses,
+    validation: Losses,
     centroids: Tensor,
     settings: TrainingSettings,
     state_dir: Path,
@@ -69,12 +62,11 @@ def train_head(
             positions = sum(train.num_positions(rows) for rows in step)
             optimizer.zero_grad()
             for rows in step:
-                hidden, targets = train.batch(rows)
-                conditioning = (train.embeddings[rows].mean(0) if constant is None else constant)[None]
-                total += _backward(factors, conditioning, hidden, targets, head_weight, alpha, positions)
+                conditioning = train.embeddings[rows].mean(0) if constant is None else constant
+                total += train.backward(factors, conditioning, rows, positions)
             count += positions
             optimizer.step()
-        loss = validation_loss(factors, head_weight, alpha, validation, centroids, settings.batch_size, constant)
+        loss = validation_loss(factors, validation, centroids, settings.batch_size, constant)
         state.history.append({"epoch": state.epoch, "train_loss": total / count, "validation_loss": loss})
         if loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
@@ -87,92 +79,26 @@ def train_head(
 
 
 def validation_loss(
-    factors: nn.Module | None,
-    head_weight: Tensor,
-    alpha: float,
-    states: HiddenStates,
+    factors: FactorModule | None,
+    losses: Losses,
     centroids: Tensor,
     batch_size: int,
     constant: Tensor | None = None,
 ) -> float:
-    """Return the mean cross-entropy over all stored positions, with cohorts drawn per cluster as in training.
-    factors None: the base model.
+    """Return the mean cross-entropy over all positions, with cohorts drawn per cluster as in training. factors None:
+    the base model.
     """
     total = 0.0
     if factors is not None:
         factors.eval()
-    for rows in cohorts(_clusters(states, centroids), batch_size):
-        hidden, targets = states.batch(rows)
-        conditioning = states.embeddings[rows].mean(0) if constant is None else constant
-        total += float(cohort_losses(factors, conditioning, hidden, targets, head_weight, alpha).sum())
-    return total / len(states.targets)
+    for rows in cohorts(_clusters(losses, centroids), batch_size):
+        conditioning = losses.embeddings[rows].mean(0) if constant is None else constant
+        total += float(losses.cross_entropy(factors, conditioning, rows).sum())
+    return total / losses.num_positions(range(len(losses)))
 
 
-@torch.no_grad()
-def cohort_losses(
-    factors: nn.Module | None,
-    conditioning: Tensor,
-    hidden: Tensor,
-    targets: Tensor,
-    head_weight: Tensor,
-    alpha: float,
-) -> Tensor:
-    """Return the cross-entropy [positions] of one cohort with one conditioning vector [hidden]. factors None: the
-    base model.
-    """
-    if factors is None:
-        lora_A, lora_B = torch.zeros(1, head_weight.shape[1]), torch.zeros(len(head_weight), 1)
-    else:
-        lora_A, lora_B = (f[0] for f in factors(conditioning[None]))
-    losses = torch.empty(len(targets))
-    buffer = torch.empty(min(CHUNK_POSITIONS, len(targets)), len(head_weight))
-    for start in range(0, len(targets), CHUNK_POSITIONS):
-        h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
-        logprobs = _logprobs(h, h @ lora_A.T, lora_B, head_weight, alpha, buffer)
-        losses[start : start + len(t)] = -logprobs.gather(1, t[:, None])[:, 0]
-    return losses
-
-
-def _backward(
-    factors: nn.Module,
-    conditioning: Tensor,
-    hidden: Tensor,
-    targets: Tensor,
-    head_weight: Tensor,
-    alpha: float,
-    positions: int,
-) -> float:
-    """Accumulate the gradient of the mean loss of a step of `positions`; return the summed loss of these targets."""
-    generated = factors(conditioning)
-    lora_A, lora_B = (f[0].detach() for f in generated)
-    grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    scale, total = alpha / positions, 0.0
-    buffer = torch.empty(min(CHUNK_POSITIONS, len(targets)), len(head_weight))
-    for start in range(0, len(targets), CHUNK_POSITIONS):
-        h, t = hidden[start : start + CHUNK_POSITIONS], targets[start : start + CHUNK_POSITIONS]
-        projected = h @ lora_A.T
-        logprobs = _logprobs(h, projected, lora_B, head_weight, alpha, buffer)
-        total -= float(logprobs.gather(1, t[:, None]).double().sum())
-        # The gradient of the loss with respect to the logits is softmax - onehot(target); the second term is added by
-        # index.
-        softmax = logprobs.exp_()
-        grad_B.addmm_(softmax.T, projected, alpha=scale).index_add_(0, t, projected, alpha=-scale)
-        grad_A.addmm_((softmax @ lora_B - lora_B[t]).T, h, alpha=scale)
-    torch.autograd.backward(generated, [grad_A[None], grad_B[None]])
-    return total
-
-
-def _logprobs(h: Tensor, projected: Tensor, lora_B: Tensor, head_weight: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Return log softmax(h W^T + alpha * projected B^T) [positions, vocab], computed in place in `out`."""
-    logits = torch.mm(h, head_weight.T, out=out[: len(h)])
-    logits.addmm_(projected, lora_B.T, alpha=alpha)
-    return torch.log_softmax(logits, 1, out=logits)
-
-
-def _clusters(states: HiddenStates, centroids: Tensor) -> list[Tensor]:
-    from chameleon_deploy.reference.clustering import nearest_centroids
-
-    assigned = nearest_centroids(states.embeddings, centroids)
+def _clusters(losses: Losses, centroids: Tensor) -> list[Tensor]:
+    assigned = nearest_centroids(losses.embeddings, centroids)
     return [torch.nonzero(assigned == k).flatten() for k in range(len(centroids))]
 
 

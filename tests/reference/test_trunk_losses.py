@@ -1,0 +1,104 @@
+"""Losses through the frozen trunk: whole gradients, however they are cut, and the head's own where only it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chameleon_deploy.reference import head_losses, trunk_losses
+from chameleon_deploy.reference.adapters import adapted
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, SharedHypernetwork, factor_set
+from chameleon_deploy.reference.losses import losses_of
+from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.reference.targets import choose_targets, target_specs
+from chameleon_deploy.reference.trunk_losses import TrunkLosses
+
+TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [3, 4, 5, 6, 7, 8], [20, 21]]
+ROWS = [0, 2, 3, 4]
+ALPHA = 0.7
+
+
+def network(trunk: Trunk, targets: list[str], kind: Any = Hypernetwork) -> FactorModule:
+    torch.manual_seed(1)
+    made: FactorModule = kind(64, target_specs(trunk, choose_targets(trunk, targets)), 2, (6, 5))
+    return made.eval()  # without dropout, so that two runs see the same network
+
+
+def losses(trunk: Trunk, protocol: str = "masked") -> TrunkLosses:
+    return TrunkLosses(trunk, TEXTS, torch.randn(len(TEXTS), 64), protocol, 8, ALPHA)
+
+
+def gradients(factors: FactorModule) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in factors.parameters() if parameter.grad is not None]
+    factors.zero_grad()
+    return found
+
+
+def whole_loss(trunk: Trunk, factors: FactorModule, u: torch.Tensor) -> torch.Tensor:
+    """The mean loss of protocol masked, each text alone, by autograd."""
+    total, positions = torch.zeros(()), 0
+    with adapted(trunk, factor_set(factors(u[None]), 0, ALPHA)):
+        for row in ROWS:
+            ids = torch.tensor(TEXTS[row])
+            logits = trunk.causal_lm(ids[None]).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+            positions += len(ids) - 1
+    return total / positions
+
+
+@pytest.mark.parametrize("kind", [Hypernetwork, SharedHypernetwork])
+@pytest.mark.parametrize("base", ["mini", "llama"])
+def test_gradients_are_autograds(
+    base: str, kind: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = request.getfixturevalue(base).trunk
+    factors, u = network(trunk, ["all"], kind), torch.randn(64)
+    expected_loss = whole_loss(trunk, factors, u)
+    expected_loss.backward()
+    expected = gradients(factors)
+    monkeypatch.setattr(trunk_losses, "CHUNK_POSITIONS", 3)
+    monkeypatch.setattr(trunk_losses, "TEXTS_AT_ONCE", 3)
+    texts = losses(trunk)
+    positions = texts.num_positions(ROWS)
+    total = texts.backward(factors, u, ROWS, positions)
+    assert total / positions == pytest.approx(float(expected_loss), rel=1e-5)
+    assert float(texts.cross_entropy(factors, u, ROWS).mean()) == pytest.approx(float(expected_loss), rel=1e-5)
+    for found, wanted in zip(gradients(factors), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in trunk.causal_lm.parameters())
+
+
+@pytest.mark.parametrize("protocol", ["masked", "paper"])
+def test_the_head_alone_has_the_losses_of_hidden_states(mini: Checkpoint, tmp_path: Path, protocol: str) -> None:
+    factors, u = network(mini.trunk, ["lm_head"]), torch.randn(64)
+    cached = losses_of(mini.trunk, TEXTS, ["lm_head"], protocol, 8, ALPHA, tmp_path)
+    assert isinstance(cached, head_losses.HeadLosses)
+    found = []
+    for texts in (cached, losses(mini.trunk, protocol)):
+        assert texts.num_positions(ROWS) == (11 if protocol == "masked" else 4)
+        total = texts.backward(factors, u, ROWS, texts.num_positions(ROWS))
+        found.append([texts.cross_entropy(factors, u, ROWS), torch.tensor(total), *gradients(factors)])
+        found[-1].append(texts.cross_entropy(None, u, ROWS))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_other_targets_are_read_by_the_trunk(mini: Checkpoint, tmp_path: Path) -> None:
+    made = losses_of(mini.trunk, TEXTS, choose_targets(mini.trunk, ["mlp"]), "masked", 8, ALPHA, tmp_path)
+    assert isinstance(made, TrunkLosses)
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_are_computed_again_for_the_gradient(mini: Checkpoint) -> None:
+    block, calls = mini.trunk.causal_lm.base_model.h[0].mlp, []
+    hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        losses(mini.trunk).backward(network(mini.trunk, ["attention"]), torch.randn(64), ROWS, 11)
+    finally:
+        hook.remove()
+    assert len(calls) == 2
+    assert "forward" not in vars(mini.trunk.causal_lm.base_model.h[0])
