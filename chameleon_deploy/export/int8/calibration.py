@@ -114,6 +114,7 @@ class Statistics:
     inputs: dict[str, Products]
 
 
+@torch.no_grad()
 def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progress) -> Statistics:
     """Return the statistics of a rotated trunk over texts, int64 [texts, tokens] each."""
     from transformers import DynamicCache
