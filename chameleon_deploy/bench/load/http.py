@@ -72,7 +72,7 @@ class HttpTarget:
         if api_key:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
         self._temperature = temperature
-        self._models: list[str] = []
+        self._models: list[str] = []  # of the server, the default first; empty before `open`
         self._seen = Steps()  # all, when last looked at
 
     async def open(self) -> None:
@@ -123,7 +123,9 @@ class HttpTarget:
         return self._seen.since(before)
 
     async def _events(self, request: Request) -> AsyncIterator[bytes]:
-        body = _Body(request.model or self._models[0], request.prompt, request.max_tokens, self._temperature)
+        body = _Body(
+            request.model or next(iter(self._models), None), request.prompt, request.max_tokens, self._temperature
+        )
         async for line in self._request("POST", "/v1/completions", msgspec.json.encode(body)):
             if line.startswith(b"data:"):
                 yield line[5:].strip()

@@ -119,8 +119,8 @@ class Family:
     layers              the layers of a reference, first to last
     matrix_names        names in the graph of the matrices of layer i
     layer_targets       PEFT names of the linear layers of layer i
-    add_biases          gives a reference biases of zeros in the norms of its layers and in the linear layers after
-                        them, where it has none; `build_trunk` then builds them
+    add_biases          gives a reference biases of zeros, where it has none, in the norms whose outputs are worth
+                        centring in int8 and in the linear layers after them; `build_trunk` then builds them
     """
 
     name: str

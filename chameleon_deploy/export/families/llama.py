@@ -113,11 +113,10 @@ def _linear(of: Any, part: str) -> Linear:
 def add_biases(trunk: Trunk) -> None:
     """See `Family`."""
     for block in trunk.causal_lm.base_model.layers:
-        for norm in (block.input_layernorm, block.post_attention_layernorm):
-            norm.register_parameter("bias", torch.nn.Parameter(torch.zeros_like(norm.weight)))
-            norm.register_forward_hook(lambda module, inputs, output: output + module.bias)
-        attn, mlp = block.self_attn, block.mlp
-        for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj):
+        norm = block.post_attention_layernorm
+        norm.register_parameter("bias", torch.nn.Parameter(torch.zeros_like(norm.weight)))
+        norm.register_forward_hook(lambda module, inputs, output: output + module.bias)
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
             linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
 
 

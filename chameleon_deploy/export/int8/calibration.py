@@ -23,6 +23,7 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.families.family import Layer
 from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
@@ -121,6 +122,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
 
     family = family_of(model.architecture)
     hidden, heads = (2, model.hidden_size), (model.num_key_value_heads, model.head_dim)
+    centred = {HEAD, *(name for layer in family.layers(trunk) for name in _centred(layer))}
     layers = [Extremes(*(_unseen(shape) for shape in (hidden, hidden, heads, heads))) for _ in range(model.num_layers)]
     seen, hooks = Statistics(layers, _unseen(hidden), {}), []
 
@@ -128,7 +130,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
         seen.inputs.setdefault(name, Products()).add(x)
         if extremes is not None:
             x = rotate(x) if name == HEAD else x
-            _update(extremes, torch.stack([x, -x]))
+            _update(extremes, torch.stack([x, -x]) if name in centred else x.abs()[None])
 
     for layer, extremes in zip(family.layers(trunk), layers, strict=True):
         fixed = extremes.norm_1, None, extremes.norm_2, None
@@ -148,6 +150,12 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def _centred(layer: Layer) -> list[str]:
+    """Return the matrices after norms that have a bias, from which a centre can be subtracted."""
+    pairs = (layer.norm_1, layer.names.qkv), (layer.norm_2, layer.names.up)
+    return [name for norm, name in pairs if getattr(norm, "bias", None) is not None]
 
 
 def _unseen(shape: tuple[int, ...]) -> Tensor:

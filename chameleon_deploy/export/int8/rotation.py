@@ -93,7 +93,8 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             (layer.norm_2, seen.norm_2, layer.names.up, layer.ups),
         ):
             centre, steps = centre_and_steps(extremes)
-            _centre_norm(norm, centre, linears)
+            if getattr(norm, "bias", None) is not None:
+                _centre_norm(norm, centre, linears)
             _scale_norm(norm, steps, linears)
             statistics.inputs[name].subtract(centre)
             statistics.inputs[name].divide(steps)
@@ -108,7 +109,8 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:
     """Fold the parameters of a norm into the layers that follow it, whose inputs are rotated from then on."""
-    _centre_norm(norm, norm.bias.clone(), linears)
+    if getattr(norm, "bias", None) is not None:
+        _centre_norm(norm, norm.bias.clone(), linears)
     for linear in linears:
         linear.matrix.copy_(rotate((norm.weight[:, None] * linear.matrix).T).T)
     norm.weight.fill_(1)
