@@ -93,8 +93,8 @@ struct AdaptationSpec {
   std::int64_t num_clusters = 0;
   std::string protocol;  ///< masked or paper
   std::int64_t max_length = 0;
-  std::vector<std::string> adapters;  ///< names of the trained sets; none if the one set has no name
-  std::string base_digest;            ///< of the base model's weights; empty without adapters
+  std::vector<std::string> adapters;   ///< names of the trained sets; none if the one set has no name
+  std::string base_digest;             ///< of the base model's weights; empty without adapters
   std::int64_t conditioning_size = 0;  ///< of a vector that the caller gives with every text; 0: none
 
   /// The last dimension of every factor tensor, by name, such as "lm_head.lora_A"; the others are [factor_sets, rank].
