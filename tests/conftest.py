@@ -25,6 +25,11 @@ REPOSITORY = Path(__file__).parent.parent
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take minutes, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_gpt2_small.py")
+
+
 def nearly(value: Any) -> Any:
     """Equal to the digits that anyone prints: a matrix product's last bits depend on where its memory is."""
     if isinstance(value, dict):
