@@ -29,7 +29,7 @@ class Server(uvicorn.Server):
 
         Raises InputError for an address that cannot be had.
         """
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         config = uvicorn.Config(
             build(service, self._lifespan),
             log_config=None,
@@ -94,9 +94,17 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket, whose connections send without delay.
+
+    Raises InputError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise InputError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, and without it the second part
+    # of an answer waits 40 ms for the client's acknowledgement of the first.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

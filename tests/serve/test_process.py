@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chameleon_deploy.serve.server import listen
 from tests.serving import COMMANDS, process
 
 LONG = {"prompt": "A secret prompt", "max_tokens": 120, "ignore_eos": True, "mode": "none"}
@@ -21,6 +23,13 @@ LONG = {"prompt": "A secret prompt", "max_tokens": 120, "ignore_eos": True, "mod
 def end(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
     return subprocess.run([*COMMANDS[program], *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_sigterm_drains_and_the_log_holds_no_prompt(program: str, bundle: Path) -> None:
