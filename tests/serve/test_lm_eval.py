@@ -34,8 +34,8 @@ def test_likelihoods_are_the_runtimes_and_those_of_transformers(
     for sample, its_sample in zip(samples, its_samples, strict=True):
         assert sample["doc"] == its_sample["doc"]
         wanted = expected(runtime, sample)
-        for found in (likelihoods(sample), likelihoods(its_sample)):
-            assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=TOLERANCE)
+        for found, rel in ((likelihoods(sample), 0), (likelihoods(its_sample), 2**-23)):  # hf's sums are float32
+            assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel, TOLERANCE)
             assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in wanted]
         greedy += sum(bool(is_greedy) for _, is_greedy in wanted)
     assert 50 < greedy < 300
