@@ -123,7 +123,8 @@ Adapters::Adapter& Adapters::find(const std::string& name) {
                      (shown.empty() ? "none" : shown));
 }
 
-/// Keep factors in memory, and let go of others beyond max_bytes. The lock is held.
+/// Keep factors in memory, and free those of other files, least recently used first, beyond max_bytes. The lock is
+/// held.
 void Adapters::keep(Adapter& adapter, const FactorSets& set) {
   adapter.set = set;
   adapter.last_used = ++uses_;

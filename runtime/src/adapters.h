@@ -27,7 +27,7 @@ class Adapters {
 
   /// Read an adapter file, see Runtime::load_adapter.
   void load(const std::string& name, const std::filesystem::path& file);
-  /// Forget an adapter. Throws AdapterError for a name that no adapter has.
+  /// Remove an adapter. Throws AdapterError for a name that no adapter has.
   void unload(const std::string& name);
 
   /// The factors of an adapter, which the result holds, whatever is unloaded or leaves the memory.

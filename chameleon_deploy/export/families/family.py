@@ -86,6 +86,12 @@ class Linear:
     bias: Tensor | None
 
 
+def bias_of(norm: nn.Module) -> Tensor | None:
+    """Return the bias of a norm; None if it has none, as in a Llama."""
+    bias: Tensor | None = getattr(norm, "bias", None)
+    return bias
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of the reference: x += o(attention(q, k, v of norm_1(x))); x += down(activation(ups of norm_2(x))).

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
+from chameleon_deploy.export.families.family import bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
 from chameleon_deploy.export.int8.calibration import Extremes, centre_and_steps, steps_of
 from chameleon_deploy.manifest import basis_names
@@ -81,7 +82,7 @@ def basis_of(
             (layer.norm_1, seen.norm_1, names.qkv, joined),
             (layer.norm_2, seen.norm_2, names.up, ups),
         ):
-            weight, bias = norm.weight, getattr(norm, "bias", None)
+            weight, bias = norm.weight, bias_of(norm)
             shift, steps = centre_and_steps(seen_norm)
             if bias is not None:
                 least = SMALLEST * weight.abs().max()

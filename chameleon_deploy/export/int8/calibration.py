@@ -23,7 +23,7 @@ from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import Layer
+from chameleon_deploy.export.families.family import Layer, bias_of
 from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
@@ -155,7 +155,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
 def _centred(layer: Layer) -> list[str]:
     """Return the matrices after norms that have a bias, from which a centre can be subtracted."""
     pairs = (layer.norm_1, layer.names.qkv), (layer.norm_2, layer.names.up)
-    return [name for norm, name in pairs if getattr(norm, "bias", None) is not None]
+    return [name for norm, name in pairs if bias_of(norm) is not None]
 
 
 def _unseen(shape: tuple[int, ...]) -> Tensor:

@@ -4,8 +4,8 @@ residual stream  rotated (hadamard.py) from after the embedding to before the la
                  Matrices that write to it write rotated values; the norms' weights are folded into the next matrices
 values           rotated head by head, and rotated back by the output projection of attention
 keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied
-norms            the centre of each channel's range is subtracted from their outputs, and what the next matrices make of
-                 it is added to the biases; then they are divided by int8 scales, by which the matrices are multiplied
+norms            the centre of each channel's range is subtracted from their outputs, and its product with each next
+                 matrix is added to the bias; then they are divided by int8 scales, by which the matrices are multiplied
 gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
                  that a channel of large values has small weights, and the reverse
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import Linear
+from chameleon_deploy.export.families.family import Linear, bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
 from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps, steps_of
 from chameleon_deploy.reference.model import Trunk
@@ -93,7 +93,7 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             (layer.norm_2, seen.norm_2, layer.names.up, layer.ups),
         ):
             centre, steps = centre_and_steps(extremes)
-            if getattr(norm, "bias", None) is not None:
+            if bias_of(norm) is not None:
                 _centre_norm(norm, centre, linears)
             _scale_norm(norm, steps, linears)
             statistics.inputs[name].subtract(centre)
@@ -109,15 +109,15 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:
     """Fold the parameters of a norm into the layers that follow it, whose inputs are rotated from then on."""
-    if getattr(norm, "bias", None) is not None:
-        _centre_norm(norm, norm.bias.clone(), linears)
+    if (bias := bias_of(norm)) is not None:
+        _centre_norm(norm, bias.clone(), linears)
     for linear in linears:
         linear.matrix.copy_(rotate((norm.weight[:, None] * linear.matrix).T).T)
     norm.weight.fill_(1)
 
 
 def _centre_norm(norm: Any, centre: Tensor, linears: list[Linear]) -> None:
-    """Subtract a vector from a norm's outputs, and add what the next layers make of it to their biases."""
+    """Subtract a vector from a norm's outputs, and add its product with each next matrix to that layer's bias."""
     norm.bias.sub_(centre)
     for linear in linears:
         if linear.bias is None:
