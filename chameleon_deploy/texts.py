@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,13 +36,13 @@ def read_conditioned(paths: Sequence[Path]) -> tuple[list[str], FloatArray]:
     Raises InputError for another file, and what `read_texts` raises.
     """
     texts: list[str] = []
-    vectors: list[list[float]] = []
+    vectors: list[Any] = []
     for path in paths:
         if path.suffix != ".jsonl":
             raise InputError(f"{path}: texts with vectors are .jsonl files with the fields text and conditioning")
-        texts += _read_one(path)
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-        vectors += [json.loads(line).get("conditioning") for line in lines]
+        for entry in _read_entries(path):
+            texts.append(entry["text"])
+            vectors.append(entry.get("conditioning"))
     try:
         found = np.array(vectors, np.float32)
     except (TypeError, ValueError):
@@ -67,26 +68,38 @@ def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_wi
 
 
 def _read_one(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file first") from error
     if path.suffix == ".jsonl":
-        texts = [_text_of(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    else:
-        texts = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", content) if block.strip()]
+        return [entry["text"] for entry in _read_entries(path)]
+    texts = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", _read_content(path)) if block.strip()]
     if not texts:
         raise InputError(f"{path}: holds no text")
     return texts
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a `.jsonl` file, each with a text."""
+    lines = enumerate(_read_content(path).split("\n"), 1)
+    entries = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
+    if not entries:
+        raise InputError(f"{path}: holds no text")
+    return entries
+
+
+def _read_content(path: Path) -> str:
     try:
-        text = json.loads(line)["text"]
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file first") from error
+
+
+def _parse_entry(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        text = entry["text"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f'{path}, line {number}: expected a JSON object with a string "text"') from error
     if not isinstance(text, str) or not text:
         raise InputError(f'{path}, line {number}: "text" must be a string that is not empty')
-    return text
+    return entry

@@ -7,6 +7,7 @@ whose layer then computes `y + alpha * (x lora_A^T) lora_B^T`  (arXiv 2502.04315
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,26 +20,26 @@ DROPOUT = 0.5
 Factors = dict[str, Tensor]
 
 
-class FactorModule(nn.Module):
+class FactorModule(nn.Module, ABC):
     """The interface of a source of factors."""
 
     def __init__(self, targets: Sequence[TargetSpec], rank: int) -> None:
         super().__init__()
         self.targets, self.rank = tuple(targets), rank
 
+    @abstractmethod
     def forward(self, conditioning: Tensor) -> Factors:
         """Return the factors of every target for conditioning [sets, conditioning_size]."""
-        raise NotImplementedError
 
     def stored_name(self, parameter: str) -> str:
         """Return a parameter's name in the checkpoint."""
         return f"hypernetwork.{parameter}"
 
+    @abstractmethod
     def begin_at_base(self) -> None:
         """Set lora_B of every target to zero, as LoRA begins (arXiv 2106.09685): random updates of many layers would
         begin with a broken model.
         """
-        raise NotImplementedError
 
 
 class Hypernetwork(FactorModule):

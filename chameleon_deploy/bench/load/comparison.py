@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import msgspec
 
@@ -85,27 +84,28 @@ class _Comparison:
     def __init__(self, runtime: Runtime, plan: Plan, report: Progress, servers: Mapping[str, HttpTarget]) -> None:
         self._runtime, self._plan, self._report = runtime, plan, report
         self._shuffle = random.Random(plan.seed)
-        self._engine = None if servers else EngineTarget(runtime, plan.rows, plan.prefill_tokens)
-        self._serving: Mapping[str, Target] = servers or {"engine": cast(Target, self._engine)}
+        self._serving: dict[str, HttpTarget | EngineTarget] = {**servers}
+        if not servers:
+            self._serving["engine"] = EngineTarget(runtime, plan.rows, plan.prefill_tokens)
         self._static_target = StaticTarget(runtime, plan.rows)
 
     def close(self) -> None:
-        if self._engine:
-            self._engine.close()
+        for target in self._serving.values():
+            if isinstance(target, EngineTarget):
+                target.close()
         self._static_target.close()
 
     def run(self) -> list[Ratio]:
         plan, (first, *others) = self._plan, self._serving
-        serve = partial(self._serve, first)
         equal = self._mixed((plan.prompt_tokens,) * 2, (plan.new_tokens,) * 2)
         ragged = self._mixed(plan.ragged, plan.ragged)
         ratios = [
             self._ratio("equal lengths, tokens/s", {
-                first: lambda: serve(equal).tokens_per_second,
+                first: lambda: self._rate(first, equal),
                 "offline generate": lambda: self._offline(equal),
             }),
             self._ratio("uniform lengths, tokens/s", {
-                first: lambda: serve(ragged).tokens_per_second,
+                first: lambda: self._rate(first, ragged),
                 "static batches": lambda: self._static(ragged).tokens_per_second,
             }),
         ]  # fmt: skip
@@ -113,17 +113,17 @@ class _Comparison:
         arrivals = poisson_arrivals(plan.seed, len(ragged), rate)
         ratios.append(self._ratio(f"Poisson arrivals at {LOAD:.0%} of capacity, p99 of the time to first token, s", {
             "static batches": lambda: _p99(self._static(ragged, arrivals)),
-            first: lambda: _p99(serve(ragged, arrivals)),
+            first: lambda: _p99(self._serve(first, ragged, arrivals)),
         }))  # fmt: skip
         base = [Request(request.prompt, request.max_tokens, "none") for request in equal]
         if self._runtime.manifest.adaptation.regime == "chameleon":
             ratios.append(self._ratio("clusters mixed, tokens/s", {
-                f"{first}, centroid": lambda: serve(equal).tokens_per_second,
-                f"{first}, none": lambda: serve(base).tokens_per_second,
+                f"{first}, centroid": lambda: self._rate(first, equal),
+                f"{first}, none": lambda: self._rate(first, base),
             }))  # fmt: skip
         ratios.extend(
             self._ratio("equal lengths, base model, tokens/s", {
-                name: partial(lambda name: self._serve(name, base).tokens_per_second, name) for name in (first, other)
+                name: partial(self._rate, name, base) for name in (first, other)
             }) for other in others
         )  # fmt: skip
         return ratios
@@ -144,6 +144,10 @@ class _Comparison:
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         medians = {side: statistics.median(taken) for side, taken in values.items()}
         return Ratio(name, medians, statistics.median(ratios), (low, high))
+
+    def _rate(self, name: str, requests: Sequence[Request]) -> float:
+        """Return tokens per second."""
+        return self._serve(name, requests).tokens_per_second
 
     def _serve(self, name: str, requests: Sequence[Request], arrivals: Sequence[float] | None = None) -> Figures:
         target = self._serving[name]

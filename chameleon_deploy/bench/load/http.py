@@ -83,7 +83,8 @@ class HttpTarget:
         try:
             body = await self._get("/v1/models")
             self._models = [model["id"] for model in msgspec.json.decode(body)["data"]]
-            self._models[0]  # the target of requests that name none
+            if not self._models:
+                raise LookupError("the list is empty")
         except (OSError, ResponseError, asyncio.IncompleteReadError, msgspec.DecodeError, LookupError) as error:
             raise InputError(f"{self._host}:{self._port} gives no list of models at /v1/models: {error}") from error
         await self.steps()
