@@ -9,28 +9,30 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.operators import Mutant, mutants
-from tests.mutation.trial import import_heavy, is_killed, record
+from tests.mutation.operators import mutants
+from tests.mutation.trial import PREPARE, import_heavy, is_killed, limit, serve, tests_of
 
 ROOT = Path(__file__).parents[2]
 # Each module with the few tests that are meant to hold it.
 CONTRACT = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
 TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle.py", "tests/contract/test_manifest.py", HOSTILE,
+    "bundle": ("tests/contract/test_bundle_tensors.py", "tests/contract/test_bundle.py",
+               "tests/contract/test_manifest.py", HOSTILE,
                "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
     "manifest": ("tests/contract/test_manifest.py", HOSTILE),
-    "signature": (HOSTILE,),
+    "signature": ("tests/contract/test_signature.py", HOSTILE),
     "provenance": ("tests/contract/test_provenance.py",),
     "verify.gates": ("tests/verify/test_gates.py",
                      "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
     "verify.checks": ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py"),
-    "verify.logit_figures": ("tests/verify/test_checks.py",),
+    "verify.logit_figures": ("tests/verify/test_logit_figures.py", "tests/verify/test_checks.py"),
     "runtime.adaptation": ("tests/runtime/test_adaptation.py", GOLDEN),
-    "runtime.factors": (GOLDEN, "tests/runtime/test_runtime.py", "tests/runtime/test_types.py"),
+    "runtime.factors": ("tests/runtime/test_factors.py", GOLDEN, "tests/runtime/test_runtime.py"),
     "runtime.sampling": (CONTRACT, "tests/runtime/test_sampling.py"),
     "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"),
     "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_types.py", "tests/runtime/test_runtime.py"),
@@ -50,41 +52,42 @@ def main() -> None:
     deadline = time.monotonic() + 60 * arguments.minutes
     import_heavy()
     for name in arguments.modules or TESTS:
-        try_module(name, results, deadline)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        for _ in try_module(name, results):
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            if time.monotonic() > deadline:
+                break
     print_table(results)
 
 
-def try_module(name: str, results: dict[str, Any], deadline: float) -> None:
-    """Try every mutant of a module that is not known to be killed, until the deadline."""
+def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
+    """Try every mutant of a module that is not known to be killed. Yields after each."""
     file = (ROOT / "chameleon_deploy" / name.replace(".", "/")).with_suffix(".py")
     source = file.read_text()
     digest, everything = hashlib.sha256(source.encode()).hexdigest(), mutants(source)
     if results.get(name, {}).get("sha256") != digest:
         results[name] = {"sha256": digest, "mutants": len(everything), "killed": [], "survived": {}}
     result = results[name]
-    left = [mutant for mutant in everything if mutant.number not in result["killed"]]
-    if not left or time.monotonic() > deadline:
+    left = {mutant.number: mutant for mutant in everything if mutant.number not in result["killed"]}
+    if not left:
         return
-    recorded = record(TESTS[name], file)
-    for mutant in left:
-        if time.monotonic() > deadline:
-            return
-        tests = _tests_of(mutant, recorded)
-        seconds = 20 + 10 * sum(recorded[test]["seconds"] for test in tests)
-        if tests and is_killed(tests, f"chameleon_deploy.{name}", file, mutant.number, seconds):
-            result["killed"].append(mutant.number)
-            result["survived"].pop(str(mutant.number), None)
+    serving = serve((PREPARE, *TESTS[name]), file, list(left.values()))
+    records = next(serving)
+    for number, killed in serving:
+        if killed:
+            result["killed"].append(number)
+            result["survived"].pop(str(number), None)
+            del left[number]
+            yield
+    for number, mutant in left.items():
+        tests = tests_of(mutant, records)
+        if tests and is_killed(tests, f"chameleon_deploy.{name}", file, number, limit(mutant, records)):
+            result["killed"].append(number)
+            result["survived"].pop(str(number), None)
         else:
             where = f"{name}:{mutant.line}: {mutant.text}{'' if tests else ' (no test runs it)'}"
-            result["survived"][str(mutant.number)] = where
+            result["survived"][str(number)] = where
             print(where, flush=True)
-
-
-def _tests_of(mutant: Mutant, recorded: dict[str, dict[str, Any]]) -> list[str]:
-    """The tests that run a mutant's line, fastest first; all of them for what an import runs."""
-    fitting = [test for test, about in recorded.items() if mutant.line in about["lines"] or not mutant.is_function]
-    return sorted(fitting, key=lambda test: float(recorded[test]["seconds"]))
+        yield
 
 
 def print_table(results: dict[str, Any]) -> None:
