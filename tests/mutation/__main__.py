@@ -36,7 +36,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime.sampling": (CONTRACT, "tests/runtime/test_sampling.py"),
     "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"),
     "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_types.py", "tests/runtime/test_runtime.py"),
-    "runtime.tokenizer": (HOSTILE, "tests/runtime/test_runtime_errors.py"),
+    "runtime.tokenizer": ("tests/runtime/test_tokenizer.py", HOSTILE),
     "runtime.generation": (GOLDEN, "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py"),
     "evaluate.experiment": ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py"),
 }  # fmt: skip

@@ -284,6 +284,50 @@ def test_settings_out_of_range(bad: dict[str, Any]) -> None:
         Sampling(**bad)
 
 
+FLOAT32 = np.finfo(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused"),
+    [
+        ("temperature", [0, 1e-5, np.finfo(np.float64).max], [np.nextafter(1e-5, 0), -5e-324]),
+        ("top_k", [0, 2**63 - 1], [-1, 2**63, True]),
+        ("top_p", [5e-324, 1], [0, np.nextafter(1, 2), True]),
+        ("repetition_penalty", [float(FLOAT32.smallest_normal), float(FLOAT32.max)],
+         [np.nextafter(float(FLOAT32.smallest_normal), 0), np.nextafter(float(FLOAT32.max), np.inf)]),
+        ("seed", [0, 2**64 - 1], [-1, 2**64]),
+        ("presence_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
+        ("frequency_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
+        ("logprobs", [None, 0, 5], [-1, 6]),
+        ("ignore_eos", [True, False, np.True_], [1, 0, None]),
+    ],
+)  # fmt: skip
+def test_settings_at_their_limits(name: str, accepted: list[Any], refused: list[Any]) -> None:
+    for value in accepted:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(InputError, match=f"^{name}="):
+            Sampling(**{name: value})
+
+
+def test_token_ids_and_biases_at_their_limits() -> None:
+    ids, biases = (0, 2**63 - 1), ((0, -100.0), (2**63 - 1, 100.0))
+    assert Sampling(stop_token_ids=ids).stop_token_ids == ids
+    assert Sampling(logit_bias=dict(biases)).logit_bias == biases
+    for token_id in (-1, 2**63, True):
+        with pytest.raises(InputError):
+            Sampling(stop_token_ids=[token_id])
+        with pytest.raises(InputError):
+            Sampling(logit_bias={token_id: 0.0})
+    for bias in (np.nextafter(-100, -101), np.nextafter(100, 101)):
+        with pytest.raises(InputError):
+            Sampling(logit_bias={0: bias})
+
+
+def test_the_default_is_the_highest_logit_and_nothing_else() -> None:
+    assert dataclasses.astuple(Sampling()) == (0.0, 0, 1.0, 1.0, 0, (), (), 0.0, 0.0, (), False, None)
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     numbers: Any = [np.float32(0.5), np.int32(3), np.float64(0.5), 1, np.uint64(2**64 - 1), [np.int64(4)]]
     more: Any = {"logit_bias": {np.int64(7): np.float32(1.5)}, "logprobs": np.int8(2)}
