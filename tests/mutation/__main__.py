@@ -14,31 +14,39 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutation.operators import mutants
-from tests.mutation.trial import PREPARE, import_heavy, is_killed, limit, serve, tests_of
+from tests.mutation.trial import PREPARE, import_heavy, is_killed, limit, serve, set_environment, tests_of
 
 ROOT = Path(__file__).parents[2]
-# Each module with the few tests that are meant to hold it.
-CONTRACT = "tests/contract/test_shared_data.py"
-HOSTILE, GOLDEN = f"{CONTRACT}::test_a_hostile_bundle_is_refused_with_its_code", f"{CONTRACT}::test_golden"
-TESTS: dict[str, tuple[str, ...]] = {
-    "bundle": ("tests/contract/test_bundle_tensors.py", "tests/contract/test_bundle.py",
-               "tests/contract/test_manifest.py", HOSTILE,
-               "tests/contract/test_unchanged.py", "tests/contract/test_provenance.py"),
-    "manifest": ("tests/contract/test_manifest.py", HOSTILE),
-    "signature": ("tests/contract/test_signature.py", HOSTILE),
-    "provenance": ("tests/contract/test_provenance.py",),
-    "verify.gates": ("tests/verify/test_gates.py",
-                     "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code"),
-    "verify.checks": ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py"),
-    "verify.logit_figures": ("tests/verify/test_logit_figures.py", "tests/verify/test_checks.py"),
-    "runtime.adaptation": ("tests/runtime/test_adaptation.py", GOLDEN),
-    "runtime.factors": ("tests/runtime/test_factors.py", GOLDEN, "tests/runtime/test_runtime.py"),
-    "runtime.sampling": (CONTRACT, "tests/runtime/test_sampling.py"),
-    "runtime.sampling_settings": ("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"),
-    "runtime.inputs": ("tests/runtime/test_inputs.py", "tests/runtime/test_types.py", "tests/runtime/test_runtime.py"),
-    "runtime.tokenizer": ("tests/runtime/test_tokenizer.py", HOSTILE),
-    "runtime.generation": (GOLDEN, "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py"),
-    "evaluate.experiment": ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py"),
+SHARED = "tests/contract/test_shared_data.py"
+HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f"{SHARED}::test_golden"
+PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
+# Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
+# so neither PyTorch nor an export, then those that try what is left.
+TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE), (
+        "tests/contract/test_bundle.py", "tests/contract/test_manifest.py", "tests/contract/test_unchanged.py",
+        PROVENANCE)),
+    "manifest": (("tests/contract/test_manifest.py", HOSTILE), ("tests/contract/test_bundle.py",)),
+    "signature": (("tests/contract/test_signature.py", HOSTILE), ("tests/contract/test_bundle.py",)),
+    "provenance": ((f"{PROVENANCE}::test_signatures", f"{PROVENANCE}::test_trusted_keys_of_a_wrong_type"),
+                   (PROVENANCE,)),
+    "verify.gates": (("tests/verify/test_gates.py",), (
+        "tests/verify/test_checks.py", "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code")),
+    "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),
+    "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ("tests/verify/test_checks.py",)),
+    "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), (INPUTS, "tests/runtime/test_runtime.py")),
+    "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ("tests/runtime/test_runtime.py",)),
+    "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), ("tests/runtime/test_generation.py",)),
+    "runtime.sampling_settings": (("tests/runtime/test_sampling.py",), ("tests/runtime/test_types.py",)),
+    "runtime.inputs": (tuple(f"{INPUTS}::{name}" for name in (
+        "test_texts_become_token_ids_without_special_tokens", "test_token_ids_at_their_limits",
+        "test_integers_at_their_limits", "test_numbers_at_their_limits", "test_limits_of_threads_and_rows",
+        "test_one_limit_of_new_tokens_or_one_per_row", "test_what_holds_several_values")), (
+        INPUTS, "tests/runtime/test_types.py", "tests/runtime/test_runtime.py")),
+    "runtime.tokenizer": (("tests/runtime/test_tokenizer.py", HOSTILE), ("tests/runtime/test_runtime_errors.py",)),
+    "runtime.generation": ((GOLDEN, f"{SHARED}::test_schedules"), (
+        "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py")),
+    "evaluate.experiment": ((), ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py")),
 }  # fmt: skip
 
 
@@ -50,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     deadline = time.monotonic() + 60 * arguments.minutes
-    import_heavy()
+    set_environment()
     for name in arguments.modules or TESTS:
         for _ in try_module(name, results):
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -68,26 +76,38 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
         results[name] = {"sha256": digest, "mutants": len(everything), "killed": [], "survived": {}}
     result = results[name]
     left = {mutant.number: mutant for mutant in everything if mutant.number not in result["killed"]}
-    if not left:
-        return
-    serving = serve((PREPARE, *TESTS[name]), file, list(left.values()))
-    records = next(serving)
-    for number, killed in serving:
-        if killed:
-            result["killed"].append(number)
-            result["survived"].pop(str(number), None)
-            del left[number]
+
+    def killed(number: int) -> None:
+        result["killed"].append(number)
+        result["survived"].pop(str(number), None)
+        del left[number]
+
+    run = set[int]()  # those that a test runs
+    units, others = TESTS[name]
+    for tests, options in ((units, ("--noconftest",)), ((PREPARE, *others) if others else (), ())):
+        if not left or not tests:
+            continue
+        if tests is not units:
+            import_heavy()
+        serving = serve(tests, file, list(left.values()), options)
+        records = next(serving)
+        for number, is_dead in serving:
+            if is_dead:
+                killed(number)
             yield
+        for number, mutant in list(left.items()):
+            chosen = tests_of(mutant, records)
+            run |= {number} if chosen else set()
+            # What units have not noticed in a fork of their server, the other tests may.
+            if chosen and not (tests is units and mutant.is_function):
+                if is_killed([*options, *chosen], f"chameleon_deploy.{name}", file, number, limit(mutant, records)):
+                    killed(number)
+                yield
     for number, mutant in left.items():
-        tests = tests_of(mutant, records)
-        if tests and is_killed(tests, f"chameleon_deploy.{name}", file, number, limit(mutant, records)):
-            result["killed"].append(number)
-            result["survived"].pop(str(number), None)
-        else:
-            where = f"{name}:{mutant.line}: {mutant.text}{'' if tests else ' (no test runs it)'}"
-            result["survived"][str(number)] = where
-            print(where, flush=True)
-        yield
+        where = f"{name}:{mutant.line}: {mutant.text}{'' if number in run else ' (no test runs it)'}"
+        result["survived"][str(number)] = where
+        print(where, flush=True)
+    yield
 
 
 def print_table(results: dict[str, Any]) -> None:

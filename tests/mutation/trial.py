@@ -13,6 +13,7 @@ import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -176,6 +177,9 @@ class Server:
             _run(session, tests, session.items[0])
         return session.testsfailed
 
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        self._report({"failures": [str(excrepr)]})
+
     def _report(self, message: Any) -> None:
         print(json.dumps(message), file=self._out, flush=True)
 
@@ -200,17 +204,22 @@ def _recorded(recorder: Recorder, session: pytest.Session, items: Sequence[pytes
 
 def _run(session: pytest.Session, items: Sequence[pytest.Item], last: pytest.Item | None) -> None:
     """Run tests until one fails. `last` keeps the fixtures that it shares with the last one."""
-    for item, following in zip(items, [*items[1:], last], strict=True):
+    for item, following in itertools.pairwise([*items, last]):
+        assert item is not None
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return
 
 
-def import_heavy() -> None:
+def set_environment() -> None:
+    """Set, before anything is imported, what makes forks cheap and safe."""
     os.environ |= dict.fromkeys(ONE_THREAD, "1") | {
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # each process would import them again
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def import_heavy() -> None:
     for name in HEAVY:
         importlib.import_module(name)
 
@@ -228,7 +237,7 @@ def limit(mutant: Mutant, records: Records) -> float:
     return 20 + 10 * float(sum(records[name]["seconds"] for name in tests_of(mutant, records)))
 
 
-def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant]) -> Iterator[Any]:
+def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: Sequence[str] = ()) -> Iterator[Any]:
     """Try mutants in forks of a server. Yield the records of the tests, then (number, whether killed) of mutants.
 
     Mutants that no test runs, or an import, are left out.
@@ -237,7 +246,7 @@ def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant]) -> Iterat
     process = os.fork()
     if process == 0:
         os.close(read)
-        _leave(lambda: _pytest(tests, [Server(file, mutants, os.fdopen(write, "w"))]))
+        _leave(lambda: _pytest([*options, *tests], [Server(file, mutants, os.fdopen(write, "w"))]))
     os.close(write)
     try:
         with os.fdopen(read) as lines:
