@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHARED = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f"{SHARED}::test_golden"
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
+GENERATION = "tests/runtime/test_generation.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export, then those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -36,7 +37,7 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ("tests/verify/test_checks.py",)),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), (INPUTS, "tests/runtime/test_runtime.py")),
     "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ("tests/runtime/test_runtime.py",)),
-    "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), ("tests/runtime/test_generation.py",)),
+    "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), (GENERATION,)),
     "runtime.sampling_settings": (("tests/runtime/test_sampling.py",), ("tests/runtime/test_types.py",)),
     "runtime.inputs": (tuple(f"{INPUTS}::{name}" for name in (
         "test_texts_become_token_ids_without_special_tokens", "test_token_ids_at_their_limits",
@@ -44,8 +45,11 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_one_limit_of_new_tokens_or_one_per_row", "test_what_holds_several_values")), (
         INPUTS, "tests/runtime/test_types.py", "tests/runtime/test_runtime.py")),
     "runtime.tokenizer": (("tests/runtime/test_tokenizer.py", HOSTILE), ("tests/runtime/test_runtime_errors.py",)),
-    "runtime.generation": ((GOLDEN, f"{SHARED}::test_schedules"), (
-        "tests/runtime/test_generation.py", "tests/runtime/test_runtime_errors.py")),
+    "runtime.generation": ((*(f"{GENERATION}::{name}" for name in (
+        "test_a_row_ends_at_its_limit", "test_a_row_ends_before_its_first_stop_string",
+        "test_the_longest_beginning_of_a_stop_string_is_held_back", "test_a_stop_token_has_no_text",
+        "test_rows_of_prompts", "test_streams_of_random_numbers")), GOLDEN, f"{SHARED}::test_schedules"), (
+        GENERATION, "tests/runtime/test_runtime_errors.py")),
     "evaluate.experiment": ((), ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py")),
 }  # fmt: skip
 

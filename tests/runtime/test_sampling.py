@@ -178,6 +178,36 @@ def test_presence_and_frequency_count_generated_tokens_alone() -> None:
     assert choose(logits, TokenCounts([0]), Sampling(repetition_penalty=1.2), 0.0) == 1
 
 
+@pytest.mark.parametrize(
+    ("sampling", "chosen"),
+    [
+        (Sampling(), 0),
+        (Sampling(repetition_penalty=2.0), 1),
+        (Sampling(presence_penalty=1.0), 1),
+        (Sampling(frequency_penalty=1.0), 1),
+        (Sampling(logit_bias={2: 2.0}), 2),
+        (Sampling(1.0, top_k=1), 0),
+        (Sampling(1.0, top_k=1, presence_penalty=1.0), 1),
+    ],
+)  # fmt: skip
+def test_a_setting_alone_changes_the_choice(sampling: Sampling, chosen: int) -> None:
+    assert choose(floats([2.0, 1.9, 1.0]), TokenCounts([], [0]), sampling, 0.999) == chosen
+
+
+def test_what_is_the_highest_raw_logit_for_any_row() -> None:
+    assert Sampler(Sampling(), [], 0).is_argmax
+    for name, value in (("temperature", 1.0), ("temperature", 0.5), ("repetition_penalty", 2.0), ("logprobs", 0),
+                        ("presence_penalty", 1.0), ("frequency_penalty", 1.0), ("logit_bias", {0: 0.0})):  # fmt: skip
+        assert not Sampler(Sampling(**{name: value}), [], 0).is_argmax
+
+
+def test_logits_far_below_the_highest_have_no_weight() -> None:
+    """The polynomial of step 6 would be infinite there."""
+    logits = floats([0.0, -6000.0, -1e30, -np.inf])
+    assert implementation._weights(logits, 0.0, 1.0).tolist() == [2.0**34, 0, 0, 0]
+    assert {choose(logits, NOTHING, Sampling(1.0), u) for u in (0.0, 0.5, 1 - 2.0**-53)} == {0}
+
+
 def test_a_mask_excludes_tokens_whatever_their_bias() -> None:
     logits, sampling = floats([0.0, 5.0, 1.0]), Sampling(logit_bias={1: 100.0})
     assert choose(logits, NOTHING, sampling, 0.0, np.array([True, False, True])) == 2
