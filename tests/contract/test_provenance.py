@@ -13,8 +13,8 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import ChameleonError, DependencyError, InputError
-from chameleon_deploy.provenance import SIGNATURE, read_signing_key
+from chameleon_deploy.errors import ChameleonError, DependencyError, InputError, SignatureError
+from chameleon_deploy.provenance import SIGNATURE, check_signature, read_signing_key
 from tests.browser import find_program
 from tests.commands import run
 from tests.shared_data import good_bundle, read, signed_bundle
@@ -53,6 +53,26 @@ def test_signatures(case: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ChameleonError) as error:
         chameleon_deploy.load(bundle, trusted_keys=trusted)
     assert error.value.code == case["code"]
+
+
+def test_a_signature_that_is_a_link_or_cannot_be_read(tmp_path: Path) -> None:
+    (case,) = (case for case in read("signatures.json")["cases"] if case["name"] == "trusted")
+    bundle, trusted = signed_bundle(case, tmp_path)
+    content, signature = (bundle / "bundle.json").read_bytes(), bundle / SIGNATURE
+    assert trusted is not None
+    assert check_signature(content, signature, trusted) == trusted[0]
+    signature.rename(tmp_path / "elsewhere")
+    signature.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SignatureError, match="missing or not a signature"):
+        check_signature(content, signature, trusted)
+    with pytest.raises(SignatureError, match=r"cannot read .*: File name too long"):
+        check_signature(content, bundle / ("x" * 300), trusted)
+
+
+def test_signatures_without_cryptography(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    with pytest.raises(DependencyError, match=r"chameleon-deploy\[sign\]"):
+        open_bundle(GOOD, [tmp_path / "key.pub"])
 
 
 def test_export_signs_what_openssl_verifies(mini_path: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
