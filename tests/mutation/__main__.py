@@ -32,8 +32,8 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
         "test_signatures", "test_a_signature_that_is_a_link_or_cannot_be_read", "test_signatures_without_cryptography",
         "test_trusted_keys_of_a_wrong_type")), (PROVENANCE,)),
-    "verify.gates": (("tests/verify/test_gates.py",), (
-        "tests/verify/test_checks.py", "tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code")),
+    "verify.gates": (("tests/verify/test_gates.py",),
+                     ("tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code",)),
     "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ("tests/verify/test_checks.py",)),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), (INPUTS, "tests/runtime/test_runtime.py")),
