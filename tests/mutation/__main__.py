@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutation.operators import mutants
-from tests.mutation.trial import PREPARE, import_heavy, is_killed, limit, serve, set_environment, tests_of
+from tests.mutation.trial import PREPARE, Outcome, import_heavy, limit, serve, set_environment, tests_of, try_anew
 
 ROOT = Path(__file__).parents[2]
 SHARED = "tests/contract/test_shared_data.py"
@@ -25,8 +25,7 @@ GENERATION = "tests/runtime/test_generation.py"
 # so neither PyTorch nor an export, then those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE), (
-        "tests/contract/test_bundle.py", "tests/contract/test_manifest.py", "tests/contract/test_unchanged.py",
-        PROVENANCE)),
+        "tests/contract/test_bundle.py", "tests/contract/test_manifest.py", "tests/contract/test_unchanged.py")),
     "manifest": (("tests/contract/test_manifest.py", HOSTILE), ("tests/contract/test_bundle.py",)),
     "signature": (("tests/contract/test_signature.py", HOSTILE), ("tests/contract/test_bundle.py",)),
     "provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
@@ -82,7 +81,11 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
     result = results[name]
     left = {mutant.number: mutant for mutant in everything if mutant.number not in result["killed"]}
 
-    def killed(number: int) -> None:
+    def note(number: int, outcome: Outcome) -> None:
+        if outcome == "survived":
+            return
+        if outcome == "endless":  # to be looked at: a machine that is too busy may be the reason
+            print(f"{name}:{left[number].line}: {left[number].text} (does not end)", flush=True)
         result["killed"].append(number)
         result["survived"].pop(str(number), None)
         del left[number]
@@ -96,17 +99,16 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             import_heavy()
         serving = serve(tests, file, list(left.values()), options)
         records = next(serving)
-        for number, is_dead in serving:
-            if is_dead:
-                killed(number)
+        for number, outcome in serving:
+            note(number, outcome)
             yield
         for number, mutant in list(left.items()):
             chosen = tests_of(mutant, records)
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
             if chosen and not (tests is units and mutant.is_function):
-                if is_killed([*options, *chosen], f"chameleon_deploy.{name}", file, number, limit(mutant, records)):
-                    killed(number)
+                arguments = [*options, *chosen]
+                note(number, try_anew(arguments, f"chameleon_deploy.{name}", file, number, limit(mutant, records)))
                 yield
     for number, mutant in left.items():
         where = f"{name}:{mutant.line}: {mutant.text}{'' if number in run else ' (no test runs it)'}"

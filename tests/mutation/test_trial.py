@@ -56,7 +56,7 @@ def test_wait():
     wait(1)
 """,
 }
-EQUAL, UNUSED = "a >= b -> a > b", "not a -> not not a"
+EQUAL, UNUSED, ENDLESS = "a >= b -> a > b", "not a -> not not a", "steps -= 1 -> steps += 1"
 RUN_BY_A_FIXTURE = {"SIZE * 4 -> SIZE / 4", "4 -> 5"}  # before the fork
 RUN_BY_AN_IMPORT = {"7 -> 8", "2 -> 3"}  # not tried in a fork
 RUN = """
@@ -66,7 +66,7 @@ from pathlib import Path
 import pytest
 from tests.mutation import trial
 from tests.mutation.operators import mutants
-trial.limit = lambda mutant, records: 1.5 if mutant.text == "steps -= 1 -> steps += 1" else 60.0
+trial.limit = lambda mutant, records: 1.5 if "+= 1" in mutant.text else 60.0
 file = Path("planted.py").resolve()
 everything = mutants(file.read_text())
 serving = trial.serve(["prepare.py", "test_planted.py"], file, everything)
@@ -75,7 +75,7 @@ forked = dict(serving)
 anew = {}
 for mutant in everything:
     if tests := trial.tests_of(mutant, records):
-        anew[mutant.number] = trial.is_killed(tests, "planted", file, mutant.number, trial.limit(mutant, records))
+        anew[mutant.number] = trial.try_anew(tests, "planted", file, mutant.number, trial.limit(mutant, records))
 print(json.dumps([forked, anew]))
 """
 
@@ -94,11 +94,13 @@ def test_killed_mutants_and_survivors(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.returncode == 0, result.stderr
     texts = {str(mutant.number): mutant.text for mutant in mutants(FILES["planted.py"])}
-    forked, anew = ({texts[n]: killed for n, killed in found.items()} for found in json.loads(result.stdout))
+    forked, anew = ({texts[n]: outcome for n, outcome in found.items()} for found in json.loads(result.stdout))
     assert UNUSED not in forked | anew  # no test runs it
-    assert {text for text, killed in anew.items() if not killed} == {EQUAL}
-    assert {text for text, killed in forked.items() if not killed} == {EQUAL} | RUN_BY_A_FIXTURE
+    assert {text for text, outcome in anew.items() if outcome == "survived"} == {EQUAL}
+    assert {text for text, outcome in forked.items() if outcome == "survived"} == {EQUAL} | RUN_BY_A_FIXTURE
     assert anew.keys() - forked.keys() == RUN_BY_AN_IMPORT
+    for found in (forked, anew):
+        assert {text for text, outcome in found.items() if outcome == "endless"} == {ENDLESS}
 
 
 def test_tests_that_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import pytest
 
@@ -43,6 +43,7 @@ OPTIONS = ("-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none")
 POLL = 0.01  # seconds
 MEMORY = 4 << 30  # bytes that a mutant may take
 
+Outcome = Literal["survived", "killed", "endless"]  # of a mutant
 Records = dict[str, dict[str, Any]]  # of each test its "lines", those of its fixtures too, and its "seconds"
 
 
@@ -107,14 +108,14 @@ class Recorder:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Any:
-        self._lines, start = [set()], time.process_time()
+        self._lines, start = [set()], _processor_seconds()
         threading.settrace(self._trace)
         sys.settrace(self._trace)
         yield
         sys.settrace(None)
         threading.settrace(None)
         lines = self._lines[0].union(*(self._fixtures[name] for name in item.fixturenames))
-        self.tests[item.nodeid] = {"seconds": time.process_time() - start, "lines": sorted(lines)}
+        self.tests[item.nodeid] = {"seconds": _processor_seconds() - start, "lines": sorted(lines)}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
@@ -134,10 +135,15 @@ class Recorder:
         return self._local
 
 
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 class Server:
     """A pytest plugin that tries mutants instead of running tests. What it finds goes to `out`, a line of JSON each.
 
-    First the records of the tests without a mutant, or their failures; then [number of a mutant, whether killed],
+    First the records of the tests without a mutant, or their failures; then [number of a mutant, its outcome],
     and null at the end.
     """
 
@@ -166,7 +172,7 @@ class Server:
             chosen = [tests[name] for name in tests_of(mutant, recorded["tests"])]
             if mutant.is_function and chosen:
                 work = partial(self._try, session, functions, mutant, chosen)
-                self._report([mutant.number, in_child(work, limit(mutant, recorded["tests"])) != 0])
+                self._report([mutant.number, _outcome(in_child(work, limit(mutant, recorded["tests"])))])
         self._report(None)
         return True
 
@@ -238,7 +244,7 @@ def limit(mutant: Mutant, records: Records) -> float:
 
 
 def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: Sequence[str] = ()) -> Iterator[Any]:
-    """Try mutants in forks of a server. Yield the records of the tests, then (number, whether killed) of mutants.
+    """Try mutants in forks of a server. Yield the records of the tests, then (number, outcome) of mutants.
 
     Mutants that no test runs, or an import, are left out.
     """
@@ -263,14 +269,19 @@ def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: 
         _end(process)
 
 
-def is_killed(tests: Sequence[str], name: str, file: Path, number: int, seconds: float) -> bool:
-    """Return whether a test fails, or does not end in time, where the package is imported with a mutant."""
+def try_anew(tests: Sequence[str], name: str, file: Path, number: int, seconds: float) -> Outcome:
+    """Return the outcome of tests where the package is imported with a mutant."""
 
     def child() -> int:
         sys.meta_path.insert(0, Finder(name, file, number))
         return _pytest(["-x", *tests], [])
 
-    return in_child(child, seconds) != 0
+    return _outcome(in_child(child, seconds))
+
+
+def _outcome(code: int | None) -> Outcome:
+    """Return what the exit code of tests says; None is that of tests that had to be ended."""
+    return "endless" if code is None else "killed" if code else "survived"
 
 
 def _pytest(arguments: Sequence[str], plugins: Sequence[Any]) -> int:
