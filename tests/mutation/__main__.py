@@ -107,8 +107,8 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
             if chosen and not (tests is units and mutant.is_function):
-                arguments = [*options, *chosen]
-                note(number, try_anew(arguments, f"chameleon_deploy.{name}", file, number, limit(mutant, records)))
+                seconds = limit(mutant, records, least=120)  # it makes the bundles, too
+                note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, number, seconds))
                 yield
     for number, mutant in left.items():
         where = f"{name}:{mutant.line}: {mutant.text}{'' if number in run else ' (no test runs it)'}"

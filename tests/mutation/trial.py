@@ -238,9 +238,9 @@ def tests_of(mutant: Mutant, records: Records) -> list[str]:
     return sorted(fitting, key=lambda name: files.index(name.split("::")[0]))
 
 
-def limit(mutant: Mutant, records: Records) -> float:
+def limit(mutant: Mutant, records: Records, least: float = 20) -> float:
     """Seconds after which a mutant counts as one that never ends."""
-    return 20 + 10 * float(sum(records[name]["seconds"] for name in tests_of(mutant, records)))
+    return least + 10 * float(sum(records[name]["seconds"] for name in tests_of(mutant, records)))
 
 
 def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: Sequence[str] = ()) -> Iterator[Any]:
