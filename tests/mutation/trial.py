@@ -299,6 +299,7 @@ def in_child(work: Callable[[], int], seconds: float) -> int | None:
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1,) * 2)  # even if nobody is left to end it
         _leave(work)
     for _ in range(int(seconds / POLL)):
         ended, status = os.waitpid(process, os.WNOHANG)
