@@ -116,15 +116,25 @@ def test_openssl_signs_what_load_accepts(keys: tuple[Path, Path], copy_of: Calla
         (None, "cannot read the key"),
     ],
 )
-def test_keys_that_cannot_sign(arguments: list[str] | None, message: str, mini_path: Path, tmp_path: Path) -> None:
-    """They are refused before the export begins."""
+def test_keys_that_cannot_sign(arguments: list[str] | None, message: str, tmp_path: Path) -> None:
     if arguments:
         assert openssl("genpkey", *arguments, "-out", tmp_path / "key").returncode == 0
     with pytest.raises(InputError, match=message):
         read_signing_key(tmp_path / "key")
+
+
+def test_a_key_that_cannot_sign_is_refused_before_the_export_begins(mini_path: Path, tmp_path: Path) -> None:
     refused = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--sign", tmp_path / "key")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_key_signs_is_signed_by_it(keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    (tmp_path / "signature").write_bytes(read_signing_key(private)(b"content"))
+    assert check_signature(b"content", tmp_path / "signature", [public]) == public
+    with pytest.raises(SignatureError, match="not made by a trusted key"):
+        check_signature(b"other content", tmp_path / "signature", [public])
 
 
 @pytest.mark.parametrize("trusted", ["key.pub", Path("key.pub"), b"key.pub", {"key.pub"}, 1, [1], [None], ["a\0b"]])

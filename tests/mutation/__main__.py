@@ -30,7 +30,8 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "signature": (("tests/contract/test_signature.py", HOSTILE), ("tests/contract/test_bundle.py",)),
     "provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
         "test_signatures", "test_a_signature_that_is_a_link_or_cannot_be_read", "test_signatures_without_cryptography",
-        "test_trusted_keys_of_a_wrong_type")), (PROVENANCE,)),
+        "test_keys_that_cannot_sign", "test_what_a_key_signs_is_signed_by_it",
+        "test_trusted_keys_of_a_wrong_type")), ()),
     "verify.gates": (("tests/verify/test_gates.py",),
                      ("tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code",)),
     "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),

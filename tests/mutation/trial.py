@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import itertools
 import json
+import math
 import os
 import resource
 import signal
@@ -294,17 +295,18 @@ def _pytest(arguments: Sequence[str], plugins: Sequence[Any]) -> int:
 def in_child(work: Callable[[], int], seconds: float) -> int | None:
     """Return the exit code of `work` in a forked process, or None if it had to be ended.
 
-    Seconds are counted in steps, so that those for which the machine stops both processes do not count.
+    seconds  of processor time, since a machine can be busy; a process that only waits is ended after 20 times as many
     """
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1,) * 2)  # even if nobody is left to end it
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
         _leave(work)
-    for _ in range(int(seconds / POLL)):
+    for _ in range(int(20 * seconds / POLL)):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
         time.sleep(POLL)
     _end(process)
     return None
