@@ -22,12 +22,12 @@ HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
 GENERATION = "tests/runtime/test_generation.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
-# so neither PyTorch nor an export, then those that try what is left.
+# so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE), (
-        "tests/contract/test_bundle.py", "tests/contract/test_manifest.py", "tests/contract/test_unchanged.py")),
-    "manifest": (("tests/contract/test_manifest.py", HOSTILE), ("tests/contract/test_bundle.py",)),
-    "signature": (("tests/contract/test_signature.py", HOSTILE), ("tests/contract/test_bundle.py",)),
+    "bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE),
+               ("tests/contract/test_bundle.py", "tests/contract/test_unchanged.py")),
+    "manifest": (("tests/contract/test_manifest.py", HOSTILE), ()),
+    "signature": (("tests/contract/test_signature.py", HOSTILE), ()),
     "provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
         "test_signatures", "test_a_signature_that_is_a_link_or_cannot_be_read", "test_signatures_without_cryptography",
         "test_keys_that_cannot_sign", "test_what_a_key_signs_is_signed_by_it",
@@ -35,22 +35,21 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verify.gates": (("tests/verify/test_gates.py",),
                      ("tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code",)),
     "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),
-    "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ("tests/verify/test_checks.py",)),
-    "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), (INPUTS, "tests/runtime/test_runtime.py")),
-    "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ("tests/runtime/test_runtime.py",)),
-    "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), (GENERATION,)),
-    "runtime.sampling_settings": (("tests/runtime/test_sampling.py",), ("tests/runtime/test_types.py",)),
+    "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
+    "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
+    "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ()),
+    "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), ()),
+    "runtime.sampling_settings": (("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"), ()),
     "runtime.inputs": (tuple(f"{INPUTS}::{name}" for name in (
         "test_texts_become_token_ids_without_special_tokens", "test_token_ids_at_their_limits",
         "test_integers_at_their_limits", "test_numbers_at_their_limits", "test_limits_of_threads_and_rows",
-        "test_one_limit_of_new_tokens_or_one_per_row", "test_what_holds_several_values")), (
-        INPUTS, "tests/runtime/test_types.py", "tests/runtime/test_runtime.py")),
-    "runtime.tokenizer": (("tests/runtime/test_tokenizer.py", HOSTILE), ("tests/runtime/test_runtime_errors.py",)),
+        "test_one_limit_of_new_tokens_or_one_per_row", "test_what_holds_several_values", "test_a_path")), ()),
+    "runtime.tokenizer": (("tests/runtime/test_tokenizer.py", HOSTILE), ()),
     "runtime.generation": ((*(f"{GENERATION}::{name}" for name in (
         "test_a_row_ends_at_its_limit", "test_a_row_ends_before_its_first_stop_string",
         "test_the_longest_beginning_of_a_stop_string_is_held_back", "test_a_stop_token_has_no_text",
-        "test_rows_of_prompts", "test_streams_of_random_numbers")), GOLDEN, f"{SHARED}::test_schedules"), (
-        GENERATION, "tests/runtime/test_runtime_errors.py")),
+        "test_rows_of_prompts", "test_streams_of_random_numbers")), GOLDEN, f"{SHARED}::test_schedules"),
+        (GENERATION, "tests/runtime/test_runtime_errors.py")),
     "evaluate.experiment": ((), ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py")),
 }  # fmt: skip
 
