@@ -106,7 +106,7 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             chosen = tests_of(mutant, records)
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
-            if chosen and not (tests is units and mutant.is_function):
+            if chosen and not (tests is units and others and mutant.is_function):
                 seconds = limit(mutant, records, least=120)  # it makes the bundles, too
                 note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, number, seconds))
                 yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # a fork has none but its own thread
 
 
 @pytest.mark.parametrize("name", ["mini", "mini_lora", "llama", "bundle", "lora_bundle", "llama_bundle"])

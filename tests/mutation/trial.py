@@ -77,12 +77,14 @@ def functions_of(file: Path) -> list[FunctionType]:
 
 
 def exchange(functions: Sequence[FunctionType], file: Path, number: int) -> bool:
-    """Give the code of a mutant to the functions of a module. Return whether that has changed one."""
+    """Give the code of a mutant to the functions of a module. Return whether that was possible."""
     source = file.read_text()
     before = compile(source, str(file), "exec", dont_inherit=True)
     after = compile(mutate(source, number), str(file), "exec", dont_inherit=True)
     codes = {old: new for old, new in _pairs(before, after) if old != new}
     changed = [function for function in functions if function.__code__ in codes]
+    if any(len(f.__code__.co_freevars) != len(codes[f.__code__].co_freevars) for f in changed):
+        return False  # a function that exists keeps the number of its variables
     for function in changed:
         function.__code__ = codes[function.__code__]
     return bool(changed)
@@ -182,7 +184,7 @@ class Server:
     ) -> int:
         if exchange(functions, self._file, mutant.number):
             _run(session, tests, session.items[0])
-        return session.testsfailed
+        return session.testsfailed  # 0 or 1
 
     def pytest_internalerror(self, excrepr: Any) -> None:
         self._report({"failures": [str(excrepr)]})
@@ -282,6 +284,8 @@ def try_anew(tests: Sequence[str], name: str, file: Path, number: int, seconds: 
 
 def _outcome(code: int | None) -> Outcome:
     """Return what the exit code of tests says; None is that of tests that had to be ended."""
+    if code == os.EX_SOFTWARE:
+        raise RuntimeError("the runner of mutants fails")
     return "endless" if code is None else "killed" if code else "survived"
 
 
@@ -314,7 +318,7 @@ def in_child(work: Callable[[], int], seconds: float) -> int | None:
 
 def _leave(work: Callable[[], int]) -> None:
     """End a forked process with the exit code of `work`; it never returns to what its parent was doing."""
-    code = 70
+    code = os.EX_SOFTWARE
     try:
         os.setpgid(0, 0)
         code = work()
