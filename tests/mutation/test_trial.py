@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.mutation.operators import mutants
 
+REPOSITORY = Path(__file__).parents[2]
 FILES = {
     "planted.py": """
 SIZE = 7
