@@ -44,7 +44,8 @@ class Worker:
         assert process.stdin and process.stdout
         process.stdin.write(f"{bundle}\n")
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+        # In slices, so that a machine that was suspended is not taken for a hang.
+        ready = any(select.select([process.stdout], [], [], 0.1)[0] for _ in range(SECONDS * 10))
         line = process.stdout.readline() if ready else ""
         if line:
             code, growth = line.split()

@@ -6,6 +6,7 @@ CHAMELEON_REQUESTS=10000 sends as many under load; a run of the suite sends a fe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import threading
@@ -254,6 +255,14 @@ def test_a_deadline_ends_a_row_that_runs_and_one_that_waits(engine: Engine) -> N
     assert finish_reasons(1e-6) == {"deadline"}
     assert finish_reasons(600) == {"length"}
     until(lambda: engine.stats().factor_sets == 0)
+
+
+@pytest.mark.parametrize("jump", [10**9, -(10**9)])
+def test_a_clock_that_is_set_ends_no_request(engine: Engine, monkeypatch: pytest.MonkeyPatch, jump: int) -> None:
+    clock = itertools.count(time.time(), jump)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    stream = engine.submit(prompts_of(5, 9), max_new_tokens=8, sampling=Sampling(ignore_eos=True), deadline=600)
+    assert {generation.finish_reason for generation in stream.result(60)} == {"length"}
 
 
 def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
