@@ -67,7 +67,7 @@ class Engine:
         *,
         rows: int = 8,
         max_waiting: int = 256,
-        prefill_tokens: int = 128,
+        prefill_tokens: int = 256,
         max_factor_sets: int | None = None,
         cohort_window_ms: float = 0,
         capacity: int | None = None,

@@ -34,7 +34,7 @@ class Settings:
     share_weights: bool = False
     rows: int = 8
     max_waiting: int = 256
-    prefill_tokens: int = 128
+    prefill_tokens: int = 256
     cohort_window_ms: float = 0
     api_keys: Path | None = None
     max_body_bytes: int = 4 * 2**20

@@ -37,16 +37,17 @@ std::size_t SharedCacheGraph::cache_bytes(std::size_t rows, std::size_t capacity
   return rows * row;
 }
 
-void CacheBuffers::copy_row(const SharedCacheGraph& graph, std::size_t source, std::size_t target,
-                            std::size_t length) const {
-  const std::size_t row_size = graph.row_bytes(capacity);
+void CacheBuffers::copy_row(const SharedCacheGraph& graph, const CacheBuffers& other, std::size_t source,
+                            std::size_t target, std::size_t length) const {
   const auto heads = static_cast<std::size_t>(graph.model.num_key_value_heads);
-  const std::size_t head_size = row_size / heads, used = graph.row_bytes(length) / heads;
+  const std::size_t used = graph.row_bytes(length) / heads;
+  const auto head_of = [&](const CacheBuffers& buffers, std::size_t buffer, std::size_t row, std::size_t head) {
+    return buffers.memory +
+           ((buffer * buffers.rows + row) * heads + head) * (graph.row_bytes(buffers.capacity) / heads);
+  };
   for (std::size_t buffer = 0; buffer < graph.past.size(); ++buffer) {
-    std::byte* rows_of_buffer = memory + buffer * rows * row_size;
     for (std::size_t head = 0; head < heads; ++head) {
-      std::memcpy(rows_of_buffer + target * row_size + head * head_size,
-                  rows_of_buffer + source * row_size + head * head_size, used);
+      std::memcpy(head_of(*this, buffer, target, head), head_of(other, buffer, source, head), used);
     }
   }
 }

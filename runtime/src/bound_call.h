@@ -28,8 +28,9 @@ struct CacheBuffers {
   std::byte* memory;
   std::size_t rows, capacity;
 
-  /// Copy the first `length` tokens of row `source` to row `target`.
-  void copy_row(const SharedCacheGraph& graph, std::size_t source, std::size_t target, std::size_t length) const;
+  /// Copy the first `length` tokens of a row of `other`, which may be these buffers themselves, to row `target`.
+  void copy_row(const SharedCacheGraph& graph, const CacheBuffers& other, std::size_t source, std::size_t target,
+                std::size_t length) const;
 };
 
 /// One shape of call. Its arrays are filled in before a run.
