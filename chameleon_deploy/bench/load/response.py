@@ -1,7 +1,6 @@
 """A response over HTTP/1.1 whose parts are kept with the times of their arrival, and read when it has ended.
 
-A client that reads each event as it comes takes more processor time from a server on the same machine: 0.07 instead of
-0.03 ms per event.
+A client that reads each event as it comes takes half as much processor time again from a server on the same machine.
 """
 
 from __future__ import annotations
