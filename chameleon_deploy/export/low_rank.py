@@ -50,22 +50,33 @@ class Updates:
         adapted = [name for name, _ in parts if name in self._factors]
         if not adapted:
             return y
-        op = self._op
-        if shift := self._shifts.get(adapted[0]):
-            x = op.Add(x, shift)
-        updates = [self._update(x, positions, name, size) for name, size in parts]
-        return op.Add(y, updates[0] if len(updates) == 1 else op.Concat(*updates, axis=2))
+        op, total = self._op, sum(size for _, size in parts)
+        rows = self._once(("rows", x), lambda: self._rows(x, adapted[0]))
+        updates = [self._update(rows, positions, name, size) for name, size in parts]
+        update = updates[0] if len(updates) == 1 else op.Concat(*updates, axis=1)
+        shape = self._once(
+            (positions.name, total), lambda: op.Concat(op.Shape(positions), integers(op, [total]), axis=0)
+        )
+        return op.Add(y, op.Reshape(update, shape))
 
-    def _update(self, x: Any, positions: ir.Value, name: str, size: int) -> Any:
-        op, shape = self._op, self._once((positions.name, size), lambda: self._shape(positions, size))
+    def _rows(self, x: Any, name: str) -> Any:
+        """Return the input that the factors of a layer expect, with one row per position: [n, channels]."""
+        shift = self._shifts.get(name)
+        x = self._op.Add(x, shift) if shift else x
+        return self._op.Reshape(x, integers(self._op, [-1, self._in_features[name]]))
+
+    def _update(self, rows: Any, positions: ir.Value, name: str, size: int) -> Any:
+        """Return the update of one layer [n, size]."""
+        op, own = self._op, self._once(positions.name, lambda: self._own(positions))
         if name not in self._factors:
-            return self._once(("zeros", positions.name, size), lambda: op.Expand(real(op, 0.0), shape))
+            return self._once(
+                ("zeros", positions.name, size),
+                lambda: op.Expand(real(op, 0.0), op.Concat(op.Shape(own, end=1), integers(op, [size]), axis=0)),
+            )
         lora_A, lora_B = self._factors[name]
-        width = integers(op, [-1, self._in_features[name]])
-        products = op.Gemm(op.Reshape(x, width), op.Reshape(lora_A, width), transB=1)  # one row per position
-        own = self._once(positions.name, lambda: self._own(positions))
+        products = op.Gemm(rows, op.Reshape(lora_A, integers(op, [-1, self._in_features[name]])), transB=1)
         products = op.Where(own, products, real(op, 0.0))
-        return op.Reshape(op.Gemm(products, op.Reshape(lora_B, integers(op, [-1, size]))), shape)
+        return op.Gemm(products, op.Reshape(lora_B, integers(op, [-1, size])))
 
     def _own(self, positions: ir.Value) -> Any:
         """Return which columns of the stacked products are of a row's own set: bool [n, factor_sets*rank]."""
@@ -79,9 +90,6 @@ class Updates:
         num_sets, rank = op.Shape(lora_A, start=0, end=1), op.Shape(lora_A, start=1, end=2)
         sets = op.Unsqueeze(op.Range(integer(op, 0), op.Squeeze(num_sets), integer(op, 1)), [1])
         return op.Reshape(op.Expand(sets, op.Concat(num_sets, rank, axis=0)), [1, -1])
-
-    def _shape(self, positions: ir.Value, size: int) -> Any:
-        return self._op.Concat(self._op.Shape(positions), integers(self._op, [size]), axis=0)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._shared:

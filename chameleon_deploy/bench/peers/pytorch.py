@@ -57,23 +57,7 @@ class PyTorch:
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         input_ids = self._adapt(rows)
         lap(ADAPT)
-        width = input_ids.shape[1]
-
-        def after_each_token(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
-            if so_far.shape[1] == width + 1:
-                lap(PREFILL)
-            return torch.zeros(len(so_far), dtype=torch.bool)
-
-        output = self._model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0
-            ),
-            stopping_criteria=StoppingCriteriaList([after_each_token]),
-        )
-        lap(DECODE)
-        return output[:, width:].numpy()
+        return generate(self._model, input_ids, num_tokens, lap)
 
     def _adapt(self, rows: Rows) -> Tensor:
         adaptation = inference.adapt(self._checkpoint, rows, self._mode)
@@ -81,6 +65,28 @@ class PyTorch:
             adaptation.factors[name][adaptation.factor_ids] for name in factor_names(LM_HEAD)
         )
         return torch.tensor(rows)
+
+
+def generate(model: Any, input_ids: Tensor, num_tokens: int, lap: Lap, **options: Any) -> Any:
+    """Return greedy tokens, int [batch, num_tokens], by `transformers`' generate; no token ends a row."""
+    width = input_ids.shape[1]
+
+    def after_each_token(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
+        if so_far.shape[1] == width + 1:
+            lap(PREFILL)
+        return torch.zeros(len(so_far), dtype=torch.bool)
+
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0
+        ),
+        stopping_criteria=StoppingCriteriaList([after_each_token]),
+        **options,
+    )
+    lap(DECODE)
+    return output[:, width:].numpy()
 
 
 def _quantised(model: Any) -> Any:
