@@ -32,7 +32,8 @@ def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def command(bundle: Path, base: Path, directories: list[Path]) -> list[str | Path | int]:
     named = [option for name, path in zip("ab", directories, strict=True) for option in ("--adapter", f"{name}={path}")]
-    return [bundle, "--reference", base, *named, "--batch", 3, "--width", 12, "--tokens", 5, "--rounds", 1, "--threads", 1]
+    return [bundle, "--reference", base, *named, "--batch", 3, "--width", 12, "--tokens", 5, "--rounds", 1,
+            "--threads", 1]  # fmt: skip
 
 
 def test_every_engine_is_timed_and_right(adapted: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
