@@ -27,11 +27,11 @@ BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.5}
 
 
 def require_head_alone(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a checkpoint whose factors update more than the head, which no peer here computes."""
+    """Raise InputError for a checkpoint whose factors update more than the head, which no peer on a GPU computes."""
     if not in_head_alone(checkpoint.config.targets):
         raise InputError(
-            "engines are compared on updates of the head alone, and this checkpoint updates "
-            f"{len(checkpoint.config.targets)} layers: verify and evaluate take it"
+            "engines on a GPU are compared on updates of the head alone, and this checkpoint updates "
+            f"{len(checkpoint.config.targets)} layers: bench, verify and evaluate take it"
         )
 
 
