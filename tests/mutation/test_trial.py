@@ -26,8 +26,9 @@ class Box:
 def larger(a, b):
     return a if a >= b else b
 def wait(steps):
-    while steps:
-        steps -= 1
+    while steps < 3:
+        steps += 1
+    return steps
 def unused(a):
     return not a
 """,
@@ -53,10 +54,10 @@ def test_larger():
 def test_volume(volume):
     assert volume == 28
 def test_wait():
-    wait(1)
+    assert wait(2) == 3
 """,
 }
-EQUAL, UNUSED, ENDLESS = "a >= b -> a > b", "not a -> not not a", "steps -= 1 -> steps += 1"
+EQUAL, UNUSED, ENDLESS = "a >= b -> a > b", "not a -> not not a", "steps += 1 -> steps -= 1"
 RUN_BY_A_FIXTURE = {"SIZE * 4 -> SIZE / 4", "4 -> 5"}  # before the fork
 RUN_BY_AN_IMPORT = {"7 -> 8", "2 -> 3"}  # not tried in a fork
 RUN = """
@@ -66,7 +67,7 @@ from pathlib import Path
 import pytest
 from tests.mutation import trial
 from tests.mutation.operators import mutants
-trial.limit = lambda mutant, records, least=0: 1.5 if "+= 1" in mutant.text else 60.0
+trial.limit = lambda mutant, records: 2.0
 file = Path("planted.py").resolve()
 everything = mutants(file.read_text())
 serving = trial.serve(["prepare.py", "test_planted.py"], file, everything)
