@@ -30,12 +30,14 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Literal, TextIO
 
+import hypothesis
 import pytest
+from hypothesis import Phase
 
 from tests.mutation.operators import Mutant, mutate
 
 # Imported once; modules of this package must not be, since processes import them with their own mutant.
-HEAVY = ("hypothesis", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors.torch", "scipy.stats",
+HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors.torch", "scipy.stats",
          "sklearn.cluster", "tokenizers", "torch", "transformers", "transformers.models.gpt2.modeling_gpt2",
          "transformers.models.llama.modeling_llama", "typer")  # fmt: skip
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a fork has none but its own thread
@@ -293,6 +295,9 @@ def _pytest(arguments: Sequence[str], plugins: Sequence[Any]) -> int:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    # The first failure will do, and is no example for the next run.
+    hypothesis.settings.register_profile("mutants", database=None, phases=(Phase.explicit, Phase.generate))
+    hypothesis.settings.load_profile("mutants")
     return int(pytest.main(["-q", "--tb=short", *OPTIONS, *arguments], plugins=plugins))
 
 
