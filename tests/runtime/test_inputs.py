@@ -147,7 +147,7 @@ def test_one_limit_of_new_tokens_or_one_per_row() -> None:
     assert token_limits([1, 5], 2) == [1, 5]
     for wrong, message in (([1, 0], "at least 1, got 0"), (0, "at least 1, got 0"), ([1], "1 values .* for 2")):
         with pytest.raises(InputError, match=message):
-            token_limits(wrong, 2)  # type: ignore[arg-type]
+            token_limits(wrong, 2)
 
 
 def test_what_holds_several_values() -> None:
