@@ -36,6 +36,7 @@ from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
 from tests.rounding import nearest
+from tests.verification import CACHE_FAULTS, damage_cache
 
 
 @pytest.fixture(scope="module")
@@ -305,38 +306,14 @@ def test_one_percent_of_another_row_is_caught(
     assert not any(check.passed for check in parity.check_batching(runtime, rows, gate))
 
 
-def _a_position_early(cache: Any) -> None:
-    """The next token overwrites the last."""
-    cache.lengths = cache.lengths - 1
-
-
-def _past_dropped(cache: Any) -> None:
-    """The first half of what every row has read."""
-    for buffer in cache.buffers:
-        for row, length in enumerate(cache.lengths.tolist()):
-            buffer[row, :, : length // 2] = 0
-
-
-def _cache_of_another_row(cache: Any) -> None:
-    for buffer in cache.buffers:
-        buffer[:] = np.roll(buffer, 1, axis=0)
-
-
-@pytest.mark.parametrize("fault", [None, _a_position_early, _past_dropped, _cache_of_another_row])
+@pytest.mark.parametrize("fault", [None, *CACHE_FAULTS])
 def test_the_gates_catch_a_wrong_cache(
     fault: Any, tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the KL divergence alone: a single logit is not limited in int8."""
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
-    prefill = runtime.decoder.prefill
-
-    def damaged(*arguments: Any) -> Any:
-        logits, cache = prefill(*arguments)
-        if fault:
-            fault(cache)
-        return logits, cache
-
-    monkeypatch.setattr(runtime.decoder, "prefill", damaged)
+    if fault:
+        damage_cache(runtime, fault, monkeypatch)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
     checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
     means = [check for check in checks if "KL, mean" in check.name]
