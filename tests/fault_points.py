@@ -6,26 +6,35 @@ the disk full or read-only from then on. Prints what must not be, one JSON line 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import torch
 
 import chameleon_deploy
-from chameleon_deploy import local_cache
+from chameleon_deploy import local_cache, remote
+from chameleon_deploy.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
+from tests.ports import free_port
 from tests.shared_data import good_bundle
 
 ACTIONS = {"kill": (0, False), "EIO": (errno.EIO, False), "ENOSPC": (errno.ENOSPC, True), "EROFS": (errno.EROFS, True)}
@@ -51,6 +60,56 @@ def export_target(directory: Path) -> Target:
     random_checkpoint(directory / "checkpoint", "mini")
     checkpoint = load_checkpoint(directory / "checkpoint")
     return Target(lambda at: export_bundle(checkpoint, at / "new", None), _bundle_fault, ".new.partial")
+
+
+def adapter_target(directory: Path) -> Target:
+    """An adapter file that takes the place of another."""
+    spec = msgspec.structs.replace(open_bundle(GOOD).manifest.adaptation, base_digest="0" * 64)
+    versions = [{name: np.full((2, width), value, np.float32) for name, width in spec.factor_widths.items()}
+                for value in (1, 2)]  # fmt: skip
+
+    def write(at: Path) -> None:
+        with suppress(OSError):  # of this test's own directory: the adapter cannot be written then
+            (at / "new").mkdir(exist_ok=True)
+        for version in versions:
+            write_adapter(at / "new" / "legal.safetensors", version, spec)
+
+    def fault(at: Path, code: int) -> str | None:
+        file = at / "new" / "legal.safetensors"
+        if not file.exists():
+            return "it is missing" if code == DONE else None
+        try:
+            found = read_adapter(file, spec)
+        except ChameleonError as error:
+            return str(error)
+        allowed = versions[1:] if code == DONE else versions
+        is_whole = any(all((found[name] == version[name]).all() for name in version) for version in allowed)
+        return None if is_whole else "it is no version of the adapter"
+
+    return Target(write, fault, "new")
+
+
+def download_target(directory: Path) -> Target:
+    """A bundle that comes from an HTTP server into the local cache."""
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(GOOD.parent), str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    while not _listens(port):
+        time.sleep(0.1)
+
+    def fetch(at: Path) -> None:
+        os.environ["CHAMELEON_DEPLOY_CACHE"] = str(at / "cache")
+        found = remote.fetch(f"http://127.0.0.1:{port}/{GOOD.name}")
+        if digests(found) != digests(GOOD):
+            raise RuntimeError("the download is another bundle")
+
+    return Target(fetch, _cache_fault, "cache")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def plain_target(directory: Path) -> Target:
@@ -88,7 +147,13 @@ def _cache_fault(directory: Path, code: int) -> str | None:
     return f"{damaged} is not intact" if damaged else None
 
 
-TARGETS = {"export": export_target, "plain": plain_target, "cache": cache_target}
+TARGETS = {
+    "export": export_target,
+    "adapter": adapter_target,
+    "cache": cache_target,
+    "download": download_target,
+    "plain": plain_target,
+}
 
 
 class Faults:

@@ -15,7 +15,7 @@ from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
 from chameleon_deploy.runtime.logits import HostLogits, Logits
 from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.schedule import chunk_length
+from chameleon_deploy.runtime.schedule import chunk_length, joined
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import Stream
@@ -87,10 +87,13 @@ class Batch(Protocol):
     def drop(self, gone: Collection[Member]) -> None: ...
 
     def prefill(self) -> int:
-        """Prefill one chunk of a prompt. Returns the number of its tokens.
+        """Prefill one chunk of a prompt, or several whole prompts that are no longer. Returns the number of tokens.
 
-        An exception of the decoder concerns members[ready] only.
+        An exception of the decoder concerns those of `to_prefill` only.
         """
+
+    def to_prefill(self) -> list[Member]:
+        """Return the members whose prompts the next call of the decoder prefills."""
 
     def to_step(self) -> list[Member]:
         """Return members[:n], the input of the decoder's next step, without those that have logits already."""
@@ -150,7 +153,7 @@ class ContinuousBatch:
         forked = tokens = 0
         while self.ready < len(self.members):
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
-            stop = len(prompt.ids) - self._left_to_step
+            stop = self._prefilled(prompt)
             sibling = self._sibling(prompt) if start == 0 else None
             if start == stop:
                 self.ready += 1
@@ -158,23 +161,41 @@ class ContinuousBatch:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
             elif sibling is None and not tokens:
-                tokens = self._prefill_chunk(self.members[self.ready], start, stop)
+                tokens = self._prefill_chunks(start)
             else:
                 break
         return tokens
+
+    def _prefilled(self, prompt: Prompt) -> int:
+        """Return how many tokens of a prompt the prefill reads."""
+        return len(prompt.ids) - self._left_to_step
 
     def _sibling(self, prompt: Prompt) -> int | None:
         """Return a member with the same, already prefilled prompt."""
         return next((i for i in range(self.ready) if self.members[i].prompt is prompt), None)
 
-    def _prefill_chunk(self, member: Member, start: int, stop: int) -> int:
-        prompt, tokens = member.prompt, chunk_length(stop - start, self._chunk_tokens)
-        num_logits = int(start + tokens == len(prompt.ids))
-        factors = self._table.set_of(member.key)
-        logits = self._slots.prefill(self.ready, prompt.ids[start : start + tokens], factors, num_logits)
+    def to_prefill(self) -> list[Member]:
+        unread = [self.members[self.ready]]
+        for member in self.members[self.ready + 1 :]:
+            if self._sibling(member.prompt) is not None or any(member.prompt is other.prompt for other in unread):
+                break  # it is forked later
+            unread.append(member)
+        # The decoder appends tokens to a cache that is not empty for a single row only.
+        is_begun = self._slots.lengths[self.ready] > 0
+        return unread[: 1 if is_begun else joined([self._prefilled(m.prompt) for m in unread], self._chunk_tokens)]
+
+    def _prefill_chunks(self, start: int) -> int:
+        """Prefill the next tokens of `to_prefill`, of which all have `start` tokens already."""
+        members = self.to_prefill()
+        stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._chunk_tokens) for m in members]
+        chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
+        num_logits = int(stops[0] == len(members[0].prompt.ids))
+        factors = _row_factors(self._table, members) if len(members) > 1 else self._table.set_of(members[0].key)
+        logits = self._slots.prefill(self.ready, chunks, factors, num_logits)
         if num_logits:
-            prompt.logits = logits[0]
-        return tokens
+            for member, after_last in zip(members, logits[:, 0], strict=True):
+                member.prompt.logits = after_last
+        return sum(map(len, chunks))
 
     def to_step(self) -> list[Member]:
         return [member for member in self.members[: self.ready] if self._left_to_step or member.row.token_ids]
@@ -222,6 +243,9 @@ class StaticBatch:
 
     def prefill(self) -> int:
         return 0
+
+    def to_prefill(self) -> list[Member]:
+        return []
 
     def to_step(self) -> list[Member]:
         return self.members

@@ -1,4 +1,4 @@
-"""The work of the engine's thread: iterations, each with a prefill chunk and a step of all ready rows."""
+"""The work of the engine's thread: iterations, each with a call that prefills and a step of all ready rows."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Loop:
         try:
             self._report.chunk_tokens = self.batch.prefill()
         except Exception as error:
-            self._end_all([self.batch.members[self.batch.ready]], error)
+            self._end_all(self.batch.to_prefill(), error)
         self._report.chunk = time.perf_counter() - started
 
     def _step(self) -> None:

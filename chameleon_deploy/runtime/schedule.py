@@ -1,15 +1,17 @@
-"""The decisions of the engine: which row is admitted next, and how long a prefill chunk is.
+"""The decisions of the engine: which row is admitted next, and what is prefilled in one call.
 
 Admission is first come, first served, with a bounded number of exceptions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableSequence
+from collections.abc import Callable, Hashable, MutableSequence, Sequence
 from typing import Protocol, TypeVar
 
 # How often rows with a resident factor set may overtake a row whose set has no room.
 MAX_OVERTAKES = 16
+# A call of the decoder takes the time of so many more tokens, since it reads all weights.
+CALL_TOKENS = 32
 
 
 class Waiting(Protocol):
@@ -52,3 +54,23 @@ def chunk_length(remaining: int, chunk_tokens: int) -> int:
     int8.
     """
     return chunk_tokens - 1 if remaining == chunk_tokens + 1 else min(remaining, chunk_tokens)
+
+
+def joined(lengths: Sequence[int], chunk_tokens: int) -> int:
+    """Return how many of the first prompts to prefill in one call, at least 1.
+
+    The call pads them to the longest: to chunk_tokens in all, and by no more than the calls that it saves are worth.
+    Prompts of less than two tokens are alone: the decoder would run one token as a step, which rounds differently in
+    int8.
+
+    lengths  of whole prompts
+    """
+    longest = tokens = 0
+    for count, length in enumerate(lengths):
+        longest, tokens = max(longest, length), tokens + length
+        padded = (count + 1) * longest
+        if count and (
+            min(length, lengths[0]) < 2 or padded > chunk_tokens or padded - tokens > count * CALL_TOKENS
+        ):  # fmt: skip
+            return count
+    return len(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.errors import LengthError
-from chameleon_deploy.runtime.bound_call import BoundCall, Graph
+from chameleon_deploy.runtime.bound_call import Array, BoundCall, Graph
+from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.factors import RowFactors
 
 
@@ -36,6 +38,7 @@ class Slots:
             self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
         except (MemoryError, ValueError) as error:
             raise LengthError(f"no memory for a cache of {rows} rows of {capacity} tokens: pass less") from error
+        self._memory = np.empty(0, dtype)
         self.logits = np.empty((rows, model.vocab_size), np.float32)
         self._graph = graph
         self._steps: dict[int, BoundCall] = {}  # by number of rows
@@ -44,22 +47,43 @@ class Slots:
         """Begin a new, empty row."""
         self.lengths[row] = 0
 
-    def prefill(self, row: int, token_ids: Sequence[int], factors: RowFactors, num_logits: int = 0) -> FloatArray:
-        """Append tokens to a row.  -> logits float32 [num_logits, vocab], 0 or 1: after the last token
+    def prefill(
+        self, first: int, rows: Sequence[Sequence[int]], factors: RowFactors, num_logits: int = 0
+    ) -> FloatArray:
+        """Append tokens to the rows first, first + 1, ...  -> logits float32 [n, num_logits, vocab]
 
-        factors  of this row
+        Several rows must be empty: GroupQueryAttention appends several tokens to a non-empty cache for a single row
+        only.
+
+        factors     of these rows
+        num_logits  0, or 1 for the logits after each row's last token
         """
-        start, width = int(self.lengths[row]), len(token_ids)
-        call = BoundCall(self._graph, 1, width, 1, num_logits, self._cache[:, row : row + 1])
+        input_ids, mask = pad(rows)
+        batch, width = input_ids.shape
+        start, added = int(self.lengths[first]), mask.sum(1)
+        place = self._cache[:, first : first + batch]
+        # ONNX Runtime writes the whole rows of an empty cache, and its attention scores are as wide as they are.
+        cache = place if start else self._fresh(batch, width)
+        call = BoundCall(self._graph, batch, width, 1, num_logits, cache)
         call.bind_factors(factors)
-        call.input_ids[0] = token_ids
-        call.position_ids[0] = np.arange(start, start + width)
-        call.logits_positions[...] = width - 1
-        call.seqlens_k[...] = start + width - 1
+        call.input_ids[:] = input_ids
+        call.position_ids[:] = start + np.arange(width)
+        call.logits_positions[:, 0] = added - 1
+        call.seqlens_k[:] = start + added - 1
         call.total_sequence_length[...] = start + width
         logits = call.run()
-        self.lengths[row] += width
-        return np.asarray(logits[0])
+        if not start:
+            place[:, :, :, :width] = cache
+        self.lengths[first : first + batch] += added
+        return logits
+
+    def _fresh(self, batch: int, width: int) -> Array:
+        """Return a cache of `width` tokens per row, in memory that the next call reuses."""
+        parts, _, heads, _, size = self._cache.shape
+        shape = parts, batch, heads, width, size
+        if self._memory.size < math.prod(shape):
+            self._memory = np.empty(math.prod(shape), self._cache.dtype)
+        return self._memory[: math.prod(shape)].reshape(shape)
 
     def step(self, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
         """Append one token to each of the rows 0..n-1.  [n] -> logits float32 [n, vocab], valid until the next step

@@ -19,7 +19,7 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode where a request names none.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are generated at a time.")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="Rows that may wait; more are refused with 429.")] = 256,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 128,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two steps.")] = 256,
     capacity: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row, prompt and answer; default: the model's positions.")
     ] = None,

@@ -22,7 +22,7 @@ constexpr const char* kHelp = R"(chameleon-server BUNDLE [options]
   --mode MODE             adaptation mode where a request names none
   --rows N                rows that are generated at a time (8)
   --max-waiting N         rows that may wait; more are refused with 429 (256)
-  --prefill-tokens N      prompt tokens read between two steps (128)
+  --prefill-tokens N      prompt tokens read between two steps (256)
   --capacity N            tokens of a row, prompt and answer (the model's positions)
   --max-factor-sets N     factor sets of the running rows (as many as --rows)
   --adapters DIR          let requests load adapter files of this directory

@@ -183,7 +183,7 @@ CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generati
 typedef struct {
   size_t rows;             /* places in the batch; 8 by default */
   size_t max_waiting;      /* rows that may wait for a place; 256 by default */
-  size_t prefill_tokens;   /* prompt tokens prefilled between two steps of the running rows; 128 by default */
+  size_t prefill_tokens;   /* prompt tokens prefilled between two steps of the running rows; 256 by default */
   size_t max_factor_sets;  /* different factor sets in the batch at a time; as many as rows by default */
   double cohort_window_ms; /* how long a submit waits for others that join its cohort */
   size_t capacity;         /* tokens per row that the key-value cache holds; the model's positions by default */

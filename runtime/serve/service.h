@@ -27,7 +27,7 @@ struct Settings {
   TrustedKeys trusted_keys;
   std::size_t rows = 8;
   std::size_t max_waiting = 256;
-  std::size_t prefill_tokens = 128;
+  std::size_t prefill_tokens = 256;
   std::optional<std::size_t> capacity;
   std::optional<std::size_t> max_factor_sets;
   std::optional<std::filesystem::path> adapters;  ///< directory of the files that requests may load

@@ -64,20 +64,34 @@ void ContinuousBatch::move(std::size_t source, std::size_t target) {
   members_[target] = members_[source];
 }
 
+/// The last token of a prompt may be left to the step.
+std::size_t ContinuousBatch::length_to_prefill(const Member& member) const {
+  return member.prompt->ids.size() - left_to_step_;
+}
+
+std::size_t ContinuousBatch::to_prefill() const {
+  // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
+  if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
+  std::vector<std::size_t> lengths;
+  for (std::size_t place = ready_; place < members_.size() && !sibling(place); ++place) {
+    lengths.push_back(length_to_prefill(*members_[place]));
+  }
+  return joined(lengths, chunk_tokens_);
+}
+
 std::size_t ContinuousBatch::prefill() {
   std::size_t forked = 0, tokens = 0;
   while (ready_ < members_.size()) {
-    Member& member = *members_[ready_];
     const auto start = static_cast<std::size_t>(slots_->lengths()[ready_]);
-    const std::size_t stop = member.prompt->ids.size() - left_to_step_;
-    const auto read_already = start == 0 ? sibling(*member.prompt) : std::nullopt;
+    const std::size_t stop = length_to_prefill(*members_[ready_]);
+    const auto read_already = start == 0 ? sibling(ready_) : std::nullopt;
     if (start == stop) {
       ++ready_;
     } else if (read_already && forked < chunk_tokens_ * kForkedPerPrefill) {
       slots_->fork(*read_already, ready_, static_cast<std::int64_t>(stop));
       forked += stop;
     } else if (!read_already && tokens == 0) {
-      tokens = prefill_chunk(member, start, stop);
+      tokens = prefill_chunks(start);
     } else {
       break;
     }
@@ -85,20 +99,31 @@ std::size_t ContinuousBatch::prefill() {
   return tokens;
 }
 
-/// A member with the same, already prefilled prompt.
-std::optional<std::size_t> ContinuousBatch::sibling(const Prompt& prompt) const {
-  for (std::size_t place = 0; place < ready_; ++place) {
-    if (members_[place]->prompt.get() == &prompt) return place;
+/// A member before this one with the same prompt.
+std::optional<std::size_t> ContinuousBatch::sibling(std::size_t place) const {
+  for (std::size_t other = 0; other < place; ++other) {
+    if (members_[other]->prompt == members_[place]->prompt) return other;
   }
   return std::nullopt;
 }
 
-std::size_t ContinuousBatch::prefill_chunk(Member& member, std::size_t start, std::size_t stop) {
-  const auto ids = member.prompt->ids;
-  const std::size_t tokens = chunk_length(stop - start, chunk_tokens_);
-  const bool wants_logits = start + tokens == ids.size();
-  auto logits = slots_->prefill(ready_, ids.subspan(start, tokens), table_.set_of(member.key()), wants_logits);
-  if (wants_logits) member.prompt->logits = std::move(logits);
+std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
+  const auto members = std::span(members_).subspan(ready_, to_prefill());
+  std::vector<std::span<const std::int64_t>> chunks;
+  std::size_t tokens = 0;
+  for (const auto& member : members) {
+    const std::size_t length = chunk_length(length_to_prefill(*member) - start, chunk_tokens_);
+    chunks.push_back(member->prompt->ids.subspan(start, length));
+    tokens += length;
+  }
+  const RowFactors factors = members.size() == 1 ? table_.set_of(members[0]->key()) : row_factors(table_, members);
+  const bool wants_logits = start + chunks[0].size() == members[0]->prompt->ids.size();
+  const std::vector<float> logits = slots_->prefill(ready_, chunks, factors, wants_logits);
+  const std::size_t vocab = logits.size() / members.size();
+  for (std::size_t row = 0; wants_logits && row < members.size(); ++row) {
+    const auto own = std::span(logits).subspan(row * vocab, vocab);
+    members[row]->prompt->logits.assign(own.begin(), own.end());
+  }
   return tokens;
 }
 

@@ -57,8 +57,10 @@ class Batch {
   virtual void admit(std::shared_ptr<Member> member) = 0;
   /// Remove the members that have ended.
   virtual void drop_ended() = 0;
-  /// Prefill one chunk of a prompt. Returns the number of its tokens. An exception of the decoder concerns
-  /// members()[ready()] only.
+  /// The members in the decoder's next prefill: so many, beginning with members()[ready()].
+  [[nodiscard]] virtual std::size_t to_prefill() const = 0;
+  /// Prefill one chunk of a prompt, or several whole prompts that are no longer together. Returns the number of their
+  /// tokens. An exception of the decoder concerns those of `to_prefill` only.
   virtual std::size_t prefill() = 0;
   /// The members in the decoder's next step: those that are ready, without those that have logits already.
   [[nodiscard]] virtual std::size_t to_step() const = 0;
@@ -87,6 +89,7 @@ class ContinuousBatch final : public Batch {
   [[nodiscard]] std::size_t room() const override { return slots_->lengths().size() - members_.size(); }
   void admit(std::shared_ptr<Member> member) override;
   void drop_ended() override;
+  [[nodiscard]] std::size_t to_prefill() const override;
   std::size_t prefill() override;
   [[nodiscard]] std::size_t to_step() const override;
   void step() override;
@@ -95,8 +98,9 @@ class ContinuousBatch final : public Batch {
  private:
   void drop(std::size_t place);
   void move(std::size_t source, std::size_t target);
-  [[nodiscard]] std::optional<std::size_t> sibling(const Prompt& prompt) const;
-  std::size_t prefill_chunk(Member& member, std::size_t start, std::size_t stop);
+  [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
+  [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
+  std::size_t prefill_chunks(std::size_t start);
 
   std::unique_ptr<Slots> slots_;
   const FactorTable& table_;
@@ -114,6 +118,7 @@ class StaticBatch final : public Batch {
   [[nodiscard]] std::size_t room() const override { return cache_ == nullptr ? rows_ - members_.size() : 0; }
   void admit(std::shared_ptr<Member> member) override { members_.push_back(std::move(member)); }
   void drop_ended() override;
+  [[nodiscard]] std::size_t to_prefill() const override { return 0; }
   std::size_t prefill() override { return 0; }
   [[nodiscard]] std::size_t to_step() const override { return members_.size(); }
   void step() override;

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "chameleon/error.h"
+#include "factors.h"
 
 namespace chameleon {
 
@@ -21,6 +22,7 @@ SharedCacheGraph::SharedCacheGraph(Ort::Session opened, const Manifest& manifest
     }
   }
   for (const auto& [name, width] : manifest.adaptation.factor_widths()) factors.push_back(name);
+  has_columns = !std::ranges::all_of(factors, in_head);
 }
 
 std::size_t SharedCacheGraph::row_bytes(std::size_t capacity) const {
@@ -37,16 +39,17 @@ std::size_t SharedCacheGraph::cache_bytes(std::size_t rows, std::size_t capacity
   return rows * row;
 }
 
-void CacheBuffers::copy_row(const SharedCacheGraph& graph, std::size_t source, std::size_t target,
-                            std::size_t length) const {
-  const std::size_t row_size = graph.row_bytes(capacity);
+void CacheBuffers::copy_row(const SharedCacheGraph& graph, const CacheBuffers& other, std::size_t source,
+                            std::size_t target, std::size_t length) const {
   const auto heads = static_cast<std::size_t>(graph.model.num_key_value_heads);
-  const std::size_t head_size = row_size / heads, used = graph.row_bytes(length) / heads;
+  const std::size_t used = graph.row_bytes(length) / heads;
+  const auto head_of = [&](const CacheBuffers& buffers, std::size_t buffer, std::size_t row, std::size_t head) {
+    return buffers.memory +
+           ((buffer * buffers.rows + row) * heads + head) * (graph.row_bytes(buffers.capacity) / heads);
+  };
   for (std::size_t buffer = 0; buffer < graph.past.size(); ++buffer) {
-    std::byte* rows_of_buffer = memory + buffer * rows * row_size;
     for (std::size_t head = 0; head < heads; ++head) {
-      std::memcpy(rows_of_buffer + target * row_size + head * head_size,
-                  rows_of_buffer + source * row_size + head * head_size, used);
+      std::memcpy(head_of(*this, buffer, target, head), head_of(other, buffer, source, head), used);
     }
   }
 }
@@ -95,6 +98,10 @@ BoundCall::BoundCall(const SharedCacheGraph& graph, const CacheBuffers& cache, s
     input_names_.push_back(name.c_str());
     inputs_.emplace_back(nullptr);
   }
+  if (graph.has_columns) {
+    input_names_.push_back("column_ids");
+    inputs_.emplace_back(nullptr);
+  }
 }
 
 void BoundCall::append_to(std::span<const std::int64_t> lengths) {
@@ -124,8 +131,19 @@ void BoundCall::bind_factors(const FactorSets& sets) {
       std::ranges::equal(sets.tensors, sets_.tensors, same_memory)) {
     return;
   }
-  auto bound = inputs_.end() - static_cast<std::ptrdiff_t>(graph_.factors.size());
-  for (const auto& [name, values] : sets.tensors) *bound++ = factor_tensor(sets, values);
+  auto bound = inputs_.end() - static_cast<std::ptrdiff_t>(graph_.factors.size() + (graph_.has_columns ? 1 : 0));
+  const std::int64_t columns = sets.count * sets.rank;
+  for (const auto& [name, values] : sets.tensors) {
+    *bound++ = in_head(name) ? factor_tensor(sets, values)
+                             : tensor_over(values, {columns, static_cast<std::int64_t>(values.size()) / columns});
+  }
+  if (graph_.has_columns) {
+    column_ids_.resize(static_cast<std::size_t>(columns));
+    for (std::int64_t column = 0; column < columns; ++column) {
+      column_ids_[static_cast<std::size_t>(column)] = column / sets.rank;
+    }
+    *bound = tensor_over<std::int64_t>(column_ids_, {columns});
+  }
   sets_ = sets;
 }
 

@@ -91,7 +91,9 @@ void Loop::prefill() {
   try {
     result_.iteration.chunk_tokens = batch_.prefill();
   } catch (const std::exception& error) {
-    end(*batch_.members()[batch_.ready()], FinishReason::error, as_error(error));
+    for (const auto& member : std::span(batch_.members()).subspan(batch_.ready(), batch_.to_prefill())) {
+      end(*member, FinishReason::error, as_error(error));
+    }
   }
   result_.iteration.chunk = Clock::now() - started;
 }

@@ -39,6 +39,25 @@ std::size_t prefix_length(std::span<const Candidate> candidates, double sum, con
   return static_cast<std::size_t>(last - candidates.begin()) + 1;
 }
 
+/// The highest value, or NaN where there is one.
+float highest_or_nan(std::span<const float> values) {
+  // Lanes, which compilers turn into vector instructions: the maximum of one lane is a chain of dependent comparisons.
+  constexpr std::size_t kLanes = 32;
+  std::array<float, kLanes> highest;
+  highest.fill(-kInfinity);
+  int nans = 0;
+  const auto take = [&](std::size_t lane, float value) {
+    highest[lane] = value > highest[lane] ? value : highest[lane];
+    nans += value != value;
+  };
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) take(lane, values[i + lane]);
+  }
+  for (; i < values.size(); ++i) take(0, values[i]);
+  return nans > 0 ? std::numeric_limits<float>::quiet_NaN() : std::ranges::max(highest);
+}
+
 std::size_t finite_argmax(std::span<const float> logits) {
   const std::size_t best = argmax(logits);
   if (!std::isfinite(logits[best])) {
@@ -160,23 +179,21 @@ double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
 }
 
 std::size_t argmax(std::span<const float> values) {
-  // Lanes, which compilers turn into vector instructions: the maximum of one lane is a chain of dependent comparisons.
-  constexpr std::size_t kLanes = 32;
-  std::array<float, kLanes> highest;
-  highest.fill(-kInfinity);
-  int nans = 0;
-  const auto take = [&](std::size_t lane, float value) {
-    highest[lane] = value > highest[lane] ? value : highest[lane];
-    nans += value != value;
-  };
-  std::size_t i = 0;
-  for (; i + kLanes <= values.size(); i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) take(lane, values[i + lane]);
+  // In blocks, so that the index is looked for in one of them only.
+  constexpr std::size_t kBlock = 1024;
+  std::span<const float> best = values.first(std::min(kBlock, values.size()));
+  float highest = -kInfinity;
+  for (std::size_t first = 0; first < values.size(); first += kBlock) {
+    const auto block = values.subspan(first, std::min(kBlock, values.size() - first));
+    const float own = highest_or_nan(block);
+    if (own <= highest) continue;
+    best = block;
+    highest = own;
+    if (std::isnan(own)) break;
   }
-  for (; i < values.size(); ++i) take(0, values[i]);
-  const auto found = nans > 0 ? std::ranges::find_if(values, [](float value) { return std::isnan(value); })
-                              : std::ranges::find(values, std::ranges::max(highest));
-  return static_cast<std::size_t>(found - values.begin());
+  const auto found =
+      std::ranges::find_if(best, [highest](float value) { return value == highest || std::isnan(value); });
+  return static_cast<std::size_t>((best.data() - values.data()) + (found - best.begin()));
 }
 
 std::int64_t choose(std::span<const float> logits, const TokenCounts& counts, const Sampling& sampling, double u,

@@ -128,7 +128,7 @@ void SharedCacheDecoder::select(Cache& any_cache, std::span<const std::size_t> r
   auto& cache = dynamic_cast<SharedCache&>(any_cache);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (i == rows[i]) continue;
-    cache.buffers.copy_row(graph_, rows[i], i, static_cast<std::size_t>(cache.lengths[rows[i]]));
+    cache.buffers.copy_row(graph_, cache.buffers, rows[i], i, static_cast<std::size_t>(cache.lengths[rows[i]]));
     cache.lengths[i] = cache.lengths[rows[i]];
   }
   cache.lengths.resize(rows.size());
@@ -166,7 +166,7 @@ std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, co
 }
 
 std::unique_ptr<Slots> SharedCacheDecoder::slots(std::size_t rows, std::size_t capacity) const {
-  return std::make_unique<Slots>(graph_, rows, capacity);
+  return std::make_unique<Slots>(graph_, spare_, rows, capacity);
 }
 
 std::unique_ptr<BoundCall> SharedCacheDecoder::read(Rows rows, const RowFactors& factors, const CacheBuffers& cache,

@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "bound_call.h"
+#include "shared_cache.h"
 
 namespace chameleon {
 
@@ -12,8 +12,8 @@ namespace chameleon {
 class Slots {
  public:
   /// Throws LengthError where there is no memory for the cache.
-  /// graph: must outlive this
-  Slots(const SharedCacheGraph& graph, std::size_t rows, std::size_t capacity);
+  /// graph, spare: must outlive this
+  Slots(const SharedCacheGraph& graph, SpareMemory& spare, std::size_t rows, std::size_t capacity);
 
   /// Tokens of each row in the cache, [rows].
   [[nodiscard]] std::span<const std::int64_t> lengths() const { return lengths_; }
@@ -25,10 +25,11 @@ class Slots {
   /// Begin a new, empty row.
   void admit(std::size_t row) { lengths_[row] = 0; }
 
-  /// Append tokens to a row. Returns the logits [vocab] after the last token, or nothing without `wants_logits`.
-  /// factors: of this row
-  std::vector<float> prefill(std::size_t row, std::span<const std::int64_t> token_ids, const RowFactors& factors,
-                             bool wants_logits);
+  /// Append tokens to the rows first, first + 1, ... Several rows must be empty: GroupQueryAttention appends several
+  /// tokens to a cache that is not empty for a single row only. Returns the logits [n, vocab] after the last token of
+  /// each row, or nothing without `wants_logits`.
+  /// factors: of these rows
+  std::vector<float> prefill(std::size_t first, Rows rows, const RowFactors& factors, bool wants_logits);
 
   /// Append one token to each of the rows 0..n-1, and write the logits after it.
   /// factors: of these rows
@@ -41,6 +42,7 @@ class Slots {
 
  private:
   const SharedCacheGraph& graph_;
+  SpareMemory& spare_;
   std::vector<std::int64_t> lengths_;
   std::unique_ptr<std::byte[]> memory_;  // becomes resident only where it is written
   CacheBuffers cache_;

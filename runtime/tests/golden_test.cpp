@@ -139,7 +139,7 @@ TEST(Sampling, AMaskThatAllowsNothing) {
 TEST(Sampling, ArgmaxIsNumpys) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  for (const std::size_t size : {1, 2, 15, 16, 17, 40, 1000}) {
+  for (const std::size_t size : {1, 2, 15, 16, 17, 40, 1000, 2100}) {
     std::vector<float> values(size, -infinity);
     EXPECT_EQ(argmax(values), 0U);
     for (std::size_t at = 0; at < size; ++at) {
@@ -149,6 +149,8 @@ TEST(Sampling, ArgmaxIsNumpys) {
       values.back() = 2;
       EXPECT_EQ(argmax(values), at);
       values[at] = nan;
+      EXPECT_EQ(argmax(values), at);
+      values.back() = nan;
       EXPECT_EQ(argmax(values), at);
     }
   }

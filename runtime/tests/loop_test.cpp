@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "runtime_impl.h"
+#include "schedule.h"
 #include "shared_data.h"
 #include "submission.h"
 
@@ -129,6 +130,47 @@ TEST(Loop, TheGapBetweenTwoTokensIsOneChunkAndOneStep) {
     read += iteration.chunk_tokens;
   }
   EXPECT_EQ(read, 27U + 2U + 24U + 19U);
+}
+
+TEST(Loop, PromptsAreReadTogetherWhereThatSavesTime) {
+  const auto joined_of = [](std::vector<std::size_t> lengths, std::size_t chunk) { return joined(lengths, chunk); };
+  EXPECT_EQ(joined_of({}, 8), 0U);
+  EXPECT_EQ(joined_of({40}, 8), 1U);
+  EXPECT_EQ(joined_of({40, 2}, 8), 1U);
+  EXPECT_EQ(joined_of({4, 4, 2}, 8), 2U);
+  EXPECT_EQ(joined_of({2, 2, 3}, 8), 2U);  // three rows of 3 are 9
+  EXPECT_EQ(joined_of({2, 1, 2}, 8), 1U);  // a single token is read as by a step
+  EXPECT_EQ(joined_of({1, 2}, 8), 1U);
+  EXPECT_EQ(joined_of({40, 8}, 128), 2U);  // as much padding as a call is worth
+  EXPECT_EQ(joined_of({40, 7}, 128), 1U);
+  EXPECT_EQ(joined_of({40, 24, 24}, 128), 3U);
+}
+
+TEST(Loop, PromptsThatAreReadTogetherAreAsIfAlone) {
+  Bench bench(*runtime().impl().decoder);
+  const std::vector<Mode> modes = {Mode::request, Mode::none, Mode::centroid};
+  std::vector<Stream> streams;
+  for (std::size_t i = 0; i < modes.size(); ++i) streams.push_back(bench.submit(prompt_of(5 - i), modes[i]));
+  EXPECT_EQ(bench.iterate().chunk_tokens, 4U + 3U);  // the third would be beyond the chunk of 8
+  EXPECT_EQ(bench.batch->ready(), 2U);
+  bench.run();
+  for (std::size_t i = 0; i < modes.size(); ++i) {
+    EXPECT_EQ(streams[i].result()[0].token_ids, alone(streams[i].prompts()[0], modes[i], 20));
+  }
+}
+
+TEST(Loop, APrefillThatFailsEndsTheRowsInIt) {
+  Bench bench(*runtime().impl().decoder);
+  const std::vector<Stream> inside = {bench.submit(prompt_of(5)), bench.submit(prompt_of(4))};
+  static const TokenIds outside_the_vocabulary(4, 1'000'000);
+  bench.loop.waiting().back()->prompt->ids = outside_the_vocabulary;
+  const Stream outside = bench.submit(prompt_of(3));
+  bench.run();
+  for (const Stream& stream : inside) {
+    ASSERT_TRUE(stream.result()[0].error.has_value());
+    EXPECT_STREQ(stream.result()[0].error->code(), RequestError::code_word);
+  }
+  EXPECT_EQ(outside.result()[0].token_ids, alone(outside.prompts()[0], Mode::none, 20));
 }
 
 TEST(Loop, NobodyStarves) {

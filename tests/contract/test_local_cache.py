@@ -210,6 +210,14 @@ def test_old_entries_are_deleted() -> None:
     assert not old.exists()
 
 
+def test_entries_of_a_clock_that_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = _entry("new", 10, 0), time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 10**9)
+    assert prune(max_age=60) == []
+    assert find("engines", {"name": "new"}) == path
+    assert [entry.path for entry in prune(max_bytes=0)] == [path]
+
+
 def test_the_least_recently_used_entries_are_deleted() -> None:
     paths = [_entry(name, 1000, days) for days, name in enumerate("abcd")]
     size = stored()[0].size

@@ -6,6 +6,7 @@ CHAMELEON_REQUESTS=10000 sends as many under load; a run of the suite sends a fe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import threading
@@ -256,6 +257,14 @@ def test_a_deadline_ends_a_row_that_runs_and_one_that_waits(engine: Engine) -> N
     until(lambda: engine.stats().factor_sets == 0)
 
 
+@pytest.mark.parametrize("jump", [10**9, -(10**9)])
+def test_a_clock_that_is_set_ends_no_request(engine: Engine, monkeypatch: pytest.MonkeyPatch, jump: int) -> None:
+    clock = itertools.count(time.time(), jump)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    stream = engine.submit(prompts_of(5, 9), max_new_tokens=8, sampling=Sampling(ignore_eos=True), deadline=600)
+    assert {generation.finish_reason for generation in stream.result(60)} == {"length"}
+
+
 def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,9 +272,9 @@ def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
     bench, calls, gaps = Bench(runtime), list[Any](), list[Any]()
     prefill, step = Slots.prefill, Slots.step
 
-    def counted_prefill(slots: Slots, row: int, token_ids: Any, factors: Any, num_logits: int = 0) -> Any:
-        calls.append(len(token_ids))
-        return prefill(slots, row, token_ids, factors, num_logits)
+    def counted_prefill(slots: Slots, first: int, rows: Any, factors: Any, num_logits: int = 0) -> Any:
+        calls.append(len(rows) * max(map(len, rows)))
+        return prefill(slots, first, rows, factors, num_logits)
 
     def counted_step(slots: Slots, token_ids: Any, factors: Any) -> Any:
         calls.append("step")
@@ -287,6 +296,39 @@ def test_the_gap_between_two_tokens_is_one_chunk_and_one_step(
         assert len(gap) <= 2
         assert all(call == "step" or call <= 8 for call in gap)
     assert sum(call for gap in gaps for call in gap if call != "step") == 99 + 2 + 89 + 49 + 19
+
+
+@pytest.mark.parametrize("name", ["runtime", "int8_runtime"])
+def test_short_prompts_are_read_in_one_call(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is begun, one of a single token, and the continuations of one prompt are not."""
+    runtime, calls, prefill = request.getfixturevalue(name), list[list[int]](), Slots.prefill
+
+    def seen(slots: Slots, first: int, rows: Any, factors: Any, num_logits: int = 0) -> Any:
+        calls.append(list(map(len, rows)))
+        return prefill(slots, first, rows, factors, num_logits)
+
+    monkeypatch.setattr(Slots, "prefill", seen)
+    bench = Bench(runtime, rows=9, prefill_tokens=64, max_factor_sets=9)
+    left = int(name == "runtime")  # to the step
+    streams = [
+        bench.submit(prompt, limit=4, mode=mode)
+        for prompt, mode in zip(prompts_of(20, 15, 18, 80), ["none", "centroid", "request", "none"], strict=True)
+    ]
+    streams += [bench.submit(prompts_of(9)[0], limit=4, n=2), bench.submit(prompts_of(3, 1)[1], limit=4)]
+    streams.append(bench.submit(prompts_of(5, 7)[0], limit=4))
+    bench.run()
+    assert [[length + left for length in call] for call in calls if call != [1]] == [
+        [20, 15, 18],
+        [64 + left],
+        [16],
+        [9],
+        [5],
+    ]
+    for stream, mode in zip(streams, ["none", "centroid", "request", *["none"] * 4], strict=True):
+        for found in stream.result(0):
+            assert_same(runtime, list(stream.prompts[0]), found, Sampling(ignore_eos=True), mode=mode, max_new_tokens=4)
 
 
 def test_nobody_starves(runtime: Runtime) -> None:
@@ -423,6 +465,19 @@ def test_a_chunk_that_raises_ends_its_own_row(runtime: Runtime, failing: Failing
     after = bench.submit(prompts_of(9)[0], limit=5)
     bench.iterate()
     assert isinstance(read.result(0)[0].error, RequestError)
+    bench.run()
+    assert [stream.result(0)[0].finish_reason for stream in (running, after)] == ["length", "length"]
+
+
+def test_a_call_that_raises_ends_all_prompts_in_it(runtime: Runtime, failing: FailingSession) -> None:
+    bench = Bench(runtime, rows=4, prefill_tokens=32)
+    running = bench.submit(prompts_of(3)[0], limit=20)
+    bench.iterate()
+    failing.fails = lambda binding: True
+    read = [bench.submit(prompt) for prompt in prompts_of(9, 9)]
+    after = bench.submit(prompts_of(31)[0], limit=5)
+    bench.iterate()
+    assert [type(stream.result(0)[0].error) for stream in read] == [RequestError] * 2
     bench.run()
     assert [stream.result(0)[0].finish_reason for stream in (running, after)] == ["length", "length"]
 

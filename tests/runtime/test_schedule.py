@@ -11,7 +11,7 @@ import pytest
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
 from chameleon_deploy.runtime.factors import FactorSets
-from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, take_next
+from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, joined, take_next
 
 
 @dataclass
@@ -56,6 +56,17 @@ def test_a_prompt_is_read_in_chunks_of_which_the_last_is_no_single_token(tokens:
     assert len(chunks) == -(-tokens // 8)
     assert all(1 <= chunk <= 8 for chunk in chunks)
     assert chunks[-1] > 1 or tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "together"),
+    [
+        ([64], 1), ([64, 64], 2), ([64, 64, 1, 64], 2), ([128, 128], 1), ([300], 1), ([300, 2], 1), ([1, 1], 1),
+        ([0, 5], 1), ([16] * 8, 8), ([16] * 9, 8), ([40, 8], 2), ([41, 8], 1), ([42, 42, 10, 10], 3), ([10, 60], 1),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_together_while_padding_costs_less_than_calls(lengths: list[int], together: int) -> None:
+    assert joined(lengths, 128) == together
 
 
 def source(key: str, rank: int, value: float) -> FactorSource:

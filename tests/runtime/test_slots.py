@@ -28,9 +28,10 @@ from tests.rows import random_rows
 
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40"))
 ROWS, CAPACITY, SETS = 4, 24, 4
-OPERATIONS = ("admit", "read", "read", "step", "step", "move", "fork", "drop")
+OPERATIONS = ("admit", "read", "read", "join", "step", "step", "move", "fork", "drop")
 SEQUENCES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**32 - 1)), min_size=4, max_size=24)
 
+pytestmark = pytest.mark.timeout(max(600, EXAMPLES))
 slowly = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000)
 
 
@@ -70,10 +71,12 @@ class Rows:
             return
         elif operation == "read" and (room := CAPACITY - len(self.tokens[row])) > 1:
             chunk = rng.integers(0, 512, rng.integers(1, min(room, 9))).tolist()
-            logits = self.slots.prefill(row, chunk, self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
+            logits = self.slots.prefill(row, [chunk], self.alone.own[self.sets[row]], num_logits=int(rng.integers(2)))
             self.tokens[row] += chunk
-            for values in logits:
+            for values in logits[0]:
                 check(self.tokens[row], self.sets[row], values)
+        elif operation == "join":
+            self.join(rng, check)
         elif operation == "step":
             self.step(rng.integers(0, 512, rng.integers(1, rows + 1)).tolist(), check)
         elif operation == "move":
@@ -87,6 +90,20 @@ class Rows:
             self.slots.move(rows - 1, row)
             self.tokens[row], self.sets[row] = self.tokens[-1], self.sets[-1]
             del self.tokens[-1], self.sets[-1]
+
+    def join(self, rng: np.random.Generator, check: Callable[[list[int], int, Any], None]) -> None:
+        """Admit what there is room for, and read all of it in one call."""
+        first, joining = len(self.tokens), range(len(self.tokens), len(self.slots.lengths))
+        if not joining:
+            return
+        for row in joining:
+            self.slots.admit(row)
+            self.tokens.append(rng.integers(0, 512, rng.integers(1, CAPACITY)).tolist())
+            self.sets.append(int(rng.integers(SETS)))
+        factors = RowFactors(self.alone.sets, np.array(self.sets[first:], np.int64))
+        logits = self.slots.prefill(first, self.tokens[first:], factors, num_logits=1)
+        for row in joining:
+            check(self.tokens[row], self.sets[row], logits[row - first, 0])
 
     def step(self, token_ids: list[int], check: Callable[[list[int], int, Any], None]) -> None:
         rows = len(token_ids)
@@ -170,7 +187,7 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
             rows.sets.append(row)
             rows.tokens.append(list(prompts[row]))
             for start in range(0, len(prompts[row]), 5):
-                rows.slots.prefill(place, prompts[row][start : start + 5], alone.own[row])
+                rows.slots.prefill(place, [prompts[row][start : start + 5]], alone.own[row])
         for token_ids in fed.tolist():
             rows.step([token_ids[row] for row in order], lambda _, row, values: found[row].append(values.tobytes()))
         return found
@@ -186,10 +203,24 @@ def test_int8_rows_are_bitwise_equal_in_any_order(int8_runtime: Runtime) -> None
 def logits_of_chunks(alone: Alone, prompt: list[int], chunks: list[int]) -> Any:
     slots, start = alone.decoder.slots(1, 128), 0
     for tokens in chunks:
-        logits = slots.prefill(0, prompt[start : start + tokens], alone.own[0], num_logits=1)
+        logits = slots.prefill(0, [prompt[start : start + tokens]], alone.own[0], num_logits=1)[0]
         start += tokens
     assert start == len(prompt)
     return logits[0]
+
+
+def test_int8_prompts_in_one_call_are_cached_as_alone(int8_runtime: Runtime) -> None:
+    """Bit for bit: steps, whose values are rounded to int8, then begin from the same."""
+    alone = Alone(int8_runtime)
+    prompts = [ids for ids in random_rows(3, ROWS, CAPACITY) if len(ids) > 1]
+    together, single = (alone.decoder.slots(ROWS, CAPACITY) for _ in range(2))
+    factors = RowFactors(alone.sets, np.arange(len(prompts)))
+    logits = together.prefill(0, prompts, factors, num_logits=1)
+    for row, ids in enumerate(prompts):
+        expected = single.prefill(row, [ids], alone.own[row], num_logits=1)
+        np.testing.assert_allclose(logits[row], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(together._cache[:, row, :, : len(ids)], single._cache[:, row, :, : len(ids)])
+    assert len({len(ids) for ids in prompts}) > 1
 
 
 def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def main(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="BUNDLE: rows in the batch.")] = 8,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="BUNDLE: prompt tokens read between two steps.")] = 128,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="BUNDLE: prompt tokens read between two steps.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="BUNDLE: threads; default: all cores.")] = None,
     static: Annotated[bool, typer.Option(help="BUNDLE: static batches in order of arrival, not the engine.")] = False,
     scenario: Annotated[

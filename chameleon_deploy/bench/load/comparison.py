@@ -49,7 +49,7 @@ class Plan:
     """Sizes of the comparison: rows in the batch, tokens of prompts and answers, requests per run, rounds."""
 
     rows: int = 8
-    prefill_tokens: int = 128
+    prefill_tokens: int = 256
     prompt_tokens: int = 128
     new_tokens: int = 64
     ragged: tuple[int, int] = (16, 256)
