@@ -1,8 +1,8 @@
 """An int8 key-value buffer: a quarter of the memory, and half the time of a step's attention.
 
 Keys and values are stored with scales fixed at export (rotation.py), so that no row affects another. Larger values
-saturate at 127. With a rotary embedding the centre of the keys' range is subtracted here, since it is where they stand
-after they have been turned: in SmolLM2-135M that halves the steps of the slow pairs of coordinates, which cost most.
+saturate at 127. With a rotary embedding the centre of the keys' range is subtracted here, after they have been turned
+(docs/performance.md).
 
 past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
 

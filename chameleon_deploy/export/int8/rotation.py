@@ -102,7 +102,9 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             statistics.inputs[name].divide(steps)
         centre, key = key_centre_and_steps(seen, family.rotary_tables is not None)
         value = steps_of(seen.values)
-        if family.rotary_tables is None and layer.k.bias is not None:
+        if family.rotary_tables is None:
+            if layer.k.bias is None:
+                raise ValueError("keys have no bias to subtract their centre from")
             layer.k.bias.sub_(centre.flatten())
         _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
         _multiply_outputs(layer.k, 1 / key.flatten())
