@@ -40,6 +40,11 @@ def factor_names(target: str) -> tuple[str, str]:
     return f"{target}.lora_A", f"{target}.lora_B"
 
 
+def in_head(factor: str) -> bool:
+    """Return whether a factor tensor is the head's: in shared-cache decoders those of the trunk have two axes."""
+    return factor in factor_names(LM_HEAD)
+
+
 def basis_names(target: str) -> tuple[str, ...]:
     """Return the tensor names of one target in basis.safetensors (runtime/basis.py)."""
     return tuple(f"{target}.{name}" for name in ("in_before", "in_block", "in_after", "out_blocks", "out_after"))

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chameleon_deploy.errors import ManifestError
-from chameleon_deploy.manifest import LM_HEAD, AdaptationSpec, ElementType, GraphSpec, Manifest, Precision, TensorSpec
+from chameleon_deploy.manifest import (
+    LM_HEAD,
+    AdaptationSpec,
+    ElementType,
+    GraphSpec,
+    Manifest,
+    Precision,
+    TensorSpec,
+    in_head,
+)
 
 Dimension = int | str
 Signature = tuple[list[TensorSpec], list[TensorSpec]]  # inputs, outputs
@@ -68,7 +77,7 @@ def _decoder(graph: GraphSpec, manifest: Manifest) -> Signature:
         _int("input_ids", "batch", "sequence"),
         _int("position_ids", "batch", "sequence"),
         _int("logits_positions", "batch", "positions"),
-        *_factors(manifest.adaptation, "batch"),
+        *_factors(manifest.adaptation, "batch", is_flat=is_shared),
     ]
     if is_shared:
         inputs += [
@@ -99,11 +108,19 @@ def _hypernetwork(manifest: Manifest) -> Signature:
     return [_float("conditioning", "factor_sets", size)], factors
 
 
-def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "") -> list[TensorSpec]:
-    """Return the factor tensors whose names begin with a prefix and, if there are any, factor_ids."""
+def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "", is_flat: bool = False) -> list[TensorSpec]:
+    """Return the factor tensors whose names begin with a prefix and, if there are any, factor_ids.
+
+    is_flat  whether those of the trunk have one axis for sets and rank, whose sets column_ids tells
+    """
     widths = {name: width for name, width in adaptation.factor_widths.items() if name.startswith(prefix)}
-    factors = [_float(name, "factor_sets", "rank", width) for name, width in widths.items()]
-    return [_int("factor_ids", rows), *factors] if factors else []
+    flat = [name for name in widths if is_flat and not in_head(name)]
+    factors = [
+        _float(name, *(("columns",) if name in flat else ("factor_sets", "rank")), width)
+        for name, width in widths.items()
+    ]
+    ids = ([_int("factor_ids", rows)] if factors else []) + ([_int("column_ids", "columns")] if flat else [])
+    return ids + factors
 
 
 def _cache_dtype(graph: GraphSpec, precision: Precision) -> ElementType:

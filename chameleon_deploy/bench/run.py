@@ -74,7 +74,6 @@ def run(
     from chameleon_deploy.bench.quality import Quality, measure_quality
     from chameleon_deploy.machine import describe_machine
 
-    workloads.require_head_alone(checkpoint)
     positions = open_bundle(bundle).manifest.model.max_positions
     width = min(width, positions - num_tokens)
     if width < 2:

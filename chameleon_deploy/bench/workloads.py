@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Peer, Rows
-from chameleon_deploy.bench.peers.bundle import OneCallPerCluster
+from chameleon_deploy.bench.peers.bundle import OneCallPerSet
 from chameleon_deploy.bench.timing import Case, Engine, Part
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
@@ -26,11 +27,11 @@ BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.5}
 
 
 def require_head_alone(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a checkpoint whose factors update more than the head, which no peer here computes."""
+    """Raise InputError for a checkpoint whose factors update more than the head, which no peer on a GPU computes."""
     if not in_head_alone(checkpoint.config.targets):
         raise InputError(
-            "engines are compared on updates of the head alone, and this checkpoint updates "
-            f"{len(checkpoint.config.targets)} layers: verify and evaluate take it"
+            "engines on a GPU are compared on updates of the head alone, and this checkpoint updates "
+            f"{len(checkpoint.config.targets)} layers: bench, verify and evaluate take it"
         )
 
 
@@ -50,7 +51,7 @@ class Workloads:
         def engine(peer: Peer) -> Engine:
             return Engine(
                 lambda lap: peer.score(rows),
-                lambda scores: _deviation(peer, scores - self._expected_scores(rows, peer)),
+                lambda scores: deviation(peer, scores - self._expected_scores(rows, peer)),
                 BOUNDS[peer.precision],
             )
 
@@ -99,14 +100,14 @@ class Workloads:
         def engine(peer: Peer) -> Engine:
             return Engine(
                 lambda lap: peer.generate(rows(), num_tokens, lap),
-                lambda chosen: _deviation(peer, self._regrets(rows(), chosen, peer)),
+                lambda chosen: deviation(peer, self._regrets(rows(), chosen, peer)),
                 2 * BOUNDS[peer.precision],  # two logits, each with its own deviation
             )
 
         return {
             peer.name: engine(peer)
             for peer in self._peers
-            if peer.generates and (separate or not isinstance(peer, OneCallPerCluster))
+            if peer.generates and (separate or not isinstance(peer, OneCallPerSet))
         }
 
     def _expected_scores(self, rows: Rows, peer: Peer) -> Any:
@@ -118,18 +119,9 @@ class Workloads:
         )
 
     def _regrets(self, rows: Rows, chosen: Any, peer: Peer) -> Any:
-        """Return by how much the reference's logit of each chosen token is below its best, the end of text excluded."""
-        if chosen.shape[0] != len(rows):
-            raise ValueError(f"{chosen.shape[0]} rows for {len(rows)} prompts")
-        num_tokens = chosen.shape[1]
-        whole = [[*ids, *tokens[:-1]] for ids, tokens in zip(rows, chosen.tolist(), strict=True)]
-        regrets = np.empty(chosen.shape, np.float32)
-        for row, logits in enumerate(self._reference(rows, whole, peer)):
-            asked = logits[-num_tokens:].numpy().copy()
-            of_chosen = asked[np.arange(num_tokens), chosen[row]]
-            asked[:, self._runtime.manifest.model.eos_token_id] = -np.inf
-            regrets[row] = np.maximum(asked.max(1) - of_chosen, 0)
-        return regrets
+        """See `regrets`."""
+        eos_token_id = self._runtime.manifest.model.eos_token_id
+        return regrets(self._reference(rows, continued(rows, chosen), peer), chosen, eos_token_id)
 
     def _reference(self, prompts: Rows, rows: Rows, peer: Peer) -> Any:
         """Return logits [length, vocab] of every row, with factors made from the prompts, one row at a time."""
@@ -138,7 +130,29 @@ class Workloads:
         return (self._row_logits(ids, adaptation, row) for row, ids in enumerate(rows))
 
 
-def _deviation(peer: Peer, errors: Any) -> float:
+def continued(rows: Rows, chosen: Any) -> list[list[int]]:
+    """Return the rows with all of their chosen tokens but the last."""
+    if len(chosen) != len(rows):
+        raise ValueError(f"{len(chosen)} rows for {len(rows)} prompts")
+    return [[*ids, *tokens[:-1]] for ids, tokens in zip(rows, chosen.tolist(), strict=True)]
+
+
+def regrets(reference: Iterable[Any], chosen: Any, eos_token_id: int) -> Any:
+    """Return by how much the reference's logit of each chosen token is below its best, the end of text excluded.
+
+    reference  logits [length, vocab] of each row of `continued`
+    """
+    found, num_tokens = np.empty(chosen.shape, np.float32), chosen.shape[1]
+    for row, logits in enumerate(reference):
+        asked = logits[-num_tokens:].numpy().copy()
+        of_chosen = asked[np.arange(num_tokens), chosen[row]]
+        asked[:, eos_token_id] = -np.inf
+        found[row] = np.maximum(asked.max(1) - of_chosen, 0)
+    return found
+
+
+def deviation(peer: Peer, errors: Any) -> float:
+    """Return what BOUNDS limits."""
     if peer.precision == "fp32":
         return float(np.abs(errors).max())
     return float(np.sqrt(np.square(errors, dtype=np.float64).mean()))
@@ -146,21 +160,21 @@ def _deviation(peer: Peer, errors: Any) -> float:
 
 def text_rows(checkpoint: Checkpoint, batch: int, width: int) -> list[list[int]]:
     """Return stretches of real text of `width` tokens. Clusters take turns, so that a batch has as many as fit."""
-    stretches = _stretches(checkpoint, CANDIDATES * batch, width)
+    candidates = stretches(checkpoint.trunk, CANDIDATES * batch, width)
     of_cluster: dict[int, list[list[int]]] = {}
     for ids, cluster in zip(
-        stretches, inference.adapt(checkpoint, stretches, "none").cluster_ids.tolist(), strict=True
+        candidates, inference.adapt(checkpoint, candidates, "none").cluster_ids.tolist(), strict=True
     ):
         of_cluster.setdefault(cluster, []).append(ids)
     turns = itertools.zip_longest(*of_cluster.values())
     return [ids for turn in turns for ids in turn if ids is not None][:batch]
 
 
-def _stretches(checkpoint: Checkpoint, count: int, width: int) -> list[list[int]]:
+def stretches(trunk: Trunk, count: int, width: int) -> list[list[int]]:
     """Return stretches of text whose kinds take turns."""
     streams = []
     for kind in KINDS:
-        encoded = checkpoint.trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)
+        encoded = trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)
         if stream := [i for encoding in encoded for i in encoding.ids]:
             streams.append(stream)
     rows = []

@@ -25,6 +25,7 @@ from chameleon_deploy.export.int8.digits import choose_two
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.int8.weights import quantize_embedding, quantize_weights, rotate_residual
+from chameleon_deploy.export.passes.flat_factors import flatten_factors
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
 from chameleon_deploy.export.passes.shared_cache import share_cache
@@ -172,6 +173,7 @@ def _shared_cache(portable: ir.Model, model: ModelSpec, passes: tuple[Pass, ...]
     for graph in (decoder, scorer):
         sum_update(graph)
     flatten_logits(decoder)
+    flatten_factors(decoder)
     return {
         "decoder_cpu": Graph(decoder, "decoder", CPU, "shared"),
         "hidden_scorer": Graph(scorer, "hidden_scorer", CPU),

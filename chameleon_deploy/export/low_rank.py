@@ -3,8 +3,8 @@
 As in the head (head.py) the sets are stacked, and between the two products each row keeps its own set's columns and
 zeroes the others, so that rows of different sets share a call and no row copies a factor.
 
-Projections that are one matrix in the graph keep their own products: their factors are separate inputs, and to join
-them in every call costs more than it saves.
+In a step the products are so small that every operator counts. Projections that are one matrix in the graph keep their
+own products all the same: their factors are separate inputs, and to join them in every call costs more than it saves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from chameleon_deploy.bundle import TargetSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
 Factors = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]
+# Names by which passes find the second operand of an update's products, and the factor set of each of their columns.
+STACKED, COLUMN_IDS = ".stacked", "updates.column_ids"
 Part = tuple[str, int]  # a linear layer by its PEFT name, and its number of output channels
 
 
@@ -52,36 +54,40 @@ class Updates:
             return y
         op = self._op
         if shift := self._shifts.get(adapted[0]):
-            x = op.Add(x, shift)
+            unshifted = x
+            x = self._once(("shifted", x), lambda: op.Add(unshifted, shift))
         updates = [self._update(x, positions, name, size) for name, size in parts]
         return op.Add(y, updates[0] if len(updates) == 1 else op.Concat(*updates, axis=2))
 
     def _update(self, x: Any, positions: ir.Value, name: str, size: int) -> Any:
-        op, shape = self._op, self._once((positions.name, size), lambda: self._shape(positions, size))
-        if name not in self._factors:
-            return self._once(("zeros", positions.name, size), lambda: op.Expand(real(op, 0.0), shape))
-        lora_A, lora_B = self._factors[name]
-        width = integers(op, [-1, self._in_features[name]])
-        products = op.Gemm(op.Reshape(x, width), op.Reshape(lora_A, width), transB=1)  # one row per position
-        own = self._once(positions.name, lambda: self._own(positions))
-        products = op.Where(own, products, real(op, 0.0))
-        return op.Reshape(op.Gemm(products, op.Reshape(lora_B, integers(op, [-1, size]))), shape)
-
-    def _own(self, positions: ir.Value) -> Any:
-        """Return which columns of the stacked products are of a row's own set: bool [n, factor_sets*rank]."""
+        """Return the update of one layer [batch, positions, size]."""
         op = self._op
-        columns = self._once("columns", self._columns)
-        rows = op.Expand(op.Unsqueeze(self._factor_ids, [1]), op.Shape(positions))
-        return op.Equal(op.Reshape(rows, [-1, 1]), columns)
+        if name not in self._factors:
+            return self._once(("zeros", positions.name, size), lambda: self._zeros(positions, size))
+        lora_A, lora_B = self._factors[name]
+        columns = op.Transpose(op.Reshape(lora_A, integers(op, [-1, self._in_features[name]])), perm=[1, 0])
+        rows = op.Reshape(lora_B, integers(op, [-1, size]))
+        for value, factor in ((columns, lora_A), (rows, lora_B)):
+            value.name = f"{factor.name}{STACKED}"
+        products = op.Where(self._once("own", self._own), op.MatMul(x, columns), real(op, 0.0))
+        return op.MatMul(products, rows)
+
+    def _zeros(self, positions: ir.Value, size: int) -> Any:
+        op = self._op
+        return op.Expand(real(op, 0.0), op.Concat(op.Shape(positions), integers(op, [size]), axis=0))
+
+    def _own(self) -> Any:
+        """Return which columns of the stacked products are of a row's own set: bool [batch, 1, factor_sets*rank]."""
+        op = self._op
+        return op.Equal(op.Unsqueeze(self._factor_ids, [1, 2]), self._columns())
 
     def _columns(self) -> Any:
         op, (lora_A, _) = self._op, next(iter(self._factors.values()))
         num_sets, rank = op.Shape(lora_A, start=0, end=1), op.Shape(lora_A, start=1, end=2)
         sets = op.Unsqueeze(op.Range(integer(op, 0), op.Squeeze(num_sets), integer(op, 1)), [1])
-        return op.Reshape(op.Expand(sets, op.Concat(num_sets, rank, axis=0)), [1, -1])
-
-    def _shape(self, positions: ir.Value, size: int) -> Any:
-        return self._op.Concat(self._op.Shape(positions), integers(self._op, [size]), axis=0)
+        column_ids = op.Reshape(op.Expand(sets, op.Concat(num_sets, rank, axis=0)), [-1])
+        column_ids.name = COLUMN_IDS
+        return column_ids
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._shared:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.manifest import in_head
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.session import run
 
@@ -83,7 +84,7 @@ class BoundCall:
         """Bind factors for the next runs. Sets that are bound already cost nothing."""
         self.factor_ids[:] = factors.factor_ids
         if factors.sets is not self._sets:
-            self._bind_inputs(factors.sets.tensors)
+            self._bind_inputs(_inputs_of(factors.sets))
             self._sets = factors.sets
 
     def run(self) -> FloatArray:
@@ -102,3 +103,14 @@ class BoundCall:
     def _bind_output(self, name: str, array: Array) -> None:
         self._values[name] = self._ort_value.ortvalue_from_numpy(array)
         self._binding.bind_ortvalue_output(name, self._values[name])
+
+
+def _inputs_of(sets: FactorSets) -> dict[str, Any]:
+    """Return factors in the shapes of a shared-cache decoder's inputs, and the factor set of each column."""
+    inputs = {
+        n: array if in_head(n) else np.asarray(array).reshape(-1, array.shape[2]) for n, array in sets.tensors.items()
+    }
+    rank = next(iter(sets.tensors.values())).shape[1]
+    if not all(map(in_head, inputs)):
+        inputs["column_ids"] = np.repeat(np.arange(len(sets)), rank)
+    return inputs

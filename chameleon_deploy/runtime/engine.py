@@ -14,6 +14,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy.typing as npt
+
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
@@ -121,6 +123,7 @@ class Engine:
         tenant: Hashable | None = None,
         factors: Factors | None = None,
         adapter: str | None = None,
+        conditioning: npt.ArrayLike | None = None,
         n: int = 1,
         deadline: float | None = None,
         adapt_tokens: int | None = None,
@@ -135,6 +138,7 @@ class Engine:
         tenant          mode tenant: the tenant of the prompts, any hashable value
         factors         mode static: a caller's factors, see `Runtime.adapt`
         adapter         mode static, which it implies: the name of the prompts' adapter
+        conditioning    mode request of a bundle that takes the caller's vectors: one per prompt, see `Runtime.adapt`
         n               continuations per prompt
         deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
         adapt_tokens    embed only this many leading tokens of every prompt; None embeds all
@@ -144,7 +148,7 @@ class Engine:
         """
         submission = prepare(
             self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
-            adapt_tokens, adapter,
+            adapt_tokens, adapter, conditioning,
         )  # fmt: skip
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:

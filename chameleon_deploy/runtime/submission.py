@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy.bundle import FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError, LengthError
@@ -26,7 +27,7 @@ class Submission:
     """One call of `Engine.submit`.
 
     members      n per prompt; those of one prompt are adjacent
-    embeddings   float32 [prompts, hidden]
+    embeddings   float32 [prompts, hidden]; the caller's vectors instead if the hypernetwork reads those
     cluster_ids  int64 [prompts]
     """
 
@@ -59,6 +60,7 @@ def prepare(
     deadline: float | None,
     adapt_tokens: int | None,
     adapter: str | None = None,
+    conditioning: npt.ArrayLike | None = None,
 ) -> Submission:
     """Check the arguments of `Engine.submit`, documented there, and embed the prompts.
 
@@ -75,7 +77,7 @@ def prepare(
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}")
     tenants = None if tenant is None else [tenant] * len(ids)
     mode = runtime.check_arguments(mode, tenants, factors, _of_prompts(adapter, len(ids)), len(ids))
-    check_conditioning(mode, None, runtime.manifest.adaptation.conditioning_size, len(ids))
+    given = check_conditioning(mode, conditioning, runtime.manifest.adaptation.conditioning_size, len(ids))
     embeddings, cluster_ids = runtime.embed([prompt[:adapt_tokens] for prompt in ids])
     rows = begin_rows(ids, cluster_ids, max_new_tokens, sampling, runtime.manifest.model, capacity, n)
     stream = Stream(ids, cluster_ids.tolist(), mode, n)
@@ -83,7 +85,9 @@ def prepare(
     end = math.inf if deadline is None else now + deadline
     shared = [Prompt(prompt) for prompt in ids]
     members = [Member(stream, shared[row.index // n], row, now, end, now) for row in rows]
-    return Submission(stream, members, embeddings, cluster_ids, tenant, factors, adapter)
+    return Submission(
+        stream, members, embeddings if given is None else given, cluster_ids, tenant, factors, adapter
+    )  # fmt: skip
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:

@@ -154,11 +154,13 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
             mode=mode,
             tenant=call.tenant if mode == "tenant" else None,
             adapter=meant.adapter,
+            conditioning=body.conditioning,
             n=body.n,
             adapt_tokens=body.adapt_tokens,
         )
     except InputError as error:
-        raise api_error(error, "n" if body.n > 1 else "prompt") from error
+        is_of_vectors = body.conditioning is not None and str(error).startswith("conditioning")
+        raise api_error(error, "conditioning" if is_of_vectors else "n" if body.n > 1 else "prompt") from error
 
 
 async def _echoed(job: Job, tenant: str | None) -> list[Echo | None]:
@@ -168,7 +170,9 @@ async def _echoed(job: Job, tenant: str | None) -> list[Echo | None]:
         return [None] * len(job.ids)
     scores = None
     if body.logprobs is not None:
-        scores = await score_prompts(served, job.ids, job.meant, tenant, body.adapt_tokens, body.logprobs)
+        scores = await score_prompts(
+            served, job.ids, job.meant, tenant, body.adapt_tokens, body.conditioning, body.logprobs
+        )
     given = as_texts(body.prompt)
     return [
         Echo(

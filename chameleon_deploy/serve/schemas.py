@@ -19,6 +19,10 @@ Prompt = Annotated[
     Meta(description="A text, a list of texts, a list of token ids, or a list of such lists."),
 ]
 
+Conditioning = Annotated[
+    list[list[float]], Meta(description="Mode request of a bundle that takes the caller's vectors: one for each text.")
+]
+
 
 class StreamOptions(Struct, kw_only=True):
     include_usage: bool = False
@@ -54,6 +58,7 @@ class CompletionRequest(Struct, kw_only=True):
     return_tokens_as_token_ids: bool = False
     mode: Mode | None = None
     adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
+    conditioning: Conditioning | None = None
 
 
 class CohortInfo(Struct):
@@ -189,6 +194,7 @@ class TextsRequest(Struct, kw_only=True):
     model: str | None = None
     mode: Mode | None = None
     adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
+    conditioning: Conditioning | None = None
 
 
 class ScoreItem(Struct, kw_only=True):

@@ -100,7 +100,13 @@ class Service:
         name = runtime.bundle.path.resolve().name
         models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters, s.capacity)
         runtime.adapters.max_bytes = s.max_adapter_bytes
-        runtime.adapt([[0]], mode=models.default, tenants=[""] if models.default == "tenant" else None)  # makes factors
+        size = runtime.manifest.adaptation.conditioning_size
+        runtime.adapt(  # makes factors
+            [[0]],
+            mode=models.default,
+            tenants=[""] if models.default == "tenant" else None,
+            conditioning=[[0.0] * size] if size and models.default == "request" else None,
+        )
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,

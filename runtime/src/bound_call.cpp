@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "chameleon/error.h"
+#include "factors.h"
 
 namespace chameleon {
 
@@ -21,6 +22,7 @@ SharedCacheGraph::SharedCacheGraph(Ort::Session opened, const Manifest& manifest
     }
   }
   for (const auto& [name, width] : manifest.adaptation.factor_widths()) factors.push_back(name);
+  has_columns = !std::ranges::all_of(factors, in_head);
 }
 
 std::size_t SharedCacheGraph::row_bytes(std::size_t capacity) const {
@@ -96,6 +98,10 @@ BoundCall::BoundCall(const SharedCacheGraph& graph, const CacheBuffers& cache, s
     input_names_.push_back(name.c_str());
     inputs_.emplace_back(nullptr);
   }
+  if (graph.has_columns) {
+    input_names_.push_back("column_ids");
+    inputs_.emplace_back(nullptr);
+  }
 }
 
 void BoundCall::append_to(std::span<const std::int64_t> lengths) {
@@ -125,8 +131,19 @@ void BoundCall::bind_factors(const FactorSets& sets) {
       std::ranges::equal(sets.tensors, sets_.tensors, same_memory)) {
     return;
   }
-  auto bound = inputs_.end() - static_cast<std::ptrdiff_t>(graph_.factors.size());
-  for (const auto& [name, values] : sets.tensors) *bound++ = factor_tensor(sets, values);
+  auto bound = inputs_.end() - static_cast<std::ptrdiff_t>(graph_.factors.size() + (graph_.has_columns ? 1 : 0));
+  const std::int64_t columns = sets.count * sets.rank;
+  for (const auto& [name, values] : sets.tensors) {
+    *bound++ = in_head(name) ? factor_tensor(sets, values)
+                             : tensor_over(values, {columns, static_cast<std::int64_t>(values.size()) / columns});
+  }
+  if (graph_.has_columns) {
+    column_ids_.resize(static_cast<std::size_t>(columns));
+    for (std::int64_t column = 0; column < columns; ++column) {
+      column_ids_[static_cast<std::size_t>(column)] = column / sets.rank;
+    }
+    *bound = tensor_over<std::int64_t>(column_ids_, {columns});
+  }
   sets_ = sets;
 }
 

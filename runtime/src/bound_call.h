@@ -20,6 +20,7 @@ struct SharedCacheGraph {
   ONNXTensorElementDataType cache_type;    ///< of the cache: float32, or int8 in an int8 bundle
   std::vector<std::string> past, present;  ///< names of the cache's inputs and outputs, in the order of its buffers
   std::vector<std::string> factors;        ///< names of the factors' inputs, in the order of FactorSets::tensors
+  bool has_columns;                        ///< whether some factors are of the trunk, so that column_ids is an input
 };
 
 /// Keys and values of a batch: [buffers, rows, heads, capacity, head_dim], where every layer has a buffer of keys and
@@ -67,12 +68,12 @@ class BoundCall {
 
   const SharedCacheGraph& graph_;
   std::int64_t num_logits_;
-  std::vector<std::int64_t> factor_ids_;
+  std::vector<std::int64_t> factor_ids_, column_ids_;
   std::vector<float> own_output_;
   std::span<float> output_;
   FactorSets sets_;  // those that are bound
   std::vector<const char*> input_names_, output_names_;
-  std::vector<Ort::Value> inputs_, outputs_;  // the factors are the last inputs
+  std::vector<Ort::Value> inputs_, outputs_;  // the last inputs are the factors, and column_ids if there are columns
 };
 
 }  // namespace chameleon

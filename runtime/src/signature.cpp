@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "factors.h"
 #include "json_fields.h"
 
 namespace chameleon {
@@ -23,11 +24,18 @@ std::string text_of(const TensorSpec& tensor) {
 }
 
 /// Add the factor tensors whose names begin with `prefix` and, if there are any, factor_ids.
+/// is_flat: whether those of the trunk have one axis for sets and rank, whose sets column_ids tells
 void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, const char* rows,
-                 const std::string& prefix = "") {
+                 const std::string& prefix = "", bool is_flat = false) {
+  bool has_columns = false;
   for (const auto& [name, width] : spec.factor_widths()) {
-    if (name.starts_with(prefix)) inputs.push_back({name, "float32", {"factor_sets", "rank", width}});
+    if (!name.starts_with(prefix)) continue;
+    const bool has_column_axis = is_flat && !in_head(name);
+    has_columns |= has_column_axis;
+    inputs.push_back(has_column_axis ? TensorSpec{name, "float32", {"columns", width}}
+                                     : TensorSpec{name, "float32", {"factor_sets", "rank", width}});
   }
+  if (has_columns) inputs.push_back({"column_ids", "int64", {"columns"}});
   if (std::ranges::any_of(inputs, [](const TensorSpec& input) { return input.name.ends_with(".lora_A"); })) {
     inputs.push_back({"factor_ids", "int64", {rows}});
   }
@@ -58,7 +66,7 @@ Signature decoder_signature(const GraphSpec& graph, const Manifest& manifest) {
     decoder.inputs.push_back({"attention_mask", "int64", {"batch", "total"}});
     decoder.outputs = {{"logits", "float32", {"batch", "positions", model.vocab_size}}};
   }
-  add_factors(decoder.inputs, manifest.adaptation, "batch");
+  add_factors(decoder.inputs, manifest.adaptation, "batch", "", is_shared);
   const std::string dtype = cache_dtype(graph, manifest.precision);
   const auto cached = [&](const std::string& name, const char* width) {
     return TensorSpec{name, dtype, {"batch", model.num_key_value_heads, width, model.head_dim}};

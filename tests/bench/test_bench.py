@@ -20,7 +20,7 @@ from chameleon_deploy import Runtime, console
 from chameleon_deploy.bench import report
 from chameleon_deploy.bench.footprint import Footprint
 from chameleon_deploy.bench.peers import Peer, Rows, open_peers
-from chameleon_deploy.bench.peers.bundle import Bundle, FullLogits, OneCallPerCluster
+from chameleon_deploy.bench.peers.bundle import Bundle, FullLogits, OneCallPerSet
 from chameleon_deploy.bench.peers.ctranslate2 import CTranslate2
 from chameleon_deploy.bench.peers.openvino import OpenVINO
 from chameleon_deploy.bench.peers.pytorch import PyTorch
@@ -48,7 +48,7 @@ def test_clusters_take_turns_in_the_texts(mini: Checkpoint) -> None:
 def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Peer]:
     directory = tmp_path_factory.mktemp("converted")
     peers: list[Peer] = [
-        Bundle(runtime), OneCallPerCluster(runtime), FullLogits(runtime),
+        Bundle(runtime), OneCallPerSet(runtime, "one call per cluster"), FullLogits(runtime),
         WithoutLoRA(runtime),
         PyTorch(mini, runtime.mode, compiled=False), CTranslate2(mini.trunk, "fp32", 1, directory),
         CTranslate2(mini.trunk, "int8", 1, directory / "int8"), OpenVINO(mini.trunk, "fp32", 1, directory),

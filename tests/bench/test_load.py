@@ -23,6 +23,7 @@ from chameleon_deploy.bench.load.requests import (
     random_requests,
     read_requests,
 )
+from chameleon_deploy.bench.load.response import Response, body, events
 from chameleon_deploy.bench.load.traffic import Record, Steps, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
 from tests.commands import run
@@ -170,9 +171,42 @@ def test_a_server(server: CompletionServer) -> None:
     assert all(body["stream"] and body["ignore_eos"] for body in server.bodies)
 
 
+STREAM = [b'{"choices": [{"text": "[DONE]"}]}', b'{"choices": []}', b"[DONE]"]
+
+
+def response_of(stream: list[bytes]) -> bytes:
+    chunks = (b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data) for data in stream)
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(chunks) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50, 1000])
+def test_a_response_in_any_parts(size: int) -> None:
+    whole = response_of(STREAM)
+    parts = [(float(start), whole[start : start + size]) for start in range(0, len(whole), size)]
+    found = list(events(body(parts)))
+    assert [data for _, data in found] == STREAM
+    for at, data in found:  # the time of the part that completed it
+        assert at <= whole.rindex(data) + len(data) + 3 < at + 2 * size
+
+
+def test_a_stream_ends_with_its_last_event_and_not_with_such_a_text() -> None:
+    async def ends(stream: list[bytes]) -> bool:
+        response = Response()
+        response.data_received(response_of(stream))
+        try:
+            async with asyncio.timeout(0):
+                await response.end()
+        except TimeoutError:
+            return False
+        return True
+
+    assert not asyncio.run(ends(STREAM[:2]))
+    assert asyncio.run(ends(STREAM))
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [({"fail": 2}, "429"), ({"break_at": 3}, "IncompleteReadError"), ({"api_key": "k"}, "401"),
+    [({"fail": 2}, "429"), ({"break_at": 3}, "without [DONE]"), ({"api_key": "k"}, "401"),
      ({"pause": 9}, "within")],
 )  # fmt: skip
 def test_a_server_that_fails(server: CompletionServer, fault: dict[str, Any], reason: str) -> None:

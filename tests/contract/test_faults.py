@@ -41,6 +41,7 @@ def faults_of(target: str, shim: Path, directory: Path, points: int) -> tuple[li
     return wrong, numbers
 
 
+@pytest.mark.timeout(max(600, 10 * POINTS))
 @pytest.mark.parametrize("target", ["export", "adapter", "cache", "download"])
 def test_a_fault_leaves_a_whole_result_or_none(target: str, shim: Path, tmp_path: Path) -> None:
     wrong, numbers = faults_of(target, shim, tmp_path, POINTS)

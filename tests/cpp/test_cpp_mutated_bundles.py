@@ -98,6 +98,7 @@ def test_memory_that_was_given_back_is_counted() -> None:
     assert resident("VmHWM") - before > MORE_BYTES
 
 
+@pytest.mark.timeout(max(600, EXAMPLES))
 def test_mutated_bundles(workers: dict[str, Worker], tmp_path: Path) -> None:
     faults, codes = [], Counter[str]()
     for seed in range(EXAMPLES):

@@ -20,8 +20,9 @@ from chameleon_deploy.export.int8.calibration import calibrate, calibration_text
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
-from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime import Runtime, bound_call
 from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.runtime.factors import FactorSets
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, peft_logits, save_adapter
 from tests.devices import on_cpu
 
@@ -118,11 +119,40 @@ def test_layers_that_no_adapter_has_cost_no_operator(llama_path: Path, tmp_path:
         directory = save_adapter(base, out / "peft", r=2, target_modules=layers)
         export_bundle(load_adapted(str(base), {"own": directory}), out / "bundle", None)
         graph = onnx.load(out / "bundle" / "decoder.onnx", load_external_data=False).graph
-        counts[len(layers)] = sum(node.op_type == "Gemm" for node in graph.node)
+        counts[len(layers)] = sum(node.op_type == "MatMul" for node in graph.node)
         assert {value.name for value in graph.input if ".lora_A" in value.name} == {
             f"model.layers.{i}.self_attn.{layer}.lora_A" for i in range(2) for layer in layers
         }
     assert counts[2] - counts[1] == 2 * 2  # A and B of o_proj in each of two layers
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_cpus_decoder_multiplies_the_trunks_factors_as_they_come(family: str, bundles: Bundles) -> None:
+    path, adapted, _ = bundles[family]
+    graph = onnx.load(path / "decoder_cpu.onnx", load_external_data=False).graph
+    factors = {value.name: value.type.tensor_type.shape.dim for value in graph.input if ".lora_" in value.name}
+    assert {name: len(dims) for name, dims in factors.items()} == {
+        name: 3 if name.startswith("lm_head.") else 2 for name in adaptation_spec(adapted).factor_widths
+    }
+    readers = [node.op_type for node in graph.node for name in node.input if len(factors.get(name, ())) == 2]
+    assert sorted(set(readers)) == ["MatMul", "Transpose"]
+    assert "column_ids" in {value.name for value in graph.input}
+
+
+def test_columns_of_the_wrong_set_are_caught(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: columns that are told to be of set 0, 1, 2, 0, 1 and so on, not rank by rank."""
+    path, adapted, directories = bundles["llama"]
+
+    def interleaved(sets: FactorSets) -> dict[str, Any]:
+        inputs = inputs_of(sets)
+        return inputs | {"column_ids": np.sort(inputs["column_ids"]).reshape(len(sets), -1).T.ravel().copy()}
+
+    inputs_of = bound_call._inputs_of
+    monkeypatch.setattr(bound_call, "_inputs_of", interleaved)
+    actual = logits_of(on_cpu(open_bundle(path), "decoder_cpu"), ROWS, NAMES)
+    pairs = zip(ROWS, NAMES, strict=True)
+    expected = [peft_logits(Path(adapted.name), directories[name], [ids])[0] for ids, name in pairs]
+    assert max(np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)) > 0.05
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -89,10 +89,15 @@ def test_a_bundle_of_embeddings_takes_none(runtime: Runtime) -> None:
         runtime.score([[1, 2]], mode="request", conditioning=np.zeros((1, 64), np.float32))
 
 
-def test_the_engine_serves_it_without_vectors_alone(of_tasks: Runtime) -> None:
+def test_the_engine_takes_a_vector_per_prompt(of_tasks: Runtime) -> None:
+    expected = of_tasks.generate(ROWS, conditioning=VECTORS, max_new_tokens=3)
     with Engine(of_tasks) as engine:
+        stream = engine.submit(ROWS, mode="request", conditioning=VECTORS, max_new_tokens=3)
+        assert [row.token_ids for row in stream.result()] == [row.token_ids for row in expected]
         with pytest.raises(ModeError, match="needs conditioning="):
-            engine.submit(["a"], mode="request")
+            engine.submit(ROWS, mode="request")
+        with pytest.raises(InputError, match="a vector per text"):
+            engine.submit(ROWS, mode="request", conditioning=VECTORS[:2])
         engine.submit(["a"], mode="none", max_new_tokens=1).result()
 
 

@@ -31,6 +31,7 @@ ROWS, CAPACITY, SETS = 4, 24, 4
 OPERATIONS = ("admit", "read", "read", "join", "step", "step", "move", "fork", "drop")
 SEQUENCES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**32 - 1)), min_size=4, max_size=24)
 
+pytestmark = pytest.mark.timeout(max(600, EXAMPLES))
 slowly = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000)
 
 

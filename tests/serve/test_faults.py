@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,8 @@ from chameleon_deploy import Sampling
 from chameleon_deploy.bundle import Mode
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.serve import endpoint
+from chameleon_deploy.serve.event_stream import EventStream
 from chameleon_deploy.serve.service import Service, Settings
 from tests.rows import random_rows
 from tests.serving import STARTS, InThread, Running, running, wait_for
@@ -354,3 +357,28 @@ def test_loading_is_told(bundle: Path) -> None:
     for answer in (client.get("/health"), client.post("/v1/completions", json={"prompt": "a"})):
         assert isinstance(answer, httpx.Response) or answer.status_code
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, reads: bool) -> None:
+    """However long the whole takes: what counts is the time of one part."""
+    monkeypatch.setattr(endpoint, "SEND_SECONDS", 0.2)
+    sent, closed = list[bytes](), list[bool]()
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        try:
+            for _ in range(20):
+                yield b"part"
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0.03 if reads or len(sent) < 3 else 3600)
+        sent.append(message.get("body", b""))
+
+    async def receive() -> Any:
+        raise NotImplementedError
+
+    asyncio.run(endpoint._deliver(EventStream(parts()), {"type": "http"}, receive, send))
+    assert sent.count(b"part") == (20 if reads else 2)
+    assert closed == [True]

@@ -102,7 +102,7 @@ def open_peers(
 
 
 def _ablations(runtime: Runtime) -> dict[str, Callable[[], Peer]]:
-    from chameleon_deploy.bench.peers.bundle import FullLogits, OneCallPerCluster
+    from chameleon_deploy.bench.peers.bundle import FullLogits, OneCallPerSet
 
     def without_lora() -> Peer:
         from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
@@ -111,7 +111,7 @@ def _ablations(runtime: Runtime) -> dict[str, Callable[[], Peer]]:
 
     return {
         "full logits": lambda: FullLogits(runtime),
-        "one call per cluster": lambda: OneCallPerCluster(runtime),
+        "one call per cluster": lambda: OneCallPerSet(runtime, "one call per cluster"),
         "without LoRA": without_lora,
     }
 

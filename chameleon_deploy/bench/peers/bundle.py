@@ -15,16 +15,24 @@ from chameleon_deploy.runtime.generation import Row, stream_tokens
 
 
 class Bundle:
-    """The bundle, with rows of all clusters in one call. See `Peer`.
+    """The bundle, with rows of all clusters or adapters in one call. See `Peer`.
 
-    wait  returns when the device has finished its queue: laps end then
+    wait      returns when the device has finished its queue: laps end then
+    adapters  of the rows of `generate`, in a bundle that has adapters
     """
 
     scores = generates = True
     is_ablation = False
 
-    def __init__(self, runtime: Runtime, name: str = "bundle", wait: Callable[[], None] = lambda: None) -> None:
-        self.name, self.adapts, self._wait = name, runtime.mode != "none", wait
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str = "bundle",
+        wait: Callable[[], None] = lambda: None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> None:
+        self.name, self._wait, self._adapters = name, wait, adapters
+        self.adapts = runtime.mode != "none" or adapters is not None
         self.precision: str = runtime.manifest.precision
         self.size = sum(file.size for file in runtime.manifest.files.values())
         self._runtime = runtime
@@ -41,7 +49,7 @@ class Bundle:
         return self.generate_with(rows, self._adapt(rows, lap), num_tokens, lap)
 
     def _adapt(self, rows: Rows, lap: Lap) -> RowFactors:
-        factors = self._runtime.adapt(rows, on_device=True).factors
+        factors = self._runtime.adapt(rows, adapters=self._adapters, on_device=True).factors
         self._wait()
         lap(ADAPT)
         return factors
@@ -59,14 +67,11 @@ class Bundle:
         return np.array([row.token_ids for row in active])
 
 
-class OneCallPerCluster(Bundle):
-    """One call per cluster with that cluster's factors, as in the paper. See `Peer`."""
+class OneCallPerSet(Bundle):
+    """One call for the rows of each factor set: of a cluster, as in the paper, or of an adapter. See `Peer`."""
 
     scores = False
     is_ablation = True
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__(runtime, "one call per cluster")
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         factors = self._adapt(rows, lap)

@@ -1,4 +1,4 @@
-"""A base model as a GGUF file, for llama.cpp: the weights and hyperparameters, without a tokenizer."""
+"""A base model, and a low-rank update of it, as GGUF files for llama.cpp: weights and hyperparameters, no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from gguf import GGMLQuantizationType as TensorType
 from gguf.quants import quantize
 from transformers.pytorch_utils import Conv1D
 
+from chameleon_deploy.bundle import factor_names
+from chameleon_deploy.reference.adapters import Factors
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -20,18 +22,50 @@ def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
 
     Raises ValueError for a family that GGUF does not have, or rotary frequencies that need a table.
     """
-    config = trunk.config
-    architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type), None)
-    if architecture is None:
-        raise ValueError(f"GGUF has no family {config.model_type!r}")
-    writer = gguf.GGUFWriter(file, config.model_type)
-    tensors = dict(_tensors(trunk, gguf.get_tensor_name_map(architecture, config.num_hidden_layers)))
+    writer, names = gguf.GGUFWriter(file, trunk.config.model_type), _names(trunk)
+    tensors = dict(_tensors(trunk, names))
     _write_hyperparameters(writer, trunk, tensors["blk.0.ffn_up.weight"].shape[0])
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in tensors.items():
         is_matrix = tensor.ndim == 2 and not name.startswith("position_embd")
         raw_type = tensor_type if is_matrix else TensorType.F32
         writer.add_tensor(name, quantize(tensor, raw_type), raw_dtype=raw_type)
+    _write(writer)
+
+
+def write_lora(trunk: Trunk, factors: Factors, file: Path) -> None:
+    """Write the factors of one adapter, in float32. Raises ValueError as `write_gguf` does."""
+    writer, names = gguf.GGUFWriter(file, trunk.config.model_type), _names(trunk)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(len(next(iter(factors.values())))))  # scaled by alpha / rank
+    for layer in trunk.linear_layers():
+        lora_A, lora_B = (factors.get(name) for name in factor_names(layer))
+        if lora_A is None or lora_B is None:
+            continue
+        name = _name(names, f"{layer}.weight")
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(lora_A))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(_as_stored(name, lora_B.T, trunk.head_dim)))
+    _write(writer)
+
+
+def _names(trunk: Trunk) -> Any:
+    """Return the names that GGUF gives to a model's tensors. Raises ValueError."""
+    config = trunk.config
+    architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type), None)
+    if architecture is None:
+        raise ValueError(f"GGUF has no family {config.model_type!r}")
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+
+def _name(names: Any, own: str) -> str:
+    name: str | None = names.get_name(own, try_suffixes=(".weight", ".bias"))
+    if name is None:
+        raise ValueError(f"GGUF has no name for {own}")
+    return name
+
+
+def _write(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -62,17 +96,18 @@ def _tensors(trunk: Trunk, names: Any) -> Any:
     """Yield the names that GGUF uses and float32 arrays [out, in]; a tied head is left out."""
     for module_name, module in trunk.causal_lm.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
-            name = names.get_name(f"{module_name}.{kind}", try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise ValueError(f"GGUF has no name for {module_name}.{kind}")
+            name = _name(names, f"{module_name}.{kind}")
             if name == "output.weight" and trunk.is_tied:
                 continue
             tensor = parameter.detach().numpy()
             if isinstance(module, Conv1D) and tensor.ndim == 2:
                 tensor = tensor.T
-            if name.endswith(("attn_q.weight", "attn_k.weight")):
-                tensor = _interleaved(tensor, trunk.head_dim)
-            yield name, np.ascontiguousarray(tensor)
+            yield name, np.ascontiguousarray(_as_stored(name, tensor, trunk.head_dim))
+
+
+def _as_stored(name: str, matrix: Any, head_dim: int) -> Any:
+    """Return a matrix [out, any] in the order of GGUF's output channels."""
+    return _interleaved(matrix, head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else matrix
 
 
 def _interleaved(matrix: Any, head_dim: int) -> Any:

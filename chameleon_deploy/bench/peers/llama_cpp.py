@@ -1,4 +1,4 @@
-"""llama.cpp with the frozen base model, through the C interface of llama-cpp-python.
+"""llama.cpp with the frozen base model or one LoRA of it, through the C interface of llama-cpp-python.
 
 All rows of a batch are decoded in one call. llama.cpp has no log-softmax of logits, so scoring ends in PyTorch's.
 """
@@ -30,12 +30,13 @@ class LlamaCpp:
     llama.cpp's defaults, with a cache in float16.
     """
 
-    adapts, scores, generates, is_ablation = False, True, True, False
+    scores, generates, is_ablation = True, True, False
 
-    def __init__(self, file: Path, precision: str, threads: int) -> None:
-        """Load a GGUF file.
+    def __init__(self, file: Path, precision: str, threads: int, lora: Path | None = None) -> None:
+        """Load GGUF files.
 
         precision  the bundle's: every quantised type is compared with int8, since its activations are 8-bit
+        lora       an update that all rows get
 
         Raises ValueError for a file that llama.cpp does not read.
         """
@@ -49,6 +50,10 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {file.name}")
+        self.adapts = lora is not None
+        self._lora = llama_cpp.llama_adapter_lora_init(self._model, str(lora).encode()) if lora else None
+        if lora and not self._lora:
+            raise ValueError(f"llama.cpp cannot read {lora.name}")
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
         self._context: Any = None
@@ -103,6 +108,9 @@ class LlamaCpp:
             self._context = api.llama_init_from_model(self._model, params)
             if not self._context:
                 raise ValueError(f"llama.cpp has no context for {batch} rows of {length} tokens")
+            if self._lora:
+                loras = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
+                api.llama_set_adapters_lora(self._context, loras, 1, (ctypes.c_float * 1)(1.0))
             self._shape = batch, length
         api.llama_memory_clear(api.llama_get_memory(self._context), False)
 

@@ -1,4 +1,4 @@
-"""The PyTorch reference through `transformers`' generate, with the factors added in the head; in int8 by torchao."""
+"""The PyTorch reference through `transformers`' generate, with the factors added in its layers; in int8 by torchao."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import LM_HEAD, Mode, factor_names
+from chameleon_deploy.bundle import Mode, factor_names
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 
@@ -31,21 +31,22 @@ class PyTorch:
         """
         self.name, self.precision = f"{'torch.compile' if compiled else 'PyTorch eager'} {precision}", precision
         self._checkpoint, self._mode = checkpoint, mode
-        # A second model that shares the layers: the checkpoint's own keeps its plain head.
-        self._model: Any = copy.copy(checkpoint.trunk.causal_lm)
+        base = checkpoint.trunk.causal_lm
+        # A second model that shares the parameters: the checkpoint's own keeps its plain layers.
+        self._model: Any = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         if precision == "int8":
             self._model = _quantised(self._model)
         self.size = _bytes(self._model)
-        self._model._modules = dict(self._model._modules)
-        self._head = _AdaptedHead(self._model.get_output_embeddings(), checkpoint.config.alpha)
-        self._model.set_output_embeddings(self._head)
+        self._layers: dict[str, _Adapted] = {}
+        for name in checkpoint.config.targets:
+            layer = self._layers[name] = _Adapted(self._model.get_submodule(name), checkpoint.config.alpha)
+            self._model.set_submodule(name, layer)
         if compiled:
             self._model.forward = torch.compile(self._model.forward, dynamic=True)
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Any:
-        vocab, hidden = self._checkpoint.trunk.head_weight.shape
-        self._head.lora_A, self._head.lora_B = torch.zeros(1, 1, hidden), torch.zeros(1, vocab, 1)
+        self._adapt([ids], "none")
         return self._model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
     @torch.no_grad()
@@ -57,30 +58,37 @@ class PyTorch:
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         input_ids = self._adapt(rows)
         lap(ADAPT)
-        width = input_ids.shape[1]
+        return generate(self._model, input_ids, num_tokens, lap)
 
-        def after_each_token(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
-            if so_far.shape[1] == width + 1:
-                lap(PREFILL)
-            return torch.zeros(len(so_far), dtype=torch.bool)
-
-        output = self._model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0
-            ),
-            stopping_criteria=StoppingCriteriaList([after_each_token]),
-        )
-        lap(DECODE)
-        return output[:, width:].numpy()
-
-    def _adapt(self, rows: Rows) -> Tensor:
-        adaptation = inference.adapt(self._checkpoint, rows, self._mode)
-        self._head.lora_A, self._head.lora_B = (
-            adaptation.factors[name][adaptation.factor_ids] for name in factor_names(LM_HEAD)
-        )
+    def _adapt(self, rows: Rows, mode: Mode | None = None) -> Tensor:
+        adaptation = inference.adapt(self._checkpoint, rows, mode or self._mode)
+        for target, layer in self._layers.items():
+            layer.lora_A, layer.lora_B = (
+                adaptation.factors[name][adaptation.factor_ids] for name in factor_names(target)
+            )
         return torch.tensor(rows)
+
+
+def generate(model: Any, input_ids: Tensor, num_tokens: int, lap: Lap, **options: Any) -> Any:
+    """Return greedy tokens, int [batch, num_tokens], by `transformers`' generate; no token ends a row."""
+    width = input_ids.shape[1]
+
+    def after_each_token(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
+        if so_far.shape[1] == width + 1:
+            lap(PREFILL)
+        return torch.zeros(len(so_far), dtype=torch.bool)
+
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0
+        ),
+        stopping_criteria=StoppingCriteriaList([after_each_token]),
+        **options,
+    )
+    lap(DECODE)
+    return output[:, width:].numpy()
 
 
 def _quantised(model: Any) -> Any:
@@ -104,21 +112,22 @@ def _bytes(model: Any) -> int:
     return sum(sizes.values())
 
 
-class _AdaptedHead(nn.Module):
-    """A head with an update per row: lora_A [batch, rank, hidden], lora_B [batch, vocab, rank]."""
+class _Adapted(nn.Module):
+    """A linear layer with an update per row: lora_A [batch, rank, in], lora_B [batch, out, rank]."""
 
     lora_A: Tensor
     lora_B: Tensor
 
-    def __init__(self, linear: nn.Linear, alpha: float) -> None:
+    def __init__(self, linear: nn.Module, alpha: float) -> None:
         super().__init__()
         self.linear, self.alpha = linear, alpha
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight
+        weight: Tensor = self.linear.weight
+        return weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        update: Tensor = (hidden @ self.lora_A.transpose(1, 2)) @ self.lora_B.transpose(1, 2)
-        logits: Tensor = self.linear(hidden) + self.alpha * update
-        return logits
+    def forward(self, x: Tensor) -> Tensor:
+        update: Tensor = (x @ self.lora_A.transpose(1, 2)) @ self.lora_B.transpose(1, 2)
+        y: Tensor = self.linear(x) + self.alpha * update
+        return y

@@ -31,10 +31,11 @@ class WithoutLoRA(Bundle):
         names: dict[Role, str] = {"decoder": runtime.graph}
         if "hidden_scorer" in backend.sessions:
             names["hidden_scorer"] = bundle.graph("hidden_scorer", "cpu")
-        sessions = {
-            role: _session(bundle.path / bundle.manifest.graphs[name].file, backend.sessions[role])
-            for role, name in names.items()
-        }
+        graphs = {role: bundle.manifest.graphs[name] for role, name in names.items()}
+        sessions = dict(backend.sessions)
+        for role, spec in graphs.items():
+            if any(".lora_" in tensor.name for tensor in spec.inputs):  # the scorer has an update of the head alone
+                sessions[role] = _session(bundle.path / spec.file, backend.sessions[role])
         super().__init__(Runtime(bundle, CpuBackend(bundle, runtime.graph, sessions), "none"), "without LoRA")
 
 

@@ -66,14 +66,18 @@ def build_trunk(
     heads = (model.num_attention_heads, model.num_key_value_heads, model.num_key_value_heads)
     qkv_sizes = [model.head_dim * n for n in heads]
 
-    def linear(x: Any, matrix: str, targets: Sequence[str], sizes: Sequence[int], at: ir.Value) -> Any:
+    def product(x: Any, matrix: str, targets: Sequence[str]) -> Any:
         """Return the product with the targets' weights, side by side."""
         parts = [f"{target}.weight" for target in targets]
         y = op.MatMul(x, weights.side_by_side(matrix, parts))
         biases = [f"{target}.bias" for target in targets]
         if biases[0] in weights:
             y = op.Add(y, weights.side_by_side(f"{matrix.removesuffix('.weight')}.bias", biases))
-        return inputs.updates.add(y, x, at, list(zip(targets, sizes, strict=True)))
+        return y
+
+    def linear(x: Any, matrix: str, targets: Sequence[str], sizes: Sequence[int], at: ir.Value) -> Any:
+        """Return the same with the targets' updates."""
+        return inputs.updates.add(product(x, matrix, targets), x, at, list(zip(targets, sizes, strict=True)))
 
     present = []
     at = inputs.input_ids
@@ -86,8 +90,11 @@ def build_trunk(
             at = inputs.logits_positions
             x, context = (at_positions(op, tensor, at) for tensor in (x, context))
         x = op.Add(x, linear(context, names.o, targets.o, [model.hidden_size], at))
-        gate_up = linear(norm(x, f"{layer}.post_attention_layernorm"), names.up, targets.up, [inner_size] * 2, at)
-        gate, up = op.Split(gate_up, [inner_size, inner_size], axis=2, _outputs=2)
+        read = norm(x, f"{layer}.post_attention_layernorm")
+        halves = op.Split(product(read, names.up, targets.up), [inner_size, inner_size], axis=2, _outputs=2)
+        gate, up = (
+            inputs.updates.add(y, read, at, [(name, inner_size)]) for y, name in zip(halves, targets.up, strict=True)
+        )
         inner = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)  # SwiGLU (https://arxiv.org/abs/2002.05202)
         x = op.Add(x, linear(inner, names.down, targets.down, [model.hidden_size], at))
     return norm(x, LAST_NORM), present

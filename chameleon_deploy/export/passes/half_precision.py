@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from chameleon_deploy.export.graph import FLOAT
+from chameleon_deploy.export.low_rank import STACKED
 from chameleon_deploy.export.weights import WeightsFile, narrowed
 
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -31,9 +32,9 @@ def halve_products(decoder: ir.Model, half: ir.DataType, weights_file: WeightsFi
     count = 0
     for node in list(graph):
         _pass_type_on(node, half)
-        # The low-rank update also uses Gemm, but its matrices are inputs.
+        # The low-rank update of the head also uses Gemm, but its matrices are inputs.
         is_head = node.op_type == "Gemm" and _stored(node.inputs[1]) is not None
-        if not is_head and node.op_type != "MatMul":
+        if not is_head and not _is_product(node):
             continue
         count += 1
         for index in (0, 1):
@@ -57,12 +58,17 @@ def float_products(decoder: ir.Model) -> int:
     count = 0
     for node in list(graph):
         _pass_type_on(node, FLOAT)
-        if node.op_type == "MatMul":
+        if _is_product(node):
             count += 1
             for index, operand in enumerate(node.inputs):
                 node.replace_input_with(index, _cast(graph, node, operand, FLOAT))
             _cast_output(graph, node, FLOAT, half)
     return count
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Return whether a node is a product of the trunk, and not of a low-rank update, which stays float32."""
+    return node.op_type == "MatMul" and not str(node.inputs[1] and node.inputs[1].name).endswith(STACKED)
 
 
 def _is_past(value: ir.Value) -> bool:

@@ -1,0 +1,250 @@
+"""`python -m chameleon_deploy.bench.adapters`: what adapters cost, beside the bundle without them and other engines.
+
+Rows with different adapters share one call. At batch 1 a row has one adapter, since llama.cpp applies its adapters to
+all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chameleon_deploy import console
+from chameleon_deploy.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.console import CheckFailedError
+from chameleon_deploy.errors import InputError
+from chameleon_deploy.progress import Progress
+from chameleon_deploy.table import Sheet
+
+if TYPE_CHECKING:
+    from chameleon_deploy.bench.peers import Peer, Rows
+    from chameleon_deploy.bench.timing import Case, Timing
+    from chameleon_deploy.reference.adapters import AdaptedBase
+    from chameleon_deploy.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class AdapterBenchmark:
+    """The results of one run.
+
+    layers, rank  of the bundle's adapters
+    load_seconds  of reading an adapter file, its checks included; a median
+    missing       engines that could not be opened here, and why
+    """
+
+    machine: dict[str, str]
+    precision: str
+    threads: int
+    adapters: int
+    layers: int
+    rank: int
+    timings: list[Timing]
+    load_seconds: float
+    missing: dict[str, str]
+
+
+def measure_adapters(
+    bundle: Path,
+    base: AdaptedBase,
+    directories: dict[str, Path],
+    threads: int,
+    batch: int,
+    width: int,
+    num_tokens: int,
+    rounds: int,
+    report: Progress,
+    only: Sequence[str] | None = None,
+) -> AdapterBenchmark:
+    """Time rows whose adapters take turns, then one row, then loading an adapter.
+
+    base, directories   what the bundle was exported from
+    width, num_tokens   tokens of every prompt, and tokens to generate after it
+    only                how the names of the compared engines begin; None for all
+    """
+    import torch
+
+    import chameleon_deploy
+    from chameleon_deploy.bench.timing import measure
+    from chameleon_deploy.bench.workloads import stretches
+    from chameleon_deploy.machine import describe_machine
+
+    torch.set_num_threads(threads)
+    runtime = chameleon_deploy.load(bundle, threads=threads)
+    spec = runtime.manifest.adaptation
+    if list(spec.adapters) != list(base.adapters):
+        raise InputError(f"{bundle} has the adapters {list(spec.adapters)}: pass an --adapter for each, in this order")
+    names = list(itertools.islice(itertools.cycle(spec.adapters), batch))
+    rows, timings, missing = stretches(base.trunk, batch, width), [], dict[str, str]()
+    with TemporaryDirectory() as directory:
+        load_seconds = _seconds_of_loading(runtime, base, Path(directory))
+        for own in (names, names[:1]):
+            peers: list[Peer] = []
+            for name, opener in _openers(runtime, base, directories, own, threads, Path(directory)).items():
+                if peers and only is not None and not name.startswith(tuple(only)):
+                    continue
+                try:
+                    peers.append(opener())
+                except Exception as error:  # a foreign engine may raise anything
+                    missing[name] = f"{type(error).__name__}: {error}"
+            timings += measure(_case(runtime, base, rows[: len(own)], own, peers, num_tokens), rounds, report)
+    return AdapterBenchmark(
+        describe_machine(), runtime.manifest.precision, threads, len(spec.adapters), len(spec.targets), spec.rank,
+        timings, load_seconds, missing,
+    )  # fmt: skip
+
+
+def _openers(
+    runtime: Runtime,
+    base: AdaptedBase,
+    directories: dict[str, Path],
+    names: list[str],
+    threads: int,
+    directory: Path,
+) -> dict[str, Callable[[], Peer]]:
+    """Return how to open the bundle and what it is compared with, for rows with these adapters."""
+    from chameleon_deploy.bench.peers.bundle import Bundle, OneCallPerSet
+
+    def without() -> Peer:
+        from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
+
+        return WithoutLoRA(runtime)
+
+    def peft() -> Peer:
+        from chameleon_deploy.bench.peers.peft import Peft
+
+        return Peft(base.trunk, directories, names)
+
+    def llama_cpp() -> Peer:
+        from chameleon_deploy.bench.peers.gguf_writer import write_lora
+        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+
+        precision, lora = runtime.manifest.precision, directory / "lora.gguf"
+        write_lora(base.trunk, base.adapters[names[0]], lora)
+        return LlamaCpp(converted_file(base.trunk, precision, directory), precision, threads, lora)
+
+    opened: dict[str, Callable[[], Peer]] = {
+        "bundle": lambda: Bundle(runtime, adapters=names),
+        "without LoRA": without,
+    }
+    if len(names) == 1:
+        return opened | {"llama.cpp": llama_cpp}
+    per_adapter = lambda: OneCallPerSet(runtime, "one call per adapter", adapters=names)  # noqa: E731
+    return opened | {"one call per adapter": per_adapter, "PyTorch with PEFT": peft}
+
+
+def _case(
+    runtime: Runtime, base: AdaptedBase, rows: Rows, names: Sequence[str], peers: Sequence[Peer], num_tokens: int
+) -> Case:
+    """Return generation: prompts to their first tokens, then cached steps."""
+    from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL
+    from chameleon_deploy.bench.timing import Case, Engine, Part
+    from chameleon_deploy.bench.workloads import BOUNDS, continued, deviation, regrets
+    from chameleon_deploy.reference.adapters import AdapterLogits
+
+    logits, eos_token_id = AdapterLogits(base), runtime.manifest.model.eos_token_id
+    batch, width = len(rows), len(rows[0])
+
+    def reference(peer: Peer, chosen: Any) -> Iterator[Any]:
+        adapters = names if peer.adapts else [None] * batch
+        return (logits(ids, adapters, row) for row, ids in enumerate(continued(rows, chosen)))
+
+    def engine(peer: Peer) -> Engine:
+        return Engine(
+            lambda lap: peer.generate(rows, num_tokens, lap),
+            lambda chosen: deviation(peer, regrets(reference(peer, chosen), chosen, eos_token_id)),
+            2 * BOUNDS[peer.precision],  # two logits, each with its own deviation
+        )
+
+    def part(kind: str, name: str, units: int, unit: str, laps: tuple[str, ...] = ()) -> Part:
+        return Part(kind, name, units, unit, batch, width, num_tokens, laps)
+
+    adapters = f"{len(set(names))} adapter{'s' * (len(set(names)) > 1)}"
+    return Case(
+        part("generation", f"prefill {batch}x{width} + {num_tokens} tokens, {adapters}", batch * num_tokens, "token"),
+        {peer.name: engine(peer) for peer in peers},
+        peers[0].name,
+        [
+            part("prefill", f"prefill {batch}x{width}, {adapters}", 1, "batch", (ADAPT, PREFILL)),
+            part("decode", f"step, batch {batch}, past {width}, {adapters}", num_tokens - 1, "step", (DECODE,)),
+        ],
+    )
+
+
+def _seconds_of_loading(runtime: Runtime, base: AdaptedBase, directory: Path) -> float:
+    from chameleon_deploy.adapter_file import write_adapter
+    from chameleon_deploy.bench.timing import median_seconds
+
+    file = directory / "adapter.safetensors"
+    write_adapter(file, next(iter(base.adapters.values())), runtime.manifest.adaptation)
+
+    def load() -> None:
+        runtime.load_adapter("loaded", file)
+        runtime.unload_adapter("loaded")
+
+    return median_seconds(load)
+
+
+def sheets(measured: AdapterBenchmark) -> list[Sheet]:
+    """Return a row per part: the bundle's time, and the seconds of each other engine over it."""
+    others = list(dict.fromkeys(name for timing in measured.timings for name in timing.ratios))
+    rows = [
+        [
+            timing.part.name,
+            f"{timing.seconds[timing.baseline] / timing.part.units * 1e3:.2f} ms/{timing.part.unit}",
+            *(f"{timing.ratios[name]:.3f}" if name in timing.ratios else "" for name in others),
+            f"{max(timing.interquartile_range.values()):.0%}",
+        ]
+        for timing in measured.timings
+    ]
+    rows.append(["load an adapter", f"{measured.load_seconds * 1e3:.1f} ms", *[""] * (len(others) + 1)])
+    headers = ["", f"bundle {measured.precision}", *(f"x {name}" for name in others), "interquartile range"]
+    caption = (
+        f"{measured.adapters} adapters of rank {measured.rank} on {measured.layers} layers, {measured.threads} "
+        "threads; x: seconds over the bundle's, medians of ratios of adjacent samples"
+    )
+    failed = measured.missing | {name: why for timing in measured.timings for name, why in timing.failed.items()}
+    missing = Sheet(["not compared", "why"], [[name, why] for name, why in failed.items()])
+    return [Sheet(headers, rows, caption=caption), *[missing] * bool(failed)]
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, exported with the adapters.")],
+    reference: Annotated[Path, typer.Option(help="The base model that it was exported from.")],
+    adapter: AdapterDirectories = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Compare only with engines whose name begins with this.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Rows; their adapters take turns.")] = 8,
+    width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 33,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per engine; up to three times as many if noisy.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every engine; default: all cores.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")] = None,
+) -> None:
+    """Time rows with different adapters in one call. Exit 1 if a result is wrong."""
+    from chameleon_deploy.reference.adapters import load_adapted
+
+    console.check_output(json_file)
+    directories = named_directories(adapter)
+    base = load_adapted(str(reference), directories)
+    with console.progress() as progress:
+        measured = measure_adapters(
+            bundle, base, directories, threads or os.cpu_count() or 1, batch, width, tokens, rounds, progress, engine
+        )
+    console.show(*sheets(measured))
+    if json_file:
+        console.write_json(asdict(measured), json_file)
+    wrong = [f"{timing.part.name}: {name}" for timing in measured.timings for name in timing.wrong]
+    if wrong:
+        raise CheckFailedError("results differ from the reference: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    console.run(main)

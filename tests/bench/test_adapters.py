@@ -1,0 +1,66 @@
+"""`bench.adapters`: every engine gives what the reference gives with each row's adapter, or the run fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.adapters import load_adapted
+from tests.adapters import save_adapter
+from tests.commands import run
+
+LAYERS = {"mini": ["c_attn", "c_fc"], "llama": ["q_proj", "k_proj", "up_proj"]}
+LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
+    """A bundle with two adapters, its base model, and their PEFT directories."""
+    checkpoint: Path = request.getfixturevalue(f"{request.param}_path")
+    base, out = checkpoint / "base", tmp_path_factory.mktemp(request.param)
+    directories = [
+        save_adapter(base, out / name, seed, strength=0.3, r=4, target_modules=LAYERS[request.param])
+        for seed, name in enumerate("ab")
+    ]
+    export_bundle(load_adapted(str(base), dict(zip("ab", directories, strict=True))), out / "bundle", None)
+    return out / "bundle", base, directories
+
+
+def command(bundle: Path, base: Path, directories: list[Path]) -> list[str | Path | int]:
+    named = [option for name, path in zip("ab", directories, strict=True) for option in ("--adapter", f"{name}={path}")]
+    return [bundle, "--reference", base, *named, "--batch", 3, "--width", 12, "--tokens", 5, "--rounds", 1,
+            "--threads", 1]  # fmt: skip
+
+
+def test_every_engine_is_timed_and_right(adapted: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
+    result = run("chameleon_deploy.bench.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"llama.cpp"} - figures["missing"].keys() == ({"llama.cpp"} if LLAMA_CPP else set())
+    mixed = {"bundle", "without LoRA", "one call per adapter", "PyTorch with PEFT"}
+    alone = {"bundle", "without LoRA", *(["llama.cpp F32"] if LLAMA_CPP else [])}
+    for timing in figures["timings"]:
+        assert timing["failed"] == {}
+        assert timing["seconds"].keys() == (mixed if timing["part"]["batch"] == 3 else alone)
+    assert [timing["part"]["kind"] for timing in figures["timings"]] == ["generation", "prefill", "decode"] * 2
+    assert figures["load_seconds"] > 0
+    assert "2 adapters of rank 4" in " ".join(result.stdout.split())
+
+
+def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[Path]]) -> None:
+    """The bundle's a is compared with what is b for PEFT and for the reference."""
+    bundle, base, directories = adapted
+    result = run("chameleon_deploy.bench.adapters", *command(bundle, base, directories[::-1]), "--engine", "none")
+    assert result.returncode == 1
+    assert "results differ from the reference: prefill 3x12 + 5 tokens" in " ".join(result.stderr.split())
+
+
+def test_another_bundles_adapters_are_refused(adapted: tuple[Path, Path, list[Path]]) -> None:
+    bundle, base, directories = adapted
+    result = run("chameleon_deploy.bench.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
+    assert result.returncode == 2
+    assert "pass an --adapter for each" in " ".join(result.stderr.split())
