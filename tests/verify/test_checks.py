@@ -152,6 +152,18 @@ def test_rows_are_ragged_and_reach_the_last_position(mini: Checkpoint) -> None:
     assert len(set(lengths)) > 20
 
 
+def test_reduced_precisions_have_windows_of_one_kind_of_text(mini: Checkpoint) -> None:
+    rows = verification_rows(mini, None, more=True)
+    *_, longest = rows
+    ragged, typical = parity.ragged_and_typical(rows)
+    assert ragged == verification_rows(mini, None)
+    assert {len(ids) for ids in rows[32:-1]} == {128}  # all positions of this model
+    assert len(rows) == 33 + 24
+    assert len(longest) == max(map(len, rows))
+    assert typical == rows[32:40]
+    assert parity.ragged_and_typical(ragged) == (ragged, ragged[:8])  # as in fp32
+
+
 def change_weights(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     """Change one tensor of weights.bin, found through the graph that refers to it."""
 
