@@ -23,7 +23,7 @@ from chameleon_deploy.verify.faults import FAULTS, Fault, Stacks
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.logit_figures import largest, max_abs
 
-FEW = 4  # texts that every single adapter is checked on
+FEW = 4  # texts that every single adapter, and none, is checked on
 
 
 def verify_adapters(
@@ -34,7 +34,8 @@ def verify_adapters(
     if max_kl is not None:
         gate = accept(gate, max_kl)
     reference = AdapterLogits(base)
-    everything, rows = rows, rows[:33]
+    everything, rows, typical = rows, *parity.ragged_and_typical(rows)
+    typical = typical[:FEW]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     of_all, of_rows, of_few, of_long = (in_turn(base, len(part)) for part in (everything, rows, few, long))
 
@@ -51,8 +52,8 @@ def verify_adapters(
         lambda: parity.check_scores(runtime, few, gate, adapters=of_few),
         lambda: parity.check_rerun(runtime, few, adapters=of_few),
         lambda: parity.check_neighbours(runtime, few, adapters=[some]),
-        lambda: check_none(runtime, reference, few, gate),
-        *(partial(check_adapter, runtime, reference, few[:FEW], gate, name) for name in base.adapters),
+        lambda: check_none(runtime, reference, typical, gate),
+        *(partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters),
         lambda: check_wrong_factors(runtime, reference, few, of_few),
     ]
     if whole:

@@ -62,7 +62,8 @@ def verify(
 ) -> list[Check]:
     """The checks of one decoder graph on real text.
 
-    rows    at least 32 lists of token ids, ragged; what is over 33 serves the figures of the gate alone
+    rows    lists of token ids: 32 ragged ones, in a reduced precision texts of the length that its gate was measured
+            on, and a long one (run.verification_rows)
     whole   also what does not depend on the decoder graph: counts, adaptation, modes, promise F
     max_kl  accept a mean KL of this much; None keeps the gate
     """
@@ -70,8 +71,9 @@ def verify(
     gate = gate_of(runtime.manifest.precision, runtime.provider, updates_trunk)
     if max_kl is not None:
         gate = accept(gate, max_kl)
-    everything, rows = rows, rows[:33]
+    everything, rows, typical = rows, *ragged_and_typical(rows)
     few, long = rows[:8], sorted(everything, key=len)[-8:]
+    modes = runtime.manifest.adaptation.modes
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: check_logits(runtime, reference, everything, gate, 1.0),
         # Information in a reduced precision, for which few texts do: reading is most of the work.
@@ -79,7 +81,7 @@ def verify(
         lambda: check_cache(runtime, reference, long, gate),
         lambda: check_batching(runtime, rows, gate),
         lambda: check_scores(runtime, few, gate),
-        lambda: check_base(runtime, reference, few, gate),
+        lambda: check_base(runtime, reference, typical, gate),
         lambda: check_rerun(runtime, few),
         lambda: check_neighbours(runtime, few),
         lambda: check_wrong_factors(runtime, reference, few),
@@ -89,10 +91,17 @@ def verify(
             lambda: check_parameters(runtime, reference.checkpoint),
             lambda: check_adaptation(runtime, reference.checkpoint, rows, gate),
             lambda: check_factors_alone(runtime, few),
-            *(partial(check_mode, runtime, reference, few, gate, mode) for mode in runtime.manifest.adaptation.modes),
+            *(partial(check_mode, runtime, reference, typical, gate, mode) for mode in modes),
             lambda: check_texts(runtime, reference.checkpoint.trunk.tokenizer, [*few, rows[-1]]),
         ]
     return run_steps(runtime, steps, report)
+
+
+def ragged_and_typical(rows: Rows) -> tuple[Rows, Rows]:
+    """Return the ragged texts and the long one, and up to 8 on which a KL divergence is what its gate means."""
+    *others, longest = rows
+    ragged = others[:32]
+    return [*ragged, longest], others[32:40] or ragged[:8]
 
 
 def run_steps(runtime: Runtime, steps: Sequence[Callable[[], Iterator[Check]]], report: Progress) -> list[Check]:
@@ -187,22 +196,26 @@ def check_cache(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate) 
 def cache_checks(
     runtime: Runtime, reference: Reference, rows: Rows, ours: RowFactors, theirs: Any, gate: Gate
 ) -> Iterator[Check]:
-    """Decoding token by token from the middle of a text gives what reading it whole and what the reference give."""
+    """Decoding token by token from the middle of a text gives what reading it whole and what the reference give.
+
+    In int8 a last bit of a sum can move a single logit far, so what is limited is the KL divergence from either.
+    """
     length = min(map(len, rows))
     whole = list(row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
     logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
-    differences, figures = [], LogitFigures()
+    against_whole, figures, no_targets = LogitFigures(), LogitFigures(), torch.empty(0, dtype=torch.int64)
     for position in range(start, length + 1):
-        actual = np.asarray(logits)
+        actual = torch.tensor(np.asarray(logits))
         at = slice(position - 1, position)
-        differences.append(max_abs(actual, np.concatenate([row[at] for row in whole])))
+        against_whole.add(actual, torch.from_numpy(np.concatenate([row[at] for row in whole])), no_targets)
         expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
-        figures.add(torch.tensor(actual), expected, torch.empty(0, dtype=torch.int64))
+        figures.add(actual, expected, no_targets)
         if position < length:
             logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
-    yield Check("cached decoding, max abs difference", largest(differences) / figures.scale, gate.cache_tolerance,
+    yield Check("cached decoding, max abs difference", against_whole.max_abs / figures.scale, gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
+    yield from check_kl("cached decoding against the text read whole:", against_whole, gate)
     yield from check_kl("cached decoding:", figures, gate)
 
 

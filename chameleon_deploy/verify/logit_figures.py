@@ -54,8 +54,8 @@ class LogitFigures:
             self._gaps.append(top[:, 0] - top[:, 1])
             self._same_top1.append(actual[part].argmax(1) == expected[part].argmax(1))
             self._variances.append(expected[part].double().var(1, correction=0))
-            q, p = actual[part].double().log_softmax(-1), expected[part].double().log_softmax(-1)
-            self.kl.append((p.exp() * (p - q)).sum(-1))
+            q, p = actual[part].double().log_softmax(1), expected[part].double().log_softmax(1)
+            self.kl.append((p.exp() * (p - q)).sum(1))
             targets = following[part, None]
             self.targets += len(targets)
             for i, logprobs in enumerate((q, p)):
@@ -100,7 +100,7 @@ def score_difference(scores: Sequence[Score], rows_logits: Iterable[FloatArray])
     """Between token log-probabilities and what the logits of the same rows say."""
     differences = []
     for score, logits in zip(scores, rows_logits, strict=True):
-        logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(-1)
+        logprobs = torch.from_numpy(logits[:-1]).double().log_softmax(1)
         expected = logprobs.gather(1, torch.tensor(score.token_ids[1:], dtype=torch.int64)[:, None])[:, 0]
         differences.append(max_abs(score.token_logprobs, expected.numpy()))
     return largest(differences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,29 +21,26 @@ if TYPE_CHECKING:
 NUM_ROWS, MAX_TOKENS = 32, 48
 LONGEST = 2048  # tokens of the one long text; a model with more positions is checked up to this length
 # A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate, so it is measured on
-# more.
-MORE_ROWS, MORE_TOKENS = 96, 96
+# more: windows of the length that its gate was measured on.
+WINDOWS, WINDOW_TOKENS = 24, 256
 
 
 def verification_rows(checkpoint: Source, text: list[Path] | None, more: bool = False) -> list[list[int]]:
-    """Return 32 ragged texts of 1 to 48 tokens and one as long as the model's positions (at most 2,048).
+    """Return 32 ragged texts of 1 to 48 tokens and, at last, one as long as the model's positions (at most 2,048).
 
     They are from files or from Python's own documentation.
 
-    more  and up to 96 further texts of up to 96 tokens, if there are as many
+    more  and between them up to 24 windows of 256 tokens, each of one kind of text, the kinds in turn
 
     Raises InputError if the files have too little text.
     """
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
     from chameleon_deploy.texts import read_texts
 
-    if text:
-        texts = read_texts(text)
-    else:  # kinds take turns, so that a batch has several clusters
-        texts = [
-            t for group in itertools.zip_longest(*(python_texts(kind)[:100] for kind in KINDS)) for t in group if t
-        ]
-    encoded = [e.ids for e in checkpoint.trunk.tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
+    kinds = [read_texts(text)] if text else [python_texts(kind)[:100] for kind in KINDS]
+    texts = _in_turn(kinds)  # so that a batch has several clusters
+    tokenizer = checkpoint.trunk.tokenizer
+    encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
     stream = [i for ids in encoded for i in ids]
     positions = min(checkpoint.trunk.max_positions, LONGEST)
     if len(encoded) < NUM_ROWS or len(stream) < positions:
@@ -52,9 +49,22 @@ def verification_rows(checkpoint: Source, text: list[Path] | None, more: bool = 
         )
     longest = min(MAX_TOKENS, positions)
     lengths = [longest * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
-    rows = [ids[:n] for ids, n in zip(encoded, lengths, strict=False)] + [stream[:positions]]
-    further = encoded[NUM_ROWS : NUM_ROWS + MORE_ROWS] if more else []
-    return rows + [ids[: min(MORE_TOKENS, positions)] for ids in further]
+    rows = [ids[:n] for ids, n in zip(encoded, lengths, strict=False)]
+    if more:
+        joined = tokenizer.encode_batch(["\n\n".join(kind) for kind in kinds], add_special_tokens=False)
+        rows += _in_turn([_windows(e.ids, WINDOWS // len(kinds), min(WINDOW_TOKENS, positions)) for e in joined])
+    return [*rows, stream[:positions]]
+
+
+def _in_turn(kinds: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the first of every kind, then the second, and so on."""
+    return [one for group in itertools.zip_longest(*kinds) for one in group if one]
+
+
+def _windows(stream: list[int], count: int, width: int) -> list[list[int]]:
+    """Return up to `count` windows, evenly spaced and apart."""
+    count = min(count, len(stream) // width)
+    return [stream[start : start + width] for start in (len(stream) * i // count for i in range(count))]
 
 
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:

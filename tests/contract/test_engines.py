@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_deploy import engines, local_cache
@@ -181,6 +181,7 @@ def test_tampered_engines_are_not_found() -> None:
 POSITIONS = MANIFEST.model.max_positions
 
 
+@settings(deadline=None)
 @given(
     batch=st.integers(1, 4096),
     sequence=st.integers(1, POSITIONS),

@@ -128,6 +128,69 @@ def test_targets() -> None:
     assert "adaptation.targets" in refused(GOOD, adaptation__targets=[])
 
 
+def test_a_basis_is_what_an_int8_trunk_needs() -> None:
+    head, other = GOOD["adaptation"]["targets"][0], {"name": "h", "in_features": 1, "out_features": 1}
+    files = {**GOOD["files"], "basis.safetensors": {"size": 0, "sha256": ""}}
+    for precision, targets, needed in (("int8", [head], False), ("int8", [head, other], True), ("int8", [other], True),
+                                       ("fp32", [head, other], False)):  # fmt: skip
+        changes = {"precision": precision, "adaptation__targets": targets}
+        assert parse(GOOD, files=files, **changes).has_basis is needed
+        if needed:
+            assert "'basis.safetensors' is needed" in refused(GOOD, **changes)
+        else:
+            parse(GOOD, **changes)
+
+
+def test_a_size_of_conditioning_goes_with_a_hypernetwork_and_no_clusters() -> None:
+    assert parse(GOOD).adaptation.conditioning_size == 0
+    for size in (1, 2**31 - 1):
+        given = parse(GOOD, adaptation__num_clusters=0, adaptation__conditioning_size=size)
+        assert given.adaptation.conditioning_size == size
+        assert "conditioning_size" in refused(GOOD, adaptation__conditioning_size=size)
+        assert "conditioning_size" in refused(LORA, adaptation__conditioning_size=size, adaptation__num_clusters=0)
+    for size in (-1, 2**31):
+        assert "conditioning_size" in refused(GOOD, adaptation__num_clusters=0, adaptation__conditioning_size=size)
+
+
+def test_adapters_have_names_and_a_base() -> None:
+    named = {"adaptation__adapters": ["a", "B.c-d_9", "x" * 64], "adaptation__base_digest": "0"}
+    adaptation = parse(LORA, **named).adaptation
+    assert adaptation.adapters == ("a", "B.c-d_9", "x" * 64)
+    assert default_mode(adaptation) == "none"
+    assert "base_digest" in refused(LORA, adaptation__adapters=["a"])
+    assert "base_digest" in refused(LORA, adaptation__base_digest="0")
+    assert "regime 'lora'" in refused(GOOD, **named)
+    for names in (["a", "a"], [""], [".a"], ["-a"], ["a b"], ["a", "static"], ["x" * 65], ["a\n"]):
+        assert "distinct names" in refused(LORA, adaptation__adapters=names, adaptation__base_digest="0")
+
+
+MODEL = GOOD["model"]
+INT8 = {**GOOD["token_embedding"], "dtype": "int8", "offset": WEIGHTS - EMBEDDING // 4, "row_scales_offset": 0,
+        "channel_scales_offset": WEIGHTS - 4 * MODEL["hidden_size"], "rotation": 16}  # fmt: skip
+
+
+def test_an_int8_embedding_has_scales_in_its_file_and_a_rotation() -> None:
+    assert parse(GOOD, token_embedding=INT8).token_embedding.rotation == 16
+    last = {name: WEIGHTS - 4 * MODEL[size] for name, size in (
+        ("row_scales_offset", "vocab_size"), ("channel_scales_offset", "hidden_size"))}  # fmt: skip
+    for name, offset in last.items():
+        parse(GOOD, token_embedding={**INT8, name: offset})
+        parse(GOOD, token_embedding={**INT8, name: 0})
+        for outside in (-1, offset + 1):
+            assert "outside" in refused(GOOD, token_embedding={**INT8, name: outside})
+    for name in (*last, "rotation"):
+        assert "only there" in refused(GOOD, token_embedding={**INT8, name: None})
+        assert "only there" in refused(GOOD, token_embedding={**GOOD["token_embedding"], name: 16})
+
+
+def test_a_rotation_is_a_power_of_four_that_divides_the_channels() -> None:
+    assert MODEL["hidden_size"] == 16
+    for rotation in (1, 4, 16):
+        parse(GOOD, token_embedding={**INT8, "rotation": rotation})
+    for rotation in (-4, -1, 0, 2, 3, 5, 8, 12, 64):
+        assert "rotation" in refused(GOOD, token_embedding={**INT8, "rotation": rotation})
+
+
 def test_modes() -> None:
     six = ("none", "static", "centroid", "request", "cohort", "tenant")
     assert available_modes("chameleon", 1) == six

@@ -13,8 +13,8 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import ChameleonError, DependencyError, InputError
-from chameleon_deploy.provenance import SIGNATURE, read_signing_key
+from chameleon_deploy.errors import ChameleonError, DependencyError, InputError, SignatureError
+from chameleon_deploy.provenance import SIGNATURE, check_signature, read_signing_key
 from tests.browser import find_program
 from tests.commands import run
 from tests.shared_data import good_bundle, read, signed_bundle
@@ -53,6 +53,26 @@ def test_signatures(case: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ChameleonError) as error:
         chameleon_deploy.load(bundle, trusted_keys=trusted)
     assert error.value.code == case["code"]
+
+
+def test_a_signature_that_is_a_link_or_cannot_be_read(tmp_path: Path) -> None:
+    (case,) = (case for case in read("signatures.json")["cases"] if case["name"] == "trusted")
+    bundle, trusted = signed_bundle(case, tmp_path)
+    content, signature = (bundle / "bundle.json").read_bytes(), bundle / SIGNATURE
+    assert trusted is not None
+    assert check_signature(content, signature, trusted) == trusted[0]
+    signature.rename(tmp_path / "elsewhere")
+    signature.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SignatureError, match="missing or not a signature"):
+        check_signature(content, signature, trusted)
+    with pytest.raises(SignatureError, match=r"cannot read .*: File name too long"):
+        check_signature(content, bundle / ("x" * 300), trusted)
+
+
+def test_signatures_without_cryptography(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    with pytest.raises(DependencyError, match=r"chameleon-deploy\[sign\]"):
+        open_bundle(GOOD, [tmp_path / "key.pub"])
 
 
 def test_export_signs_what_openssl_verifies(mini_path: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
@@ -96,15 +116,25 @@ def test_openssl_signs_what_load_accepts(keys: tuple[Path, Path], copy_of: Calla
         (None, "cannot read the key"),
     ],
 )
-def test_keys_that_cannot_sign(arguments: list[str] | None, message: str, mini_path: Path, tmp_path: Path) -> None:
-    """They are refused before the export begins."""
+def test_keys_that_cannot_sign(arguments: list[str] | None, message: str, tmp_path: Path) -> None:
     if arguments:
         assert openssl("genpkey", *arguments, "-out", tmp_path / "key").returncode == 0
     with pytest.raises(InputError, match=message):
         read_signing_key(tmp_path / "key")
+
+
+def test_a_key_that_cannot_sign_is_refused_before_the_export_begins(mini_path: Path, tmp_path: Path) -> None:
     refused = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--sign", tmp_path / "key")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_key_signs_is_signed_by_it(keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    (tmp_path / "signature").write_bytes(read_signing_key(private)(b"content"))
+    assert check_signature(b"content", tmp_path / "signature", [public]) == public
+    with pytest.raises(SignatureError, match="not made by a trusted key"):
+        check_signature(b"other content", tmp_path / "signature", [public])
 
 
 @pytest.mark.parametrize("trusted", ["key.pub", Path("key.pub"), b"key.pub", {"key.pub"}, 1, [1], [None], ["a\0b"]])

@@ -36,6 +36,7 @@ from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
 from tests.rounding import nearest
+from tests.verification import CACHE_FAULTS, damage_cache
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
             # A last bit of a sum can round a number the other way, which goes on from layer to layer.
             assert (ours != theirs).mean() < 0.15
             assert np.abs(ours.astype(int) - theirs).max() <= 3
-        assert np.abs(logits - expected).max() < GATES["int8"].cache_tolerance
+        assert np.abs(logits - expected).max() < GATES["int8"].rounding_tolerance
 
 
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
@@ -305,6 +306,23 @@ def test_one_percent_of_another_row_is_caught(
     assert not any(check.passed for check in parity.check_batching(runtime, rows, gate))
 
 
+@pytest.mark.parametrize("fault", [None, *CACHE_FAULTS])
+def test_the_gates_catch_a_wrong_cache(
+    fault: Any, tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the KL divergence alone: a single logit is not limited in int8."""
+    runtime = chameleon_deploy.load(int8_bundle, threads=2)
+    if fault:
+        damage_cache(runtime, fault, monkeypatch)
+    rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
+    checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
+    means = [check for check in checks if "KL, mean" in check.name]
+    assert len(means) == 2
+    assert all(check.passed == (fault is None) for check in means)
+    if fault:
+        assert all(check.limit is not None and check.value > 2 * check.limit for check in means)
+
+
 @pytest.mark.parametrize("factor", [0.2, 20])
 @pytest.mark.parametrize("what", [("keys", "values"), ("norm_1", "norm_2")])
 def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
@@ -322,7 +340,8 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
     rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
     checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
-    assert [check.passed for check in checks if "KL" in check.name] == [False, False]
+    against_reference = [check for check in checks if check.name.startswith("cached decoding: KL")]
+    assert [check.passed for check in against_reference] == [False, False]
 
 
 def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import hypothesis.extra.numpy
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
@@ -18,9 +19,11 @@ from chameleon_deploy.export.int8.calibration import (
     INT8_MAX,
     MARGIN,
     Products,
+    _both_sides,
     calibrate,
     calibration_texts,
     centre_and_steps,
+    key_centre_and_steps,
     steps_of,
 )
 from chameleon_deploy.export.int8.gptq import round_weights
@@ -98,8 +101,10 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
             centre, steps = centre_and_steps(extremes)
             assert centre.abs().max() < 0.1
             assert torch.allclose(steps, torch.tensor(1.0), rtol=1e-3)
-        for absmax in (seen.keys, seen.values):
-            assert torch.allclose(steps_of(absmax), torch.tensor(1.0), rtol=1e-3)
+        centre, steps = key_centre_and_steps(seen, turned=name == "llama")
+        assert name == "llama" or centre.abs().max() < 0.1  # of a Llama it is subtracted in the graph
+        for found in (steps, steps_of(seen.values)):
+            assert torch.allclose(found, torch.tensor(1.0), rtol=1e-3)
     # The statistics have followed what the trunk has become.
     for matrix, products in again.inputs.items():
         for group, followed in zip(products.groups, statistics.inputs[matrix].groups, strict=True):
@@ -112,6 +117,26 @@ def test_steps_do_not_depend_on_where_a_range_lies(offset: float) -> None:
     centre, steps = centre_and_steps(torch.stack([x.amax(), (-x).amax()])[:, None])
     assert torch.allclose(centre, torch.tensor(offset), atol=1e-4)
     assert torch.allclose(steps, torch.tensor(MARGIN / INT8_MAX), rtol=1e-4)
+
+
+def test_keys_reach_as_far_as_any_position_takes_them(llama: Checkpoint) -> None:
+    """And no farther: a slow pair of coordinates does not come round, so that its range has a centre."""
+    angles = torch.tensor([0.9, 0.01, 0.0001]) * torch.arange(200)[:, None]
+    keys = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(8)) + torch.tensor([0, 0, 3.0, 0, 0, -3.0])
+
+    def turned(x: Tensor, by: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * by.cos() - b * by.sin(), b * by.cos() + a * by.sin()], -1)
+
+    everywhere = torch.stack([turned(keys, by) for by in angles])
+    expected = torch.stack([everywhere.amax(0), (-everywhere).amax(0)])
+    found = _both_sides(turned(keys, angles[:5]), angles)  # as they stand in a text
+    assert (found >= expected - 1e-5).all()
+    assert torch.allclose(found, expected, atol=0.05)  # 200 positions do not meet the farthest angle exactly
+    high, low = found.amax((1, 2))
+    off_centre = (high - low).abs() / (high + low)
+    assert off_centre[[0, 3]].max() < 0.01
+    assert off_centre[[2, 5]].min() > 0.3
 
 
 def test_products_follow_a_centre() -> None:

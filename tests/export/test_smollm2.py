@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import chameleon_deploy
 from chameleon_deploy.bundle import Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
 from chameleon_deploy.reference.corpus import encode_texts
+from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify.gates import GATES
+from chameleon_deploy.verify.run import verification_rows, verify_bundle
+from tests.verification import CACHE_FAULTS, damage_cache
 
 pytestmark = pytest.mark.smollm2
 
@@ -31,7 +36,10 @@ def package() -> Path:
 
 
 @pytest.mark.parametrize(("precision", "largest"), [("fp32", 586e6), ("int8", 165e6)])
-def test_every_gate_holds(precision: Precision, largest: float, tmp_path: Path) -> None:
+def test_every_gate_holds(
+    precision: Precision, largest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a wrong cache is caught, by the KL divergence as in int8."""
     trunk = load_trunk(package())
     assert trunk.num_parameters() == 134_515_008
     assert trunk.is_tied
@@ -46,7 +54,18 @@ def test_every_gate_holds(precision: Precision, largest: float, tmp_path: Path) 
     checkpoint = Checkpoint(config, trunk, factors, fit_centroids(embeddings, 4, 0), "0" * 64)
     manifest = export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
     assert sum(file.size for file in manifest.files.values()) <= largest
+    _, windows = parity.ragged_and_typical(verification_rows(checkpoint, None, more=True))
+    reference, rows = RowLogits(checkpoint), [ids[:64] for ids in windows]
+    for ids in rows:
+        reference.read(ids)  # before the layers are dropped
     checks, record = verify_bundle(tmp_path / "bundle", checkpoint, None, 2, lambda *_: None, keep_trunk=False)
     for check in checks:
         print(check)
     assert record["verified"], [check for check in checks if not check.passed]
+
+    runtime = chameleon_deploy.load(tmp_path / "bundle", threads=2)
+    for fault in CACHE_FAULTS:
+        with monkeypatch.context() as patch:
+            damage_cache(runtime, fault, patch)
+            missed = {c.name for c in parity.check_cache(runtime, reference, rows, GATES["int8"]) if not c.passed}
+        assert {"cached decoding: KL, mean", "cached decoding against the text read whole: KL, mean"} <= missed

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from chameleon_deploy.bundle import AdaptationSpec, TargetSpec
-from chameleon_deploy.errors import InputError
-from chameleon_deploy.runtime.adaptation import assign, check_tenants, conditioning, embed
+from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.runtime.adaptation import (
+    assign,
+    check_conditioning,
+    check_tenants,
+    conditioning,
+    distinct,
+    embed,
+)
 from chameleon_deploy.token_embedding import TokenEmbedding
 
 VOCAB_SIZE, HIDDEN, EOS = 7, 3, 2
@@ -45,6 +52,12 @@ def test_embed(ids: list[int], dtype: Any) -> None:
 
 def test_a_text_of_no_direction_has_the_embedding_zero() -> None:
     assert embed([[0]], TokenEmbedding(np.zeros_like(TABLE)), spec("masked"), EOS).tolist() == [[0.0] * HIDDEN]
+
+
+def test_a_text_of_a_tiny_norm_has_a_smaller_embedding() -> None:
+    """The 1e-8 beside the norm keeps a direction of rounding errors from counting in full."""
+    table = np.array([[1e-8, 0, 0]], np.float32)
+    np.testing.assert_allclose(embed([[0]], TokenEmbedding(table), spec("masked"), EOS), [[0.5, 0, 0]], rtol=1e-6)
 
 
 def test_assign() -> None:
@@ -82,7 +95,42 @@ def test_tenants_are_for_their_mode_and_one_per_text() -> None:
     check_tenants("tenant", ["a", "b"], 2)
     check_tenants("tenant", np.array([1, 2]), 2)  # type: ignore[arg-type]
     check_tenants("cohort", None, 2)
-    for mode, tenants in (("tenant", None), ("cohort", ["a", "b"]), ("tenant", ["a"]), ("tenant", ["a"] * 3),
-                          ("tenant", "ab"), ("tenant", b"ab"), ("tenant", [["a"], ["b"]])):  # fmt: skip
-        with pytest.raises(InputError):
+    for mode, tenants, message in (
+        ("tenant", None, "with no tenants"), ("cohort", ["a", "b"], "with tenants"),
+        ("tenant", ["a"], "1 tenants for 2"),
+        ("tenant", ["a"] * 3, "3 tenants for 2"), ("tenant", "ab", "a single str"), ("tenant", b"ab", "a single bytes"),
+        ("tenant", [["a"], ["b"]], "tenant 0: unhashable"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
             check_tenants(mode, tenants, 2)  # type: ignore[arg-type]
+
+
+def test_distinct_vectors_are_those_of_different_bits() -> None:
+    vectors = np.array([[1, 2], [0, 3], [1, 2], [-0.0, 3], [1, 2]], np.float32)
+    found, numbers = distinct(vectors)
+    assert found.tobytes() == vectors[[0, 1, 3]].tobytes()
+    assert (numbers.tolist(), numbers.dtype) == ([0, 1, 0, 2, 0], np.int64)
+
+
+def test_vectors_of_a_caller_are_for_mode_request_of_bundles_that_take_them() -> None:
+    found = check_conditioning("request", [[1, 2, 3], [4, 5, 6]], 3, 2)
+    assert found is not None
+    assert (found.tolist(), found.dtype) == ([[1, 2, 3], [4, 5, 6]], np.float32)
+    assert check_conditioning("request", None, 0, 2) is None
+    assert check_conditioning("none", None, 3, 2) is None
+    assert check_conditioning("request", [[1.0]], 1, 1) is not None
+    needs, takes_none = r"needs conditioning= in mode 'request', float32 \[texts, 3\]", "takes no conditioning"
+    for mode, vectors, size, message in (
+        ("request", None, 3, f"without conditioning: this bundle {needs}"),
+        ("none", [[0] * 3] * 2, 3, f"with conditioning: this bundle {needs}"),
+        ("request", [[0] * 3] * 2, 0, f"with conditioning: this bundle {takes_none}"),
+    ):
+        with pytest.raises(ModeError, match=message):
+            check_conditioning(mode, vectors, size, 2)  # type: ignore[arg-type]
+    for wrong, message in (
+        ([[0] * 3], r"shape \(1, 3\), expected \(2, 3\)"), ([[0] * 2] * 2, r"shape \(2, 2\)"),
+        ([["x"] * 3] * 2, "no array of numbers"), ([[0] * 3, [0] * 2], "no array of numbers"),
+        ([[0, 0, math.nan]] * 2, "NaN or infinity"), ([[0, 0, math.inf]] * 2, "NaN or infinity"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            check_conditioning("request", wrong, 3, 2)

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
+from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
-from chameleon_deploy.runtime.generation import Row
-from chameleon_deploy.runtime.sampling import Choice
+from chameleon_deploy.runtime.generation import Generation, Row, Token, begin_rows
+from chameleon_deploy.runtime.sampling import Choice, Sampler
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.rows import random_rows
+from tests.shared_data import good_bundle
 
 HOT = Sampling(temperature=1.2, seed=11)
 
@@ -250,3 +253,76 @@ def test_a_batch_of_64_ragged_rows(runtime: Runtime) -> None:
     generations = runtime.generate(rows, max_new_tokens=4, mode="request")
     for row in (0, 17, 63):
         assert runtime.generate([rows[row]], max_new_tokens=4, mode="request")[0] == generations[row]
+
+
+GOOD = good_bundle("chameleon_masked")
+TOKENIZER = load_tokenizer(GOOD / "tokenizer.json")
+MODEL = open_bundle(GOOD).manifest.model
+IDS = TOKENIZER.encode("aXbYc", add_special_tokens=False).ids
+
+
+def appended(row: Row, ids: list[int]) -> list[Token]:
+    return [row.append(Choice(token_id), TOKENIZER, MODEL.eos_token_id) for token_id in ids]
+
+
+def row_of(sampling: Sampling, limit: int = len(IDS), is_shown: bool = True) -> Row:
+    return Row(3, [5], limit, sampling, 0, 7, is_shown)
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_row_ends_at_its_limit(is_shown: bool) -> None:
+    *before, last = appended(row_of(Sampling(), is_shown=is_shown), IDS)
+    assert len(IDS) == 5
+    assert [token.generation for token in before] == [None] * 4
+    assert last.generation == Generation(IDS, "aXbYc", 7, "length")
+    assert [token.text for token in (*before, last)] == (list("aXbYc") if is_shown else [""] * 4 + ["aXbYc"])
+    assert [(token.row, token.token_id) for token in (*before, last)] == [(3, token_id) for token_id in IDS]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [(("a",), "", 1), (("X", "a"), "", 1), (("Y",), "aXb", 4), (("YcZ", "c"), "aXbY", 5), (("bY",), "aX", 4),
+     (("z",), "aXbYc", 5)],
+)  # fmt: skip
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_row_ends_before_its_first_stop_string(stop: tuple[str, ...], text: str, count: int, is_shown: bool) -> None:
+    tokens = appended(row_of(Sampling(stop=stop), is_shown=is_shown), IDS[:count])
+    assert [token.generation is None for token in tokens] == [True] * (count - 1) + [False]
+    assert tokens[-1].generation == Generation(IDS[:count], text, 7, "length" if stop == ("z",) else "stop")
+    assert "".join(token.text for token in tokens) == text
+
+
+def test_the_longest_beginning_of_a_stop_string_is_held_back() -> None:
+    row = row_of(Sampling(stop=["XbZ", "bYcd"]), limit=9)
+    assert [token.text for token in appended(row, IDS)] == ["a", "", "", "X", ""]
+    assert row.end("cancelled") == Token(3, -1, "bYc", Generation(IDS, "aXbYc", 7, "cancelled"))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "token_id", "stops"),
+    [(Sampling(), MODEL.eos_token_id, True), (Sampling(ignore_eos=True), MODEL.eos_token_id, False),
+     (Sampling(), IDS[1], False), (Sampling(stop_token_ids=[IDS[1]]), IDS[1], True)],
+)  # fmt: skip
+def test_a_stop_token_has_no_text(sampling: Sampling, token_id: int, stops: bool) -> None:
+    last = appended(row_of(sampling), [IDS[0], token_id])[-1]
+    assert last.generation == (Generation([IDS[0], token_id], "a", 7, "stop") if stops else None)
+
+
+def test_rows_of_prompts() -> None:
+    prompts, cluster_ids, room = [[1], [2, 3]], np.array([4, 5]), MODEL.max_positions
+    rows = begin_rows(prompts, cluster_ids, [3, 999], Sampling(), MODEL, n=2)
+    assert [(row.index, row.prompt, row.limit, row.cluster_id) for row in rows] == [
+        (0, [1], 3, 4), (1, [1], 3, 4), (2, [2, 3], room - 1, 5), (3, [2, 3], room - 1, 5),
+    ]  # fmt: skip
+    assert [row.limit for row in begin_rows(prompts, cluster_ids, 999, Sampling(), MODEL, capacity=10)] == [10, 9]
+    tokens = appended(begin_rows(prompts, cluster_ids, 9, Sampling(), MODEL)[0], IDS[:2])
+    assert [token.text for token in tokens] == ["a", "X"]
+
+
+@pytest.mark.parametrize(("one_for_all", "streams"), [(True, [0, 1, 2, 3, 4, 5]), (False, [0, 1, 2, 0, 1, 2])])
+def test_streams_of_random_numbers(one_for_all: bool, streams: list[int]) -> None:
+    sampling, logits = Sampling(9.0, seed=5), np.zeros(MODEL.vocab_size, np.float32)
+    rows = begin_rows([[1], [2]], np.zeros(2, np.int64), 9, sampling if one_for_all else [sampling] * 2, MODEL, n=3)
+    expected = [Sampler(sampling, [], stream).choose(logits) for stream in streams]
+    assert [row.sampler.choose(logits) for row in rows] == expected
+    assert len(set(expected)) == len(set(streams))

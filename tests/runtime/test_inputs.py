@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.errors import ChameleonError, InputError, LengthError, TokenError
+from chameleon_deploy.runtime.inputs import (
+    MAX_ROWS,
+    MAX_THREADS,
+    check_integer,
+    check_number,
+    check_threads,
+    encode,
+    integer,
+    is_sequence,
+    token_limits,
+)
+from chameleon_deploy.runtime.tokenizer import load_tokenizer
+from tests.shared_data import good_bundle
 
 PROMPTS = ["one", "two"]
 
@@ -60,9 +76,79 @@ def test_a_path(path: Any) -> None:
 
 
 def test_sessions_check_threads_too(bundle: Path) -> None:
-    from chameleon_deploy.bundle import open_bundle
     from chameleon_deploy.runtime.session import open_session
 
     opened = open_bundle(bundle)
     with pytest.raises(InputError, match="threads must be from 1 to 1024"):
         open_session(opened, opened.manifest.graphs["decoder_cpu"], 2**40)
+
+
+GOOD = good_bundle("chameleon_masked")
+MODEL = open_bundle(GOOD).manifest.model
+
+
+def test_texts_become_token_ids_without_special_tokens() -> None:
+    tokenizer = load_tokenizer(GOOD / "tokenizer.json")
+    plain = tokenizer.encode_batch(["one", "two"], add_special_tokens=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    assert encode(["one", "two"], tokenizer, MODEL) == [encoding.ids for encoding in plain]
+
+
+def test_token_ids_at_their_limits() -> None:
+    last, longest = MODEL.vocab_size - 1, MODEL.max_positions
+    for rows in ([[0]], [[last, 0]], [[1] * longest, [2]], [np.array([1, 2], np.uint8)], [range(3)]):
+        assert encode(rows, None, MODEL) == [list(row) for row in rows]
+    wrong: list[tuple[Any, type[ChameleonError], str]] = [
+        ("one", InputError, "a single str"), (5, InputError, "a single int"), ([], InputError, "the batch is empty"),
+        (["one", [1]], InputError, "mixes"), ([[1], []], InputError, "text 1 is empty"),
+        ([[1, 0, -1]], TokenError, "token id -1 is outside"),
+        ([[0, last, last + 1]], TokenError, f"token id {last + 1} is outside"),
+        ([[1], [1] * (longest + 1)], LengthError, f"text 1 has {longest + 1} tokens"),
+        ([np.array([[1]])], InputError, "neither"), ([np.array(["a"])], InputError, "neither"),
+    ]  # fmt: skip
+    for texts, error, message in wrong:
+        with pytest.raises(error, match=message):
+            encode(texts, None, MODEL)
+    with pytest.raises(InputError, match="text 1 holds a lone surrogate"):
+        encode(["one", "\udc80"], load_tokenizer(GOOD / "tokenizer.json"), MODEL)
+
+
+def test_integers_at_their_limits() -> None:
+    assert [check_integer("x", value, 1, 3) for value in (1, np.int8(3))] == [1, 3]
+    assert check_integer("x", 2**63 - 1, 0) == 2**63 - 1
+    for value, least, most in ((0, 1, 3), (4, 1, 3), (2**63, 0, 2**63 - 1)):
+        with pytest.raises(InputError, match=f"x must be an integer from {least} to {most}, got {value}"):
+            check_integer("x", value, least, most)
+    with pytest.raises(InputError, match=str(2**63 - 1)):
+        check_integer("x", 2**63, 0)
+    for wrong in (True, np.True_, 1.0, "1", None):
+        with pytest.raises(InputError, match="x must be an integer"):
+            integer("x", wrong)
+
+
+def test_numbers_at_their_limits() -> None:
+    assert [check_number("x", value, 0) for value in (0, 0.5, np.float32(2), math.inf)] == [0, 0.5, 2, math.inf]
+    for wrong in (-5e-324, math.nan, True, "1", None, 10**400):
+        with pytest.raises(InputError, match="x must be a number of at least 0"):
+            check_number("x", wrong, 0)
+
+
+def test_limits_of_threads_and_rows() -> None:
+    assert [check_threads(value) for value in (None, 1, 1024)] == [None, 1, 1024]
+    assert (MAX_THREADS, MAX_ROWS) == (1024, 65536)
+    for wrong in (0, 1025):
+        with pytest.raises(InputError, match="threads must be from 1 to 1024"):
+            check_threads(wrong)
+
+
+def test_one_limit_of_new_tokens_or_one_per_row() -> None:
+    assert token_limits(1, 3) == [1, 1, 1]
+    assert token_limits([1, 5], 2) == [1, 5]
+    for wrong, message in (([1, 0], "at least 1, got 0"), (0, "at least 1, got 0"), ([1], "1 values .* for 2")):
+        with pytest.raises(InputError, match=message):
+            token_limits(wrong, 2)  # type: ignore[arg-type]
+
+
+def test_what_holds_several_values() -> None:
+    assert all(map(is_sequence, ([], [1], (1,), range(2), np.array([1]), np.zeros((2, 2)))))
+    assert not any(map(is_sequence, ("ab", b"ab", 5, None, {1}, {1: 2}, np.array(5), iter([1]))))

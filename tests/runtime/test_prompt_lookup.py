@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_deploy import Runtime, Sampling
@@ -25,6 +25,7 @@ SAMPLINGS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 6))
 def test_a_draft_is_what_followed_the_longest_suffix_last(ids: list[int], limit: int) -> None:
     expected: list[int] = []

@@ -178,6 +178,36 @@ def test_presence_and_frequency_count_generated_tokens_alone() -> None:
     assert choose(logits, TokenCounts([0]), Sampling(repetition_penalty=1.2), 0.0) == 1
 
 
+@pytest.mark.parametrize(
+    ("sampling", "chosen"),
+    [
+        (Sampling(), 0),
+        (Sampling(repetition_penalty=2.0), 1),
+        (Sampling(presence_penalty=1.0), 1),
+        (Sampling(frequency_penalty=1.0), 1),
+        (Sampling(logit_bias={2: 2.0}), 2),
+        (Sampling(1.0, top_k=1), 0),
+        (Sampling(1.0, top_k=1, presence_penalty=1.0), 1),
+    ],
+)  # fmt: skip
+def test_a_setting_alone_changes_the_choice(sampling: Sampling, chosen: int) -> None:
+    assert choose(floats([2.0, 1.9, 1.0]), TokenCounts([], [0]), sampling, 0.999) == chosen
+
+
+def test_what_is_the_highest_raw_logit_for_any_row() -> None:
+    assert Sampler(Sampling(), [], 0).is_argmax
+    for name, value in (("temperature", 1.0), ("temperature", 0.5), ("repetition_penalty", 2.0), ("logprobs", 0),
+                        ("presence_penalty", 1.0), ("frequency_penalty", 1.0), ("logit_bias", {0: 0.0})):  # fmt: skip
+        assert not Sampler(Sampling(**{name: value}), [], 0).is_argmax
+
+
+def test_logits_far_below_the_highest_have_no_weight() -> None:
+    """The polynomial of step 6 would be infinite there."""
+    logits = floats([0.0, -6000.0, -1e30, -np.inf])
+    assert implementation._weights(logits, 0.0, 1.0).tolist() == [2.0**34, 0, 0, 0]
+    assert {choose(logits, NOTHING, Sampling(1.0), u) for u in (0.0, 0.5, 1 - 2.0**-53)} == {0}
+
+
 def test_a_mask_excludes_tokens_whatever_their_bias() -> None:
     logits, sampling = floats([0.0, 5.0, 1.0]), Sampling(logit_bias={1: 100.0})
     assert choose(logits, NOTHING, sampling, 0.0, np.array([True, False, True])) == 2
@@ -282,6 +312,50 @@ def test_a_token_of_no_probability_is_not_listed() -> None:
 def test_settings_out_of_range(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(bad))}=.*: pass "):
         Sampling(**bad)
+
+
+FLOAT32 = np.finfo(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused"),
+    [
+        ("temperature", [0, 1e-5, np.finfo(np.float64).max], [np.nextafter(1e-5, 0), -5e-324]),
+        ("top_k", [0, 2**63 - 1], [-1, 2**63, True]),
+        ("top_p", [5e-324, 1], [0, np.nextafter(1, 2), True]),
+        ("repetition_penalty", [float(FLOAT32.smallest_normal), float(FLOAT32.max)],
+         [np.nextafter(float(FLOAT32.smallest_normal), 0), np.nextafter(float(FLOAT32.max), np.inf)]),
+        ("seed", [0, 2**64 - 1], [-1, 2**64]),
+        ("presence_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
+        ("frequency_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
+        ("logprobs", [None, 0, 5], [-1, 6]),
+        ("ignore_eos", [True, False, np.True_], [1, 0, None]),
+    ],
+)  # fmt: skip
+def test_settings_at_their_limits(name: str, accepted: list[Any], refused: list[Any]) -> None:
+    for value in accepted:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(InputError, match=f"^{name}="):
+            Sampling(**{name: value})
+
+
+def test_token_ids_and_biases_at_their_limits() -> None:
+    ids, biases = (0, 2**63 - 1), ((0, -100.0), (2**63 - 1, 100.0))
+    assert Sampling(stop_token_ids=ids).stop_token_ids == ids
+    assert Sampling(logit_bias=dict(biases)).logit_bias == biases
+    for token_id in (-1, 2**63, True):
+        with pytest.raises(InputError):
+            Sampling(stop_token_ids=[token_id])
+        with pytest.raises(InputError):
+            Sampling(logit_bias={token_id: 0.0})
+    for bias in (np.nextafter(-100, -101), np.nextafter(100, 101)):
+        with pytest.raises(InputError):
+            Sampling(logit_bias={0: bias})
+
+
+def test_the_default_is_the_highest_logit_and_nothing_else() -> None:
+    assert dataclasses.astuple(Sampling()) == (0.0, 0, 1.0, 1.0, 0, (), (), 0.0, 0.0, (), False, None)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

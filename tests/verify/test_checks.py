@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,30 +19,149 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Precision, open_bundle
+from chameleon_deploy.bundle import Mode, Precision, open_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check, accept
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
-from chameleon_deploy.verify.run import verification_rows
+from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from chameleon_deploy.verify.text_checks import check_texts
 from tests.commands import run
 from tests.damage import edit, reseal
 from tests.rows import head_factors
-from tests.verification import missed
+from tests.verification import missed, quiet
+
+# Every check of a bundle of fp32 and its limit, those of a decoder graph first: none may go without a word.
+FEW = {"logits, max abs difference": 5e-4, "KL, mean": 1e-7, "KL, 99.9th percentile": 1e-5}
+FIGURES = {**FEW, "top-1 agreement": 1.0, "perplexity, relative difference": 1e-4}
+OF_A_GRAPH = {
+    **{f"x{scale} factors: {name}": limit for scale in (1, 10) for name, limit in FIGURES.items()},
+    "cached decoding, max abs difference": 5e-4,
+    "cached decoding: KL, mean": 1e-7,
+    "cached decoding: KL, 99.9th percentile": 1e-5,
+    "batch sizes 1, 2, 3, 4, 8, 32, max abs difference": 5e-4,
+    "row order, max abs difference": 5e-4,
+    "padding, max abs difference": 5e-4,
+    "scores against logits, max abs difference": 5e-4,
+    **{f"mode none against the base model: {name}": limit for name, limit in FEW.items()},
+    "alpha 0 against mode none": 0,
+    "promise R: rerun, max abs difference": 0,
+    "a neighbour's text: max abs difference": 0,
+    "caught: lora_B of the opposite sign": 0.5,
+    "caught: A and B of another row": 0.5,
+    "caught: B of another row": 0.5,
+}
+OF_A_MODE = {
+    "factors, relative difference": 1e-4,
+    **FEW,
+    "update, relative difference": 0.05,
+    "scores against logits, max abs difference": 5e-4,
+    "scores against scores with the factors of adapt": 0,
+}
+OF_A_BUNDLE = {
+    "parameters of the base": 0,
+    "embeddings, max abs difference": 1e-5,
+    "cluster ids that differ": 0,
+    "factors, relative difference": 1e-4,
+    **{f"promise F: mode {mode}, factors alone and in a batch": 0 for mode in ("none", "centroid", "request")},
+    **{f"mode {mode}: {name}": limit for mode in get_args(Mode) for name, limit in OF_A_MODE.items()},
+    "texts whose token ids in a batch differ": 0,
+    "texts whose first generated token differs from their token ids'": 0,
+}
 
 
-def test_a_right_bundle_passes(bundle: Path, lora_bundle: Path, mini: Checkpoint, mini_lora: Checkpoint) -> None:
-    assert missed(bundle, mini) == set()
+def test_a_right_bundle_passes_every_check(bundle: Path, mini: Checkpoint) -> None:
+    checks, record = verify_bundle(bundle, mini, None, 1, quiet)
+    assert [check for check in checks if not check.passed] == []
+    found: dict[str, dict[str, float | None]] = {"decoder": {}, "decoder_cpu": {}}
+    for check in checks:
+        found[check.graph][check.name] = check.limit
+    assert found["decoder"] == OF_A_GRAPH
+    whole = OF_A_GRAPH | OF_A_BUNDLE
+    whole.pop("mode none: update, relative difference")  # it is none
+    assert found["decoder_cpu"] == whole
+    assert len(checks) == sum(map(len, found.values())) == len(record["checks"])
+    lower = {check.name for check in checks if check.at_least}
+    assert lower == {name for name in OF_A_GRAPH if "top-1" in name or "caught" in name}
+
+
+def test_a_right_bundle_of_trained_factors_passes(lora_bundle: Path, mini_lora: Checkpoint) -> None:
     assert missed(lora_bundle, mini_lora) == set()
+
+
+def test_an_update_is_compared_over_all_logits() -> None:
+    base, theirs = np.array([[[1.0, 2]], [[5.0, 5]]]), np.array([[[4.0, 6]], [[5.0, 5]]])  # the update is 3, 4, 0, 0
+
+    def reference(ids: Any, logits: Any, row: int, positions: Any = ...) -> torch.Tensor:
+        return torch.from_numpy(logits[row])
+
+    def difference(ours: Any, without: Any = base) -> float | None:
+        rows = [[1], [2]]
+        return parity.update_difference(reference, rows, list(ours), list(without), theirs, base)
+
+    assert difference(theirs) == 0
+    assert difference(theirs + 7, base + 7) == 0  # an error of both is none of the update
+    assert difference(base) == 1
+    assert difference(theirs + np.array([[[0, 0]], [[3.0, 4]]])) == 1
+    assert difference(base + 2 * (theirs - base)) == 1
+    assert difference(theirs + np.array([[[0, 0.5]], [[0, 0]]])) == pytest.approx(0.1)
+    assert parity.update_difference(reference, [[1]], [theirs[0]], [base[0]], base, base) is None
+
+
+def test_pieces_of_rows_are_the_rows(runtime: Runtime, mini: Checkpoint) -> None:
+    rows = [ids[:6] for ids in verification_rows(mini, None)[:5]]
+    factors = runtime.adapt(rows, mode="request").factors
+    whole = list(parity.row_logits(runtime, rows, factors))
+    assert [logits.shape for logits in whole] == [(len(ids), 512) for ids in rows]
+    for size in (1, 2, 5):
+        pieces = list(parity.logits_pieces(runtime, rows, factors, size))
+        assert [row for row, _, _ in pieces] == list(range(5))
+        for row, start, logits in pieces:
+            np.testing.assert_allclose(logits, whole[row][start : start + len(logits)], atol=1e-4)
+            assert len(logits) == len(rows[row])
+
+
+def test_tenants_share_clusters(runtime: Runtime, mini: Checkpoint) -> None:
+    """Else mode tenant would be mode cohort."""
+    rows = verification_rows(mini, None)[:8]
+    arguments, _ = parity._arguments_of("tenant", runtime, mini, rows)
+    found: dict[int, set[Any]] = {}
+    clusters = runtime.adapt(rows, mode="none").cluster_ids.tolist()
+    for cluster, tenant in zip(clusters, arguments["tenants"], strict=True):
+        found.setdefault(cluster, set()).add(tenant)
+    assert max(map(clusters.count, clusters)) > 1
+    assert all(tenants == ({0, 1} if clusters.count(cluster) > 1 else {0}) for cluster, tenants in found.items())
+
+
+def test_vectors_of_a_row_have_length_one_and_depend_on_the_row() -> None:
+    takes: Any = SimpleNamespace(manifest=SimpleNamespace(adaptation=SimpleNamespace(conditioning_size=8)))
+    none: Any = SimpleNamespace(manifest=SimpleNamespace(adaptation=SimpleNamespace(conditioning_size=0)))
+    vectors = parity.given(takes, "request", [0, 3])["conditioning"]
+    assert (vectors.shape, vectors.dtype) == ((2, 8), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    assert parity.given(takes, "request", [3])["conditioning"].tolist() == vectors[1:].tolist()
+    assert vectors[0].tolist() != vectors[1].tolist()
+    assert parity.given(takes, "none", [0]) == parity.given(none, "request", [0]) == {}
 
 
 def test_rows_are_ragged_and_reach_the_last_position(mini: Checkpoint) -> None:
     lengths = [len(ids) for ids in verification_rows(mini, None)]
     assert (len(lengths), min(lengths), max(lengths)) == (33, 1, 128)
     assert len(set(lengths)) > 20
+
+
+def test_reduced_precisions_have_windows_of_one_kind_of_text(mini: Checkpoint) -> None:
+    rows = verification_rows(mini, None, more=True)
+    *_, longest = rows
+    ragged, typical = parity.ragged_and_typical(rows)
+    assert ragged == verification_rows(mini, None)
+    assert {len(ids) for ids in rows[32:-1]} == {128}  # all positions of this model
+    assert len(rows) == 33 + 24
+    assert len(longest) == max(map(len, rows))
+    assert typical == rows[32:40]
+    assert parity.ragged_and_typical(ragged) == (ragged, ragged[:8])  # as in fp32
 
 
 def change_weights(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:

@@ -38,13 +38,14 @@ def test_a_check_is_an_upper_limit_unless_it_says_otherwise() -> None:
 
 # The columns of docs/design.md are compared with it by tests/test_docs.py; these are only in words there.
 @pytest.mark.parametrize(
-    ("precision", "summation_order", "cache"),
+    ("precision", "summation_order", "rounding"),
     [("fp32", 5e-4, 5e-4), ("fp16", 1e-4, 5e-2), ("bf16", 1e-4, 3e-1), ("int8", 1e-3, 3e-1)],
 )
-def test_tolerances(precision: Precision, summation_order: float, cache: float) -> None:
+def test_tolerances(precision: Precision, summation_order: float, rounding: float) -> None:
     gate = gate_of(precision, "cpu")
     assert gate is GATES[precision]
-    assert (gate.summation_order_tolerance, gate.cache_tolerance) == (summation_order, cache)
+    assert (gate.summation_order_tolerance, gate.rounding_tolerance) == (summation_order, rounding)
+    assert gate.cache_tolerance == (None if precision == "int8" else rounding)
 
 
 def test_tolerances_of_the_adaptation() -> None:
@@ -60,7 +61,10 @@ def test_the_gates_of_devices() -> None:
     for precision in PRECISIONS:
         for provider in ("cuda", "tensorrt"):
             if (precision, provider) != ("fp32", "tensorrt"):
-                expected = {**asdict(GATES[precision]), "summation_order_tolerance": GATES[precision].cache_tolerance}
+                expected = {
+                    **asdict(GATES[precision]),
+                    "summation_order_tolerance": GATES[precision].rounding_tolerance,
+                }
                 assert asdict(gate_of(precision, provider)) == expected
         same_order = precision == "fp32"  # an update in the trunk can round an activation differently, elsewhere
         assert (gate_of(precision, "cpu", updates_trunk=True) is GATES[precision]) == same_order

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk
@@ -121,6 +121,8 @@ class Family:
     last_norm           name of the module whose outputs are the final hidden states
     position_embedding  name of the table of learned positions, which is added to the residual stream; None without
     rotary_tables       names in the graph of the cosines and sines [max_positions, head_dim / 2]; None without
+    rotary_angles       returns by how much every position turns each pair of a key's coordinates, [max_positions,
+                        head_dim / 2], counting whole turns; None without
     build_trunk         builds the graph
     layers              the layers of a reference, first to last
     matrix_names        names in the graph of the matrices of layer i
@@ -134,6 +136,7 @@ class Family:
     last_norm: str
     position_embedding: str | None
     rotary_tables: tuple[str, str] | None
+    rotary_angles: Callable[[Trunk], FloatArray] | None
     build_trunk: BuildTrunk
     layers: Callable[[Trunk], Iterator[Layer]]
     matrix_names: Callable[[int], MatrixNames]

@@ -87,6 +87,7 @@ GPT2 = Family(
     last_norm=LAST_NORM,
     position_embedding=POSITION_EMBEDDING,
     rotary_tables=None,
+    rotary_angles=None,
     build_trunk=build_trunk,
     layers=layers,
     matrix_names=matrix_names,

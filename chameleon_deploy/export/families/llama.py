@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -138,12 +139,19 @@ def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:
     return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()
 
 
+def rotary_angles(trunk: Trunk) -> FloatArray:
+    """See `Family`."""
+    cos, sin = rotary_tables(trunk)
+    return np.unwrap(np.arctan2(sin, cos), axis=0).astype(np.float32)  # no frequency is above 1 per position
+
+
 LLAMA = Family(
     name="llama",
     token_embedding="model.embed_tokens.weight",  # noqa: S106, the name of a tensor
     last_norm=LAST_NORM,
     position_embedding=None,
     rotary_tables=ROTARY_TABLES,
+    rotary_angles=rotary_angles,
     build_trunk=build_trunk,
     layers=layers,
     matrix_names=matrix_names,

@@ -70,8 +70,8 @@ def known_sets(source: Source) -> list[Factors]:
 
 
 def _of_steps_of_one(extremes: Extremes) -> Extremes:
-    norm, cached = (torch.full_like(seen, INT8_MAX) for seen in (extremes.norm_1, extremes.keys))
-    return Extremes(norm / MARGIN, norm / MARGIN, cached, cached)
+    norm, keys, values = (torch.full_like(seen, INT8_MAX) for seen in (extremes.norm_1, extremes.keys, extremes.values))
+    return Extremes(norm / MARGIN, norm / MARGIN, keys, values)
 
 
 def _values(extremes: Extremes) -> list[Tensor]:

@@ -20,7 +20,7 @@ from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import Extremes, centre_and_steps, steps_of
+from chameleon_deploy.export.int8.calibration import Extremes, centre_and_steps, key_centre_and_steps, steps_of
 from chameleon_deploy.manifest import basis_names
 from chameleon_deploy.reference.model import Trunk
 
@@ -67,7 +67,7 @@ def basis_of(
     balances = balances or [None] * model.num_layers
     for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), extremes, balances, strict=True)):
         names = family.layer_targets(i)
-        key, value = steps_of(seen.keys), steps_of(seen.values)
+        key, value = key_centre_and_steps(seen, family.rotary_tables is not None)[1], steps_of(seen.values)
         of_queries = value.repeat_interleave(groups, 0).flatten()
         outputs = [(1, key.repeat_interleave(groups, 0).flatten()), (1, 1 / key.flatten()), (head, 1 / value.flatten())]
         if len(names.qkv) == 1:  # one layer has all three

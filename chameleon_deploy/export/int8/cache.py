@@ -1,7 +1,8 @@
 """An int8 key-value buffer: a quarter of the memory, and half the time of a step's attention.
 
 Keys and values are stored with scales fixed at export (rotation.py), so that no row affects another. Larger values
-saturate at 127.
+saturate at 127. With a rotary embedding the centre of the keys' range is subtracted here, after they have been turned
+(docs/performance.md).
 
 past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
 
@@ -14,6 +15,7 @@ branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.graph import FLOAT, constant, integer, integers, subgraph, take_nodes
 
 MICROSOFT = "com.microsoft"
@@ -45,8 +47,11 @@ class _Shared:
     zero_point: ir.Value
 
 
-def quantize_cache(decoder: ir.Model, model: ModelSpec) -> int:
-    """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten."""
+def quantize_cache(decoder: ir.Model, model: ModelSpec, centres: Sequence[FloatArray] | None) -> int:
+    """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten.
+
+    centres  of every layer's keys, in steps, [key-value heads * head_dim]; None without a rotary embedding
+    """
     graph = decoder.graph
     for value in [*graph.inputs, *graph.outputs]:
         if value.name and value.name.startswith(("past_key_values.", "present.")):
@@ -55,9 +60,10 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec) -> int:
     shared = _shared(graph)
     for layer, attention in enumerate(attentions):
         name = f"int8_cache.{layer}"
+        centre = None if centres is None else constant(graph, f"{name}.centre", centres[layer])
         branches = {
-            "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, shared)),
-            "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared)),
+            "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, model, shared, centre)),
+            "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, centre)),
         }
         either = ir.node("If", [shared.is_step], branches, num_outputs=3)
         ir.convenience.replace_nodes_and_values(
@@ -82,20 +88,34 @@ def _shared(graph: ir.Graph) -> _Shared:
     return _Shared(named["position_ids"], start, end, is_step, one, zero_point)
 
 
-def _step(attention: ir.Node, shared: _Shared, op: Any) -> Any:
+def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
+    inputs = list(attention.inputs)
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
+    if centre is not None:
+        inputs[:3] = _turned(attention, model, shared, centre, op)
+        inputs[7:9] = None, None
+        del attributes["do_rotary"]
     quantised = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
     return op.GroupQueryAttention(
-        *attention.inputs, shared.one, shared.one, **attributes, **quantised, _domain=MICROSOFT, _outputs=3
+        *inputs, shared.one, shared.one, **attributes, **quantised, _domain=MICROSOFT, _outputs=3
     )
 
 
-def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, op: Any) -> Any:
-    qkv, _, _, *buffers, lengths, total_length, cos, sin, _, _, sink = attention.inputs
+def _turned(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
+    """Return queries, keys and values, with queries and keys turned and the keys' centre subtracted."""
+    qkv, *_, cos, sin, _, _, _ = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     q, k, v = op.Split(qkv, integers(op, [heads * dim, key_heads * dim, key_heads * dim]), axis=2, _outputs=3)
-    if cos is not None:
+    if centre is not None:
         q, k = (op.RotaryEmbedding(x, shared.position_ids, cos, sin, _domain=MICROSOFT) for x in (q, k))
+        k = op.Sub(k, centre)
+    return q, k, v
+
+
+def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
+    _, _, _, *buffers, lengths, total_length, _, _, _, _, sink = attention.inputs
+    heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    q, k, v = _turned(attention, model, shared, centre, op)
     new = [op.QuantizeLinear(x, shared.one, shared.zero_point) for x in (k, v)]
     zero, tokens = integers(op, [0]), integers(op, [2])  # the axis of a buffer
     before = [op.Slice(x, zero, shared.start, tokens) for x in buffers]

@@ -9,6 +9,7 @@ first keys of a text are unlike others, and all tokens attend to them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -44,8 +45,9 @@ class Extremes:
     """The extreme values of each channel of a layer.
 
     norm_1, norm_2  of the norms' outputs, [2, hidden]: the largest of x and of -x
-    keys, values    absmax, [key-value heads, head_dim]; of keys with a rotary embedding, the largest norm of the two
-                    coordinates that rotate together, so that it holds at every position
+    keys            the same, [2, key-value heads, head_dim], as they are cached; with a rotary embedding at whatever
+                    position a key stands
+    values          absmax, [key-value heads, head_dim]
     """
 
     norm_1: Tensor
@@ -123,7 +125,9 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     family = family_of(model.architecture)
     hidden, heads = (2, model.hidden_size), (model.num_key_value_heads, model.head_dim)
     centred = {HEAD, *(name for layer in family.layers(trunk) for name in _centred(layer))}
-    layers = [Extremes(*(_unseen(shape) for shape in (hidden, hidden, heads, heads))) for _ in range(model.num_layers)]
+    shapes = hidden, hidden, (2, *heads), heads
+    layers = [Extremes(*map(_unseen, shapes)) for _ in range(model.num_layers)]
+    angles = torch.from_numpy(family.rotary_angles(trunk)) if family.rotary_angles else None
     seen, hooks = Statistics(layers, _unseen(hidden), {}), []
 
     def see(name: str, x: Tensor, extremes: Tensor | None) -> None:
@@ -143,8 +147,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
         for extremes, (key, value, *_) in zip(layers, cache, strict=True):
-            norms = key.unflatten(-1, (2, -1)).norm(dim=-2).repeat(1, 1, 1, 2) if family.rotary_tables else key.abs()
-            _update(extremes.keys, norms.transpose(0, 1))
+            _update(extremes.keys, _both_sides(key, angles).transpose(1, 2))
             _update(extremes.values, value.abs().transpose(0, 1))
     report("calibrate", len(texts), len(texts))
     for hook in hooks:
@@ -163,8 +166,30 @@ def _unseen(shape: tuple[int, ...]) -> Tensor:
 
 
 def _update(extremes: Tensor, x: Tensor) -> None:
-    """Update extremes [n, channels] with x [n, texts, tokens, channels]."""
-    torch.maximum(extremes, x.amax((1, 2)), out=extremes)
+    """Update extremes [..., channels] with x [..., texts, tokens, channels]."""
+    torch.maximum(extremes, x.amax((-3, -2)), out=extremes)
+
+
+def _both_sides(keys: Tensor, angles: Tensor | None) -> Tensor:
+    """Return the largest values that coordinates of keys [..., tokens, head_dim] and of their negatives take at any
+    position, [2, ..., tokens, head_dim].
+
+    angles  see `Family.rotary_angles`. Slow pairs of coordinates do not reach a full turn at the last position, so that
+            a constant part of all keys stays on one side.
+    """
+    if angles is None:
+        return torch.stack([keys, -keys])
+    x, y = keys.chunk(2, -1)
+    radius, start, turn = torch.hypot(x, y), torch.atan2(y, x) - angles[: keys.shape[-2]], angles[-1]
+
+    def largest(axis: float) -> Tensor:
+        """Return the largest radius * cos(angle - axis) over all angles from start to start + turn."""
+        first = start - axis
+        reached = torch.remainder(-first, 2 * math.pi) <= turn
+        return radius * torch.where(reached, 1.0, torch.maximum(first.cos(), (first + turn).cos()))
+
+    quarters = [largest(quarter * math.pi / 2) for quarter in range(4)]  # x, y, -x, -y
+    return torch.stack([torch.cat(quarters[:2], -1), torch.cat(quarters[2:], -1)])
 
 
 def steps_of(absmax: Tensor) -> Tensor:
@@ -179,6 +204,22 @@ def centre_and_steps(extremes: Tensor) -> tuple[Tensor, Tensor]:
     """
     high, low = extremes
     return (high - low) / 2, steps_of((high + low) / 2 * MARGIN)
+
+
+def key_centre_and_steps(seen: Extremes, turned: bool) -> tuple[Tensor, Tensor]:
+    """Return the centre of each coordinate of the keys as they are cached, and the steps of int8 values around it,
+    [key-value heads, head_dim] each.
+
+    turned  by a rotary embedding: a pair of coordinates has one step, which the matrices before it can be divided by
+
+    A vector that is subtracted from all keys of a head changes the scores of a query by the same number, and no weight
+    of the softmax.
+    """
+    high, low = seen.keys
+    half = (high + low) / 2
+    if turned:
+        half = half.unflatten(-1, (2, -1)).amax(-2).repeat(1, 2)
+    return (high - low) / 2, steps_of(half)
 
 
 def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor]:

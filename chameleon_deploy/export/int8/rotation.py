@@ -3,7 +3,9 @@
 residual stream  rotated (hadamard.py) from after the embedding to before the last norm, which both stay unrotated.
                  Matrices that write to it write rotated values; the norms' weights are folded into the next matrices
 values           rotated head by head, and rotated back by the output projection of attention
-keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied
+keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied; the
+                 centre of the keys' range is subtracted from their bias or, with a rotary embedding, in the graph
+                 (cache.py)
 norms            the centre of each channel's range is subtracted from their outputs, and its product with each next
                  matrix is added to the bias; then they are divided by int8 scales, by which the matrices are multiplied
 gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
@@ -22,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear, bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps, steps_of
+from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps, key_centre_and_steps, steps_of
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -98,13 +100,28 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             _scale_norm(norm, steps, linears)
             statistics.inputs[name].subtract(centre)
             statistics.inputs[name].divide(steps)
-        key, value = steps_of(seen.keys), steps_of(seen.values)
+        centre, key = key_centre_and_steps(seen, family.rotary_tables is not None)
+        value = steps_of(seen.values)
+        if family.rotary_tables is None:
+            if layer.k.bias is None:
+                raise ValueError("keys have no bias to subtract their centre from")
+            layer.k.bias.sub_(centre.flatten())
         _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
         _multiply_outputs(layer.k, 1 / key.flatten())
         _multiply_outputs(layer.v, 1 / value.flatten())
         values = value.repeat_interleave(groups, 0).flatten()
         layer.o.matrix.mul_(values[:, None])
         statistics.inputs[layer.names.o].divide(values)
+
+
+def key_centres(model: ModelSpec, statistics: Statistics) -> list[FloatArray] | None:
+    """Return the centre of every layer's keys behind a rotary embedding, in steps, [key-value heads * head_dim]; None
+    without one, since `scale_trunk` has subtracted it.
+    """
+    if family_of(model.architecture).rotary_tables is None:
+        return None
+    found = [key_centre_and_steps(seen, turned=True) for seen in statistics.layers]
+    return [(centre / steps).flatten().numpy() for centre, steps in found]
 
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:

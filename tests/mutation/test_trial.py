@@ -1,0 +1,111 @@
+"""The runner of mutants tells those that a test kills from those that none can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.operators import mutants
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = {
+    "planted.py": """
+SIZE = 7
+def make(added):
+    return lambda value: value + added
+increase = make(2)
+class Box:
+    @property
+    def volume(self):
+        return SIZE * 4
+def larger(a, b):
+    return a if a >= b else b
+def wait(steps):
+    while steps < 3:
+        steps += 1
+    return steps
+def unused(a):
+    return not a
+""",
+    "conftest.py": """
+import pytest
+from planted import Box
+@pytest.fixture(scope="session")
+def volume():
+    return Box().volume
+""",
+    "prepare.py": """
+import pytest
+@pytest.mark.parametrize("name", ["volume"])
+def test_prepare(name, request):
+    assert request.getfixturevalue(name)
+""",
+    "test_planted.py": """
+from planted import increase, larger, wait
+def test_increase():
+    assert increase(1) == 3
+def test_larger():
+    assert (larger(1, 2), larger(2, 1), larger(1, 1)) == (2, 2, 1)
+def test_volume(volume):
+    assert volume == 28
+def test_wait():
+    assert wait(2) == 3
+""",
+}
+EQUAL, UNUSED, ENDLESS = "a >= b -> a > b", "not a -> not not a", "steps += 1 -> steps -= 1"
+RUN_BY_A_FIXTURE = {"SIZE * 4 -> SIZE / 4", "4 -> 5"}  # before the fork
+RUN_BY_AN_IMPORT = {"7 -> 8", "2 -> 3"}  # not tried in a fork
+RUN = """
+import json, sys
+from pathlib import Path
+
+import pytest
+from tests.mutation import trial
+from tests.mutation.operators import mutants
+trial.limit = lambda mutant, records: 2.0
+file = Path("planted.py").resolve()
+everything = mutants(file.read_text())
+serving = trial.serve(["prepare.py", "test_planted.py"], file, everything)
+records = next(serving)
+forked = dict(serving)
+anew = {}
+for mutant in everything:
+    if tests := trial.tests_of(mutant, records):
+        anew[mutant.number] = trial.try_anew(tests, "planted", file, mutant.number, trial.limit(mutant, records))
+print(json.dumps([forked, anew]))
+"""
+
+
+def run(directory: Path) -> subprocess.CompletedProcess[str]:
+    for name, text in FILES.items():
+        (directory / name).write_text(text)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, '.']\n{RUN}"],
+        cwd=directory, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_killed_mutants_and_survivors(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stderr
+    texts = {str(mutant.number): mutant.text for mutant in mutants(FILES["planted.py"])}
+    forked, anew = ({texts[n]: outcome for n, outcome in found.items()} for found in json.loads(result.stdout))
+    assert UNUSED not in forked | anew  # no test runs it
+    assert {text for text, outcome in anew.items() if outcome == "survived"} == {EQUAL}
+    assert {text for text, outcome in forked.items() if outcome == "survived"} == {EQUAL} | RUN_BY_A_FIXTURE
+    assert anew.keys() - forked.keys() == RUN_BY_AN_IMPORT
+    for found in (forked, anew):
+        assert {text for text, outcome in found.items() if outcome == "endless"} == {ENDLESS}
+
+
+def test_tests_that_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, "test_planted.py", "def test_planted():\n    assert 1 == 2\n")
+    result = run(tmp_path)
+    assert result.returncode == 1
+    assert "test_planted.py::test_planted" in result.stderr
