@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import chameleon_deploy
 from chameleon_deploy import Runtime, console
 from chameleon_deploy.bench import report
 from chameleon_deploy.bench.footprint import Footprint
@@ -27,8 +28,10 @@ from chameleon_deploy.bench.peers.pytorch import PyTorch
 from chameleon_deploy.bench.peers.without_lora import WithoutLoRA, remove_lora
 from chameleon_deploy.bench.run import Benchmark
 from chameleon_deploy.bench.workloads import BOUNDS, Workloads, text_rows
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.random import random_checkpoint
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.page import Page
@@ -55,6 +58,21 @@ def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPath
         OpenVINO(mini.trunk, "int8", 1, directory / "int8"),
     ]  # fmt: skip
     return {peer.name: peer for peer in peers}
+
+
+def test_factors_of_any_layers_are_applied(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", targets=["attention", "lm_head"])
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    export_bundle(checkpoint, tmp_path / "bundle", None)
+    runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
+    peers: list[Peer] = [
+        Bundle(runtime), OneCallPerSet(runtime, "apart"), PyTorch(checkpoint, runtime.mode, compiled=False)
+    ]  # fmt: skip
+    work = Workloads(runtime, checkpoint, peers)
+    rows = text_rows(checkpoint, 6, 24)
+    for case in (work.scoring(rows), work.generation(rows, 4)):
+        for engine in case.engines.values():
+            assert engine.deviation(engine.run(lambda lap: None)) <= engine.bound
 
 
 NAMES = ["bundle", "one call per cluster", "full logits", "without LoRA", "PyTorch eager fp32", "CTranslate2 fp32",

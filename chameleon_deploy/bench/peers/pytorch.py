@@ -117,6 +117,7 @@ class _Adapted(nn.Module):
 
     lora_A: Tensor
     lora_B: Tensor
+    linear: Any  # of PyTorch, GPT-2's Conv1D, or torchao's
 
     def __init__(self, linear: nn.Module, alpha: float) -> None:
         super().__init__()
