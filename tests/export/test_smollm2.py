@@ -56,8 +56,8 @@ def test_every_gate_holds(
     assert sum(file.size for file in manifest.files.values()) <= largest
     _, windows = parity.ragged_and_typical(verification_rows(checkpoint, None, more=True))
     reference, rows = RowLogits(checkpoint), [ids[:64] for ids in windows]
-    for ids in rows:
-        reference.read(ids)  # before the layers are dropped
+    for row in rows:
+        reference.read(row)  # before the layers are dropped
     checks, record = verify_bundle(tmp_path / "bundle", checkpoint, None, 2, lambda *_: None, keep_trunk=False)
     for check in checks:
         print(check)
