@@ -70,7 +70,12 @@ def open_session(
         ("outputs", graph.outputs, session.get_outputs()),
     ):
         expected = {spec.name: (_ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs}
-        actual = {node.name: (node.type, list(node.shape)) for node in found}
+        try:
+            actual = {node.name: (node.type, list(node.shape)) for node in found}
+        except UnicodeDecodeError as error:  # ONNX Runtime does not check names
+            raise GraphError(
+                f"{path}: a name in the shapes of its {kind} is not UTF-8: export the bundle again"
+            ) from error
         if expected != actual:
             name = next(n for n in [*expected, *actual] if expected.get(n) != actual.get(n))
             raise GraphError(

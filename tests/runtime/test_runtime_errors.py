@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import chameleon_deploy
 from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bundle import open_bundle
 from chameleon_deploy.errors import (
@@ -44,6 +45,15 @@ class _Failing:
 
     def _fail(self, *_: Any) -> Any:
         raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL :\n Non-zero status code")
+
+
+def test_a_name_that_is_not_text(tmp_path: Path) -> None:
+    bundle = shutil.copytree(good_bundle("chameleon_masked"), tmp_path / "bundle")
+    file = bundle / "hypernetwork.onnx"
+    file.write_bytes(file.read_bytes().replace(b"factor_sets", b"factor\xa4sets"))
+    reseal(bundle)
+    with pytest.raises(GraphError, match=r"hypernetwork.onnx: a name .* is not UTF-8"):
+        chameleon_deploy.load(bundle)
 
 
 def test_a_failing_decoder(runtime: Runtime, portable: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
