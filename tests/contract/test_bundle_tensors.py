@@ -78,7 +78,7 @@ WRONG_BASIS: dict[str, Callable[[Tensors], Tensors]] = {
     "unequal parts": lambda basis: basis | {"h.in_block": np.array([1, 1, 1])},
     "a block that does not divide": lambda basis: basis | {"h.out_blocks": np.array([64, 64])},
 } | {
-    f"a block of {size}": lambda basis, size=size: basis | {"h.in_block": np.array([size])}  # type: ignore[misc]
+    f"a block of {size}": lambda basis, size=size: basis | {"h.in_block": np.array([size])}
     for size in (-1, 0, 2, 5, 8, 17, 32, 65, 128)
 }  # fmt: skip
 

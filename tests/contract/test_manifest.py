@@ -126,6 +126,8 @@ def test_targets() -> None:
                   {**head, "in_features": 15}, {**head, "out_features": 321}):  # fmt: skip
         assert "adaptation.targets" in refused(GOOD, adaptation__targets=[head, wrong])
     assert "adaptation.targets" in refused(GOOD, adaptation__targets=[])
+    for wrong in ({**head, "in_features": 15}, {**head, "out_features": 321}):
+        assert "lm_head is not [hidden_size, vocab_size]" in refused(GOOD, adaptation__targets=[wrong])
 
 
 def test_a_basis_is_what_an_int8_trunk_needs() -> None:

@@ -85,7 +85,8 @@ def test_vectors_of_a_caller_are_the_input_of_the_hypernetwork() -> None:
 def test_a_scorer_has_the_factors_of_the_head_alone() -> None:
     manifest = copy.deepcopy(GOOD)
     target = {"name": "h", "in_features": 3, "out_features": 4}
-    for graph, rank in (("decoder", "rank"), ("decoder_cpu", "rank"), ("hypernetwork", 2)):
+    del manifest["graphs"]["decoder_cpu"]
+    for graph, rank in (("decoder", "rank"), ("hypernetwork", 2)):
         lists = manifest["graphs"][graph]
         tensors = lists["outputs" if graph == "hypernetwork" else "inputs"]
         for name, width in (("h.lora_A", 3), ("h.lora_B", 4)):
@@ -100,6 +101,18 @@ def test_a_scorer_has_the_factors_of_the_head_alone() -> None:
     with pytest.raises(ManifestError, match="'factor_ids' is unknown"):
         check(manifest)
     scorer["inputs"] = [tensor for tensor in scorer["inputs"] if tensor["name"] != "factor_ids"]
+    check(manifest)
+
+
+def test_beside_a_shared_cache_sets_of_the_trunk_are_on_one_axis() -> None:
+    manifest = copy.deepcopy(GOOD)
+    manifest["graphs"] = {name: manifest["graphs"][name] for name in ("decoder_cpu", "hypernetwork")}
+    manifest["adaptation"]["targets"].append({"name": "h", "in_features": 3, "out_features": 4})
+    decoder, hypernetwork = (manifest["graphs"][name] for name in ("decoder_cpu", "hypernetwork"))
+    decoder["inputs"].append({"name": "column_ids", "dtype": "int64", "shape": ["columns"]})
+    for name, width in (("h.lora_A", 3), ("h.lora_B", 4)):
+        decoder["inputs"].append({"name": name, "dtype": "float32", "shape": ["columns", width]})
+        hypernetwork["outputs"].append({"name": name, "dtype": "float32", "shape": ["factor_sets", 2, width]})
     check(manifest)
 
 

@@ -38,7 +38,7 @@ def python_load(bundle: Path) -> float:
 def server_start(bundle: Path) -> tuple[float, int, int]:
     """Return seconds to health, and resident bytes then and after some requests."""
     port = free_port()
-    command = [BUILD / "chameleon-server", bundle, "--port", str(port), "--threads", "2"]
+    command = [str(BUILD / "chameleon-server"), str(bundle), "--port", str(port), "--threads", "2"]
     start = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:

@@ -249,7 +249,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
     for buffers, logits in others:
         for ours, theirs in zip(buffers, whole, strict=True):
             # A last bit of a sum can round a number the other way, which goes on from layer to layer.
-            assert (ours != theirs).mean() < 0.15
+            assert (ours != theirs).mean() < 0.2
             assert np.abs(ours.astype(int) - theirs).max() <= 3
         assert np.abs(logits - expected).max() < GATES["int8"].rounding_tolerance
 

@@ -109,13 +109,15 @@ def test_distinct_vectors_are_those_of_different_bits() -> None:
     vectors = np.array([[1, 2], [0, 3], [1, 2], [-0.0, 3], [1, 2]], np.float32)
     found, numbers = distinct(vectors)
     assert found.tobytes() == vectors[[0, 1, 3]].tobytes()
-    assert (numbers.tolist(), numbers.dtype) == ([0, 1, 0, 2, 0], np.int64)
+    assert numbers.tolist() == [0, 1, 0, 2, 0]
+    assert numbers.dtype == np.int64
 
 
 def test_vectors_of_a_caller_are_for_mode_request_of_bundles_that_take_them() -> None:
     found = check_conditioning("request", [[1, 2, 3], [4, 5, 6]], 3, 2)
     assert found is not None
-    assert (found.tolist(), found.dtype) == ([[1, 2, 3], [4, 5, 6]], np.float32)
+    assert found.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert found.dtype == np.float32
     assert check_conditioning("request", None, 0, 2) is None
     assert check_conditioning("none", None, 3, 2) is None
     assert check_conditioning("request", [[1.0]], 1, 1) is not None

@@ -104,7 +104,8 @@ def test_token_ids_at_their_limits() -> None:
         ([[1, 0, -1]], TokenError, "token id -1 is outside"),
         ([[0, last, last + 1]], TokenError, f"token id {last + 1} is outside"),
         ([[1], [1] * (longest + 1)], LengthError, f"text 1 has {longest + 1} tokens"),
-        ([np.array([[1]])], InputError, "neither"), ([np.array(["a"])], InputError, "neither"),
+        ([np.array([[1]])], InputError, "neither"), ([[1, [2, 3]]], InputError, "text 0 is neither"),
+        ([np.array(["a"])], InputError, "neither"),
     ]  # fmt: skip
     for texts, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -146,7 +147,7 @@ def test_one_limit_of_new_tokens_or_one_per_row() -> None:
     assert token_limits([1, 5], 2) == [1, 5]
     for wrong, message in (([1, 0], "at least 1, got 0"), (0, "at least 1, got 0"), ([1], "1 values .* for 2")):
         with pytest.raises(InputError, match=message):
-            token_limits(wrong, 2)  # type: ignore[arg-type]
+            token_limits(wrong, 2)
 
 
 def test_what_holds_several_values() -> None:

@@ -196,9 +196,11 @@ def test_a_setting_alone_changes_the_choice(sampling: Sampling, chosen: int) -> 
 
 def test_what_is_the_highest_raw_logit_for_any_row() -> None:
     assert Sampler(Sampling(), [], 0).is_argmax
-    for name, value in (("temperature", 1.0), ("temperature", 0.5), ("repetition_penalty", 2.0), ("logprobs", 0),
-                        ("presence_penalty", 1.0), ("frequency_penalty", 1.0), ("logit_bias", {0: 0.0})):  # fmt: skip
-        assert not Sampler(Sampling(**{name: value}), [], 0).is_argmax
+    for sampling in (
+        Sampling(temperature=1.0), Sampling(temperature=0.5), Sampling(repetition_penalty=2.0), Sampling(logprobs=0),
+        Sampling(presence_penalty=1.0), Sampling(frequency_penalty=1.0), Sampling(logit_bias={0: 0.0}),
+    ):  # fmt: skip
+        assert not Sampler(sampling, [], 0).is_argmax
 
 
 def test_logits_far_below_the_highest_have_no_weight() -> None:

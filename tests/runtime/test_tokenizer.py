@@ -58,6 +58,8 @@ def load(directory: Path, **changes: Any) -> Any:
          "a Sequence other than Digits"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, DIGITS]}}, "neither ByteLevel nor"),
         ({"pre_tokenizer__use_regex": False}, "use_regex=false is not supported"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
+         "missing required field `use_regex`"),
         ({"unknown": 1}, "unknown"),
     ],
 )  # fmt: skip
