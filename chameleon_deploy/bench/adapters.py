@@ -71,6 +71,7 @@ def measure_adapters(
     import torch
 
     import chameleon_deploy
+    from chameleon_deploy.bench.peers import reason
     from chameleon_deploy.bench.timing import measure
     from chameleon_deploy.bench.workloads import stretches
     from chameleon_deploy.machine import describe_machine
@@ -92,7 +93,7 @@ def measure_adapters(
                 try:
                     peers.append(opener())
                 except Exception as error:  # a foreign engine may raise anything
-                    missing[name] = f"{type(error).__name__}: {error}"
+                    missing[name] = reason(error)
             timings += measure(_case(runtime, base, rows[: len(own)], own, peers, num_tokens), rounds, report)
     return AdapterBenchmark(
         describe_machine(), runtime.manifest.precision, threads, len(spec.adapters), len(spec.targets), spec.rank,
@@ -135,8 +136,10 @@ def _openers(
     }
     if len(names) == 1:
         return opened | {"llama.cpp": llama_cpp}
-    per_adapter = lambda: OneCallPerSet(runtime, "one call per adapter", adapters=names)  # noqa: E731
-    return opened | {"one call per adapter": per_adapter, "PyTorch with PEFT": peft}
+    return opened | {
+        "one call per adapter": lambda: OneCallPerSet(runtime, "one call per adapter", adapters=names),
+        "PyTorch with PEFT": peft,
+    }
 
 
 def _case(

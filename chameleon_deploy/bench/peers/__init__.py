@@ -11,6 +11,7 @@ ctranslate2.py   the frozen base model only: it does not adapt
 openvino.py      the frozen base model only: it does not adapt
 llama_cpp.py     the frozen base model only: it does not adapt
 gguf_writer.py   that model as llama.cpp's file
+peft.py          PyTorch with the adapters of each row, for `bench.adapters`
 """
 
 from __future__ import annotations
