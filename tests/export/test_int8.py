@@ -248,8 +248,9 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
     assert all(buffer.dtype == np.int8 and np.abs(buffer).max() > 50 for buffer in whole)
     for buffers, logits in others:
         for ours, theirs in zip(buffers, whole, strict=True):
-            # A last bit of a sum can round a number the other way, which goes on from layer to layer.
-            assert (ours != theirs).mean() < 0.2
+            # A last bit of a sum can round a number the other way, which goes on from layer to layer: up to 0.21 of
+            # all values then differ, by 1 or 2. A wrong cache differs nearly everywhere.
+            assert (ours != theirs).mean() < 0.3
             assert np.abs(ours.astype(int) - theirs).max() <= 3
         assert np.abs(logits - expected).max() < GATES["int8"].rounding_tolerance
 
