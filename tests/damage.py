@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,17 +12,23 @@ from typing import Any
 Damage = Callable[[Path], object]
 
 
+def changed(content: Any, **changes: Any) -> Any:
+    """Return a copy of JSON after changes; a name with __ reaches into nested objects."""
+    content = copy.deepcopy(content)
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return content
+
+
 def edit(**changes: Any) -> Damage:
-    """Change manifest fields; a dotted name with __ reaches into nested objects."""
+    """Change manifest fields, see `changed`."""
 
     def damage(path: Path) -> None:
-        manifest = json.loads((path / "bundle.json").read_text())
-        for name, value in changes.items():
-            *parents, last = name.split("__")
-            target = manifest
-            for parent in parents:
-                target = target[parent]
-            target[last] = value
+        manifest = changed(json.loads((path / "bundle.json").read_text()), **changes)
         (path / "bundle.json").write_text(json.dumps(manifest))
 
     return damage

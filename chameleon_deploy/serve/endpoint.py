@@ -50,7 +50,7 @@ def json_response(body: msgspec.Struct) -> Response:
 
 async def _deliver(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
     """Send a response; one that nobody reads is given up, and with it what makes it."""
-    loop, began = asyncio.get_running_loop(), math.inf  # when the part began that is being sent
+    loop, began = asyncio.get_running_loop(), math.inf  # when the sending of the current part began
     timer: asyncio.TimerHandle
 
     async def timed(message: Message) -> None:
@@ -59,14 +59,14 @@ async def _deliver(response: Response, scope: Scope, receive: Receive, send: Sen
         await send(message)
         began = math.inf
 
-    def look() -> None:
+    def check() -> None:
         nonlocal timer
         if loop.time() - began > SEND_SECONDS:
             limit.reschedule(loop.time())
-        timer = loop.call_later(SEND_SECONDS / 8, look)
+        timer = loop.call_later(SEND_SECONDS / 8, check)
 
-    # One timer looks now and then: a timeout around every part would cost 9 microseconds each.
-    timer = loop.call_later(SEND_SECONDS / 8, look)
+    # One timer for the whole response: a timeout around every part would cost 9 microseconds each.
+    timer = loop.call_later(SEND_SECONDS / 8, check)
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None) as limit:

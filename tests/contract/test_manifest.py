@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from tests.damage import changed
 from tests.shared_data import good_bundle
 
 GOOD = json.loads((good_bundle("chameleon_masked") / "bundle.json").read_text())
@@ -28,15 +28,8 @@ EMBEDDING = 4 * GOOD["model"]["vocab_size"] * GOOD["model"]["hidden_size"]
 
 
 def parse(manifest: Any, **changes: Any) -> Manifest:
-    """Parse a manifest after changes; a name with __ reaches into nested objects."""
-    manifest = copy.deepcopy(manifest)
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        target = manifest
-        for parent in parents:
-            target = target[parent]
-        target[last] = value
-    return parse_manifest(json.dumps(manifest).encode(), Path("bundle.json"))
+    """Parse a manifest after changes."""
+    return parse_manifest(json.dumps(changed(manifest, **changes)).encode(), Path("bundle.json"))
 
 
 def refused(manifest: Any, **changes: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.errors import ManifestError, RequestError
 from chameleon_deploy.runtime.tokenizer import decode, decode_next, load_tokenizer
+from tests.damage import changed
 from tests.shared_data import good_bundle
 
 FILE = good_bundle("chameleon_masked") / "tokenizer.json"
@@ -21,15 +21,8 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def load(directory: Path, **changes: Any) -> Any:
-    """Load the good file after changes; a name with __ reaches into an object."""
-    content = copy.deepcopy(GOOD)
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        place = content
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    (directory / "tokenizer.json").write_text(json.dumps(content))
+    """Load the good file after changes."""
+    (directory / "tokenizer.json").write_text(json.dumps(changed(GOOD, **changes)))
     return load_tokenizer(directory / "tokenizer.json")
 
 

@@ -102,7 +102,7 @@ def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Valu
 
 
 def _turned(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
-    """Return queries, keys and values, with queries and keys turned and the keys' centre subtracted."""
+    """Return queries, keys and values. If keys have a centre, apply the rotary embedding and subtract the centre."""
     qkv, *_, cos, sin, _, _, _ = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     q, k, v = op.Split(qkv, integers(op, [heads * dim, key_heads * dim, key_heads * dim]), axis=2, _outputs=3)
