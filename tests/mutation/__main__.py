@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHARED = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f"{SHARED}::test_golden"
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
-GENERATION = "tests/runtime/test_generation.py"
+GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,8 +33,12 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_keys_that_cannot_sign", "test_what_a_key_signs_is_signed_by_it",
         "test_trusted_keys_of_a_wrong_type")), ()),
     "verify.gates": (("tests/verify/test_gates.py",),
-                     ("tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code",)),
-    "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),
+                     (f"{DOCS}::test_the_design_page_has_the_gates_of_the_code",)),
+    "verify.checks": ((), (
+        f"{DOCS}::test_the_design_page_has_the_limits_of_updates", "tests/verify/test_check_figures.py",
+        *(f"tests/verify/test_checks.py::{name}" for name in (
+            "test_an_update_is_compared_over_all_logits", "test_tenants_share_clusters",
+            "test_vectors_of_a_row_have_length_one_and_depend_on_the_row")))),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
     "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ()),
@@ -48,9 +52,10 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "runtime.generation": ((*(f"{GENERATION}::{name}" for name in (
         "test_a_row_ends_at_its_limit", "test_a_row_ends_before_its_first_stop_string",
         "test_the_longest_beginning_of_a_stop_string_is_held_back", "test_a_stop_token_has_no_text",
-        "test_rows_of_prompts", "test_streams_of_random_numbers")), GOLDEN, f"{SHARED}::test_schedules"),
+        "test_special_tokens_have_no_text", "test_rows_of_prompts", "test_streams_of_random_numbers")),
+        GOLDEN, f"{SHARED}::test_schedules"),
         (GENERATION, "tests/runtime/test_runtime_errors.py")),
-    "evaluate.experiment": ((), ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py")),
+    "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),
 }  # fmt: skip
 
 
