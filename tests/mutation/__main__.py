@@ -87,7 +87,7 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
     left = {mutant.number: mutant for mutant in everything if mutant.number not in result["killed"]}
 
     def note(number: int, outcome: Outcome) -> None:
-        if outcome == "survived":
+        if outcome in ("survived", "undecided"):
             return
         if outcome == "endless":  # to be looked at: a machine that is too busy may be the reason
             print(f"{name}:{left[number].line}: {left[number].text} (does not end)", flush=True)
@@ -104,14 +104,16 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             import_heavy()
         serving = serve(tests, file, list(left.values()), options)
         records = next(serving)
+        decided = set[int]()
         for number, outcome in serving:
             note(number, outcome)
+            decided |= {number} if outcome == "survived" else set()
             yield
         for number, mutant in list(left.items()):
             chosen = tests_of(mutant, records)
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
-            if chosen and not (tests is units and others and mutant.is_function):
+            if chosen and number not in decided and not (tests is units and others and mutant.is_function):
                 seconds = limit(mutant, records, least=120)  # it makes the bundles, too
                 note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, number, seconds))
                 yield
