@@ -21,6 +21,7 @@ SHARED = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f"{SHARED}::test_golden"
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
 GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
+ADAPTERS = "tests/verify/test_adapter_checks.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -38,7 +39,13 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         f"{DOCS}::test_the_design_page_has_the_limits_of_updates", "tests/verify/test_check_figures.py",
         *(f"tests/verify/test_checks.py::{name}" for name in (
             "test_an_update_is_compared_over_all_logits", "test_tenants_share_clusters",
-            "test_vectors_of_a_row_have_length_one_and_depend_on_the_row")))),
+            "test_vectors_of_a_row_have_length_one_and_depend_on_the_row")),
+        "tests/runtime/test_device.py::test_it_passes_the_gates")),
+    "verify.adapter_checks": ((), (f"{ADAPTERS}::test_each_step_has_its_rows_and_its_adapters", *(
+        f"{ADAPTERS}::test_{name}" for name in (
+            "figures_of_one_adapter", "figures_of_the_base_model", "figures_of_factors", "figures_of_factors_alone",
+            "wrong_factors_move_a_right_bundle_as_far", "another_adapter_is_the_next_one")))),
+    "verify.text_checks": ((), ("tests/verify/test_text_checks.py",)),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
     "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ()),
