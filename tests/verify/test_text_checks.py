@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -16,11 +18,13 @@ TEXTS = ["The river", "a", "It was<|endoftext|>late", "of the hills"]
 
 
 def figures(runtime: Runtime, mini: Checkpoint) -> list[tuple[float, float | None]]:
-    tokenizer = mini.trunk.tokenizer
-    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
-    assert min(map(len, rows)) == 1
+    tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
+    end = "<|endoftext|>"
+    tokenizer.post_processor = TemplateProcessing(f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
+    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in (*TEXTS, "")]
+    assert sorted(map(len, rows))[:2] == [0, 1]
     checks = list(check_texts(runtime, tokenizer, rows))
-    assert checks[0].note == "4 texts"
+    assert checks[0].note == "4 texts"  # without the empty one
     return [(check.value, check.limit) for check in checks]
 
 
@@ -34,6 +38,7 @@ def test_texts(runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPat
         return [replace(first, token_ids=[*first.token_ids, 0]), *others]
 
     def wrong_texts(prompts: Any, max_new_tokens: int, mode: Any) -> Any:
+        assert max_new_tokens == 1
         modes.append(mode)
         first, *others, last = generate(prompts, max_new_tokens=max_new_tokens, mode=mode)
         return [replace(first, text="!") if prompts == TEXTS else first, *others, last]
