@@ -18,7 +18,7 @@ from chameleon_deploy import console, errors
 from chameleon_deploy.commands import COMMANDS
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
-from chameleon_deploy.verify import checks
+from chameleon_deploy.verify import checks, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
 
 REPOSITORY = Path(__file__).parent.parent
@@ -193,6 +193,14 @@ def test_a_snippet_that_does_not_run_is_caught(demo: Path) -> None:
 def test_the_snippets_of_the_python_page_run(demo: Path) -> None:
     printed, _ = run_snippets((REPOSITORY / "docs" / "python-api.md").read_text(), demo)
     assert printed
+
+
+def test_the_design_page_has_the_texts_of_verify() -> None:
+    page = " ".join((REPOSITORY / "docs" / "design.md").read_text().split())
+    assert (
+        f"measured on {run.NUM_ROWS} texts of at most {run.MAX_TOKENS} tokens, one of up to {run.LONGEST:,}, and "
+        f"{run.WINDOWS} windows of {run.WINDOW_TOKENS} tokens"
+    ) in page
 
 
 def test_the_design_page_has_the_limits_of_updates() -> None:

@@ -45,6 +45,10 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         f"{ADAPTERS}::test_{name}" for name in (
             "figures_of_one_adapter", "figures_of_the_base_model", "figures_of_factors", "figures_of_factors_alone",
             "wrong_factors_move_a_right_bundle_as_far", "another_adapter_is_the_next_one")))),
+    "verify.run": ((), (
+        f"{DOCS}::test_the_design_page_has_the_texts_of_verify", "tests/verify/test_run.py",
+        "tests/verify/test_checks.py::test_reduced_precisions_have_windows_of_one_kind_of_text",
+        f"{ADAPTERS}::test_the_adapters_must_be_the_bundles")),
     "verify.text_checks": ((), ("tests/verify/test_text_checks.py",)),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
