@@ -21,6 +21,7 @@ from chameleon_deploy.training_options import (
     Clusters,
     Epochs,
     LearningRate,
+    MatmulPrecisionOption,
     MaxLength,
     Patience,
     PresetOption,
@@ -77,6 +78,7 @@ def main(
         ),
     ] = None,
     patience: Patience = None,
+    matmul_precision: MatmulPrecisionOption = "highest",
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 5,
     seed: Annotated[
         int,
@@ -93,6 +95,8 @@ def main(
     """
     console.check_output(html)
     started = time.perf_counter()
+    import torch
+
     from chameleon_deploy.evaluate.experiment import run_experiment
     from chameleon_deploy.evaluate.figures import figures
     from chameleon_deploy.evaluate.page import fill
@@ -100,10 +104,12 @@ def main(
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.targets import choose_targets
 
+    torch.set_float32_matmul_precision(matmul_precision)
     trunk = load_trunk(base)
     settings = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
+        matmul_precision=matmul_precision,
         targets=choose_targets(trunk, targets) if targets else None, lora_lrs=tuple(lora_lr or ()),
     )  # fmt: skip
     page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
@@ -161,11 +167,12 @@ def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> st
     training = settings.training
     layers = "" if settings.targets == (LM_HEAD,) else f"{len(settings.targets)} layers, {settings.architecture}; "
     rates = ", ".join(f"{rate:g}" for rate in settings.lora_lrs)
+    precision = "" if training.matmul_precision == "highest" else f", {training.matmul_precision} matmul precision"
     return (
         f"{layers}rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
         f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
         f"{f' (of LoRAs the best of {rates})' if rates else ''}, at most "
-        f"{training.epochs} epochs, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
+        f"{training.epochs} epochs{precision}, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
         f"({outcome.train_positions:,} positions, masked), {len(texts.validation):,} validation texts, "
         f"{len(texts.test):,} test texts"
     )

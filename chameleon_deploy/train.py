@@ -19,6 +19,7 @@ from chameleon_deploy.training_options import (
     Clusters,
     Epochs,
     LearningRate,
+    MatmulPrecisionOption,
     MaxLength,
     Patience,
     PresetOption,
@@ -70,6 +71,7 @@ def main(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     patience: Patience = None,
+    matmul_precision: MatmulPrecisionOption = "highest",
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of initialisation, order and dropout.", rich_help_panel="Training")
     ] = 0,
@@ -81,16 +83,20 @@ def main(
     else:
         train_texts, validation_texts = _texts(text, dataset, validation_text)
 
+    import torch
+
     from chameleon_deploy.reference.checkpoint import CheckpointConfig
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.targets import choose_targets
     from chameleon_deploy.reference.training import train_checkpoint
 
+    torch.set_float32_matmul_precision(matmul_precision)
     trunk = load_trunk(base)
     chosen = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
+        matmul_precision=matmul_precision,
         targets=choose_targets(trunk, targets) if targets else None,
     )  # fmt: skip
     config = CheckpointConfig(

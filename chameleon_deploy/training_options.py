@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy.reference.presets import Architecture, PresetName, default_of
+from chameleon_deploy.reference.presets import Architecture, MatmulPrecision, PresetName, default_of
 
 PresetOption = Annotated[
     PresetName,
@@ -63,5 +63,13 @@ ArchitectureOption = Annotated[
     typer.Option(
         help="Hypernetwork: the paper's, whose last layer gives all factors, or one that is shared by all layers and "
         "told the layer and the module by embeddings."
+    ),
+]
+MatmulPrecisionOption = Annotated[
+    MatmulPrecision,
+    typer.Option(
+        help="Precision of PyTorch's products of float32 matrices. Below the highest they use bfloat16 or TF32 units "
+        "where the processor has them, several times as fast.",
+        rich_help_panel="Training",
     ),
 ]

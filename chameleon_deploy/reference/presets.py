@@ -16,6 +16,7 @@ from chameleon_deploy.manifest import LM_HEAD
 
 PresetName = Literal["paper", "residual"]
 Architecture = Literal["paper", "shared"]
+MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class TrainingSettings:
     patience          epochs without a better validation loss before stopping
     cohorts_per_step  batches, of any clusters, in one step of the optimiser
     residual          whether the hypernetwork is built from a trained LoRA and counts (reference/residual.py)
+    matmul_precision  of PyTorch's products of float32 matrices (torch.set_float32_matmul_precision)
     """
 
     epochs: int
@@ -36,6 +38,7 @@ class TrainingSettings:
     cohorts_per_step: int
     residual: bool
     seed: int = 0
+    matmul_precision: MatmulPrecision = "highest"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp cannot read {lora.name}")
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
+        # A thread of its own: AMX tiles are configured once for each thread, and another engine's kernels on the same
+        # thread undo it, which ends the process with an illegal instruction.
+        self._thread = ThreadPoolExecutor(1)
         self._context: Any = None
         self._shape = (0, 0)
 
@@ -132,7 +136,7 @@ class LlamaCpp:
             if last_only:
                 asked[:, :-1] = 0
             _array(batch.logits, asked)
-            status = self._api.llama_decode(self._context, batch)
+            status = self._thread.submit(self._api.llama_decode, self._context, batch).result()
         finally:
             self._api.llama_batch_free(batch)
         if status != 0:
