@@ -1,10 +1,6 @@
 #include "soak.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#include <sanitizer/allocator_interface.h>
-#else
 #include <malloc.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +10,10 @@
 #include <memory>
 #include <sstream>
 #include <thread>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+extern "C" std::size_t __sanitizer_get_current_allocated_bytes();  // GCC installs no header that declares it
+#endif
 
 namespace chameleon::test {
 
