@@ -18,6 +18,7 @@ from chameleon_deploy import console, errors
 from chameleon_deploy.commands import COMMANDS
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
+from chameleon_deploy.verify import checks, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
 
 REPOSITORY = Path(__file__).parent.parent
@@ -192,6 +193,29 @@ def test_a_snippet_that_does_not_run_is_caught(demo: Path) -> None:
 def test_the_snippets_of_the_python_page_run(demo: Path) -> None:
     printed, _ = run_snippets((REPOSITORY / "docs" / "python-api.md").read_text(), demo)
     assert printed
+
+
+def test_the_design_page_has_the_texts_of_verify() -> None:
+    page = " ".join((REPOSITORY / "docs" / "design.md").read_text().split())
+    assert (
+        f"measured on {run.NUM_ROWS} texts of at most {run.MAX_TOKENS} tokens, one of up to {run.LONGEST:,}, and "
+        f"{run.WINDOWS} windows of {run.WINDOW_TOKENS} tokens"
+    ) in page
+
+
+def test_the_design_page_has_the_limits_of_updates() -> None:
+    page = (REPOSITORY / "docs" / "design.md").read_text()
+    found = re.search(
+        r"batch size \(([\d, ]+)\).* at least (\d+) % of what they move the reference's.* to (\d+) % "
+        r"\(of layers of the trunk: (\d+) % in bf16, reported in int8\)",
+        " ".join(page[page.index("Numeric gates") :].split()),
+    )
+    assert found
+    sizes, *percent = found.groups()
+    caught, update, of_bf16 = (int(number) / 100 for number in percent)
+    assert sizes == ", ".join(map(str, checks.BATCH_SIZES))
+    assert (caught, update) == (checks.CAUGHT, checks.UPDATE)
+    assert {"fp32": update, "fp16": update, "bf16": of_bf16, "int8": None} == checks.UPDATES
 
 
 def test_the_design_page_has_the_gates_of_the_code() -> None:

@@ -203,15 +203,20 @@ def _train_and_score(
             shutil.rmtree(out, ignore_errors=True)
     if not scores.exists():
         checkpoint = load_checkpoint(path, trunk=trunk)
-        found: dict[str, FloatArray] = {}
-        for other in sides.values():
+        jobs = [
+            (other, name, conditioned)
+            for other in sides.values()
             # A text is embedded as in training, whichever protocol scores it.
-            embeddings = _embed(trunk, other.test_ids, protocol, settings)
-            ways = conditionings(variant, checkpoint, embeddings, side.centroids, settings.training.seed)
-            for name, conditioned in ways:
-                if other is side or name == usual(variant):
-                    report(f"scoring ({variant.name})", len(found), 9)
-                    found[f"{other.protocol}.{name}"] = score_texts(checkpoint.factors, other.test, conditioned)
+            for name, conditioned in conditionings(
+                variant, checkpoint, _embed(trunk, other.test_ids, protocol, settings), side.centroids,
+                settings.training.seed,
+            )
+            if other is side or name == usual(variant)
+        ]  # fmt: skip
+        found: dict[str, FloatArray] = {}
+        for done, (other, name, conditioned) in enumerate(jobs):
+            report(f"scoring ({variant.name})", done, len(jobs))
+            found[f"{other.protocol}.{name}"] = score_texts(checkpoint.factors, other.test, conditioned)
         write_whole(scores, lambda partial: save_file(found, partial))
     return load_file(scores)
 

@@ -117,15 +117,16 @@ def check_wrong_factors(
 ) -> Iterator[Check]:
     """Wrong factors change the bundle's logits as much as they change the reference's; see checks.py."""
     spec, stacks = runtime.manifest.adaptation, runtime.bundle.lora()
-    right = list(parity.row_logits(runtime, rows, _row_factors(runtime, stacks, names)))
-    expected = [reference(ids, names, row).numpy() for row, ids in enumerate(rows)]
+    their_stacks = _stacks(reference.base, spec)  # of one rank, like the bundle's: padding rounds differently
+
+    def their_logits(stacks: Stacks) -> list[FloatArray]:
+        model = AdapterLogits(replace(reference.base, adapters=_named(stacks, spec)))
+        return [model(ids, names, row).numpy() for row, ids in enumerate(rows)]
+
+    right, expected = list(_logits(runtime, rows, stacks, names)), their_logits(their_stacks)
     for fault, mutate in MUTATIONS.items():
-        changed = mutate(spec, stacks)
-        moved = largest(map(max_abs, parity.row_logits(runtime, rows, _row_factors(runtime, changed, names)), right))
-        wrong = AdapterLogits(
-            replace(reference.base, adapters=_named(mutate(spec, _stacks(reference.base, spec)), spec))
-        )
-        must_move = largest(max_abs(wrong(ids, names, row), expected[row]) for row, ids in enumerate(rows))
+        moved = largest(map(max_abs, _logits(runtime, rows, mutate(spec, stacks), names), right))
+        must_move = largest(map(max_abs, their_logits(mutate(spec, their_stacks)), expected))
         if must_move > 0:
             yield Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
                         note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
@@ -141,13 +142,13 @@ def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
 MUTATIONS: dict[str, Fault] = {"another adapter": another_adapter, **FAULTS}
 
 
-def _row_factors(runtime: Runtime, stacks: Stacks, names: Sequence[str | None]) -> RowFactors:
-    """The bundle's factors, with a set of zeros after them for rows without an adapter."""
+def _logits(runtime: Runtime, rows: Rows, stacks: Stacks, names: Sequence[str | None]) -> Iterator[FloatArray]:
+    """The bundle's logits with such factors, and a set of zeros after them for rows without an adapter."""
     spec, basis = runtime.manifest.adaptation, runtime.bundle.basis()
     with_zeros = {name: np.concatenate([stack, np.zeros_like(stack[:1])]) for name, stack in stacks.items()}
     order = [*spec.adapters, None]
     ids = np.array([order.index(name) for name in names], np.int64)
-    return RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids)
+    return parity.row_logits(runtime, rows, RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids))
 
 
 def _stacks(base: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:

@@ -366,7 +366,7 @@ def check_neighbours(runtime: Runtime, rows: Rows, **arguments: Any) -> Iterator
     """In calls of one shape a row's logits are the same bits whatever text its neighbours hold."""
     length = min(8, runtime.manifest.model.max_positions)
     first = next(ids for ids in rows if len(ids) >= length)[:length]
-    edited = [(i * 7919 + 1) % runtime.manifest.model.vocab_size for i in range(length)]
+    edited = [(token_id + 1) % runtime.manifest.model.vocab_size for token_id in first]
     both = runtime.adapt([first], **(arguments or {"mode": "none"})).factors.rows(np.zeros(2, np.int64))
     logits = [next(row_logits(runtime, [first, other], both)) for other in (first, edited)]
     yield Check("a neighbour's text: max abs difference", max_abs(*logits), 0)

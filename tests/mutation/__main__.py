@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 SHARED = "tests/contract/test_shared_data.py"
 HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f"{SHARED}::test_golden"
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
-GENERATION = "tests/runtime/test_generation.py"
+GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
+ADAPTERS = "tests/verify/test_adapter_checks.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,8 +34,22 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_keys_that_cannot_sign", "test_what_a_key_signs_is_signed_by_it",
         "test_trusted_keys_of_a_wrong_type")), ()),
     "verify.gates": (("tests/verify/test_gates.py",),
-                     ("tests/test_docs.py::test_the_design_page_has_the_gates_of_the_code",)),
-    "verify.checks": ((), ("tests/verify/test_checks.py", "tests/verify/test_mode_checks.py")),
+                     (f"{DOCS}::test_the_design_page_has_the_gates_of_the_code",)),
+    "verify.checks": ((), (
+        f"{DOCS}::test_the_design_page_has_the_limits_of_updates", "tests/verify/test_check_figures.py",
+        *(f"tests/verify/test_checks.py::{name}" for name in (
+            "test_an_update_is_compared_over_all_logits", "test_tenants_share_clusters",
+            "test_vectors_of_a_row_have_length_one_and_depend_on_the_row")),
+        "tests/runtime/test_device.py::test_it_passes_the_gates")),
+    "verify.adapter_checks": ((), (f"{ADAPTERS}::test_each_step_has_its_rows_and_its_adapters", *(
+        f"{ADAPTERS}::test_{name}" for name in (
+            "figures_of_one_adapter", "figures_of_the_base_model", "figures_of_factors", "figures_of_factors_alone",
+            "wrong_factors_move_a_right_bundle_as_far", "another_adapter_is_the_next_one")))),
+    "verify.run": ((), (
+        f"{DOCS}::test_the_design_page_has_the_texts_of_verify", "tests/verify/test_run.py",
+        "tests/verify/test_checks.py::test_reduced_precisions_have_windows_of_one_kind_of_text",
+        f"{ADAPTERS}::test_the_adapters_must_be_the_bundles")),
+    "verify.text_checks": ((), ("tests/verify/test_text_checks.py",)),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
     "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ()),
@@ -48,9 +63,10 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "runtime.generation": ((*(f"{GENERATION}::{name}" for name in (
         "test_a_row_ends_at_its_limit", "test_a_row_ends_before_its_first_stop_string",
         "test_the_longest_beginning_of_a_stop_string_is_held_back", "test_a_stop_token_has_no_text",
-        "test_rows_of_prompts", "test_streams_of_random_numbers")), GOLDEN, f"{SHARED}::test_schedules"),
+        "test_special_tokens_have_no_text", "test_rows_of_prompts", "test_streams_of_random_numbers")),
+        GOLDEN, f"{SHARED}::test_schedules"),
         (GENERATION, "tests/runtime/test_runtime_errors.py")),
-    "evaluate.experiment": ((), ("tests/evaluate/test_comparison.py", "tests/evaluate/test_splits.py")),
+    "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),
 }  # fmt: skip
 
 
@@ -82,7 +98,7 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
     left = {mutant.number: mutant for mutant in everything if mutant.number not in result["killed"]}
 
     def note(number: int, outcome: Outcome) -> None:
-        if outcome == "survived":
+        if outcome in ("survived", "undecided"):
             return
         if outcome == "endless":  # to be looked at: a machine that is too busy may be the reason
             print(f"{name}:{left[number].line}: {left[number].text} (does not end)", flush=True)
@@ -99,14 +115,16 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             import_heavy()
         serving = serve(tests, file, list(left.values()), options)
         records = next(serving)
+        decided = set[int]()
         for number, outcome in serving:
             note(number, outcome)
+            decided |= {number} if outcome == "survived" else set()
             yield
         for number, mutant in list(left.items()):
             chosen = tests_of(mutant, records)
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
-            if chosen and not (tests is units and others and mutant.is_function):
+            if chosen and number not in decided and not (tests is units and others and mutant.is_function):
                 seconds = limit(mutant, records, least=120)  # it makes the bundles, too
                 note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, number, seconds))
                 yield

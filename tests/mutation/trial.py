@@ -2,8 +2,8 @@
 
 Most mutants are tried in a fork of a *server*: a process that has imported the package, collected the tests and made
 their bundles. The fork gives the mutant's code to the functions that exist and runs the tests. What an import or a
-fixture of the server did before the fork has not seen the mutant, so one that survives is tried again in a process
-that imports the package, and makes everything, with the mutant in place of the module.
+fixture of the server did before the fork has not seen the mutant, so one that survives there and whose line they ran is
+tried again in a process that imports the package, and makes everything, with the mutant in place of the module.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ PREPARE = "tests/mutation/prepare.py"  # a server runs it first
 OPTIONS = ("-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none")
 POLL = 0.01  # seconds
 MEMORY = 4 << 30  # bytes that a mutant may take
+NOT_EXCHANGED = os.EX_UNAVAILABLE  # exit code of a fork whose functions cannot take a mutant's code
 
-Outcome = Literal["survived", "killed", "endless"]  # of a mutant
+Outcome = Literal["survived", "killed", "endless", "undecided"]  # of a mutant; a fork may leave it undecided
 Records = dict[str, dict[str, Any]]  # of each test its "lines", those of its fixtures too, and its "seconds"
 
 
@@ -102,31 +103,42 @@ def _pairs(before: CodeType, after: CodeType) -> Iterator[tuple[CodeType, CodeTy
 
 
 class Recorder:
-    """A pytest plugin: the lines of one file that each test and its fixtures run, and how long it takes."""
+    """A pytest plugin: the lines of one file that each test and its fixtures run, and how long it takes.
+
+    fixtures  the lines that each has run
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = str(file)
         self._lines: list[set[int]] = [set()]  # of the test, then of each fixture that is being made
-        self._fixtures: dict[str, set[int]] = defaultdict(set)
+        self.fixtures: dict[str, set[int]] = defaultdict(set)
         self.tests: Records = {}
         self.failures: list[str] = []
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Function) -> Any:
-        self._lines, start = [set()], _processor_seconds()
+    def start(self) -> None:
+        self._lines = [set()]
         threading.settrace(self._trace)
         sys.settrace(self._trace)
-        yield
+
+    def stop(self) -> set[int]:
+        """Return the lines that were run since the start."""
         sys.settrace(None)
         threading.settrace(None)
-        lines = self._lines[0].union(*(self._fixtures[name] for name in item.fixturenames))
+        return self._lines[0]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Function) -> Any:
+        start = _processor_seconds()
+        self.start()
+        yield
+        lines = self.stop().union(*(self.fixtures[name] for name in item.fixturenames))
         self.tests[item.nodeid] = {"seconds": _processor_seconds() - start, "lines": sorted(lines)}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
         self._lines.append(set())
         yield
-        self._fixtures[fixturedef.argname] |= self._lines.pop()
+        self.fixtures[fixturedef.argname] |= self._lines.pop()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -150,13 +162,16 @@ class Server:
 
     First the records of the tests without a mutant, or their failures; then [number of a mutant, its outcome],
     and null at the end.
+
+    recorder  started before anything is imported
     """
 
-    def __init__(self, file: Path, mutants: Sequence[Mutant], out: TextIO) -> None:
-        self._file, self._mutants, self._out = file, mutants, out
+    def __init__(self, file: Path, mutants: Sequence[Mutant], recorder: Recorder, out: TextIO) -> None:
+        self._file, self._mutants, self._recorder, self._out = file, mutants, recorder, out
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        recorder, done = self._recorder, self._recorder.stop()  # by imports
         preparing, tests = list[pytest.Function](), dict[str, pytest.Function]()
         for item in session.items:
             assert isinstance(item, pytest.Function)
@@ -165,9 +180,9 @@ class Server:
             else:
                 tests[item.nodeid] = item
         used = {name for item in tests.values() for name in item.fixturenames}
-        recorder = Recorder(self._file)
         session.config.pluginmanager.register(recorder)
         _run(session, [item for item in preparing if item.callspec.params["name"] in used], session.items[-1])
+        done.update(*recorder.fixtures.values())
         recorded = _recorded(recorder, session, list(tests.values()))
         session.config.pluginmanager.unregister(recorder)
         self._report(recorded)
@@ -177,15 +192,18 @@ class Server:
             chosen = [tests[name] for name in tests_of(mutant, recorded["tests"])]
             if mutant.is_function and chosen:
                 work = partial(self._try, session, functions, mutant, chosen)
-                self._report([mutant.number, _outcome(in_child(work, limit(mutant, recorded["tests"])))])
+                code = in_child(work, limit(mutant, recorded["tests"]))
+                is_undecided = code == NOT_EXCHANGED or (code == 0 and mutant.line in done)
+                self._report([mutant.number, "undecided" if is_undecided else _outcome(code)])
         self._report(None)
         return True
 
     def _try(
         self, session: pytest.Session, functions: Sequence[FunctionType], mutant: Mutant, tests: Sequence[pytest.Item]
     ) -> int:
-        if exchange(functions, self._file, mutant.number):
-            _run(session, tests, session.items[0])
+        if not exchange(functions, self._file, mutant.number):
+            return NOT_EXCHANGED
+        _run(session, tests, session.items[0])
         return session.testsfailed  # 0 or 1
 
     def pytest_internalerror(self, excrepr: Any) -> None:
@@ -257,7 +275,9 @@ def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: 
     process = os.fork()
     if process == 0:
         os.close(read)
-        _leave(lambda: _pytest([*options, *tests], [Server(file, mutants, os.fdopen(write, "w"))]))
+        server = Server(file, mutants, recorder := Recorder(file), os.fdopen(write, "w"))
+        recorder.start()
+        _leave(lambda: _pytest([*options, *tests], [server]))
     os.close(write)
     try:
         with os.fdopen(read) as lines:

@@ -28,16 +28,22 @@ def test_limits_are_per_row_and_rows_leave(runtime: Runtime, monkeypatch: pytest
     assert {g.finish_reason for g in together} == {"length"}
     for row, limit in enumerate(limits):
         assert runtime.generate([rows[row]], max_new_tokens=limit, mode="request")[0] == together[row]
-    batches: list[int] = []
-    step = runtime.decoder.step
+    batches, capacities = list[int](), list[int]()
+    step, prefill = runtime.decoder.step, runtime.decoder.prefill
 
     def counted(ids: Any, *rest: Any) -> Any:
         batches.append(len(ids))
         return step(ids, *rest)
 
+    def measured(rows: Any, factors: Any, capacity: int) -> Any:
+        capacities.append(capacity)
+        return prefill(rows, factors, capacity)
+
     monkeypatch.setattr(runtime.decoder, "step", counted)
+    monkeypatch.setattr(runtime.decoder, "prefill", measured)
     runtime.generate(rows, max_new_tokens=limits)
     assert batches == [sum(limit > n for limit in limits) for n in range(1, 12)]
+    assert capacities == [max(len(ids) + limit for ids, limit in zip(rows, limits, strict=True)) - 1]
 
 
 def test_the_models_positions_end_a_row(runtime: Runtime) -> None:
@@ -306,6 +312,11 @@ def test_the_longest_beginning_of_a_stop_string_is_held_back() -> None:
 def test_a_stop_token_has_no_text(sampling: Sampling, token_id: int, stops: bool) -> None:
     last = appended(row_of(sampling), [IDS[0], token_id])[-1]
     assert last.generation == (Generation([IDS[0], token_id], "a", 7, "stop") if stops else None)
+
+
+def test_special_tokens_have_no_text() -> None:
+    row = row_of(Sampling(ignore_eos=True))
+    assert [token.text for token in appended(row, [IDS[0], MODEL.eos_token_id, IDS[1]])] == ["a", "", "X"]
 
 
 def test_rows_of_prompts() -> None:

@@ -70,6 +70,44 @@ def test_top_p_by_selection_equals_top_p_by_sorting(seed: int, spread: float, to
     assert kept.tolist() == sorted(order[:count])
 
 
+@given(weights=st.lists(st.integers(0, 6).map(float), min_size=1, max_size=40).filter(any), top_p=st.integers(1, 19))
+@settings(max_examples=200, deadline=None)
+def test_top_p_of_small_weights(weights: list[float], top_p: int) -> None:
+    """Most are ties, and sums of some are just what is enough."""
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    enough = top_p / 20 * sum(weights)
+    count = next(n for n in range(1, len(order) + 1) if sum(weights[i] for i in order[:n]) >= enough)
+    kept = implementation._top_p(np.array(weights), top_p / 20)
+    assert kept is not None
+    assert kept.tolist() == sorted(order[:count])
+
+
+@pytest.mark.parametrize("error", [0.5, 1.0])
+@pytest.mark.parametrize("top_p", [0.45, 0.9])  # the first or the second is the last that is kept
+def test_weights_whose_order_errors_could_change(top_p: float, error: float) -> None:
+    def kept(apart: float) -> list[int] | None:
+        ids = implementation._top_p(np.array([10, 1000, 1000 + apart]), top_p, error)
+        return None if ids is None else ids.tolist()
+
+    assert kept(2 * error) is None
+    assert kept(2.25 * error) == ([2] if top_p < 0.5 else [1, 2])
+
+
+@pytest.mark.parametrize(("top_p", "certain"), [(0.43, False), (0.45, True), (0.65, True), (0.67, False)])
+def test_a_sum_that_errors_could_bring_to_what_is_enough(top_p: float, certain: bool) -> None:
+    kept = implementation._top_p(np.array([1000.0, 4000, 2000, 3000]), top_p, 100.0)  # each sum is off by up to 400
+    assert (kept is not None) == certain
+
+
+@pytest.mark.parametrize(
+    ("place", "bound", "certain"),
+    [(0, 2, False), (0, 3, True), (0, 7, True), (0, 8, False), (1, 12, False), (1, 13, True), (1, 17, True),
+     (1, 18, False), (2, 23, False)],
+)  # fmt: skip
+def test_a_place_is_certain_further_than_the_margin_from_two_sums(place: int, bound: float, certain: bool) -> None:
+    assert implementation._is_certain(0.0, np.array([10.0, 20.0]), place, bound, 2.0) is certain
+
+
 def choices_beside_a_bound(top_p: float, error: float) -> list[tuple[int | None, int | None]]:
     """What weights with errors of up to one unit choose, and exact ones, where u is close to a running sum."""
     random, found = np.random.default_rng(0), []
@@ -91,7 +129,7 @@ def choices_beside_a_bound(top_p: float, error: float) -> list[tuple[int | None,
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
 def test_weights_with_errors_choose_as_exact_ones_or_not_at_all(top_p: float) -> None:
     chosen = choices_beside_a_bound(top_p, 1.0)
-    assert all(place in (None, exact) for place, exact in chosen)
+    assert all(exact is not None and place in (None, exact) for place, exact in chosen)
     assert any(place is not None for place, _ in chosen)
     trusted = choices_beside_a_bound(top_p, 1e-9)  # the check notices errors that are larger than was said
     assert any(place not in (None, exact) for place, exact in trusted)

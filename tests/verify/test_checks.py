@@ -112,19 +112,6 @@ def test_an_update_is_compared_over_all_logits() -> None:
     assert parity.update_difference(reference, [[1]], [theirs[0]], [base[0]], base, base) is None
 
 
-def test_pieces_of_rows_are_the_rows(runtime: Runtime, mini: Checkpoint) -> None:
-    rows = [ids[:6] for ids in verification_rows(mini, None)[:5]]
-    factors = runtime.adapt(rows, mode="request").factors
-    whole = list(parity.row_logits(runtime, rows, factors))
-    assert [logits.shape for logits in whole] == [(len(ids), 512) for ids in rows]
-    for size in (1, 2, 5):
-        pieces = list(parity.logits_pieces(runtime, rows, factors, size))
-        assert [row for row, _, _ in pieces] == list(range(5))
-        for row, start, logits in pieces:
-            np.testing.assert_allclose(logits, whole[row][start : start + len(logits)], atol=1e-4)
-            assert len(logits) == len(rows[row])
-
-
 def test_tenants_share_clusters(runtime: Runtime, mini: Checkpoint) -> None:
     """Else mode tenant would be mode cohort."""
     rows = verification_rows(mini, None)[:8]
@@ -347,18 +334,6 @@ def test_logits_are_compared_relative_to_their_scale() -> None:
     assert scales[1][0] == pytest.approx(100, rel=0.02)
     assert scales[1][1] < 5e-5
     assert logit_scale([expected.numpy() * 400]) == pytest.approx(scales[1][0])
-
-
-@pytest.mark.parametrize("precision", GATES)
-def test_ten_times_the_factors_is_gated_in_fp32_alone(
-    precision: Precision, portable: Runtime, mini: Checkpoint
-) -> None:
-    rows = verification_rows(mini, None)[:8]
-    own, strong = (
-        list(parity.check_logits(portable, RowLogits(mini), rows, GATES[precision], scale)) for scale in (1.0, 10.0)
-    )
-    assert sum(check.limit is not None for check in own) == (5 if precision == "fp32" else 4)
-    assert [check.limit for check in strong] == ([check.limit for check in own] if precision == "fp32" else [None] * 5)
 
 
 def test_nan_passes_no_check() -> None:

@@ -57,7 +57,8 @@ def test_tolerances_of_the_adaptation() -> None:
 
 def test_the_gates_of_devices() -> None:
     assert gate_of("fp32", "tensorrt") is TENSORRT_FP32
-    assert (TENSORRT_FP32.summation_order_tolerance, TENSORRT_FP32.cache_tolerance) == (1e-3, 1e-3)
+    gate = TENSORRT_FP32
+    assert gate.summation_order_tolerance == gate.rounding_tolerance == gate.cache_tolerance == 1e-3
     for precision in PRECISIONS:
         for provider in ("cuda", "tensorrt"):
             if (precision, provider) != ("fp32", "tensorrt"):

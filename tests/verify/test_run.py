@@ -1,0 +1,115 @@
+"""verify: which texts a bundle is compared on, on which of its graphs, and what is recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from chameleon_deploy.errors import InputError
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import run
+from chameleon_deploy.verify.gates import Check
+from chameleon_deploy.verify.run import rows_within, verification_rows, verify_bundle
+
+Rows = Callable[..., list[list[int]]]
+
+
+@pytest.fixture
+def rows_of(mini: Checkpoint, tmp_path: Path) -> Rows:
+    """Rows of a file of texts, for a model of some positions whose tokenizer would begin each text with token 0."""
+    tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
+    first = tokenizer.id_to_token(0)
+    tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, 0)])
+
+    def rows(texts: list[str], positions: int, more: bool = False) -> list[list[int]]:
+        file = tmp_path / "texts.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        checkpoint: Any = SimpleNamespace(trunk=SimpleNamespace(tokenizer=tokenizer, max_positions=positions))
+        found = verification_rows(checkpoint, [file], more)
+        assert all(0 not in ids for ids in found)
+        return found
+
+    return rows
+
+
+def test_rows_of_a_file(rows_of: Rows) -> None:
+    *ragged, longest = rows_of(["a"] * 32, 32)
+    assert ragged == [longest[:1]] * 32
+    assert len(longest) == 32
+    for texts, positions in ((31, 31), (32, 33)):
+        with pytest.raises(InputError, match=f"at least 32 texts and {positions} tokens, got {texts} and {texts}"):
+            rows_of(["a"] * texts, positions)
+
+
+def test_lengths_of_rows(rows_of: Rows) -> None:
+    texts = [" ".join("abcdefgh" * 8)] * 40  # more than 48 tokens each
+    lengths = list(map(len, rows_of(texts, 100)))
+    assert lengths[:3] == [1, 6, 10]
+    assert sorted(lengths[:32]) == [3 * (row + 1) // 2 for row in range(32)]
+    assert lengths[32:] == [100]
+    assert sorted(map(len, rows_of(texts, 16))) == sorted([max(row // 2, 1) for row in range(1, 33)] + [16])
+    assert list(map(len, rows_of(texts, 100, more=True)))[32:] == [100] * 25
+
+
+def test_windows_are_spread_over_a_text() -> None:
+    stream = list(range(100))
+    assert [ids[0] for ids in run._windows(stream, 4, 20)] == [0, 25, 50, 75]
+    assert [(ids[0], ids[-1]) for ids in run._windows(stream, 4, 40)] == [(0, 39), (50, 89)]
+
+
+def test_rows_that_engines_take() -> None:
+    rows = [[row] * length for row, length in enumerate((3, 9, 5, 4))]
+
+    def within(batch: int, factor_sets: int) -> list[list[int]]:
+        limits: Any = SimpleNamespace(batch=batch, factor_sets=factor_sets, sequence=6)
+        return rows_within(rows, limits)
+
+    assert within(3, 9) == [rows[0], rows[2], rows[1][:6]]
+    assert within(9, 2) == [rows[0], rows[1][:6]]
+    assert within(9, 9) == [rows[0], rows[2], rows[3], rows[1][:6]]
+
+
+@pytest.mark.parametrize("keep_trunk", [None, True, False])
+def test_each_graph_is_verified(
+    keep_trunk: bool | None, bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped, reported, called = list[int](), list[Any](), list[tuple[str, bool, float | None]]()
+    monkeypatch.setattr(type(mini.trunk), "drop_layers", lambda trunk: dropped.append(1))
+
+    def verify(runtime: Any, reference: Any, rows: Any, whole: bool, report: Any, max_kl: float | None) -> list[Check]:
+        assert set(map(tuple, rows)) == reference.hidden.keys()  # read before layers are dropped
+        called.append((runtime.graph, whole, max_kl))
+        return [Check("a", 1, 2)]
+
+    monkeypatch.setattr(parity, "verify", verify)
+    named: dict[str, Any] = {} if keep_trunk is None else {"keep_trunk": keep_trunk}
+    checks, record = verify_bundle(bundle, mini, None, 1, lambda *step: reported.append(step), max_kl=0.5, **named)
+    assert called == [("decoder", False, 0.5), ("decoder_cpu", True, 0.5)]
+    assert len(checks) == len(record["checks"]) == 2
+    assert (record["provider"], record["texts"], record["verified"]) == ("cpu", 33, True)
+    assert reported == [("verify: reference", done, 33) for done in range(33)]
+    assert bool(dropped) == (keep_trunk is False)
+
+
+def test_a_provider_has_one_graph(bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is the CPU here, with the rows of a device."""
+    called: list[Any] = []
+
+    def verify(runtime: Any, whole: bool, rows: Any, **_: Any) -> list[Check]:
+        called.append((runtime.graph, whole, len(rows)))
+        return [Check("a", 3, 2)]
+
+    monkeypatch.setattr(parity, "verify", verify)
+    monkeypatch.setattr(run, "rows_within", lambda rows, limits: rows[-5:])
+    checks, record = verify_bundle(bundle, mini, None, 1, lambda *_: None, provider="auto")
+    assert called == [("decoder_cpu", True, 5)]
+    assert [check.passed for check in checks] == [record["verified"]] == [False]
+    assert (record["provider"], record["texts"]) == ("cpu", 5)
