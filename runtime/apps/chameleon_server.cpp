@@ -1,5 +1,6 @@
 // chameleon-server: serve a bundle over HTTP, with the options and the API of `python -m chameleon_deploy.serve`.
 
+#include <malloc.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -127,6 +128,7 @@ void serve(const Arguments& arguments) {
   auto loading = std::async(std::launch::async, [&] {
     try {
       service.open();
+      malloc_trim(0);  // ONNX Runtime frees much of what it makes while it optimizes a graph
     } catch (...) {
       wake_up();
       throw;

@@ -7,8 +7,6 @@
 //       turns; the engine's milliseconds per step of 8 rows, and the time of it spent outside Session::Run
 //   chameleon_bench load BUNDLE [packed|shared]
 //       resident memory after loading and after generating 32 tokens
-//   chameleon_bench soak BUNDLE [threads] [requests]
-//       resident memory after every tenth of the requests
 //
 // Time inside Session::Run is measured by wrapping OrtApi::Run in this program's copy of the function table, so the
 // library itself carries no instrumentation.
@@ -16,7 +14,6 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <fstream>
 #include <iostream>
@@ -177,47 +174,6 @@ void load(const std::string& bundle, bool share_weights) {
             << std::endl;
 }
 
-void soak(const std::string& bundle, std::size_t threads, std::size_t requests) {
-  const chameleon::Runtime runtime(bundle, {.threads = 1});
-  const std::int64_t vocab_size = runtime.manifest().model.vocab_size;
-  const auto request = [&](std::size_t n) {
-    std::vector<TokenIds> rows(1 + n % 5);
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      for (std::size_t i = 0; i < 1 + (n * 7 + row * 3) % 24; ++i) {
-        rows[row].push_back(static_cast<std::int64_t>(n * 31 + row * 17 + i * 5) % vocab_size);
-      }
-    }
-    chameleon::GenerateOptions options;
-    options.mode = n % 3 == 0   ? chameleon::Mode::cohort
-                   : n % 3 == 1 ? chameleon::Mode::request
-                                : chameleon::Mode::centroid;
-    options.max_new_tokens = std::int64_t{6};
-    options.sampling = chameleon::Sampling{.temperature = n % 2 == 0 ? 0.0 : 1.0, .seed = n};
-    std::string text;
-    for (const auto& generation : runtime.generate(rows, options)) text += generation.text + '\0';
-    return text;
-  };
-  std::vector<std::string> serial(requests);
-  for (std::size_t n = 0; n < requests; ++n) serial[n] = request(n);
-  std::atomic<std::size_t> next = 0, wrong = 0;
-  std::vector<double> resident(10);
-  {
-    std::vector<std::jthread> pool;
-    for (std::size_t i = 0; i < threads; ++i) {
-      pool.emplace_back([&] {
-        for (std::size_t n = next++; n < requests; n = next++) {
-          if (request(n) != serial[n]) ++wrong;
-          if ((n + 1) % (requests / 10) == 0)
-            resident[std::min<std::size_t>((n + 1) / (requests / 10), 10) - 1] = resident_mib();
-        }
-      });
-    }
-  }
-  std::cout << Json({{"threads", threads}, {"requests", requests}, {"wrong", wrong.load()}, {"resident_mib", resident}})
-                   .dump()
-            << std::endl;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -230,10 +186,8 @@ int main(int argc, char** argv) {
     engine(bundle, std::stoul(word(2, "7")));
   } else if (what == "load") {
     load(bundle, word(2, "packed") == "shared");
-  } else if (what == "soak") {
-    soak(bundle, std::stoul(word(2, "64")), std::stoul(word(3, "10000")));
   } else {
-    std::cerr << "usage: chameleon_bench decode|engine|load|soak BUNDLE ...\n";
+    std::cerr << "usage: chameleon_bench decode|engine|load BUNDLE ...\n";
     return 2;
   }
   return 0;
