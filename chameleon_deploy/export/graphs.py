@@ -22,7 +22,7 @@ from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.int8.calibration import calibration_texts
 from chameleon_deploy.export.int8.digits import choose_two
-from chameleon_deploy.export.int8.rotation import balance_trunk, key_centres, rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk, turned_keys
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.int8.weights import quantize_embedding, quantize_weights, rotate_residual
 from chameleon_deploy.export.passes.flat_factors import flatten_factors
@@ -129,7 +129,7 @@ def _int8(
         weights_file.take(decoder.graph)
     passes: tuple[Pass, ...] = (
         share_cache,
-        partial(quantize_cache, centres=key_centres(model, statistics)),  # rewrites the operator of share_cache
+        partial(quantize_cache, keys=turned_keys(model, statistics)),  # rewrites the operator of share_cache
         partial(quantize_rows, two_digits=two_digits),  # before the scorer is extracted, which has the head's product
         give_hidden_states,
     )

@@ -57,7 +57,8 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
     Outputs:
         logprobs        float32 [positions], log softmax(logits)[target]
 
-    Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base) or a product alone, in a Reshape.
+    Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base) or base alone, in a Reshape, where
+    base is a product, or one with a scale for each row.
     """
     reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
     if reshape is None or (logits := reshape.inputs[0]) is None:
@@ -84,9 +85,12 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
 def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
     """Return log-probabilities in place of a graph's logits [positions, vocab]."""
     op = builder.op
-    product, (products, lora_B) = builder.graph.outputs[0].producer(), (None, None)
+    product, (products, lora_B), row_scale = builder.graph.outputs[0].producer(), (None, None), None
     if product and product.op_type == "Gemm" and len(product.inputs) == 3:
         products, lora_B, base = product.inputs
+        product = base.producer()
+    if product and product.op_type == "Mul":
+        base, row_scale = product.inputs
         product = base.producer()
     if product is None or product.op_type not in ("Gemm", "MatMul", "MatMulIntegerToFloat"):
         raise ValueError("the decoder's logits are not a product and its update")
@@ -104,6 +108,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
         tokens = slice(i * TILE, i * TILE + size)
         inputs = [_tile(builder, value, tokens) for value in product.inputs]
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
+        base = base if row_scale is None else op.Mul(base, row_scale)
         logits = base if products is None else op.Gemm(products, parts_of_B[i], base)
         if size < TILE:
             place = op.Min(place, integer(op, size - 1))  # a target of another tile may be beyond the end of this one

@@ -117,6 +117,16 @@ def test_two_digits_lose_next_to_nothing() -> None:
     assert error < 0.02 * np.abs(one_digit @ (int8 * scale) - exact).max()
 
 
+def test_two_digits_after_a_norm_reach_beyond_the_range_of_one() -> None:
+    x = np.full((1, 16), 200, np.float32)  # in steps, of which calibration has seen 127 at most
+    one, two = (
+        _product(kind, np.ones((16, 4), np.float32)).run(None, {"x": x})[0]
+        for kind in ("after a norm", "after a norm, two values")
+    )
+    assert np.allclose(one, 16 * 127)
+    assert np.allclose(two, 16 * 200)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_zeros(kind: str) -> None:
     x = np.zeros((2, 16), np.float32)
@@ -135,6 +145,8 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
     assert {node.domain for node in portable.graph} == {""}
     assert set(portable.opset_imports) == {""}
     assert Counter(node.op_type for node in cpu.graph)["MatMulIntegerToFloat"] == products
+    has_bias = [n for n in cpu.graph if n.op_type == "MatMulIntegerToFloat" and len(n.inputs) == 7]
+    assert has_bias, "biases are added apart"
     model = opened.manifest.model
     assert Counter(node.op_type for node in cpu.graph)["If"] == model.num_layers
     for name, dtype in (("decoder", "float32"), ("decoder_cpu", "int8")):
@@ -149,8 +161,8 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
             for value in portable_or_cpu.initializers.values()
             if value.dtype == ir.DataType.FLOAT and value.shape and value.shape.rank() == 2
         }
-        # Tables of positions stay float32, and the rotation of activations.
-        float32 = (".wpe.", "rotary", "int8_weights.rotation_")
+        # Tables of positions stay float32, the rotation of activations, and what sums their two values.
+        float32 = (".wpe.", "rotary", "int8_weights.rotation_", "int8_rows.parts")
         assert all(any(part in name for part in float32) for name in matrices), matrices
     assert opened.token_embedding().stored.dtype == np.int8
     assert opened.manifest.token_embedding.shape == (model.vocab_size, model.hidden_size)

@@ -75,8 +75,8 @@ def test_quantize_cache_gives_every_attention_two_branches(name: str, request: p
     share_cache(decoder, model)
     before = Counter(node.op_type for node in decoder.graph)
     width = model.num_key_value_heads * model.head_dim
-    centres = [np.ones(width, np.float32)] * model.num_layers if name == "llama_bundle" else None
-    assert quantize_cache(decoder, model, centres) == model.num_layers
+    keys = [(np.ones(width, np.float32),) * 2] * model.num_layers if name == "llama_bundle" else None
+    assert quantize_cache(decoder, model, keys) == model.num_layers
     after = Counter(node.op_type for node in decoder.graph)
     assert after - before == Counter(
         If=model.num_layers, Shape=1, Cast=1, Constant=2, Reshape=1, Sub=1, Squeeze=1, Equal=1
@@ -86,7 +86,7 @@ def test_quantize_cache_gives_every_attention_two_branches(name: str, request: p
         if node.op_type == "If":
             step, prompt = (node.attributes[branch].as_graph() for branch in ("then_branch", "else_branch"))
             *before_attention, attention = (inner for inner in step if inner.op_type != "Constant")
-            turned = ["Split", "RotaryEmbedding", "RotaryEmbedding", "Sub"] if centres else []
+            turned = ["Split", "RotaryEmbedding", "Mul", "Split", "Sub"] if keys else []
             assert [inner.op_type for inner in before_attention] == turned
             assert attention.attributes["k_quant_type"].as_string() == "PER_TENSOR"
             assert [value and value.name for value in attention.inputs[-2:]] == ["int8_cache.one"] * 2

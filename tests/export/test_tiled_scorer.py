@@ -93,7 +93,7 @@ def test_what_the_tiles_take(tiled: Runtime) -> None:
     assert all(whole.offset <= tile.offset < whole.offset + whole.nbytes for tile in tiles)
     stored = {value.const_value.name for value in scorer.initializers.values()
               if isinstance(value.const_value, ir.ExternalTensor)}  # fmt: skip
-    assert len(stored) == len(tiles) * (3 if int8 else 1)  # and the scales and biases
+    assert len(stored) == len(tiles) * (2 if int8 else 1)  # and the scales
 
 
 def test_verify_catches_a_wrong_tile(mini: Checkpoint, tmp_path: Path, copy_of: Callable[[Path], Path]) -> None:

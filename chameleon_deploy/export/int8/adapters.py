@@ -40,7 +40,7 @@ def calibrate_with_factors(
     for factors in sets:
         with adapted(rotated, enter_basis(factors, spec, tensors), shifts):
             other = calibrate(rotated, model, texts, report)
-        pairs = [(statistics.head, other.head)]
+        pairs: list[tuple[Tensor, Tensor]] = []
         for seen, larger in zip(statistics.layers, other.layers, strict=True):
             pairs += zip(_values(seen), _values(larger), strict=True)
         for value, larger_value in pairs:

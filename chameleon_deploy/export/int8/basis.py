@@ -67,7 +67,9 @@ def basis_of(
     balances = balances or [None] * model.num_layers
     for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), extremes, balances, strict=True)):
         names = family.layer_targets(i)
-        key, value = key_centre_and_steps(seen, family.rotary_tables is not None)[1], steps_of(seen.values)
+        key, value = key_centre_and_steps(seen)[1], steps_of(seen.values)
+        if family.rotary_tables is not None:  # scaled in the graph
+            key = torch.ones_like(key)
         of_queries = value.repeat_interleave(groups, 0).flatten()
         outputs = [(1, key.repeat_interleave(groups, 0).flatten()), (1, 1 / key.flatten()), (head, 1 / value.flatten())]
         if len(names.qkv) == 1:  # one layer has all three

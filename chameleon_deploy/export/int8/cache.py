@@ -1,7 +1,7 @@
 """An int8 key-value buffer: a quarter of the memory, and half the time of a step's attention.
 
 Keys and values are stored with scales fixed at export (rotation.py), so that no row affects another. Larger values
-saturate at 127. With a rotary embedding the centre of the keys' range is subtracted here, after they have been turned
+saturate at 127. With a rotary embedding keys are centred and scaled here, after they have been turned
 (docs/performance.md).
 
 past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
@@ -47,10 +47,22 @@ class _Shared:
     zero_point: ir.Value
 
 
-def quantize_cache(decoder: ir.Model, model: ModelSpec, centres: Sequence[FloatArray] | None) -> int:
+@dataclass(frozen=True)
+class _Keys:
+    """How the keys of a layer are rounded behind a rotary embedding.
+
+    scales  of queries and keys [(heads + key-value heads) * head_dim]: the keys' steps, and their reciprocals
+    centre  of the keys, in steps, [key-value heads * head_dim]
+    """
+
+    scales: ir.Value
+    centre: ir.Value
+
+
+def quantize_cache(decoder: ir.Model, model: ModelSpec, keys: Sequence[tuple[FloatArray, FloatArray]] | None) -> int:
     """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten.
 
-    centres  of every layer's keys, in steps, [key-value heads * head_dim]; None without a rotary embedding
+    keys  of every layer, see `rotation.turned_keys`; None without a rotary embedding
     """
     graph = decoder.graph
     for value in [*graph.inputs, *graph.outputs]:
@@ -60,16 +72,23 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec, centres: Sequence[FloatA
     shared = _shared(graph)
     for layer, attention in enumerate(attentions):
         name = f"int8_cache.{layer}"
-        centre = None if centres is None else constant(graph, f"{name}.centre", centres[layer])
+        rounding = None if keys is None else _keys(graph, name, model, *keys[layer])
         branches = {
-            "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, model, shared, centre)),
-            "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, centre)),
+            "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, model, shared, rounding)),
+            "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, rounding)),
         }
         either = ir.node("If", [shared.is_step], branches, num_outputs=3)
         ir.convenience.replace_nodes_and_values(
             graph, attention, [attention], [either], attention.outputs, either.outputs
         )
     return len(attentions)
+
+
+def _keys(graph: ir.Graph, name: str, model: ModelSpec, centre: FloatArray, steps: FloatArray) -> _Keys:
+    of_queries = steps.reshape(model.num_key_value_heads, 1, model.head_dim)
+    of_queries = of_queries.repeat(model.num_attention_heads // model.num_key_value_heads, 1)
+    scales = np.concatenate([of_queries.ravel(), 1 / steps])
+    return _Keys(constant(graph, f"{name}.scales", scales), constant(graph, f"{name}.centre", centre))
 
 
 def _shared(graph: ir.Graph) -> _Shared:
@@ -88,11 +107,11 @@ def _shared(graph: ir.Graph) -> _Shared:
     return _Shared(named["position_ids"], start, end, is_step, one, zero_point)
 
 
-def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
+def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
     inputs = list(attention.inputs)
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
-    if centre is not None:
-        inputs[:3] = _turned(attention, model, shared, centre, op)
+    if keys is not None:
+        inputs[:3] = _turned(attention, model, shared, keys, op)
         inputs[7:9] = None, None
         del attributes["do_rotary"]
     quantised = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
@@ -101,21 +120,23 @@ def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Valu
     )
 
 
-def _turned(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
-    """Return queries, keys and values. If keys have a centre, apply the rotary embedding and subtract the centre."""
+def _turned(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
+    """Return queries, keys and values; with a rotary embedding apply it, and scale and centre the keys."""
     qkv, *_, cos, sin, _, _, _ = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-    q, k, v = op.Split(qkv, integers(op, [heads * dim, key_heads * dim, key_heads * dim]), axis=2, _outputs=3)
-    if centre is not None:
-        q, k = (op.RotaryEmbedding(x, shared.position_ids, cos, sin, _domain=MICROSOFT) for x in (q, k))
-        k = op.Sub(k, centre)
-    return q, k, v
+    sizes = [heads * dim, key_heads * dim, key_heads * dim]
+    if keys is None:
+        return op.Split(qkv, integers(op, sizes), axis=2, _outputs=3)
+    qk, v = op.Split(qkv, integers(op, [sizes[0] + sizes[1], sizes[2]]), axis=2, _outputs=2)
+    qk = op.Mul(op.RotaryEmbedding(qk, shared.position_ids, cos, sin, _domain=MICROSOFT), keys.scales)
+    q, k = op.Split(qk, integers(op, sizes[:2]), axis=2, _outputs=2)
+    return q, op.Sub(k, keys.centre), v
 
 
-def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, centre: ir.Value | None, op: Any) -> Any:
+def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
     _, _, _, *buffers, lengths, total_length, _, _, _, _, sink = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-    q, k, v = _turned(attention, model, shared, centre, op)
+    q, k, v = _turned(attention, model, shared, keys, op)
     new = [op.QuantizeLinear(x, shared.one, shared.zero_point) for x in (k, v)]
     zero, tokens = integers(op, [0]), integers(op, [2])  # the axis of a buffer
     before = [op.Slice(x, zero, shared.start, tokens) for x in buffers]

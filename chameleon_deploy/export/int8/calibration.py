@@ -37,7 +37,7 @@ BEGINNINGS = 64, 32
 MARGIN = 1.1  # over the observed range of a norm's outputs; of keys and values, coarser steps cost more than saturation
 INT8_MAX = 127  # the largest int8 value; -128 is not used
 SMALLEST_STEP = 1e-8  # of a channel that is never used
-GROUP = 256  # channels whose products with each other are stored
+GROUP = 768  # channels whose products with each other are stored
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Extremes:
 
 @dataclass
 class Products:
-    """Sums over tokens of x^T x for the inputs x [tokens, n] of a matrix, in groups of 256 channels.
+    """Sums over tokens of x^T x for the inputs x [tokens, n] of a matrix, in groups of 768 channels.
 
-    groups  float32 [256, 256] each, fewer for the last
+    groups  float32 [768, 768] each, fewer for the last
     total   the sum of x, float32 [n]
     tokens  how many
     """
@@ -107,13 +107,11 @@ class Statistics:
     """What calibration has seen.
 
     layers  the extremes of every layer, first to last
-    head    those of the rotated inputs of the head, [2, hidden]
     inputs  products of the inputs of each matrix, by the graph's name; those of an activation function and of the head
             before their rotation
     """
 
     layers: list[Extremes]
-    head: Tensor
     inputs: dict[str, Products]
 
 
@@ -124,16 +122,15 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
 
     family = family_of(model.architecture)
     hidden, heads = (2, model.hidden_size), (model.num_key_value_heads, model.head_dim)
-    centred = {HEAD, *(name for layer in family.layers(trunk) for name in _centred(layer))}
+    centred = {name for layer in family.layers(trunk) for name in _centred(layer)}
     shapes = hidden, hidden, (2, *heads), heads
     layers = [Extremes(*map(_unseen, shapes)) for _ in range(model.num_layers)]
     angles = torch.from_numpy(family.rotary_angles(trunk)) if family.rotary_angles else None
-    seen, hooks = Statistics(layers, _unseen(hidden), {}), []
+    seen, hooks = Statistics(layers, {}), []
 
     def see(name: str, x: Tensor, extremes: Tensor | None) -> None:
         seen.inputs.setdefault(name, Products()).add(x)
         if extremes is not None:
-            x = rotate(x) if name == HEAD else x
             _update(extremes, torch.stack([x, -x]) if name in centred else x.abs()[None])
 
     for layer, extremes in zip(family.layers(trunk), layers, strict=True):
@@ -142,7 +139,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
             before = lambda module, inputs, name=name, taken=taken: see(name, inputs[0], taken)  # noqa: E731
             hooks.append(module.register_forward_pre_hook(before))
     last_norm = family.last_norm_of(trunk)
-    hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, seen.head)))
+    hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, None)))
     for done, rows in enumerate(texts):
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
@@ -206,20 +203,15 @@ def centre_and_steps(extremes: Tensor) -> tuple[Tensor, Tensor]:
     return (high - low) / 2, steps_of((high + low) / 2 * MARGIN)
 
 
-def key_centre_and_steps(seen: Extremes, turned: bool) -> tuple[Tensor, Tensor]:
+def key_centre_and_steps(seen: Extremes) -> tuple[Tensor, Tensor]:
     """Return the centre of each coordinate of the keys as they are cached, and the steps of int8 values around it,
     [key-value heads, head_dim] each.
-
-    turned  by a rotary embedding: a pair of coordinates has one step, which the matrices before it can be divided by
 
     A vector that is subtracted from all keys of a head changes the scores of a query by the same number, and no weight
     of the softmax.
     """
     high, low = seen.keys
-    half = (high + low) / 2
-    if turned:
-        half = half.unflatten(-1, (2, -1)).amax(-2).repeat(1, 2)
-    return (high - low) / 2, steps_of(half)
+    return (high - low) / 2, steps_of((high + low) / 2)
 
 
 def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor]:

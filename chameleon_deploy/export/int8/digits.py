@@ -25,7 +25,7 @@ from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
 
 TEXTS, TOKENS = 8, 256  # at most, of each
-SHARE = 0.1  # of all multiplications with weights that may be done twice
+SHARE = 0.2  # of all multiplications with weights that may be done twice
 
 
 def choose_two(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progress) -> frozenset[str]:

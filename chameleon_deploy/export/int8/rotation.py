@@ -4,8 +4,8 @@ residual stream  rotated (hadamard.py) from after the embedding to before the la
                  Matrices that write to it write rotated values; the norms' weights are folded into the next matrices
 values           rotated head by head, and rotated back by the output projection of attention
 keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied; the
-                 centre of the keys' range is subtracted from their bias or, with a rotary embedding, in the graph
-                 (cache.py)
+                 centre of the keys' range is subtracted from their bias. With a rotary embedding, which turns pairs of
+                 coordinates into each other, keys and queries are scaled and centred in the graph (cache.py)
 norms            the centre of each channel's range is subtracted from their outputs, and its product with each next
                  matrix is added to the bias; then they are divided by int8 scales, by which the matrices are multiplied
 gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
@@ -57,11 +57,8 @@ def rotate_trunk(trunk: Trunk, model: ModelSpec) -> Trunk:
 @torch.no_grad()
 def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> list[Tensor | None]:
     """Balance the channels of gated products, and change the statistics of the inputs that this changes. Returns the
-    factors of every layer, [channels], or None for a layer without a gate.
-
-    Rounding a rotated row costs the product of two sums: of the channels' mean squares, and of the squares of their
-    weights. Factors change neither term of a channel's own product, and the two sums are smallest where both terms of
-    each channel are equal. In SmolLM2-135M this divides the cost by 1.2 to 140.
+    factors of every layer, [channels], or None for a layer without a gate. In SmolLM2-135M this divides the cost of
+    rounding them by 1.2 to 140.
     """
     balances: list[Tensor | None] = []
     for layer in family_of(model.architecture).layers(trunk):
@@ -70,12 +67,25 @@ def balance_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> lis
             continue
         squares = statistics.inputs[layer.names.down].squares()
         weights = layer.down.matrix.square().sum(1)
-        factors = (_relative(weights) / _relative(squares)) ** 0.25
+        factors = balance(squares, weights)
         _multiply_outputs(layer.ups[1], factors)
         layer.down.matrix.div_(factors[:, None])
         statistics.inputs[layer.names.down].divide(1 / factors)
         balances.append(factors)
     return balances
+
+
+def balance(squares: Tensor, weights: Tensor) -> Tensor:
+    """Return factors for the channels of rows that are rounded with a scale for each row, [channels].
+
+    squares  of the channels, summed over tokens
+    weights  the sum of squares of each channel's weights
+
+    Rounding a row costs the product of two sums: of the channels' mean squares, and of the squares of their weights.
+    Factors change neither term of a channel's own product, and the two sums are smallest where both terms of each
+    channel are equal.
+    """
+    return (_relative(weights) / _relative(squares)) ** 0.25
 
 
 def _relative(values: Tensor) -> Tensor:
@@ -100,28 +110,28 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             _scale_norm(norm, steps, linears)
             statistics.inputs[name].subtract(centre)
             statistics.inputs[name].divide(steps)
-        centre, key = key_centre_and_steps(seen, family.rotary_tables is not None)
-        value = steps_of(seen.values)
         if family.rotary_tables is None:
             if layer.k.bias is None:
                 raise ValueError("keys have no bias to subtract their centre from")
+            centre, key = key_centre_and_steps(seen)
             layer.k.bias.sub_(centre.flatten())
-        _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
-        _multiply_outputs(layer.k, 1 / key.flatten())
+            _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
+            _multiply_outputs(layer.k, 1 / key.flatten())
+        value = steps_of(seen.values)
         _multiply_outputs(layer.v, 1 / value.flatten())
         values = value.repeat_interleave(groups, 0).flatten()
         layer.o.matrix.mul_(values[:, None])
         statistics.inputs[layer.names.o].divide(values)
 
 
-def key_centres(model: ModelSpec, statistics: Statistics) -> list[FloatArray] | None:
-    """Return the centre of every layer's keys behind a rotary embedding, in steps, [key-value heads * head_dim]; None
-    without one, since `scale_trunk` has subtracted it.
+def turned_keys(model: ModelSpec, statistics: Statistics) -> list[tuple[FloatArray, FloatArray]] | None:
+    """Return the centre, in steps, and the steps of every layer's keys behind a rotary embedding, [key-value heads *
+    head_dim] each; None without one, since `scale_trunk` has taken them into the matrices.
     """
     if family_of(model.architecture).rotary_tables is None:
         return None
-    found = [key_centre_and_steps(seen, turned=True) for seen in statistics.layers]
-    return [(centre / steps).flatten().numpy() for centre, steps in found]
+    found = map(key_centre_and_steps, statistics.layers)
+    return [((centre / steps).flatten().numpy(), steps.flatten().numpy()) for centre, steps in found]
 
 
 def _take_norm(norm: Any, linears: list[Linear]) -> None:

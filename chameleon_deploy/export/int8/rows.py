@@ -5,11 +5,11 @@ other rows. Here activations are rounded to int8, multiplied by int8 weights in 
 
     after a norm     centres and scales were fixed at export (rotation.py): nothing is searched, divided or scaled back,
                      and the bias is added by the operator
-    everything else  one scale per row, from its absmax: outputs of attention and activation functions vary too much
-                     from row to row for fixed scales
+    everything else  one scale per row, from its absmax: outputs of attention and activation functions, and the inputs
+                     of the head, vary too much from row to row for fixed scales
 
 One int8 value per activation is enough for most matrices, since rotated activations have no outliers (rotation.py). For
-those that digits.py chose, a second, residual int8 value holds the rounding error with a scale 255 times finer, and the
+those that digits.py chose, a second, residual int8 value holds the rounding error with a scale 254 times finer, and the
 product takes twice as long. Values are unsigned around 128 because the kernels for signed ones
 are many times slower.
 
@@ -28,11 +28,12 @@ from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
 from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.graph import FLOAT, constant
+from chameleon_deploy.export.graph import FLOAT, constant, integers
 from chameleon_deploy.export.int8.calibration import INT8_MAX
 
 ZERO_POINT = 128
-RESIDUAL = 255  # the residual's range is half a scale unit on either side
+RESIDUAL = 254  # the range of the second value is half a step of the first on either side
+WIDE = 2  # steps after a norm, of the first of two values: what would saturate has room, and the second is fine enough
 
 
 def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str]) -> int:
@@ -45,14 +46,15 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
     after_norm = {name for names in layers for name in (names.qkv, names.up)}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
-    one, of_row, one_finer, of_row_finer, part = (
-        constant(graph, f"int8_rows.{name}", np.float32(value))
+    one, wide, of_row, wide_finer, of_row_finer, parts = (
+        constant(graph, f"int8_rows.{name}", np.array(value, np.float32))
         for name, value in (
             ("one", 1),
+            ("wide", WIDE),
             ("of_row", 1 / INT8_MAX),
-            ("one_finer", 1 / RESIDUAL),
+            ("wide_finer", WIDE / RESIDUAL),
             ("of_row_finer", 1 / INT8_MAX / RESIDUAL),
-            ("part", 1 / RESIDUAL),
+            ("parts", [[1, 1 / RESIDUAL]]),
         )
     )
     zero_point = constant(graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
@@ -61,14 +63,16 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
         rounded = op.QuantizeLinear(x, x_scale, zero_point)
         return op.MatMulIntegerToFloat(rounded, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
 
-    def with_residual(op: Any, x: Any, weight: Any, scale: Any, x_scale: Any = one) -> Any:
+    def with_residual(op: Any, x: Any, weight: Any, scale: Any, x_scale: Any = wide) -> Any:
         rounded = op.QuantizeLinear(x, x_scale, zero_point)
         residual = op.Sub(x, op.DequantizeLinear(rounded, x_scale, zero_point))
-        finer = one_finer if x_scale is one else of_row_finer
+        finer = wide_finer if x_scale is wide else of_row_finer
         both = op.Concat(rounded, op.QuantizeLinear(residual, finer, zero_point), axis=0)
         y = op.MatMulIntegerToFloat(both, weight, x_scale, scale, zero_point, _domain="com.microsoft")
-        coarse, fine = op.Split(y, axis=0, num_outputs=2, _outputs=2)
-        return op.Add(coarse, op.Mul(fine, part))
+        # coarse + fine / 254, as a product of one row: it reads both once, where Split, Mul and Add copy them twice
+        y = op.MatMul(parts, op.Reshape(y, integers(op, [2, -1])))
+        rows, width = op.Shape(x, start=0, end=-1), integers(op, [weight.shape[1]])
+        return op.Reshape(y, op.Concat(rows, width, axis=0))
 
     def by_row(inner: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
@@ -83,11 +87,11 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
     def with_bias(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
         return op.Add(weight_only(op, x, weight, scale), bias)
 
-    def head(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
-        return op.Gemm(x, op.DequantizeLinear(weight, scale, axis=0), bias, transB=1)
+    def head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
+        return op.Gemm(x, op.DequantizeLinear(weight, scale, axis=0), transB=1)
 
-    def rounded_head(op: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
-        return rounded_product(op, x, op.Transpose(weight, perm=[1, 0]), scale, bias)
+    def rounded_head(op: Any, x: Any, weight: Any, scale: Any) -> Any:
+        return by_row(rounded_product)(op, x, op.Transpose(weight, perm=[1, 0]), scale)
 
     def lookup(op: Any, weight: Any, scale: Any, ids: Any) -> Any:
         return op.Gather(op.DequantizeLinear(weight, scale, axis=0), ids)
@@ -109,13 +113,14 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
         return is_after_norm(context, weight) and not has_two(context, weight) and bool(bias.is_initializer())
 
     decoder.opset_imports["com.microsoft"] = 1
-    rules = [
+    # Sums come after their products in a graph: in one set of rules the products would be rewritten first.
+    sums = RewriteRuleSet([RewriteRule(with_bias, rounded_product, has_bias)])
+    products = [
         RewriteRule(lookup, lookup_first),
         RewriteRule(head, rounded_head),
-        RewriteRule(with_bias, rounded_product, has_bias),
         RewriteRule(weight_only, with_residual, has_two_after_norm),
         RewriteRule(weight_only, rounded_product, is_after_norm),
         RewriteRule(weight_only, by_row(with_residual), has_two),
         RewriteRule(weight_only, by_row(rounded_product)),
     ]
-    return int(RewriteRuleSet(rules).apply_to_model(decoder))
+    return int(sums.apply_to_model(decoder)) + int(RewriteRuleSet(products).apply_to_model(decoder))

@@ -23,17 +23,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, ModelSpec
+from chameleon_deploy.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
-from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps
+from chameleon_deploy.export.int8.calibration import Statistics
 from chameleon_deploy.export.int8.gptq import column_scales, round_weights
+from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.progress import Progress
 
-HEAD_BIAS = f"{LM_HEAD}.bias"
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
@@ -45,7 +45,6 @@ def quantize_weights(
     """
     layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
     after_activation, done = {names.down for names in layers}, itertools.count()
-    centre, steps = centre_and_steps(statistics.head)
 
     def product(op: Any, x: Any, weight: Any) -> Any:
         report("round weights", next(done), 4 * len(layers) + 1)
@@ -57,19 +56,16 @@ def quantize_weights(
         return op.MatMul(x, op.DequantizeLinear(*store(op, weight.name, *round_weights(matrix, groups)), axis=1))
 
     def head(op: Any, x: Any, weight: Any) -> Any:
-        """Rotate, centre and scale the inputs here, since the update shares the last norm."""
+        """Rotate and balance the inputs here, since the update shares the last norm."""
         report("round weights", next(done), 4 * len(layers) + 1)
         matrix = rotate(torch.tensor(weight.const_value.numpy()))
         x = rotated(op, x, matrix.shape[1], decoder.graph)
-        x = op.Sub(x, constant(decoder.graph, "int8_weights.centre", centre.numpy()))
-        x = op.Mul(x, constant(decoder.graph, "int8_weights.steps", (1 / steps).numpy()))
-        products = statistics.inputs[HEAD].rotated()
-        products.subtract(centre)
-        products.divide(steps)
-        int8, scale = round_weights((matrix * steps).T, products.groups)
+        factors, products = head_balance(matrix, statistics), statistics.inputs[HEAD].rotated()
+        x = op.Mul(x, constant(decoder.graph, "int8_weights.balance", factors.numpy()))
+        products.divide(1 / factors)
+        int8, scale = round_weights((matrix / factors).T, products.groups)
         int8, scale = store(op, HEAD, int8.T, scale)
-        bias = op.initializer(weights_file.add(HEAD_BIAS, (matrix @ centre).numpy()), HEAD_BIAS)
-        return op.Gemm(x, op.DequantizeLinear(int8, scale, axis=0), bias, transB=1)
+        return op.Gemm(x, op.DequantizeLinear(int8, scale, axis=0), transB=1)
 
     def store(op: Any, name: str, int8: Tensor, scale: Tensor) -> list[Any]:
         arrays = zip(int8_names(name), (int8, scale), strict=True)
@@ -92,17 +88,16 @@ def quantize_embedding(
 ) -> None:
     """Give the lookup of a decoder with int8 weights rotated int8 rows, in place.
 
-    tied  take the rows of the head, which are rotated already, and undo their scaling of channels
+    tied  take the rows of the head, which are rotated already, and undo the balance of their channels
     """
     graph = decoder.graph
     table = graph.initializers[family_of(model.architecture).token_embedding]
     stored: Any = table.const_value
-    names = int8_names(str(table.name))
+    names, matrix = int8_names(str(table.name)), rotate(torch.tensor(stored.numpy()))
     if tied:
         tensors = [alias(graph.initializers[head], name) for head, name in zip(int8_names(HEAD), names, strict=True)]
-        channels = 1 / centre_and_steps(statistics.head)[1]
+        channels = head_balance(matrix, statistics)
     else:
-        matrix = rotate(torch.tensor(stored.numpy()))
         scale = column_scales(matrix.T)
         int8 = (matrix / scale[:, None]).round().to(torch.int8)
         tensors = [weights_file.add(name, array.numpy()) for name, array in zip(names, (int8, scale), strict=True)]
@@ -118,6 +113,17 @@ def quantize_embedding(
     nodes, (embedded,) = take_nodes(part)
     ir.convenience.replace_nodes_and_values(graph, lookup, [lookup], nodes, lookup.outputs, [embedded])
     del graph.initializers[str(table.name)]
+
+
+def head_balance(matrix: Tensor, statistics: Statistics) -> Tensor:
+    """Return the factors of the channels that the head reads, [hidden]; its rotated matrix [vocab, hidden] is divided
+    by them.
+
+    No rotation follows that would spread a row's largest value, which sets its scale. So they are half-way between
+    those of the smallest sum of squares and those that make all channels equally large.
+    """
+    squares = statistics.inputs[HEAD].rotated().squares()
+    return (balance(squares, matrix.square().sum(0)) * balance(squares, 1 / squares)).sqrt()
 
 
 def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
