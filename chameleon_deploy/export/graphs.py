@@ -116,7 +116,9 @@ def _int8(
     rotated = rotate_trunk(trunk, model)
     statistics = calibrate_with_factors(trunk, rotated, model, spec, known, texts, report)
     balances = balance_trunk(rotated, model, statistics)
-    tensors, shifts = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
+    tensors, shifts = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances).of(
+        [target.name for target in spec.targets]
+    )
     if tensors:
         save_file(tensors, weights_file.path.with_name("basis.safetensors"))
     scale_trunk(rotated, model, statistics)

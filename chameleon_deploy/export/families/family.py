@@ -128,7 +128,8 @@ class Family:
     matrix_names        names in the graph of the matrices of layer i
     layer_targets       PEFT names of the linear layers of layer i
     add_biases          gives a reference biases of zeros, where it has none, in the norms whose outputs are worth
-                        centring in int8 and in the linear layers after them; `build_trunk` then builds them
+                        centring in int8, in the linear layers after them and in those of attention; `build_trunk` then
+                        builds them
     """
 
     name: str

@@ -121,11 +121,13 @@ def _linear(of: Any, part: str) -> Linear:
 def add_biases(trunk: Trunk) -> None:
     """See `Family`."""
     for block in trunk.causal_lm.base_model.layers:
-        norm = block.post_attention_layernorm
+        norm, attention = block.post_attention_layernorm, block.self_attn
         norm.register_parameter("bias", torch.nn.Parameter(torch.zeros_like(norm.weight)))
         norm.register_forward_hook(lambda module, inputs, output: output + module.bias)
-        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
-            linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, block.mlp.gate_proj,
+                       block.mlp.up_proj):  # fmt: skip
+            if linear.bias is None:
+                linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
 
 
 def rotary_tables(trunk: Trunk) -> tuple[FloatArray, FloatArray]:

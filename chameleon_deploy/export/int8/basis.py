@@ -4,8 +4,8 @@ rotation.py rotates and scales what linear layers read and write. Factors of an 
 A follows the change of a layer's input, B that of its output, exactly as the layer's own matrix does. Adapter files are
 therefore the same for every precision.
 
-A layer norm's bias and the centre of its outputs, which rotation.py folds into the biases of the next layers, are
-missing from what A reads. They are added back as a shift of A's input.
+A layer norm's bias and the centres of its outputs and of the values, which rotation.py folds into the biases of the
+next layers, are missing from what A reads. They are added back as a shift of A's input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import Extremes, centre_and_steps, key_centre_and_steps, steps_of
+from chameleon_deploy.export.int8.calibration import (
+    Extremes,
+    FirstToken,
+    centre_and_steps,
+    key_steps,
+    steps_of,
+    value_centre_and_steps,
+)
 from chameleon_deploy.manifest import basis_names
 from chameleon_deploy.reference.model import Trunk
 
@@ -31,7 +38,7 @@ class Basis:
     """The basis of every layer.
 
     tensors  what basis.safetensors has of a layer, see `basis_names`
-    shifts   [in_features], for layers after a norm
+    shifts   [in_features], for layers whose inputs are centred
     """
 
     def __init__(self) -> None:
@@ -53,13 +60,18 @@ class Basis:
 
 @torch.no_grad()
 def basis_of(
-    trunk: Trunk, model: ModelSpec, extremes: Sequence[Extremes], balances: Sequence[Tensor | None] = ()
+    trunk: Trunk,
+    model: ModelSpec,
+    extremes: Sequence[Extremes],
+    first_tokens: Sequence[FirstToken] = (),
+    balances: Sequence[Tensor | None] = (),
 ) -> Basis:
     """Return the basis that `rotate_trunk`, `balance_trunk` and `scale_trunk` give a trunk.
 
-    trunk     the base model, which is not rotated
-    extremes  of every layer, of the statistics that are passed to `scale_trunk`
-    balances  of every layer, from `balance_trunk`; none if it has not been called
+    trunk         the base model, which is not rotated
+    extremes      of every layer, of the statistics that are passed to `scale_trunk`
+    first_tokens  of every layer, of the same; none if it has not been called
+    balances      of every layer, from `balance_trunk`; none if it has not been called
     """
     family, basis = family_of(model.architecture), Basis()
     residual, head = block_of(model.hidden_size), block_of(model.head_dim)
@@ -67,7 +79,7 @@ def basis_of(
     balances = balances or [None] * model.num_layers
     for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), extremes, balances, strict=True)):
         names = family.layer_targets(i)
-        key, value = key_centre_and_steps(seen)[1], steps_of(seen.values)
+        key, value = key_steps(seen), steps_of(seen.values)
         if family.rotary_tables is not None:  # scaled in the graph
             key = torch.ones_like(key)
         of_queries = value.repeat_interleave(groups, 0).flatten()
@@ -95,5 +107,8 @@ def basis_of(
                 basis.shifts[target] = (shift / steps).numpy()
         hidden = torch.ones(model.hidden_size)
         basis.add(names.o[0], torch.ones_like(of_queries), head, of_queries, [residual], hidden)
+        if first_tokens:
+            centre, _ = value_centre_and_steps(seen, first_tokens[i])
+            basis.shifts[names.o[0]] = (centre / value).repeat_interleave(groups, 0).flatten().numpy()
         basis.add(names.down[0], inner, 1, 1 / (inner if balance is None else balance), [residual], hidden)
     return basis

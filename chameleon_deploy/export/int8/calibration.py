@@ -57,6 +57,18 @@ class Extremes:
 
 
 @dataclass
+class FirstToken:
+    """The key and the value of a text's first token in a layer, [key-value heads, head_dim] each: medians over texts.
+
+    All tokens attend to it, often with most of their weight, and in most layers it is nearly the same whatever the
+    token is. So the error of rounding it is one of all tokens (docs/performance.md).
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
 class Products:
     """Sums over tokens of x^T x for the inputs x [tokens, n] of a matrix, in groups of 768 channels.
 
@@ -106,12 +118,14 @@ class Products:
 class Statistics:
     """What calibration has seen.
 
-    layers  the extremes of every layer, first to last
-    inputs  products of the inputs of each matrix, by the graph's name; those of an activation function and of the head
-            before their rotation
+    layers        the extremes of every layer, first to last
+    first_tokens  of every layer
+    inputs        products of the inputs of each matrix, by the graph's name; those of an activation function and of the
+                  head before their rotation
     """
 
     layers: list[Extremes]
+    first_tokens: list[FirstToken]
     inputs: dict[str, Products]
 
 
@@ -126,7 +140,8 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     shapes = hidden, hidden, (2, *heads), heads
     layers = [Extremes(*map(_unseen, shapes)) for _ in range(model.num_layers)]
     angles = torch.from_numpy(family.rotary_angles(trunk)) if family.rotary_angles else None
-    seen, hooks = Statistics(layers, {}), []
+    seen, hooks = Statistics(layers, [], {}), []
+    firsts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
 
     def see(name: str, x: Tensor, extremes: Tensor | None) -> None:
         seen.inputs.setdefault(name, Products()).add(x)
@@ -143,12 +158,16 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     for done, rows in enumerate(texts):
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
-        for extremes, (key, value, *_) in zip(layers, cache, strict=True):
+        for extremes, first, (key, value, *_) in zip(layers, firsts, cache, strict=True):
             _update(extremes.keys, _both_sides(key, angles).transpose(1, 2))
             _update(extremes.values, value.abs().transpose(0, 1))
+            first.append((key[:, :, 0], value[:, :, 0]))
     report("calibrate", len(texts), len(texts))
     for hook in hooks:
         hook.remove()
+    for first in firsts:
+        keys, values = (torch.cat(parts).median(0).values for parts in zip(*first, strict=True))
+        seen.first_tokens.append(FirstToken(keys, values))
     return seen
 
 
@@ -203,15 +222,36 @@ def centre_and_steps(extremes: Tensor) -> tuple[Tensor, Tensor]:
     return (high - low) / 2, steps_of((high + low) / 2 * MARGIN)
 
 
-def key_centre_and_steps(seen: Extremes) -> tuple[Tensor, Tensor]:
+def key_centre_and_steps(seen: Extremes, first: FirstToken) -> tuple[Tensor, Tensor]:
     """Return the centre of each coordinate of the keys as they are cached, and the steps of int8 values around it,
-    [key-value heads, head_dim] each.
+    [key-value heads, head_dim] each. The first token's key is a whole number of steps from it.
 
     A vector that is subtracted from all keys of a head changes the scores of a query by the same number, and no weight
     of the softmax.
     """
     high, low = seen.keys
-    return (high - low) / 2, steps_of((high + low) / 2)
+    steps = key_steps(seen)
+    return _whole_steps_from(first.key, (high - low) / 2, steps), steps
+
+
+def key_steps(seen: Extremes) -> Tensor:
+    """Return the steps of `key_centre_and_steps`."""
+    return steps_of(seen.keys.sum(0) / 2)
+
+
+def value_centre_and_steps(seen: Extremes, first: FirstToken) -> tuple[Tensor, Tensor]:
+    """Return the centre of each channel of the values, at most half a step, and the steps of int8 values around it,
+    [key-value heads, head_dim] each. The first token's value is a whole number of steps from it.
+
+    The weights of a softmax sum to one: a vector that is subtracted from all values is missing from their mean.
+    """
+    steps = steps_of(seen.values)
+    return _whole_steps_from(first.value, torch.zeros_like(steps), steps), steps
+
+
+def _whole_steps_from(point: Tensor, centre: Tensor, steps: Tensor) -> Tensor:
+    """Return the centre moved by at most half a step, to a whole number of steps from a point."""
+    return point - ((point - centre) / steps).round() * steps
 
 
 def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor]:

@@ -3,9 +3,10 @@
 residual stream  rotated (hadamard.py) from after the embedding to before the last norm, which both stay unrotated.
                  Matrices that write to it write rotated values; the norms' weights are folded into the next matrices
 values           rotated head by head, and rotated back by the output projection of attention
-keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied; the
-                 centre of the keys' range is subtracted from their bias. With a rotary embedding, which turns pairs of
-                 coordinates into each other, keys and queries are scaled and centred in the graph (cache.py)
+keys, values     divided by int8 scales (calibration.py), by which queries and the output projection are multiplied; a
+                 centre is subtracted from their biases, and that of the values is in the output projection's bias. With
+                 a rotary embedding, which turns pairs of coordinates into each other, keys and queries are scaled and
+                 centred in the graph (cache.py)
 norms            the centre of each channel's range is subtracted from their outputs, and its product with each next
                  matrix is added to the bias; then they are divided by int8 scales, by which the matrices are multiplied
 gated products   of a Llama's MLP: each channel is multiplied by a factor, by which the output projection is divided, so
@@ -28,7 +29,12 @@ from chameleon_deploy.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear, bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
-from chameleon_deploy.export.int8.calibration import Statistics, centre_and_steps, key_centre_and_steps, steps_of
+from chameleon_deploy.export.int8.calibration import (
+    Statistics,
+    centre_and_steps,
+    key_centre_and_steps,
+    value_centre_and_steps,
+)
 from chameleon_deploy.reference.model import Trunk
 
 
@@ -95,11 +101,11 @@ def _relative(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
-    """Scale keys, values and centred norm outputs to the range of int8, -127 to 127, without rounding them, and change
-    the statistics of the inputs that this changes.
+    """Centre and scale keys, values and norm outputs to the range of int8, -127 to 127, without rounding them, and
+    change the statistics of the inputs that this changes.
     """
     family, groups = family_of(model.architecture), model.num_attention_heads // model.num_key_value_heads
-    for layer, seen in zip(family.layers(trunk), statistics.layers, strict=True):
+    for layer, seen, first in zip(family.layers(trunk), statistics.layers, statistics.first_tokens, strict=True):
         for norm, extremes, name, linears in (
             (layer.norm_1, seen.norm_1, layer.names.qkv, [layer.q, layer.k, layer.v]),
             (layer.norm_2, seen.norm_2, layer.names.up, layer.ups),
@@ -111,16 +117,17 @@ def scale_trunk(trunk: Trunk, model: ModelSpec, statistics: Statistics) -> None:
             statistics.inputs[name].subtract(centre)
             statistics.inputs[name].divide(steps)
         if family.rotary_tables is None:
-            if layer.k.bias is None:
-                raise ValueError("keys have no bias to subtract their centre from")
-            centre, key = key_centre_and_steps(seen)
-            layer.k.bias.sub_(centre.flatten())
+            centre, key = key_centre_and_steps(seen, first)
+            _required(layer.k.bias).sub_(centre.flatten())
             _multiply_outputs(layer.q, key.repeat_interleave(groups, 0).flatten())
             _multiply_outputs(layer.k, 1 / key.flatten())
-        value = steps_of(seen.values)
+        centre, value = value_centre_and_steps(seen, first)
+        _required(layer.v.bias).sub_(centre.flatten())
         _multiply_outputs(layer.v, 1 / value.flatten())
-        values = value.repeat_interleave(groups, 0).flatten()
+        centres, values = (x.repeat_interleave(groups, 0).flatten() for x in (centre, value))
+        _required(layer.o.bias).add_(centres @ layer.o.matrix)
         layer.o.matrix.mul_(values[:, None])
+        statistics.inputs[layer.names.o].subtract(centres)
         statistics.inputs[layer.names.o].divide(values)
 
 
@@ -130,7 +137,7 @@ def turned_keys(model: ModelSpec, statistics: Statistics) -> list[tuple[FloatArr
     """
     if family_of(model.architecture).rotary_tables is None:
         return None
-    found = map(key_centre_and_steps, statistics.layers)
+    found = map(key_centre_and_steps, statistics.layers, statistics.first_tokens)
     return [((centre / steps).flatten().numpy(), steps.flatten().numpy()) for centre, steps in found]
 
 
@@ -147,9 +154,13 @@ def _centre_norm(norm: Any, centre: Tensor, linears: list[Linear]) -> None:
     """Subtract a vector from a norm's outputs, and add its product with each next matrix to that layer's bias."""
     norm.bias.sub_(centre)
     for linear in linears:
-        if linear.bias is None:
-            raise ValueError("a layer after a norm has no bias")
-        linear.bias.add_(centre @ linear.matrix)
+        _required(linear.bias).add_(centre @ linear.matrix)
+
+
+def _required(bias: Tensor | None) -> Tensor:
+    if bias is None:
+        raise ValueError("a layer has no bias to take a centre: see Family.add_biases")
+    return bias
 
 
 def _scale_norm(norm: Any, scale: Tensor, linears: list[Linear]) -> None:

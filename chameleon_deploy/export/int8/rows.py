@@ -63,12 +63,15 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
         rounded = op.QuantizeLinear(x, x_scale, zero_point)
         return op.MatMulIntegerToFloat(rounded, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
 
-    def with_residual(op: Any, x: Any, weight: Any, scale: Any, x_scale: Any = wide) -> Any:
+    def with_residual(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, x_scale: Any = wide) -> Any:
         rounded = op.QuantizeLinear(x, x_scale, zero_point)
         residual = op.Sub(x, op.DequantizeLinear(rounded, x_scale, zero_point))
         finer = wide_finer if x_scale is wide else of_row_finer
         both = op.Concat(rounded, op.QuantizeLinear(residual, finer, zero_point), axis=0)
-        y = op.MatMulIntegerToFloat(both, weight, x_scale, scale, zero_point, _domain="com.microsoft")
+        if bias is not None:  # of both products, so that it is added once and 1/254
+            once = np.asarray(bias.const_value.numpy() * np.float32(RESIDUAL / (RESIDUAL + 1)))
+            bias = constant(graph, f"{bias.name}.of_two", once)
+        y = op.MatMulIntegerToFloat(both, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
         # coarse + fine / 254, as a product of one row: it reads both once, where Split, Mul and Add copy them twice
         y = op.MatMul(parts, op.Reshape(y, integers(op, [2, -1])))
         rows, width = op.Shape(x, start=0, end=-1), integers(op, [weight.shape[1]])
@@ -110,11 +113,16 @@ def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str
         return has_two(context, weight) and is_after_norm(context, weight)
 
     def has_bias(context: Any, weight: Any, bias: Any, **_: Any) -> bool:
-        return is_after_norm(context, weight) and not has_two(context, weight) and bool(bias.is_initializer())
+        return is_after_norm(context, weight) and bool(bias.is_initializer())
+
+    def has_two_and_bias(context: Any, weight: Any, bias: Any, **_: Any) -> bool:
+        return has_two(context, weight) and has_bias(context, weight, bias)
 
     decoder.opset_imports["com.microsoft"] = 1
     # Sums come after their products in a graph: in one set of rules the products would be rewritten first.
-    sums = RewriteRuleSet([RewriteRule(with_bias, rounded_product, has_bias)])
+    sums = RewriteRuleSet(
+        [RewriteRule(with_bias, with_residual, has_two_and_bias), RewriteRule(with_bias, rounded_product, has_bias)]
+    )
     products = [
         RewriteRule(lookup, lookup_first),
         RewriteRule(head, rounded_head),
