@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import Tensor
 
 from chameleon_deploy.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle, model_spec
@@ -20,6 +21,7 @@ from chameleon_deploy.export.int8.calibration import calibrate, calibration_text
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
+from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.runtime import Runtime, bound_call
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets
@@ -164,7 +166,8 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
     rotated = rotate_trunk(trunk, model)
     statistics = calibrate(rotated, model, calibration_texts(trunk, None)[:2], silent)
     balances = balance_trunk(rotated, model, statistics)
-    tensors, _ = basis_of(trunk, model, statistics.layers, balances).of([target.name for target in spec.targets])
+    basis = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances)
+    tensors, _ = basis.of([target.name for target in spec.targets])
     rank = min(model.hidden_size, 64)
     generator = np.random.default_rng(0)
     plain: dict[str, FloatArray] = {
@@ -193,6 +196,43 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
         for name, matrix in zip((*names.qkv, *names.o, *names.up, *names.down), matrices, strict=True):
             actual = entered[f"{name}.lora_A"].T @ entered[f"{name}.lora_B"]
             np.testing.assert_allclose(actual, matrix.numpy(), rtol=1e-3, atol=1e-3 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_updates_read_what_their_layers_read_before_centres_were_taken(family: str, bundles: Bundles) -> None:
+    _, adapted, _ = bundles[family]
+    trunk, model, spec = adapted.trunk, model_spec(adapted), adaptation_spec(adapted)
+    scaled = rotate_trunk(trunk, model)
+    statistics = calibrate(scaled, model, calibration_texts(trunk, None)[:2], silent)
+    balances = balance_trunk(scaled, model, statistics)
+    scale_trunk(scaled, model, statistics)
+    targets = [target.name for target in spec.targets if target.name != "lm_head"]
+    basis = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances)
+    tensors, shifts = basis.of([target.name for target in spec.targets])
+    assert {name for name in targets if np.abs(shifts.get(name, 0)).max() > 0.1} >= {
+        name for name in targets if name.endswith(("o_proj", "attn.c_proj", "up_proj", "gate_proj", "c_fc"))
+    }
+    generator = np.random.default_rng(0)
+    plain = {
+        name: np.asarray(generator.normal(0, 1, (4, width)), np.float32) for name, width in spec.factor_widths.items()
+    }
+    entered = enter_basis(plain, spec, tensors)
+
+    def inputs_of(of: Trunk) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name in targets:
+            keep = lambda module, inputs, name=name: seen.update({name: inputs[0]})  # noqa: E731
+            of.causal_lm.get_submodule(name).register_forward_pre_hook(keep)
+        with torch.no_grad():
+            of.hidden_states(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]))
+        return seen
+
+    before, now = inputs_of(load_adapted(adapted.name, {}).trunk), inputs_of(scaled)
+    for name in targets:
+        expected = before[name].numpy() @ plain[f"{name}.lora_A"].T
+        x = now[name].numpy() + shifts.get(name, np.float32(0))
+        actual = x @ entered[f"{name}.lora_A"].T
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

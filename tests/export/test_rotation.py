@@ -23,11 +23,11 @@ from chameleon_deploy.export.int8.calibration import (
     calibrate,
     calibration_texts,
     centre_and_steps,
-    key_centre_and_steps,
+    key_steps,
     steps_of,
 )
 from chameleon_deploy.export.int8.gptq import round_weights
-from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
+from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk, turned_keys
 from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from tests.rounding import nearest
@@ -77,7 +77,7 @@ def test_a_rotation_is_its_own_inverse_and_leaves_a_layer_norm_what_it_is(channe
 @pytest.mark.parametrize("name", ["mini", "llama"])
 def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
     """Also on a Llama with fewer key-value heads than heads. What norms, keys and values are fills the range of int8,
-    norms and keys around zero; a Llama's keys are scaled in the graph.
+    norms and keys around zero; a Llama's keys are scaled in the graph. The first token's key and value are whole.
     """
     checkpoint: Checkpoint = request.getfixturevalue(name)
     trunk, model = copy.deepcopy(checkpoint.trunk), model_spec(checkpoint)
@@ -96,20 +96,31 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
     assert torch.equal(rotated.token_embedding, trunk.token_embedding)
     again = calibrate(rotated, model, texts, silent)
-    for seen in again.layers:
+    turned = turned_keys(model, statistics)
+    for i, (seen, first) in enumerate(zip(again.layers, again.first_tokens, strict=True)):
         for extremes in (seen.norm_1, seen.norm_2):
             centre, steps = centre_and_steps(extremes)
             assert centre.abs().max() < 0.1
             assert torch.allclose(steps, torch.tensor(1.0), rtol=1e-3)
-        assert torch.allclose(steps_of(seen.values), torch.tensor(1.0), rtol=1e-3)
-        if name == "mini":
-            centre, steps = key_centre_and_steps(seen)
-            assert centre.abs().max() < 0.1
-            assert torch.allclose(steps, torch.tensor(1.0), rtol=1e-3)
+        assert torch.allclose(steps_of(seen.values), torch.tensor(1.0), rtol=0.6 / INT8_MAX)
+        assert _is_whole(first.value)
+        high, low = seen.keys
+        if turned is None:
+            assert (high - low).abs().max() / 2 < 0.6  # the centre is moved by at most half a step
+            assert torch.allclose(key_steps(seen), torch.tensor(1.0), rtol=1e-3)
+            assert _is_whole(first.key)
+        else:
+            centre, steps = (torch.from_numpy(part) for part in turned[i])
+            assert _is_whole(first.key.flatten() / steps - centre)
+            assert ((high - low).flatten() / 2 / steps - centre).abs().max() < 0.6
     # The statistics have followed what the trunk has become.
     for matrix, products in again.inputs.items():
         for group, followed in zip(products.groups, statistics.inputs[matrix].groups, strict=True):
             assert (group - followed).abs().max() < 1e-3 * group.abs().max(), matrix
+
+
+def _is_whole(x: Tensor) -> bool:
+    return bool((x - x.round()).abs().max() < 0.01)
 
 
 @pytest.mark.parametrize("offset", [-30.0, 0.0, 30.0])
