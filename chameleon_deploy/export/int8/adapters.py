@@ -11,7 +11,7 @@ from torch import Tensor
 from chameleon_deploy.bundle import AdaptationSpec, ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.basis import basis_of
-from chameleon_deploy.export.int8.calibration import INT8_MAX, MARGIN, Extremes, Statistics, calibrate
+from chameleon_deploy.export.int8.calibration import INT8_MAX, KEY_MARGIN, MARGIN, Extremes, Statistics, calibrate
 from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.adapters import AdaptedBase, Factors, adapted
 from chameleon_deploy.reference.hypernetwork import factor_set
@@ -71,7 +71,7 @@ def known_sets(source: Source) -> list[Factors]:
 
 def _of_steps_of_one(extremes: Extremes) -> Extremes:
     norm, keys, values = (torch.full_like(seen, INT8_MAX) for seen in (extremes.norm_1, extremes.keys, extremes.values))
-    return Extremes(norm / MARGIN, norm / MARGIN, keys, values)
+    return Extremes(norm / MARGIN, norm / MARGIN, keys / KEY_MARGIN, values)
 
 
 def _values(extremes: Extremes) -> list[Tensor]:

@@ -34,7 +34,8 @@ from chameleon_deploy.texts import read_texts
 TEXTS = slice(100, 106)  # of each kind of Python's text; `verify` uses the hundred before
 LONG = 12, 512  # how many long texts, and the tokens of each
 BEGINNINGS = 64, 32
-MARGIN = 1.1  # over the observed range of a norm's outputs; of keys and values, coarser steps cost more than saturation
+MARGIN = 1.1  # over the observed range of a norm's outputs; of values, coarser steps cost more than saturation
+KEY_MARGIN = 1.15  # saturation of keys raises the perplexity by more than the KL divergence
 INT8_MAX = 127  # the largest int8 value; -128 is not used
 SMALLEST_STEP = 1e-8  # of a channel that is never used
 GROUP = 768  # channels whose products with each other are stored
@@ -236,7 +237,7 @@ def key_centre_and_steps(seen: Extremes, first: FirstToken) -> tuple[Tensor, Ten
 
 def key_steps(seen: Extremes) -> Tensor:
     """Return the steps of `key_centre_and_steps`."""
-    return steps_of(seen.keys.sum(0) / 2)
+    return steps_of(seen.keys.sum(0) / 2 * KEY_MARGIN)
 
 
 def value_centre_and_steps(seen: Extremes, first: FirstToken) -> tuple[Tensor, Tensor]:
