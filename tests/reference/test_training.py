@@ -150,8 +150,10 @@ def test_texts_with_vectors_are_trained_on_them(mini_path: Path, tmp_path: Path)
     text.write_text("\n".join(lines * 8))
     command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
                "--validation-text", str(text), "--conditioning", "given", "--out", str(tmp_path / "out"),
-               "--epochs", "60", "--lr", "0.01", "--patience", "60", "--max-length", "16"]  # fmt: skip
+               "--epochs", "60", "--lr", "0.01", "--patience", "60", "--max-length", "16",
+               "--matmul-precision", "high"]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["settings"]["matmul_precision"] == "high"
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     assert (checkpoint.config.conditioning_size, checkpoint.config.num_clusters) == (2, 0)
     ids = checkpoint.trunk.tokenizer.encode("the a the a").ids
