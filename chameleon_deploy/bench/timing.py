@@ -106,18 +106,18 @@ def measure(case: Case, rounds: int, report: Progress, max_extra_rounds: int = M
 
     max_extra_rounds  0 also disables retries of disturbed samples, for a quick look
 
-    Returns the timing of the whole work, then of its parts. An engine that raises is reported as failed; an exception
-    of the baseline is raised.
+    Returns the timing of the whole work, then of its parts. An engine that raises is reported as failed, without
+    figures; an exception of the baseline is raised.
     """
     deviations, failed = _warm_up(case, report)
-    bounds = {name: case.engines[name].bound for name in deviations}
-    samples = _Samples(case, [name for name in deviations if name != case.baseline], RETRIES if max_extra_rounds else 0)
+    others = [name for name in case.engines if name != case.baseline and name not in failed]
+    samples = _Samples(case, others, RETRIES if max_extra_rounds else 0, failed)
     timings: list[Timing] = []
     for attempt in range(1 + max_extra_rounds):
         for _ in range(rounds):
             samples.take_round()
             report(case.whole.name, samples.rounds, (attempt + 1) * rounds)
-        timings = [samples.timing(part, deviations, bounds, failed) for part in (case.whole, *case.parts)]
+        timings = [samples.timing(part, deviations) for part in (case.whole, *case.parts)]
         if not any(timing.is_noisy for timing in timings):
             break
     return timings
@@ -144,7 +144,7 @@ def _warm_up(case: Case, report: Progress) -> tuple[dict[str, float], dict[str, 
         except Exception as error:  # a foreign engine may raise anything
             if name == case.baseline:
                 raise
-            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            failed[name] = _reason(error)
     report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
     return deviations, failed
 
@@ -166,11 +166,16 @@ class _Sample:
 
 @dataclass
 class _Samples:
-    """The samples of a case: all of the baseline, and pairs of adjacent samples of the baseline and another engine."""
+    """The samples of a case: all of the baseline, and pairs of adjacent samples of the baseline and another engine.
+
+    others  the engines that have not failed
+    failed  the others, and why; they have no samples
+    """
 
     case: Case
     others: list[str]
     max_retries: int
+    failed: dict[str, str]
     rounds: int = 0
     retries: int = 0
     baseline: list[_Sample] = field(default_factory=list)
@@ -182,15 +187,27 @@ class _Samples:
         caches.
         """
         self.shuffle.shuffle(self.others)
-        for name in self.others:
-            order = [self.case.baseline, name]
-            self.shuffle.shuffle(order)
-            taken = {engine: self._take(engine) for engine in order}
-            self.baseline.append(taken[self.case.baseline])
-            self.pairs.setdefault(name, []).append((taken[self.case.baseline], taken[name]))
+        for name in list(self.others):
+            self._take_pair(name)
         if not self.others:
             self.baseline.append(self._take(self.case.baseline))
         self.rounds += 1
+
+    def _take_pair(self, name: str) -> None:
+        order, taken = [self.case.baseline, name], dict[str, _Sample]()
+        self.shuffle.shuffle(order)
+        for engine in order:
+            try:
+                taken[engine] = self._take(engine)
+            except Exception as error:  # a foreign engine may raise anything, after its warm-up too
+                if engine == self.case.baseline:
+                    raise
+                self.others.remove(name)
+                self.pairs.pop(name, None)
+                self.failed[name] = _reason(error)
+                return
+        self.baseline.append(taken[self.case.baseline])
+        self.pairs.setdefault(name, []).append((taken[self.case.baseline], taken[name]))
 
     def _take(self, name: str) -> _Sample:
         sample = _sample(self.case.engines[name])
@@ -201,10 +218,9 @@ class _Samples:
             sample = _sample(self.case.engines[name])
         return sample
 
-    def timing(
-        self, part: Part, deviations: dict[str, float], bounds: dict[str, float], failed: dict[str, str]
-    ) -> Timing:
+    def timing(self, part: Part, deviations: dict[str, float]) -> Timing:
         """Return the figures of a part so far, of the engines that report its laps."""
+        deviations = {name: deviation for name, deviation in deviations.items() if name not in self.failed}
         own = [sample.seconds(part) for sample in self.baseline]
         pairs = {
             name: [(baseline.seconds(part), other.seconds(part)) for baseline, other in taken]
@@ -226,8 +242,8 @@ class _Samples:
             retries=self.retries,
             disturbed=sum(sample.disturbed for sample in kept),
             deviations=deviations,
-            bounds=bounds,
-            failed=failed,
+            bounds={name: self.case.engines[name].bound for name in deviations},
+            failed=dict(self.failed),
         )
 
 
@@ -255,6 +271,10 @@ def _interquartile_range(values: list[float]) -> float:
     if len(values) >= 4:
         low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / statistics.median(values)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _no_lap(name: str) -> None:

@@ -129,6 +129,23 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
         measured({"bundle": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
 
 
+@pytest.mark.parametrize("call", [2, 3, 5])
+def test_an_engine_that_fails_later_has_no_figures(clock: Clock, call: int) -> None:
+    """In its second warm-up, its first sample or its third."""
+    calls = itertools.count(1)
+
+    def fails_later(lap: Callable[[str], None]) -> None:
+        clock.sleep(1)
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+
+    whole, *_ = measured({"bundle": engine(clock, 1, 1), "broken": Engine(fails_later, lambda _: 0.0, 0.5)})
+    assert whole.failed == {"broken": "RuntimeError: out of memory"}
+    assert whole.seconds.keys() == whole.deviations.keys() == whole.bounds.keys() == {"bundle"}
+    assert whole.rounds == 3
+    assert next(calls) == call + 1  # it was not called again
+
+
 def test_noisy_ratios_are_measured_again(clock: Clock) -> None:
     seconds = itertools.cycle([1, 4])
     scattered = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
