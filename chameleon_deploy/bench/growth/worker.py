@@ -1,6 +1,7 @@
 """A process with one engine: it reads points as JSON lines, and prints the seconds and bytes of each.
 
-Engines run in processes of their own, so that the memory of one is not counted for another.
+Engines run in processes of their own, so that the memory of one is not counted for another. llama.cpp runs in a child
+of this process, whose memory counts too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import chameleon_deploy
 from chameleon_deploy.bench.growth.curves import Point
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Peer, open_peers
 from chameleon_deploy.bench.peers.bundle import Bundle
+from chameleon_deploy.bench.processors import own_processes
 from chameleon_deploy.bench.workloads import text_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.runtime import Runtime
@@ -67,7 +69,8 @@ class _Worker:
     def measure(self, point: Point) -> dict[str, float]:
         """Return seconds to the first tokens and per step, and the bytes beyond those of the loaded model."""
         self._prompts_of(point)  # outside the measured time
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        for pid in own_processes():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak
         ends = {}
         start = time.perf_counter()
         self._run(point, lambda lap: ends.update({lap: time.perf_counter()}))
@@ -93,9 +96,9 @@ class _Worker:
 
 
 def _memory(key: str) -> int:
-    """Return bytes, from /proc/self/status, which gives them in kB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    """Return bytes of this process and its children, from /proc, which gives them in kB."""
+    lines = (line for pid in own_processes() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def _print(figures: dict[str, Any]) -> None:
