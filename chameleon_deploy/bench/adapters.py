@@ -125,10 +125,11 @@ def _openers(
     def llama_cpp() -> Peer:
         from chameleon_deploy.bench.peers.gguf_writer import write_lora
         from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+        from chameleon_deploy.bench.peers.own_process import OwnProcess
 
         precision, lora = runtime.manifest.precision, directory / "lora.gguf"
         write_lora(base.trunk, base.adapters[names[0]], lora)
-        return LlamaCpp(converted_file(base.trunk, precision, directory), precision, threads, lora)
+        return OwnProcess(LlamaCpp, converted_file(base.trunk, precision, directory), precision, threads, lora)
 
     opened: dict[str, Callable[[], Peer]] = {
         "bundle": lambda: Bundle(runtime, adapters=names),

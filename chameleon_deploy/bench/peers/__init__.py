@@ -10,6 +10,7 @@ pytorch_gpu.py   the same on a GPU, for `gpu_check`
 ctranslate2.py   the frozen base model only: it does not adapt
 openvino.py      the frozen base model only: it does not adapt
 llama_cpp.py     the frozen base model only: it does not adapt
+own_process.py   a process of its own for an engine, which llama.cpp needs
 gguf_writer.py   that model as llama.cpp's file
 peft.py          PyTorch with the adapters of each row, for `bench.adapters`
 """
@@ -141,13 +142,15 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
 
     def llama_cpp() -> Peer:
         from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+        from chameleon_deploy.bench.peers.own_process import OwnProcess
 
-        return LlamaCpp(converted_file(trunk, precision, directory), precision, threads)
+        return OwnProcess(LlamaCpp, converted_file(trunk, precision, directory), precision, threads)
 
     def llama_cpp_own(file: Path) -> Peer:
         from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp
+        from chameleon_deploy.bench.peers.own_process import OwnProcess
 
-        return LlamaCpp(file, precision, threads)
+        return OwnProcess(LlamaCpp, file, precision, threads)
 
     openers = _pytorch(runtime, checkpoint, "fp32", compiled=True)
     openers |= {f"CTranslate2 {precision}": ctranslate2, f"OpenVINO {precision}": openvino}

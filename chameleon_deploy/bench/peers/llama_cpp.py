@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ class LlamaCpp:
 
     In float32 the cache is float32 and attention is plain, since the fused one computes in 16 bits. Other settings are
     llama.cpp's defaults, with a cache in float16.
+
+    It runs in an `OwnProcess`. Other engines' kernels undo the AMX tiles that it configures once for each thread, and
+    beside OpenVINO and CTranslate2 it ended the process with a segmentation fault. The process's end frees its memory.
     """
 
     scores, generates, is_ablation = True, True, False
@@ -57,17 +59,9 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp cannot read {lora.name}")
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
-        # A thread of its own: AMX tiles are configured once for each thread, and another engine's kernels on the same
-        # thread undo it, which ends the process with an illegal instruction.
-        self._thread = ThreadPoolExecutor(1)
+        torch.set_num_threads(threads)
         self._context: Any = None
         self._shape = (0, 0)
-
-    def __del__(self) -> None:
-        if getattr(self, "_context", None):
-            self._api.llama_free(self._context)
-        if getattr(self, "_model", None):
-            self._api.llama_model_free(self._model)
 
     def logits(self, ids: Sequence[int]) -> Any:
         return self._all_logits([ids])[0].copy()
@@ -136,7 +130,7 @@ class LlamaCpp:
             if last_only:
                 asked[:, :-1] = 0
             _array(batch.logits, asked)
-            status = self._thread.submit(self._api.llama_decode, self._context, batch).result()
+            status = self._api.llama_decode(self._context, batch)
         finally:
             self._api.llama_batch_free(batch)
         if status != 0:
