@@ -17,7 +17,6 @@ import torch
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Rows
 from chameleon_deploy.bench.peers.gguf_writer import write_gguf
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.model import Trunk
 
 TYPES = {"fp32": gguf.GGMLQuantizationType.F32, "int8": gguf.GGMLQuantizationType.Q8_0}
@@ -137,14 +136,6 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode returned {status}")
         logits = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, (int(asked.sum()), self._vocab_size))
-
-
-def own_file(base_model: str) -> Path:
-    """Return the GGUF file that a base model came from. Raises ValueError if it did not come from one."""
-    found = gguf_file(base_model)
-    if found is None:
-        raise ValueError("the base model is not a GGUF file")
-    return found
 
 
 def converted_file(trunk: Trunk, precision: str, directory: Path) -> Path:
