@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chameleon_deploy import console
+from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.manifest import LM_HEAD
 from chameleon_deploy.reference.presets import PRESETS, Preset
 from chameleon_deploy.training_options import (
@@ -79,6 +80,10 @@ def main(
     ] = None,
     patience: Patience = None,
     matmul_precision: MatmulPrecisionOption = "highest",
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(help="Loss of training and scoring; default: both, each in turn.", rich_help_panel="Training"),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each kind.")] = 5,
     seed: Annotated[
         int,
@@ -97,7 +102,7 @@ def main(
     started = time.perf_counter()
     import torch
 
-    from chameleon_deploy.evaluate.experiment import run_experiment
+    from chameleon_deploy.evaluate.experiment import PROTOCOLS, run_experiment
     from chameleon_deploy.evaluate.figures import figures
     from chameleon_deploy.evaluate.page import fill
     from chameleon_deploy.html_page import Page
@@ -115,7 +120,9 @@ def main(
     page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
     texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
     with console.progress() as report:
-        outcome = run_experiment(trunk, base, texts, settings, seeds, work, report)
+        outcome = run_experiment(
+            trunk, base, texts, settings, seeds, work, report, (protocol,) if protocol else PROTOCOLS
+        )
     all_figures, summary = figures(outcome.scored, seed), _summary(settings, seeds, texts, outcome)
     if page and html:
         fill(page, outcome, all_figures, summary)
@@ -173,16 +180,15 @@ def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> st
         f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
         f"{f' (of LoRAs the best of {rates})' if rates else ''}, at most "
         f"{training.epochs} epochs{precision}, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
-        f"({outcome.train_positions:,} positions, masked), {len(texts.validation):,} validation texts, "
-        f"{len(texts.test):,} test texts"
+        f"({outcome.train_positions:,} positions, {outcome.protocols[-1]}), {len(texts.validation):,} validation "
+        f"texts, {len(texts.test):,} test texts"
     )
 
 
 def _print_tables(all_figures: list[Figures]) -> None:
-    from chameleon_deploy.evaluate.experiment import PROTOCOLS
-    from chameleon_deploy.evaluate.figures import cluster_sheet, control_sheet, regime_sheet
+    from chameleon_deploy.evaluate.figures import cluster_sheet, control_sheet, protocols_of, regime_sheet
 
-    controls = [control_sheet(all_figures, protocol) for protocol in reversed(PROTOCOLS)]
+    controls = [control_sheet(all_figures, protocol) for protocol in reversed(protocols_of(all_figures))]
     console.show(regime_sheet(all_figures), *controls, cluster_sheet(all_figures))
 
 

@@ -1,4 +1,4 @@
-"""The whole comparison: train every variant with several seeds under both protocols, score held-out texts in every way.
+"""The whole comparison: train every variant with several seeds under each protocol, score held-out texts in every way.
 
 Finished parts stay in the work directory, so that a run that was killed continues:
 
@@ -76,11 +76,16 @@ class Scored:
 class Outcome:
     """The results of an experiment.
 
-    scored      every variant, protocol and conditioning
-    histories   [protocol, variant]: one list of epochs per seed
-    embeddings  [texts, hidden] of protocol masked, for the map
-    centroids   [K, hidden] of protocol masked, for the map
+    protocols        of training and scoring
+    scored           every variant, protocol and conditioning
+    histories        [protocol, variant]: one list of epochs per seed
+    embeddings       [texts, hidden] of the last protocol, for the map
+    centroids        [K, hidden] of the last protocol, for the map
+    cluster_ids      int64 [texts] of the last protocol, for the map
+    train_positions  scored positions of the training texts under the last protocol
     """
+
+    protocols: tuple[Protocol, ...]
 
     scored: list[Scored]
     histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]]
@@ -113,13 +118,15 @@ def run_experiment(
     num_seeds: int,
     work: Path,
     report: Progress,
+    protocols: tuple[Protocol, ...] = PROTOCOLS,
 ) -> Outcome:
     """Run or finish the whole experiment in `work`.
 
-    settings  its seed is that of the first training; later ones count up
+    settings   its seed is that of the first training; later ones count up
+    protocols  of training and scoring, each beside the others
 
-    Raises InputError if `work` holds an experiment on other texts, base or settings, or if there are too few texts or
-    clusters; OutputError if another process works there.
+    Raises InputError if `work` holds an experiment on other texts, base, protocols or settings, or if there are too
+    few texts or clusters; OutputError if another process works there.
     """
     if settings.num_clusters < 2:
         raise InputError("a comparison needs at least 2 clusters: with one there is nothing to adapt to")
@@ -127,9 +134,9 @@ def run_experiment(
         raise InputError(f"max_length {settings.max_length} exceeds the model's {trunk.max_positions} positions")
     if not all(texts):
         raise InputError("the training, validation and test texts are too few: one of the three has none")
-    made_of = _fingerprint(trunk, texts, settings)
+    made_of = _fingerprint(trunk, texts, settings, protocols)
     with _work_directory(work, made_of):
-        sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in PROTOCOLS}
+        sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in protocols}
         # From here on there is progress worth resuming.
         write_whole(work / "settings.json", lambda partial: partial.write_text(made_of))
         scored = [_score_base(trunk, side) for side in sides.values()]
@@ -148,11 +155,11 @@ def run_experiment(
         for protocol in sides:
             for variant in VARIANTS:
                 scored += _collect(trunk, variant, sides, protocol, settings, runs[protocol, variant.name])
-    masked = sides["masked"]
+    last = sides[protocols[-1]]
     return Outcome(
-        scored, histories, masked.test.embeddings.double().numpy(), masked.centroids.double().numpy(),
-        nearest_centroids(masked.test.embeddings, masked.centroids).numpy(),
-        masked.train.num_positions(range(len(masked.train))),
+        protocols, scored, histories, last.test.embeddings.double().numpy(), last.centroids.double().numpy(),
+        nearest_centroids(last.test.embeddings, last.centroids).numpy(),
+        last.train.num_positions(range(len(last.train))),
     )  # fmt: skip
 
 
@@ -262,12 +269,15 @@ def _work_directory(work: Path, made_of: str) -> Iterator[None]:
     with locked_directory(work.resolve(), f"another process works in {work}: wait for it or choose another --work"):
         settings = work / "settings.json"
         if settings.exists() and settings.read_text() != made_of:
-            raise InputError(f"{work} holds an experiment on other texts, base or settings: choose another --work")
+            raise InputError(
+                f"{work} holds an experiment on other texts, base, protocols or settings: choose another --work"
+            )
         yield
 
 
-def _fingerprint(trunk: Trunk, texts: Split, settings: Preset) -> str:
+def _fingerprint(trunk: Trunk, texts: Split, settings: Preset, protocols: tuple[Protocol, ...]) -> str:
     """Return everything that the results depend on except the number of seeds, which may grow."""
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     base = hashlib.sha256(trunk.token_embedding.numpy().tobytes() + trunk.head_weight.numpy().tobytes()).hexdigest()
-    return json.dumps({"settings": msgspec.to_builtins(settings), "texts": digest, "base": base}, indent=2) + "\n"
+    made_of = {"settings": msgspec.to_builtins(settings), "protocols": protocols, "texts": digest, "base": base}
+    return json.dumps(made_of, indent=2) + "\n"

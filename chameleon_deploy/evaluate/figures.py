@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from chameleon_deploy.evaluate.experiment import PROTOCOLS, Scored
+from chameleon_deploy.evaluate.experiment import Scored
 from chameleon_deploy.evaluate.scoring import bootstrap_change, seed_interval
 from chameleon_deploy.evaluate.variants import ConditioningName
 from chameleon_deploy.table import Sheet
@@ -147,15 +147,20 @@ def find(
     return next(f for f in all_figures if (f.regime, f.conditioning, f.trained, f.scored) == wanted)
 
 
+def protocols_of(all_figures: Iterable[Figures]) -> list[str]:
+    """Return the protocols under which texts were scored."""
+    return list(dict.fromkeys(f.scored for f in all_figures))
+
+
 def regime_sheet(all_figures: Sequence[Figures]) -> Sheet:
-    """Return the paper's table: three regimes, with both protocols as columns."""
-    headers = ["trained under", "regime", "parameters"]
-    for protocol in PROTOCOLS:
+    """Return the paper's table: three regimes, with the protocols as columns."""
+    headers, protocols = ["trained under", "regime", "parameters"], protocols_of(all_figures)
+    for protocol in protocols:
         headers += [f"{protocol}: loss", "perplexity", "change [over texts]"]
     rows = []
     base, *trained_regimes = REGIMES
-    for trained, regime in (("", base), *((protocol, r) for protocol in PROTOCOLS for r in trained_regimes)):
-        row = [find(all_figures, regime.variant, regime.conditioning, trained, scored) for scored in PROTOCOLS]
+    for trained, regime in (("", base), *((protocol, r) for protocol in protocols for r in trained_regimes)):
+        row = [find(all_figures, regime.variant, regime.conditioning, trained, scored) for scored in protocols]
         cells = [cell for f in row for cell in (_loss(f), number(f.perplexity), _change(f.change, f.change_interval))]
         rows.append([trained, regime.label, f"{row[0].parameters:,}", *cells])
     counts = "; ".join(f"{f.scored}: {f.positions:,} positions of {f.texts:,} texts" for f in all_figures
@@ -179,7 +184,7 @@ def control_sheet(all_figures: Sequence[Figures], protocol: str) -> Sheet:
 
 def cluster_sheet(all_figures: Sequence[Figures]) -> Sheet:
     """Return the perplexity per cluster of the test texts."""
-    shown = [find(all_figures, r.variant, r.conditioning, p, p) for p in PROTOCOLS for r in REGIMES]
+    shown = [find(all_figures, r.variant, r.conditioning, p, p) for p in protocols_of(all_figures) for r in REGIMES]
     return by_cluster([(f"{f.scored}: {f.regime}", f.perplexity_by_cluster) for f in shown])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.evaluate.experiment import PROTOCOLS, Outcome
+from chameleon_deploy.evaluate.experiment import Outcome
 from chameleon_deploy.evaluate.figures import (
     COHORTS,
     MODES,
@@ -33,26 +33,27 @@ def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings:
         "over texts, a paired bootstrap."
     )
     page.section("Modes and controls")
-    for protocol in reversed(PROTOCOLS):
+    for protocol in reversed(outcome.protocols):
         page.table(control_sheet(all_figures, protocol))
     page.section("Learning curves")
     with page.plot("Loss of the validation texts after each epoch; one thin line per seed.") as figure:
-        axes = figure.subplots(1, len(PROTOCOLS))
-        for protocol, axis in zip(PROTOCOLS, axes, strict=True):
+        axes = figure.subplots(1, len(outcome.protocols), squeeze=False)[0]
+        for protocol, axis in zip(outcome.protocols, axes, strict=True):
             _learning_curves(axis, outcome, protocol)
     page.section("Perplexity by cluster")
     page.table(cluster_sheet(all_figures))
-    with page.plot("Protocol masked, mean over seeds.") as figure:
-        _clusters(figure.subplots(), all_figures)
+    last = outcome.protocols[-1]
+    with page.plot(f"Protocol {last}, mean over seeds.") as figure:
+        _clusters(figure.subplots(), all_figures, last)
     page.section("Map of the text embeddings")
     with page.plot("Test texts and frozen centroids, on the first two principal components.", 6, 5) as figure:
         _map(figure.subplots(), outcome)
     page.section("Gain against cohort size and mode")
-    caption = "Change of perplexity from the base under protocol masked, with its interval over texts."
+    caption = f"Change of perplexity from the base under protocol {last}, with its interval over texts."
     with page.plot(caption) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        _gains(left, all_figures, COHORTS, "texts per cohort")
-        _gains(right, all_figures, MODES, "mode")
+        _gains(left, all_figures, last, COHORTS, "texts per cohort")
+        _gains(right, all_figures, last, MODES, "mode")
         left.set_ylabel("change of perplexity, %")
 
 
@@ -67,9 +68,10 @@ def _learning_curves(axis: Any, outcome: Outcome, protocol: str) -> None:
     axis.legend()
 
 
-def _clusters(axis: Any, all_figures: Sequence[Figures]) -> None:
+def _clusters(axis: Any, all_figures: Sequence[Figures], protocol: str) -> None:
     for i, regime in enumerate(REGIMES):
-        by_cluster = find(all_figures, regime.variant, regime.conditioning, "masked", "masked").perplexity_by_cluster
+        own = find(all_figures, regime.variant, regime.conditioning, protocol, protocol)
+        by_cluster = own.perplexity_by_cluster
         axis.bar(np.arange(len(by_cluster)) + (i - 1) * 0.27, list(by_cluster.values()), 0.25, label=regime.label)
     axis.set_xticks(range(len(by_cluster)), [f"cluster {c}" for c in by_cluster])
     axis.set_ylabel("perplexity")
@@ -89,9 +91,9 @@ def _map(axis: Any, outcome: Outcome) -> None:
     axis.legend()
 
 
-def _gains(axis: Any, all_figures: Sequence[Figures], shown: Sequence[Row], label: str) -> None:
+def _gains(axis: Any, all_figures: Sequence[Figures], protocol: str, shown: Sequence[Row], label: str) -> None:
     for i, row in enumerate(shown):
-        f = find(all_figures, row.variant, row.conditioning, "masked", "masked")
+        f = find(all_figures, row.variant, row.conditioning, protocol, protocol)
         low, high = f.change_interval or (f.change, f.change)
         axis.plot([i, i], [100 * low, 100 * high], color="C0", marker="_")
         axis.plot(i, 100 * f.change, "o", color="C0")

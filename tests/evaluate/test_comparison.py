@@ -94,6 +94,18 @@ def test_every_row_of_the_tables_is_there(finished: tuple[Path, list[Figures]]) 
         assert f.seeds == (1 if f.regime == "base" else SEEDS)
 
 
+def test_one_protocol_gives_the_same_figures_as_both(
+    mini: Checkpoint, finished: tuple[Path, list[Figures]], tmp_path: Path
+) -> None:
+    outcome = run_experiment(mini.trunk, "base", splits(), SETTINGS, SEEDS, tmp_path, quiet, ("masked",))
+    both = [f for f in finished[1] if f.scored == "masked" and f.trained in ("", "masked")]
+    assert outcome.protocols == ("masked",)
+    assert figures(outcome.scored, 0) == both
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "hidden_states", "masked"}
+    with pytest.raises(InputError, match="protocols"):  # its scores lack those of the other protocol
+        run_experiment(mini.trunk, "base", splits(), SETTINGS, SEEDS, tmp_path, quiet)
+
+
 def test_layers_of_the_trunk_are_compared_with_every_control(mini: Checkpoint, tmp_path: Path) -> None:
     targets = choose_targets(mini.trunk, ["attention"])
     settings = SETTINGS.with_options(targets=targets, architecture="shared", epochs=1, lora_lrs=(1e-6, 2e-2))
@@ -311,7 +323,7 @@ def test_a_work_directory_holds_one_experiment_and_one_process(
     mini: Checkpoint, finished: tuple[Path, list[Figures]]
 ) -> None:
     work, _ = finished
-    with pytest.raises(InputError, match="other texts, base or settings"):
+    with pytest.raises(InputError, match="other texts, base, protocols or settings"):
         run(mini, work, texts=TEXTS[1:])
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); "

@@ -178,7 +178,7 @@ def test_another_experiment_does_not_go_on(finished: Run, start: Start, mini: Ch
     other.head_weight.data[0, 0] += 1
     others: list[dict[str, Any]] = [{"texts": Split(TEXTS.test, *TEXTS[1:])}, {"lr": 1e-2}, {"trunk": other}]
     for another in others:
-        with pytest.raises(InputError, match="holds an experiment on other texts, base or settings"):
+        with pytest.raises(InputError, match="holds an experiment on other texts, base, protocols or settings"):
             start(finished.work, **another)
 
 
