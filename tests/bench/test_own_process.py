@@ -164,7 +164,7 @@ def parent(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
 def test_the_process_ends_with_its_parent(parent: tuple[subprocess.Popen[str], int]) -> None:
     process, child = parent
     process.kill()
-    _, errors = process.communicate(timeout=10)  # when all that have its end of the pipe have ended
+    _, errors = process.communicate(timeout=60)  # when all that have its end of the pipe have ended
     assert errors == ""
     assert not _runs(child)
 
@@ -172,7 +172,7 @@ def test_the_process_ends_with_its_parent(parent: tuple[subprocess.Popen[str], i
 def test_ctrl_c_ends_both(parent: tuple[subprocess.Popen[str], int]) -> None:
     process, child = parent
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert errors.count("KeyboardInterrupt") == errors.count("Traceback") == 1  # the parent's
     assert not _runs(child)
