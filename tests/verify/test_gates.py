@@ -45,7 +45,7 @@ def test_tolerances(precision: Precision, summation_order: float, rounding: floa
     gate = gate_of(precision, "cpu")
     assert gate is GATES[precision]
     assert (gate.summation_order_tolerance, gate.rounding_tolerance) == (summation_order, rounding)
-    assert gate.cache_tolerance == (None if precision == "int8" else rounding)
+    assert gate.cache_tolerance == (rounding if precision == "fp32" else None)
 
 
 def test_tolerances_of_the_adaptation() -> None:
