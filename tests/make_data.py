@@ -1,6 +1,6 @@
 """Writes tests/data, which pytest and the C++ tests read: `python -m tests.make_data`.
 
-    bundles/{chameleon_masked,chameleon_paper,lora_masked}/   good bundles of random weights, under 100 KB each
+    bundles/NAME/    good bundles of random weights, under 200 KB each: one for each of BUNDLES
     adapters.json    adapter files for a bundle, and the error code of each that must be refused
     signatures.json  keys, signatures of a good bundle, and the error code of each where it must be refused
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import LM_HEAD, Regime, available_modes, factor_names
+from chameleon_deploy.bundle import LM_HEAD, Regime, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
@@ -44,11 +44,12 @@ from tests.shared_data import (
 )
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
-BUNDLES: dict[str, tuple[Regime, str, int]] = {
-    # name: regime, protocol, layers
-    "chameleon_masked": ("chameleon", "masked", 2),
-    "chameleon_paper": ("chameleon", "paper", 1),
-    "lora_masked": ("lora", "masked", 1),
+BUNDLES: dict[str, tuple[Regime, str, int, int]] = {
+    # name: regime, protocol, layers, conditioning_size
+    "chameleon_masked": ("chameleon", "masked", 2, 0),
+    "chameleon_paper": ("chameleon", "paper", 1, 0),
+    "lora_masked": ("lora", "masked", 1, 0),
+    "chameleon_given": ("chameleon", "masked", 1, 5),
 }
 
 
@@ -87,7 +88,7 @@ def code_of(function: Callable[..., Any], *arguments: Any) -> str | None:
     return None
 
 
-def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -> None:
+def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, conditioning_size: int, seed: int) -> None:
     import torch
     import transformers
 
@@ -112,7 +113,8 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
             parameter.mul_(8)  # the usual start gives logits so close together that a last bit decides
     checkpoint = CheckpointConfig(
         regime=regime, base_model="./base", rank=2, alpha=0.5, hidden_sizes=(8, 4) if regime == "chameleon" else (),
-        num_clusters=3, protocol=protocol, max_length=24,
+        num_clusters=0 if conditioning_size else 3, protocol=protocol, max_length=24,
+        conditioning_size=conditioning_size,
     )  # fmt: skip
     ids = encode_texts(texts, tokenizer, "masked", checkpoint.max_length)
     embeddings = embed_texts(ids, model.transformer.wte.weight.detach(), protocol, checkpoint.max_length, 0)
@@ -124,7 +126,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, seed: int) -
         path = Path(directory) / "checkpoint"
         path.mkdir()
         save_base(model, tokenizer, path / "base")
-        save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed))
+        save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed)[: checkpoint.num_clusters])
         export_bundle(load_checkpoint(path), out, None)
 
 
@@ -378,6 +380,15 @@ def hostile_cases() -> list[dict[str, Any]]:
     }.items():
         case(f"targets_{name}", "manifest_invalid", manifest(targets, "adaptation", "targets"))
     case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
+    for size in (-1, 5, 2**31):  # none goes with clusters
+        case(f"conditioning_size_{size}", "manifest_invalid", manifest(size, "adaptation", "conditioning_size"))
+    given = "chameleon_given"
+    case("conditioning_size_is_text", "manifest_invalid", manifest("5", "adaptation", "conditioning_size"), base=given)
+    for size in (-1, 0, 4, HIDDEN, 2**31):
+        case(f"given_conditioning_size_{size}", "manifest_invalid", manifest(size, "adaptation", "conditioning_size"),
+             base=given)  # fmt: skip
+    case("given_clusters", "manifest_invalid", manifest(3, "adaptation", "num_clusters"), base=given)
+    case("given_regime_lora", "manifest_invalid", manifest("lora", "adaptation", "regime"), base=given)
     case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
     case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
@@ -625,9 +636,9 @@ def hostile_models() -> dict[str, bytes]:
 def golden_cases() -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
     cases = []
-    for bundle, (regime, _, _) in BUNDLES.items():
+    for bundle, (regime, _, _, size) in BUNDLES.items():
         runtime = chameleon_deploy.load(good_bundle(bundle))
-        for mode in available_modes(regime, 3):
+        for mode in runtime.manifest.adaptation.modes:
             for number in range(4):
                 lengths = [1, 5, 2] if number == 0 else random.integers(1, 30, random.integers(1, 7)).tolist()
                 case: dict[str, Any] = {
@@ -647,6 +658,9 @@ def golden_cases() -> list[dict[str, Any]]:
                         "stop": ["e", "\u00e9t"],
                     },
                 }
+                if size and mode == "request":
+                    tasks = random.standard_normal((3, size)).astype(np.float32) / 8
+                    case["conditioning"] = tasks[random.integers(0, 3, len(lengths))].tolist()
                 cases.append(case | golden(runtime, case))
     return cases
 

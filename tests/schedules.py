@@ -49,7 +49,7 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
     lengths = random.integers(1, longest + 1, int(random.choice([1, 1, 2, 4])))
     needs_factors = mode == "static" and (runtime.manifest.adaptation.regime == "chameleon" or random.random() < 0.5)
     per_prompt = random.random() < 0.5
-    return {
+    submit: dict[str, Any] = {
         "at": arrival,
         "prompts": [random.integers(0, model.vocab_size, length).tolist() for length in lengths],
         "mode": mode,
@@ -63,6 +63,15 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
         "adapt_tokens": int(random.integers(1, 5)) if random.random() < 0.2 else None,
         "cancel_at": arrival + int(random.integers(0, 12)) if random.random() < 0.2 else None,
     }
+    size = runtime.manifest.adaptation.conditioning_size
+    if size and mode == "request":
+        submit["conditioning"] = task_vectors(random, len(lengths), size)
+    return submit
+
+
+def task_vectors(random: np.random.Generator, count: int, size: int) -> list[list[float]]:
+    """A vector of the caller for each text, of one of three tasks."""
+    return [[float(i % 3 == task) for i in range(size)] for task in random.integers(0, 3, count)]
 
 
 def random_settings(random: np.random.Generator, model: ModelSpec) -> dict[str, Any]:
@@ -132,6 +141,7 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int)
         n=submit["n"],
         deadline=EXPIRED if submit["expires"] else None,
         adapt_tokens=submit["adapt_tokens"],
+        conditioning=submit.get("conditioning"),
     )
     form_cohort(runtime, [submission], 0)
     loop.waiting.extend(submission.members)

@@ -56,7 +56,7 @@ def case_arguments(case: dict[str, Any], model: ModelSpec) -> tuple[list[list[in
     how: dict[str, Any] = {"mode": case["mode"], "tenants": case["tenants"]}
     if case["rank"]:
         how["factors"] = caller_factors(case["rank"], model)
-    return case["rows"], how
+    return case["rows"], how | {"conditioning": case.get("conditioning")}
 
 
 def hostile_bundle(case: dict[str, Any], out: Path) -> Path:

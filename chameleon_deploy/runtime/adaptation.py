@@ -100,7 +100,7 @@ def check_conditioning(mode: Mode, vectors: npt.ArrayLike | None, size: int, bat
     another shape, NaN or infinity.
     """
     if (vectors is not None) != (size > 0 and mode == "request"):
-        takes = f"needs conditioning= in mode 'request', float32 [texts, {size}]" if size else "takes no conditioning"
+        takes = f"needs conditioning in mode 'request', float32 [texts, {size}]" if size else "takes no conditioning"
         raise ModeError(f"mode {mode!r} {'without' if vectors is None else 'with'} conditioning: this bundle {takes}")
     if vectors is None:
         return None

@@ -46,6 +46,8 @@ CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chamele
 CHAMELEON_EXPORT void chameleon_runtime_free(chameleon_runtime* runtime);
 CHAMELEON_EXPORT int64_t chameleon_vocab_size(const chameleon_runtime* runtime);
 CHAMELEON_EXPORT int64_t chameleon_hidden_size(const chameleon_runtime* runtime);
+/* Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings. */
+CHAMELEON_EXPORT int64_t chameleon_conditioning_size(const chameleon_runtime* runtime);
 
 /* Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model. Calls that run are not affected.
  * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or a file that is
@@ -81,6 +83,10 @@ typedef struct {
   size_t num_factors;
   /* mode static, which they imply: num_texts names of adapters, NULL for the base model; else NULL */
   const char* const* adapters;
+  /* mode request of a bundle whose hypernetwork reads vectors of the caller: num_texts of them, each of
+   * conditioning_size numbers, row-major; else NULL */
+  const float* conditioning;
+  size_t conditioning_size;
 } chameleon_batch;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,

@@ -8,8 +8,10 @@
 #include <map>
 #include <numeric>
 #include <string>
+#include <string_view>
 
 #include "chameleon/error.h"
+#include "factors.h"
 #include "rotation.h"
 
 namespace chameleon {
@@ -143,6 +145,41 @@ Conditioning conditioning(Mode mode, std::span<const float> embeddings, std::spa
     }
   }
   return result;
+}
+
+Conditioning distinct(const Matrix& vectors) {
+  Conditioning result;
+  std::map<std::string_view, std::int64_t> number_of;  // by a vector's bytes
+  for (std::size_t row = 0; row < vectors.rows; ++row) {
+    const std::span<const float> vector = row_of(vectors.values, row, vectors.columns);
+    const std::string_view bytes(reinterpret_cast<const char*>(vector.data()), vector.size_bytes());
+    const auto [number, is_new] = number_of.try_emplace(bytes, std::ssize(number_of));
+    if (is_new) result.vectors.insert(result.vectors.end(), vector.begin(), vector.end());
+    result.factor_ids.push_back(number->second);
+  }
+  return result;
+}
+
+void check_conditioning(Mode mode, const std::optional<Matrix>& vectors, std::int64_t size, std::size_t batch) {
+  if (vectors.has_value() != (size > 0 && mode == Mode::request)) {
+    throw ModeError("mode '" + std::string(to_string(mode)) + "' " + (vectors ? "with" : "without") +
+                    " conditioning: this bundle " +
+                    (size > 0 ? "needs conditioning in mode 'request', float32 [texts, " + std::to_string(size) + "]"
+                              : "takes no conditioning"));
+  }
+  if (!vectors) return;
+  const auto columns = static_cast<std::size_t>(size);
+  if (vectors->rows != batch || vectors->columns != columns) {
+    throw InputError("conditioning has shape " + shape_text(vectors->rows, vectors->columns) + ", expected " +
+                     shape_text(batch, columns) + ": a vector per text");
+  }
+  if (vectors->values.size() != batch * columns) {
+    throw InputError("conditioning has " + std::to_string(vectors->values.size()) + " values for shape " +
+                     shape_text(batch, columns));
+  }
+  if (!std::ranges::all_of(vectors->values, [](float value) { return std::isfinite(value); })) {
+    throw InputError("conditioning holds NaN or infinity");
+  }
 }
 
 void check_tenants(Mode mode, const std::optional<std::vector<std::string>>& tenants, std::size_t batch) {

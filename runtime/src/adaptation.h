@@ -19,13 +19,21 @@ std::vector<std::int64_t> assign(std::span<const float> embeddings, std::span<co
 
 /// The input of the hypernetwork, and the factor set that each row uses.
 struct Conditioning {
-  std::vector<float> vectors;            ///< [factor_sets, hidden], in order of first appearance
+  std::vector<float> vectors;            ///< [factor_sets, hypernetwork_width], in order of first appearance
   std::vector<std::int64_t> factor_ids;  ///< [batch]
 };
 
 /// Conditioning in a mode that depends on the texts themselves: request, cohort or tenant.
 Conditioning conditioning(Mode mode, std::span<const float> embeddings, std::span<const std::int64_t> cluster_ids,
                           const std::optional<std::vector<std::string>>& tenants);
+
+/// The same where the caller gives the vectors [batch, conditioning_size]: equal ones share a factor set.
+Conditioning distinct(const Matrix& vectors);
+
+/// Throws ModeError unless vectors are given exactly in mode `request` of a bundle that takes them, InputError for
+/// another shape, NaN or infinity.
+/// size: AdaptationSpec::conditioning_size
+void check_conditioning(Mode mode, const std::optional<Matrix>& vectors, std::int64_t size, std::size_t batch);
 
 /// Throws InputError unless tenants are given exactly in mode `tenant`, one per row.
 void check_tenants(Mode mode, const std::optional<std::vector<std::string>>& tenants, std::size_t batch);

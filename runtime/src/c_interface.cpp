@@ -82,6 +82,10 @@ struct Batch {
         options.adapters->push_back(name == nullptr ? std::nullopt : std::optional<std::string>(name));
       }
     }
+    if (batch.conditioning != nullptr) {
+      const std::span values(batch.conditioning, batch.num_texts * batch.conditioning_size);
+      options.conditioning = Matrix{batch.num_texts, batch.conditioning_size, values};
+    }
     if (batch.factors == nullptr) return;
     options.factors.emplace();
     for (const chameleon_factor& factor : std::span(batch.factors, batch.num_factors)) {
@@ -186,6 +190,9 @@ chameleon_error* chameleon_unload_adapter(chameleon_runtime* runtime, const char
 }
 int64_t chameleon_vocab_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.vocab_size; }
 int64_t chameleon_hidden_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.hidden_size; }
+int64_t chameleon_conditioning_size(const chameleon_runtime* runtime) {
+  return runtime->value.manifest().adaptation.conditioning_size;
+}
 
 chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                  chameleon_adaptation** adaptation) {
@@ -319,7 +326,8 @@ chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chamele
     const Batch given(*batch);
     if (given.options.tenants) throw InputError("the batch of a submit has no tenants: pass one in its options");
     if (given.options.adapters) throw InputError("the batch of a submit has no adapters: pass one in its options");
-    SubmitOptions chosen{.mode = given.options.mode, .factors = given.options.factors};
+    SubmitOptions chosen{
+        .mode = given.options.mode, .factors = given.options.factors, .conditioning = given.options.conditioning};
     if (options != nullptr) {
       if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
       chosen.sampling = read_all(options->sampling, options->num_samplings);

@@ -11,10 +11,6 @@ namespace {
 
 using Tensors = std::map<std::string, std::vector<float>>;
 
-std::string shape_text(std::size_t rows, std::size_t columns) {
-  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
-}
-
 /// A copy of one matrix. Throws FactorsError.
 std::vector<float> read_matrix(const std::string& name, const Matrix& matrix, std::size_t columns) {
   if (matrix.rows < 1 || matrix.columns != columns) {
@@ -43,6 +39,10 @@ std::vector<float> copy_sets(std::span<const float> tensor, std::size_t size, st
 }
 
 }  // namespace
+
+std::string shape_text(std::size_t rows, std::size_t columns) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
 
 RowFactors RowFactors::rows(std::span<const std::size_t> indices) const {
   RowFactors selected{sets, {}};

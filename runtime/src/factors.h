@@ -9,6 +9,9 @@ namespace chameleon {
 /// Whether a factor tensor is the head's: in shared-cache decoders those of the trunk have two axes.
 inline bool in_head(const std::string& factor) { return factor == "lm_head.lora_A" || factor == "lm_head.lora_B"; }
 
+/// The shape of a caller's matrix in messages.
+std::string shape_text(std::size_t rows, std::size_t columns);
+
 /// Factor sets that own their values.
 FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, std::map<std::string, std::vector<float>> tensors);
 

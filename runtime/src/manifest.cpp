@@ -170,6 +170,10 @@ bool Manifest::has_basis() const {
          std::ranges::any_of(adaptation.targets, [](const TargetSpec& target) { return target.name != kHead; });
 }
 
+std::int64_t Manifest::hypernetwork_width() const {
+  return adaptation.conditioning_size != 0 ? adaptation.conditioning_size : model.hidden_size;
+}
+
 std::vector<Mode> available_modes(const AdaptationSpec& spec) {
   if (spec.regime == "lora") return {Mode::none, Mode::static_};
   if (spec.num_clusters == 0) return {Mode::none, Mode::static_, Mode::request};
@@ -190,9 +194,10 @@ static bool fits(std::int64_t offset, std::int64_t rows, std::int64_t width, std
   return offset >= 0 && offset <= size && rows <= (size - offset) / width;
 }
 
+// Graphs count tokens in int32.
+static constexpr std::int64_t kMaxDimension = std::numeric_limits<std::int32_t>::max();
+
 static void check_model(const ModelSpec& model, const std::string& where) {
-  // The largest dimension: graphs count tokens in int32.
-  constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();
   const std::initializer_list<std::pair<const char*, std::int64_t>> dimensions = {
       {"vocab_size", model.vocab_size},
       {"hidden_size", model.hidden_size},
@@ -202,8 +207,8 @@ static void check_model(const ModelSpec& model, const std::string& where) {
       {"head_dim", model.head_dim},
       {"max_positions", model.max_positions}};
   for (const auto& [name, value] : dimensions) {
-    if (value < 1 || value > largest) {
-      fail_at(where, std::string("model.") + name + " must be between 1 and " + std::to_string(largest));
+    if (value < 1 || value > kMaxDimension) {
+      fail_at(where, std::string("model.") + name + " must be between 1 and " + std::to_string(kMaxDimension));
     }
   }
   if (model.num_attention_heads % model.num_key_value_heads != 0) {
@@ -246,6 +251,14 @@ static void check_adapters(const AdaptationSpec& adaptation, const std::string& 
   }
   if (names.empty() != adaptation.base_digest.empty() || (!names.empty() && adaptation.regime != "lora")) {
     fail_at(where, "adaptation.adapters goes with a base_digest and regime 'lora'");
+  }
+}
+
+static void check_conditioning_size(const AdaptationSpec& adaptation, const std::string& where) {
+  const std::int64_t size = adaptation.conditioning_size;
+  const bool is_allowed = adaptation.regime == "chameleon" && adaptation.num_clusters == 0;
+  if (size < 0 || size > kMaxDimension || (size != 0 && !is_allowed)) {
+    fail_at(where, "adaptation.conditioning_size goes with regime 'chameleon' and no clusters");
   }
 }
 
@@ -315,9 +328,7 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   check_model(manifest.model, where);
   check_adaptation(manifest.adaptation, manifest.model, where);
   check_adapters(manifest.adaptation, where);
-  if (manifest.adaptation.conditioning_size != 0) {
-    fail_at(where, "adaptation.conditioning_size: only the Python runtime takes the caller's vectors");
-  }
+  check_conditioning_size(manifest.adaptation, where);
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);
   check_roles(manifest, where);

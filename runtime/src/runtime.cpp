@@ -158,6 +158,7 @@ Embedded Runtime::Impl::embed(std::span<const TokenIds> rows) const {
 
 Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptions& options) const {
   const Mode chosen = check_arguments(options.mode, options.tenants, options.factors, options.adapters, rows.size());
+  check_conditioning(chosen, options.conditioning, bundle.manifest.adaptation.conditioning_size, rows.size());
   auto [embeddings, cluster_ids] = embed(rows);
   RowFactors factors;
   const std::vector<std::int64_t> first_set(rows.size(), 0);
@@ -170,7 +171,8 @@ Adaptation Runtime::Impl::adapt(std::span<const TokenIds> rows, const AdaptOptio
   } else if (chosen == Mode::centroid) {
     factors = select(factors_of_centroids(), cluster_ids);
   } else {
-    Conditioning given = conditioning(chosen, embeddings, cluster_ids, options.tenants);
+    Conditioning given = options.conditioning ? distinct(*options.conditioning)
+                                              : conditioning(chosen, embeddings, cluster_ids, options.tenants);
     factors = {generate_factors(given.vectors), std::move(given.factor_ids)};
   }
   return {std::move(embeddings), std::move(cluster_ids), std::move(factors)};
@@ -202,10 +204,10 @@ std::vector<FactorSource> Runtime::Impl::factor_sources(Mode chosen, const Embed
     return sources;
   }
   const Conditioning given = conditioning(chosen, embedded.embeddings, embedded.cluster_ids, tenants);
-  const auto hidden_size = static_cast<std::size_t>(bundle.manifest.model.hidden_size);
+  const std::int64_t width = bundle.manifest.hypernetwork_width();
   for (const std::int64_t id : given.factor_ids) {
-    const auto begin = given.vectors.begin() + id * static_cast<std::ptrdiff_t>(hidden_size);
-    std::vector<float> vector(begin, begin + static_cast<std::ptrdiff_t>(hidden_size));
+    const auto begin = given.vectors.begin() + id * width;
+    std::vector<float> vector(begin, begin + width);
     // Equal vectors have equal factors, for any tenant.
     std::string key(reinterpret_cast<const char*>(vector.data()), vector.size() * sizeof(float));
     sources.push_back({"vector " + key, [this, vector = std::move(vector)] { return generate_factors(vector); }});
@@ -229,13 +231,14 @@ const FactorSets& Runtime::Impl::factors_of_centroids() const {
   return centroid_factors;
 }
 
-/// The factor sets of conditioning vectors [factor_sets, hidden], in the memory that ONNX Runtime wrote them to.
+/// The factor sets of conditioning vectors [factor_sets, hypernetwork_width], in the memory that ONNX Runtime wrote
+/// them to.
 FactorSets Runtime::Impl::generate_factors(std::span<const float> conditioning) const {
-  const std::int64_t hidden_size = bundle.manifest.model.hidden_size;
-  const std::int64_t count = static_cast<std::int64_t>(conditioning.size()) / hidden_size;
+  const std::int64_t size = bundle.manifest.hypernetwork_width();
+  const std::int64_t count = std::ssize(conditioning) / size;
   const auto widths = bundle.manifest.adaptation.factor_widths();
   const char* input_names[] = {"conditioning"};
-  const Ort::Value inputs[] = {tensor_over(conditioning, {count, hidden_size})};
+  const Ort::Value inputs[] = {tensor_over(conditioning, {count, size})};
   std::vector<const char*> output_names;
   const auto outputs = std::make_shared<std::vector<Ort::Value>>();
   for (const auto& [name, width] : widths) {

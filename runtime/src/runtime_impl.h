@@ -29,6 +29,7 @@ struct Runtime::Impl {
                                      const std::optional<Factors>& factors, const std::optional<AdapterNames>& names,
                                      std::size_t batch) const;
   /// The source of each row's factors. Factors are made on demand, except those that a caller passed.
+  /// embedded: with the caller's vectors in place of embeddings where the hypernetwork reads those
   [[nodiscard]] std::vector<FactorSource> factor_sources(Mode chosen, const Embedded& embedded,
                                                          const std::optional<std::vector<std::string>>& tenants,
                                                          const std::optional<Factors>& factors,

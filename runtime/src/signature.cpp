@@ -83,7 +83,7 @@ Signature decoder_signature(const GraphSpec& graph, const Manifest& manifest) {
 
 Signature hypernetwork_signature(const Manifest& manifest) {
   Signature hypernetwork;
-  hypernetwork.inputs = {{"conditioning", "float32", {"factor_sets", manifest.model.hidden_size}}};
+  hypernetwork.inputs = {{"conditioning", "float32", {"factor_sets", manifest.hypernetwork_width()}}};
   for (const auto& [name, width] : manifest.adaptation.factor_widths()) {
     hypernetwork.outputs.push_back({name, "float32", {"factor_sets", manifest.adaptation.rank, width}});
   }

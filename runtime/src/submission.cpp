@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "adaptation.h"
 #include "chameleon/error.h"
 
 namespace chameleon {
@@ -34,12 +35,14 @@ Submission prepare(const Runtime::Impl& runtime, std::size_t capacity, const Tex
   if (options.tenant) tenants.emplace(ids.size(), *options.tenant);
   const Mode mode =
       runtime.check_arguments(options.mode, tenants, options.factors, each(options.adapter, ids.size()), ids.size());
+  check_conditioning(mode, options.conditioning, runtime.bundle.manifest.adaptation.conditioning_size, ids.size());
   std::vector<TokenIds> adapted;
   for (const TokenIds& row : ids) {
     adapted.emplace_back(row.begin(), row.begin() + static_cast<std::ptrdiff_t>(std::min(
                                                         row.size(), options.adapt_tokens.value_or(row.size()))));
   }
   Embedded embedded = runtime.embed(adapted);
+  if (const auto& given = options.conditioning) embedded.embeddings.assign(given->values.begin(), given->values.end());
   auto stream = std::make_shared<Stream::State>(std::move(ids), embedded.cluster_ids, mode, options.n,
                                                 std::move(options.on_token));
   std::vector<Row> rows =

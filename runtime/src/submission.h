@@ -10,8 +10,8 @@ namespace chameleon {
 /// One call of Engine::submit.
 struct Submission {
   std::shared_ptr<Stream::State> stream;
-  Members members;  ///< n per prompt; those of one prompt are adjacent
-  Embedded embedded;
+  Members members;    ///< n per prompt; those of one prompt are adjacent
+  Embedded embedded;  ///< with the caller's vectors in place of embeddings where the hypernetwork reads those
   std::optional<std::string> tenant;
   std::optional<Factors> factors;  ///< valid during the submit only
   std::optional<std::string> adapter;

@@ -38,10 +38,11 @@ int main(int argc, char** argv) {
   const chameleon_load_options options = {"cpu", "centroid", 1, 1, NULL, 0, 0};
   CHECK(chameleon_load(argv[1], &options, &runtime) == NULL);
   CHECK(chameleon_vocab_size(runtime) == 320 && chameleon_hidden_size(runtime) == 16);
+  CHECK(chameleon_conditioning_size(runtime) == 0);
 
   const int64_t ids[] = {5, 6, 7};
   chameleon_text texts[] = {{"The river", 9, NULL, 0}, {NULL, 0, ids, 3}};
-  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0, NULL};
+  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0, NULL, NULL, 0};
   chameleon_generations* generations = NULL;
   const chameleon_generate_options four = {.max_new_tokens = 4};
   error = chameleon_generate(runtime, &batch, &four, &generations);
@@ -55,6 +56,15 @@ int main(int argc, char** argv) {
   CHECK(strcmp(chameleon_generation_finish_reason(generations, 0), "length") == 0);
   CHECK(chameleon_generation_cluster_id(generations, 0) >= 0);
   chameleon_generations_free(generations);
+
+  const float vector[] = {1, 2, 3};
+  batch.conditioning = vector;
+  batch.conditioning_size = 3;
+  error = chameleon_generate(runtime, &batch, &four, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "mode_unavailable") == 0);
+  CHECK(strstr(chameleon_error_message(error), "takes no conditioning") != NULL);
+  chameleon_error_free(error);
+  batch.conditioning = NULL;
 
   const int64_t biased = 7;
   double bias = 101;

@@ -108,6 +108,35 @@ std::size_t env(const char* name, std::size_t otherwise) {
 
 }  // namespace
 
+TEST(Engine, EachPromptHasTheCallersVector) {
+  const Runtime of_tasks(good_bundle("chameleon_given"), {.threads = 1});
+  const auto prompts = prompts_of({5, 12, 5, 3});
+  std::vector<float> values(prompts.size() * 5);  // two tasks
+  for (std::size_t row = 0; row < prompts.size(); ++row) values[row * 5 + row % 2] = 1;
+  GenerateOptions options{{.mode = Mode::request, .conditioning = Matrix{prompts.size(), 5, values}}};
+  const auto expected = of_tasks.generate(prompts, options);
+  Engine engine(of_tasks, {.rows = 3, .prefill_tokens = 8});
+  Stream stream = engine.submit(prompts, {.mode = Mode::request, .conditioning = options.conditioning});
+  EXPECT_THROW(engine.submit(prompts, {.mode = Mode::request}), ModeError);
+  EXPECT_THROW(engine.submit(prompts, {.mode = Mode::none, .conditioning = options.conditioning}), ModeError);
+  EXPECT_THROW(engine.submit(std::span(prompts).first(2), {.conditioning = options.conditioning}), InputError);
+  std::vector<Stream> others;  // one prompt each, among those that wait
+  for (std::size_t row = 0; row < prompts.size(); ++row) {
+    const Matrix own{1, 5, std::span(values).subspan(row * 5, 5)};
+    others.push_back(submit(engine, prompts[row], {.mode = Mode::request, .conditioning = own}));
+  }
+  std::ranges::fill(values, 9.F);  // they were copied
+  expect_same(stream.result(), expected);
+  for (std::size_t row = 0; row < prompts.size(); ++row) expect_same(others[row].result(), {expected[row]});
+
+  for (std::size_t row = 0; row < prompts.size(); ++row) {
+    std::ranges::fill(std::span(values).subspan(row * 5, 5), 0.F);
+    values[row * 5 + (row + 1) % 2] = 1;  // of the next row
+  }
+  const auto swapped = of_tasks.generate(prompts, options);
+  for (std::size_t row = 0; row < prompts.size(); ++row) EXPECT_NE(swapped[row].token_ids, expected[row].token_ids);
+}
+
 TEST(Engine, ARequestAmongOthersIsAsIfAlone) {
   Engine engine(runtime(), {.rows = 4, .prefill_tokens = 8});
   const auto prompts = prompts_of({5, 28, 1, 17, 20, 2, 9, 25, 8});

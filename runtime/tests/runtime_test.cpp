@@ -78,6 +78,39 @@ TEST(Inputs, CallersFactorsAreChecked) {
   EXPECT_THROW(adapt(2), FactorsError);
 }
 
+TEST(Inputs, CallersVectorsAreChecked) {
+  const Runtime of_tasks(good_bundle("chameleon_given"));
+  EXPECT_EQ(of_tasks.manifest().adaptation.conditioning_size, 5);
+  EXPECT_EQ(available_modes(of_tasks.manifest().adaptation), (std::vector{Mode::none, Mode::static_, Mode::request}));
+  std::vector<float> values(kRows.size() * 5, 1);
+  const auto message = [](const Runtime& runtime, std::optional<Matrix> vectors, Mode mode = Mode::request) {
+    try {
+      (void)runtime.adapt(kRows, {.mode = mode, .conditioning = vectors});
+    } catch (const Error& error) {
+      return std::string(error.code()) + ": " + error.what();
+    }
+    return std::string();
+  };
+  const Matrix good{3, 5, values};
+  const std::string needs = "this bundle needs conditioning in mode 'request', float32 [texts, 5]";
+  EXPECT_EQ(message(of_tasks, good), "");
+  EXPECT_EQ(message(of_tasks, {}), "mode_unavailable: mode 'request' without conditioning: " + needs);
+  EXPECT_EQ(message(of_tasks, good, Mode::none), "mode_unavailable: mode 'none' with conditioning: " + needs);
+  EXPECT_EQ(message(of_tasks, {}, Mode::none), "");
+  EXPECT_EQ(message(runtime(), good),
+            "mode_unavailable: mode 'request' with conditioning: this bundle takes no conditioning");
+  EXPECT_EQ(message(of_tasks, Matrix{2, 5, values}),
+            "input_invalid: conditioning has shape (2, 5), expected (3, 5): a vector per text");
+  EXPECT_EQ(message(of_tasks, Matrix{3, 16, values}),
+            "input_invalid: conditioning has shape (3, 16), expected (3, 5): a vector per text");
+  EXPECT_EQ(message(of_tasks, Matrix{3, 5, std::span(values).first(14)}),
+            "input_invalid: conditioning has 14 values for shape (3, 5)");
+  for (const float bad : {NAN, INFINITY}) {
+    values.back() = bad;
+    EXPECT_EQ(message(of_tasks, good), "input_invalid: conditioning holds NaN or infinity");
+  }
+}
+
 TEST(Inputs, SamplingIsChecked) {
   for (const Sampling& sampling :
        {Sampling{.temperature = -1}, Sampling{.temperature = 1e-6}, Sampling{.temperature = NAN}, Sampling{.top_k = -1},

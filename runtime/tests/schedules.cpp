@@ -29,6 +29,8 @@ Stream submit_to(Loop& loop, const Runtime& runtime, const Json& submit, std::si
     if (submit.at("overflows").get<bool>()) std::ranges::fill(factors->values, kOverflow);
     options.factors = factors->factors();
   }
+  std::optional<CallerVectors> vectors;
+  if (submit.contains("conditioning")) options.conditioning = vectors.emplace(submit["conditioning"]).matrix();
   const auto prompts = submit.at("prompts").get<std::vector<TokenIds>>();
   const Submission submission = prepare(runtime.impl(), capacity, prompts, std::move(options));
   form_cohort(runtime.impl(), std::span(&submission, 1), 0);

@@ -98,6 +98,8 @@ GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
     : rows(golden_case.at("rows").get<std::vector<TokenIds>>()) {
   options.mode = parse_mode(golden_case.at("mode").get<std::string>());
   if (!golden_case.at("tenants").is_null()) options.tenants = golden_case.at("tenants").get<std::vector<std::string>>();
+  if (golden_case.contains("conditioning"))
+    options.conditioning = vectors.emplace(golden_case["conditioning"]).matrix();
   if (golden_case.at("rank").is_null()) return;
   factors.emplace(golden_case.at("rank"), model);
   options.factors = factors->factors();
@@ -107,6 +109,12 @@ CallerFactors::CallerFactors(std::int64_t given, const ModelSpec& model)
     : rank(static_cast<std::size_t>(given)), hidden_size(static_cast<std::size_t>(model.hidden_size)) {
   for (std::int64_t i = 0; i < given * (model.hidden_size + model.vocab_size); ++i) {
     values.push_back(static_cast<float>((7 * i + 3) % 11 - 5) / 16);
+  }
+}
+
+CallerVectors::CallerVectors(const Json& given) : rows(given.size()) {
+  for (const Json& row : given) {
+    for (const Json& value : row) values.push_back(value.get<float>());
   }
 }
 

@@ -36,11 +36,21 @@ struct CallerFactors {
   std::vector<float> values;
 };
 
+/// A caller's vectors, written down as lists of numbers.
+struct CallerVectors {
+  explicit CallerVectors(const Json& rows);
+  /// Valid as long as this.
+  [[nodiscard]] Matrix matrix() const { return {rows, values.size() / rows, values}; }
+  std::size_t rows;
+  std::vector<float> values;
+};
+
 /// The batch of a golden case, and how it is adapted.
 struct GoldenCase {
   explicit GoldenCase(const Json& golden_case, const ModelSpec& model);
   std::vector<TokenIds> rows;
   std::optional<CallerFactors> factors;
+  std::optional<CallerVectors> vectors;
   AdaptOptions options;
 };
 

@@ -25,7 +25,7 @@ from tests.shared_data import (
     read,
 )
 
-NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked")
+NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked", "chameleon_given")
 # Another machine's kernels may add in another order; tokens and embeddings are equal all the same.
 TOLERANCE = 2e-5
 

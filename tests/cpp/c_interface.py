@@ -36,7 +36,7 @@ class CFactor(c.Structure):
 class CBatch(c.Structure):
     _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
                 ("factors", c.POINTER(CFactor)), ("num_factors", Z),
-                ("adapters", c.POINTER(c.c_char_p)))  # fmt: skip
+                ("adapters", c.POINTER(c.c_char_p)), ("conditioning", P), ("conditioning_size", Z))  # fmt: skip
 
 
 class CSampling(c.Structure):
@@ -229,7 +229,7 @@ class NativeRuntime:
 
     def _batch(
         self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | None] | None = None, conditioning: Any = None,
     ) -> tuple[CBatch, Any]:  # fmt: skip
         """The batch, and what must live as long as it."""
         items = (CText * max(len(texts), 1))()
@@ -242,11 +242,15 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None, None, 0)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if adapters is not None:
             batch.adapters = (c.c_char_p * len(adapters))(*(name.encode() if name else None for name in adapters))
+        if conditioning is not None:
+            vectors = np.ascontiguousarray(conditioning, np.float32)
+            keep.append(vectors)
+            batch.conditioning, batch.conditioning_size = vectors.ctypes.data, vectors.shape[1]
         if factors is not None:
             matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
             keep.append(matrices)

@@ -16,23 +16,25 @@ collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Random two-layer models: a GPT-2 in both regimes, and a Llama, in float32 and in int8."""
+    """Random two-layer models: a GPT-2 in both regimes, and a Llama, in float32 and in int8; "given" take vectors."""
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.random import random_checkpoint
 
     directory = tmp_path_factory.mktemp("mini")
     bundles = {}
-    kinds: dict[str, tuple[str, Regime, Precision]] = {
-        "chameleon": ("mini", "chameleon", "fp32"),
-        "lora": ("mini", "lora", "fp32"),
-        "llama": ("llama-mini", "chameleon", "fp32"),
-        "int8": ("mini", "chameleon", "int8"),
-        "llama-int8": ("llama-mini", "lora", "int8"),
+    kinds: dict[str, tuple[str, Regime, Precision, int]] = {
+        "chameleon": ("mini", "chameleon", "fp32", 0),
+        "lora": ("mini", "lora", "fp32", 0),
+        "llama": ("llama-mini", "chameleon", "fp32", 0),
+        "int8": ("mini", "chameleon", "int8", 0),
+        "llama-int8": ("llama-mini", "lora", "int8", 0),
+        "given": ("mini", "chameleon", "fp32", 24),
+        "given-int8": ("llama-mini", "chameleon", "int8", 24),
     }
-    for name, (size, regime, precision) in kinds.items():
+    for name, (size, regime, precision, conditioning_size) in kinds.items():
         checkpoint, bundles[name] = directory / f"checkpoint-{name}", directory / name
-        random_checkpoint(checkpoint, size, regime)
+        random_checkpoint(checkpoint, size, regime, conditioning_size=conditioning_size)
         export_bundle(load_checkpoint(checkpoint), bundles[name], None, precision=precision)
     yield bundles
     shutil.rmtree(directory)

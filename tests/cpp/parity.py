@@ -43,6 +43,10 @@ def random_batch(random: np.random.Generator, runtime: Any, mode: str) -> tuple[
             random.standard_normal((rank, model.hidden_size)).astype(np.float32),
             random.standard_normal((rank, model.vocab_size)).astype(np.float32),
         )
+    size = runtime.manifest.adaptation.conditioning_size
+    if size and mode == "request":
+        tasks = random.standard_normal((3, size)).astype(np.float32)
+        how["conditioning"] = tasks[random.integers(0, 3, len(rows))]
     return rows, how
 
 

@@ -108,14 +108,6 @@ def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
     native.close()
 
 
-def test_vectors_of_the_caller_are_for_python(tmp_path: Path) -> None:
-    random_checkpoint(tmp_path / "checkpoint", "mini", conditioning_size=8)
-    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None)
-    result = run("generate", tmp_path / "bundle", ["--prompt", "a"], [])
-    assert "[manifest_invalid]" in result.stderr
-    assert "caller's vectors" in result.stderr
-
-
 def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> None:
     python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
     for runtime in (python, native):

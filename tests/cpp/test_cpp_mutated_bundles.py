@@ -25,7 +25,7 @@ from tests.shared_data import good_bundle
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "150"))
 SECONDS = 5
 MORE_BYTES = 64 * 2**20
-BUNDLES = ("chameleon_masked", "chameleon_paper", "lora_masked")
+BUNDLES = ("chameleon_masked", "chameleon_paper", "lora_masked", "chameleon_given")
 
 
 class Worker:

@@ -27,7 +27,15 @@ def factors(value: float = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "batches"),
-    [("chameleon", BATCHES), ("lora", 200), ("llama", 200), ("int8", 60), ("llama-int8", 40)],
+    [
+        ("chameleon", BATCHES),
+        ("lora", 200),
+        ("llama", 200),
+        ("int8", 60),
+        ("llama-int8", 40),
+        ("given", 150),
+        ("given-int8", 30),
+    ],
 )
 def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path], kind: str, batches: int) -> None:
     assert largest_difference(mini_bundles[kind], batches) <= 1

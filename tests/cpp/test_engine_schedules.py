@@ -19,7 +19,7 @@ import chameleon_deploy
 from tests.cpp.c_interface import BUILD
 from tests.schedules import random_schedule, run_schedule
 
-KINDS = ("chameleon", "lora", "llama", "int8", "llama-int8")
+KINDS = ("chameleon", "lora", "llama", "int8", "llama-int8", "given", "given-int8")
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40")) // len(KINDS)
 
 

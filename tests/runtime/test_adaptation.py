@@ -121,7 +121,7 @@ def test_vectors_of_a_caller_are_for_mode_request_of_bundles_that_take_them() ->
     assert check_conditioning("request", None, 0, 2) is None
     assert check_conditioning("none", None, 3, 2) is None
     assert check_conditioning("request", [[1.0]], 1, 1) is not None
-    needs, takes_none = r"needs conditioning= in mode 'request', float32 \[texts, 3\]", "takes no conditioning"
+    needs, takes_none = r"needs conditioning in mode 'request', float32 \[texts, 3\]", "takes no conditioning"
     for mode, vectors, size, message in (
         ("request", None, 3, f"without conditioning: this bundle {needs}"),
         ("none", [[0] * 3] * 2, 3, f"with conditioning: this bundle {needs}"),

@@ -67,7 +67,7 @@ def test_rows_of_one_task_share_a_set(of_tasks: Runtime) -> None:
 @pytest.mark.parametrize(
     ("conditioning", "mode", "error", "message"),
     [
-        (None, None, ModeError, "needs conditioning="),
+        (None, None, ModeError, "needs conditioning"),
         (VECTORS, "none", ModeError, "mode 'none' with conditioning"),
         (VECTORS[:3], None, InputError, r"shape \(3, 24\), expected \(4, 24\)"),
         (VECTORS[:, :5], None, InputError, "a vector per text"),
@@ -94,7 +94,7 @@ def test_the_engine_takes_a_vector_per_prompt(of_tasks: Runtime) -> None:
     with Engine(of_tasks) as engine:
         stream = engine.submit(ROWS, mode="request", conditioning=VECTORS, max_new_tokens=3)
         assert [row.token_ids for row in stream.result()] == [row.token_ids for row in expected]
-        with pytest.raises(ModeError, match="needs conditioning="):
+        with pytest.raises(ModeError, match="needs conditioning"):
             engine.submit(ROWS, mode="request")
         with pytest.raises(InputError, match="a vector per text"):
             engine.submit(ROWS, mode="request", conditioning=VECTORS[:2])

@@ -26,6 +26,9 @@ struct AdaptOptions {
   std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: the owner of each text, one per text
   std::optional<Factors> factors{};                   ///< mode static: the caller's factor set
   std::optional<AdapterNames> adapters{};             ///< mode static, which they imply: one per text
+  /// Mode request of a bundle whose hypernetwork reads vectors of the caller: [texts, conditioning_size], such as the
+  /// embedding of each text's task.
+  std::optional<Matrix> conditioning{};
 };
 
 }  // namespace chameleon

@@ -39,6 +39,7 @@ struct SubmitOptions {
   std::optional<std::string> tenant{};        ///< mode tenant: the tenant of the prompts
   std::optional<Factors> factors{};           ///< mode static: the caller's factor set, which is copied
   std::optional<std::string> adapter{};       ///< mode static, which it implies: the name of the prompts' adapter
+  std::optional<Matrix> conditioning{};       ///< as of AdaptOptions, a vector per prompt, which is copied
   std::size_t n = 1;                          ///< continuations per prompt
   std::optional<Seconds> deadline{};          ///< from now, after which rows that have not ended finish as deadline
   std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every prompt

@@ -93,9 +93,10 @@ struct AdaptationSpec {
   std::int64_t num_clusters = 0;
   std::string protocol;  ///< masked or paper
   std::int64_t max_length = 0;
-  std::vector<std::string> adapters;   ///< names of the trained sets; none if the one set has no name
-  std::string base_digest;             ///< of the base model's weights; empty without adapters
-  std::int64_t conditioning_size = 0;  ///< of a vector that the caller gives with every text; 0: none
+  std::vector<std::string> adapters;  ///< names of the trained sets; none if the one set has no name
+  std::string base_digest;            ///< of the base model's weights; empty without adapters
+  /// Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings.
+  std::int64_t conditioning_size = 0;
 
   /// The last dimension of every factor tensor, by name, such as "lm_head.lora_A"; the others are [factor_sets, rank].
   [[nodiscard]] CHAMELEON_EXPORT std::map<std::string, std::int64_t> factor_widths() const;
@@ -142,6 +143,8 @@ struct Manifest {
 
   /// Whether factors have to enter a basis: those of an int8 trunk.
   [[nodiscard]] CHAMELEON_EXPORT bool has_basis() const;
+  /// The length of a vector that the hypernetwork reads: the caller's, or a text embedding.
+  [[nodiscard]] CHAMELEON_EXPORT std::int64_t hypernetwork_width() const;
 };
 
 /// The modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids.
