@@ -156,6 +156,21 @@ void read(const Json& json, const std::string& at, Prompts& value, const Limits&
   }
 }
 
+void read(const Json& json, const std::string& at, Vectors& vectors, const Limits& limits) {
+  std::vector<std::vector<double>> rows;
+  read(json, at, rows, limits);
+  vectors.rows = rows.size();
+  vectors.columns = rows.empty() ? 0 : rows.front().size();
+  for (const std::vector<double>& row : rows) {
+    if (row.size() != vectors.columns) {
+      const std::string field = field_of(at).value();
+      throw ApiError(400, "input_invalid", field + " is no array of numbers: its vectors have different lengths",
+                     field);
+    }
+    for (const double value : row) vectors.values.push_back(static_cast<float>(value));
+  }
+}
+
 void read(const Json& json, const std::string& at, std::map<std::int64_t, double>& values, const Limits& limits) {
   if (!json.is_object()) fail_expected("object", json, at, limits);
   for (const auto& [key, item] : json.items()) {

@@ -28,6 +28,15 @@ struct Limits {
 /// Prompts: texts, or lists of token ids.
 using Prompts = std::variant<std::vector<std::string>, std::vector<TokenIds>>;
 
+/// A vector for each text: a list of lists of numbers, all of one length.
+struct Vectors {
+  std::size_t rows = 0, columns = 0;
+  std::vector<float> values;  ///< [rows, columns]
+
+  /// Valid as long as this.
+  [[nodiscard]] Matrix matrix() const { return {rows, columns, values}; }
+};
+
 /// The fields of a JSON object. null means that a field is left out, and unknown fields are ignored.
 class Fields {
  public:
@@ -73,6 +82,7 @@ void read(const Json& json, const std::string& at, std::string& value, const Lim
 void read(const Json& json, const std::string& at, Mode& value, const Limits& limits);
 void read(const Json& json, const std::string& at, Prompts& value, const Limits& limits);
 void read(const Json& json, const std::string& at, std::map<std::int64_t, double>& values, const Limits& limits);
+void read(const Json& json, const std::string& at, Vectors& vectors, const Limits& limits);
 
 template <class T>
 void read(const Json& json, const std::string& at, std::vector<T>& values, const Limits& limits) {

@@ -16,6 +16,7 @@ void score(const Job& job, const std::optional<std::string>& tenant, std::vector
   AdaptOptions options{.mode = job.meant.mode};
   if (job.meant.adapter) options.adapters = AdapterNames(read.size(), job.meant.adapter);
   if (job.meant.mode == Mode::tenant) options.tenants = std::vector(read.size(), tenant.value_or(""));
+  if (job.request.conditioning) options.conditioning = job.request.conditioning->matrix();
   const Adaptation adaptation = runtime.adapt(read, options);
   for (std::size_t i = 0; i < echoes.size(); ++i) {
     const std::lock_guard alone(job.served.scorer);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <ctime>
 #include <random>
+#include <string_view>
 
 #include "prompts.h"
 #include "sampling.h"
@@ -63,11 +64,13 @@ Stream submit(const Job& job, const Sampling& sampling, const std::optional<std:
                         .adapter = job.meant.adapter,
                         .n = static_cast<std::size_t>(job.request.n)};
   if (job.meant.mode == Mode::tenant) options.tenant = tenant;
+  if (job.request.conditioning) options.conditioning = job.request.conditioning->matrix();
   if (job.request.adapt_tokens) options.adapt_tokens = static_cast<std::size_t>(*job.request.adapt_tokens);
   try {
     return job.served.engine.submit(job.ids, std::move(options));
   } catch (const InputError& error) {
-    throw api_error(error, job.request.n > 1 ? "n" : "prompt");
+    const bool is_of_vectors = job.request.conditioning && std::string_view(error.what()).starts_with("conditioning");
+    throw api_error(error, is_of_vectors ? "conditioning" : job.request.n > 1 ? "n" : "prompt");
   }
 }
 

@@ -59,7 +59,8 @@ CompletionRequest CompletionRequest::of(std::string_view body) {
       .optional("return_token_ids", request.return_token_ids)
       .optional("return_tokens_as_token_ids", request.return_tokens_as_token_ids)
       .optional("mode", request.mode)
-      .optional("adapt_tokens", request.adapt_tokens, {.least = 1});
+      .optional("adapt_tokens", request.adapt_tokens, {.least = 1})
+      .optional("conditioning", request.conditioning);
   if (const auto options = fields.object("stream_options")) {
     StreamOptions& found = request.stream_options.emplace();
     options->optional("include_usage", found.include_usage)

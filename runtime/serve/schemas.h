@@ -43,6 +43,7 @@ struct CompletionRequest {
   bool return_tokens_as_token_ids = false;
   std::optional<Mode> mode;
   std::optional<std::int64_t> adapt_tokens;  ///< embed only the first so many tokens
+  std::optional<Vectors> conditioning;       ///< mode request of a bundle that takes the caller's vectors
 
   /// Throws ApiError.
   static CompletionRequest of(std::string_view body);

@@ -25,6 +25,8 @@ EngineOptions engine_options(const Settings& settings, Metrics& metrics) {
 const Runtime& warmed(const Runtime& runtime, Mode mode) {
   AdaptOptions options{.mode = mode};
   if (mode == Mode::tenant) options.tenants = {""};
+  const std::vector<float> zeros(static_cast<std::size_t>(runtime.manifest().adaptation.conditioning_size));
+  if (mode == Mode::request && !zeros.empty()) options.conditioning = Matrix{1, zeros.size(), zeros};
   (void)runtime.adapt(std::vector<TokenIds>{{0}}, options);
   return runtime;
 }
