@@ -216,14 +216,12 @@ def main(
     import torch
 
     from chameleon_deploy import engines
-    from chameleon_deploy.bench.workloads import require_head_alone
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime
     from chameleon_deploy.runtime.providers import open_cuda, open_tensorrt
 
     checkpoint, device = load_checkpoint(reference, base), engines.current_device()
-    require_head_alone(checkpoint)
     openers: dict[str, Open] = {
         "tensorrt": lambda bundle: Runtime(bundle, open_tensorrt(bundle)),
         "cuda": lambda bundle: Runtime(bundle, open_cuda(bundle)),

@@ -17,11 +17,13 @@ import pytest
 from chameleon_deploy import gpu_check
 from chameleon_deploy.bench import gpu_costs, workloads
 from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.bundle import Mode, open_bundle
 from chameleon_deploy.errors import ProviderError
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify import run as verify
 from chameleon_deploy.verify.gates import Check
@@ -72,9 +74,26 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: bandwidth(runtime, 2**16))
 
 
+@pytest.fixture(scope="module", params=["the head", "all layers", "LoRA of all layers"])
+def exported(
+    request: pytest.FixtureRequest, bundle: Path, mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Checkpoint]:
+    """A bundle and its checkpoint, by what its factors update."""
+    if request.param == "the head":
+        return bundle, mini
+    directory = tmp_path_factory.mktemp("gpu_check")
+    if request.param == "all layers":
+        random_checkpoint(directory / "checkpoint", "mini", targets=["all"], architecture="shared")
+    else:
+        random_checkpoint(directory / "checkpoint", "mini", "lora", targets=["all"])
+    checkpoint = load_checkpoint(directory / "checkpoint")
+    export_bundle(checkpoint, directory / "bundle", None)
+    return directory / "bundle", checkpoint
+
+
 @pytest.mark.usefixtures("_quick")
 def test_it_verifies_and_measures_every_backend(
-    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified: list[str] = []
 
@@ -83,7 +102,7 @@ def test_it_verifies_and_measures_every_backend(
         return [Check("a gate", 0.5, 1.0)]
 
     monkeypatch.setattr(parity, "verify", checks)
-    figures = check(bundle, mini)
+    figures = check(*exported)
     assert verified == ["tensorrt", "cuda"]
     assert figures.missed == figures.skipped == []
     kinds = [timing.part.name.split()[0] for timing in figures.timings]
@@ -101,9 +120,10 @@ def test_it_verifies_and_measures_every_backend(
 
 @pytest.mark.usefixtures("_quick")
 def test_a_missed_gate_and_a_wrong_result_are_told(
-    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = replace(mini, config=msgspec.structs.replace(mini.config, alpha=-3.0))  # of another export
+    bundle, own = exported
+    other = replace(own, config=msgspec.structs.replace(own.config, alpha=-3.0))  # of another export
     monkeypatch.setattr(parity, "verify", lambda *_: [Check("a gate", 2.0, 1.0)])
     figures = check(bundle, other, openers={"cuda": OPENERS["cuda"]})
     assert f"{bundle}, cuda: a gate" in figures.missed
@@ -111,17 +131,19 @@ def test_a_missed_gate_and_a_wrong_result_are_told(
     assert not any("PyTorch eager" in line for line in figures.missed)
 
 
-def test_pytorch_on_a_device_is_the_reference(mini: Checkpoint) -> None:
+def test_pytorch_on_a_device_is_the_reference(exported: tuple[Path, Checkpoint]) -> None:
     """The yardstick itself, and compiled: the same code as on a GPU, with PyTorch's compiler for processors."""
-    rows = [[(7 * i + j * j) % 512 for j in range(20)] for i in range(2)]
-    eager, compiled = (PyTorchGPU(mini, "cohort", "fp32", "cpu", is_compiled) for is_compiled in (False, True))
-    for _ in range(2):  # the second time in the caches of the first
+    _, own = exported
+    mode: Mode = "static" if own.config.regime == "lora" else "request"
+    eager, compiled = (PyTorchGPU(own, mode, "fp32", "cpu", is_compiled) for is_compiled in (False, True))
+    for first in (0, 2):  # the second time in the caches of the first, with other factors
+        rows = [[(7 * i + j * j) % 512 for j in range(20)] for i in range(first, first + 2)]
         laps: list[str] = []
         chosen = eager.generate(rows, 5, laps.append)
         assert laps == ["adapt", "prefill", "decode"]
-        adaptation = inference.adapt(mini, rows, "cohort")
+        adaptation = inference.adapt(own, rows, mode)
         for row, ids in enumerate(rows):
-            logits = row_logits(mini, [*ids, *chosen[row, :-1].tolist()], adaptation, row)
+            logits = row_logits(own, [*ids, *chosen[row, :-1].tolist()], adaptation, row)
             assert logits[-5:].argmax(1).tolist() == chosen[row].tolist()
         assert (compiled.generate(rows, 5, laps.append) == chosen).all()
 

@@ -11,28 +11,17 @@ import numpy as np
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Peer, Rows
 from chameleon_deploy.bench.peers.bundle import OneCallPerSet
 from chameleon_deploy.bench.timing import Case, Engine, Part
-from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
 
 CANDIDATES = 4  # times as many texts as needed, to choose from by their clusters
 # Limits of log-probabilities: of the largest difference in fp32, of the root mean square otherwise. They catch wrong
 # work; quality.py measures how good right work is. The coarsest int8 engine measured on a pretrained model has 0.3.
 BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.5}
-
-
-def require_head_alone(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a checkpoint whose factors update more than the head, which no peer on a GPU computes."""
-    if not in_head_alone(checkpoint.config.targets):
-        raise InputError(
-            "engines on a GPU are compared on updates of the head alone, and this checkpoint updates "
-            f"{len(checkpoint.config.targets)} layers: bench, verify and evaluate take it"
-        )
 
 
 class Workloads:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
+from chameleon_deploy.bench.peers.adapted import AdaptedLayers
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import Mode, factor_names
+from chameleon_deploy.bundle import Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 
@@ -37,10 +38,7 @@ class PyTorch:
         if precision == "int8":
             self._model = _quantised(self._model)
         self.size = _bytes(self._model)
-        self._layers: dict[str, _Adapted] = {}
-        for name in checkpoint.config.targets:
-            layer = self._layers[name] = _Adapted(self._model.get_submodule(name), checkpoint.config.alpha)
-            self._model.set_submodule(name, layer)
+        self._layers = AdaptedLayers(self._model, checkpoint)
         if compiled:
             self._model.forward = torch.compile(self._model.forward, dynamic=True)
 
@@ -61,11 +59,7 @@ class PyTorch:
         return generate(self._model, input_ids, num_tokens, lap)
 
     def _adapt(self, rows: Rows, mode: Mode | None = None) -> Tensor:
-        adaptation = inference.adapt(self._checkpoint, rows, mode or self._mode)
-        for target, layer in self._layers.items():
-            layer.lora_A, layer.lora_B = (
-                adaptation.factors[name][adaptation.factor_ids] for name in factor_names(target)
-            )
+        self._layers.set_factors(inference.adapt(self._checkpoint, rows, mode or self._mode))
         return torch.tensor(rows)
 
 
@@ -110,25 +104,3 @@ def _bytes(model: Any) -> int:
         tensors = [getattr(parameter, name) for name in inner] or [parameter]
         sizes[id(parameter)] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return sum(sizes.values())
-
-
-class _Adapted(nn.Module):
-    """A linear layer with an update per row: lora_A [batch, rank, in], lora_B [batch, out, rank]."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    linear: Any  # of PyTorch, GPT-2's Conv1D, or torchao's
-
-    def __init__(self, linear: nn.Module, alpha: float) -> None:
-        super().__init__()
-        self.linear, self.alpha = linear, alpha
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.linear.weight
-        return weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = (x @ self.lora_A.transpose(1, 2)) @ self.lora_B.transpose(1, 2)
-        y: Tensor = self.linear(x) + self.alpha * update
-        return y

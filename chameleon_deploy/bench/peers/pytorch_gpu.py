@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
+from chameleon_deploy.bench.peers.adapted import AdaptedLayers
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import LM_HEAD, Mode, factor_names
+from chameleon_deploy.bundle import LM_HEAD, Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.inference import ReferenceAdaptation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
@@ -37,47 +37,42 @@ class PyTorchGPU:
         self.name = f"{'torch.compile' if compiled else 'PyTorch eager'} {self.precision}"
         self.scores = not compiled  # for one shape, compiling would take longer than it saves
         self._checkpoint, self._mode, self._device, self._dtype = checkpoint, mode, device, DTYPES[precision]
-        self._model = copy.deepcopy(checkpoint.trunk.causal_lm).to(device, self._dtype)
+        self._model: Any = copy.deepcopy(checkpoint.trunk.causal_lm).to(device, self._dtype)
+        self._layers = AdaptedLayers(self._model, checkpoint)
         self._caches: dict[tuple[int, ...], StaticCache] | None = {} if compiled else None
         self._step = torch.compile(self._logits, mode="reduce-overhead", dynamic=False) if compiled else self._logits
 
     def score(self, rows: Rows) -> Any:
-        ids, adaptation = self._place(rows)
-        logits = self._logits(ids, adaptation, None)
+        ids = self._adapt(rows)
+        logits = self._logits(ids, None)
         return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu().numpy()
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
-        ids, adaptation = self._place(rows)
+        ids = self._adapt(rows)
         lap(ADAPT)
         cache = self._cache(len(rows), ids.shape[1] + num_tokens)
-        token_ids = self._logits(ids, adaptation, cache)[:, -1:].argmax(-1)
+        token_ids = self._logits(ids, cache)[:, -1:].argmax(-1)
         chosen = [token_ids.cpu().numpy()]
         lap(PREFILL)
         for _ in range(num_tokens - 1):
-            token_ids = self._step(token_ids, adaptation, cache).argmax(-1)
+            token_ids = self._step(token_ids, cache).argmax(-1)
             chosen.append(token_ids.cpu().numpy())
         lap(DECODE)
         return np.concatenate(chosen, axis=1)
 
     @torch.no_grad()
-    def _logits(self, input_ids: Tensor, adaptation: ReferenceAdaptation, cache: Any) -> Tensor:
+    def _logits(self, input_ids: Tensor, cache: Any) -> Tensor:
         """Return float32 [batch, sequence, vocab]; after a whole prompt with a cache, of the last position only."""
         output = self._model.base_model(input_ids, past_key_values=cache, use_cache=cache is not None)
         hidden = output.last_hidden_state if cache is None else output.last_hidden_state[:, -1:]
-        weight, alpha = self._model.get_output_embeddings().weight, self._checkpoint.config.alpha
-        lora_A, lora_B = (adaptation.factors[name][adaptation.factor_ids] for name in factor_names(LM_HEAD))
-        update = (hidden @ lora_A.transpose(1, 2)) @ lora_B.transpose(1, 2)
-        logits: Tensor = nn.functional.linear(hidden, weight) + alpha * update
+        logits: Tensor = self._model.get_submodule(LM_HEAD)(hidden)
         return logits.float()
 
-    def _place(self, rows: Rows) -> tuple[Tensor, ReferenceAdaptation]:
+    def _adapt(self, rows: Rows) -> Tensor:
         adaptation = inference.adapt(self._checkpoint, rows, self._mode)
-        placed = replace(
-            adaptation,
-            factors={name: factor.to(self._device, self._dtype) for name, factor in adaptation.factors.items()},
-            factor_ids=adaptation.factor_ids.to(self._device),
-        )
-        return torch.tensor(rows).to(self._device), placed
+        placed = {name: factor.to(self._device, self._dtype) for name, factor in adaptation.factors.items()}
+        self._layers.set_factors(replace(adaptation, factors=placed, factor_ids=adaptation.factor_ids.to(self._device)))
+        return torch.tensor(rows).to(self._device)
 
     def _cache(self, batch: int, length: int) -> Any:
         if self._caches is None:
