@@ -16,8 +16,9 @@ from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bundle import Bundle, LimitsSpec, open_bundle
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, LengthError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.runtime.backend import DeviceBackend
 from chameleon_deploy.runtime.device import slot_cache
 from chameleon_deploy.runtime.device.cuda import CudaDevice
@@ -80,6 +81,16 @@ def test_it_passes_the_gates(opened: Bundle, mini: Checkpoint) -> None:
     made = with_engines(opened, FakeCudart())
     checks = parity.verify(made, RowLogits(mini), random_rows(5, 32, 60), True, lambda *_: None)
     assert not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(("regime", "make"), [("chameleon", with_engines), ("lora", with_sessions)])
+def test_updates_of_all_layers_pass_the_gates(regime: Any, make: Any, tmp_path: Path) -> None:
+    random_checkpoint(tmp_path / "checkpoint", "mini", regime, targets=["all"])
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    export_bundle(checkpoint, tmp_path / "bundle", None)
+    made = make(open_bundle(tmp_path / "bundle"), FakeCudart())
+    checks = parity.verify(made, RowLogits(checkpoint), random_rows(5, 8, 60), True, lambda *_: None)
+    assert [check.name for check in checks if not check.passed] == []
 
 
 def test_a_lora_bundle(lora_bundle: Path, lora_runtime: Runtime) -> None:
