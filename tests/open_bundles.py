@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError
 
@@ -17,8 +19,10 @@ from chameleon_deploy.errors import ChameleonError
 def outcome(path: str) -> str:
     try:
         runtime = chameleon_deploy.load(path, threads=1)
-        runtime.generate(["The river", "x"], max_new_tokens=3)
-        runtime.score(["The river"])
+        texts, size = ["The river", "x"], runtime.manifest.adaptation.conditioning_size
+        vectors = np.ones((len(texts), size)) if size else None
+        runtime.generate(texts, max_new_tokens=3, conditioning=vectors)
+        runtime.score(texts, conditioning=vectors)
     except ChameleonError as error:
         return error.code
     except BaseException as error:  # a panic of a Rust library is no Exception

@@ -13,8 +13,11 @@ std::string outcome(const std::string& path) try {
   const std::vector<std::string> prompts = {"The river", "x"};
   chameleon::GenerateOptions options;
   options.max_new_tokens = std::int64_t{3};
+  const auto size = static_cast<std::size_t>(runtime.manifest().adaptation.conditioning_size);
+  const std::vector<float> ones(prompts.size() * size, 1);
+  if (size > 0) options.conditioning = chameleon::Matrix{prompts.size(), size, ones};
   runtime.generate(prompts, options);
-  (void)runtime.score(std::span(prompts).first(1));
+  (void)runtime.score(prompts, options);
   return "ok";
 } catch (const chameleon::Error& error) {
   return error.code();
