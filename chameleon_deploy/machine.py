@@ -11,11 +11,17 @@ ENGINES = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "ctranslat
            "llama_cpp_python", "numpy")  # fmt: skip
 # The processor flags that decide which kernels a matrix product uses.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
+# Variables that change the threads of PyTorch, CTranslate2 and llama.cpp: idle ones that do not spin (OMP_WAIT_POLICY=
+# PASSIVE) make a step of llama.cpp take four times as long.
+THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
 IDENTITY = ("model name", "CPU part", "flags", "Features")  # fields of a processor; "CPU part" and "Features" on ARM
 
 
 def describe_machine() -> dict[str, str]:
-    """Return the processor, its matrix instructions, the system, and the version of every installed engine."""
+    """Return the processor, its matrix instructions, the system, and the version of every installed engine.
+
+    Also the variables of the environment that change the threads of other engines, if there are any.
+    """
     processor = _processor()
     flags = set(processor.get("flags", "").split())
     machine = {
@@ -24,6 +30,8 @@ def describe_machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+    if variables := [f"{name}={value}" for name, value in os.environ.items() if name.startswith(THREADING)]:
+        machine["environment"] = " ".join(sorted(variables))
     installed = {str(distribution.name) for distribution in metadata.distributions()}
     return machine | {name: metadata.version(name) for name in ENGINES if name in installed}
 

@@ -97,9 +97,11 @@ def missing_sheet(measured: Benchmark) -> Sheet:
 
 
 def summary(measured: Benchmark) -> Iterator[str]:
-    """Return sentences on the machine, the footprint and, in a wheel, the missing engines."""
+    """Return sentences on the machine, its environment, the footprint and, in a wheel, the missing engines."""
     footprint = measured.footprint
     yield f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}."
+    if environment := measured.machine.get("environment"):
+        yield f"The environment changes the threads of other engines, and so their times: {environment}."
     yield (
         f"Loading in a fresh process: {footprint.load_seconds:.2f} s, {footprint.resident / 1e6:.0f} MB resident "
         f"({footprint.resident / measured.weights_bytes:.2f} x the weights); of a further worker that shares the "

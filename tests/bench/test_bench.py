@@ -135,8 +135,10 @@ def test_a_graph_without_lora_has_nothing_left_of_it(graph: str, bundle: Path) -
 def smoke(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], str]:
     """What a smoke run prints, its JSON and its page."""
     out = tmp_path_factory.mktemp("smoke")
-    result = run("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--smoke",
-                 "--json", out / "bench.json", "--html", out / "bench.html")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "active")
+        result = run("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--smoke",
+                     "--json", out / "bench.json", "--html", out / "bench.html")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads((out / "bench.json").read_text()), (out / "bench.html").read_text()
 
@@ -156,6 +158,8 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
     assert 0 < footprint["shared_private"] < footprint["resident"] <= footprint["peak"]
     assert min(footprint["load_seconds"], footprint["shared_load_seconds"]) > 0
     assert record["machine"]["onnxruntime"]
+    assert "OMP_WAIT_POLICY=active" in record["machine"]["environment"]
+    assert "OMP_WAIT_POLICY=active" in " ".join(printed.split())
     assert record["quality"]["bundle"]["mean_kl"] < 1e-7
     assert "same best token" in printed
     assert "Peak with a generation of batch 8" in printed
