@@ -22,11 +22,12 @@ from tests.bench.stand_in import StandIn
 
 REPOSITORY = Path(__file__).parents[2]
 PARENT = """
-import sys
+import signal
 from chameleon_deploy.bench.peers.own_process import OwnProcess
 from tests.bench.stand_in import StandIn
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     peer = OwnProcess(StandIn)
     print(int(peer.logits([0])[0]), flush=True)
     peer.generate([[1]], 60, print)  # for a minute
