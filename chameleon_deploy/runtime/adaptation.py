@@ -105,7 +105,8 @@ def check_conditioning(mode: Mode, vectors: npt.ArrayLike | None, size: int, bat
     if vectors is None:
         return None
     try:
-        array = np.ascontiguousarray(vectors, np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinity is refused below
+            array = np.ascontiguousarray(vectors, np.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"conditioning is no array of numbers: {error}") from error
     if array.shape != (batch, size):
