@@ -7,6 +7,7 @@ Only in a clone, not in the wheel:
 without_lora.py  the bundle with LoRA removed from its graphs
 pytorch.py       the reference, eager and compiled; in int8 by torchao
 pytorch_gpu.py   the same on a GPU, for `gpu_check`
+adapted.py       the layers of both that a checkpoint adapts
 ctranslate2.py   the frozen base model only: it does not adapt
 openvino.py      the frozen base model only: it does not adapt
 llama_cpp.py     the frozen base model only: it does not adapt
@@ -18,6 +19,7 @@ peft.py          PyTorch with the adapters of each row, for `bench.adapters`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -140,17 +142,11 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
 
         return OpenVINO(trunk, precision, threads, directory)
 
-    def llama_cpp() -> Peer:
+    def llama_cpp(own: Path | None = None) -> Peer:
         from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
         from chameleon_deploy.bench.peers.own_process import OwnProcess
 
-        return OwnProcess(LlamaCpp, converted_file(trunk, precision, directory), precision, threads)
-
-    def llama_cpp_own(file: Path) -> Peer:
-        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp
-        from chameleon_deploy.bench.peers.own_process import OwnProcess
-
-        return OwnProcess(LlamaCpp, file, precision, threads)
+        return OwnProcess(LlamaCpp, own or converted_file(trunk, precision, directory), precision, threads)
 
     openers = _pytorch(runtime, checkpoint, "fp32", compiled=True)
     openers |= {f"CTranslate2 {precision}": ctranslate2, f"OpenVINO {precision}": openvino}
@@ -158,8 +154,7 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
     if precision == "int8":
         openers |= _pytorch(runtime, checkpoint, "int8", compiled=True)
         if trunk.gguf is not None:
-            file = trunk.gguf
-            openers["llama.cpp, the file's own type"] = lambda: llama_cpp_own(file)
+            openers["llama.cpp, the file's own type"] = partial(llama_cpp, trunk.gguf)
     return openers
 
 
