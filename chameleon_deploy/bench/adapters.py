@@ -213,6 +213,8 @@ def sheets(measured: AdapterBenchmark) -> list[Sheet]:
         f"{measured.adapters} adapters of rank {measured.rank} on {measured.layers} layers, {measured.threads} "
         "threads; x: seconds over the bundle's, medians of ratios of adjacent samples"
     )
+    if environment := measured.machine.get("environment"):
+        caption += f"; the environment changes the threads of other engines: {environment}"
     failed = measured.missing | {name: why for timing in measured.timings for name, why in timing.failed.items()}
     missing = Sheet(["not compared", "why"], [[name, why] for name, why in failed.items()])
     return [Sheet(headers, rows, caption=caption), *[missing] * bool(failed)]

@@ -36,7 +36,10 @@ def command(bundle: Path, base: Path, directories: list[Path]) -> list[str | Pat
             "--threads", 1]  # fmt: skip
 
 
-def test_every_engine_is_timed_and_right(adapted: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
+def test_every_engine_is_timed_and_right(
+    adapted: tuple[Path, Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     result = run("chameleon_deploy.bench.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -48,7 +51,9 @@ def test_every_engine_is_timed_and_right(adapted: tuple[Path, Path, list[Path]],
         assert timing["seconds"].keys() == (mixed if timing["part"]["batch"] == 3 else alone)
     assert [timing["part"]["kind"] for timing in figures["timings"]] == ["generation", "prefill", "decode"] * 2
     assert figures["load_seconds"] > 0
-    assert "2 adapters of rank 4" in " ".join(result.stdout.split())
+    printed = " ".join(result.stdout.split())
+    assert "2 adapters of rank 4" in printed
+    assert "OMP_WAIT_POLICY=active" in printed
 
 
 def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[Path]]) -> None:
