@@ -86,7 +86,6 @@ class Outcome:
     """
 
     protocols: tuple[Protocol, ...]
-
     scored: list[Scored]
     histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]]
     embeddings: FloatArray

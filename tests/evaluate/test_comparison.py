@@ -32,7 +32,9 @@ from chameleon_deploy.evaluate.figures import (
     find,
     regime_sheet,
 )
+from chameleon_deploy.evaluate.page import fill
 from chameleon_deploy.evaluate.variants import VARIANTS, ConditioningName
+from chameleon_deploy.html_page import Page
 from chameleon_deploy.reference import hidden_states
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.corpus import Split, split_texts
@@ -102,6 +104,12 @@ def test_one_protocol_gives_the_same_figures_as_both(
     assert outcome.protocols == ("masked",)
     assert figures(outcome.scored, 0) == both
     assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "hidden_states", "masked"}
+    page = Page("One protocol")
+    fill(page, outcome, both, "its settings")
+    page.write(tmp_path / "page.html")
+    written = (tmp_path / "page.html").read_text()
+    assert "Modes and controls, protocol masked" in written
+    assert "Modes and controls, protocol paper" not in written
     with pytest.raises(InputError, match="protocols"):  # its scores lack those of the other protocol
         run_experiment(mini.trunk, "base", splits(), SETTINGS, SEEDS, tmp_path, quiet)
 

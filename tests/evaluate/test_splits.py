@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from chameleon_deploy import compare, train
+from chameleon_deploy.bundle import Protocol
 from chameleon_deploy.evaluate import __main__ as evaluate
 from chameleon_deploy.evaluate import experiment
 from chameleon_deploy.evaluate.variants import VARIANTS
@@ -91,6 +92,20 @@ def test_compare_scores_test(
     assert len(test) == 3
     assert set(test) < set(TEXTS["test"])
     assert sorted(asked) == ["test", "train", "validation"]
+
+
+@pytest.mark.usefixtures("asked")
+def test_compare_trains_under_both_protocols_or_one(
+    mini_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = _captured(monkeypatch, experiment, "run_experiment")
+    cases: list[tuple[Protocol | None, tuple[Protocol, ...]]] = [
+        (None, experiment.PROTOCOLS), ("masked", ("masked",)), ("paper", ("paper",))
+    ]  # fmt: skip
+    for chosen, protocols in cases:
+        with pytest.raises(StoppedError):
+            compare.main(base=str(mini_path / "base"), work=tmp_path / "work", dataset="d", protocol=chosen)
+        assert arguments.pop() == protocols
 
 
 def test_the_files_of_compare_are_split_in_three(
