@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def whole_loss(trunk: Trunk, factors: FactorModule, u: torch.Tensor) -> torch.Te
     return total / positions
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("kind", [Hypernetwork, SharedHypernetwork])
 @pytest.mark.parametrize("base", ["mini", "llama"])
 def test_gradients_are_autograds(
-    base: str, kind: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    base: str, kind: Any, kept: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trunk = request.getfixturevalue(base).trunk
     factors, u = network(trunk, ["all"], kind), torch.randn(64)
@@ -62,6 +64,7 @@ def test_gradients_are_autograds(
     expected = gradients(factors)
     monkeypatch.setattr(trunk_losses, "CHUNK_POSITIONS", 3)
     monkeypatch.setattr(trunk_losses, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(trunk_losses, "KEPT_BYTES", kept)
     texts = losses(trunk)
     positions = texts.num_positions(ROWS)
     total = texts.backward(factors, u, ROWS, positions)
@@ -93,12 +96,44 @@ def test_other_targets_are_read_by_the_trunk(mini: Checkpoint, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_blocks_are_computed_again_for_the_gradient(mini: Checkpoint) -> None:
+@pytest.mark.parametrize("kept, calls_each", [(0, 2), (1 << 30, 1)])
+def test_blocks_of_much_text_are_computed_again_for_the_gradient(
+    mini: Checkpoint, monkeypatch: pytest.MonkeyPatch, kept: int, calls_each: int
+) -> None:
+    monkeypatch.setattr(trunk_losses, "KEPT_BYTES", kept)
     block, calls = mini.trunk.causal_lm.base_model.h[0].mlp, []
     hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         losses(mini.trunk).backward(network(mini.trunk, ["attention"]), torch.randn(64), ROWS, 11)
     finally:
         hook.remove()
-    assert len(calls) == 2
+    assert len(calls) == calls_each
     assert "forward" not in vars(mini.trunk.causal_lm.base_model.h[0])
+
+
+@pytest.mark.parametrize("protocol", ["masked", "paper"])
+def test_what_is_kept_is_counted(mini: Checkpoint, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    longest = 8 if protocol == "paper" else 6  # of rows padded to each other, or to max_length
+    kept = 4 * longest * 4 * sum(i + o for i, o in mini.trunk.linear_layers().values())
+    again: list[Trunk] = []
+
+    def checkpointed(trunk: Trunk) -> AbstractContextManager[None]:
+        again.append(trunk)
+        return nullcontext()
+
+    monkeypatch.setattr(trunk_losses, "_checkpointed", checkpointed)
+    for limit in (kept, kept - 1):
+        monkeypatch.setattr(trunk_losses, "KEPT_BYTES", limit)
+        losses(mini.trunk, protocol).backward(network(mini.trunk, ["attention"]), torch.randn(64), ROWS, 11)
+    assert len(again) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_short_texts_are_read_without_fused_attention(
+    mini: Checkpoint, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    monkeypatch.setattr(trunk_losses, "FUSED_ATTENTION_LENGTH", 6 if fused else 7)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        losses(mini.trunk).cross_entropy(None, torch.randn(64), ROWS)
+    operators = {event.name for event in profile.events()}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in operators) == fused
