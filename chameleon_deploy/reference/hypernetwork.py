@@ -36,9 +36,13 @@ class FactorModule(nn.Module, ABC):
         return f"hypernetwork.{parameter}"
 
     @abstractmethod
-    def begin_at_base(self) -> None:
+    def begin_at_base(self, conditioning: Tensor) -> None:
         """Set lora_B of every target to zero, as LoRA begins (arXiv 2106.09685): random updates of many layers would
         begin with a broken model.
+
+        A network's first layer is scaled so that its outputs have mean 0 and standard deviation 1 over
+        `conditioning` [vectors, conditioning_size] (arXiv 1511.06856): cluster means differ by little, and a network
+        that hardly sees the difference learns one update for all.
         """
 
 
@@ -73,9 +77,11 @@ class Hypernetwork(FactorModule):
         return parameter.replace("layers.", "hypernetwork.", 1)
 
     @torch.no_grad()
-    def begin_at_base(self) -> None:
+    def begin_at_base(self, conditioning: Tensor) -> None:
         """See `FactorModule`."""
-        _zero_B(self.linears()[-1], self.targets, self.rank)
+        first, *_, last = self.linears()
+        _standardize(first, conditioning)
+        _zero_B(last, self.targets, self.rank)
 
 
 class SharedHypernetwork(FactorModule):
@@ -126,8 +132,9 @@ class SharedHypernetwork(FactorModule):
         return factors
 
     @torch.no_grad()
-    def begin_at_base(self) -> None:
+    def begin_at_base(self, conditioning: Tensor) -> None:
         """See `FactorModule`."""
+        _standardize(self.conditioning, conditioning)
         for target, (_, module) in zip(self.targets, self.places, strict=True):
             _zero_B(self.last_layers()[module], [target], self.rank)
 
@@ -156,7 +163,7 @@ class StaticLoRA(FactorModule):
         return f"{self.targets[int(index)].name}.{kind}"
 
     @torch.no_grad()
-    def begin_at_base(self) -> None:
+    def begin_at_base(self, conditioning: Tensor) -> None:
         """See `FactorModule`."""
         for lora_B in self.lora_B:
             lora_B.zero_()
@@ -200,6 +207,19 @@ def num_factors(targets: Sequence[TargetSpec], rank: int) -> int:
 
 def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _standardize(first: nn.Linear, vectors: Tensor) -> None:
+    """Scale a layer so that its outputs have mean 0 and standard deviation 1 over vectors [vectors, in_features].
+
+    A single vector has no deviation and leaves the layer as it is.
+    """
+    if len(vectors) < 2:
+        return
+    outputs = first(vectors)
+    deviation = outputs.std(0, correction=0)
+    first.weight /= deviation[:, None]
+    first.bias.copy_((first.bias - outputs.mean(0)) / deviation)
 
 
 def _zero_B(last: nn.Linear, targets: Sequence[TargetSpec], rank: int) -> None:

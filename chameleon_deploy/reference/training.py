@@ -116,7 +116,7 @@ def fit_checkpoint(
         StaticLoRA(target_specs(trunk, config.targets), config.rank - 1) if counted else build_factors(config, trunk)
     )
     if not (in_head_alone(config.targets) and config.architecture == "paper"):
-        factors.begin_at_base()  # the paper's own training, of the head alone, begins with random factors
+        factors.begin_at_base(centroids)  # the paper's own training, of the head alone, begins with random factors
     state = fit(
         factors, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,

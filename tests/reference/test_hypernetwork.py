@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,9 +70,24 @@ def test_a_set_has_alpha_in_it() -> None:
 @pytest.mark.parametrize("index", range(3))
 def test_a_training_begins_with_the_base_model(index: int) -> None:
     source = sources()[index].eval()
-    source.begin_at_base()
+    source.begin_at_base(torch.randn(4, 5))
     for name, factor in source(torch.randn(2, 5)).items():
         assert bool(factor.any()) == name.endswith("lora_A"), name
+
+
+@pytest.mark.parametrize("kind", [Hypernetwork, SharedHypernetwork])
+def test_a_training_begins_with_units_that_tell_clusters_apart(kind: Any) -> None:
+    torch.manual_seed(0)
+    network = kind(5, layers(2), 2, (7, 3)).eval()
+    first = network.linears()[0] if isinstance(network, Hypernetwork) else network.conditioning
+    centroids = torch.tensor([0.3, -0.2, 0.5, 0.1, 0.4]) + 0.001 * torch.randn(6, 5)
+    assert float(first(centroids).std(0, correction=0).max()) < 0.01
+    network.begin_at_base(centroids)
+    torch.testing.assert_close(first(centroids).mean(0), torch.zeros(7), rtol=0, atol=1e-3)
+    torch.testing.assert_close(first(centroids).std(0, correction=0), torch.ones(7), rtol=0, atol=1e-3)
+    before = first.weight.clone()
+    network.begin_at_base(centroids[:1])  # one cluster: nothing to tell apart
+    assert torch.equal(first.weight, before)
 
 
 def test_shared_parameters_do_not_grow_with_the_layers() -> None:
