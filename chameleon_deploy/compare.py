@@ -20,6 +20,7 @@ from chameleon_deploy.training_options import (
     ArchitectureOption,
     BatchSize,
     Clusters,
+    Dropout,
     Epochs,
     LearningRate,
     MatmulPrecisionOption,
@@ -79,6 +80,7 @@ def main(
         ),
     ] = None,
     patience: Patience = None,
+    dropout: Dropout = None,
     matmul_precision: MatmulPrecisionOption = "highest",
     protocol: Annotated[
         Protocol | None,
@@ -114,7 +116,7 @@ def main(
     settings = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
-        matmul_precision=matmul_precision,
+        matmul_precision=matmul_precision, dropout=dropout,
         targets=choose_targets(trunk, targets) if targets else None, lora_lrs=tuple(lora_lr or ()),
     )  # fmt: skip
     page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
@@ -178,7 +180,7 @@ def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> st
     return (
         f"{layers}rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
         f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
-        f"{f' (of LoRAs the best of {rates})' if rates else ''}, at most "
+        f"{f' (of LoRAs the best of {rates})' if rates else ''}, dropout {training.dropout:g}, at most "
         f"{training.epochs} epochs{precision}, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
         f"({outcome.train_positions:,} positions, {outcome.protocols[-1]}), {len(texts.validation):,} validation "
         f"texts, {len(texts.test):,} test texts"

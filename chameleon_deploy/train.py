@@ -17,6 +17,7 @@ from chameleon_deploy.training_options import (
     ArchitectureOption,
     BatchSize,
     Clusters,
+    Dropout,
     Epochs,
     LearningRate,
     MatmulPrecisionOption,
@@ -71,6 +72,7 @@ def main(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     patience: Patience = None,
+    dropout: Dropout = None,
     matmul_precision: MatmulPrecisionOption = "highest",
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of initialisation, order and dropout.", rich_help_panel="Training")
@@ -96,7 +98,7 @@ def main(
     chosen = PRESETS[preset].with_options(
         rank=rank, alpha=alpha, num_clusters=clusters, max_length=max_length,
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
-        matmul_precision=matmul_precision,
+        matmul_precision=matmul_precision, dropout=dropout,
         targets=choose_targets(trunk, targets) if targets else None,
     )  # fmt: skip
     config = CheckpointConfig(

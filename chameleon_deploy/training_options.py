@@ -42,6 +42,16 @@ LearningRate = Annotated[
     float | None,
     typer.Option(min=0, help="Learning rate of AdamW.", show_default=default_of("lr")),
 ]
+Dropout = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=0.95,
+        help="Dropout of the hypernetwork's hidden units.",
+        show_default=default_of("dropout"),
+        rich_help_panel="Training",
+    ),
+]
 Patience = Annotated[
     int | None,
     typer.Option(

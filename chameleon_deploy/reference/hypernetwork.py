@@ -83,6 +83,14 @@ class Hypernetwork(FactorModule):
         _standardize(first, conditioning)
         _zero_B(last, self.targets, self.rank)
 
+    @torch.no_grad()
+    def begin_with(self, lora: Factors) -> None:
+        """Give every conditioning the same factors, of one set [1, ...]: those of a trained LoRA."""
+        last = self.linears()[-1]
+        last.weight.zero_()
+        names = [name for target in self.targets for name in factor_names(target.name)]
+        last.bias.copy_(torch.cat([lora[name].flatten() for name in names]))
+
 
 class SharedHypernetwork(FactorModule):
     """One network for every layer, which is told the layer and the module by learned embeddings, as in Text-to-LoRA

@@ -28,6 +28,7 @@ class TrainingSettings:
     patience          epochs without a better validation loss before stopping
     cohorts_per_step  batches, of any clusters, in one step of the optimiser
     residual          whether the hypernetwork is built from a trained LoRA and counts (reference/residual.py)
+    dropout           of the hypernetwork's hidden units
     matmul_precision  of PyTorch's products of float32 matrices (torch.set_float32_matmul_precision)
     """
 
@@ -38,6 +39,7 @@ class TrainingSettings:
     cohorts_per_step: int
     residual: bool
     seed: int = 0
+    dropout: float = 0.5
     matmul_precision: MatmulPrecision = "highest"
 
 

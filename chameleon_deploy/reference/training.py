@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
@@ -115,6 +115,9 @@ def fit_checkpoint(
     factors = (
         StaticLoRA(target_specs(trunk, config.targets), config.rank - 1) if counted else build_factors(config, trunk)
     )
+    for module in factors.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = settings.dropout
     if not (in_head_alone(config.targets) and config.architecture == "paper"):
         factors.begin_at_base(centroids)  # the paper's own training, of the head alone, begins with random factors
     state = fit(

@@ -188,6 +188,15 @@ def test_the_residual_preset_is_of_the_head(mini: Checkpoint, tmp_path: Path) ->
         train_checkpoint(mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS["residual"].training, quiet)
 
 
+def test_dropout_is_of_the_training_alone(mini: Checkpoint, tmp_path: Path) -> None:
+    # With a learning rate of zero, the losses of training and validation on the same texts differ by the dropout.
+    for dropout in (0.0, 0.5):
+        settings = settings_of(epochs=1, lr=0, batch_size=len(TRAIN), dropout=dropout)
+        state = train_checkpoint(mini.trunk, config(), TRAIN, TRAIN, tmp_path / str(dropout), settings, quiet)
+        (epoch,) = state.history
+        assert (epoch["train_loss"] == pytest.approx(epoch["validation_loss"], rel=1e-6)) == (dropout == 0)
+
+
 def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
     settings = settings_of(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
     state = train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
