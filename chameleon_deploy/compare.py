@@ -79,6 +79,14 @@ def main(
             rich_help_panel="Training",
         ),
     ] = None,
+    from_lora: Annotated[
+        bool,
+        typer.Option(
+            "--from-lora",
+            help="Let hypernetworks begin with the trained LoRA of their rank, not with the base model.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
     patience: Patience = None,
     dropout: Dropout = None,
     matmul_precision: MatmulPrecisionOption = "highest",
@@ -118,6 +126,7 @@ def main(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, architecture=architecture,
         matmul_precision=matmul_precision, dropout=dropout,
         targets=choose_targets(trunk, targets) if targets else None, lora_lrs=tuple(lora_lr or ()),
+        from_lora=from_lora,
     )  # fmt: skip
     page = Page(f"Base, LoRA and hypernetwork on {Path(base).name}") if html else None
     texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
@@ -180,7 +189,8 @@ def _summary(settings: Preset, seeds: int, texts: Split, outcome: Outcome) -> st
     return (
         f"{layers}rank {settings.rank}, alpha {settings.alpha:g}, {settings.num_clusters} clusters, batches of "
         f"{training.batch_size}, at most {settings.max_length} tokens, learning rate {training.lr:g}"
-        f"{f' (of LoRAs the best of {rates})' if rates else ''}, dropout {training.dropout:g}, at most "
+        f"{f' (of LoRAs the best of {rates})' if rates else ''}, "
+        f"{'hypernetworks begin with the LoRA, ' if settings.from_lora else ''}dropout {training.dropout:g}, at most "
         f"{training.epochs} epochs{precision}, {seeds} seeds from {training.seed}; {len(texts.train):,} training texts "
         f"({outcome.train_positions:,} positions, {outcome.protocols[-1]}), {len(texts.validation):,} validation "
         f"texts, {len(texts.test):,} test texts"

@@ -48,6 +48,13 @@ def main(
             ".jsonl line, which callers of the bundle then give too; --clusters is not used."
         ),
     ] = "embedding",
+    from_lora: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint of a LoRA (--regime lora) of the same base, targets and rank: a hypernetwork of "
+            "architecture paper begins with its factors and learns what each cluster adds."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     text: Annotated[
         list[Path] | None,
@@ -87,7 +94,7 @@ def main(
 
     import torch
 
-    from chameleon_deploy.reference.checkpoint import CheckpointConfig
+    from chameleon_deploy.reference.checkpoint import CheckpointConfig, load_checkpoint
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.targets import choose_targets
@@ -114,9 +121,10 @@ def main(
         architecture=chosen.architecture,
         conditioning_size=vectors[0].shape[1] if vectors else 0,
     )
+    lora = load_checkpoint(from_lora, trunk=trunk) if from_lora else None
     with console.progress() as report:
         state = train_checkpoint(
-            trunk, config, train_texts, validation_texts, out, chosen.training, report, resume, vectors
+            trunk, config, train_texts, validation_texts, out, chosen.training, report, resume, vectors, lora
         )
     console.stdout.print(f"{out}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")
 

@@ -199,10 +199,14 @@ def _train_and_score(
         training = replace(settings.training, seed=seed)
         vector = side.train.embeddings.mean(0) if variant.constant else None
         rates = settings.lora_lrs if variant.regime == "lora" else ()
+        begun = settings.from_lora and variant.regime == "chameleon"
+        lora = load_checkpoint(path.with_name("lora"), trunk=trunk) if begun else None
         attempts = {path.with_name(f"{path.name}.lr-{lr:g}"): replace(training, lr=lr) for lr in rates}
         for out, own in (attempts or {path: training}).items():
             if not out.exists():
-                fit_checkpoint(trunk, config, side.train, side.validation, side.centroids, out, own, report, vector)
+                fit_checkpoint(
+                    trunk, config, side.train, side.validation, side.centroids, out, own, report, vector, lora
+                )
         if attempts:
             os.rename(min(attempts, key=_validation_loss), path)
         for out in attempts:

@@ -54,6 +54,7 @@ class Preset:
     architecture  of the hypernetwork, see `CheckpointConfig`
     lora_lrs      learning rates that a comparison's LoRAs try, of which the validation texts choose one; none for that
                   of the training
+    from_lora     whether a comparison's hypernetworks begin with the trained LoRA of their rank
     """
 
     rank: int
@@ -64,6 +65,7 @@ class Preset:
     targets: tuple[str, ...] = (LM_HEAD,)
     architecture: Architecture = "paper"
     lora_lrs: tuple[float, ...] = ()
+    from_lora: bool = False
 
     def with_options(self, **options: Any) -> Preset:
         """Return a copy with the options that are not None, by the field names of `Preset` and `TrainingSettings`."""

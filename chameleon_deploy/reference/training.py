@@ -17,12 +17,12 @@ from chameleon_deploy.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
 from chameleon_deploy.progress import Progress
-from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_pieces
 from chameleon_deploy.reference.fit import TrainingState, fit
 from chameleon_deploy.reference.head_losses import HeadLosses
-from chameleon_deploy.reference.hypernetwork import StaticLoRA
+from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
 from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import TrainingSettings
@@ -40,6 +40,7 @@ def train_checkpoint(
     report: Progress,
     resume: bool = False,
     vectors: tuple[FloatArray, FloatArray] | None = None,
+    lora: Checkpoint | None = None,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
@@ -48,6 +49,7 @@ def train_checkpoint(
     resume   continue an interrupted training of the same `out`
     vectors  float32 [texts, conditioning_size] of the training and of the validation texts, for a configuration with a
              conditioning_size; texts of equal vectors share their batches
+    lora     a trained LoRA, which a hypernetwork begins with, see `fit_checkpoint`
 
     Raises OutputExistsError, InputError.
     """
@@ -59,11 +61,11 @@ def train_checkpoint(
         raise OutputExistsError(f"{work} holds an interrupted training: pass --resume to continue it, or delete it")
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
-    check_settings(config, settings)
+    check_settings(config, settings, lora)
     sizes = {part.shape[1] for part in vectors} if vectors else {0}
     if sizes != {config.conditioning_size}:
         raise InputError(f"the texts have vectors of {sorted(sizes)} numbers, not of {config.conditioning_size}")
-    made_of = _fingerprint(config, settings, train_texts, validation_texts, vectors)
+    made_of = _fingerprint(config, settings, train_texts, validation_texts, vectors, lora)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was started with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def train_checkpoint(
         raise
     # From here on there is progress worth resuming.
     write_whole(interrupted, lambda partial: partial.write_text(made_of))
-    return fit_checkpoint(trunk, config, train, validation, centroids, out, settings, report)
+    return fit_checkpoint(trunk, config, train, validation, centroids, out, settings, report, lora=lora)
 
 
 def fit_checkpoint(
@@ -101,13 +103,15 @@ def fit_checkpoint(
     settings: TrainingSettings,
     report: Progress,
     constant: Tensor | None = None,
+    lora: Checkpoint | None = None,
 ) -> TrainingState:
     """Do the part of `train_checkpoint` after the texts are prepared; continue if `<out>.training` has a state.
 
     centroids  [K, hidden], by which batches are drawn; the checkpoint has none if it has a conditioning_size
     constant   see `fit`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
+    lora       a trained LoRA: the hypernetwork begins with its factors for every conditioning
     """
-    check_settings(config, settings)
+    check_settings(config, settings, lora)
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -118,8 +122,10 @@ def fit_checkpoint(
     for module in factors.modules():
         if isinstance(module, nn.Dropout):
             module.p = settings.dropout
-    if not (in_head_alone(config.targets) and config.architecture == "paper"):
+    if lora or not (in_head_alone(config.targets) and config.architecture == "paper"):
         factors.begin_at_base(centroids)  # the paper's own training, of the head alone, begins with random factors
+    if lora and isinstance(factors, Hypernetwork):
+        factors.begin_with(lora.factors(centroids[:1]))
     state = fit(
         factors, train, validation, centroids, settings, work,
         lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
@@ -141,8 +147,10 @@ def fit_checkpoint(
     return state
 
 
-def check_settings(config: CheckpointConfig, settings: TrainingSettings) -> None:
-    """Raise InputError for settings that the preset residual cannot be trained with."""
+def check_settings(config: CheckpointConfig, settings: TrainingSettings, lora: Checkpoint | None = None) -> None:
+    """Raise InputError for settings that the preset residual, or a start from a LoRA, cannot be trained with."""
+    if lora:
+        _check_lora(config, settings, lora)
     if not _is_counted(config, settings):
         return
     if config.rank < 2 or config.hidden_sizes != (config.num_clusters, config.num_clusters):
@@ -152,6 +160,20 @@ def check_settings(config: CheckpointConfig, settings: TrainingSettings) -> None
             "the preset residual counts corrections of the head for each cluster: "
             "leave out --targets, --architecture and --conditioning"
         )
+
+
+def _check_lora(config: CheckpointConfig, settings: TrainingSettings, lora: Checkpoint) -> None:
+    if config.regime != "chameleon" or config.architecture != "paper" or settings.residual:
+        raise InputError(
+            "only a hypernetwork of architecture paper begins with a LoRA: "
+            "leave out --from-lora, --regime lora, --architecture shared or --preset residual"
+        )
+    if lora.config.regime != "lora":
+        raise InputError("--from-lora names a checkpoint of regime chameleon: train one with --regime lora")
+    for name in ("rank", "alpha", "targets"):
+        own, other = getattr(config, name), getattr(lora.config, name)
+        if own != other:
+            raise InputError(f"the LoRA to begin with has {name} {other}, not {own} as this training")
 
 
 def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
@@ -165,10 +187,12 @@ def _fingerprint(
     train_texts: list[str],
     validation_texts: list[str],
     vectors: tuple[FloatArray, FloatArray] | None,
+    lora: Checkpoint | None,
 ) -> str:
     """Return what must be equal for a training to continue. The number of epochs may change."""
     kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
     texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode())
     for part in vectors or ():
         texts.update(part.tobytes())
-    return json.dumps({"config": msgspec.to_builtins(config), "settings": kept, "texts": texts.hexdigest()})
+    made_of = {"config": msgspec.to_builtins(config), "settings": kept, "texts": texts.hexdigest()}
+    return json.dumps(made_of | ({"lora": lora.digest} if lora else {}))

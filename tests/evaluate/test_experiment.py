@@ -103,6 +103,17 @@ def test_what_is_trained_and_scored(finished: Run, mini: Checkpoint) -> None:
     assert len(finished.outcome.histories) == len(JOBS)
 
 
+def test_hypernetworks_begin_with_the_seeds_own_lora(start: Start, tmp_path: Path) -> None:
+    outcome = start(tmp_path / "work", seeds=2, from_lora=True, lr=0, lora_lrs=(2e-2,)).outcome
+    masked: dict[tuple[str, str], Any] = {
+        (s.variant, s.conditioning): s.nll for s in outcome.scored if s.trained == s.scored == "masked"
+    }
+    lora = masked["lora", "static"]
+    assert abs(lora[0] - lora[1]).max() > 1e-3
+    for variant, way in (("chameleon", "cohort_32"), ("chameleon", "shuffled"), ("chameleon-constant", "constant")):
+        assert masked[variant, way] == pytest.approx(lora, rel=1e-5)
+
+
 def test_the_map_of_the_test_texts(finished: Run, mini: Checkpoint) -> None:
     outcome = finished.outcome
     distances = ((outcome.embeddings[:, None] - outcome.centroids) ** 2).sum(-1)

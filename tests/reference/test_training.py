@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from chameleon_deploy.reference import corpus, fit, head_losses, inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
-from chameleon_deploy.reference.presets import PAPER, PRESETS, TrainingSettings
+from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, TrainingSettings
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.training import train_checkpoint
@@ -195,6 +197,71 @@ def test_dropout_is_of_the_training_alone(mini: Checkpoint, tmp_path: Path) -> N
         state = train_checkpoint(mini.trunk, config(), TRAIN, TRAIN, tmp_path / str(dropout), settings, quiet)
         (epoch,) = state.history
         assert (epoch["train_loss"] == pytest.approx(epoch["validation_loss"], rel=1e-6)) == (dropout == 0)
+
+
+@pytest.fixture(scope="module")
+def lora(mini: Checkpoint, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A LoRA of the trunk and the head, trained a little."""
+    out = tmp_path_factory.mktemp("lora") / "lora"
+    about = config(regime="lora", hidden_sizes=(), targets=choose_targets(mini.trunk, ["mlp", "lm_head"]))
+    train_checkpoint(mini.trunk, about, TRAIN[:40], HELD_OUT, out, settings_of(epochs=2, lr=1e-2), quiet)
+    return load_checkpoint(out, base=str(mini_path / "base"))
+
+
+def test_a_hypernetwork_begins_with_a_lora(mini: Checkpoint, mini_path: Path, lora: Checkpoint, tmp_path: Path) -> None:
+    about, texts = config(targets=lora.config.targets), (TRAIN[:40], HELD_OUT)
+    for name, lr in (("kept", 0), ("trained", 1e-3)):
+        settings = settings_of(epochs=1, lr=lr)
+        train_checkpoint(mini.trunk, about, *texts, tmp_path / name, settings, quiet, lora=lora)
+    kept, trained = (load_checkpoint(tmp_path / name, base=str(mini_path / "base")) for name in ("kept", "trained"))
+    for name, factor in lora.factors(kept.centroids).items():
+        assert factor.any(), name
+        assert torch.equal(kept.factors(kept.centroids)[name], factor), name
+        first, second, *_ = trained.factors(kept.centroids)[name]
+        assert not torch.equal(first, second), name  # the clusters differ after the first steps
+
+
+def test_another_lora_does_not_resume_a_training(mini: Checkpoint, lora: Checkpoint, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("epochs"):
+            raise KilledError
+
+    about, texts, out = config(targets=lora.config.targets), (TRAIN[:40], HELD_OUT), tmp_path / "out"
+    with pytest.raises(KilledError):
+        train_checkpoint(mini.trunk, about, *texts, out, settings_of(epochs=1), kill, lora=lora)
+    for other in (None, replace(lora, digest="another")):
+        with pytest.raises(InputError, match="other texts or settings"):
+            train_checkpoint(mini.trunk, about, *texts, out, settings_of(epochs=1), quiet, resume=True, lora=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "preset", "message"),
+    [
+        ({"regime": "lora", "hidden_sizes": ()}, "paper", "leave out --from-lora"),
+        ({"architecture": "shared"}, "paper", "leave out --from-lora"),
+        ({}, "residual", "leave out --from-lora"),
+        ({"rank": 2}, "paper", "has rank 4, not 2"),
+        ({"alpha": 0.5}, "paper", "has alpha 1.0, not 0.5"),
+        ({"targets": ("lm_head",)}, "paper", "has targets .*mlp.* not "),
+    ],
+)
+def test_a_lora_that_cannot_be_begun_with(
+    mini: Checkpoint, lora: Checkpoint, tmp_path: Path, changes: dict[str, Any], preset: PresetName, message: str
+) -> None:
+    about = config(**({"targets": lora.config.targets} | changes))
+    with pytest.raises(InputError, match=message):
+        train_checkpoint(
+            mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS[preset].training, quiet, lora=lora
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hypernetwork_is_no_lora_to_begin_with(mini: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="train one with --regime lora"):
+        train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings_of(), quiet, lora=mini)
 
 
 def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
