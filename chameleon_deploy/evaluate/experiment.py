@@ -47,7 +47,7 @@ from chameleon_deploy.reference.corpus import Split, encode_texts
 from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
-from chameleon_deploy.reference.training import fit_checkpoint
+from chameleon_deploy.reference.training import check_settings, check_start, fit_checkpoint
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 
@@ -133,6 +133,11 @@ def run_experiment(
         raise InputError(f"max_length {settings.max_length} exceeds the model's {trunk.max_positions} positions")
     if not all(texts):
         raise InputError("the training, validation and test texts are too few: one of the three has none")
+    for variant in VARIANTS:  # before the first training, which may take hours
+        config = checkpoint_config(variant, settings, trunk, base_model, protocols[0])
+        check_settings(config, settings.training)
+        if settings.from_lora and variant.regime == "chameleon":
+            check_start(config, settings.training)
     made_of = _fingerprint(trunk, texts, settings, protocols)
     with _work_directory(work, made_of):
         sides = {protocol: _side(trunk, protocol, texts, settings, work, report) for protocol in protocols}

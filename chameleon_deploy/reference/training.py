@@ -162,12 +162,17 @@ def check_settings(config: CheckpointConfig, settings: TrainingSettings, lora: C
         )
 
 
-def _check_lora(config: CheckpointConfig, settings: TrainingSettings, lora: Checkpoint) -> None:
+def check_start(config: CheckpointConfig, settings: TrainingSettings) -> None:
+    """Raise InputError for a training that cannot begin with any LoRA."""
     if config.regime != "chameleon" or config.architecture != "paper" or settings.residual:
         raise InputError(
             "only a hypernetwork of architecture paper begins with a LoRA: "
             "leave out --from-lora, --regime lora, --architecture shared or --preset residual"
         )
+
+
+def _check_lora(config: CheckpointConfig, settings: TrainingSettings, lora: Checkpoint) -> None:
+    check_start(config, settings)
     if lora.config.regime != "lora":
         raise InputError("--from-lora names a checkpoint of regime chameleon: train one with --regime lora")
     for name in ("rank", "alpha", "targets"):

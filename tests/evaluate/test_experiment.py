@@ -199,6 +199,8 @@ def test_what_cannot_be_compared(start: Start, tmp_path: Path) -> None:
         ("max_length 129 exceeds the model's 128 positions", TEXTS, {"max_length": 129}),
         ("too few", Split(*TEXTS[:2], []), {"max_length": 128}),
         ("too few", Split(TEXTS.train, [], TEXTS.test), {}),
+        ("leave out --from-lora", TEXTS, {"from_lora": True, "architecture": "shared"}),
+        ("leave out --targets", TEXTS, {"architecture": "shared", "residual": True}),
     ):
         with pytest.raises(InputError, match=message):
             start(tmp_path, texts, **settings)
