@@ -121,7 +121,7 @@ def main(
         architecture=chosen.architecture,
         conditioning_size=vectors[0].shape[1] if vectors else 0,
     )
-    lora = load_checkpoint(from_lora, trunk=trunk) if from_lora else None
+    lora = load_checkpoint(from_lora) if from_lora else None
     with console.progress() as report:
         state = train_checkpoint(
             trunk, config, train_texts, validation_texts, out, chosen.training, report, resume, vectors, lora

@@ -62,6 +62,8 @@ def train_checkpoint(
     if config.max_length > trunk.max_positions:
         raise InputError(f"max_length {config.max_length} exceeds the model's {trunk.max_positions} positions")
     check_settings(config, settings, lora)
+    if lora and lora.trunk is not trunk and lora.trunk.digest() != trunk.digest():
+        raise InputError("the LoRA to begin with was trained on another base model: pass that one as --base")
     sizes = {part.shape[1] for part in vectors} if vectors else {0}
     if sizes != {config.conditioning_size}:
         raise InputError(f"the texts have vectors of {sorted(sizes)} numbers, not of {config.conditioning_size}")

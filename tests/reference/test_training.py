@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -193,7 +194,7 @@ def test_the_residual_preset_is_of_the_head(mini: Checkpoint, tmp_path: Path) ->
 def test_dropout_is_of_the_training_alone(mini: Checkpoint, tmp_path: Path) -> None:
     # With a learning rate of zero, the losses of training and validation on the same texts differ by the dropout.
     for dropout in (0.0, 0.5):
-        settings = settings_of(epochs=1, lr=0, batch_size=len(TRAIN), dropout=dropout)
+        settings = settings_of(epochs=1, lr=0, batch_size=1000, dropout=dropout)
         state = train_checkpoint(mini.trunk, config(), TRAIN, TRAIN, tmp_path / str(dropout), settings, quiet)
         (epoch,) = state.history
         assert (epoch["train_loss"] == pytest.approx(epoch["validation_loss"], rel=1e-6)) == (dropout == 0)
@@ -257,6 +258,27 @@ def test_a_lora_that_cannot_be_begun_with(
             mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS[preset].training, quiet, lora=lora
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_of_another_base_is_not_begun_with(mini: Checkpoint, lora: Checkpoint, tmp_path: Path) -> None:
+    other = copy.deepcopy(mini.trunk)
+    other.head_weight.data[0, 0] += 1
+    about = config(targets=lora.config.targets)
+    with pytest.raises(InputError, match="another base model"):
+        train_checkpoint(other, about, TRAIN, HELD_OUT, tmp_path / "out", settings_of(), quiet, lora=lora)
+
+
+def test_the_command_begins_with_a_lora(mini_path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "texts.jsonl"
+    text.write_text("\n".join(f'{{"text": "line {number} of a text"}}' for number in range(40)))
+    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
+               "--max-length", "16", "--epochs", "1", "--clusters", "2"]  # fmt: skip
+    subprocess.run([*command, "--regime", "lora", "--lr", "0.01", "--out", str(tmp_path / "lora")], check=True)
+    begun = [*command, "--lr", "0", "--dropout", "0.1", "--from-lora", str(tmp_path / "lora")]
+    subprocess.run([*begun, "--out", str(tmp_path / "out")], check=True)
+    lora, network = (load_checkpoint(tmp_path / name) for name in ("lora", "out"))
+    for name, factor in lora.factors(network.centroids).items():
+        assert torch.equal(network.factors(network.centroids)[name], factor), name
 
 
 def test_a_hypernetwork_is_no_lora_to_begin_with(mini: Checkpoint, tmp_path: Path) -> None:
