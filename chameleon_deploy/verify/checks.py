@@ -145,9 +145,11 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate:
 def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
     """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`.
 
-    A reduced precision is gated with its own factors. With others its figures are reported and not limited.
+    A reduced precision, and an update of the trunk, whose attention amplifies rounding errors of an update that no
+    training made, are gated with their own factors. With others their figures are reported and not limited.
     """
-    if scale != 1.0 and gate.max_abs_logit is None:
+    of_trunk = not in_head_alone(reference.checkpoint.config.targets)
+    if scale != 1.0 and (gate.max_abs_logit is None or of_trunk):
         yield from (replace(check, limit=None) for check in _logit_checks(runtime, reference, rows, gate, scale))
     else:
         yield from _logit_checks(runtime, reference, rows, gate, scale)
