@@ -76,8 +76,8 @@ def verify(
     modes = runtime.manifest.adaptation.modes
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: check_logits(runtime, reference, everything, gate, 1.0),
-        # Information in a reduced precision, for which few texts do: reading is most of the work.
-        lambda: check_logits(runtime, reference, everything if gate.max_abs_logit else few, gate, 10.0),
+        # Information does with few texts: reading is most of the work.
+        lambda: check_logits(runtime, reference, everything if _is_limited(gate, reference, 10.0) else few, gate, 10.0),
         lambda: check_cache(runtime, reference, long, gate),
         lambda: check_batching(runtime, rows, gate),
         lambda: check_scores(runtime, few, gate),
@@ -143,16 +143,18 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate:
 
 
 def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
-    """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`.
+    """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
+    for check in _logit_checks(runtime, reference, rows, gate, scale):
+        yield check if _is_limited(gate, reference, scale) else replace(check, limit=None)
 
-    A reduced precision, and an update of the trunk, whose attention amplifies rounding errors of an update that no
-    training made, are gated with their own factors. With others their figures are reported and not limited.
+
+def _is_limited(gate: Gate, reference: RowLogits, scale: float) -> bool:
+    """Return whether `check_logits` has limits at this scale; without them its figures are information.
+
+    A checkpoint's own factors have them in every precision, other scales in fp32 and for updates of the head only:
+    attention amplifies the rounding errors of a trunk whose update is ten times the trained one.
     """
-    of_trunk = not in_head_alone(reference.checkpoint.config.targets)
-    if scale != 1.0 and (gate.max_abs_logit is None or of_trunk):
-        yield from (replace(check, limit=None) for check in _logit_checks(runtime, reference, rows, gate, scale))
-    else:
-        yield from _logit_checks(runtime, reference, rows, gate, scale)
+    return scale == 1.0 or (gate.max_abs_logit is not None and in_head_alone(reference.checkpoint.config.targets))
 
 
 def _logit_checks(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:

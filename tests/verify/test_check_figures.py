@@ -221,6 +221,17 @@ def test_logits_are_limited_with_a_precisions_own_factors(
     assert [check.limit for check in checks] == (limits if scale == 1 or precision == "fp32" else [None] * 5)
 
 
+def test_an_update_of_the_trunk_is_limited_with_its_own_factors(
+    runtime: Runtime, reference: RowLogits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "in_head_alone", lambda targets: False)
+    plant(monkeypatch, runtime, add(lambda rows: True))
+    assert "x1 factors: logits, max abs difference" in missed(parity.check_logits(runtime, reference, FEW, FP32, 1.0))
+    scaled_ten_times = list(parity.check_logits(runtime, reference, FEW, FP32, 10.0))
+    assert [check.limit for check in scaled_ten_times] == [None] * 5
+    assert scaled_ten_times[0].value > 5e-4  # reported all the same
+
+
 @pytest.mark.parametrize("width", [3, 100])
 def test_the_five_figures_of_the_gate(
     width: int, runtime: Runtime, reference: RowLogits, monkeypatch: pytest.MonkeyPatch
