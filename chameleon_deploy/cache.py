@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from chameleon_deploy import console, local_cache
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.local_cache import Stored
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.store import local_cache
+from chameleon_deploy.store.local_cache import Stored
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.table import Sheet
 
 DAY = 86_400  # seconds
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Annotated, Any, NoReturn
 
-from chameleon_deploy import __version__, console
-from chameleon_deploy.commands import COMMANDS
+from chameleon_deploy import __version__
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.commands import COMMANDS
 
 # console says what to install if typer is missing
 import typer  # isort: skip

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import Protocol
-from chameleon_deploy.manifest import LM_HEAD
+from chameleon_deploy.contract.bundle import Protocol
+from chameleon_deploy.contract.manifest import LM_HEAD
 from chameleon_deploy.reference.presets import PRESETS, Preset
-from chameleon_deploy.training_options import (
+from chameleon_deploy.reference.training_options import (
     Alpha,
     ArchitectureOption,
     BatchSize,
@@ -30,6 +29,7 @@ from chameleon_deploy.training_options import (
     Rank,
     Targets,
 )
+from chameleon_deploy.terminal import console
 
 if TYPE_CHECKING:
     from chameleon_deploy.evaluate.experiment import Outcome
@@ -115,9 +115,9 @@ def main(
     from chameleon_deploy.evaluate.experiment import PROTOCOLS, run_experiment
     from chameleon_deploy.evaluate.figures import figures
     from chameleon_deploy.evaluate.page import fill
-    from chameleon_deploy.html_page import Page
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.targets import choose_targets
+    from chameleon_deploy.terminal.html_page import Page
 
     torch.set_float32_matmul_precision(matmul_precision)
     trunk = load_trunk(base)
@@ -161,7 +161,7 @@ def _texts(
     With --text the validation texts come from the sample.
     """
     from chameleon_deploy.reference.corpus import Split, load_dataset_texts, sample_texts, split_texts
-    from chameleon_deploy.texts import read_texts, require_one_source
+    from chameleon_deploy.terminal.texts import read_texts, require_one_source
 
     require_one_source(text, dataset, {"--validation-text": validation_text, "--test-text": test_text})
     num_train, num_validation, num_test = samples

@@ -12,9 +12,9 @@ import numpy as np
 import typer
 
 import chameleon_deploy
-from chameleon_deploy import console
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.table import Sheet
 
 PROMPTS = {
     "prose": "The following expression is evaluated",

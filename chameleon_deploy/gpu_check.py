@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import Bundle, open_bundle
-from chameleon_deploy.console import CheckFailedError
+from chameleon_deploy.contract.bundle import Bundle, open_bundle
 from chameleon_deploy.errors import DependencyError, ProviderError
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.console import CheckFailedError
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.table import Sheet
 
 if TYPE_CHECKING:
     from chameleon_deploy.bench.peers import Peer
@@ -215,10 +215,10 @@ def main(
     opened = [open_bundle(path) for path in bundles]
     import torch
 
-    from chameleon_deploy import engines
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.runtime.device import engines
     from chameleon_deploy.runtime.providers import open_cuda, open_tensorrt
 
     checkpoint, device = load_checkpoint(reference, base), engines.current_device()

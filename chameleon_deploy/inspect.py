@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.table import Sheet
 
 
 def main(

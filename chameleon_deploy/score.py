@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 import chameleon_deploy
-from chameleon_deploy import console
-from chameleon_deploy.adapter_options import AdapterNames, adapters_of_texts
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime import Score
-from chameleon_deploy.table import Sheet
-from chameleon_deploy.texts import read_texts
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.adapter_options import AdapterNames, adapters_of_texts
+from chameleon_deploy.terminal.table import Sheet
+from chameleon_deploy.terminal.texts import read_texts
 
 
 def main(

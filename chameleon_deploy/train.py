@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.presets import PRESETS
-from chameleon_deploy.training_options import (
+from chameleon_deploy.reference.training_options import (
     Alpha,
     ArchitectureOption,
     BatchSize,
@@ -27,6 +26,7 @@ from chameleon_deploy.training_options import (
     Rank,
     Targets,
 )
+from chameleon_deploy.terminal import console
 
 
 def main(
@@ -133,7 +133,7 @@ def _conditioned_texts(
     regime: str, text: list[Path] | None, dataset: str | None, validation_text: list[Path] | None
 ) -> tuple[list[str], list[str], tuple[FloatArray, FloatArray]]:
     """Return the training and validation texts, and the vectors of each."""
-    from chameleon_deploy.texts import read_conditioned
+    from chameleon_deploy.terminal.texts import read_conditioned
 
     if regime == "lora" or dataset or not text or not validation_text:
         raise InputError("--conditioning given goes with a hypernetwork, --text FILE and --validation-text FILE")
@@ -146,7 +146,7 @@ def _texts(
 ) -> tuple[list[str], list[str]]:
     """Return the training and validation texts."""
     from chameleon_deploy.reference.corpus import load_dataset_texts, split_texts
-    from chameleon_deploy.texts import read_texts, require_one_source
+    from chameleon_deploy.terminal.texts import read_texts, require_one_source
 
     require_one_source(text, dataset, {"--validation-text": validation_text})
     if dataset:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import SignatureError
+from chameleon_deploy.terminal import console
 
 
 def main(

@@ -13,7 +13,7 @@ import msgspec
 from chameleon_deploy.bench.growth.curves import CURVES
 from chameleon_deploy.bench.growth.report import plot
 from chameleon_deploy.bench.growth.run import Growth, Measured
-from chameleon_deploy.html_page import Page
+from chameleon_deploy.terminal.html_page import Page
 
 
 def main(directory: Path, files: list[Path]) -> None:

@@ -29,10 +29,10 @@ import onnxruntime
 import torch
 from onnxscript import GraphBuilder
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import Bundle, open_bundle
+from chameleon_deploy.contract.bundle import Bundle, open_bundle
 from chameleon_deploy.runtime.device.cuda import ITEM_SIZES
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.table import Sheet
 
 READ_BYTES = 2**30
 MATRIX = 2048

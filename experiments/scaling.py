@@ -26,11 +26,11 @@ import numpy as np
 from scipy.optimize import nnls
 
 import chameleon_deploy
-from chameleon_deploy import console
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.serve.routing import choose
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.table import Sheet
 
 CHUNK = 128  # prompt tokens per iteration, as the server has it
 PROMPT, NEW_TOKENS = (16, 128), (16, 128)  # uniform between these

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Bundle, LimitsSpec, Role
-from chameleon_deploy.profiles import profiles
+from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, Role
 from chameleon_deploy.runtime import providers
 from chameleon_deploy.runtime.backend import DeviceBackend
 from chameleon_deploy.runtime.device.cuda import CudaDevice
 from chameleon_deploy.runtime.device.graph import DeviceGraph
+from chameleon_deploy.runtime.device.profiles import profiles
 from chameleon_deploy.runtime.device.tensorrt import EngineGraph
 from chameleon_deploy.runtime.session import CPU
 from tests.fake_cuda import FAKE_TENSORRT, FakeCudart, FakeEngine

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 import chameleon_deploy
-from chameleon_deploy import local_cache, remote
-from chameleon_deploy.adapter_file import read_adapter, write_adapter
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
+from chameleon_deploy.store import local_cache, remote
 from tests.ports import free_port
 from tests.shared_data import good_bundle
 

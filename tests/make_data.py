@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import LM_HEAD, Regime, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, Regime, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.export.int8.gptq import round_weights
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from chameleon_deploy.bundle import LM_HEAD, FloatArray, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, factor_names
 
 
 def random_rows(seed: int, batch: int, longest: int) -> list[list[int]]:

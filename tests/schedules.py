@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy import Runtime, Sampling, Stream
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.runtime.batch import open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.loop import Loop

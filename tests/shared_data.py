@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import ModelSpec, file_sha256
+from chameleon_deploy.contract.bundle import ModelSpec, file_sha256
 from chameleon_deploy.runtime.sampling import TokenCounts
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from tests.rows import head_factors

@@ -16,9 +16,10 @@ import msgspec
 import pytest
 import typer
 
-from chameleon_deploy import Runtime, Sampling, __version__, cli, console
-from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.commands import COMMANDS
+from chameleon_deploy import Runtime, Sampling, __version__, cli
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.commands import COMMANDS
 from tests.commands import run
 
 
@@ -112,7 +113,7 @@ def test_the_program_lists_its_commands_without_importing_them() -> None:
     code = (
         "import sys; sys.argv = ['chameleon-deploy', sys.argv[1]]\nfrom chameleon_deploy import cli\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "from chameleon_deploy.commands import COMMANDS\n"
+        "from chameleon_deploy.terminal.commands import COMMANDS\n"
         "print(sorted(name for name in COMMANDS if f'chameleon_deploy.{name}' in sys.modules), 'torch' in sys.modules)"
     )
     for option, shown in (("--help", COMMANDS), ("--version", [__version__])):

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from chameleon_deploy import console, errors
-from chameleon_deploy.commands import COMMANDS
+from chameleon_deploy import errors
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.commands import COMMANDS
 from chameleon_deploy.verify import checks, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
 

@@ -17,7 +17,7 @@ import pytest
 from chameleon_deploy import gpu_check
 from chameleon_deploy.bench import gpu_costs, workloads
 from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
-from chameleon_deploy.bundle import Mode, open_bundle
+from chameleon_deploy.contract.bundle import Mode, open_bundle
 from chameleon_deploy.errors import ProviderError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference

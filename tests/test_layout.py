@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from chameleon_deploy.terminal.commands import COMMANDS
 from tests.conftest import REPOSITORY
 
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sklearn", "typer", "rich")
@@ -20,8 +21,13 @@ def test_no_python_in_the_top_level_pipeline_directories(directory: str) -> None
     assert not list((REPOSITORY / directory).rglob("*.py"))
 
 
+def test_at_the_root_stand_the_public_surface_and_commands_alone() -> None:
+    modules = {file.stem for file in (REPOSITORY / "chameleon_deploy").glob("*.py")}
+    assert modules <= {"__init__", "errors", "machine", "directory", "cli", "demo", *COMMANDS}
+
+
 @pytest.mark.parametrize(
-    "statement", ["import chameleon_deploy", "import chameleon_deploy.runtime, chameleon_deploy.bundle"]
+    "statement", ["import chameleon_deploy", "import chameleon_deploy.runtime, chameleon_deploy.contract.bundle"]
 )
 def test_importing_the_library_loads_nothing_heavy(statement: str) -> None:
     code = f"{statement}\nimport sys\nprint(sorted({HEAVY!r} & sys.modules.keys()))".replace(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chameleon_deploy.bench.timing import Part
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from experiments.roofline import Roofline, Weights, measure_roofline, share_sheet
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chameleon_deploy import console
 from chameleon_deploy.bench import report
 from chameleon_deploy.bench.run import run
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS
-from chameleon_deploy.bundle import Precision
-from chameleon_deploy.console import CheckFailedError
+from chameleon_deploy.contract.bundle import Precision
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.console import CheckFailedError
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.adapter_options import AdapterDirectories, named_directories
-from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.terminal.console import CheckFailedError
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.table import Sheet
 
 if TYPE_CHECKING:
     from chameleon_deploy.bench.peers import Peer, Rows
@@ -182,8 +182,8 @@ def _case(
 
 
 def _seconds_of_loading(runtime: Runtime, base: AdaptedBase, directory: Path) -> float:
-    from chameleon_deploy.adapter_file import write_adapter
     from chameleon_deploy.bench.timing import median_seconds
+    from chameleon_deploy.contract.adapter_file import write_adapter
 
     file = directory / "adapter.safetensors"
     write_adapter(file, next(iter(base.adapters.values())), runtime.manifest.adaptation)

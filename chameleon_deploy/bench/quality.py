@@ -10,10 +10,10 @@ import torch
 
 from chameleon_deploy.bench.peers import Peer, Readable, Rows
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.texts import read_texts
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.texts import read_texts
 from chameleon_deploy.verify.logit_figures import LogitFigures
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from chameleon_deploy import console
 from chameleon_deploy.bench.peers import FROM_A_CLONE
 from chameleon_deploy.bench.run import Benchmark
 from chameleon_deploy.bench.timing import Timing
-from chameleon_deploy.html_page import Page
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.html_page import Page
+from chameleon_deploy.terminal.table import Sheet
 
 
 def timing_sheet(measured: Benchmark) -> Sheet:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from chameleon_deploy.bench.footprint import Footprint, measure_footprint
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS, Timing, measure
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from chameleon_deploy.bench.quality import Quality

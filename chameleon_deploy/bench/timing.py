@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chameleon_deploy.bench.processors import Processors, settle
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.terminal.progress import Progress
 
 NOISY = 0.10  # relative interquartile range of ratios above which more rounds are taken
 SHORT = 0.01  # seconds: ratios of shorter parts vary with the scheduler and cause no more rounds

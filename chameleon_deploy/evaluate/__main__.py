@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_deploy import console
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.terminal import console
 
 if TYPE_CHECKING:
     from chameleon_deploy.evaluate.scoring import Evaluation
@@ -81,7 +81,7 @@ def main(
 
 def _held_out(text: list[Path] | None, dataset: str | None) -> list[str]:
     from chameleon_deploy.reference.corpus import load_dataset_texts
-    from chameleon_deploy.texts import read_texts, require_one_source
+    from chameleon_deploy.terminal.texts import read_texts, require_one_source
 
     require_one_source(text, dataset, {})
     return load_dataset_texts(dataset, "test") if dataset else read_texts(text or [])
@@ -100,7 +100,7 @@ def _require_one_base(paths: list[Path], checkpoints: list[Checkpoint]) -> None:
 
 def _evaluate_all(checkpoints: list[Checkpoint], texts: list[str], batch_size: int) -> dict[str, list[Evaluation]]:
     """Evaluate, for each protocol, the base and every checkpoint. A protocol's hidden states are computed once."""
-    from chameleon_deploy.bundle import Protocol
+    from chameleon_deploy.contract.bundle import Protocol
     from chameleon_deploy.evaluate.scoring import evaluate
 
     protocols: tuple[Protocol, ...] = ("paper", "masked")
@@ -137,7 +137,7 @@ def _evaluate_bundle(
 
 
 def _require_equal(bundle: Path, reference: float, ours: float) -> None:
-    from chameleon_deploy.bundle import open_bundle
+    from chameleon_deploy.contract.bundle import open_bundle
     from chameleon_deploy.verify.gates import GATES
 
     difference, limit = abs(ours / reference - 1), GATES[open_bundle(bundle).manifest.precision].perplexity

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import Protocol
+from chameleon_deploy.contract.bundle import Protocol
 from chameleon_deploy.directory import locked_directory, write_whole
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import conditioning
@@ -40,7 +40,6 @@ from chameleon_deploy.evaluate.variants import (
     num_parameters,
     usual,
 )
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import Split, encode_texts
@@ -48,6 +47,7 @@ from chameleon_deploy.reference.losses import Losses, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
 from chameleon_deploy.reference.training import check_settings, check_start, fit_checkpoint
+from chameleon_deploy.terminal.progress import Progress
 
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "masked")
 

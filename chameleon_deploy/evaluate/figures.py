@@ -12,7 +12,7 @@ import numpy as np
 from chameleon_deploy.evaluate.experiment import Scored
 from chameleon_deploy.evaluate.scoring import bootstrap_change, seed_interval
 from chameleon_deploy.evaluate.variants import ConditioningName
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal.table import Sheet
 
 Interval = tuple[float, float]
 

@@ -19,7 +19,7 @@ from chameleon_deploy.evaluate.figures import (
     find,
     regime_sheet,
 )
-from chameleon_deploy.html_page import Page
+from chameleon_deploy.terminal.html_page import Page
 
 
 def fill(page: Page, outcome: Outcome, all_figures: Sequence[Figures], settings: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chameleon_deploy.bundle import Protocol
+from chameleon_deploy.contract.bundle import Protocol
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate.conditioning import Conditioning, cohort_mean, members_of
 from chameleon_deploy.reference.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import Protocol, Regime
+from chameleon_deploy.contract.bundle import Protocol, Regime
 from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.conditioning import Conditioning
 from chameleon_deploy.reference import hypernetwork

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.adapter_options import AdapterDirectories, named_directories
-from chameleon_deploy.bundle import MANIFEST, ParitySummary, Precision
-from chameleon_deploy.engines import import_tensorrt, target_device
+from chameleon_deploy.contract.bundle import MANIFEST, ParitySummary, Precision
+from chameleon_deploy.contract.provenance import read_signing_key
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.provenance import read_signing_key
+from chameleon_deploy.runtime.device.engines import import_tensorrt, target_device
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
 
 
 def main(
@@ -121,8 +121,8 @@ def export_adapter(bundle: Path, adapters: dict[str, Path], out: Path | None) ->
     """Write an adapter file for a finished bundle and others of the same base."""
     if out is None or out.suffix != ".safetensors" or len(adapters) != 1:
         raise InputError("with a BUNDLE pass one --adapter NAME=DIR and --out FILE.safetensors")
-    from chameleon_deploy.adapter_file import write_adapter
-    from chameleon_deploy.bundle import open_bundle
+    from chameleon_deploy.contract.adapter_file import write_adapter
+    from chameleon_deploy.contract.bundle import open_bundle
     from chameleon_deploy.reference.peft_lora import read_peft
 
     opened = open_bundle(bundle)

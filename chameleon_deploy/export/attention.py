@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, real
 
 

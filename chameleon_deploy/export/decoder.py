@@ -15,7 +15,7 @@ import msgspec
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec, StoredTensor, TargetSpec, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, ModelSpec, StoredTensor, TargetSpec, factor_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare

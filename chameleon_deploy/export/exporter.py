@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import (
+from chameleon_deploy.contract.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     AdaptationSpec,
@@ -25,17 +25,17 @@ from chameleon_deploy.bundle import (
     TensorSpec,
     file_sha256,
 )
+from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import token_embedding_of
 from chameleon_deploy.export.factors import adaptation_spec, parameter_counts, save_factors
 from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
-from chameleon_deploy.progress import Progress, silent
-from chameleon_deploy.provenance import SIGNATURE
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.source import Source
+from chameleon_deploy.terminal.progress import Progress, silent
 
 TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # recorded with their versions
 DTYPES: dict[Any, Any] = {

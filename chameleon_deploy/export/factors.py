@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from chameleon_deploy.bundle import AdaptationSpec, FloatArray, Parameters
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, Parameters
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set, num_parameters

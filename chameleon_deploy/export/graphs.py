@@ -13,7 +13,7 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import AdaptationSpec, ModelSpec, Precision, Role
+from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
@@ -33,10 +33,10 @@ from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
-from chameleon_deploy.progress import Progress, silent
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
+from chameleon_deploy.terminal.progress import Progress, silent
 
 CPU = ("cpu",)
 DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device

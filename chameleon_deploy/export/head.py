@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.graph import integer, integers, real
 from chameleon_deploy.export.low_rank import Factors
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.export.graph import FLOAT, OPSET, declare
 from chameleon_deploy.export.weights import WeightsFile, narrowed
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork, split_factors

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
 Factors = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]

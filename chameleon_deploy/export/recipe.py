@@ -8,9 +8,9 @@ from typing import Literal
 
 import msgspec
 
-from chameleon_deploy.bundle import LimitsSpec, ModelSpec, Precision, limits_fault
+from chameleon_deploy.contract.bundle import LimitsSpec, ModelSpec, Precision, limits_fault
+from chameleon_deploy.contract.manifest import Int64
 from chameleon_deploy.errors import RecipeError
-from chameleon_deploy.manifest import Int64
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chameleon_deploy import local_cache
-from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.engines import (
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.manifest import TensorSpec
+from chameleon_deploy.errors import EngineError, ProfileError
+from chameleon_deploy.runtime.device.engines import (
     AHEAD_OF_TIME,
     KIND,
     Device,
@@ -25,10 +26,9 @@ from chameleon_deploy.engines import (
     released_on_error,
     target_device,
 )
-from chameleon_deploy.errors import EngineError, ProfileError
-from chameleon_deploy.manifest import TensorSpec
-from chameleon_deploy.profiles import Profile, check_profile, profiles
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.runtime.device.profiles import Profile, check_profile, profiles
+from chameleon_deploy.store import local_cache
+from chameleon_deploy.terminal.progress import Progress
 
 
 def build_engines(path: Path, report: Progress) -> tuple[Path, Device]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.bundle import LM_HEAD, ModelSpec, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, ModelSpec, factor_names
 from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, subgraph, take_nodes
 from chameleon_deploy.export.head import FACTOR_IDS, HIDDEN_STATES
 from chameleon_deploy.export.weights import rows_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from chameleon_deploy.bundle import MANIFEST, open_bundle
+from chameleon_deploy.contract.bundle import MANIFEST, open_bundle
+from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError
-from chameleon_deploy.provenance import SIGNATURE
 
 MODEL = '''"""Needs chameleon-deploy[cpu] in the Python environment of tritonserver's backend."""
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray, StoredTensor
+from chameleon_deploy.contract.bundle import FloatArray, StoredTensor
 from chameleon_deploy.errors import TensorError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load

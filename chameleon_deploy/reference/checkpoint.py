@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, Protocol, Regime, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, Protocol, Regime, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file

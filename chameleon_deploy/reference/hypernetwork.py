@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import TargetSpec, factor_names
+from chameleon_deploy.contract.bundle import TargetSpec, factor_names
 
 DROPOUT = 0.5
 Factors = dict[str, Tensor]

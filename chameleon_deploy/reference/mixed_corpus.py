@@ -27,8 +27,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from chameleon_deploy import console
 from chameleon_deploy.errors import DependencyError, InputError, OutputExistsError
+from chameleon_deploy.terminal import console
 
 LANGUAGES = ("ar", "cs", "de", "el", "es", "fi", "fr", "he", "hi", "hu", "it", "ja", "ko", "nl", "pl", "pt_BR", "ru",
              "sv", "th", "tr", "uk", "vi", "zh_Hans")  # fmt: skip

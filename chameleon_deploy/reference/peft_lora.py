@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, FloatArray, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, factor_names
 from chameleon_deploy.errors import CheckpointError, TensorError
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"

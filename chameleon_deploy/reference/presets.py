@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from chameleon_deploy.manifest import LM_HEAD
+from chameleon_deploy.contract.manifest import LM_HEAD
 
 PresetName = Literal["paper", "residual"]
 Architecture = Literal["paper", "shared"]

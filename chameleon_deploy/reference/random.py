@@ -14,8 +14,7 @@ import msgspec
 import torch
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import LM_HEAD, Regime
+from chameleon_deploy.contract.bundle import LM_HEAD, Regime
 from chameleon_deploy.errors import OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
@@ -25,6 +24,7 @@ from chameleon_deploy.reference.presets import PAPER, Architecture
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+from chameleon_deploy.terminal import console
 
 # GPT-2: n_layer, n_embd, n_head
 SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chameleon_deploy.bundle import LM_HEAD, TargetSpec
+from chameleon_deploy.contract.bundle import LM_HEAD, TargetSpec
 from chameleon_deploy.errors import CheckpointError, InputError
 from chameleon_deploy.reference.families import LAYER_GROUPS
 from chameleon_deploy.reference.model import Trunk

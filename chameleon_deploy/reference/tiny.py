@@ -15,14 +15,14 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from chameleon_deploy import console
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference import corpus
 from chameleon_deploy.reference.checkpoint import CheckpointConfig
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import train_checkpoint
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.progress import Progress
 
 VOCAB_SIZE, POSITIONS, HIDDEN, LAYERS, HEADS = 2048, 256, 128, 5, 4
 END_OF_TEXT = "<|endoftext|>"

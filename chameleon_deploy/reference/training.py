@@ -13,10 +13,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsError
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_pieces
@@ -28,6 +27,7 @@ from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import TrainingSettings
 from chameleon_deploy.reference.residual import add_residual
 from chameleon_deploy.reference.targets import in_head_alone, target_specs
+from chameleon_deploy.terminal.progress import Progress
 
 
 def train_checkpoint(

@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy import console
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.terminal import console
 
 _TITLE = re.compile(r"^ = [^=].*[^=] = $")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import AdaptationSpec, FloatArray, IntArray, Mode
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray, Mode
+from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import is_sequence
-from chameleon_deploy.token_embedding import TokenEmbedding
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from chameleon_deploy.adapter_file import read_adapter
-from chameleon_deploy.bundle import Bundle, FloatArray
+from chameleon_deploy.contract.adapter_file import read_adapter
+from chameleon_deploy.contract.bundle import Bundle, FloatArray
+from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
 from chameleon_deploy.errors import AdapterError, InputError
-from chameleon_deploy.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
 from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, no_factors, stack_sets
 from chameleon_deploy.runtime.inputs import checked_path
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import Bundle, FloatArray, LimitsSpec, Role
+from chameleon_deploy.contract.bundle import Bundle, FloatArray, LimitsSpec, Role
 from chameleon_deploy.machine import usable_cores
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray

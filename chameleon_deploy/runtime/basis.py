@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray
-from chameleon_deploy.manifest import AdaptationSpec, basis_names, factor_names
-from chameleon_deploy.token_embedding import rotate
+from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.contract.manifest import AdaptationSpec, basis_names, factor_names
+from chameleon_deploy.contract.token_embedding import rotate
 
 
 def enter_basis(

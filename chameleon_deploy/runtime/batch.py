@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
 from chameleon_deploy.runtime.factors import RowFactors

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
-from chameleon_deploy.manifest import in_head
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.manifest import in_head
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.session import run
 

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable

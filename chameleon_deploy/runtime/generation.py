@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from chameleon_deploy.bundle import IntArray, ModelSpec
+from chameleon_deploy.contract.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors

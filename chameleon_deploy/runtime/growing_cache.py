@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, IntArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, IntArray, ModelSpec
 from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.logits import HostLogits

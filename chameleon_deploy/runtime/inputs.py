@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.errors import InputError, LengthError, TokenError
 
 MAX_THREADS = 1024  # ONNX Runtime needs minutes to start a million

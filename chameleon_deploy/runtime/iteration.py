@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime.generation import FinishReason
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray, IntArray
+from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import NumericError
 
 SOFTMAX_POSITIONS = 8  # positions at a time, whose logits fit into the processor's cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decoder import Decoder, parts
 from chameleon_deploy.runtime.factors import RowFactors
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chameleon_deploy.bundle import Bundle, Role
+from chameleon_deploy.contract.bundle import Bundle, Role
 from chameleon_deploy.errors import DependencyError, ProviderError
 from chameleon_deploy.runtime.backend import Backend, CpuBackend, DeviceBackend
 from chameleon_deploy.runtime.device.cuda import CudaDevice, import_cudart

@@ -11,10 +11,9 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy import remote
-from chameleon_deploy.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.contract.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.contract.provenance import TrustedKeys
 from chameleon_deploy.errors import InputError, ModeError
-from chameleon_deploy.provenance import TrustedKeys
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.adapters import Adapters, check_adapters
@@ -29,6 +28,7 @@ from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
+from chameleon_deploy.store import remote
 
 
 def load(

@@ -58,7 +58,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, NumericError
 from chameleon_deploy.runtime.sampling_settings import Sampling
 

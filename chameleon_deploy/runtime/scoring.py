@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decoder import Decoder

@@ -6,11 +6,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from chameleon_deploy.bundle import Bundle, GraphSpec
+from chameleon_deploy.contract.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
-from chameleon_deploy.local_cache import find_or_build
 from chameleon_deploy.machine import describe_processor
 from chameleon_deploy.runtime.inputs import check_threads
+from chameleon_deploy.store.local_cache import find_or_build
 
 ExecutionProvider = tuple[str, dict[str, str]]
 CPU: ExecutionProvider = ("CPUExecutionProvider", {})

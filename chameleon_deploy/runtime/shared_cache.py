@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, IntArray, Manifest
+from chameleon_deploy.contract.bundle import FloatArray, IntArray, Manifest
 from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decoder import pad, parts

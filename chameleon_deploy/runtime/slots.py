@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.bound_call import Array, BoundCall, Graph
 from chameleon_deploy.runtime.decoder import pad

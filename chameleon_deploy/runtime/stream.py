@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime.generation import Generation, Token
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray, IntArray, Mode
+from chameleon_deploy.contract.bundle import FloatArray, IntArray, Mode
 from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.adaptation import check_conditioning
 from chameleon_deploy.runtime.batch import Member, Prompt

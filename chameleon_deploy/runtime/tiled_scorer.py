@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.session import run
 

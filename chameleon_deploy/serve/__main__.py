@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import DependencyError
+from chameleon_deploy.terminal import console
 
 
 def main(

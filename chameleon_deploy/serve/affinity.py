@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
-from chameleon_deploy import remote
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError, InputError
 from chameleon_deploy.runtime.adaptation import assign, embed
 from chameleon_deploy.runtime.inputs import encode
@@ -20,6 +19,7 @@ from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
 from chameleon_deploy.serve.prompts import as_texts
 from chameleon_deploy.serve.routing import Routing
+from chameleon_deploy.store import remote
 
 
 class Affinity:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import Response
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ChameleonError, InputError, TokenError
 from chameleon_deploy.runtime import Generation, Sampling, Stream
 from chameleon_deploy.runtime.sampling import Choice

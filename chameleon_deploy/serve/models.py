@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from chameleon_deploy.bundle import Manifest, Mode, default_mode
+from chameleon_deploy.contract.bundle import Manifest, Mode, default_mode
 from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime.adapters import Adapters
 from chameleon_deploy.serve.errors import ApiError

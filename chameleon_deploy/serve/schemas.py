@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime.sampling_settings import MAX_LOGPROBS
 
 MAX_CHOICES = 128  # of one prompt

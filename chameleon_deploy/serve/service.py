@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, Mode
+from chameleon_deploy.contract.bundle import FloatArray, Mode
 from chameleon_deploy.runtime import Engine, Runtime
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys

@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as triton  # part of tritonserver
 
 import chameleon_deploy
-from chameleon_deploy.bundle import Mode, default_mode
+from chameleon_deploy.contract.bundle import Mode, default_mode
 from chameleon_deploy.errors import (
     ChameleonError,
     ClosedError,

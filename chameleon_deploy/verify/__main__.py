@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy import console
-from chameleon_deploy.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
 from chameleon_deploy.verify.report import check_sheet, require_passed
 from chameleon_deploy.verify.run import verify_bundle
 

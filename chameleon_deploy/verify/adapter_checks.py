@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from chameleon_deploy.bundle import AdaptationSpec, FloatArray
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray
 from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.checks import CAUGHT, UPDATES, Rows
 from chameleon_deploy.verify.faults import FAULTS, Fault, Stacks

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from chameleon_deploy.bundle import FloatArray, Mode
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.contract.bundle import FloatArray, Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import factor_set, factor_stacks
@@ -28,6 +27,7 @@ from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
+from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.verify.faults import FAULTS
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.logit_figures import (

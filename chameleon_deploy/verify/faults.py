@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chameleon_deploy.bundle import AdaptationSpec, factor_names
+from chameleon_deploy.contract.bundle import AdaptationSpec, factor_names
 
 Stacks = Mapping[str, Any]  # factor sets by tensor name: arrays of numpy or tensors of PyTorch
 Fault = Callable[[AdaptationSpec, Stacks], Stacks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.contract.bundle import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

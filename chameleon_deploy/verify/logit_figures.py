@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime import Score
 from chameleon_deploy.runtime.factors import RowFactors
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from chameleon_deploy.console import CheckFailedError
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal.console import CheckFailedError
+from chameleon_deploy.terminal.table import Sheet
 from chameleon_deploy.verify.gates import Check
 
 

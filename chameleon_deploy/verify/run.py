@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chameleon_deploy.bundle import Bundle, LimitsSpec, ParitySummary
+from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, ParitySummary
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.adapters import AdaptedBase
@@ -35,7 +35,7 @@ def verification_rows(checkpoint: Source, text: list[Path] | None, more: bool = 
     Raises InputError if the files have too little text.
     """
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-    from chameleon_deploy.texts import read_texts
+    from chameleon_deploy.terminal.texts import read_texts
 
     kinds = [read_texts(text)] if text else [python_texts(kind)[:100] for kind in KINDS]
     texts = _in_turn(kinds)  # so that a batch has several clusters
@@ -96,7 +96,7 @@ def verify_bundle(
 
     Returns the checks and the content of parity.json.
     """
-    from chameleon_deploy.bundle import default_mode, open_bundle
+    from chameleon_deploy.contract.bundle import default_mode, open_bundle
     from chameleon_deploy.reference.adapters import AdaptedBase
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.reference.targets import in_head_alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.verify.gates import Check
 

@@ -12,7 +12,7 @@ namespace chameleon {
 
 namespace {
 
-// The same lists and limits as in chameleon_deploy/onnx_operators.py, which says why.
+// The same lists and limits as in chameleon_deploy/contract/onnx_operators.py, which says why.
 const std::map<std::string_view, std::set<std::string_view>> kOperators = {
     {"",
      {"Abs",

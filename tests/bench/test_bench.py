@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
-from chameleon_deploy import Runtime, console
+from chameleon_deploy import Runtime
 from chameleon_deploy.bench import report
 from chameleon_deploy.bench.footprint import Footprint
 from chameleon_deploy.bench.peers import Peer, Rows, open_peers
@@ -32,6 +32,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
+from chameleon_deploy.terminal import console
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.page import Page

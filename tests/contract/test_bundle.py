@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import errors
-from chameleon_deploy.bundle import factor_names, open_bundle, start_opening
+from chameleon_deploy.contract.bundle import factor_names, open_bundle, start_opening
 from tests.damage import Damage, edit, reseal
 
 HEAD = {"name": "lm_head", "in_features": 64, "out_features": 512}

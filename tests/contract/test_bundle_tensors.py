@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from chameleon_deploy import bundle as implementation
-from chameleon_deploy.bundle import open_bundle, start_opening
+from chameleon_deploy.contract import bundle as implementation
+from chameleon_deploy.contract.bundle import open_bundle, start_opening
 from chameleon_deploy.errors import TensorError
 from tests.damage import edit, reseal
 from tests.shared_data import good_bundle

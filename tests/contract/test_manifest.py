@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import ChameleonError, ManifestError, PathError
-from chameleon_deploy.manifest import (
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.manifest import (
     LimitsSpec,
     Manifest,
     available_modes,
@@ -18,6 +17,7 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
+from chameleon_deploy.errors import ChameleonError, ManifestError, PathError
 from tests.damage import changed
 from tests.shared_data import good_bundle
 

@@ -12,15 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.errors import GraphError
-from chameleon_deploy.onnx_operators import (
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.onnx_operators import (
     MAX_EMBEDDED_BYTES,
     MAX_FILE_BYTES,
     MAX_VALUES,
     check_graph_file,
     check_model,
 )
+from chameleon_deploy.errors import GraphError
 from tests.damage import reseal
 from tests.shared_data import DATA, good_bundle
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.provenance import SIGNATURE, check_signature, read_signing_key
 from chameleon_deploy.errors import ChameleonError, DependencyError, InputError, SignatureError
-from chameleon_deploy.provenance import SIGNATURE, check_signature, read_signing_key
 from tests.browser import find_program
 from tests.commands import run
 from tests.shared_data import good_bundle, read, signed_bundle

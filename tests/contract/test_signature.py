@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from chameleon_deploy.contract.manifest import TensorSpec, parse_manifest
+from chameleon_deploy.contract.signature import check_graphs, difference
 from chameleon_deploy.errors import ManifestError
-from chameleon_deploy.manifest import TensorSpec, parse_manifest
-from chameleon_deploy.signature import check_graphs, difference
 from tests.shared_data import good_bundle
 
 GOOD = json.loads((good_bundle("chameleon_masked") / "bundle.json").read_text())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from chameleon_deploy.contract.token_embedding import Int8Rows, TokenEmbedding, rotate
 from chameleon_deploy.export import hadamard
-from chameleon_deploy.token_embedding import Int8Rows, TokenEmbedding, rotate
 
 RANDOM = np.random.default_rng(0)
 

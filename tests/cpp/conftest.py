@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy.bundle import Precision, Regime
+from chameleon_deploy.contract.bundle import Precision, Regime
 from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.bundle import LM_HEAD, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, factor_names
 from chameleon_deploy.runtime import Adaptation, Sampling
 from tests.cpp.c_interface import NativeRuntime
 from tests.rows import head_factors

@@ -17,7 +17,7 @@ from statistics import median
 
 import httpx
 
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from tests.cpp.c_interface import BUILD
 from tests.ports import free_port
 

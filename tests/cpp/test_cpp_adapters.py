@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
-from chameleon_deploy.adapter_file import read_adapter, write_adapter
+from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import load_checkpoint

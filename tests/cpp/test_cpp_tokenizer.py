@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from chameleon_deploy.bundle import FileSpec, Manifest, file_sha256
+from chameleon_deploy.contract.bundle import FileSpec, Manifest, file_sha256
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.tiny import train_tokenizer
 from tests.cpp.c_interface import NativeError, NativeRuntime

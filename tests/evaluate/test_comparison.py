@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from chameleon_deploy import compare
-from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.errors import ChameleonError, InputError, OutputError
 from chameleon_deploy.evaluate import __main__ as evaluate_command
 from chameleon_deploy.evaluate import experiment, variants
@@ -34,7 +33,6 @@ from chameleon_deploy.evaluate.figures import (
 )
 from chameleon_deploy.evaluate.page import fill
 from chameleon_deploy.evaluate.variants import VARIANTS, ConditioningName
-from chameleon_deploy.html_page import Page
 from chameleon_deploy.reference import hidden_states
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.corpus import Split, split_texts
@@ -42,6 +40,8 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
+from chameleon_deploy.terminal.console import CheckFailedError
+from chameleon_deploy.terminal.html_page import Page
 from tests import commands
 from tests.conftest import nearly
 

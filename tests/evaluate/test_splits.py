@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from chameleon_deploy import compare, train
-from chameleon_deploy.bundle import Protocol
+from chameleon_deploy.contract.bundle import Protocol
 from chameleon_deploy.evaluate import __main__ as evaluate
 from chameleon_deploy.evaluate import experiment
 from chameleon_deploy.evaluate.variants import VARIANTS

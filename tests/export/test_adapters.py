@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray, open_bundle
+from chameleon_deploy.contract.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.factors import adaptation_spec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
-from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.runtime import Runtime, bound_call
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets
+from chameleon_deploy.terminal.progress import silent
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, peft_logits, save_adapter
 from tests.devices import on_cpu
 

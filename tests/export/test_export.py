@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import chameleon_deploy
-from chameleon_deploy.bundle import LimitsSpec, open_bundle
+from chameleon_deploy.contract.bundle import LimitsSpec, open_bundle
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
-from chameleon_deploy.progress import silent
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
+from chameleon_deploy.terminal.progress import silent
 from tests.conftest import REPOSITORY, checkpoint_around
 from tests.logits import row_logits
 

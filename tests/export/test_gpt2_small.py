@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from chameleon_deploy.bench.footprint import measure_footprint
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 
 pytestmark = pytest.mark.gpt2_small
 

@@ -13,7 +13,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from chameleon_deploy import load
-from chameleon_deploy.bundle import Precision, open_bundle
+from chameleon_deploy.contract.bundle import Precision, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export import exporter
 from chameleon_deploy.export.exporter import export_bundle

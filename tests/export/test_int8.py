@@ -14,7 +14,7 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
-from chameleon_deploy.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
 from chameleon_deploy.export.families.gpt2 import GPT2
@@ -26,11 +26,11 @@ from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.weights import WeightsFile
-from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import verification_rows, verify_bundle

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.export import attention
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.families import llama as llama_graph

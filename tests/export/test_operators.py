@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import onnx
 
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.contract.bundle import Precision
+from chameleon_deploy.contract.onnx_operators import OPERATORS
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.onnx_operators import OPERATORS
 from chameleon_deploy.reference.checkpoint import Checkpoint
 
 

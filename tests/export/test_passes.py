@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.passes.flat_logits import flatten_logits

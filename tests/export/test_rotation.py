@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.export.exporter import model_spec
 from chameleon_deploy.export.families.llama import LLAMA
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
@@ -28,8 +28,8 @@ from chameleon_deploy.export.int8.calibration import (
 )
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk, turned_keys
-from chameleon_deploy.progress import silent
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.terminal.progress import silent
 from tests.rounding import nearest
 
 matrices = hypothesis.extra.numpy.arrays(

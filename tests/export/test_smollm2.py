@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import chameleon_deploy
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.contract.bundle import Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids

@@ -13,7 +13,7 @@ import torch
 from onnx import external_data_helper
 
 import chameleon_deploy
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference

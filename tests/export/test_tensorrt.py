@@ -16,15 +16,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from chameleon_deploy import engines, local_cache
-from chameleon_deploy.bundle import Precision, TensorSpec, open_bundle
-from chameleon_deploy.engines import Device, engine_graphs
+from chameleon_deploy.contract.bundle import Precision, TensorSpec, open_bundle
 from chameleon_deploy.errors import EngineError, OutputError, ProfileError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.tensorrt import build_engine, build_engines
-from chameleon_deploy.profiles import Profile, Range, profiles
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime.device import engines
+from chameleon_deploy.runtime.device.engines import Device, engine_graphs
+from chameleon_deploy.runtime.device.profiles import Profile, Range, profiles
+from chameleon_deploy.store import local_cache
 from tests.adapters import save_adapter
 
 TENSORRT = engines.import_tensorrt()
@@ -86,7 +87,7 @@ def test_decoders_with_adapters_of_the_trunk(
 
 
 def test_tampered_engines_are_built_again(bundle: Path) -> None:
-    """Other damage, and entries of other machines: test_local_cache.py and test_engines.py."""
+    """Other damage, and entries of other machines: test_local_cache.py and test_device_engines.py."""
     path, _ = build_engines(bundle, ignore)
     engine = path / "chooser.engine"
     whole = engine.read_bytes()
@@ -221,10 +222,10 @@ def test_ctrl_c_ends_a_build(bundle: Path) -> None:
     script = """
 import signal, sys
 from pathlib import Path
-from chameleon_deploy import engines
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.runtime.device import engines
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.export.tensorrt import build_engine
-from chameleon_deploy.profiles import profiles
+from chameleon_deploy.runtime.device.profiles import profiles
 
 def interrupt(what, done, total):
     if done > 100:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import DigestError, OutputExistsError
 from chameleon_deploy.export.triton import write_repository
 from tests.commands import run

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.reference.hypernetwork import (
     FactorModule,
     Hypernetwork,

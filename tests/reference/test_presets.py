@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chameleon_deploy import compare
 from chameleon_deploy import train as train_command
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import variants
 from chameleon_deploy.evaluate.experiment import run_experiment

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import (
     ChameleonError,
     CheckpointError,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from chameleon_deploy.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import InputError, OutputExistsError
 from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
 from chameleon_deploy.reference import corpus, fit, head_losses, inference
@@ -27,7 +27,7 @@ from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, Train
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.training import train_checkpoint
-from chameleon_deploy.texts import read_conditioned
+from chameleon_deploy.terminal.texts import read_conditioned
 from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.wikitext import main, read_articles, split_articles
-from chameleon_deploy.texts import read_texts
+from chameleon_deploy.terminal.texts import read_texts
 
 TEXT = """ \n = First = \n \n It begins . \n \n = = Section = = \n \n It goes on .\n = = = Deeper = = = \n
  = Empty = \n \n = Second = \n \n x = y = z holds . \n

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_deploy import Engine, Generation, Runtime, Sampling, load
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 
 # Answers a request, which its number says.
 Service = Callable[[int], list[str]]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chameleon_deploy.bundle import AdaptationSpec, TargetSpec
+from chameleon_deploy.contract.bundle import AdaptationSpec, TargetSpec
+from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.adaptation import (
     assign,
@@ -19,7 +20,6 @@ from chameleon_deploy.runtime.adaptation import (
     distinct,
     embed,
 )
-from chameleon_deploy.token_embedding import TokenEmbedding
 
 VOCAB_SIZE, HIDDEN, EOS = 7, 3, 2
 TABLE = np.random.default_rng(0).standard_normal((VOCAB_SIZE, HIDDEN)).astype(np.float32)

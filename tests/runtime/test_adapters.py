@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.adapter_file import read_adapter, write_adapter
+from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, TensorError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted

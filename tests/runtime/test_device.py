@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_deploy import Engine, Runtime, Sampling
-from chameleon_deploy.bundle import Bundle, LimitsSpec, open_bundle
+from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, open_bundle
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, LengthError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint

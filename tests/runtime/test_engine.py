@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from chameleon_deploy import Engine, Generation, Runtime, Sampling, Stream
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import (
     ClosedError,
     FactorsError,

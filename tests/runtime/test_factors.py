@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chameleon_deploy.bundle import AdaptationSpec, TargetSpec
+from chameleon_deploy.contract.bundle import AdaptationSpec, TargetSpec
 from chameleon_deploy.errors import FactorsError
 from chameleon_deploy.runtime.factors import FactorSets, check_factors, no_factors, stack_sets
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
 from chameleon_deploy.runtime.generation import Generation, Row, Token, begin_rows
 from chameleon_deploy.runtime.sampling import Choice, Sampler

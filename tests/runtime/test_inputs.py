@@ -12,7 +12,7 @@ from tokenizers import processors
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError, InputError, LengthError, TokenError
 from chameleon_deploy.runtime.inputs import (
     MAX_ROWS,

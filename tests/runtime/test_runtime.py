@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import chameleon_deploy
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.bundle import Mode, factor_names
+from chameleon_deploy.contract.bundle import Mode, factor_names
 from chameleon_deploy.errors import (
     ChameleonError,
     FactorsError,

@@ -15,7 +15,7 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy import Engine, Runtime, Sampling
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import (
     GraphError,
     InputError,

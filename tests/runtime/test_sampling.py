@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, NumericError, TokenError
 from chameleon_deploy.runtime import sampling as implementation
 from chameleon_deploy.runtime.sampling import Sampler, TokenCounts, choose, log_probabilities, uniform

@@ -12,13 +12,13 @@ import onnx
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy import bundle as bundle_module
-from chameleon_deploy.bundle import FileSpec, file_sha256
+from chameleon_deploy.contract import bundle as bundle_module
+from chameleon_deploy.contract.bundle import FileSpec, file_sha256
 from chameleon_deploy.errors import DigestError, GraphError, OutputError, ProviderError
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.local_cache import ENTRY
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime import session
+from chameleon_deploy.store.local_cache import ENTRY
 
 TEXTS = ["the cache", "is shared by", "several processes"]
 

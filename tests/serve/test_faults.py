@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from chameleon_deploy import Sampling
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.serve import endpoint

@@ -12,7 +12,7 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.adapter_file import write_adapter
+from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import chameleon_deploy
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from tests.ray_cluster import Cluster, wait_for
 from tests.ray_load import TOKENS, Answer, connect, stream
 

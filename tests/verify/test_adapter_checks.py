@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import AdaptationSpec
+from chameleon_deploy.contract.bundle import AdaptationSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, load_adapted
@@ -77,7 +77,7 @@ def _one_layer_of_zeros(spec: AdaptationSpec, stacks: Any) -> Any:
 def test_wrong_factors_in_the_bundle_are_caught(
     fault: Callable[[AdaptationSpec, Any], Any], path: Path, adapted: AdaptedBase, copy_of: Callable[[Path], Path]
 ) -> None:
-    from chameleon_deploy.bundle import open_bundle
+    from chameleon_deploy.contract.bundle import open_bundle
 
     damaged = copy_of(path)
     stacks = load_file(damaged / "lora.safetensors")

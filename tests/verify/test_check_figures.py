@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import FloatArray, Mode, Precision
+from chameleon_deploy.contract.bundle import FloatArray, Mode, Precision
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits

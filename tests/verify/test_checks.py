@@ -19,7 +19,7 @@ import torch
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Mode, Precision, open_bundle
+from chameleon_deploy.contract.bundle import Mode, Precision, open_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
@@ -439,7 +439,7 @@ def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path) -> None
         "import sys, chameleon_deploy.verify.gates as p\n"
         "from dataclasses import replace\n"
         "p.GATES['fp32'] = replace(p.GATES['fp32'], kl_mean=-1.0)\n"
-        "from chameleon_deploy import console\n"
+        "from chameleon_deploy.terminal import console\n"
         "from chameleon_deploy.export.__main__ import main\n"
         "console.run(main)"
     )

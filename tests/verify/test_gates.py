@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from chameleon_deploy.bundle import Precision
+from chameleon_deploy.contract.bundle import Precision
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, accept, gate_of
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -12,7 +12,7 @@ import pytest
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.bundle import Mode, Precision
+from chameleon_deploy.contract.bundle import Mode, Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from chameleon_deploy import console
 from chameleon_deploy.bench.growth import report
 from chameleon_deploy.bench.growth.curves import CURVES, CurveName
 from chameleon_deploy.bench.growth.run import measure_growth
-from chameleon_deploy.bundle import open_bundle
-from chameleon_deploy.html_page import Page
+from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.html_page import Page
 
 
 def main(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chameleon_deploy import console
 from chameleon_deploy.bench.growth.curves import CURVES, CurveName
 from chameleon_deploy.bench.growth.run import Growth, Measured
-from chameleon_deploy.html_page import Page
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.html_page import Page
+from chameleon_deploy.terminal.table import Sheet
 
 TITLES = {
     CurveName.BATCH: "Batch: prompts of 128 tokens",

@@ -16,10 +16,10 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from chameleon_deploy.bench.growth.curves import CurveName, Point, points
-from chameleon_deploy.bundle import open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.machine import describe_machine
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.terminal.progress import Progress
 
 LONG = 4.0  # seconds: of so long a generation the first one is a sample too, and there is one more at most
 PAUSE = 0.3  # seconds before a sample, for the threads of the engine before it to stop spinning

@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 import chameleon_deploy
-from chameleon_deploy import Runtime, console
+from chameleon_deploy import Runtime
 from chameleon_deploy.bench.load import comparison, report
 from chameleon_deploy.bench.load.figures import Figures, summarize
 from chameleon_deploy.bench.load.http import HttpTarget
@@ -25,10 +25,11 @@ from chameleon_deploy.bench.load.requests import (
     read_requests,
 )
 from chameleon_deploy.bench.load.traffic import Record, Steps, Target, closed_loop, open_loop
-from chameleon_deploy.console import CheckFailedError
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.html_page import Page
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.console import CheckFailedError
+from chameleon_deploy.terminal.html_page import Page
 
 ANY_VOCABULARY = 256  # ids that every model has
 

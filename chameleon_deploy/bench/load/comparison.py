@@ -20,8 +20,8 @@ from chameleon_deploy.bench.load.in_process import EngineTarget, StaticTarget, m
 from chameleon_deploy.bench.load.requests import Request, poisson_arrivals, random_requests
 from chameleon_deploy.bench.load.traffic import Target, closed_loop, open_loop
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.table import Sheet
 
 LOAD = 0.7  # of the engine's capacity, under Poisson arrivals
 TIMEOUT = 600.0  # seconds per request

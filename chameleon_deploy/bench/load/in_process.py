@@ -12,7 +12,7 @@ from typing import cast
 from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.bench.load.requests import Request
 from chameleon_deploy.bench.load.traffic import Record, Steps
-from chameleon_deploy.bundle import Mode
+from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime.generation import Token
 from chameleon_deploy.runtime.iteration import Iteration

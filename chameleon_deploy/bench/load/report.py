@@ -14,8 +14,8 @@ from chameleon_deploy.bench.load.figures import (
     inter_token_seconds,
 )
 from chameleon_deploy.bench.load.traffic import Record
-from chameleon_deploy.html_page import Page
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal.html_page import Page
+from chameleon_deploy.terminal.table import Sheet
 
 
 def latency_sheet(figures: Figures) -> Sheet:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import factor_names
+from chameleon_deploy.contract.bundle import factor_names
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import ReferenceAdaptation
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.peers.adapted import AdaptedLayers
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.bundle import LM_HEAD, Mode
+from chameleon_deploy.contract.bundle import LM_HEAD, Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 

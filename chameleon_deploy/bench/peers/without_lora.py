@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from chameleon_deploy.bench.peers.bundle import Bundle
-from chameleon_deploy.bundle import Role
+from chameleon_deploy.contract.bundle import Role
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.backend import CpuBackend
 from chameleon_deploy.runtime.session import import_onnxruntime

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights
 from chameleon_deploy.reference.model import Trunk

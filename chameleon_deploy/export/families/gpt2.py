@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
 from chameleon_deploy.export.families.family import (
     Family,

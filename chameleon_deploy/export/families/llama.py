@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.attention import attention, attention_bias
 from chameleon_deploy.export.families.family import (
     Family,

@@ -8,17 +8,17 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import AdaptationSpec, ModelSpec
+from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import INT8_MAX, KEY_MARGIN, MARGIN, Extremes, Statistics, calibrate
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.adapters import AdaptedBase, Factors, adapted
 from chameleon_deploy.reference.hypernetwork import factor_set
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.terminal.progress import Progress
 
 
 def calibrate_with_factors(

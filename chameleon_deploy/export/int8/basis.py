@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import LM_HEAD, FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, ModelSpec
+from chameleon_deploy.contract.manifest import basis_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
@@ -28,7 +29,6 @@ from chameleon_deploy.export.int8.calibration import (
     steps_of,
     value_centre_and_steps,
 )
-from chameleon_deploy.manifest import basis_names
 from chameleon_deploy.reference.model import Trunk
 
 SMALLEST = 1e-6  # of a norm's weight, as a share of the largest: its bias is divided by it

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.graph import FLOAT, constant, integer, integers, subgraph, take_nodes
 
 MICROSOFT = "com.microsoft"

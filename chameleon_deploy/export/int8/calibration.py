@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Layer, bias_of
 from chameleon_deploy.export.hadamard import rotate
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.texts import read_texts
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.texts import read_texts
 
 TEXTS = slice(100, 106)  # of each kind of Python's text; `verify` uses the hundred before
 LONG = 12, 512  # how many long texts, and the tokens of each

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear
 from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.export.int8.calibration import INT8_MAX
-from chameleon_deploy.progress import Progress
 from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.terminal.progress import Progress
 
 TEXTS, TOKENS = 8, 256  # at most, of each
 SHARE = 0.2  # of all multiplications with weights that may be done twice

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon_deploy.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Linear, bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import FLOAT, constant, integers
 from chameleon_deploy.export.int8.calibration import INT8_MAX

@@ -23,7 +23,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 from torch import Tensor
 
-from chameleon_deploy.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
@@ -32,7 +32,7 @@ from chameleon_deploy.export.int8.calibration import Statistics
 from chameleon_deploy.export.int8.gptq import column_scales, round_weights
 from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
-from chameleon_deploy.progress import Progress
+from chameleon_deploy.terminal.progress import Progress
 
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from chameleon_deploy.contract.manifest import in_head
 from chameleon_deploy.export.graph import INT64
 from chameleon_deploy.export.low_rank import COLUMN_IDS
-from chameleon_deploy.manifest import in_head
 
 
 def flatten_factors(decoder: ir.Model) -> int:

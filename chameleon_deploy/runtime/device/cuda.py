@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.engines import require_driver
 from chameleon_deploy.errors import DependencyError, DeviceError, ProviderError
+from chameleon_deploy.runtime.device.engines import require_driver
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4, "int64": 8}  # bytes
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_deploy.bundle import GraphSpec
+from chameleon_deploy.contract.bundle import GraphSpec
 from chameleon_deploy.errors import DeviceError, GraphError
 from chameleon_deploy.runtime.device.cuda import DeviceArray
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.bundle import FloatArray, IntArray
+from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.device.cuda import DeviceArray
 from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph

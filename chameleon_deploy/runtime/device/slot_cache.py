@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray, IntArray, LimitsSpec, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray, IntArray, LimitsSpec, ModelSpec
 from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.device.cuda import ITEM_SIZES, CudaDevice, DeviceArray

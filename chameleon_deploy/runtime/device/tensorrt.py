@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from chameleon_deploy import engines
-from chameleon_deploy.bundle import Bundle, GraphSpec, Role
+from chameleon_deploy.contract.bundle import Bundle, GraphSpec, Role
 from chameleon_deploy.errors import DeviceError, GraphError, InputError, ProviderError
+from chameleon_deploy.runtime.device import engines
 from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph, check_tensors
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ray import serve
 
-from chameleon_deploy import remote
 from chameleon_deploy.errors import RequestError
 from chameleon_deploy.serve.app import build
 from chameleon_deploy.serve.service import Service, Settings
+from chameleon_deploy.store import remote
 
 Message = MutableMapping[str, Any]  # of ASGI
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from chameleon_deploy.bundle import FileSpec, file_sha256
+from chameleon_deploy.contract.bundle import FileSpec, file_sha256
 from chameleon_deploy.directory import MARKER, lock, new_directory
 from chameleon_deploy.errors import OutputError, PathError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from chameleon_deploy.bundle import GraphSpec, Manifest, TensorSpec
+from chameleon_deploy.contract.bundle import GraphSpec, Manifest, TensorSpec
 from chameleon_deploy.errors import ProfileError
 
 PREFILL, DECODE = 0, 1  # the profiles of a decoder's engine, by index; other engines have one

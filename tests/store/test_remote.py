@@ -23,8 +23,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import chameleon_deploy
-from chameleon_deploy import local_cache, remote
-from chameleon_deploy.bundle import MANIFEST, open_bundle
+from chameleon_deploy.contract.bundle import MANIFEST, open_bundle
+from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.errors import (
     BundleNotFoundError,
     ChameleonError,
@@ -34,7 +34,7 @@ from chameleon_deploy.errors import (
     ManifestError,
     MissingFileError,
 )
-from chameleon_deploy.provenance import SIGNATURE
+from chameleon_deploy.store import local_cache, remote
 from tests.commands import run
 
 WEIGHTS = "weights.bin"
@@ -201,7 +201,7 @@ def test_a_killed_download_is_resumed(copy: Path, bundle: Path, tmp_path: Path) 
             get(self)
 
         handler.do_GET = slowly  # type: ignore[method-assign]
-        code = f"from chameleon_deploy import remote; remote.BLOCK = 20_000; remote.fetch({url!r})"
+        code = f"from chameleon_deploy.store import remote; remote.BLOCK = 20_000; remote.fetch({url!r})"
         process = subprocess.Popen([sys.executable, "-c", code])
         while not any(file.name == WEIGHTS and file.stat().st_size > 40_000 for file in _partial_files()):
             assert process.poll() is None

@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import AdapterError, TensorError
-from chameleon_deploy.manifest import AdaptationSpec, factor_names
 
 FORMAT, FORMAT_VERSION = "chameleon-adapter", "1"
 MAX_RANK = 1024  # every layer is padded to the largest rank of a call

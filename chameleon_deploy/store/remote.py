@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
-from chameleon_deploy import local_cache
-from chameleon_deploy.bundle import FileSpec, Manifest, file_sha256
+from chameleon_deploy.contract.bundle import FileSpec, Manifest, file_sha256
+from chameleon_deploy.contract.manifest import MANIFEST, parse_manifest
+from chameleon_deploy.contract.provenance import SIGNATURE, SIGNATURE_BYTES
 from chameleon_deploy.errors import (
     BundleNotFoundError,
     ChameleonError,
@@ -30,15 +31,14 @@ from chameleon_deploy.errors import (
     ManifestError,
     MissingFileError,
 )
-from chameleon_deploy.manifest import MANIFEST, parse_manifest
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.provenance import SIGNATURE, SIGNATURE_BYTES
+from chameleon_deploy.store import local_cache
 
 BUNDLES = "bundles"  # the kind of these entries in the local cache
 SCHEMES = ("s3", "gs", "hf", "https", "http")
 BLOCK = 8 * 2**20  # bytes of one request
 MAX_MANIFEST = 16 * 2**20  # bytes
 MB = 1_000_000
+Report = Callable[[str, int, int], None]  # see terminal/progress.py, which stands above this folder
 _log = logging.getLogger(__name__)
 
 
@@ -47,12 +47,12 @@ def is_url(path: object) -> TypeGuard[str]:
     return isinstance(path, str) and "://" in path
 
 
-def local(bundle: str, progress: Progress | None = None) -> Path:
+def local(bundle: str, progress: Report | None = None) -> Path:
     """Return the directory of a bundle that is given by its path or its URL, see `fetch`."""
     return fetch(bundle, progress) if is_url(bundle) else Path(bundle)
 
 
-def fetch(url: str, progress: Progress | None = None) -> Path:
+def fetch(url: str, progress: Report | None = None) -> Path:
     """Return the directory of a bundle in the local cache; download it if it is not there.
 
     url       of the directory that holds bundle.json. fsspec reads it, with the credentials of its protocol's library
@@ -119,7 +119,7 @@ def _newest(url: str, error: DownloadError) -> Path:
     raise error
 
 
-def _download(files: _Storage, manifest: Manifest, directory: Path, progress: Progress | None) -> None:
+def _download(files: _Storage, manifest: Manifest, directory: Path, progress: Report | None) -> None:
     """Bring every file of a manifest into a directory that may hold some of them, or parts."""
     total = sum(spec.size for spec in manifest.files.values())
     before = 0

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_deploy import engines, local_cache
-from chameleon_deploy.bundle import Bundle, LimitsSpec, Manifest, open_bundle
-from chameleon_deploy.engines import Device
+from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, Manifest, open_bundle
 from chameleon_deploy.errors import DependencyError, ProfileError, ProviderError
-from chameleon_deploy.profiles import DECODE, PREFILL, Profile, Range, check_profile, profiles
+from chameleon_deploy.runtime.device import engines
+from chameleon_deploy.runtime.device.engines import Device
+from chameleon_deploy.runtime.device.profiles import DECODE, PREFILL, Profile, Range, check_profile, profiles
+from chameleon_deploy.store import local_cache
 from tests.shared_data import good_bundle
 
 MANIFEST: Manifest = open_bundle(good_bundle("chameleon_masked")).manifest
@@ -35,7 +36,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_loads_no_tensorrt_and_no_cuda() -> None:
     code = (
-        "import sys, chameleon_deploy.engines; print(sorted({'tensorrt', 'tensorrt_rtx', 'cuda'} & set(sys.modules)))"
+        "import sys, chameleon_deploy.runtime.device.engines\n"
+        "print(sorted({'tensorrt', 'tensorrt_rtx', 'cuda'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
-from chameleon_deploy import remote
-from chameleon_deploy.commands import OPTION_GROUPS
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import ChameleonError, OutputError
-from chameleon_deploy.progress import Progress
-from chameleon_deploy.table import UNLIMITED, Sheet
+from chameleon_deploy.store import remote
+from chameleon_deploy.terminal.commands import OPTION_GROUPS
+from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.terminal.table import UNLIMITED, Sheet
 
 try:
     import typer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import DependencyError
-from chameleon_deploy.table import Sheet, is_number
+from chameleon_deploy.terminal.table import Sheet, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from chameleon_deploy.errors import ManifestError
-from chameleon_deploy.manifest import (
+from chameleon_deploy.contract.manifest import (
     LM_HEAD,
     AdaptationSpec,
     ElementType,
@@ -16,6 +15,7 @@ from chameleon_deploy.manifest import (
     TensorSpec,
     in_head,
 )
+from chameleon_deploy.errors import ManifestError
 
 Dimension = int | str
 Signature = tuple[list[TensorSpec], list[TensorSpec]]  # inputs, outputs

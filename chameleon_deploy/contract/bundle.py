@@ -19,17 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from chameleon_deploy.errors import (
-    BundleChangedError,
-    BundleNotFoundError,
-    DigestError,
-    ManifestError,
-    MissingFileError,
-    PathError,
-    TensorError,
-    UnknownFileError,
-)
-from chameleon_deploy.manifest import (
+from chameleon_deploy.contract.manifest import (
     FORMAT,
     FORMAT_VERSION,
     LM_HEAD,
@@ -57,10 +47,20 @@ from chameleon_deploy.manifest import (
     limits_fault,
     parse_manifest,
 )
-from chameleon_deploy.onnx_operators import check_graph_file
-from chameleon_deploy.provenance import SIGNATURE, TrustedKeys, check_signature
-from chameleon_deploy.signature import check_graphs
-from chameleon_deploy.token_embedding import Int8Rows, TokenEmbedding
+from chameleon_deploy.contract.onnx_operators import check_graph_file
+from chameleon_deploy.contract.provenance import SIGNATURE, TrustedKeys, check_signature
+from chameleon_deploy.contract.signature import check_graphs
+from chameleon_deploy.contract.token_embedding import Int8Rows, TokenEmbedding
+from chameleon_deploy.errors import (
+    BundleChangedError,
+    BundleNotFoundError,
+    DigestError,
+    ManifestError,
+    MissingFileError,
+    PathError,
+    TensorError,
+    UnknownFileError,
+)
 
 # The manifest's types are part of the contract: modules that need both import them from here.
 __all__ = [

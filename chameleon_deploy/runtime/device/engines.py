@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from chameleon_deploy import local_cache
-from chameleon_deploy.bundle import Bundle, Manifest
+from chameleon_deploy.contract.bundle import Bundle, Manifest
 from chameleon_deploy.errors import DependencyError, ProviderError
-from chameleon_deploy.profiles import profiles
+from chameleon_deploy.runtime.device.profiles import profiles
+from chameleon_deploy.store import local_cache
 
 P = ParamSpec("P")
 R = TypeVar("R")

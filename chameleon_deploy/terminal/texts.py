@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError
 
 

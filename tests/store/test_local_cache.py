@@ -12,7 +12,7 @@ import pytest
 
 from chameleon_deploy.directory import MARKER
 from chameleon_deploy.errors import OutputError, PathError
-from chameleon_deploy.local_cache import ENTRY, cache_root, entry_path, find, find_or_build, prune, stored
+from chameleon_deploy.store.local_cache import ENTRY, cache_root, entry_path, find, find_or_build, prune, stored
 
 KEY = {"bundle": "ab" * 32, "device": "a GPU", "version": "1.2"}
 

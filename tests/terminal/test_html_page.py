@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from chameleon_deploy.errors import DependencyError
-from chameleon_deploy.html_page import Page
-from chameleon_deploy.table import Sheet
+from chameleon_deploy.terminal.html_page import Page
+from chameleon_deploy.terminal.table import Sheet
 from tests import page as reader
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' \N{SNOWMAN}"

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from chameleon_deploy.evaluate.figures import checkpoint_sheets
-from chameleon_deploy.table import UNLIMITED, Sheet, is_number
+from chameleon_deploy.terminal.table import UNLIMITED, Sheet, is_number
 from chameleon_deploy.verify.gates import Check
 from chameleon_deploy.verify.report import check_sheet
 

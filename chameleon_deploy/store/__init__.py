@@ -1,0 +1,1 @@
+"""What this machine keeps: the local cache and downloaded bundles."""
