@@ -16,6 +16,7 @@ runtime and are checked by both; who changes the semantics runs this again and r
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import shutil
 import sys
@@ -611,6 +612,23 @@ def hostile_models() -> dict[str, bytes]:
     outside.data_location = TensorProto.EXTERNAL
     outside.external_data.add(key="location", value="../weights.bin")
     unfilled = TensorProto(name="w", dims=[2**40, 2**40], data_type=TensorProto.FLOAT)
+    size = (good_bundle("chameleon_masked") / "weights.bin").stat().st_size
+
+    def all_weights(name: str, **values: Any) -> Any:
+        """The bytes of weights.bin as another constant."""
+        tensor = TensorProto(name=name, data_type=TensorProto.INT8, data_location=TensorProto.EXTERNAL, **values)
+        tensor.external_data.add(key="location", value="weights.bin")
+        return tensor
+
+    names = [f"w{i}" for i in range(20)]
+    casts = [helper.make_node("Cast", [name], [f"{name}.double"], to=TensorProto.DOUBLE) for name in names[:4]]
+    chain = [
+        helper.make_node("Cast", [name], [to], to=TensorProto.FLOAT if i % 2 else TensorProto.FLOAT16)
+        for i, (name, to) in enumerate(itertools.pairwise(names))
+    ]
+    turned = [helper.make_node("Transpose", ["w0"], [f"t{i}"], perm=[1, 0]) for i in range(20)]
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [1.0])
+    floats = [helper.make_node("DequantizeLinear", ["w0", "scale"], [f"f{i}"]) for i in range(4)]
     functions = model(relu)
     functions.functions.add(name="f", domain="")
     sparse = model(relu)
@@ -628,6 +646,13 @@ def hostile_models() -> dict[str, bytes]:
         "nested_graphs": model(nested),
         "external_data_elsewhere": model(relu, initializers=[outside]),
         "more_elements_than_values": model(relu, initializers=[unfilled]),
+        # Of weights.bin, half of the bundle's bytes
+        "weights_named_often": model(relu, initializers=[all_weights(n, dims=[size]) for n in names]),
+        "weights_folded_to_double": model(*casts, relu, initializers=[all_weights(n, dims=[size]) for n in names[:4]]),
+        "weights_folded_in_a_chain": model(*chain, relu, initializers=[all_weights("w0", dims=[size])]),
+        "weights_transposed_often": model(*turned, relu, initializers=[all_weights("w0", dims=[size // 2, 2])]),
+        "weights_dequantized_often": model(*floats, relu, initializers=[all_weights("w0", dims=[size]), scale]),
+        "constant_twice": model(relu, initializers=[scale, scale]),
         "reads_what_comes_later": model(helper.make_node("Expand", ["one", "many"], ["y"]), one, many),
     }
     return {name: model.SerializeToString() for name, model in models.items()}

@@ -1,15 +1,15 @@
 """Check the bytes of a graph before ONNX Runtime opens it.
 
 ONNX Runtime executes part of a graph while it opens it: nodes with constant inputs are folded. A reader therefore
-refuses beforehand what `export` never writes: other operators, functions, large constants in the graph's own file, and
-nodes that make a constant of another size from constants. The fields are those of
-https://github.com/onnx/onnx/blob/v1.17.0/onnx/onnx.proto, the encoding is
+refuses beforehand what `export` never writes: other operators, functions, large constants in the graph's own file,
+nodes that make a constant of another size from constants, and constants of many times the bundle's size. The fields are
+those of https://github.com/onnx/onnx/blob/v1.17.0/onnx/onnx.proto, the encoding is
 https://protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,12 @@ MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB
 MAX_EMBEDDED_BYTES = 2**20  # of one tensor or attribute; larger ones are in weights.bin
 MAX_DEPTH = 4  # of graphs in graphs
 MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
+# Bytes of a graph's constants, stored and folded, as a multiple of the bundle's size. Weights of a tied head have two
+# names; int8 weights may be folded to float32, four times their size, or to another type of 8 bits.
+MAX_COPIES = 6
+# Bytes of an element by TensorProto.DataType; of types that export does not write, at most MAX_WIDTH.
+WIDTHS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 21: 1, 22: 1}
+MAX_WIDTH = 32
 
 Value = int | memoryview
 Message = dict[int, list[Value]]
@@ -50,13 +56,13 @@ VALUE_INFO = dict.fromkeys((1, 2, 3, 4), (BYTES,))
 
 @dataclass(frozen=True)
 class Scope:
-    """The names that one graph has defined so far, and those of them whose values are constants."""
+    """The names that one graph has defined so far, and those of them whose values are constants.
+
+    constants  elements of each, and bytes of an element
+    """
 
     names: set[str]
-    constants: set[str]
-
-
-Scopes = tuple[Scope, ...]  # of a graph and of those around it, outermost first
+    constants: dict[str, tuple[int, int]]
 
 
 def check_graph_file(file: Path, sizes: Mapping[str, int]) -> None:
@@ -81,67 +87,110 @@ def check_model(data: bytes, sizes: Mapping[str, int]) -> None:
         _operators_of(_text(_message(opset, OPSET, "an opset"), 1))
     if len(model.get(7, ())) != 1:
         raise GraphError("it is not one ONNX graph")
-    _check_graph(model[7][0], sizes, ())
+    _GraphChecker(sizes).check_graph(model[7][0])
 
 
-def _check_graph(data: Value, sizes: Mapping[str, int], scopes: Scopes) -> None:
-    if len(scopes) >= MAX_DEPTH:
-        raise GraphError(f"graphs in graphs, more than {MAX_DEPTH} deep")
-    graph = _message(data, GRAPH, "a graph")
-    constants = {_check_tensor(tensor, sizes) for tensor in graph.get(5, ())}
-    inputs = {_text(_message(value, VALUE_INFO, "an input"), 1) for value in graph.get(11, ())}
-    scopes = (*scopes, Scope(constants | inputs, constants))
-    for node in graph.get(1, ()):
-        _check_node(_message(node, NODE, "a node"), sizes, scopes)
+class _GraphChecker:
+    """Checks one graph and those in it, and adds up the bytes of their constants."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        self._scopes: list[Scope] = []  # of a graph and of those around it, outermost first
+        self._room = MAX_COPIES * sum(sizes.values())  # bytes that further constants may take
+
+    def check_graph(self, data: Value) -> None:
+        if len(self._scopes) >= MAX_DEPTH:
+            raise GraphError(f"graphs in graphs, more than {MAX_DEPTH} deep")
+        graph = _message(data, GRAPH, "a graph")
+        scope = Scope(set(), {})
+        for tensor in graph.get(5, ()):
+            self._check_tensor(tensor, scope)
+        scope.names.update(scope.constants)
+        scope.names.update(_text(_message(value, VALUE_INFO, "an input"), 1) for value in graph.get(11, ()))
+        self._scopes.append(scope)
+        for node in graph.get(1, ()):
+            self._check_node(_message(node, NODE, "a node"))
+        self._scopes.pop()
+
+    def _check_node(self, node: Message) -> None:
+        operator, written = _operator(node), _texts(node, 2)
+        read = [name for name in _texts(node, 1) if name]  # an optional input is left out by an empty name
+        for name in read:
+            if not any(name in scope.names for scope in self._scopes):
+                raise GraphError(f"{operator} reads {_shown(name)}, which nothing before it gives")
+        constants = [constant for name in read if (constant := self._constant(name))]
+        if len(constants) == len(read):
+            if operator != "Constant" and operator not in SIZE_PRESERVING:
+                raise GraphError(f"{operator} has constant inputs only")
+            for name in written:
+                self._scopes[-1].constants[name] = self._add(name, *_folded(operator, node, constants))
+        for attribute in node.get(5, ()):
+            self._check_attribute(attribute)
+        self._scopes[-1].names.update(written)
+
+    def _constant(self, name: str) -> tuple[int, int] | None:
+        return next((scope.constants[name] for scope in self._scopes[::-1] if name in scope.constants), None)
+
+    def _add(self, name: str, elements: int, width: int) -> tuple[int, int]:
+        """Count the bytes of a constant."""
+        self._room -= elements * width
+        if self._room < 0:
+            raise GraphError(
+                f"{_shown(name)} is one constant too many: they take more than {MAX_COPIES} times the bundle's size"
+            )
+        return elements, width
+
+    def _check_attribute(self, data: Value) -> None:
+        attribute = _message(data, ATTRIBUTE, "an attribute")
+        for graph in attribute.get(6, ()):
+            self.check_graph(graph)
+        for tensor in attribute.get(5, ()):
+            self._check_tensor(tensor, Scope(set(), {}))
+        if 6 not in attribute and len(_bytes(data)) > MAX_EMBEDDED_BYTES:
+            raise GraphError(f"an attribute of more than {MAX_EMBEDDED_BYTES} bytes")
+
+    def _check_tensor(self, data: Value, scope: Scope) -> None:
+        """Check where a tensor's values are and that there are enough for its dimensions."""
+        tensor = _message(data, TENSOR, "a tensor")
+        name, size = _text(tensor, 8), len(_bytes(data))
+        if name in scope.constants:
+            raise GraphError(f"{_shown(name)} is there twice")
+        if size > MAX_EMBEDDED_BYTES:
+            raise GraphError(
+                f"{_shown(name)} is a constant of more than {MAX_EMBEDDED_BYTES} bytes in the graph's file"
+            )
+        if 13 in tensor or _number(tensor, 14):
+            size = self._external_size(tensor, name)
+        elements = 1
+        for dimension in _numbers(tensor, 1):
+            elements *= dimension
+            if max(elements, dimension) > 2 * size:  # the smallest elements have 4 bits
+                raise GraphError(f"{_shown(name)} has more elements than stored values")
+        scope.constants[name] = self._add(name, elements, _width(_number(tensor, 2)))
+
+    def _external_size(self, tensor: Message, name: str) -> int:
+        entries = [_message(entry, ENTRY, "an external data entry") for entry in tensor.get(13, ())]
+        locations = [_text(entry, 2) for entry in entries if _text(entry, 1) == "location"]
+        if len(locations) != 1 or locations[0] not in self._sizes:
+            raise GraphError(f"{_shown(name)} has its data in {locations}, which the bundle does not list")
+        return self._sizes[locations[0]]
 
 
-def _check_node(node: Message, sizes: Mapping[str, int], scopes: Scopes) -> None:
-    operator, written = _operator(node), _texts(node, 2)
-    read = [name for name in _texts(node, 1) if name]  # an optional input is left out by an empty name
-    for name in read:
-        if not any(name in scope.names for scope in scopes):
-            raise GraphError(f"{operator} reads {_shown(name)}, which nothing before it gives")
-    if all(any(name in scope.constants for scope in scopes) for name in read):
-        if operator != "Constant" and operator not in SIZE_PRESERVING:
-            raise GraphError(f"{operator} has constant inputs only")
-        scopes[-1].constants.update(written)
-    for attribute in node.get(5, ()):
-        _check_attribute(attribute, sizes, scopes)
-    scopes[-1].names.update(written)
+def _folded(operator: str, node: Message, constants: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return elements and bytes of an element of what a node gives whose inputs are constants."""
+    if not constants:  # a Constant: each byte of its attributes holds two elements at most
+        return 2 * sum(len(_bytes(attribute)) for attribute in node.get(5, ())), 1
+    elements, width = constants[0]
+    if operator == "Cast":
+        attributes = [_message(attribute, ATTRIBUTE, "an attribute") for attribute in node.get(5, ())]
+        width = _width(next((_number(a, 3) for a in attributes[::-1] if _text(a, 1) == "to"), 0))
+    elif operator == "DequantizeLinear":  # to the type of its scales
+        width = constants[min(1, len(constants) - 1)][1]
+    return elements, width
 
 
-def _check_attribute(data: Value, sizes: Mapping[str, int], scopes: Scopes) -> None:
-    attribute = _message(data, ATTRIBUTE, "an attribute")
-    for graph in attribute.get(6, ()):
-        _check_graph(graph, sizes, scopes)
-    for tensor in attribute.get(5, ()):
-        _check_tensor(tensor, sizes)
-    if 6 not in attribute and len(_bytes(data)) > MAX_EMBEDDED_BYTES:
-        raise GraphError(f"an attribute of more than {MAX_EMBEDDED_BYTES} bytes")
-
-
-def _check_tensor(data: Value, sizes: Mapping[str, int]) -> str:
-    """Check where a tensor's values are and that there are enough for its dimensions.  -> its name"""
-    tensor = _message(data, TENSOR, "a tensor")
-    name, size = _text(tensor, 8), len(_bytes(data))
-    if size > MAX_EMBEDDED_BYTES:
-        raise GraphError(f"{_shown(name)} is a constant of more than {MAX_EMBEDDED_BYTES} bytes in the graph's file")
-    if 13 in tensor or _number(tensor, 14):
-        size = _external_size(tensor, name, sizes)
-    elements = 1
-    for dimension in _numbers(tensor, 1):
-        elements *= dimension
-        if max(elements, dimension) > 2 * size:  # the smallest elements have 4 bits
-            raise GraphError(f"{_shown(name)} has more elements than stored values")
-    return name
-
-
-def _external_size(tensor: Message, name: str, sizes: Mapping[str, int]) -> int:
-    entries = [_message(entry, ENTRY, "an external data entry") for entry in tensor.get(13, ())]
-    locations = [_text(entry, 2) for entry in entries if _text(entry, 1) == "location"]
-    if len(locations) != 1 or locations[0] not in sizes:
-        raise GraphError(f"{_shown(name)} has its data in {locations}, which the bundle does not list")
-    return sizes[locations[0]]
+def _width(data_type: int) -> int:
+    return WIDTHS.get(data_type, MAX_WIDTH)
 
 
 def _operator(node: Message) -> str:

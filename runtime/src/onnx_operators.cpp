@@ -67,6 +67,11 @@ const std::map<std::string_view, std::set<std::string_view>> kOperators = {
     {"com.microsoft", {"GroupQueryAttention", "MatMulIntegerToFloat", "RotaryEmbedding"}},
 };
 constexpr std::size_t kMaxFileBytes = 8U << 20U, kMaxEmbeddedBytes = 1U << 20U, kMaxDepth = 4, kMaxValues = 1U << 16U;
+constexpr std::uint64_t kMaxCopies = 6, kMaxWidth = 32;
+// By TensorProto.DataType.
+const std::map<std::uint64_t, std::uint64_t> kWidths = {{1, 4},  {2, 1},  {3, 1},  {4, 2},  {5, 2},
+                                                        {6, 4},  {7, 8},  {9, 1},  {10, 2}, {11, 8},
+                                                        {12, 4}, {13, 8}, {16, 2}, {21, 1}, {22, 1}};
 
 enum WireType : std::uint8_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
@@ -208,21 +213,58 @@ const std::set<std::string_view>& operators_of(std::string_view domain) {
   return found->second;
 }
 
+std::uint64_t width_of(std::uint64_t data_type) {
+  const auto found = kWidths.find(data_type);
+  return found == kWidths.end() ? kMaxWidth : found->second;
+}
+
+std::uint64_t last(const std::vector<std::uint64_t>& numbers) { return numbers.empty() ? 0 : numbers.back(); }
+
+/// The values of a constant, each of `width` bytes.
+struct Constant {
+  std::uint64_t elements, width;
+};
+
 /// Of one graph, the names that it gives so far, and those of them whose values are constants.
 struct Scope {
-  std::set<std::string_view> names, constants;
+  std::set<std::string_view> names;
+  std::map<std::string_view, Constant> constants;
 };
+
+/// What a node gives whose inputs are constants.
+Constant folded(const Message& node, const std::vector<Constant>& inputs) {
+  const std::string_view name = node.text(4);
+  const auto attributes = node.all(5);
+  if (inputs.empty()) {  // a Constant: each byte of its attributes holds two elements at most
+    std::uint64_t bytes = 0;
+    for (const std::string_view attribute : attributes) bytes += attribute.size();
+    return {2 * bytes, 1};
+  }
+  Constant result = inputs.front();
+  if (name == "Cast") {
+    result.width = kMaxWidth;
+    for (const std::string_view data : attributes) {
+      const Message attribute(data, kAttribute, "an attribute");
+      if (attribute.text(1) == "to") result.width = width_of(last(attribute.numbers(3)));
+    }
+  } else if (name == "DequantizeLinear") {  // to the type of its scales
+    result.width = inputs[std::min<std::size_t>(1, inputs.size() - 1)].width;
+  }
+  return result;
+}
 
 class GraphChecker {
  public:
-  explicit GraphChecker(const std::map<std::string, std::int64_t>& sizes) : sizes_(sizes) {}
+  explicit GraphChecker(const std::map<std::string, std::int64_t>& sizes) : sizes_(sizes) {
+    for (const auto& [name, size] : sizes) room_ += kMaxCopies * static_cast<std::uint64_t>(size);
+  }
 
   void check_graph(std::string_view data) {
     if (scopes_.size() >= kMaxDepth) refuse("graphs in graphs, more than " + std::to_string(kMaxDepth) + " deep");
     const Message graph(data, kGraph, "a graph");
     Scope scope;
-    for (const std::string_view tensor : graph.all(5)) scope.constants.insert(check_tensor(tensor));
-    scope.names = scope.constants;
+    for (const std::string_view tensor : graph.all(5)) check_tensor(tensor, scope);
+    for (const auto& [name, constant] : scope.constants) scope.names.insert(name);
     for (const std::string_view input : graph.all(11))
       scope.names.insert(Message(input, kValueInfo, "an input").text(1));
     scopes_.push_back(std::move(scope));
@@ -237,52 +279,71 @@ class GraphChecker {
       refuse("operator " + shown(name) + " of domain " + shown(domain) + " is none that export writes");
     }
     const auto written = node.all(2);
-    if (reads_constants_only(node)) {
+    if (const auto constants = constant_inputs(node)) {
       if (name != "Constant" && name != "Cast" && name != "DequantizeLinear" && name != "Transpose") {
         refuse(std::string(name) + " has constant inputs only");
       }
-      scopes_.back().constants.insert(written.begin(), written.end());
+      for (const std::string_view output : written) {
+        scopes_.back().constants[output] = count(output, folded(node, *constants));
+      }
     }
     for (const std::string_view attribute : node.all(5)) check_attribute(attribute);
     scopes_.back().names.insert(written.begin(), written.end());
   }
 
-  [[nodiscard]] bool reads_constants_only(const Message& node) const {
-    bool constant = true;
+  /// The inputs of a node, or none if one of them is no constant.
+  [[nodiscard]] std::optional<std::vector<Constant>> constant_inputs(const Message& node) const {
+    std::vector<Constant> constants;
+    bool all = true;
     for (const std::string_view input : node.all(1)) {
       if (input.empty()) continue;  // an optional input that is left out
-      if (!is_in(&Scope::names, input)) {
+      if (std::ranges::none_of(scopes_, [&](const Scope& scope) { return scope.names.contains(input); })) {
         refuse(std::string(node.text(4)) + " reads " + shown(input) + ", which nothing before it gives");
       }
-      constant = constant && is_in(&Scope::constants, input);
+      const auto scope = std::find_if(scopes_.rbegin(), scopes_.rend(),
+                                      [&](const Scope& each) { return each.constants.contains(input); });
+      if (scope == scopes_.rend()) {
+        all = false;
+      } else {
+        constants.push_back(scope->constants.at(input));
+      }
     }
-    return constant;
+    return all ? std::optional(constants) : std::nullopt;
   }
 
-  [[nodiscard]] bool is_in(std::set<std::string_view> Scope::* names, std::string_view name) const {
-    return std::ranges::any_of(scopes_, [&](const Scope& scope) { return (scope.*names).contains(name); });
+  /// Count the bytes of a constant.
+  Constant count(std::string_view name, Constant constant) {
+    if (constant.elements > room_ / constant.width) {
+      refuse(shown(name) + " is one constant too many: they take more than " + std::to_string(kMaxCopies) +
+             " times the bundle's size");
+    }
+    room_ -= constant.elements * constant.width;
+    return constant;
   }
 
   void check_attribute(std::string_view data) {
     const Message attribute(data, kAttribute, "an attribute");
     const auto graphs = attribute.all(6);
     for (const std::string_view graph : graphs) check_graph(graph);
-    for (const std::string_view tensor : attribute.all(5)) check_tensor(tensor);
+    for (const std::string_view tensor : attribute.all(5)) {
+      Scope unnamed;
+      check_tensor(tensor, unnamed);
+    }
     if (graphs.empty() && data.size() > kMaxEmbeddedBytes) {
       refuse("an attribute of more than " + std::to_string(kMaxEmbeddedBytes) + " bytes");
     }
   }
 
-  /// Check where a tensor's values are and that there are enough for its dimensions. Returns its name.
-  std::string_view check_tensor(std::string_view data) {
+  /// Check where a tensor's values are and that there are enough for its dimensions.
+  void check_tensor(std::string_view data, Scope& scope) {
     const Message tensor(data, kTensor, "a tensor");
     const std::string_view name = tensor.text(8);
+    if (scope.constants.contains(name)) refuse(shown(name) + " is there twice");
     if (data.size() > kMaxEmbeddedBytes) {
       refuse(shown(name) + " is a constant of more than " + std::to_string(kMaxEmbeddedBytes) +
              " bytes in the graph's file");
     }
-    const auto location = tensor.numbers(14);
-    const bool external = !tensor.all(13).empty() || (!location.empty() && location.back() != 0);
+    const bool external = !tensor.all(13).empty() || last(tensor.numbers(14)) != 0;
     const std::uint64_t most = 2 * (external ? external_size(tensor) : data.size());  // the smallest have 4 bits
     std::uint64_t elements = 1;
     for (const std::uint64_t dimension : tensor.numbers(1)) {
@@ -291,7 +352,7 @@ class GraphChecker {
       }
       elements *= dimension;
     }
-    return name;
+    scope.constants[name] = count(name, {elements, width_of(last(tensor.numbers(2)))});
   }
 
   [[nodiscard]] std::uint64_t external_size(const Message& tensor) const {
@@ -312,6 +373,7 @@ class GraphChecker {
 
   const std::map<std::string, std::int64_t>& sizes_;
   std::vector<Scope> scopes_;  // of a graph and of those around it, outermost first
+  std::uint64_t room_ = 0;     // bytes that further constants may take
 };
 
 }  // namespace

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,6 +16,7 @@ from onnx import TensorProto, helper
 
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.contract.onnx_operators import (
+    MAX_COPIES,
     MAX_EMBEDDED_BYTES,
     MAX_FILE_BYTES,
     MAX_VALUES,
@@ -28,9 +31,9 @@ GRAPHS = sorted((DATA / "bundles").glob("*/*.onnx"))
 SIZES = {"weights.bin": 2**20}
 
 
-def _refused(data: bytes) -> str:
+def _refused(data: bytes, sizes: Mapping[str, int] = SIZES) -> str:
     with pytest.raises(GraphError) as caught:
-        check_model(data, SIZES)
+        check_model(data, sizes)
     return str(caught.value)
 
 
@@ -63,6 +66,34 @@ def test_external_data_has_a_size_to_fit() -> None:
     assert "more elements" in _refused(_model_with(tensor))
     tensor.external_data[0].value = "/etc/passwd"
     assert "does not list" in _refused(_model_with(tensor))
+
+
+WEIGHTS = TensorProto(name="w", dims=[2**20], data_type=TensorProto.INT8, data_location=TensorProto.EXTERNAL)
+WEIGHTS.external_data.add(key="location", value="weights.bin")
+SCALE = helper.make_tensor("s", TensorProto.FLOAT16, [], [1.0])
+FOLDED: dict[str, tuple[list[str], dict[str, Any], int]] = {  # inputs, attributes, and MiB of 2**20 elements of 8 bits
+    "Cast to double": (["w"], {"to": TensorProto.DOUBLE}, 8),
+    "Cast to text": (["w"], {"to": TensorProto.STRING}, 32),
+    "Cast to uint8": (["w"], {"to": TensorProto.UINT8}, 1),
+    "Transpose": (["w"], {}, 1),
+    "DequantizeLinear": (["w", "s"], {}, 2),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("in_a_branch", [False, True])
+def test_constants_are_bounded_by_the_size_of_the_bundle(name: str, in_a_branch: bool) -> None:
+    """What is folded is added to the initializers, up to the bound and not a byte beyond it."""
+    inputs, attributes, folded = FOLDED[name]
+    nodes = [helper.make_node(name.split()[0], inputs, [f"y{i}"], **attributes) for i in range(8)]
+    if in_a_branch:
+        branch = helper.make_graph(nodes, "branch", [], [])
+        nodes = [helper.make_node("If", ["c"], ["z"], then_branch=branch)]
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    data = helper.make_model(helper.make_graph(nodes, "g", [condition], [], [WEIGHTS, SCALE])).SerializeToString()
+    least = -(-((1 + 8 * folded) * 2**20 + 2) // MAX_COPIES)  # 2 bytes of the scale
+    check_model(data, {"weights.bin": 2**20, "other": least - 2**20})
+    assert "one constant too many" in _refused(data, {"weights.bin": 2**20, "other": least - 2**20 - 1})
 
 
 def test_the_file_and_its_messages_are_bounded(tmp_path: Path) -> None:
