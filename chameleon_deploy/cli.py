@@ -51,7 +51,7 @@ def _root(
 
 
 def _load(name: str) -> Any:
-    module = importlib.import_module(f"chameleon_deploy.{name}")
+    module = importlib.import_module(f"chameleon_deploy.{name.replace('-', '_')}")
     if hasattr(module, "__path__"):  # a package's command is its __main__
         module = importlib.import_module(f"{module.__name__}.__main__")
     return console.make_command(getattr(module, "app", None) or module.main)

@@ -79,7 +79,7 @@ def test_console_script(bundle: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    result = run(f"chameleon_deploy.{command}", "--help")
+    result = run(f"chameleon_deploy.{command.replace('-', '_')}", "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
 
@@ -114,7 +114,8 @@ def test_the_program_lists_its_commands_without_importing_them() -> None:
         "import sys; sys.argv = ['chameleon-deploy', sys.argv[1]]\nfrom chameleon_deploy import cli\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "from chameleon_deploy.terminal.commands import COMMANDS\n"
-        "print(sorted(name for name in COMMANDS if f'chameleon_deploy.{name}' in sys.modules), 'torch' in sys.modules)"
+        "modules = {f'chameleon_deploy.{name}'.replace('-', '_') for name in COMMANDS}\n"
+        "print(sorted(modules & sys.modules.keys()), 'torch' in sys.modules)"
     )
     for option, shown in (("--help", COMMANDS), ("--version", [__version__])):
         output = subprocess.run([sys.executable, "-c", code, option], check=True, capture_output=True, text=True).stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -48,14 +47,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint  a directory relative to the recipe, as for the command line
     base        the base model, if the checkpoint's reference to it does not hold
     precision   of the weights
-    target      the graphs to build; tensorrt also builds engines into the local cache
     limits      the largest call that engines are built for
     """
 
     checkpoint: str
     base: str | None = None
     precision: Precision = "fp32"
-    target: Literal["onnx", "tensorrt"] = "onnx"
     limits: Limits = Limits()
 
 

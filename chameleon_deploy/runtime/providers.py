@@ -2,7 +2,7 @@
 
 cpu       ONNX Runtime on the CPU
 cuda      ONNX Runtime's CUDA provider
-tensorrt  TensorRT engines that `export --target tensorrt` built on this machine
+tensorrt  TensorRT engines that `engines` built on this machine
 auto      the first of tensorrt, cuda, cpu that is available
 """
 

@@ -254,7 +254,7 @@ class Runtime:
         )  # fmt: skip
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model.
+        """Add an adapter from a file that `adapter` wrote for this base model.
 
         The file is read whole and checked; calls that run are not affected. Safe to call from any thread.
 

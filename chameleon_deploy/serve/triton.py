@@ -1,6 +1,6 @@
 """The engine as a model of Triton's Python backend: one process per instance, one response per token.
 
-`export BUNDLE --target triton` writes the model repository whose model.py imports this. A request holds one prompt; the
+`triton BUNDLE` writes the model repository whose model.py imports this. A request holds one prompt; the
 engine batches the requests of an instance.
 """
 

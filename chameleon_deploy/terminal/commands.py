@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-# A command has the name of its module in chameleon_deploy.
+# A command has the name of its module in chameleon_deploy, with hyphens.
 COMMANDS = {
     "train": "Train the factors of a frozen base model into a checkpoint.",
     "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
     "compare": "Train and compare base, LoRA, hypernetwork and controls.",
     "export": "Export a checkpoint to a bundle.",
+    "engines": "Build the TensorRT engines of a bundle into the local cache.",
+    "triton": "Add a bundle to a model repository of Triton.",
+    "adapter": "Write an adapter file from a PEFT LoRA.",
     "verify": "Check a bundle against its PyTorch reference.",
-    "verify_signature": "Check who signed a bundle.",
+    "verify-signature": "Check who signed a bundle.",
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
     "score": "Compute the log-probability and perplexity of texts.",
     "serve": "Serve a bundle over HTTP: OpenAI-style API, metrics, playground.",
     "bench": "Measure a bundle against the PyTorch reference.",
-    "gpu_check": "Verify and measure bundles on this machine's GPU.",
+    "gpu-check": "Verify and measure bundles on this machine's GPU.",
     "cache": "List or delete this machine's cached files.",
 }
 

@@ -49,7 +49,7 @@ CHAMELEON_EXPORT int64_t chameleon_hidden_size(const chameleon_runtime* runtime)
 /* Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings. */
 CHAMELEON_EXPORT int64_t chameleon_conditioning_size(const chameleon_runtime* runtime);
 
-/* Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model. Calls that run are not affected.
+/* Add an adapter from a file that `adapter` wrote for this base model. Calls that run are not affected.
  * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or a file that is
  * not an adapter of this bundle, "tensor_invalid". Then nothing is loaded. */
 CHAMELEON_EXPORT chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name,

@@ -10,7 +10,7 @@
 
 namespace chameleon {
 
-/// The decoder of a bundle on the first visible GPU, with the engine that `export --target tensorrt` built for it.
+/// The decoder of a bundle on the first visible GPU, with the engine that `engines` built for it.
 /// The key-value cache stays on the GPU. Factors are copied to the GPU once per batch, logits to the host at each step.
 /// Throws ProviderError, whose message names the missing part, or DeviceError.
 std::unique_ptr<const Decoder> open_tensorrt(const Bundle& bundle);

@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from chameleon_deploy.bench.footprint import measure_footprint
 from chameleon_deploy.contract.bundle import open_bundle
+from tests.commands import run
 
 pytestmark = pytest.mark.gpt2_small
 
@@ -70,11 +70,10 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
 def test_engines_of_every_precision(small: tuple[Path, Path, int], precision: str, tmp_path: Path) -> None:
     """TensorRT for RTX builds them without a GPU, inside the memory that the export may take."""
     checkpoint, bundle, _ = small
-    export: list[Any] = [sys.executable, "-m", "chameleon_deploy.export"]
-    if precision == "fp32":
-        command = [*export, bundle]
-    else:
-        command = [*export, checkpoint, "--out", tmp_path / "bundle", "--precision", precision, "--no-verify"]
+    if precision != "fp32":
+        bundle = tmp_path / "bundle"
+        exported = run("chameleon_deploy.export", checkpoint, "--out", bundle, "--precision", precision, "--no-verify")
+        assert exported.returncode == 0, exported.stderr
     program = (
         "import resource, subprocess, sys\n"
         "subprocess.run(sys.argv[1:], check=True)\n"
@@ -82,7 +81,7 @@ def test_engines_of_every_precision(small: tuple[Path, Path, int], precision: st
     )
     environment = {**os.environ, "CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache")}
     result = subprocess.run(
-        [sys.executable, "-c", program, *command, "--target", "tensorrt"],
+        [sys.executable, "-c", program, sys.executable, "-m", "chameleon_deploy.engines", bundle],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert int(result.stdout.splitlines()[-1]) * 1024 <= 4 * 2**30

@@ -55,7 +55,7 @@ def runtime(path: Path) -> Runtime:
 def file(path: Path, directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The third adapter as a file for the bundle, written by the command."""
     out = tmp_path_factory.mktemp("file") / "wiki.safetensors"
-    result = run("chameleon_deploy.export", path, "--adapter", f"wiki={directories['wiki']}", "--out", out)
+    result = run("chameleon_deploy.adapter", path, "--peft", directories["wiki"], "--out", out)
     assert result.returncode == 0, result.stderr
     assert "2 layers, rank 8" in result.stdout
     return out

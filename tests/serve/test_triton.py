@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy.export.triton import write_repository
+from chameleon_deploy.triton import write_repository
 from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]

@@ -128,7 +128,7 @@ def current_device() -> Device:
 
 
 def target_device(tensorrt: Any) -> Device:
-    """Return the device that `export --target tensorrt` builds for.
+    """Return the device that `engines` builds for.
 
     It is this machine's GPU, or without one every GPU of TensorRT for RTX. Raises ProviderError if neither is possible,
     or DependencyError.
@@ -196,7 +196,7 @@ def find_engines(bundle: Bundle, tensorrt: Any, device: Device) -> Path:
     if found is None:
         raise ProviderError(
             f"no TensorRT engines for {bundle.path} on {device.name} with {tensorrt.__name__} {tensorrt.__version__}: "
-            f"build them with `python -m chameleon_deploy.export {bundle.path} --target tensorrt`"
+            f"build them with `python -m chameleon_deploy.engines {bundle.path}`"
         )
     return found
 

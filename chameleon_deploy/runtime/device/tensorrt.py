@@ -18,7 +18,7 @@ from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph, check_tens
 
 @engines.released_on_error
 def open_engines(bundle: Bundle, device: CudaDevice, names: Mapping[Role, str]) -> dict[Role, DeviceGraph]:
-    """Open the engines that `export --target tensorrt` built on this machine.
+    """Open the engines that `engines` built on this machine.
 
     names  of the graphs, by role
 

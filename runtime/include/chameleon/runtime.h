@@ -62,7 +62,7 @@ class CHAMELEON_EXPORT Runtime {
   /// Continue every prompt. The factors of a row depend on its prompt alone. A callback's exception ends the call.
   std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
 
-  /// Add an adapter from a file that `export BUNDLE --adapter` wrote for this base model. The file is read whole and
+  /// Add an adapter from a file that `adapter` wrote for this base model. The file is read whole and
   /// checked; calls that run are not affected. From any thread.
   /// Throws InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
   /// adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.

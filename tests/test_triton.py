@@ -1,4 +1,4 @@
-"""A model repository of Triton: what is written. tests/serve/test_triton.py serves one."""
+"""A model repository of Triton: what is written. tests/serve/test_triton.py serves it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import DigestError, OutputExistsError
-from chameleon_deploy.export.triton import write_repository
+from chameleon_deploy.triton import write_repository
 from tests.commands import run
 
 
 def test_a_repository_holds_the_bundle(bundle: Path, tmp_path: Path) -> None:
-    result = run("chameleon_deploy.export", bundle, "--target", "triton", "--out", tmp_path / "models")
+    result = run("chameleon_deploy.triton", bundle, "--out", tmp_path / "models")
     assert result.returncode == 0, result.stderr
     model = tmp_path / "models" / bundle.name
     assert result.stdout.strip() == str(model)
@@ -37,8 +37,8 @@ def test_a_damaged_bundle_is_not_written(bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "models" / "copy").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--target", "triton"], ["--target", "triton", "--out", "models"]])
+@pytest.mark.parametrize("arguments", [[], ["--out", "models"]])
 def test_bad_usage(arguments: list[str], mini_path: Path, tmp_path: Path) -> None:
-    result = run("chameleon_deploy.export", mini_path, *arguments, cwd=tmp_path)
+    result = run("chameleon_deploy.triton", mini_path, *arguments, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: ")
     assert not list(tmp_path.iterdir())

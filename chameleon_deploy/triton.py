@@ -1,14 +1,18 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server."""
+"""`python -m chameleon_deploy.triton`: add a bundle to a model repository of NVIDIA Triton Inference Server."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from chameleon_deploy.contract.bundle import MANIFEST, open_bundle
 from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError
+from chameleon_deploy.terminal import console
 
 MODEL = '''"""Needs chameleon-deploy[cpu] in the Python environment of tritonserver's backend."""
 
@@ -45,6 +49,14 @@ parameters {{ key: "max_waiting" value {{ string_value: "1024" }} }}
 """
 
 
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Model repository, which is created if it does not exist.")],
+) -> None:
+    """Add a bundle to a model repository of Triton, and print its path there."""
+    console.stdout.print(f"{write_repository(bundle, out)}", soft_wrap=True)
+
+
 def write_repository(bundle: Path, repository: Path) -> Path:
     """Add a bundle to a model repository, under the name of its directory. Return the directory of the model.
 
@@ -65,3 +77,7 @@ def write_repository(bundle: Path, repository: Path) -> Path:
             if (bundle / file).exists():  # a bundle need not be signed
                 shutil.copyfile(bundle / file, version / "bundle" / file)
     return repository / name
+
+
+if __name__ == "__main__":
+    console.run(main)
