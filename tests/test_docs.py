@@ -21,6 +21,8 @@ from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.commands import COMMANDS
 from chameleon_deploy.verify import checks, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
+from tests.adapters import save_adapter
+from tests.commands import run as run_command
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted(
@@ -48,7 +50,7 @@ def unknown_commands(text: str) -> list[str]:
             elif module.startswith("chameleon_deploy"):
                 known = options_of(module)
                 unknown += [f"{module} {option}" for option in OPTION.findall(arguments) if option not in known]
-        for command in re.findall(r"(?<![\w/.-])chameleon-deploy ([a-z_]+)", line):
+        for command in re.findall(r"(?<![\w/.-])chameleon-deploy ([a-z-]+)", line):
             unknown += [] if command in COMMANDS else [f"chameleon-deploy {command}"]
     return unknown
 
@@ -136,11 +138,19 @@ def numbers(cell: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the bundle that `make demo` leaves in models/demo/chameleon, not verified here."""
+    """A directory with the bundles of README: models/demo/chameleon as `make demo` leaves it, not verified here, and
+    models/two by the command of the quick start, with the tiny model in place of a hub's.
+    """
     directory = tmp_path_factory.mktemp("demo")
     (directory / "models" / "demo").mkdir(parents=True)
     tiny = load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
     export_bundle(tiny, directory / "models" / "demo" / "chameleon", None)
+    base = REPOSITORY / "models" / "tiny" / "base"
+    for seed, name in enumerate(("legal", "code")):
+        save_adapter(base, directory / "loras" / name, seed, r=4, target_modules=["c_attn"])
+    (command,) = re.findall(r"python -m (chameleon_deploy\.export gpt2 .*)", (REPOSITORY / "README.md").read_text())
+    exported = run_command(*command.replace("gpt2", str(base)).split(), cwd=directory)
+    assert exported.returncode == 0, exported.stderr
     return directory
 
 
@@ -158,7 +168,7 @@ def test_a_page_names_what_exists(page: Path) -> None:
         ("chameleon_deploy.inspect ", "chameleon_deploy.inspekt ", "chameleon_deploy.inspekt"),
         ("--precision int8", "--precission int8", "chameleon_deploy.export --precission"),
         ("--reference models/wiki --html", "--reference models/wiki --htm", "chameleon_deploy.bench --htm"),
-        ("`export` also takes", "`chameleon-deploy exprt` also takes", "chameleon-deploy exprt"),
+        ("`compare` answers", "`chameleon-deploy compar` answers", "chameleon-deploy compar"),
         ("    make demo ", "    make demmo ", "demmo"),
         ("after `make demo`", "after `make demmo`", "demmo"),
         ("(docs/results.md)", "(docs/result.md)", "docs/result.md"),
@@ -179,10 +189,10 @@ def test_a_wrong_name_in_readme_is_caught(written: str, planted: str, fault: str
 def test_the_snippet_in_readme_prints_what_it_shows(demo: Path) -> None:
     text = (REPOSITORY / "README.md").read_text()
     printed, shown = run_snippets(text, demo)
-    assert printed == shown
-    assert len(shown) >= 2
+    assert printed[-len(shown) :] == shown and len(shown) >= 2
+    assert len(set(printed[: -len(shown)])) == 3  # two adapters and the base model
     wrong = text.replace(f"# {shown[-1]}", f"# {shown[-1]}!")
-    assert printed != run_snippets(wrong, demo)[1]
+    assert printed[-len(shown) :] != run_snippets(wrong, demo)[1]
 
 
 def test_a_snippet_that_does_not_run_is_caught(demo: Path) -> None:
@@ -235,4 +245,4 @@ def test_the_python_page_lists_every_error_code() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 120
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 110
