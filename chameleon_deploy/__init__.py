@@ -6,14 +6,28 @@ runtime.generate(["The river"], max_new_tokens=20)
 """
 
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime import Adaptation, Engine, Generation, Runtime, Sampling, Score, Stream, Token, load
+from chameleon_deploy.runtime import (
+    Adapt,
+    Adaptation,
+    Engine,
+    Generate,
+    Generation,
+    Runtime,
+    Sampling,
+    Score,
+    Stream,
+    Token,
+    load,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapt",
     "Adaptation",
     "ChameleonError",
     "Engine",
+    "Generate",
     "Generation",
     "Runtime",
     "Sampling",

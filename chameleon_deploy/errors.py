@@ -8,9 +8,18 @@ from __future__ import annotations
 
 
 class ChameleonError(Exception):
-    """Base of all errors raised on purpose by chameleon_deploy."""
+    """Base of all errors raised on purpose by chameleon_deploy.
+
+    code      the fault, one word of the contract
+    argument  name of the argument that is at fault, such as "max_new_tokens" or a field of Sampling; None where there
+              is none, or more than one
+    """
 
     code = "error"
+
+    def __init__(self, message: str = "", argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class BundleNotFoundError(ChameleonError):

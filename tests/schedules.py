@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy import Runtime, Sampling, Stream
+from chameleon_deploy import Adapt, Generate, Runtime, Sampling, Stream
 from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.runtime.batch import open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
@@ -128,20 +128,16 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int)
     factors = None if submit["rank"] is None else caller_factors(submit["rank"], runtime.manifest.model)
     if factors is not None and submit["overflows"]:
         factors = {name: np.full_like(matrix, OVERFLOW) for name, matrix in factors.items()}
-    submission = prepare(
-        runtime,
-        capacity,
-        submit["prompts"],
-        submit["max_new_tokens"],
-        sampling,
+    deadline = EXPIRED if submit["expires"] else None
+    adapt = Adapt(
         mode=submit["mode"],
-        tenant=submit["tenant"],
+        tenants=None if submit["tenant"] is None else [submit["tenant"]] * len(submit["prompts"]),
         factors=factors,
-        adapter=None,
-        n=submit["n"],
-        deadline=EXPIRED if submit["expires"] else None,
-        adapt_tokens=submit["adapt_tokens"],
         conditioning=submit.get("conditioning"),
+        adapt_tokens=submit["adapt_tokens"],
+    )
+    submission = prepare(
+        runtime, submit["prompts"], Generate(submit["max_new_tokens"], sampling, submit["n"], deadline), adapt, capacity
     )
     form_cohort(runtime, [submission], 0)
     loop.waiting.extend(submission.members)

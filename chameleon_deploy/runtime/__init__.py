@@ -1,11 +1,23 @@
 """The light runtime: numpy, ONNX Runtime and tokenizers; never torch, transformers or onnx."""
 
-from chameleon_deploy.runtime.adaptation import Adaptation
+from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
 from chameleon_deploy.runtime.engine import Engine
-from chameleon_deploy.runtime.generation import Generation, Token
+from chameleon_deploy.runtime.generation import Generate, Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score
 from chameleon_deploy.runtime.stream import Stream
 
-__all__ = ["Adaptation", "Engine", "Generation", "Runtime", "Sampling", "Score", "Stream", "Token", "load"]
+__all__ = [
+    "Adapt",
+    "Adaptation",
+    "Engine",
+    "Generate",
+    "Generation",
+    "Runtime",
+    "Sampling",
+    "Score",
+    "Stream",
+    "Token",
+    "load",
+]

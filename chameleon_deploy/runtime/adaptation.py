@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,61 @@ import numpy.typing as npt
 from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray, Mode
 from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.errors import InputError, ModeError
-from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.inputs import is_sequence
+from chameleon_deploy.runtime.factors import Factors, RowFactors
+from chameleon_deploy.runtime.inputs import check_integer, is_sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Adapt:
+    """How the texts of one call are adapted: its mode, and what that mode needs of the caller.
+
+    mode          none, static, centroid, request, cohort or tenant; None takes the runtime's
+    tenants       mode tenant: the tenant of each text, any hashable values
+    factors       mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
+                  "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already applied, any rank
+    adapters      mode static, which they imply: the name of each text's adapter, None for the base model
+    conditioning  mode request of a bundle whose hypernetwork reads vectors of the caller: float32 [texts,
+                  conditioning_size], such as the embedding of each text's task
+    adapt_tokens  embed only this many leading tokens of every text; None embeds all
+
+    Raises ModeError or InputError for fields that are wrong in any bundle; a call checks the rest.
+    """
+
+    mode: Mode | None = None
+    tenants: Sequence[Hashable] | None = None
+    factors: Factors | None = None
+    adapters: Sequence[str | None] | None = None
+    conditioning: npt.ArrayLike | None = None
+    adapt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None:
+            check_mode(self.mode)
+        elif self.adapters is not None:
+            object.__setattr__(self, "mode", "static")
+        if self.adapters is not None and (self.mode != "static" or self.factors is not None):
+            raise ModeError(
+                "adapters go with mode 'static' and without factors: pass nothing else with them", "adapters"
+            )
+        if self.adapt_tokens is not None:
+            object.__setattr__(self, "adapt_tokens", check_integer("adapt_tokens", self.adapt_tokens, 1))
+
+
+class AdaptKeywords(TypedDict, total=False):
+    """The fields of Adapt as keywords."""
+
+    mode: Mode | None
+    tenants: Sequence[Hashable] | None
+    factors: Factors | None
+    adapters: Sequence[str | None] | None
+    conditioning: npt.ArrayLike | None
+    adapt_tokens: int | None
+
+
+def check_mode(mode: Any) -> None:
+    """Raise ModeError unless an argument is the name of a mode."""
+    if not isinstance(mode, str) or mode not in get_args(Mode):
+        raise ModeError(f"{mode!r:.40} is not a mode: choose one of {', '.join(get_args(Mode))}", "mode")
 
 
 @dataclass(frozen=True)
@@ -62,15 +116,13 @@ def assign(embeddings: FloatArray, centroids: FloatArray) -> IntArray:
 
 
 def conditioning(
-    mode: Mode, embeddings: FloatArray, cluster_ids: IntArray, tenants: Sequence[Hashable] | None
+    embeddings: FloatArray, cluster_ids: IntArray, tenants: Sequence[Hashable] | None
 ) -> tuple[FloatArray, IntArray]:
-    """Return the hypernetwork's inputs in a mode that depends on the texts themselves.
+    """Return the mean embedding of the rows of each cluster, or of each tenant and cluster: the hypernetwork's inputs.
 
     -> conditioning float32 [factor_sets, hidden], factor_ids int64 [batch]; sets in order of first appearance
     """
     batch = len(embeddings)
-    if mode == "request":
-        return embeddings, np.arange(batch, dtype=np.int64)
     groups: dict[Hashable, list[int]] = {}
     for row in range(batch):
         tenant = tenants[row] if tenants is not None else None
@@ -84,13 +136,6 @@ def conditioning(
     return vectors, factor_ids
 
 
-def distinct(vectors: FloatArray) -> tuple[FloatArray, IntArray]:
-    """Return the distinct ones of vectors [batch, size] in order of first appearance, and which of them each is."""
-    keys = [vector.tobytes() for vector in vectors]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return vectors[[keys.index(key) for key in numbers]], np.array([numbers[key] for key in keys], np.int64)
-
-
 def check_conditioning(mode: Mode, vectors: npt.ArrayLike | None, size: int, batch: int) -> FloatArray | None:
     """Return the vectors that a caller gives, float32 [batch, size]; None where the hypernetwork reads embeddings.
 
@@ -101,18 +146,23 @@ def check_conditioning(mode: Mode, vectors: npt.ArrayLike | None, size: int, bat
     """
     if (vectors is not None) != (size > 0 and mode == "request"):
         takes = f"needs conditioning in mode 'request', float32 [texts, {size}]" if size else "takes no conditioning"
-        raise ModeError(f"mode {mode!r} {'without' if vectors is None else 'with'} conditioning: this bundle {takes}")
+        raise ModeError(
+            f"mode {mode!r} {'without' if vectors is None else 'with'} conditioning: this bundle {takes}",
+            "conditioning",
+        )
     if vectors is None:
         return None
     try:
         with np.errstate(over="ignore"):  # what becomes infinity is refused below
             array = np.ascontiguousarray(vectors, np.float32)
     except (TypeError, ValueError) as error:
-        raise InputError(f"conditioning is no array of numbers: {error}") from error
+        raise InputError(f"conditioning is no array of numbers: {error}", "conditioning") from error
     if array.shape != (batch, size):
-        raise InputError(f"conditioning has shape {array.shape}, expected ({batch}, {size}): a vector per text")
+        raise InputError(
+            f"conditioning has shape {array.shape}, expected ({batch}, {size}): a vector per text", "conditioning"
+        )
     if not np.isfinite(array).all():
-        raise InputError("conditioning holds NaN or infinity")
+        raise InputError("conditioning holds NaN or infinity", "conditioning")
     return array
 
 
@@ -120,15 +170,19 @@ def check_tenants(mode: Mode, tenants: Sequence[Hashable] | None, batch: int) ->
     """Raise InputError unless tenants are given exactly in mode `tenant`, one per row."""
     if (mode == "tenant") != (tenants is not None):
         passed = "no tenants" if tenants is None else "tenants"
-        raise InputError(f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none")
+        raise InputError(
+            f"mode {mode!r} with {passed}: mode 'tenant' needs one tenant per text, other modes take none", "tenants"
+        )
     if tenants is None:
         return
     if not is_sequence(tenants):
-        raise InputError(f"tenants must be a list with one tenant per text, got a single {type(tenants).__name__}")
+        raise InputError(
+            f"tenants must be a list with one tenant per text, got a single {type(tenants).__name__}", "tenants"
+        )
     if len(tenants) != batch:
-        raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text")
+        raise InputError(f"{len(tenants)} tenants for {batch} texts: pass one per text", "tenants")
     for row, tenant in enumerate(tenants):
         try:
             hash(tenant)
         except TypeError as error:
-            raise InputError(f"tenant {row}: {error}: pass a string or a number") from error
+            raise InputError(f"tenant {row}: {error}: pass a string or a number", "tenants") from error

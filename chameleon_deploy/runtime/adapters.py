@@ -16,7 +16,7 @@ from chameleon_deploy.contract.adapter_file import read_adapter
 from chameleon_deploy.contract.bundle import Bundle, FloatArray
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
 from chameleon_deploy.errors import AdapterError, InputError
-from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, no_factors, stack_sets
+from chameleon_deploy.runtime.factors import Factors, FactorSets
 from chameleon_deploy.runtime.inputs import checked_path
 
 
@@ -65,18 +65,18 @@ class Adapters:
         if adapter is None:
             names = self.names
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise AdapterError(f"no adapter is named {name!r:.80}: loaded are {shown or 'none'}")
+            raise AdapterError(f"no adapter is named {name!r:.80}: loaded are {shown or 'none'}", "adapters")
         return adapter
 
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Read an adapter file; see `Runtime.load_adapter`."""
         if not isinstance(name, str) or not is_adapter_name(name):
-            raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}")
+            raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
         file = checked_path(path)
         sets, stamp = self._read(file)
         with self._lock:
             if name in self._named:
-                raise AdapterError(f"an adapter named {name!r} is loaded already: unload it first")
+                raise AdapterError(f"an adapter named {name!r} is loaded already: unload it first", "name")
             adapter = Adapter((name, next(self._numbers)), (file, stamp))
             self._named = {**self._named, name: adapter}
             self._keep(adapter, sets)
@@ -95,7 +95,7 @@ class Adapters:
                 self._sets.move_to_end(adapter.key)
                 return self._sets[adapter.key]
         if adapter.file is None:  # unloaded after the caller had it
-            raise AdapterError(f"the adapter {adapter.key[0]!r} was unloaded")
+            raise AdapterError(f"the adapter {adapter.key[0]!r} was unloaded", "adapters")
         file, stamp = adapter.file
         sets, now = self._read(file)
         if now != stamp:
@@ -104,12 +104,6 @@ class Adapters:
             if self._named.get(adapter.key[0]) == adapter:
                 self._keep(adapter, sets)
         return sets
-
-    def of_rows(self, names: Sequence[str | None]) -> RowFactors:
-        """Return a stack of the sets that rows use, in memory; None is a set of zeros. Raises AdapterError."""
-        chosen = list(dict.fromkeys(names))
-        sets = [no_factors(self._spec) if name is None else self.sets_of(self[name]) for name in chosen]
-        return RowFactors(stack_sets(sets), np.array([chosen.index(name) for name in names], np.int64))
 
     def _keep(self, adapter: Adapter, sets: FactorSets) -> None:
         """Keep factors in memory, and let go of others beyond max_bytes. The lock is held."""
@@ -143,8 +137,10 @@ def check_adapters(adapters: Sequence[str | None] | None, batch: int) -> None:
     if adapters is None:
         return
     if isinstance(adapters, str | bytes) or not isinstance(adapters, Sequence):
-        raise InputError(f"adapters must be a list with a name or None per text, got a {type(adapters).__name__}")
+        raise InputError(
+            f"adapters must be a list with a name or None per text, got a {type(adapters).__name__}", "adapters"
+        )
     if len(adapters) != batch:
-        raise InputError(f"{len(adapters)} adapters for {batch} texts: pass one per text, None for none")
+        raise InputError(f"{len(adapters)} adapters for {batch} texts: pass one per text, None for none", "adapters")
     if wrong := [name for name in adapters if name is not None and not isinstance(name, str)]:
-        raise InputError(f"an adapter must be a name or None, got a {type(wrong[0]).__name__}")
+        raise InputError(f"an adapter must be a name or None, got a {type(wrong[0]).__name__}", "adapters")

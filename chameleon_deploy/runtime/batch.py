@@ -10,7 +10,8 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factor_sources import FactorSource
+from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
 from chameleon_deploy.runtime.logits import HostLogits, Logits

@@ -8,25 +8,21 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, Unpack
 
-import numpy.typing as npt
-
-from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
+from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
-from chameleon_deploy.runtime.factors import Factors
-from chameleon_deploy.runtime.generation import Token
-from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_number
+from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token
+from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_names, check_number, chosen
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 
@@ -81,7 +77,7 @@ class Engine:
         max_waiting       rows that may wait for a place; a submit beyond that raises QueueFullError
         prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
         max_factor_sets   different factor sets in the batch at a time; None means as many as rows
-        cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenant, waits for others
+        cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenants, waits for others
                           that join its cohort; with 0 a cohort is the prompts of one submit
         capacity          tokens per row that the key-value cache holds; None means the model's positions
         observe           called by the engine's thread after every iteration; must be quick. Its exceptions are logged
@@ -116,43 +112,29 @@ class Engine:
     def submit(
         self,
         prompts: Texts,
-        *,
-        max_new_tokens: int | Sequence[int] = 20,
-        sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (immutable)
-        mode: Mode | None = None,
-        tenant: Hashable | None = None,
-        factors: Factors | None = None,
-        adapter: str | None = None,
-        conditioning: npt.ArrayLike | None = None,
-        n: int = 1,
-        deadline: float | None = None,
-        adapt_tokens: int | None = None,
+        generate: Generate | None = None,
+        adapt: Adapt | None = None,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
         """Queue every prompt. Returns at once; safe to call from any thread.
 
-        prompts         texts, or lists of token ids
-        max_new_tokens  at least 1, one number or one per prompt; also bounded by the capacity of a row
-        sampling        one Sampling for all, where row i draws from random stream i, or one per prompt, where its
-                        continuation k draws from stream k
-        mode            adaptation mode; None takes the runtime's
-        tenant          mode tenant: the tenant of the prompts, any hashable value
-        factors         mode static: a caller's factors, see `Runtime.adapt`
-        adapter         mode static, which it implies: the name of the prompts' adapter
-        conditioning    mode request of a bundle that takes the caller's vectors: one per prompt, see `Runtime.adapt`
-        n               continuations per prompt
-        deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
-        adapt_tokens    embed only this many leading tokens of every prompt; None embeds all
+        Arguments as in `Runtime.stream`; a row is also bounded by the engine's capacity.
 
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
         can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
         """
-        submission = prepare(
-            self.runtime, self._capacity, prompts, max_new_tokens, sampling, mode, tenant, factors, n, deadline,
-            adapt_tokens, adapter, conditioning,
-        )  # fmt: skip
+        check_names(keywords, Generate, Adapt)
+        generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
+        if generate.prompt_lookup_num_tokens:
+            name = "prompt_lookup_num_tokens"
+            raise InputError(f"{name} goes with Runtime.generate and stream: leave it out", name)
+        submission = prepare(self.runtime, prompts, generate, adapt, self._capacity)
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:
-            raise InputError(f"{rows} rows in one submit: this engine has room for {self.rows + self.max_waiting}")
+            name = "n" if generate.n > 1 else "prompts"
+            raise InputError(
+                f"{rows} rows in one submit: this engine has room for {self.rows + self.max_waiting}", name
+            )
         if not self._window or submission.cohort_key is None:
             form_cohort(self.runtime, [submission], next(self._cohort_ids))
         with self._lock:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable
 
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-
-
-@dataclass(frozen=True)
-class FactorSource:
-    """The source of a row's factor set.
-
-    key   equal for rows that share a set
-    make  returns a stack of that set only, in memory or on a device
-    """
-
-    key: Hashable
-    make: Callable[[], FactorSets]
 
 
 class FactorTable:

@@ -72,7 +72,14 @@ def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
 
     Raises FactorsError for missing or unknown tensors, a dtype other than float32, wrong shapes, NaN or infinity.
     """
-    widths = spec.factor_widths
+    try:
+        return _checked(factors, spec.factor_widths)
+    except FactorsError as error:
+        error.argument = "factors"
+        raise
+
+
+def _checked(factors: Factors, widths: Mapping[str, int]) -> FactorSets:
     if not isinstance(factors, Mapping) or set(factors) != set(widths):
         found = sorted(factors) if isinstance(factors, Mapping) else f"a {type(factors).__name__}"
         raise FactorsError(f"factors hold {found}: pass a dict with the arrays {', '.join(widths)}")

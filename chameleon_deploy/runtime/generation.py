@@ -13,9 +13,10 @@ from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.contract.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError
+from chameleon_deploy.runtime.adaptation import AdaptKeywords
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.inputs import token_limits
+from chameleon_deploy.runtime.inputs import MAX_ROWS, check_integer, check_number, integer, is_sequence, per_prompt
 from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
@@ -24,6 +25,50 @@ from chameleon_deploy.runtime.tokenizer import decode, decode_next
 # An Engine gives every reason; Runtime.generate the first two, and "error" where it is asked to.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 OnError = Literal["raise", "row"]
+
+MAX_DRAFT_TOKENS = 16  # of one call; logits of each take vocab * 4 bytes
+
+
+@dataclass(frozen=True)
+class Generate:
+    """How the prompts of one call are continued.
+
+    max_new_tokens  at least 1, one number or one per prompt; also bounded by the model's positions
+    sampling        one Sampling for all, where row i draws from random stream i, or one per prompt, where its
+                    continuation k draws from stream k, so that a row does not depend on its place in the batch
+    n               continuations per prompt, at most 65,536; row i * n + k is continuation k of prompt i
+    deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
+    prompt_lookup_num_tokens  up to this many tokens, at most 16, are drafted by prompt lookup and read in one call,
+                    which is faster where the text repeats itself, and slower elsewhere; 0 is off
+
+    Raises InputError for fields that are wrong for any prompts; a call checks the rest.
+    """
+
+    max_new_tokens: int | Sequence[int] = 20
+    sampling: Sampling | Sequence[Sampling] = Sampling()  # noqa: RUF009  (immutable)
+    n: int = 1
+    deadline: float | None = None
+    prompt_lookup_num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for value in self.max_new_tokens if is_sequence(self.max_new_tokens) else [self.max_new_tokens]:
+            if integer("max_new_tokens", value) < 1:
+                raise InputError(f"max_new_tokens must be at least 1, got {value}", "max_new_tokens")
+        object.__setattr__(self, "n", check_integer("n", self.n, 1, MAX_ROWS))
+        if self.deadline is not None and not check_number("deadline", self.deadline, 0):
+            raise InputError("deadline must be a number of seconds above 0", "deadline")
+        name = "prompt_lookup_num_tokens"
+        object.__setattr__(self, name, check_integer(name, self.prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS))
+
+
+class GenerateKeywords(AdaptKeywords, total=False):
+    """The fields of Generate and Adapt as keywords."""
+
+    max_new_tokens: int | Sequence[int]
+    sampling: Sampling | Sequence[Sampling]
+    n: int
+    deadline: float | None
+    prompt_lookup_num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -137,33 +182,27 @@ class Row:
 def begin_rows(
     prompts: Sequence[Sequence[int]],
     cluster_ids: IntArray,
-    max_new_tokens: int | Sequence[int],
-    sampling: Sampling | Sequence[Sampling],
+    generate: Generate,
     model: ModelSpec,
     capacity: int | None = None,
-    n: int = 1,
     is_shown: bool = True,
 ) -> list[Row]:
     """Return n rows for each prompt; rows of one prompt are adjacent.
-
-    With one Sampling for all, row i draws from random stream i. With one per prompt, its k-th row draws from stream k.
 
     capacity  tokens that a row can hold; None means the model's positions
     is_shown  whether the tokens' text is wanted as they come
 
     Raises InputError or TokenError.
     """
-    limits = token_limits(max_new_tokens, len(prompts))
-    single = not isinstance(sampling, Sequence)
-    samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
-    if len(samplings) != len(prompts):
-        raise InputError(f"{len(samplings)} values of sampling for {len(prompts)} prompts: pass one, or one per prompt")
+    limits = per_prompt("max_new_tokens", generate.max_new_tokens, len(prompts))
+    samplings = per_prompt("sampling", generate.sampling, len(prompts))
     for each in samplings:
         check_sampling(each, model.vocab_size)
+    n, first = generate.n, 0 if is_sequence(generate.sampling) else generate.n  # stream of a prompt's first row
     # The last new token is never fed back, so it needs no position.
     room = [(capacity or model.max_positions) - len(ids) + 1 for ids in prompts]
     return [
-        Row(i * n + k, ids, min(limits[i], room[i]), samplings[i], i * n * single + k, int(cluster_ids[i]), is_shown)
+        Row(i * n + k, ids, min(int(limits[i]), room[i]), samplings[i], i * first + k, int(cluster_ids[i]), is_shown)
         for i, ids in enumerate(prompts)
         for k in range(n)
     ]

@@ -5,28 +5,40 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.contract.bundle import ModelSpec
-from chameleon_deploy.errors import InputError, LengthError, TokenError
+from chameleon_deploy.errors import ChameleonError, InputError, LengthError, TokenError
 
 MAX_THREADS = 1024  # ONNX Runtime needs minutes to start a million
 MAX_ROWS = 2**16  # of an engine, and continuations of a prompt
 
+T = TypeVar("T")
+
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
 
-def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
+def encode(texts: Texts, tokenizer: Any, model: ModelSpec, argument: str = "texts") -> list[list[int]]:
     """Return token ids of texts, or the passed ids after the same checks.
+
+    argument  the caller's name of the texts, which errors carry
 
     Raises InputError (nothing given, empty text, mixed kinds, not encodable), TokenError, LengthError.
     """
+    try:
+        return _encoded(texts, tokenizer, model)
+    except ChameleonError as error:
+        error.argument = argument
+        raise
+
+
+def _encoded(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
     if not is_sequence(texts):
         raise InputError(f"expected a list of texts or of token id lists, got a single {type(texts).__name__}")
     if not len(texts):
@@ -47,17 +59,34 @@ def encode(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
     return rows
 
 
-def token_limits(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
-    """Return each row's limit of new tokens, from one number or one per row. Raises InputError."""
-    if is_sequence(max_new_tokens):
-        limits = [integer("max_new_tokens", value) for value in max_new_tokens]
-    else:
-        limits = [integer("max_new_tokens", max_new_tokens)] * batch
-    if len(limits) != batch:
-        raise InputError(f"{len(limits)} values of max_new_tokens for {batch} prompts: pass one, or one per prompt")
-    if min(limits) < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    return limits
+def per_prompt(name: str, value: Any, batch: int) -> list[Any]:
+    """Return one value per prompt, from one for all or one per prompt. Raises InputError for another number."""
+    values = list(value) if is_sequence(value) else [value] * batch
+    if len(values) != batch:
+        raise InputError(f"{len(values)} values of {name} for {batch} prompts: pass one, or one per prompt", name)
+    return values
+
+
+def chosen(kind: type[T], given: T | None, keywords: Mapping[str, Any]) -> T:
+    """Return the options of one kind, from an object or from those of the keywords that are its fields.
+
+    Raises InputError for both at a time, or an object of another kind.
+    """
+    own = {name: value for name, value in keywords.items() if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    if given is None:
+        return kind(**own)
+    if own:
+        raise InputError(f"pass {kind.__name__}(...) or {', '.join(own)}, not both", next(iter(own)))
+    if not isinstance(given, kind):
+        raise InputError(f"expected a {kind.__name__}, got a {type(given).__name__}", kind.__name__.lower())
+    return given
+
+
+def check_names(keywords: Mapping[str, Any], *kinds: type) -> None:
+    """Raise TypeError, as Python does, for a keyword that is no field of these options."""
+    known = {name for kind in kinds for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    if unknown := [name for name in keywords if name not in known]:
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
@@ -74,7 +103,9 @@ def check_threads(threads: int | None) -> int | None:
         return None
     count = integer("threads", threads)
     if not 1 <= count <= MAX_THREADS:
-        raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core")
+        raise InputError(
+            f"threads must be from 1 to {MAX_THREADS}, got {count}: leave it out for one per core", "threads"
+        )
     return count
 
 
@@ -82,7 +113,7 @@ def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> i
     """Return an argument that must be an integer from `least` to `most`. Raises InputError."""
     number = integer(name, value)
     if not least <= number <= most:
-        raise InputError(f"{name} must be an integer from {least} to {most}, got {number}")
+        raise InputError(f"{name} must be an integer from {least} to {most}, got {number}", name)
     return number
 
 
@@ -93,7 +124,7 @@ def check_number(name: str, value: Any, least: float) -> float:
     except OverflowError:  # of an integer
         number = math.nan
     if not number >= least:
-        raise InputError(f"{name} must be a number of at least {least}, got {type(value).__name__} {value!r:.40}")
+        raise InputError(f"{name} must be a number of at least {least}, got {type(value).__name__} {value!r:.40}", name)
     return number
 
 
@@ -111,7 +142,7 @@ def integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError as error:
-        raise InputError(f"{name} must be an integer, got {type(value).__name__} {value!r:.40}") from error
+        raise InputError(f"{name} must be an integer, got {type(value).__name__} {value!r:.40}", name) from error
 
 
 def _integers(row: int, ids: Any) -> list[int]:

@@ -20,11 +20,9 @@ from chameleon_deploy.errors import InputError, ProviderError
 from chameleon_deploy.runtime.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import OnError, Row, Token, append_choice, choosers
-from chameleon_deploy.runtime.inputs import integer
 from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 
-MAX_DRAFT_TOKENS = 16  # of one call; logits of each take vocab * 4 bytes
 MATCHED_TOKENS = (3, 2)  # lengths of the suffix that is looked up, the longest first
 
 
@@ -66,16 +64,14 @@ def stream_speculated(
 
     draft_tokens  how many tokens to draft for a call, at most
 
-    Raises InputError for another number of rows or tokens, ProviderError for a decoder that reads no draft.
+    Raises InputError for another number of rows, ProviderError for a decoder that reads no draft.
     """
-    limit = integer("prompt_lookup_num_tokens", draft_tokens)
-    if not 1 <= limit <= MAX_DRAFT_TOKENS:
-        raise InputError(f"prompt_lookup_num_tokens must be from 0 (off) to {MAX_DRAFT_TOKENS}, got {limit}")
+    name = "prompt_lookup_num_tokens"
     if len(rows) > 1:
-        raise InputError(f"prompt_lookup_num_tokens is for a single prompt, got {len(rows)}: pass one, or leave it out")
+        raise InputError(f"{name} is for a single prompt, got {len(rows)}: pass one, or leave it out", name)
     if not isinstance(decoder, SharedCacheDecoder):
-        raise ProviderError("prompt_lookup_num_tokens works on provider 'cpu' only: leave it out")
-    return _stream(rows[0], limit, decoder, factors, tokenizer, eos_token_id, errors)
+        raise ProviderError(f"{name} works on provider 'cpu' only: leave it out", name)
+    return _stream(rows[0], draft_tokens, decoder, factors, tokenizer, eos_token_id, errors)
 
 
 def _stream(

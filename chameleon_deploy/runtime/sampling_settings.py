@@ -56,7 +56,7 @@ class Sampling:
             try:
                 converted = convert(value)
             except (TypeError, ValueError, OverflowError):
-                raise InputError(f"{name}={value!r}: pass {expected}") from None
+                raise InputError(f"{name}={value!r}: pass {expected}", name) from None
             object.__setattr__(self, name, converted)
 
 
@@ -141,7 +141,7 @@ def check_sampling(sampling: Any, vocab_size: int) -> None:
     Raises InputError for another type than Sampling, and TokenError for a bias of a token outside the vocabulary.
     """
     if not isinstance(sampling, Sampling):
-        raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling")
+        raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling", "sampling")
     for token_id in dict(sampling.logit_bias):
         if token_id >= vocab_size:
-            raise TokenError(f"logit_bias: token id {token_id} is outside the vocabulary of {vocab_size}")
+            raise TokenError(f"logit_bias: token id {token_id} is outside the vocabulary of {vocab_size}", "logit_bias")

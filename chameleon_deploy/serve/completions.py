@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ChameleonError, InputError, TokenError
-from chameleon_deploy.runtime import Generation, Sampling, Stream
+from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.bodies import Receive
@@ -33,18 +33,19 @@ from chameleon_deploy.serve.schemas import (
     Logprobs,
     Usage,
 )
-from chameleon_deploy.serve.scoring import score_prompts
+from chameleon_deploy.serve.scoring import adapt_options, score_prompts
 from chameleon_deploy.serve.service import Served
 from chameleon_deploy.serve.token_names import by_id
 
 _SEED_MASK = 2**64 - 1
+_FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
 
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
     """Answer one request; the client's disconnect cancels it."""
     job = await call.off_loop_if_large(lambda: prepare(call))
     try:
-        echoes = await _echoed(job, call.tenant)
+        echoes = await _echoed(job, call)
     except BaseException:
         job.cancel()
         raise
@@ -138,41 +139,36 @@ def _sampling(body: CompletionRequest, served: Served) -> Sampling:
         )
         check_sampling(sampling, served.runtime.manifest.model.vocab_size)
     except TokenError as error:
-        raise ApiError(400, error.code, str(error), "logit_bias") from error
+        raise ApiError(400, error.code, str(error), error.argument) from error
     except InputError as error:
-        raise api_error(error, str(error).partition("=")[0]) from error
+        raise api_error(error, error.argument) from error
     return sampling
 
 
 def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampling, meant: Meant) -> Stream:
-    body, mode = call.body, meant.mode
+    body = call.body
     try:
-        return call.served.engine.submit(
-            ids,
-            max_new_tokens=body.max_tokens,
-            sampling=[sampling] * len(ids),  # each prompt as if it were alone
-            mode=mode,
-            tenant=call.tenant if mode == "tenant" else None,
-            adapter=meant.adapter,
-            conditioning=body.conditioning,
-            n=body.n,
-            adapt_tokens=body.adapt_tokens,
-        )
-    except InputError as error:
-        is_of_vectors = body.conditioning is not None and str(error).startswith("conditioning")
-        raise api_error(error, "conditioning" if is_of_vectors else "n" if body.n > 1 else "prompt") from error
+        # Each prompt is as if it were alone.
+        generate = Generate(max_new_tokens=body.max_tokens, sampling=[sampling] * len(ids), n=body.n)
+        return call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
+    except ChameleonError as error:
+        raise api_error(error, _field(error)) from error
 
 
-async def _echoed(job: Job, tenant: str | None) -> list[Echo | None]:
+def _field(error: ChameleonError) -> str | None:
+    """Return the field of the request that an error of the runtime is about."""
+    return _FIELDS.get(error.argument, error.argument) if error.argument else None
+
+
+async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:
     """What comes before the new text of every prompt."""
     body, served = job.body, job.served
     if not body.echo:
         return [None] * len(job.ids)
     scores = None
     if body.logprobs is not None:
-        scores = await score_prompts(
-            served, job.ids, job.meant, tenant, body.adapt_tokens, body.conditioning, body.logprobs
-        )
+        adapt = adapt_options(call, job.meant, len(job.ids))
+        scores = await score_prompts(served, job.ids, adapt, body.logprobs)
     given = as_texts(body.prompt)
     return [
         Echo(

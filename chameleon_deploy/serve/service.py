@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import chameleon_deploy
 from chameleon_deploy.contract.bundle import FloatArray, Mode
-from chameleon_deploy.runtime import Engine, Runtime
+from chameleon_deploy.runtime import Adapt, Engine, Runtime
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
 from chameleon_deploy.serve.metrics import Metrics
@@ -96,17 +96,16 @@ class Service:
     def open(self) -> None:
         """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`."""
         s = self.settings
-        runtime = chameleon_deploy.load(s.bundle, s.provider, None, s.threads, s.share_weights, s.trusted_keys)
+        runtime = chameleon_deploy.load(
+            s.bundle, s.provider, threads=s.threads, share_weights=s.share_weights, trusted_keys=s.trusted_keys
+        )
         name = runtime.bundle.path.resolve().name
         models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters, s.capacity)
         runtime.adapters.max_bytes = s.max_adapter_bytes
         size = runtime.manifest.adaptation.conditioning_size
-        runtime.adapt(  # makes factors
-            [[0]],
-            mode=models.default,
-            tenants=[""] if models.default == "tenant" else None,
-            conditioning=[[0.0] * size] if size and models.default == "request" else None,
-        )
+        tenants = [""] if models.default == "tenant" else None
+        vectors = [[0.0] * size] if size and models.default == "request" else None
+        runtime.adapt([[0]], Adapt(models.default, tenants, conditioning=vectors))  # makes factors
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,

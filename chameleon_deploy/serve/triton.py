@@ -28,7 +28,7 @@ from chameleon_deploy.errors import (
     QueueFullError,
     TokenError,
 )
-from chameleon_deploy.runtime import Engine, Sampling, Stream, Token
+from chameleon_deploy.runtime import Adapt, Engine, Generate, Sampling, Stream, Token
 
 BUNDLE = "bundle"  # directory of it beside model.py
 CANCEL_SECONDS = 0.2  # between two looks for requests that their clients have cancelled
@@ -85,9 +85,8 @@ class Model:
         sampling = Sampling(**{"seed": secrets.randbits(64), **numbers}, stop=texts["stop"])
         return self._engine.submit(
             texts["text_input"],
-            max_new_tokens=values["max_tokens"][0] if values.get("max_tokens") else 16,
-            sampling=sampling,
-            mode=cast(Mode, texts["mode"][0]) if texts["mode"] else self._mode,  # the engine checks it
+            Generate(values["max_tokens"][0] if values.get("max_tokens") else 16, sampling),
+            Adapt(cast(Mode, texts["mode"][0]) if texts["mode"] else self._mode),  # which checks it
         )
 
     async def _respond(self, stream: Stream, sender: Any) -> None:

@@ -155,7 +155,8 @@ def generate(runtime: Runtime, prompts: list[list[int]], mode: Mode, **how: Any)
 
 
 def submit(engine: Engine, prompts: list[list[int]], mode: Mode, **how: Any) -> list[str]:
-    return texts(engine.submit(prompts, mode=mode, tenant="a" if mode == "tenant" else None, **how).result())
+    tenants = ["a"] * len(prompts) if mode == "tenant" else None
+    return texts(engine.submit(prompts, mode=mode, tenants=tenants, **how).result())
 
 
 def serial_answers(bundle: Path, count: int) -> list[list[str]]:

@@ -17,7 +17,6 @@ from chameleon_deploy.runtime.adaptation import (
     check_conditioning,
     check_tenants,
     conditioning,
-    distinct,
     embed,
 )
 
@@ -69,12 +68,6 @@ def test_assign() -> None:
     assert assign(embeddings, centroids[:0]).tolist() == [-1] * 4
 
 
-def test_conditioning_of_requests_is_their_embedding() -> None:
-    embeddings = TABLE[:3]
-    vectors, factor_ids = conditioning("request", embeddings, np.array([0, 0, 1]), None)
-    assert (vectors.tolist(), factor_ids.tolist()) == (embeddings.tolist(), [0, 1, 2])
-
-
 @pytest.mark.parametrize(
     ("tenants", "factor_ids"),
     [(None, [0, 1, 0, 1, 2]), (["b", "a", "b", "a", "a"], [0, 1, 0, 1, 2]),
@@ -82,7 +75,7 @@ def test_conditioning_of_requests_is_their_embedding() -> None:
 )  # fmt: skip
 def test_conditioning_of_groups_is_their_mean(tenants: Any, factor_ids: list[int]) -> None:
     embeddings, cluster_ids = TABLE[:5], np.array([2, 0, 2, 0, 1])
-    vectors, found = conditioning("cohort" if tenants is None else "tenant", embeddings, cluster_ids, tenants)
+    vectors, found = conditioning(embeddings, cluster_ids, tenants)
     assert found.dtype == np.int64
     assert found.tolist() == factor_ids
     for i, vector in enumerate(vectors):
@@ -103,14 +96,6 @@ def test_tenants_are_for_their_mode_and_one_per_text() -> None:
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             check_tenants(mode, tenants, 2)  # type: ignore[arg-type]
-
-
-def test_distinct_vectors_are_those_of_different_bits() -> None:
-    vectors = np.array([[1, 2], [0, 3], [1, 2], [-0.0, 3], [1, 2]], np.float32)
-    found, numbers = distinct(vectors)
-    assert found.tobytes() == vectors[[0, 1, 3]].tobytes()
-    assert numbers.tolist() == [0, 1, 0, 2, 0]
-    assert numbers.dtype == np.int64
 
 
 def test_vectors_of_a_caller_are_for_mode_request_of_bundles_that_take_them() -> None:

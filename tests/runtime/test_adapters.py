@@ -215,7 +215,7 @@ def test_the_engine_serves_adapters_while_others_come_and_go(runtime: Runtime, f
 
         def ask(name: str | None) -> None:
             for _ in range(3):
-                stream = engine.submit([PROMPT], adapter=name, max_new_tokens=8)
+                stream = engine.submit([PROMPT], adapters=[name], max_new_tokens=8)
                 found = [token.generation for token in stream][-1]
                 if found is None or found.token_ids != expected[name]:
                     failures.append((name, found))
@@ -225,13 +225,13 @@ def test_the_engine_serves_adapters_while_others_come_and_go(runtime: Runtime, f
             thread.start()
         while any(thread.is_alive() for thread in threads):
             runtime.load_adapter("wiki", file)
-            stream = engine.submit([PROMPT], adapter="wiki", max_new_tokens=8)
+            stream = engine.submit([PROMPT], adapters=["wiki"], max_new_tokens=8)
             runtime.unload_adapter("wiki")  # its rows keep it
             found = [token.generation for token in stream][-1]
             if found is None or found.token_ids != wiki:
                 failures.append(("wiki", found))
         with pytest.raises(AdapterError):
-            engine.submit([PROMPT], adapter="wiki")
+            engine.submit([PROMPT], adapters=["wiki"])
     assert not failures
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chameleon_deploy import Engine, Generation, Runtime, Sampling, Stream
+from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling, Stream
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import (
     ClosedError,
@@ -61,10 +61,8 @@ class Bench:
         self.loop = Loop(batch, self.table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
 
     def submit(self, *prompts: list[int], mode: Any = "none", limit: int = LONG, n: int = 1, **more: Any) -> Stream:
-        submission = prepare(
-            self.runtime, 128, prompts, limit, more.get("sampling", Sampling(ignore_eos=True)), mode, None, None, n,
-            more.get("deadline"), None,
-        )  # fmt: skip
+        generate = Generate(limit, more.get("sampling", Sampling(ignore_eos=True)), n, more.get("deadline"))
+        submission = prepare(self.runtime, prompts, generate, Adapt(mode), 128)
         form_cohort(self.runtime, [submission], 0)
         self.loop.waiting.extend(submission.members)
         return submission.stream
@@ -151,7 +149,7 @@ def test_a_submit_of_many_prompts_is_what_generate_makes_of_them(runtime: Runtim
         stream = engine.submit(rows, mode=mode, sampling=HOT)
         assert stream.result(60) == expected
         assert stream.cluster_ids == [generation.cluster_id for generation in expected]
-    tenants = engine.submit(rows, mode="tenant", tenant="a", sampling=HOT)
+    tenants = engine.submit(rows, mode="tenant", tenants=["a"] * 10, sampling=HOT)
     assert tenants.result(60) == runtime.generate(rows, mode="tenant", tenants=["a"] * 10, sampling=HOT)
 
 
@@ -523,7 +521,7 @@ def test_a_cohort_window_joins_callers_and_says_so(runtime: Runtime) -> None:
         assert streams[0].cohort.size == 4
         assert alone.cohort is None
         tenants = ["a", "b", 1, True]
-        four = [engine.submit(rows[:2], mode="tenant", tenant=tenant, sampling=[HOT] * 2) for tenant in tenants]
+        four = [engine.submit(rows[:2], mode="tenant", tenants=[tenant] * 2, sampling=[HOT] * 2) for tenant in tenants]
         together = runtime.generate(rows[:2], mode="cohort", sampling=[HOT] * 2)
         assert [stream.result(60) for stream in four] == [together] * 4
         assert [stream.cohort.size for stream in four if stream.cohort] == [2] * 4
@@ -617,9 +615,9 @@ def test_a_decoder_without_slots_runs_static_batches(portable: Runtime) -> None:
         (ModeError, [[1]], {"mode": "static"}),
         (FactorsError, [[1]], {"mode": "static", "factors": (1, 2)}),
         (InputError, [[1]], {"mode": "tenant"}),
-        (InputError, [[1]], {"mode": "tenant", "tenant": ["a"]}),
-        (InputError, [[1]], {"mode": "tenant", "tenant": ("a", {})}),
-        (InputError, [[1]], {"mode": "none", "tenant": ["a"]}),
+        (InputError, [[1]], {"mode": "tenant", "tenants": "a"}),
+        (InputError, [[1]], {"mode": "tenant", "tenants": [("a", {})]}),
+        (InputError, [[1]], {"mode": "none", "tenants": ["a"]}),
         (InputError, [[1]], {"n": 0}),
         (InputError, [[1]], {"max_new_tokens": 0}),
         (InputError, [[1]], {"max_new_tokens": [1, 2]}),

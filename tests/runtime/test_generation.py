@@ -12,7 +12,7 @@ import pytest
 from chameleon_deploy import Runtime, Sampling
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
-from chameleon_deploy.runtime.generation import Generation, Row, Token, begin_rows
+from chameleon_deploy.runtime.generation import Generate, Generation, Row, Token, begin_rows
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.rows import random_rows
@@ -321,19 +321,20 @@ def test_special_tokens_have_no_text() -> None:
 
 def test_rows_of_prompts() -> None:
     prompts, cluster_ids, room = [[1], [2, 3]], np.array([4, 5]), MODEL.max_positions
-    rows = begin_rows(prompts, cluster_ids, [3, 999], Sampling(), MODEL, n=2)
+    rows = begin_rows(prompts, cluster_ids, Generate([3, 999], n=2), MODEL)
     assert [(row.index, row.prompt, row.limit, row.cluster_id) for row in rows] == [
         (0, [1], 3, 4), (1, [1], 3, 4), (2, [2, 3], room - 1, 5), (3, [2, 3], room - 1, 5),
     ]  # fmt: skip
-    assert [row.limit for row in begin_rows(prompts, cluster_ids, 999, Sampling(), MODEL, capacity=10)] == [10, 9]
-    tokens = appended(begin_rows(prompts, cluster_ids, 9, Sampling(), MODEL)[0], IDS[:2])
+    assert [row.limit for row in begin_rows(prompts, cluster_ids, Generate(999), MODEL, capacity=10)] == [10, 9]
+    tokens = appended(begin_rows(prompts, cluster_ids, Generate(9), MODEL)[0], IDS[:2])
     assert [token.text for token in tokens] == ["a", "X"]
 
 
 @pytest.mark.parametrize(("one_for_all", "streams"), [(True, [0, 1, 2, 3, 4, 5]), (False, [0, 1, 2, 0, 1, 2])])
 def test_streams_of_random_numbers(one_for_all: bool, streams: list[int]) -> None:
     sampling, logits = Sampling(9.0, seed=5), np.zeros(MODEL.vocab_size, np.float32)
-    rows = begin_rows([[1], [2]], np.zeros(2, np.int64), 9, sampling if one_for_all else [sampling] * 2, MODEL, n=3)
+    generate = Generate(9, sampling if one_for_all else [sampling] * 2, n=3)
+    rows = begin_rows([[1], [2]], np.zeros(2, np.int64), generate, MODEL)
     expected = [Sampler(sampling, [], stream).choose(logits) for stream in streams]
     assert [row.sampler.choose(logits) for row in rows] == expected
     assert len(set(expected)) == len(set(streams))

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 import chameleon_deploy
-from chameleon_deploy import Runtime
+from chameleon_deploy import Generate, Runtime
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError, InputError, LengthError, TokenError
 from chameleon_deploy.runtime.inputs import (
@@ -23,7 +23,7 @@ from chameleon_deploy.runtime.inputs import (
     encode,
     integer,
     is_sequence,
-    token_limits,
+    per_prompt,
 )
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.shared_data import good_bundle
@@ -143,11 +143,13 @@ def test_limits_of_threads_and_rows() -> None:
 
 
 def test_one_limit_of_new_tokens_or_one_per_row() -> None:
-    assert token_limits(1, 3) == [1, 1, 1]
-    assert token_limits([1, 5], 2) == [1, 5]
-    for wrong, message in (([1, 0], "at least 1, got 0"), (0, "at least 1, got 0"), ([1], "1 values .* for 2")):
-        with pytest.raises(InputError, match=message):
-            token_limits(wrong, 2)
+    assert per_prompt("x", 1, 3) == [1, 1, 1]
+    assert per_prompt("x", [1, 5], 2) == per_prompt("x", np.array([1, 5]), 2) == [1, 5]
+    with pytest.raises(InputError, match="1 values of x for 2"):
+        per_prompt("x", [1], 2)
+    for wrong in ([1, 0], 0):
+        with pytest.raises(InputError, match="at least 1, got 0"):
+            Generate(wrong)
 
 
 def test_what_holds_several_values() -> None:

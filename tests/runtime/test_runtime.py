@@ -120,7 +120,7 @@ def test_clusters_and_groups_follow_design(runtime: Runtime, mini: Checkpoint, s
 
 def test_conditioning_is_the_mean_and_is_not_normalised_again() -> None:
     embeddings = np.array([[1, 0], [0, 1], [0, 1]], np.float32)
-    vectors, ids = conditioning("cohort", embeddings, np.array([4, 2, 4]), None)
+    vectors, ids = conditioning(embeddings, np.array([4, 2, 4]), tenants=None)
     assert ids.tolist() == [0, 1, 0]
     np.testing.assert_array_equal(vectors, [[0.5, 0.5], [0, 1]])
 

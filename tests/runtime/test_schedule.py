@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from chameleon_deploy.errors import NumericError
-from chameleon_deploy.runtime.factor_table import FactorSource, FactorTable
+from chameleon_deploy.runtime.factor_sources import FactorSource
+from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, joined, take_next
 
@@ -71,7 +72,7 @@ def test_prompts_are_read_together_while_padding_costs_less_than_calls(lengths: 
 
 def source(key: str, rank: int, value: float) -> FactorSource:
     tensors = {"A": np.full((1, rank, 3), value, np.float32), "B": np.full((1, rank, 5), value, np.float32)}
-    return FactorSource(key, lambda: FactorSets(tensors))
+    return FactorSource(key, FactorSets(tensors), lambda sets: sets[0])
 
 
 def stacked(table: FactorTable) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chameleon_deploy
-from chameleon_deploy import Runtime
+from chameleon_deploy import Adapt, Runtime
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.factor_table import FactorTable
@@ -41,7 +41,7 @@ class Alone:
     def __init__(self, runtime: Runtime) -> None:
         assert isinstance(runtime.decoder, SharedCacheDecoder)
         self.decoder = runtime.decoder
-        sources = runtime.factor_sources("centroid", np.empty((SETS, 0), np.float32), np.arange(SETS), None, None)
+        sources, _ = runtime.sources.of_rows(Adapt("centroid"), np.empty((SETS, 0), np.float32), np.arange(SETS))
         table = FactorTable(SETS)
         for source in sources:
             table.acquire(source)

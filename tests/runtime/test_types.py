@@ -73,7 +73,8 @@ def test_adaptation(method: str, name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: call(TEXTS, **{"mode": mode, name: value}), values) == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "errors", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "errors", "n", "deadline", "adapt_tokens",
+                                  "prompt_lookup_num_tokens"])  # fmt: skip
 def test_generate(name: str, runtime: Runtime) -> None:
     arguments = {"prompts": TEXTS, "max_new_tokens": 1}
     values = WRONG + tuple([value] * 2 for value in WRONG)
@@ -92,8 +93,8 @@ def test_engine(name: str, runtime: Runtime) -> None:
     assert foreign(lambda value: Engine(runtime, **{name: value}).close()) == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenant", "factors", "adapter", "n",
-                                  "deadline", "adapt_tokens"])  # fmt: skip
+@pytest.mark.parametrize("name", ["prompts", "max_new_tokens", "sampling", "mode", "tenants", "factors", "adapters",
+                                  "n", "deadline", "adapt_tokens"])  # fmt: skip
 def test_submit(name: str, engine: Engine) -> None:
     arguments = {"prompts": TEXTS, "max_new_tokens": 1}
     assert foreign(lambda value: engine.submit(**{**arguments, name: value}).cancel()) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy import Runtime
+from chameleon_deploy import Adapt, Runtime
 from chameleon_deploy.contract.bundle import Mode, Precision
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
@@ -55,15 +55,16 @@ def test_a_right_bundle_passes(mode: Mode, runtime: Runtime, missed: Missed) -> 
 
 
 def test_factors_of_another_cluster(runtime: Runtime, missed: Missed, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = runtime._factors_of_centroids
-    monkeypatch.setattr(runtime, "_factors_of_centroids", lambda: right()[np.roll(np.arange(len(right())), 1)])
+    right = runtime.sources._factors_of_centroids
+    shifted = lambda: right()[np.roll(np.arange(len(right())), 1)]  # noqa: E731
+    monkeypatch.setattr(runtime.sources, "_factors_of_centroids", shifted)
     assert {"factors, relative difference", "update, relative difference"} <= missed(runtime, "centroid")
 
 
 def test_factors_of_the_caller_that_are_ignored(
     runtime: Runtime, missed: Missed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_static_factors", lambda factors: runtime._no_factors)
+    monkeypatch.setattr(runtime.sources, "_static_factors", lambda factors: runtime.sources._no_factors)
     assert {"factors, relative difference", "update, relative difference"} <= missed(runtime, "static")
 
 
@@ -72,8 +73,8 @@ def _next_sets(factors: RowFactors) -> RowFactors:
 
 
 def _tenants_swapped(right: Callable[..., Any]) -> Callable[..., Any]:
-    def adapt(rows: Any, mode: Any, *rest: Any) -> Any:
-        adaptation = right(rows, mode, *rest)
+    def adapt(rows: Any, options: Adapt) -> Any:
+        adaptation = right(rows, options)
         return replace(adaptation, factors=_next_sets(adaptation.factors))
 
     return adapt
@@ -82,8 +83,8 @@ def _tenants_swapped(right: Callable[..., Any]) -> Callable[..., Any]:
 def _tenants_ignored(right: Callable[..., Any]) -> Callable[..., Any]:
     """The factors of all tenants together are close to each one's, and the logits of int8 do not tell them apart."""
 
-    def adapt(rows: Any, mode: Any, tenants: Any, *rest: Any) -> Any:
-        return right(rows, "cohort", None, *rest)
+    def adapt(rows: Any, options: Adapt) -> Any:
+        return right(rows, Adapt("cohort"))
 
     return adapt
 
@@ -95,7 +96,7 @@ def test_factors_of_another_tenant(
     missed: Missed,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "_adapt", fault(runtime._adapt))
+    monkeypatch.setattr(runtime.sources, "adapt", fault(runtime.sources.adapt))
     assert "factors, relative difference" in missed(runtime, "tenant")
 
 
