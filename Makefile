@@ -39,34 +39,10 @@ scale: .venv/scale
 mutants: .venv/ready
 	$(BIN)/python -m tests.mutation
 
-# A pretrained model beside other engines, for docs/performance.md: allow two hours on an idle machine, with what
-# pip install -e '.[peers,peers-llama,peers-torchao,report]' adds. TEXT is the text that the quality is measured on.
-THREADS ?= 2
-BENCH := models/bench
-BENCHED := $(foreach p,fp32 int8,$(BENCH)/bench-$p-8.json $(BENCH)/bench-$p-32.json)
-GROWN := $(foreach p,fp32 int8,$(foreach c,batch length factor_sets,$(BENCH)/growth-$p-$c.json))
-
-bench: $(BENCHED) $(GROWN)
-	$(BIN)/python docs/growth_plots.py docs/growth $(GROWN)
-	$(BIN)/python docs/real_model_table.py $(BENCHED)
-
-$(BENCH)/smollm2: | .venv/ready
-	$(BIN)/python -m chameleon_deploy.reference.random --base smollm2 --out $@
-
-$(BENCH)/smollm2-%: | $(BENCH)/smollm2
-	$(BIN)/python -m chameleon_deploy.export $(BENCH)/smollm2 --out $@ --precision $* --no-verify
-
-$(BENCH)/bench-%-8.json: | $(BENCH)/smollm2-%
-	$(BIN)/python -m chameleon_deploy.bench $(BENCH)/smollm2-$* --reference $(BENCH)/smollm2 --threads $(THREADS) \
-	    --batch 1 --batch 8 $(addprefix --text ,$(TEXT)) --json $@
-
-$(BENCH)/bench-%-32.json: | $(BENCH)/smollm2-%
-	$(BIN)/python -m chameleon_deploy.bench $(BENCH)/smollm2-$* --reference $(BENCH)/smollm2 --threads $(THREADS) \
-	    --batch 32 --windows 0 --json $@
-
-$(BENCH)/growth-%.json: | $(BENCH)/smollm2-fp32 $(BENCH)/smollm2-int8
-	$(BIN)/python -m chameleon_deploy.bench.growth $(BENCH)/smollm2-$(word 1,$(subst -, ,$*)) --reference $(BENCH)/smollm2 \
-	    --threads $(THREADS) --curve $(word 2,$(subst -, ,$*)) --json $@
+# For docs/performance.md: allow two hours on an idle machine, with what pip install -e '.[peers,peers-llama,peers-torchao,report]'
+# adds. TEXT is the text that the quality is measured on.
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.pretrained $(addprefix --text ,$(TEXT))
 
 cpp: .venv/ready
 	.ci/cpp
@@ -77,5 +53,4 @@ cpp: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PRECIOUS: $(BENCH)/smollm2-%
 .PHONY: bench cpp demo mutants scale serve test

@@ -26,7 +26,7 @@ from tests.commands import run as run_command
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted(
-    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("[a-z]*/README.md")],
+    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("[a-z]*/README.md")],
     key=lambda page: page.relative_to(REPOSITORY).as_posix(),
 )
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -43,11 +43,11 @@ def unknown_commands(text: str) -> list[str]:
     """Return the modules, subcommands and options that a page names and the package does not have."""
     unknown = []
     for line in code(text):
-        for module, arguments in re.findall(r"python -m ((?:chameleon_deploy|tests)\.[\w.]+)([^;&]*)", line):
+        for module, arguments in re.findall(r"python -m ((?:benchmarks|chameleon_deploy|tests)\.[\w.]+)([^;&]*)", line):
             path = REPOSITORY / module.replace(".", "/")
             if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file():
                 unknown.append(module)
-            elif module.startswith("chameleon_deploy"):
+            elif not module.startswith("tests"):
                 known = options_of(module)
                 unknown += [f"{module} {option}" for option in OPTION.findall(arguments) if option not in known]
         for command in re.findall(r"(?<![\w/.-])chameleon-deploy ([a-z-]+)", line):

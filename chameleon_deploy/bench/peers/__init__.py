@@ -13,7 +13,6 @@ openvino.py      the frozen base model only: it does not adapt
 llama_cpp.py     the frozen base model only: it does not adapt
 own_process.py   a process of its own for an engine, which llama.cpp needs
 gguf_writer.py   that model as llama.cpp's file
-peft.py          PyTorch with the adapters of each row, for `bench.adapters`
 """
 
 from __future__ import annotations

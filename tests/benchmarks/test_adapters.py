@@ -1,4 +1,4 @@
-"""`bench.adapters`: every engine gives what the reference gives with each row's adapter, or the run fails."""
+"""`benchmarks.adapters`: every engine gives what the reference gives with each row's adapter, or the run fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_engine_is_timed_and_right(
     adapted: tuple[Path, Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    result = run("chameleon_deploy.bench.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
+    result = run("benchmarks.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"llama.cpp"} - figures["missing"].keys() == ({"llama.cpp"} if LLAMA_CPP else set())
@@ -59,13 +59,13 @@ def test_every_engine_is_timed_and_right(
 def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[Path]]) -> None:
     """The bundle's a is compared with what is b for PEFT and for the reference."""
     bundle, base, directories = adapted
-    result = run("chameleon_deploy.bench.adapters", *command(bundle, base, directories[::-1]), "--engine", "none")
+    result = run("benchmarks.adapters", *command(bundle, base, directories[::-1]), "--engine", "none")
     assert result.returncode == 1
     assert "results differ from the reference: prefill 3x12 + 5 tokens" in " ".join(result.stderr.split())
 
 
 def test_another_bundles_adapters_are_refused(adapted: tuple[Path, Path, list[Path]]) -> None:
     bundle, base, directories = adapted
-    result = run("chameleon_deploy.bench.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
+    result = run("benchmarks.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
     assert result.returncode == 2
     assert "pass an --adapter for each" in " ".join(result.stderr.split())

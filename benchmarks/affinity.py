@@ -1,7 +1,7 @@
 """What routing by cluster is worth on a cluster that runs: factor sets and rows of a step, and tokens per second.
 
     serve run chameleon_deploy.serve.ray:app bundle=BUNDLE replicas=2 routing=cluster      # and again with routing=load
-    python experiments/affinity.py http://127.0.0.1:8000 --bundle BUNDLE
+    python -m benchmarks.affinity http://127.0.0.1:8000 --bundle BUNDLE
 
 Prompts are Python's own texts, of clusters that follow Zipf's law. Each stream sends its next request when its last one
 has ended. The metrics of the replicas tell rows and factor sets.
@@ -9,16 +9,18 @@ has ended. The metrics of the replicas tell rows and factor sets.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
 import time
+from typing import Annotated
 
 import httpx
+import typer
 
 import chameleon_deploy
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.terminal import console
 
 ZIPF = 1.2
 
@@ -55,24 +57,24 @@ def metrics(url: str) -> dict[str, float]:
     return {words[0]: float(words[1]) for words in lines if len(words) == 2}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
-    parser.add_argument("--bundle", required=True)
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--characters", type=int, default=300, help="of a prompt")
-    given = parser.parse_args()
-    prompts = draw(given.bundle, given.requests, given.characters)
-    asyncio.run(load(given.url, prompts[: given.streams], given.streams, given.tokens))  # connections, caches
-    before, begin = metrics(given.url), time.perf_counter()
-    asyncio.run(load(given.url, prompts, given.streams, given.tokens))
+def main(
+    url: Annotated[str, typer.Argument(help="The cluster's ingress.")],
+    bundle: Annotated[str, typer.Option(help="What the cluster serves, to find each prompt's cluster.")],
+    streams: Annotated[int, typer.Option(min=1, help="Streams of the closed loop.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Requests.")] = 96,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 64,
+    characters: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 300,
+) -> None:
+    """Measure rows, factor sets and tokens per second of a cluster under load."""
+    prompts = draw(bundle, requests, characters)
+    asyncio.run(load(url, prompts[:streams], streams, tokens))  # connections, caches
+    before, begin = metrics(url), time.perf_counter()
+    asyncio.run(load(url, prompts, streams, tokens))
     seconds = time.perf_counter() - begin
-    grown = {name: value - before.get(name, 0) for name, value in metrics(given.url).items()}
+    grown = {name: value - before.get(name, 0) for name, value in metrics(url).items()}
     steps = grown["chameleon_batch_rows_count"]
     print(json.dumps({
-        "tokens_per_second": round(given.requests * given.tokens / seconds, 1),
+        "tokens_per_second": round(requests * tokens / seconds, 1),
         "rows_per_step": round(grown["chameleon_batch_rows_sum"] / steps, 2),
         "factor_sets_per_step": round(grown["chameleon_batch_factor_sets_sum"] / steps, 2),
         "step_ms": round(1e3 * grown["chameleon_step_seconds_sum"] / steps, 2),
@@ -80,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

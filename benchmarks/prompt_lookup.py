@@ -1,6 +1,6 @@
 """Time speculative decoding by prompt lookup against plain decoding, on code, prose and summaries.
 
-    python experiments/prompt_lookup.py BUNDLE TEXT [--rounds 3]
+    python -m benchmarks.prompt_lookup BUNDLE TEXT --rounds 3
 
 Three prompts: a function of Python's library, prose, and prose with the beginning of a summary that repeats it. The
 lengths of drafts alternate within a round; each figure is the median of the rounds' ratios.
@@ -8,15 +8,18 @@ lengths of drafts alternate within a round; each figure is the median of the rou
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import statistics
 import textwrap
 import time
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 import chameleon_deploy
 from chameleon_deploy import Runtime, Sampling
+from chameleon_deploy.terminal import console
 
 DRAFT_TOKENS = (0, 2, 4, 8)
 NEW_TOKENS = 96
@@ -40,22 +43,22 @@ def seconds(runtime: Runtime, prompt: str, sampling: Sampling, draft_tokens: int
     return time.perf_counter() - start, generation.token_ids
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle")
-    parser.add_argument("text", type=Path, help="a file of prose")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    prose = arguments.text.read_text(encoding="utf-8")
-    runtime = chameleon_deploy.load(arguments.bundle, threads=arguments.threads, mode="none")
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    text: Annotated[Path, typer.Argument(help="A file of prose.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each length of drafts.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 2,
+) -> None:
+    """Time drafts of several lengths against plain decoding, greedy and sampled."""
+    prose = text.read_text(encoding="utf-8")
+    runtime = chameleon_deploy.load(bundle, threads=threads, mode="none")
     print("text     sampling     draft  time/plain  equal tokens")
     for name, prompt in prompts(prose).items():
         for label, sampling in (
             ("greedy", Sampling(ignore_eos=True)),
             ("T = 0.7", Sampling(temperature=0.7, seed=1, ignore_eos=True)),
         ):
-            samples = [[seconds(runtime, prompt, sampling, n) for n in DRAFT_TOKENS] for _ in range(arguments.rounds)]
+            samples = [[seconds(runtime, prompt, sampling, n) for n in DRAFT_TOKENS] for _ in range(rounds)]
             plain_ids = samples[0][0][1]
             for i, draft_tokens in enumerate(DRAFT_TOKENS[1:], 1):
                 ratio = statistics.median(round_[i][0] / round_[0][0] for round_ in samples)
@@ -64,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

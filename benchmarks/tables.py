@@ -1,16 +1,23 @@
-"""Prints the tables of a pretrained model from what `bench --json` wrote: real_model_table.py FILE...
+"""Prints the tables of docs/performance.md from what `bench --json` wrote.
 
-Files of one precision are put together, so that a run may be split by --batch. A time is the bundle's median times the
-median of the paired ratios.
+    python -m benchmarks.tables pretrained fp32.json int8.json
+    python -m benchmarks.tables untrained fp32.json int8.json
+
+`pretrained` is for a model with real weights, whose quality `bench` measured too.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from chameleon_deploy.terminal import console
+
+app = typer.Typer(**console.SETTINGS)
 
 COLUMNS = {  # kind and batch of a part, and the units of its figure, by heading
     "scoring 8x128": ("scoring", 8),
@@ -21,13 +28,27 @@ COLUMNS = {  # kind and batch of a part, and the units of its figure, by heading
 }
 ABLATIONS = ("full logits", "one call per cluster", "without LoRA")
 LLAMA = "llama.cpp"
+EAGER, FOREIGN = "PyTorch eager fp32", ("CTranslate2", "OpenVINO")
+SPEED = {  # kind and batch of a part, by the name of its row
+    "scoring 8x128": ("scoring", 8),
+    "prefill 8x128 + first token": ("prefill", 8),
+    "decode, batch 1": ("decode", 1),
+    "decode, batch 8": ("decode", 8),
+    "decode, batch 32": ("decode", 32),
+    "prefill 8x128 + 33 tokens": ("generation", 8),
+}
+OVERHEAD = {
+    "decode batch 8": ("decode", 8),
+    "scoring": ("scoring", 8),
+    "prefill 8x128 + 33 tokens": ("generation", 8),
+}
 
 
-def merged(files: list[str]) -> dict[str, dict[str, Any]]:
+def merged(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return the quality and the ratios by part of every precision; the first file that has a part gives it."""
     found: dict[str, dict[str, Any]] = {}
     for file in files:
-        record = json.loads(Path(file).read_text())
+        record = json.loads(file.read_text())
         own = found.setdefault(record["precision"], {"quality": {}, "parts": {}})
         own["quality"] = own["quality"] or record["quality"]
         for timing in record["timings"]:
@@ -79,7 +100,7 @@ def best(ratios: dict[str, float]) -> str:
     return f"{ratios[name]:.2f} ({name})"
 
 
-def table(headers: list[str], rows: Iterator[list[str]]) -> None:
+def table(headers: list[str], rows: Iterable[list[str]]) -> None:
     print("| " + " | ".join(headers) + " |")
     print("|---" * len(headers) + "|")
     for row in rows:
@@ -87,7 +108,16 @@ def table(headers: list[str], rows: Iterator[list[str]]) -> None:
     print()
 
 
-def main(files: list[str]) -> None:
+Files = Annotated[list[Path], typer.Argument(help="What `bench --json` wrote.")]
+
+
+@app.command()
+def pretrained(files: Files) -> None:
+    """Print quality, size and times of every engine, then how many times faster the bundle is.
+
+    Files of one precision are put together, so that a run may be split by --batch. A time is the bundle's median times
+    the median of the paired ratios.
+    """
     found = merged(files)
     headers = ["engine", "mean KL", "99.9th percentile", "same best token", "perplexity", "MB",
                *(f"{heading}, ms" for heading in COLUMNS)]  # fmt: skip
@@ -97,5 +127,48 @@ def main(files: list[str]) -> None:
         table([*compared, "adapting costs"], ratio_rows(own, precision))
 
 
+def untrained_rows(record: dict[str, Any]) -> dict[str, str]:
+    """Return the figures of one run, by the name of the row."""
+    footprint = record["footprint"]
+
+    def ratios(kind: str, batch: int) -> dict[str, float]:
+        found: dict[str, float] = next(
+            t["ratios"] for t in record["timings"] if (t["part"]["kind"], t["part"]["batch"]) == (kind, batch)
+        )
+        return found
+
+    def overhead(kind: str, batch: int, other: str) -> str:
+        return f"{1 / ratios(kind, batch)[other] - 1:+.1%}"
+
+    found = {}
+    for name, part in SPEED.items():
+        own = ratios(*part)
+        best = min((own[other] for other in own if other.startswith(FOREIGN)), default=float("nan"))
+        found[name] = f"{own[EAGER]:.2f} / {best:.2f}"
+    for name, part in OVERHEAD.items():
+        found[f"adaptation overhead, {name}"] = overhead(*part, "without LoRA")
+    return found | {
+        "mixed call, x one call per cluster, decode batch 8": f"{ratios('decode', 8)['one call per cluster']:.2f}",
+        "peak resident memory, batch 8 x (128 + 33)": f"{footprint['peak'] / 2**20:.0f} MiB",
+        "private memory of a further worker, share_weights": f"{footprint['shared_private'] / 2**20:.0f} MiB",
+        "load time, warm cache / with share_weights": (
+            f"{footprint['load_seconds']:.2f} s / {footprint['shared_load_seconds']:.2f} s"
+        ),
+        "scoring against full logits, time": overhead("scoring", 8, "full logits"),
+    }
+
+
+@app.command()
+def untrained(files: Files) -> None:
+    """Print speed and memory of a model with random weights, a column per precision.
+
+    Speed is "times faster than PyTorch eager fp32 / times faster than the better of CTranslate2 and OpenVINO".
+    """
+    records = [json.loads(file.read_text()) for file in files]
+    columns = {record["precision"]: untrained_rows(record) for record in records}
+    names = next(iter(columns.values()))
+    table(["", *columns], ([name, *(column[name] for column in columns.values())] for name in names))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    console.run(app)

@@ -1,6 +1,6 @@
 """The cost of a token on its way out of a Ray cluster: processor time of Ray's proxy, the ingress and the replicas.
 
-    python experiments/ingress_cost.py http://127.0.0.1:8000 --streams 32
+    python -m benchmarks.ingress_cost http://127.0.0.1:8000 --streams 32
 
 The cluster runs on this machine and is otherwise idle. Every stream is read to its end, token by token where the
 cluster sends them so: under load several tokens of a stream leave as one message.
@@ -8,12 +8,15 @@ cluster sends them so: under load several tokens of a stream leave as one messag
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+from typing import Annotated
 
 import httpx
 import psutil
+import typer
+
+from chameleon_deploy.terminal import console
 
 PROCESSES = {"proxy": "ray::ProxyActor", "ingress": ":Ingress", "replicas": ":Replica"}
 
@@ -48,21 +51,21 @@ async def _run(url: str, streams: int, tokens: int) -> tuple[int, int]:
     return sum(count for count, _ in results), sum(pieces for _, pieces in results)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    asyncio.run(_run(given.url, given.streams, given.tokens))  # connections, caches
-    for _ in range(given.rounds):
+def main(
+    url: Annotated[str, typer.Argument(help="The cluster's ingress.")],
+    streams: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each stream.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs; each prints a line of JSON.")] = 5,
+) -> None:
+    """Measure the processor time of a streamed token in proxy, ingress and replicas."""
+    asyncio.run(_run(url, streams, tokens))  # connections, caches
+    for _ in range(rounds):
         before = processor_seconds()
-        tokens, pieces = asyncio.run(_run(given.url, given.streams, given.tokens))
+        came, pieces = asyncio.run(_run(url, streams, tokens))
         spent = {kind: seconds - before[kind] for kind, seconds in processor_seconds().items()}
-        per_token = {kind: round(1e3 * seconds / tokens, 4) for kind, seconds in spent.items()}
-        print(json.dumps({"tokens": tokens, "pieces": pieces, "ms_per_token": per_token}))
+        per_token = {kind: round(1e3 * seconds / came, 4) for kind, seconds in spent.items()}
+        print(json.dumps({"tokens": came, "pieces": pieces, "ms_per_token": per_token}))
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

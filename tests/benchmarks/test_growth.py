@@ -1,4 +1,4 @@
-"""`bench.growth`: every point of every curve, in processes that end, and no failure hidden."""
+"""`benchmarks.growth`: every point of every curve, in processes that end, and no failure hidden."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import Any
 
 import pytest
 
-from chameleon_deploy.bench.growth.curves import CURVES, CurveName, points
+from benchmarks.growth import CURVES, CurveName, points
 from tests.commands import run
-from tests.page import Page
 
 ENGINES = ["bundle", "PyTorch eager fp32"]
 
 
 @pytest.fixture(scope="module")
-def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
-    """The JSON, the page and the tables of a run on the mini model, with an engine that does not exist."""
+def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """The JSON, its file, and the tables of a run on the mini model, with an engine that does not exist."""
     out = tmp_path_factory.mktemp("growth")
-    result = run("chameleon_deploy.bench.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
+    result = run("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
                  "--largest", 64, "--engine", ENGINES[1], "--engine", "no such engine",
-                 "--json", out / "growth.json", "--html", out / "growth.html")  # fmt: skip
+                 "--json", out / "growth.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return json.loads((out / "growth.json").read_text()), (out / "growth.html").read_text(), result.stdout
+    return json.loads((out / "growth.json").read_text()), out / "growth.json", result.stdout
 
 
-def test_every_point_is_measured(growth: tuple[dict[str, Any], str, str]) -> None:
+def test_every_point_is_measured(growth: tuple[dict[str, Any], Path, str]) -> None:
     record, _, printed = growth
     for curve in CURVES:
         expected = [point.x for point in points(curve, 128, 64)]
@@ -39,7 +38,7 @@ def test_every_point_is_measured(growth: tuple[dict[str, Any], str, str]) -> Non
     assert "there is no engine of this name" in printed
 
 
-def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], str, str]) -> None:
+def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], Path, str]) -> None:
     """The logits and the cache of 64 rows alone are larger than those of one."""
     record, _, _ = growth
     own = {
@@ -48,10 +47,13 @@ def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], str, str]) ->
     assert own[64] > own[1] + 64 * 512 * 4
 
 
-def test_the_page_has_a_plot_per_curve(growth: tuple[dict[str, Any], str, str]) -> None:
-    page = Page(growth[1])
-    assert page.fetched == []
-    assert page.tags.count("svg") == len(CURVES)
+def test_every_curve_is_drawn(growth: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
+    result = run("benchmarks.growth_plots", tmp_path / "plots", growth[1])
+    assert result.returncode == 0, result.stderr
+    drawings = {file.name: file.read_text() for file in (tmp_path / "plots").iterdir()}
+    assert set(drawings) == {f"fp32-{curve}.svg" for curve in CURVES}
+    assert all(ENGINES[0] in drawing for drawing in drawings.values())
+    assert ENGINES[1] in drawings["fp32-batch.svg"]
 
 
 def test_points_fit_the_model() -> None:
@@ -63,6 +65,6 @@ def test_points_fit_the_model() -> None:
 
 
 def test_a_process_that_dies_is_an_error_with_its_last_line(bundle: Path, tmp_path: Path) -> None:
-    result = run("chameleon_deploy.bench.growth", bundle, "--reference", tmp_path, "--threads", 1, "--largest", 1)
+    result = run("benchmarks.growth", bundle, "--reference", tmp_path, "--threads", 1, "--largest", 1)
     assert result.returncode == 2
     assert "neither chameleon_config.json nor adapter_config.json" in result.stderr

@@ -1,8 +1,8 @@
 """How a cluster scales: the real routing, with replicas and an ingress that take time by a recorded model.
 
-    python experiments/scaling.py                                    # GPT-2 small in fp32, as docs/scaling.md prints it
-    python experiments/scaling.py --record BUNDLE --threads 1        # measure the model of steps of a bundle first
-    python experiments/scaling.py --replicas 16 --routing cluster --clusters 64
+    python -m benchmarks.scaling                                    # GPT-2 small in fp32
+    python -m benchmarks.scaling --record BUNDLE --threads 1        # measure the model of steps of a bundle first
+    python -m benchmarks.scaling --replicas 16 --routing cluster --clusters 64
 
 Time is simulated, so that 64 replicas fit one processor. Requests arrive as a Poisson process, of clusters that follow
 Zipf's law. A replica iterates as the engine does: it admits while it has rows, prefills one chunk, steps all rows. A
@@ -13,16 +13,18 @@ more.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
 import random
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Annotated
 
 import numpy as np
+import typer
 from scipy.optimize import nnls
 
 import chameleon_deploy
@@ -44,7 +46,7 @@ class Costs:
     a token's way out.
 
     By default what --record measured for GPT-2 small in fp32 with two threads (docs/scaling.md), and what
-    experiments/ingress_cost.py did for the way out.
+    benchmarks/ingress_cost.py did for the way out.
     """
 
     base: float = 0.0185
@@ -225,42 +227,48 @@ def record(bundle: str, threads: int, rows: int) -> Costs:
     return Costs(*map(float, fitted))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--routing", nargs="+", choices=["load", "cluster"], default=["load", "cluster"])
-    parser.add_argument("--clusters", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--ingresses", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60, help="simulated")
-    parser.add_argument("--record", metavar="BUNDLE", help="measure the model of steps of a bundle")
-    parser.add_argument("--threads", type=int, default=1)
-    for name in (found.name for found in fields(Costs)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="seconds, see Costs")
-    given = parser.parse_args()
-    costs = record(given.record, given.threads, given.rows) if given.record else Costs()
-    changed = {name: getattr(given, name) for name in vars(costs) if getattr(given, name) is not None}
-    costs = Costs(**{**vars(costs), **changed})
+class Routing(StrEnum):
+    """How requests find a replica."""
+
+    LOAD = "load"
+    CLUSTER = "cluster"
+
+
+def main(
+    replicas: Annotated[list[int] | None, typer.Option(min=1, help="Sizes of the cluster; default: 1 to 64.")] = None,
+    routing: Annotated[list[Routing] | None, typer.Option(help="Default: both.")] = None,
+    clusters: Annotated[int, typer.Option(min=1, help="Clusters of the requests.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a replica.")] = 8,
+    ingresses: Annotated[int, typer.Option(min=1, help="Processes that tokens leave through.")] = 1,
+    seconds: Annotated[float, typer.Option(min=1, help="Simulated seconds.")] = 60,
+    bundle: Annotated[
+        str | None, typer.Option("--record", metavar="BUNDLE", help="Measure the costs of this bundle first.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the measurement.")] = 1,
+    ingress_token: Annotated[float, typer.Option(min=0, help="Seconds of a token's way out.")] = Costs.ingress_token,
+) -> None:
+    """Simulate clusters of several sizes: tokens per second, first tokens, factor sets and queues."""
+    costs = replace(record(bundle, threads, rows) if bundle else Costs(), ingress_token=ingress_token)
     headers = ["routing", "replicas", "tokens/s", "of linear", "first token p99, s", "sets per step", "longest queue",
                "ingress busy"]  # fmt: skip
     lines = []
-    for routing in given.routing:
+    for way in routing or list(Routing):
         one = None
-        for replicas in given.replicas:
-            arguments = (given.seconds, routing, given.clusters, given.rows, given.ingresses, costs)
-            rate = capacity(replicas, given.rows, costs)
-            full = simulate(replicas, 1.3 * rate, *arguments)
-            usual = simulate(replicas, 0.8 * rate, *arguments)
-            one = one or full.tokens_per_second / replicas
+        for size in replicas or [1, 2, 4, 8, 16, 32, 64]:
+            arguments = (seconds, way.value, clusters, rows, ingresses, costs)
+            rate = capacity(size, rows, costs)
+            full = simulate(size, 1.3 * rate, *arguments)
+            usual = simulate(size, 0.8 * rate, *arguments)
+            one = one or full.tokens_per_second / size
             lines.append([
-                routing, f"{replicas}", f"{full.tokens_per_second:,.0f}",
-                f"{full.tokens_per_second / replicas / one:.1%}", f"{usual.first_token_p99:.2f}",
+                way.value, f"{size}", f"{full.tokens_per_second:,.0f}",
+                f"{full.tokens_per_second / size / one:.1%}", f"{usual.first_token_p99:.2f}",
                 f"{usual.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
             ])  # fmt: skip
-    limit = given.ingresses / costs.ingress_token if costs.ingress_token else float("inf")
-    note = f"{given.ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"
+    limit = ingresses / costs.ingress_token if costs.ingress_token else float("inf")
+    note = f"{ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"
     console.show(Sheet(headers, lines, "Scaling, simulated", note))
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -1,10 +1,10 @@
-"""experiments/scaling.py: simulated clusters keep the laws that a real one must."""
+"""benchmarks/scaling.py: simulated clusters keep the laws that a real one must."""
 
 from __future__ import annotations
 
 import pytest
 
-from experiments.scaling import Costs, capacity, simulate
+from benchmarks.scaling import Costs, capacity, simulate
 
 
 def _tokens(replicas: int, costs: Costs, ingresses: int = 1, load: float = 1.3) -> float:

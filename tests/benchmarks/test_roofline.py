@@ -1,4 +1,4 @@
-"""experiments/roofline.py: plausible ceilings, and the work of a graph counted right."""
+"""benchmarks/roofline.py: plausible ceilings, and the work of a graph counted right."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.roofline import Roofline, Weights, measure_roofline, share_sheet
 from chameleon_deploy.bench.timing import Part
 from chameleon_deploy.contract.bundle import open_bundle
-from experiments.roofline import Roofline, Weights, measure_roofline, share_sheet
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

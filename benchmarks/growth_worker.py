@@ -6,20 +6,20 @@ of this process, whose memory counts too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 
 import chameleon_deploy
-from chameleon_deploy.bench.growth.curves import Point
+from benchmarks.growth import Point
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Peer, open_peers
 from chameleon_deploy.bench.peers.bundle import Bundle
 from chameleon_deploy.bench.processors import own_processes
@@ -27,27 +27,28 @@ from chameleon_deploy.bench.workloads import text_rows
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.terminal import console
 
 WARM_UP = Point(0, batch=1, width=32, steps=2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("engine")
-    parser.add_argument("--threads", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    runtime = chameleon_deploy.load(options.bundle, threads=options.threads)
-    checkpoint = load_checkpoint(options.reference)
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    reference: Annotated[Path, typer.Argument(help="The checkpoint that the bundle was exported from.")],
+    engine: Annotated[str, typer.Argument(help="Name of the engine; `bundle` is the bundle itself.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")],
+) -> None:
+    """Answer each line of standard input, a point as JSON, with a line of figures."""
+    torch.set_num_threads(threads)
+    runtime = chameleon_deploy.load(bundle, threads=threads)
+    checkpoint = load_checkpoint(reference)
     with TemporaryDirectory() as directory:
-        is_bundle = options.engine == "bundle"
-        peers, missing = open_peers(runtime, checkpoint, options.threads, Path(directory), not is_bundle,
-                                    [options.engine])  # fmt: skip
+        is_bundle = engine == "bundle"
+        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), not is_bundle,
+                                    [engine])  # fmt: skip
         peer = peers[0] if is_bundle else next(iter(peers[1:]), None)
         if peer is None:
-            _print({"error": missing.get(options.engine, "there is no engine of this name")})
+            _print({"error": missing.get(engine, "there is no engine of this name")})
             return
         worker = _Worker(runtime, checkpoint, peer)
         _print({"name": worker.peer.name})
@@ -106,4 +107,4 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

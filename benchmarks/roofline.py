@@ -1,7 +1,7 @@
 """The roofline of a benchmark: how near each time of the bundle is to what the machine can do at most.
 
-    python experiments/roofline.py BUNDLE bench.json
-    python experiments/roofline.py BUNDLE gpu.json
+    python -m benchmarks.roofline BUNDLE bench.json
+    python -m benchmarks.roofline BUNDLE gpu.json
 
 Prints for every timing the share of the least time: that in which the weights are read once per pass, or the matrix
 products are computed, whichever is longer. Attention scores are left out: at these lengths they are a few percent.
@@ -13,20 +13,20 @@ of a virtual machine moves, on some by a factor of two within seconds, so shares
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import torch
+import typer
 from onnxscript import GraphBuilder
 
 from chameleon_deploy.contract.bundle import Bundle, open_bundle
@@ -160,19 +160,19 @@ def share_sheet(weights: Weights, timings: list[dict[str, Any]], roofline: Roofl
     return Sheet(["", "least ms", "ms", "share"], rows, caption=caption)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the times of a benchmark with the machine's roofline.")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("record", type=Path, help="what `bench --json` or `gpu_check --json` wrote on this machine")
-    options = parser.parse_args()
-    bundle, record = open_bundle(options.bundle), json.loads(options.record.read_text())
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    file: Annotated[Path, typer.Argument(help="What `bench --json` or `gpu_check --json` wrote on this machine.")],
+) -> None:
+    """Compare the times of a benchmark with the machine's roofline."""
+    opened, record = open_bundle(bundle), json.loads(file.read_text())
     if "bundles" in record:
-        record = next(found for found in record["bundles"] if Path(found["bundle"]).samefile(options.bundle))
-        graph, roofline = bundle.graph("decoder", "cuda"), Roofline(record["bytes_per_second"], math.inf)
+        record = next(found for found in record["bundles"] if Path(found["bundle"]).samefile(bundle))
+        graph, roofline = opened.graph("decoder", "cuda"), Roofline(record["bytes_per_second"], math.inf)
     else:
-        graph, roofline = bundle.graph("decoder", "cpu"), measure_roofline(record["threads"], record["precision"])
-    console.show(share_sheet(Weights(bundle, graph), record["timings"], roofline))
+        graph, roofline = opened.graph("decoder", "cpu"), measure_roofline(record["threads"], record["precision"])
+    console.show(share_sheet(Weights(opened, graph), record["timings"], roofline))
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

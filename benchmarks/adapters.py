@@ -1,4 +1,6 @@
-"""`python -m chameleon_deploy.bench.adapters`: what adapters cost, beside the bundle without them and other engines.
+"""What adapters cost, beside the bundle without them and other engines.
+
+    python -m benchmarks.adapters BUNDLE --reference BASE --adapter a=DIR --adapter b=DIR2 ... --threads 2
 
 Rows with different adapters share one call. At batch 1 a row has one adapter, since llama.cpp applies its adapters to
 all rows.
@@ -6,28 +8,69 @@ all rows.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 
+import chameleon_deploy
+from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Peer, Rows, reason
+from chameleon_deploy.bench.peers.bundle import Bundle, OneCallPerSet
+from chameleon_deploy.bench.peers.own_process import OwnProcess
+from chameleon_deploy.bench.peers.pytorch import generate
+from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
+from chameleon_deploy.bench.timing import Case, Engine, Lap, Part, Timing, measure, median_seconds
+from chameleon_deploy.bench.workloads import BOUNDS, continued, deviation, regrets, stretches
+from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.machine import describe_machine
+from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, load_adapted
+from chameleon_deploy.reference.model import Trunk
+from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
 from chameleon_deploy.terminal.console import CheckFailedError
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.terminal.table import Sheet
 
-if TYPE_CHECKING:
-    from chameleon_deploy.bench.peers import Peer, Rows
-    from chameleon_deploy.bench.timing import Case, Timing
-    from chameleon_deploy.reference.adapters import AdaptedBase
-    from chameleon_deploy.runtime import Runtime
+
+class Peft:
+    """PyTorch with PEFT's mixed batches in float32: `generate(adapter_names=...)` on one model that has all adapters.
+
+    See `Peer`.
+    """
+
+    name, precision = "PyTorch with PEFT", "fp32"
+    adapts = generates = True
+    scores = False
+
+    def __init__(self, trunk: Trunk, directories: Mapping[str, Path], adapters: Sequence[str | None]) -> None:
+        """Load the adapters into a copy of the base model, whose layers PEFT replaces.
+
+        adapters  of the rows
+        """
+        import peft
+
+        (first, *others) = directories
+        model = copy.deepcopy(trunk.causal_lm)
+        self._model: Any = peft.PeftModel.from_pretrained(model, directories[first], adapter_name=first).eval()
+        for name in others:
+            self._model.load_adapter(directories[name], name)
+        self._names = [name or "__base__" for name in adapters]
+
+    def score(self, rows: Rows) -> Any:
+        raise NotImplementedError("generation only")
+
+    @torch.no_grad()
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
+        return generate(self._model, torch.tensor(rows), num_tokens, lap, adapter_names=self._names)
 
 
 @dataclass(frozen=True)
@@ -68,14 +111,6 @@ def measure_adapters(
     width, num_tokens   tokens of every prompt, and tokens to generate after it
     only                how the names of the compared engines begin; None for all
     """
-    import torch
-
-    import chameleon_deploy
-    from chameleon_deploy.bench.peers import reason
-    from chameleon_deploy.bench.timing import measure
-    from chameleon_deploy.bench.workloads import stretches
-    from chameleon_deploy.machine import describe_machine
-
     torch.set_num_threads(threads)
     runtime = chameleon_deploy.load(bundle, threads=threads)
     spec = runtime.manifest.adaptation
@@ -110,22 +145,10 @@ def _openers(
     directory: Path,
 ) -> dict[str, Callable[[], Peer]]:
     """Return how to open the bundle and what it is compared with, for rows with these adapters."""
-    from chameleon_deploy.bench.peers.bundle import Bundle, OneCallPerSet
-
-    def without() -> Peer:
-        from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
-
-        return WithoutLoRA(runtime)
-
-    def peft() -> Peer:
-        from chameleon_deploy.bench.peers.peft import Peft
-
-        return Peft(base.trunk, directories, names)
 
     def llama_cpp() -> Peer:
         from chameleon_deploy.bench.peers.gguf_writer import write_lora
         from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
-        from chameleon_deploy.bench.peers.own_process import OwnProcess
 
         precision, lora = runtime.manifest.precision, directory / "lora.gguf"
         write_lora(base.trunk, base.adapters[names[0]], lora)
@@ -133,13 +156,13 @@ def _openers(
 
     opened: dict[str, Callable[[], Peer]] = {
         "bundle": lambda: Bundle(runtime, adapters=names),
-        "without LoRA": without,
+        "without LoRA": lambda: WithoutLoRA(runtime),
     }
     if len(names) == 1:
         return opened | {"llama.cpp": llama_cpp}
     return opened | {
         "one call per adapter": lambda: OneCallPerSet(runtime, "one call per adapter", adapters=names),
-        "PyTorch with PEFT": peft,
+        Peft.name: lambda: Peft(base.trunk, directories, names),
     }
 
 
@@ -147,11 +170,6 @@ def _case(
     runtime: Runtime, base: AdaptedBase, rows: Rows, names: Sequence[str], peers: Sequence[Peer], num_tokens: int
 ) -> Case:
     """Return generation: prompts to their first tokens, then cached steps."""
-    from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL
-    from chameleon_deploy.bench.timing import Case, Engine, Part
-    from chameleon_deploy.bench.workloads import BOUNDS, continued, deviation, regrets
-    from chameleon_deploy.reference.adapters import AdapterLogits
-
     logits, eos_token_id = AdapterLogits(base), runtime.manifest.model.eos_token_id
     batch, width = len(rows), len(rows[0])
 
@@ -182,9 +200,6 @@ def _case(
 
 
 def _seconds_of_loading(runtime: Runtime, base: AdaptedBase, directory: Path) -> float:
-    from chameleon_deploy.bench.timing import median_seconds
-    from chameleon_deploy.contract.adapter_file import write_adapter
-
     file = directory / "adapter.safetensors"
     write_adapter(file, next(iter(base.adapters.values())), runtime.manifest.adaptation)
 
@@ -235,8 +250,6 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")] = None,
 ) -> None:
     """Time rows with different adapters in one call. Exit 1 if a result is wrong."""
-    from chameleon_deploy.reference.adapters import load_adapted
-
     console.check_output(json_file)
     directories = named_directories(adapter)
     base = load_adapted(str(reference), directories)
