@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chameleon_deploy.terminal.commands import COMMANDS
 from tests.conftest import REPOSITORY
@@ -103,3 +105,10 @@ def test_no_test_file_imports_another() -> None:
         if re.search(r"^\s*from tests\.(\w+\.)*test_\w+ import", file.read_text(), re.MULTILINE)
     ]
     assert not importing
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in commands
+    assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
