@@ -39,7 +39,7 @@ scale: .venv/scale
 mutants: .venv/ready
 	$(BIN)/python -m tests.mutation
 
-# For docs/performance.md: allow two hours on an idle machine, with what pip install -e '.[peers,peers-llama,peers-torchao,report]'
+# For docs/lab/performance.md: allow two hours on an idle machine, with what pip install -e '.[peers,peers-llama,peers-torchao,report]'
 # adds. TEXT is the text that the quality is measured on.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.pretrained $(addprefix --text ,$(TEXT))

@@ -1,6 +1,6 @@
 """Draws curves from what `benchmarks.growth --json` wrote, one SVG per precision and curve.
 
-    python -m benchmarks.growth_plots docs/growth growth.json ...
+    python -m benchmarks.growth_plots docs/lab/growth growth.json ...
 
 Files of one precision are put together, so that a run may be split by --curve.
 """

@@ -1,4 +1,4 @@
-"""Measures SmolLM2-135M beside other engines, in fp32 and int8: the tables and the curves of docs/performance.md.
+"""Measures SmolLM2-135M beside other engines, in fp32 and int8: the tables and the curves of docs/lab.
 
     python -m benchmarks.pretrained --text wikitext-2/valid.txt
 
@@ -29,7 +29,7 @@ def main(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
 ) -> None:
-    """Export, measure and print the tables; the curves go to docs/growth."""
+    """Export, measure and print the tables; the curves go to docs/lab/growth."""
     checkpoint = work / "smollm2"
     step(checkpoint, "chameleon_deploy.reference.random", "--base", "smollm2", "--out", checkpoint)
     speed, curves = [], []
@@ -46,7 +46,7 @@ def main(
             file = work / f"growth-{precision}-{curve}.json"
             step(file, "benchmarks.growth", *measured, "--curve", curve, "--json", file)
             curves.append(file)
-    growth_plots.main(Path("docs/growth"), curves)
+    growth_plots.main(Path("docs/lab/growth"), curves)
     tables.pretrained(speed)
 
 

@@ -45,7 +45,7 @@ class Costs:
     """Seconds: of a step, base + row * rows + factor_set * (sets - 1); of n prompt tokens, chunk + prompt_token * n; of
     a token's way out.
 
-    By default what --record measured for GPT-2 small in fp32 with two threads (docs/scaling.md), and what
+    By default what --record measured for GPT-2 small in fp32 with two threads (docs/lab/scaling.md), and what
     benchmarks/ingress_cost.py did for the way out.
     """
 

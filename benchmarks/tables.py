@@ -1,4 +1,4 @@
-"""Prints the tables of docs/performance.md from what `bench --json` wrote.
+"""Prints the tables of docs/lab from what `bench --json` wrote.
 
     python -m benchmarks.tables pretrained fp32.json int8.json
     python -m benchmarks.tables untrained fp32.json int8.json

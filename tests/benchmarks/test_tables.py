@@ -50,7 +50,7 @@ def test_the_table_of_a_model_with_random_weights(
     assert found["scoring 8x128"] == ["4.00 / 1.25"]
     assert found["adaptation overhead, decode batch 8"] == ["+25.0%"]
     assert found["peak resident memory, batch 8 x (128 + 33)"] == ["3 MiB"]
-    documented = (REPOSITORY / "docs" / "performance.md").read_text()
+    documented = (REPOSITORY / "docs" / "lab" / "performance.md").read_text()
     assert all(f"| {name} |" in documented for name in found if name not in ("", "---"))
 
 
@@ -69,7 +69,7 @@ def test_the_tables_of_a_pretrained_model(
     assert float(found["PyTorch eager fp32"][8]) == pytest.approx(4 * step, abs=0.06)
     assert found["step, batch 8"] == ["1.25 (CTranslate2 fp32)", "", "4.00 (PyTorch eager fp32)", "+25.0%"]
     headings = "| " + " | ".join(["engine", *found["engine"]]) + " |"
-    assert headings in (REPOSITORY / "docs" / "performance.md").read_text()
+    assert headings in (REPOSITORY / "docs" / "lab" / "performance.md").read_text()
 
 
 def test_every_step_of_the_pretrained_run_is_a_command_that_exists(

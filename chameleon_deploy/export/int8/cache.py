@@ -2,7 +2,7 @@
 
 Keys and values are stored with scales fixed at export (rotation.py), so that no row affects another. Larger values
 saturate at 127. With a rotary embedding keys are centred and scaled here, after they have been turned
-(docs/performance.md).
+(docs/lab/int8.md).
 
 past_key_values.*, present.*   int8 [batch, key-value heads, capacity, head_dim]
 

@@ -62,7 +62,7 @@ class FirstToken:
     """The key and the value of a text's first token in a layer, [key-value heads, head_dim] each: medians over texts.
 
     All tokens attend to it, often with most of their weight, and in most layers it is nearly the same whatever the
-    token is. So the error of rounding it is one of all tokens (docs/performance.md).
+    token is. So the error of rounding it is one of all tokens (docs/lab/int8.md).
     """
 
     key: Tensor
