@@ -131,8 +131,8 @@ def measure_adapters(
                     missing[name] = reason(error)
             timings += measure(_case(runtime, base, rows[: len(own)], own, peers, num_tokens), rounds, report)
     return AdapterBenchmark(
-        describe_machine(), runtime.manifest.precision, threads, len(spec.adapters), len(spec.targets), spec.rank,
-        timings, load_seconds, missing,
+        describe_machine(runtime.integer_weights), runtime.manifest.precision, threads, len(spec.adapters),
+        len(spec.targets), spec.rank, timings, load_seconds, missing,
     )  # fmt: skip
 
 

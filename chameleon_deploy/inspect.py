@@ -11,6 +11,8 @@ import msgspec
 import typer
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
+from chameleon_deploy.errors import DependencyError
+from chameleon_deploy.runtime.session import IntegerWeights, integer_weights
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.table import Sheet
 
@@ -38,7 +40,9 @@ def main(
 
 
 def record(bundle: Bundle) -> dict[str, Any]:
-    """Return the manifest with derived facts: digest, size, adapters, modes and default mode."""
+    """Return the manifest with derived facts: digest, size, adapters, modes and default mode, and the type of the
+    weights in integer products on this machine.
+    """
     manifest = bundle.manifest
     return {
         "path": str(bundle.path),
@@ -47,6 +51,7 @@ def record(bundle: Bundle) -> dict[str, Any]:
         "adapters": _adapters(manifest),
         "modes": list(manifest.adaptation.modes),
         "default_mode": default_mode(manifest.adaptation),
+        "integer_weights": _integer_weights(bundle),
         **msgspec.to_builtins(manifest),
     }
 
@@ -65,6 +70,7 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["digest", bundle.digest],
         ["size", f"{_size(manifest) / 1e6:,.1f} MB in {len(manifest.files) + 1} files"],
         ["precision", manifest.precision],
+        ["integer weights", f"{_integer_weights(bundle)} on this machine" if _integer_weights(bundle) else "none"],
         ["model", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}, "
                   f"vocabulary {model.vocab_size:,}, {model.max_positions:,} positions"],
         ["attention", f"{model.num_attention_heads} heads of {model.head_dim}, {model.num_key_value_heads} for keys "
@@ -83,6 +89,15 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["checkpoint", manifest.checkpoint_digest],
         ["exported with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())],
     ]  # fmt: skip
+
+
+def _integer_weights(bundle: Bundle) -> IntegerWeights | None:
+    """Return None without integer products, and without ONNX Runtime, which has to be asked."""
+    try:
+        found = (integer_weights(bundle, graph) for graph in bundle.manifest.graphs.values())
+        return next((weights for weights in found if weights), None)
+    except DependencyError:
+        return None
 
 
 def _adapters(manifest: Manifest) -> int:

@@ -17,8 +17,10 @@ THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
 IDENTITY = ("model name", "CPU part", "flags", "Features")  # fields of a processor; "CPU part" and "Features" on ARM
 
 
-def describe_machine() -> dict[str, str]:
+def describe_machine(integer_weights: str | None = None) -> dict[str, str]:
     """Return the processor, its matrix instructions, the system, and the version of every installed engine.
+
+    integer_weights  of the measured bundle on this machine, see `Runtime`; None if it has no integer products
 
     Also the variables of the environment that change the threads of other engines, if there are any.
     """
@@ -30,6 +32,8 @@ def describe_machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+    if integer_weights is not None:
+        machine["integer weights"] = integer_weights
     if variables := [f"{name}={value}" for name, value in os.environ.items() if name.startswith(THREADING)]:
         machine["environment"] = " ".join(sorted(variables))
     installed = {str(distribution.name) for distribution in metadata.distributions()}

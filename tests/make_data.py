@@ -1,4 +1,5 @@
-"""Writes tests/data, which pytest and the C++ tests read: `python -m tests.make_data`.
+"""Writes tests/data, which pytest and the C++ tests read, and the graph of known integer products that the runtimes of
+both languages run: `python -m tests.make_data`.
 
     bundles/NAME/    good bundles of random weights, under 200 KB each: one for each of BUNDLES
     adapters.json    adapter files for a bundle, and the error code of each that must be refused
@@ -33,6 +34,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from chameleon_deploy.runtime.session import INTEGER_PRODUCTS
 from tests.schedules import random_schedule, run_schedule
 from tests.shared_data import (
     DATA,
@@ -60,6 +62,7 @@ def main() -> None:
     (DATA / "bundles").mkdir(parents=True)
     for seed, (name, how) in enumerate(BUNDLES.items()):
         make_bundle(good_bundle(name), *how, seed=seed)
+    INTEGER_PRODUCTS.write_bytes(integer_products())
     write("hostile.json", hostile_cases())
     write("adapters.json", adapter_cases())
     write("signatures.json", signature_cases())
@@ -67,6 +70,33 @@ def main() -> None:
     write("sampling.json", sampling_cases())
     write("schedules.json", schedule_cases())
     write("tokenizer.json", tokenizer_cases())
+
+
+def integer_products() -> bytes:
+    """The graph that `session.exact_weights` runs: sums [rows, 32] = (activations - 128) weights, in float32.
+
+    Two neighbouring products of 255 and 127, or 255 and -128, are beyond 16 bits.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants: dict[str, np.ndarray[Any, Any]] = {
+        "weights": np.tile(np.array([127, -128], np.int8), (64, 16)),
+        "one": np.array(1, np.float32),
+        "zero_point": np.array(128, np.uint8),
+    }
+    product = helper.make_node(
+        "MatMulIntegerToFloat", ["activations", "weights", "one", "one", "zero_point"], ["sums"], domain="com.microsoft"
+    )
+    graph = helper.make_graph(
+        [product],
+        "integer_products",
+        [helper.make_tensor_value_info("activations", TensorProto.UINT8, ["rows", 64])],
+        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, ["rows", 32])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def write(name: str, records: Any) -> None:

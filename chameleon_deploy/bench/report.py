@@ -100,6 +100,11 @@ def summary(measured: Benchmark) -> Iterator[str]:
     """Return sentences on the machine, its environment, the footprint and, in a wheel, the missing engines."""
     footprint = measured.footprint
     yield f"{measured.precision}, {measured.threads} threads of {measured.machine['processor']}."
+    if measured.machine.get("integer weights") == "uint8":
+        yield (
+            "int8 weights would saturate in integer products on this processor: the bundle's are uint8, to the same "
+            "bits. Other engines may saturate, as CTranslate2 does: compare their quality here with that elsewhere."
+        )
     if environment := measured.machine.get("environment"):
         yield f"The environment changes the threads of other engines, and so their times: {environment}."
     yield (

@@ -95,7 +95,7 @@ def run(
         cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
         timings = [timing for case in cases for timing in measure(case, rounds, report, max_extra_rounds)]
     return Benchmark(
-        machine=describe_machine(),
+        machine=describe_machine(runtime.integer_weights),
         precision=runtime.manifest.precision,
         threads=threads,
         weights_bytes=sum(spec.size for name, spec in runtime.manifest.files.items() if name.endswith(".bin")),

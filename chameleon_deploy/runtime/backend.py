@@ -15,7 +15,7 @@ from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
-from chameleon_deploy.runtime.session import import_onnxruntime, run
+from chameleon_deploy.runtime.session import IntegerWeights, import_onnxruntime, integer_weights, run
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
@@ -23,12 +23,14 @@ from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 class Backend(Protocol):
     """The opened graphs of a bundle on one provider, made by `open_backend`.
 
-    provider  "cpu", "cuda" or "tensorrt"
-    graph     the name of the decoder's graph in the manifest
+    provider         "cpu", "cuda" or "tensorrt"
+    graph            the name of the decoder's graph in the manifest
+    integer_weights  of its integer products, see `session.exact_weights`; None if it has none
     """
 
     provider: str
     graph: str
+    integer_weights: IntegerWeights | None
     decoder: Decoder
 
     def generate_factors(self, conditioning: FloatArray) -> FactorSets:
@@ -51,6 +53,7 @@ class CpuBackend:
         the hypernetwork if the regime has one.
         """
         self.graph, self.sessions = graph, sessions
+        self.integer_weights = integer_weights(bundle, bundle.manifest.graphs[graph])
         session, ort_value = sessions["decoder"], import_onnxruntime().OrtValue
         self.decoder: Decoder
         if bundle.manifest.graphs[graph].cache == "shared":
@@ -75,6 +78,8 @@ class DeviceBackend:
 
     device  counts the bytes that are copied
     """
+
+    integer_weights: IntegerWeights | None = None
 
     def __init__(
         self,

@@ -73,7 +73,8 @@ class Runtime:
     bundle, backend, mode      as passed to the constructor
     sources, adapters          of factors, see FactorSources
     manifest, tokenizer        of the bundle
-    provider, graph, decoder   of the backend
+    provider, graph, decoder, integer_weights
+                               of the backend
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None) -> None:
@@ -88,6 +89,7 @@ class Runtime:
         self.mode: Mode = default_mode(bundle.manifest.adaptation) if mode is None else mode
         self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
+        self.integer_weights = backend.integer_weights
         self.sources = FactorSources(bundle, backend, self.mode)
         self.adapters = self.sources.adapters
 

@@ -1,10 +1,20 @@
-"""Import ONNX Runtime, open a graph with it, and refuse a graph that differs from the manifest."""
+"""Import ONNX Runtime, open a graph with it, and refuse a graph that differs from the manifest.
+
+Integer products have uint8 activations and int8 weights. On x86 processors with AVX2 and without VNNI, ONNX Runtime
+adds two neighbouring products of them in 16 bits (VPMADDUBSW), which saturate. With uint8 weights, larger by 128 and of
+zero point 128, the sums are the same and exact everywhere, but slower where both are exact. ONNX Runtime converts
+weights when it opens a graph, if it is told to. Which weights are exact is not taken from a list of processors: ONNX
+Runtime itself is asked for sums that are known.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
@@ -15,6 +25,9 @@ from chameleon_deploy.store.local_cache import find_or_build
 ExecutionProvider = tuple[str, dict[str, str]]
 CPU: ExecutionProvider = ("CPUExecutionProvider", {})
 PREPACKED = "prepacked"  # the kind of these entries in the local cache
+IntegerWeights = Literal["int8", "uint8"]
+# sums [rows, 32] of activations uint8 [rows, 64], of zero point 128, and weights of 127 and -128 in turn by column
+INTEGER_PRODUCTS = Path(__file__).with_name("integer_products.onnx")  # written by tests/make_data.py
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
@@ -51,7 +64,8 @@ def open_session(
                         mapped from the bundle in any case
 
     Raises GraphError if the graph does not load or its signature differs from the manifest's, ProviderError if ONNX
-    Runtime would run it on another provider, OutputError if the local cache cannot be written.
+    Runtime would run it on another provider or sums its integer products wrongly, OutputError if the local cache cannot
+    be written.
     """
     options = _session_options(bundle, graph, threads)
     path = bundle.path / graph.file
@@ -84,6 +98,47 @@ def open_session(
     return session
 
 
+def integer_weights(bundle: Bundle, graph: GraphSpec) -> IntegerWeights | None:
+    """Return the type of the weights in a graph's integer products on this machine; None for a graph without any.
+
+    Raises ProviderError, see `exact_weights`.
+    """
+    has_integer_products = bundle.manifest.precision == "int8" and graph.providers == ("cpu",)
+    return exact_weights() if has_integer_products else None
+
+
+@cache
+def exact_weights() -> IntegerWeights:
+    """Return the type of weights that ONNX Runtime multiplies exactly on this machine: "int8" if it can.
+
+    Raises ProviderError if it multiplies neither exactly.
+    """
+    for weights in get_args(IntegerWeights):
+        if _are_exact(weights):
+            exact: IntegerWeights = weights
+            return exact
+    raise ProviderError(
+        f"ONNX Runtime {import_onnxruntime().__version__} sums integer products wrongly on this processor, with int8 "
+        "weights and with uint8: export with --precision fp32"
+    )
+
+
+def _are_exact(weights: IntegerWeights) -> bool:
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = 1
+    _convert_weights(options, weights)
+    session = _create_session(INTEGER_PRODUCTS, options, CPU)
+    right = np.array([64 * 127 * 127, 64 * 127 * -128] * 16, np.float32)
+    # One row has kernels of its own.
+    sums = [run(session.run, ["sums"], {"activations": np.full((rows, 64), 255, np.uint8)})[0] for rows in (1, 8)]
+    return all(bool((found == right).all()) for found in sums)
+
+
+def _convert_weights(options: Any, weights: IntegerWeights | None) -> None:
+    if weights == "uint8":
+        options.add_session_config_entry("session.x64quantprecision", "1")
+
+
 def run(method: Any, *arguments: Any) -> Any:
     """Call a method of a session that runs its graph. Raises GraphError for whatever ONNX Runtime raises."""
     try:
@@ -104,6 +159,7 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
     # Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to steal cores from the
     # scorer's session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
+    _convert_weights(options, integer_weights(bundle, graph))
     if graph.role == "hidden_scorer" and bundle.manifest.precision != "int8":
         # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In int8 the
         # matrix is transposed, a copy already.
@@ -133,6 +189,7 @@ def _prepacked_graph(bundle: Bundle, graph: GraphSpec, threads: int | None) -> P
         "graph": graph.file,
         "onnxruntime": import_onnxruntime().__version__,
         "processor": describe_processor(),
+        "integer_weights": integer_weights(bundle, graph) or "none",
     }
 
     def save(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from chameleon_deploy.serve.models import Models
 from chameleon_deploy.serve.token_names import TokenNames
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Service:
         self.metrics.watch(engine)
         centroids = runtime.bundle.centroids()
         self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters)
+        products = f", {runtime.integer_weights} weights in integer products" if runtime.integer_weights else ""
+        _log.info("serving %s: %s on %s%s", name, runtime.manifest.precision, runtime.provider, products)
 
     @property
     def served(self) -> Served:

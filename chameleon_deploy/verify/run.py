@@ -125,21 +125,24 @@ def verify_bundle(
                 checkpoint.trunk.drop_layers()
         run = partial(parity.verify, reference=reference, rows=rows, report=report, max_kl=max_kl)
     checks: list[Check] = []
+    integer_weights: str | None = None
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
                 runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
                 checks += run(runtime, whole=name == own)
+                integer_weights = integer_weights or runtime.integer_weights
                 del runtime  # one session's weights at a time
     else:
         runtime = load(bundle, provider, threads=threads)
-        provider = runtime.provider
+        provider, integer_weights = runtime.provider, runtime.integer_weights
         checks = run(runtime, whole=True)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),
         "mode": default_mode(manifest.adaptation),
         "precision": manifest.precision,
+        "integer_weights": integer_weights,
         "accepted_kl": max_kl,
         "texts": len(rows),
         "tokens": sum(map(len, rows)),

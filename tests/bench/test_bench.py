@@ -6,6 +6,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,14 @@ def test_from_a_wheel_other_engines_are_compared_from_a_clone(
     printed = capsys.readouterr().out
     assert printed.count("run bench from a clone of the repository") == 6
     assert "This is an installed wheel: other engines are compared from a clone" in printed
+
+
+def test_a_report_says_where_int8_weights_would_saturate() -> None:
+    def summary(machine: dict[str, str]) -> str:
+        return " ".join(report.summary(replace(_benchmark({}), machine={"processor": "one", **machine})))
+
+    assert "int8 weights would saturate" in summary({"integer weights": "uint8"})
+    assert "int8 weights" not in summary({"integer weights": "int8"}) + summary({})
 
 
 def _benchmark(missing: dict[str, str]) -> Benchmark:
