@@ -112,3 +112,14 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert ".ci/run" in commands
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize(("target", "extras"), [("demo", ["cpu,export,serve"]), ("test", ["cpu,export,serve", "dev"])])
+def test_a_clone_installs_what_a_target_needs(target: str, extras: list[str], tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+    ran = subprocess.run(["make", "--dry-run", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+    installed = re.findall(r"--editable '\.\[(.*)\]'", ran.stdout)
+    assert len(installed) == len(extras)
+    assert all(set(wanted.split(",")) <= set(found.split(",")) for wanted, found in zip(extras, installed, strict=True))
+    assert ("dev" in installed[-1].split(",")) == (target == "test")
