@@ -1,4 +1,4 @@
-"""Real servers: the Python one in a thread of the test, or either one as the process that users start."""
+"""Real servers: in a thread of the test, or as the process that users start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +18,12 @@ from typing import Any, Literal
 import httpx
 import openai
 
-import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.serve.server import Server
 from chameleon_deploy.serve.service import Served, Service, Settings
-from tests.cpp.c_interface import BUILD
 
 SECONDS = 60
-
-
-CPP_SERVER = BUILD / "chameleon-server"
-# The commands of the servers that are there; `make cpp` builds the second.
-COMMANDS = {
-    "python": [sys.executable, "-m", "chameleon_deploy.serve"],
-    **({"cpp": [str(CPP_SERVER)]} if CPP_SERVER.exists() else {}),
-}
+COMMAND = [sys.executable, "-m", "chameleon_deploy.serve"]
 
 
 @dataclass
@@ -73,7 +64,7 @@ class Running:
 
 @dataclass
 class InThread(Running):
-    """The Python server, in a thread of this process."""
+    """A server in a thread of this process."""
 
     server: Server
     service: Service
@@ -103,12 +94,16 @@ def running(bundle: Path, **settings: Any) -> Iterator[InThread]:
 
 
 @contextlib.contextmanager
-def process(
-    bundle: Path, *options: str, command: Sequence[str] = COMMANDS["python"]
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's command, and its URL."""
-    words = [*command, str(bundle), "--port", "0", "--threads", "1", *options]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+def process(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server's command, and its URL."""
+    with listening([*COMMAND, str(bundle), "--port", "0", "--threads", "1", *options]) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def listening(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A command that says on which URL it listens, once it is healthy."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         assert started.stderr is not None
         try:
             line = next(line for line in started.stderr if "listening on" in line)
@@ -119,19 +114,6 @@ def process(
             yield started, url
         finally:
             started.send_signal(signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def running_cpp(bundle: Path, **settings: Any) -> Iterator[Running]:
-    """chameleon-server, with the settings of the Python server."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    with process(bundle, *options, command=COMMANDS["cpp"]) as (started, url):
-        assert started.stderr is not None
-        threading.Thread(target=started.stderr.read, daemon=True).start()  # so that it never waits for a reader
-        yield Running(url, bundle.name, chameleon_deploy.load(bundle, threads=1))
-
-
-STARTS: dict[str, Callable[..., contextlib.AbstractContextManager[Running]]] = {"python": running, "cpp": running_cpp}
 
 
 def wait_for(condition: Any, seconds: float = SECONDS) -> None:

@@ -3,7 +3,7 @@
 //
 //   embed_engine BUNDLE < prompts.txt
 //
-// chameleon-server (apps/chameleon_server.cpp, serve/) is the same with HTTP around it.
+// http_service.cpp is the same with HTTP around it.
 
 #include <chameleon/engine.h>
 

@@ -120,11 +120,21 @@ TEST(Concurrency, AdaptersComeAndGo) {
   Runtime runtime(given.bundle.path(), {.threads = 1, .max_adapter_bytes = 1});
   runtime.load_adapter("legal", given.file);
   const auto expected = tokens(runtime, {"own", {}, "legal"});
+  const auto legal = tokens(runtime, {"legal", "legal", "legal"});
+  Engine engine(runtime, {.rows = 4});
+  const auto through_the_engine = [&] {
+    std::vector<TokenIds> rows;
+    for (const Generation& row : engine.submit(kPrompts, {.adapter = "legal"}).result()) rows.push_back(row.token_ids);
+    return rows;
+  };
   std::atomic<std::size_t> running = 4, wrong = 0;
   std::vector<std::jthread> threads;
   for (std::size_t i = 0; i < running; ++i) {
     threads.emplace_back([&] {
-      for (int j = 0; j < 8; ++j) wrong += tokens(runtime, {"own", {}, "legal"}) != expected ? 1 : 0;
+      for (int j = 0; j < 8; ++j) {
+        wrong += tokens(runtime, {"own", {}, "legal"}) != expected ? 1 : 0;
+        wrong += through_the_engine() != legal ? 1 : 0;
+      }
       --running;
     });
   }

@@ -44,6 +44,14 @@ TEST(Bundle, ManifestIsRead) {
   EXPECT_EQ(open_bundle(good_bundle("lora_masked")).lora.tensors.at("lm_head.lora_B").size(), 2U * 320U);
 }
 
+TEST(Bundle, AFileThatChangesIsSeen) {
+  const HostileBundle copy({{"base", "lora_masked"}, {"changes", Json::array()}});
+  const Runtime runtime(copy.path());
+  EXPECT_NO_THROW(runtime.bundle().check_unchanged());
+  std::filesystem::resize_file(copy.path() / "weights.bin", 100);
+  EXPECT_THROW(runtime.bundle().check_unchanged(), BundleChangedError);
+}
+
 TEST(Bundle, TheGraphForFewerProvidersWins) {
   Bundle bundle = open_bundle(good_bundle("lora_masked"));
   bundle.manifest.graphs.erase("decoder_cpu");

@@ -46,7 +46,7 @@ struct Kind {
 
 const std::vector<Kind> kMixed = {
     {Mode::none, {}, 20},
-    {Mode::centroid, {}, 3},
+    {Mode::centroid, {.logprobs = 2}, 3},
     {Mode::request, {}, 12},
     {Mode::cohort, {}, 9},
     {Mode::centroid, kHot, 15},
@@ -86,6 +86,11 @@ void expect_same(const std::vector<Generation>& found, const std::vector<Generat
     EXPECT_EQ(found[row].text, expected[row].text);
     EXPECT_EQ(found[row].finish_reason, expected[row].finish_reason);
     EXPECT_EQ(found[row].cluster_id, expected[row].cluster_id);
+    ASSERT_EQ(found[row].token_logprobs.size(), expected[row].token_logprobs.size());
+    for (std::size_t i = 0; i < expected[row].token_logprobs.size(); ++i) {
+      EXPECT_NEAR(found[row].token_logprobs[i], expected[row].token_logprobs[i], 1e-4);
+      EXPECT_EQ(found[row].top_logprobs[i].size(), expected[row].top_logprobs[i].size());
+    }
   }
 }
 
@@ -100,6 +105,9 @@ void until(const std::function<bool()>& condition) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
 }
+
+/// For an engine that is slower than the thread that submits to it.
+void sleep_after(const Iteration&) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
 
 std::size_t env(const char* name, std::size_t otherwise) {
   const char* value = std::getenv(name);
@@ -179,9 +187,7 @@ TEST(Engine, ContinuationsDrawFromStreamsOfTheirOwn) {
 }
 
 TEST(Engine, ACancelledStreamKeepsWhatItHas) {
-  // Slower than this thread.
-  Engine engine(runtime(),
-                {.observe = [](const Iteration&) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }});
+  Engine engine(runtime(), {.observe = sleep_after});
   const Stream stream = submit(engine, prompts_of({5})[0], endless());
   TokenIds token_ids;
   std::string text;
@@ -199,6 +205,43 @@ TEST(Engine, ACancelledStreamKeepsWhatItHas) {
   EXPECT_EQ(generation.token_ids, token_ids);
   EXPECT_EQ(generation.text, text);
   EXPECT_FALSE(stream.next().has_value());
+}
+
+TEST(Engine, ACancelledSubmitLeavesTheQueueToo) {
+  Engine engine(runtime(), {.rows = 1, .max_waiting = 2048});
+  SubmitOptions options = endless();
+  options.n = 128;
+  const Stream stream = engine.submit(std::vector<TokenIds>(16, {1}), options);
+  until([&] { return engine.stats().running == 1; });
+  stream.cancel();
+  until([&] { return engine.stats().running + engine.stats().waiting == 0; });
+  std::size_t never_ran = 0;
+  for (const Generation& generation : stream.result()) {
+    const bool is_cancelled = generation.finish_reason == FinishReason::cancelled;
+    never_ran += is_cancelled && generation.token_ids.empty() ? 1 : 0;
+  }
+  EXPECT_GT(never_ran, 1000U);
+  EXPECT_EQ(engine.stats().factor_sets + engine.stats().cached_tokens, 0U);
+  EXPECT_EQ(submit(engine, prompts_of({5})[0], endless(3)).result()[0].token_ids.size(), 3U);
+}
+
+TEST(Engine, AStreamThatNobodyReadsHoldsNobodyUp) {
+  Engine engine(runtime(), {.rows = 4});
+  const TokenIds prompt = prompts_of({5})[0];
+  std::vector<Stream> unread;
+  for (int i = 0; i < 64; ++i) {
+    unread.push_back(submit(engine, prompt, endless()));
+    (void)submit(engine, prompt, endless());  // and forgotten at once
+  }
+  expect_same(submit(engine, prompt, submit_options(kMixed[4])).result(), alone(prompt, kMixed[4]));
+  until([&] { return engine.stats().running + engine.stats().waiting == 0; });
+  for (const Stream& stream : unread) {
+    ASSERT_TRUE(stream.done());
+    TokenIds token_ids;
+    while (const auto token = stream.next()) token_ids.push_back(token->token_id);
+    EXPECT_EQ(token_ids, stream.result()[0].token_ids);
+    EXPECT_EQ(token_ids.size(), static_cast<std::size_t>(kLong));
+  }
 }
 
 TEST(Engine, ACallbackGetsTheTokensAndMayEndItsRow) {
@@ -238,11 +281,17 @@ TEST(Engine, ADeadlineEndsRowsThatRunAndRowsThatWait) {
 }
 
 TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
-  Engine engine(runtime(), {.rows = 2, .max_waiting = 3});
+  Engine engine(runtime(), {.rows = 2, .max_waiting = 3, .observe = sleep_after});
   std::vector<Stream> kept;
   EXPECT_THROW(while (kept.size() < 10'000) kept.push_back(submit(engine, prompts_of({5})[0], endless())),
                QueueFullError);
   EXPECT_GE(kept.size(), 5U);
+  SubmitOptions continuations = endless();
+  continuations.n = 3;  // of which one would fit soon
+  EXPECT_THROW(submit(engine, prompts_of({5})[0], continuations), QueueFullError);
+  EXPECT_FALSE(kept.back().wait(Seconds(0)));
+  EXPECT_TRUE(kept.back().wait(Seconds(60)));
+  EXPECT_TRUE(kept.back().next().has_value());
   EXPECT_THROW(engine.submit(prompts_of({5, 5, 5, 5, 5, 5}), endless()), InputError);
   for (const Stream& stream : kept) EXPECT_EQ(stream.result()[0].finish_reason, FinishReason::length);
   EXPECT_EQ(submit(engine, prompts_of({5})[0], endless(3)).result()[0].token_ids.size(), 3U);
@@ -251,9 +300,19 @@ TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
 TEST(Engine, CloseFinishesWhatWasAccepted) {
   Engine engine(runtime(), {.rows = 2});
   std::vector<Stream> streams;
-  for (int i = 0; i < 20; ++i) streams.push_back(submit(engine, prompts_of({5})[0], submit_options(kMixed[4])));
+  SubmitOptions options = submit_options(kMixed[4]);
+  options.n = 4;
+  for (int i = 0; i < 20; ++i) streams.push_back(submit(engine, prompts_of({5})[0], options));
   EXPECT_FALSE(engine.closed());
+  std::size_t read = 0;
+  std::jthread reader([&] {
+    while (const auto token = streams.back().next()) read += token->token_id >= 0 ? 1 : 0;
+  });
   engine.close();
+  reader.join();
+  std::size_t generated = 0;
+  for (const Generation& generation : streams.back().result()) generated += generation.token_ids.size();
+  EXPECT_EQ(read, generated);
   EXPECT_TRUE(engine.closed());
   for (const Stream& stream : streams) {
     ASSERT_TRUE(stream.done());
@@ -270,8 +329,15 @@ TEST(Engine, CloseCancelsWhatTakesTooLong) {
   std::vector<Stream> streams;
   for (int i = 0; i < 200; ++i) streams.push_back(submit(engine, prompts_of({5})[0], endless()));
   std::jthread patient([&] { engine.close(Seconds(600)); });  // the second call ends its patience
+  std::shared_ptr<const Generation> last;
+  std::jthread reader([&] {
+    while (const auto token = streams.back().next()) last = token->generation;
+  });
   until([&] { return engine.closed(); });
   engine.close(Seconds(0));
+  reader.join();
+  ASSERT_NE(last, nullptr);
+  EXPECT_EQ(last->finish_reason, FinishReason::cancelled);
   std::size_t cancelled = 0;
   for (const Stream& stream : streams) {
     ASSERT_TRUE(stream.done());
@@ -417,26 +483,36 @@ TEST(Engine, ManyThreads) {
     Kind kind;
     std::size_t n;
     std::vector<Generation> expected;
+    std::vector<Choice> logprobs;  // of the prompt
+  };
+  const auto logprobs_of = [](const TokenIds& prompt, Mode mode) {
+    const std::span texts(&prompt, 1);
+    return runtime().prompt_logprobs(texts, runtime().adapt(texts, {.mode = mode}).factors, 2)[0];
   };
   std::vector<Case> cases;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     const Kind& kind = kMixed[(i * 5) % kMixed.size()];
     const std::size_t n = 1 + (i % 4) / 2;
-    cases.push_back({prompts[i], kind, n, alone(prompts[i], kind, n)});
+    cases.push_back({prompts[i], kind, n, alone(prompts[i], kind, n), logprobs_of(prompts[i], kind.mode)});
   }
-  Engine engine(runtime(), {.rows = 8, .prefill_tokens = 16, .max_factor_sets = 5});
+  Engine engine(runtime(), {.rows = 8, .max_waiting = 2000, .prefill_tokens = 16, .max_factor_sets = 5});
   const std::size_t requests = env("CHAMELEON_REQUESTS", 400);
   std::atomic<std::size_t> next = 0, cancelled = 0;
   {
     std::vector<std::jthread> pool;
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 64; ++i) {
       pool.emplace_back([&] {
         for (std::size_t number = next++; number < requests; number = next++) {
           const Case& one = cases[(number * 7) % cases.size()];
+          if (number % 10 == 3) {  // beside the engine
+            const auto found = logprobs_of(one.prompt, one.kind.mode);
+            for (std::size_t j = 0; j < found.size(); ++j) EXPECT_EQ(found[j].logprob, one.logprobs[j].logprob);
+          }
           SubmitOptions options{.mode = one.kind.mode, .n = one.n};
           options.max_new_tokens = one.kind.max_new_tokens;
           options.sampling = one.kind.sampling;
           const Stream stream = submit(engine, one.prompt, options);
+          if (number % 10 == 7) continue;  // nobody reads it
           if (number % 10 == 0) {
             if (number % 20 == 0) (void)stream.next();
             stream.cancel();
@@ -452,9 +528,9 @@ TEST(Engine, ManyThreads) {
     }
   }
   EXPECT_GT(cancelled, 0U);
-  until([&] { return engine.stats().factor_sets == 0; });
+  until([&] { return engine.stats().running + engine.stats().waiting == 0; });
   const Stats stats = engine.stats();
-  EXPECT_EQ(stats.running + stats.waiting + stats.cached_tokens, 0U);
+  EXPECT_EQ(stats.factor_sets + stats.cached_tokens, 0U);
 }
 
 class Schedules : public testing::TestWithParam<Json> {};

@@ -124,6 +124,8 @@ std::string submit(Engine& engine, const Request& request) {
   options.max_new_tokens = request.max_new_tokens;
   options.sampling = request.sampling;
   if (request.mode == Mode::tenant) options.tenant = "a";
+  if (request.sampling.seed % 10 == 4) (void)engine.submit(request.rows, options);  // nobody reads it
+  if (request.sampling.seed % 10 == 5) engine.submit(request.rows, options).cancel();
   return texts(engine.submit(request.rows, options).result());
 }
 
@@ -173,7 +175,8 @@ std::vector<std::string> TinyRequests::serial(std::size_t count) const {
 
 Service TinyRequests::open() const {
   struct Opened {
-    explicit Opened(const std::filesystem::path& bundle) : runtime(bundle, {.threads = 1}), engine(runtime) {}
+    explicit Opened(const std::filesystem::path& bundle)
+        : runtime(bundle, {.threads = 1}), engine(runtime, {.max_waiting = 2000}) {}
     Runtime runtime;
     Engine engine;
   };

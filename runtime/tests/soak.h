@@ -39,7 +39,8 @@ struct SoakReport {
 SoakReport soak(const std::function<Service()>& open, const std::vector<std::string>& serial, std::size_t threads,
                 std::size_t requests);
 
-/// Tiny requests of every mode on one runtime: of four requests three go to an engine and one to `generate`.
+/// Tiny requests of every mode on one runtime: of four requests three go to an engine and one to `generate`. A
+/// tenth also leaves a stream that nobody reads, a tenth one that is cancelled.
 class TinyRequests {
  public:
   explicit TinyRequests(std::filesystem::path bundle) : bundle_(std::move(bundle)) {}

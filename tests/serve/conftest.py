@@ -9,35 +9,20 @@ from typing import TYPE_CHECKING
 import openai
 import pytest
 
-from tests.serving import COMMANDS, InThread, Running, running, running_cpp
+from tests.serving import InThread, running
 
 if TYPE_CHECKING:
     from tests.ray_cluster import Cluster
 
 
 @pytest.fixture(scope="session")
-def python_server(bundle: Path) -> Iterator[InThread]:
+def server(bundle: Path) -> Iterator[InThread]:
     with running(bundle, rows=4, prefill_tokens=16) as found:
         yield found
 
 
-@pytest.fixture(scope="session", params=COMMANDS)
-def program(request: pytest.FixtureRequest) -> str:
-    """Each of the servers, which have one interface."""
-    return str(request.param)
-
-
 @pytest.fixture(scope="session")
-def server(program: str, request: pytest.FixtureRequest, bundle: Path) -> Iterator[Running]:
-    if program == "python":
-        yield request.getfixturevalue("python_server")
-    else:
-        with running_cpp(bundle, rows=4, prefill_tokens=16) as found:
-            yield found
-
-
-@pytest.fixture(scope="session")
-def client(server: Running) -> openai.OpenAI:
+def client(server: InThread) -> openai.OpenAI:
     return server.openai()
 
 

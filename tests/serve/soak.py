@@ -1,4 +1,4 @@
-"""Memory of a server over many requests: `python -m tests.serve.soak BUNDLE [--program cpp] [--requests 100000]`.
+"""Memory of the server over many requests: `python -m tests.serve.soak BUNDLE [--requests 100000]`.
 
 16 clients on kept connections send tiny requests. Prints one line of JSON with the server's resident memory after each
 tenth. The exit code is 1 where it grows by 2 % or more from the first to the last.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from tests.runtime.soak import resident_mib
-from tests.serving import COMMANDS, process
+from tests.serving import process
 
 CLIENTS = 16
 PARTS = 10
@@ -68,10 +68,9 @@ async def send(port: int, requests: int, process_id: int) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--program", choices=COMMANDS, default="cpp")
     parser.add_argument("--requests", type=int, default=100_000)
     arguments = parser.parse_args()
-    with process(arguments.bundle, command=COMMANDS[arguments.program]) as (server, url):
+    with process(arguments.bundle) as (server, url):
         assert server.stderr
         threading.Thread(target=server.stderr.read, daemon=True).start()  # else it would fill the pipe
         start = time.perf_counter()

@@ -11,6 +11,9 @@ import openai
 import pytest
 
 from chameleon_deploy import Sampling
+from chameleon_deploy.serve.bodies import parse
+from chameleon_deploy.serve.errors import ApiError
+from chameleon_deploy.serve.schemas import CompletionRequest
 from tests.rows import random_rows
 from tests.serving import InThread, Running
 
@@ -189,8 +192,8 @@ def test_a_stream_ends_with_done(server: Running) -> None:
     assert all(json.loads(event)["choices"] for event in events[:-1])
 
 
-def test_token_names_are_unique(python_server: InThread) -> None:
-    names = [python_server.served.names[i] for i in range(python_server.runtime.manifest.model.vocab_size)]
+def test_token_names_are_unique(server: InThread) -> None:
+    names = [server.served.names[i] for i in range(server.runtime.manifest.model.vocab_size)]
     assert len(set(names)) == len(names)
     assert any(name.startswith("bytes:\\x") for name in names)
 
@@ -255,6 +258,29 @@ def test_unknown_fields_and_nulls_are_ignored(server: Running) -> None:
     assert answer.json()["usage"]["completion_tokens"] <= 16
 
 
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        *(("prompt", value) for value in ("3", '["a", 1.5]', '["a", true]', '[[1, "b"]]')),
+        *(("n", value) for value in ("1.0", "129", '"x"')),
+        *(("temperature", value) for value in ('"x"', "-0.5")),
+        *(("top_p", value) for value in ("0", "2")),
+        *(("stop", value) for value in ("5", '["a", 5]')),
+        *(("logit_bias", value) for value in ('{"05": 1}', '{"5": "a"}', "[]")),
+        *(("stop_token_ids", value) for value in ("[-1]", "3")),
+        *(("stream_options", value) for value in ("[]", '{"include_usage": 3}')),
+        ("mode", "3"), ("stream", "1"), ("logprobs", "true"), ("user", "3"), ("top_k", "-2"),
+        ("repetition_penalty", "0"), ("seed", '"x"'), ("suffix", "[]"), ("presence_penalty", "2.5"), ("best_of", "0"),
+        ("max_tokens", "-1"), ("model", "3"),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_wrong_type_or_range_is_named(param: str, value: str) -> None:
+    others = "" if param == "prompt" else '"prompt": "a", '
+    with pytest.raises(ApiError) as caught:
+        parse(f'{{{others}"{param}": {value}}}'.encode(), CompletionRequest)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "input_invalid", param)
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\\ud800"}'])
 def test_what_is_no_request_is_refused(server: Running, raw: bytes) -> None:
     with server.http() as client:
@@ -262,11 +288,11 @@ def test_what_is_no_request_is_refused(server: Running, raw: bytes) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "input_invalid")
 
 
-def test_minus_infinity_is_a_number(python_server: InThread) -> None:
+def test_minus_infinity_is_a_number(server: InThread) -> None:
     from chameleon_deploy.runtime.sampling import Choice
     from chameleon_deploy.serve.logprobs import LogprobsWriter
 
-    written = LogprobsWriter(python_server.runtime.tokenizer, str).write([Choice(5, -math.inf, ((5, -math.inf),))])
+    written = LogprobsWriter(server.runtime.tokenizer, str).write([Choice(5, -math.inf, ((5, -math.inf),))])
     assert (written.token_logprobs, written.top_logprobs) == ([-9999.0], [{"5": -9999.0}])
 
 

@@ -18,16 +18,14 @@ FOLDER = REPOSITORY / "docs" / "serving"
 
 
 @pytest.mark.parametrize("name", ["dashboard.json", "alerts.yaml", "../scaling/kubernetes.yaml"])
-def test_every_metric_that_is_asked_for_exists(python_server: Running, name: str) -> None:
-    exported = set(re.findall(r"^(?:# TYPE )?(chameleon_\w+)", python_server.http().get("/metrics").text, re.MULTILINE))
+def test_every_metric_that_is_asked_for_exists(server: Running, name: str) -> None:
+    exported = set(re.findall(r"^(?:# TYPE )?(chameleon_\w+)", server.http().get("/metrics").text, re.MULTILINE))
     asked = set(re.findall(r"chameleon_\w+", (FOLDER / name).read_text()))
     assert asked and asked <= exported
 
 
-def test_every_metric_is_in_the_page(python_server: Running) -> None:
-    families = re.findall(
-        r"^# TYPE chameleon_(\w+) (?:counter|histogram)", python_server.http().get("/metrics").text, re.M
-    )
+def test_every_metric_is_in_the_page(server: Running) -> None:
+    families = re.findall(r"^# TYPE chameleon_(\w+) (?:counter|histogram)", server.http().get("/metrics").text, re.M)
     assert [name for name in families if not name.endswith("_created") and name not in PAGE] == []
 
 
@@ -41,7 +39,7 @@ def test_every_endpoint_is_in_the_page() -> None:
 
 
 @pytest.mark.parametrize("line", re.findall(r"^curl .*$", PAGE, re.MULTILINE))
-def test_an_example_works(python_server: Running, line: str) -> None:
-    command = shlex.split(line.replace("http://127.0.0.1:8000", python_server.url))
+def test_an_example_works(server: Running, line: str) -> None:
+    command = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout and '"error"' not in result.stdout

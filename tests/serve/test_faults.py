@@ -27,7 +27,7 @@ from chameleon_deploy.serve import endpoint
 from chameleon_deploy.serve.event_stream import EventStream
 from chameleon_deploy.serve.service import Service, Settings
 from tests.rows import random_rows
-from tests.serving import STARTS, InThread, Running, running, wait_for
+from tests.serving import InThread, Running, running, wait_for
 
 LONG = {"max_tokens": 100, "ignore_eos": True, "mode": "none"}
 
@@ -55,24 +55,24 @@ def running_rows(server: InThread) -> int:
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnect_cancels(python_server: InThread, stream: bool) -> None:
-    python_server.wait_until_idle()
-    with python_server.connect() as client:
+def test_a_disconnect_cancels(server: InThread, stream: bool) -> None:
+    server.wait_until_idle()
+    with server.connect() as client:
         client.sendall(request(prompt="The river", stream=stream, **LONG))
-        wait_for(lambda: running_rows(python_server) == 1)
+        wait_for(lambda: running_rows(server) == 1)
     started = time.monotonic()
-    wait_for(lambda: running_rows(python_server) == 0)
+    wait_for(lambda: running_rows(server) == 0)
     assert time.monotonic() - started < 1  # the whole request takes two seconds
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_disconnect_that_is_not_noticed_is_seen(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disconnect_that_is_not_noticed_is_seen(server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     async def blind(stream: Any, receive: Any) -> None: ...
 
     monkeypatch.setattr("chameleon_deploy.serve.completions._watch", blind)
     with pytest.raises(AssertionError):
-        test_a_disconnect_cancels(python_server, False)
-    python_server.wait_until_idle()
+        test_a_disconnect_cancels(server, False)
+    server.wait_until_idle()
 
 
 def test_connections_that_send_or_read_nothing_harm_nobody(server: Running) -> None:
@@ -142,14 +142,14 @@ def test_more_requests_than_are_allowed_are_a_429(bundle: Path) -> None:
         assert server.post("/tokenize", prompt="a").status_code == 200
 
 
-def test_a_body_that_is_too_large_is_a_413(program: str, bundle: Path) -> None:
-    with STARTS[program](bundle, max_body_bytes=1000) as server:
+def test_a_body_that_is_too_large_is_a_413(bundle: Path) -> None:
+    with running(bundle, max_body_bytes=1000) as server:
         refused = server.post("/v1/completions", prompt="a" * 10_000_000)
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
         assert server.post("/v1/completions", prompt="a" * 50, max_tokens=1).status_code == 200
 
 
-def test_a_row_that_is_not_finite_fails_alone(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_not_finite_fails_alone(server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     choose, bad = server_choose(), [7, 7, 7]
 
     def damaged(sampler: Any, logits: Any, *more: Any) -> Any:
@@ -161,10 +161,10 @@ def test_a_row_that_is_not_finite_fails_alone(python_server: InThread, monkeypat
     fields = {"max_tokens": 3, "mode": "none", "logprobs": 0}
     with ThreadPoolExecutor(4) as clients:
         prompts = [[1, 2, 3], bad, [4, 5, 6], bad]
-        answers = list(clients.map(lambda ids: python_server.post("/v1/completions", prompt=ids, **fields), prompts))
+        answers = list(clients.map(lambda ids: server.post("/v1/completions", prompt=ids, **fields), prompts))
     assert [answer.status_code for answer in answers] == [200, 500, 200, 500]
     assert answers[1].json()["error"]["code"] == "not_finite"
-    events = python_server.post("/v1/completions", prompt=bad, stream=True, **fields).text.strip().split("\n\n")
+    events = server.post("/v1/completions", prompt=bad, stream=True, **fields).text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "not_finite"
 
 
@@ -188,25 +188,23 @@ def plant(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., Any]) -> None:
     monkeypatch.setattr(Sampler, "choose", choose)
 
 
-def test_an_exception_in_a_session_ends_the_requests_in_it(
-    python_server: InThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_in_a_session_ends_the_requests_in_it(server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Slots.step
 
     def fail(slots: Slots, *arguments: Any) -> Any:
         monkeypatch.setattr(Slots, "step", step)  # once
         raise RuntimeError("out of memory")
 
-    python_server.wait_until_idle()
+    server.wait_until_idle()
     monkeypatch.setattr(Slots, "step", fail)
-    failed = python_server.post("/v1/completions", prompt="The river", max_tokens=3)
+    failed = server.post("/v1/completions", prompt="The river", max_tokens=3)
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "request_failed")
-    assert python_server.post("/v1/completions", prompt="The river", max_tokens=3).status_code == 200
+    assert server.post("/v1/completions", prompt="The river", max_tokens=3).status_code == 200
 
 
-def test_a_fault_that_nobody_foresaw_tells_nothing(python_server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_nobody_foresaw_tells_nothing(server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chameleon_deploy.serve.completions.check", lambda *_: 1 / 0)
-    failed = python_server.post("/v1/completions", prompt="secret")
+    failed = server.post("/v1/completions", prompt="secret")
     assert failed.status_code == 500
     assert failed.json()["error"]["code"] == "internal_error"
     assert "division" not in failed.text
@@ -214,10 +212,10 @@ def test_a_fault_that_nobody_foresaw_tells_nothing(python_server: InThread, monk
 
 
 @pytest.fixture(scope="module")
-def keyed(program: str, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def keyed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     file.write_text('{"sk-a": "a", "sk-b": "b"}')
-    with STARTS[program](bundle, api_keys=file, cohort_window_ms=300) as server:
+    with running(bundle, api_keys=file, cohort_window_ms=300) as server:
         yield server
 
 
@@ -269,9 +267,9 @@ def test_a_default_mode_that_cannot_be_served(bundle: Path) -> None:
             Service(Settings(bundle, mode=mode)).open()
 
 
-def test_a_changed_bundle_is_unhealthy(program: str, bundle: Path, copy_of: Callable[[Path], Path]) -> None:
+def test_a_changed_bundle_is_unhealthy(bundle: Path, copy_of: Callable[[Path], Path]) -> None:
     copy = copy_of(bundle)
-    with STARTS[program](copy) as server:
+    with running(copy) as server:
         (copy / "bundle.json").touch()
         with server.http() as http:
             answer = http.get("/health")

@@ -11,7 +11,7 @@ import pytest
 
 from chameleon_deploy import Runtime
 from tests.lm_evaluation import POSITIONS, TOLERANCE, evaluate, evaluate_server, expected, likelihoods, write_tasks
-from tests.serving import STARTS
+from tests.serving import running
 
 pytestmark = pytest.mark.lm_eval
 
@@ -22,9 +22,9 @@ def tasks(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_likelihoods_are_the_runtimes_and_those_of_transformers(
-    program: str, tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
+    tasks: Path, bundle: Path, mini_path: Path, runtime: Runtime, tmp_path: Path
 ) -> None:
-    with STARTS[program](bundle) as server:
+    with running(bundle) as server:
         served, samples = evaluate_server(tasks, tmp_path / "served", server.url, f"{server.name}:none")
     base, its_samples = evaluate(
         tasks, tmp_path / "base", "hf", f"pretrained={mini_path / 'base'},dtype=float32,max_length={POSITIONS - 2}"

@@ -16,7 +16,7 @@ from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.serving import STARTS, Running
+from tests.serving import Running, running
 
 LAYERS = ["q_proj", "v_proj"]
 PROMPT = "def main"
@@ -51,9 +51,9 @@ def runtime(path: Path) -> Runtime:
 
 
 @pytest.fixture(scope="module")
-def adapters(program: str, path: Path) -> Iterator[Running]:
+def adapters(path: Path) -> Iterator[Running]:
     """One byte of loaded adapters may stay in memory: they are read again and again."""
-    with STARTS[program](
+    with running(
         path / "wiki", rows=4, prefill_tokens=16, adapters=path / "files", max_adapter_bytes=1
     ) as found:  # fmt: skip
         yield found
@@ -93,7 +93,7 @@ def test_the_prompts_log_probabilities_have_the_models_adapter(adapters: Running
 
 
 def test_scores_have_the_models_adapter(path: Path, runtime: Runtime) -> None:
-    with STARTS["python"](path / "wiki") as server:  # the other has no /v1/score
+    with running(path / "wiki") as server:
         body = server.post("/v1/score", model="wiki:legal", input="def main(): pass").json()
     (score,) = runtime.score(["def main(): pass"], adapters=["legal"])
     assert body["data"][0]["token_logprobs"] == pytest.approx(score.token_logprobs, abs=1e-4)

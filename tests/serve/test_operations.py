@@ -18,9 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from chameleon_deploy.serve import playground
-from tests.cpp import openapi
 from tests.rows import random_rows
-from tests.serving import STARTS, Running
+from tests.serving import Running, running
 
 CASES = int(os.environ.get("CHAMELEON_SCHEMA_CASES", "200"))
 ERROR_FIELDS = {"message", "type", "param", "code"}
@@ -47,8 +46,8 @@ def test_tokens_there_and_back(server: Running) -> None:
     assert server.post("/detokenize", tokens=[600]).status_code == 422
 
 
-def test_a_capacity_bounds_prompt_and_answer(program: str, bundle: Path) -> None:
-    with STARTS[program](bundle, rows=2, capacity=32) as server:
+def test_a_capacity_bounds_prompt_and_answer(bundle: Path) -> None:
+    with running(bundle, rows=2, capacity=32) as server:
         assert server.post("/tokenize", prompt="a").json()["max_model_len"] == 32
         with server.http() as http:
             assert {model["max_model_len"] for model in http.get("/v1/models").json()["data"]} == {32}
@@ -59,10 +58,10 @@ def test_a_capacity_bounds_prompt_and_answer(program: str, bundle: Path) -> None
 
 
 @pytest.mark.parametrize("mode", ["none", "centroid", "request", "cohort"])
-def test_scores_are_those_of_the_runtime(python_server: Running, mode: Any) -> None:
+def test_scores_are_those_of_the_runtime(server: Running, mode: Any) -> None:
     rows = [*random_rows(3, 4, 40), [5]]
-    found = python_server.post("/v1/score", input=rows, mode=mode).json()
-    expected = python_server.runtime.score(rows, mode=mode)
+    found = server.post("/v1/score", input=rows, mode=mode).json()
+    expected = server.runtime.score(rows, mode=mode)
     assert found["mode"] == mode
     for item, score in zip(found["data"], expected, strict=True):
         assert item["token_logprobs"] == pytest.approx(score.token_logprobs, abs=1e-4)
@@ -70,18 +69,18 @@ def test_scores_are_those_of_the_runtime(python_server: Running, mode: Any) -> N
     assert found["data"][-1]["perplexity"] is None
 
 
-def test_a_text_is_put_among_the_clusters(python_server: Running) -> None:
-    with python_server.http() as http:
+def test_a_text_is_put_among_the_clusters(server: Running) -> None:
+    with server.http() as http:
         before = http.get("/v1/clusters").json()["data"]
-    found = python_server.post("/v1/adapt", input=["The river", "A town"]).json()["data"]
-    adaptation = python_server.runtime.adapt(["The river", "A town"], mode="none")
+    found = server.post("/v1/adapt", input=["The river", "A town"]).json()["data"]
+    adaptation = server.runtime.adapt(["The river", "A town"], mode="none")
     for i, item in enumerate(found):
         assert item["cluster_id"] == adaptation.cluster_ids[i] == int(np.argmin(item["distances"]))
         assert item["embedding"] == pytest.approx(adaptation.embeddings[i].tolist())
         centroids = np.array([cluster["centroid"] for cluster in before])
         assert item["distances"] == pytest.approx(np.linalg.norm(centroids - item["embedding"], axis=1), abs=1e-5)
-    python_server.post("/v1/completions", prompt="The river", max_tokens=1)
-    with python_server.http() as http:
+    server.post("/v1/completions", prompt="The river", max_tokens=1)
+    with server.http() as http:
         after = http.get("/v1/clusters").json()["data"]
     grown = [b["size"] - a["size"] for a, b in zip(before, after, strict=True)]
     assert grown == [int(i == found[0]["cluster_id"]) for i in range(len(after))]
@@ -127,10 +126,6 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert {"chameleon_requests_cancelled_total", "chameleon_factor_set_hits_total"} <= set(after)
 
 
-def test_the_schema_of_the_cpp_server_is_a_part_of_this_one() -> None:
-    assert openapi.FILE.read_text() == openapi.text(), "python -m tests.cpp.openapi writes it"
-
-
 def error_shape(context: Any, response: Any, case: Any) -> None:
     """Every error has the stated shape."""
     if response.status_code >= 400:
@@ -138,7 +133,7 @@ def error_shape(context: Any, response: Any, case: Any) -> None:
         assert set(body) == {"error"} and set(body["error"]) == ERROR_FIELDS, body
 
 
-def test_the_schema_holds(program: str, server: Running) -> None:
+def test_the_schema_holds(server: Running) -> None:
     checks = [
         schemathesis.checks.not_a_server_error,
         response_schema_conformance,
@@ -146,7 +141,7 @@ def test_the_schema_holds(program: str, server: Running) -> None:
     ]
     schema: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == {"python": 13, "cpp": 10}[program]
+    assert len(operations) == 13
     asked = []
 
     def ask(case: Any) -> None:
@@ -187,12 +182,10 @@ def test_other_paths_and_methods_have_the_same_errors(server: Running) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_the_page_is_served_by_name_with_a_strict_policy(
-    python_server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_is_served_by_name_with_a_strict_policy(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"index.html": (b"<!doctype html>", "text/html"), "app.js": (b"1", "text/javascript")}
     monkeypatch.setattr(playground, "_FILES", files)
-    with python_server.http() as http:
+    with server.http() as http:
         page, script = http.get("/"), http.get("/app.js")
     assert page.content == b"<!doctype html>"
     assert script.headers["content-type"].startswith("text/javascript")
@@ -206,8 +199,8 @@ def test_version_and_health(server: Running) -> None:
         assert http.get("/version").json()["bundle_digest"] == server.runtime.bundle.digest
 
 
-def test_a_bundle_of_regime_lora_serves_its_own_mode(program: str, lora_bundle: Path) -> None:
-    with STARTS[program](lora_bundle) as server:
+def test_a_bundle_of_regime_lora_serves_its_own_mode(lora_bundle: Path) -> None:
+    with running(lora_bundle) as server:
         answer = server.post("/v1/completions", prompt="The river", max_tokens=6, temperature=0).json()
         assert answer["choices"][0]["chameleon"]["mode"] == "static"
         assert answer["choices"][0]["text"] == server.runtime.generate(["The river"], max_new_tokens=6)[0].text

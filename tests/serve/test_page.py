@@ -360,17 +360,17 @@ def test_dark_mode(tab: Tab, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def served_tab(python_server: Running, tmp_path: Path) -> Iterator[Tab]:
-    with open_tab(find_chromium(), f"{python_server.url}/", tmp_path) as tab:
+def served_tab(server: Running, tmp_path: Path) -> Iterator[Tab]:
+    with open_tab(find_chromium(), f"{server.url}/", tmp_path) as tab:
         tab.wait("document.querySelector('#map circle')")
         yield tab
 
 
-def test_stream_on_the_server(python_server: Running, served_tab: Tab) -> None:
+def test_stream_on_the_server(server: Running, served_tab: Tab) -> None:
     generate(served_tab, "The river", 40)
     served_tab.wait(DONE)
-    body = {"model": python_server.name, "prompt": "The river", "max_tokens": 40, "temperature": 0.8, "seed": 0}
-    answer = python_server.post("/v1/completions", **body).json()
+    body = {"model": server.name, "prompt": "The river", "max_tokens": 40, "temperature": 0.8, "seed": 0}
+    answer = server.post("/v1/completions", **body).json()
     assert served_tab.value("document.querySelector('#first .text').textContent") == (
         "The river" + answer["choices"][0]["text"]
     )
@@ -383,15 +383,15 @@ def test_stream_on_the_server(python_server: Running, served_tab: Tab) -> None:
     assert served_tab.complaints == []
 
 
-def test_compare_and_map_on_the_server(python_server: Running, served_tab: Tab) -> None:
+def test_compare_and_map_on_the_server(server: Running, served_tab: Tab) -> None:
     served_tab.click("#compare")
     generate(served_tab, "The river", 12)
     served_tab.wait(DONE)
-    assert served_tab.text("#second-title") == f"{python_server.name}:none"
+    assert served_tab.text("#second-title") == f"{server.name}:none"
     for panel in ("first", "second"):
         assert tokens(served_tab, panel)
     served_tab.wait("document.querySelector('#map .now')")
-    (item,) = python_server.post("/v1/adapt", input="The river").json()["data"]
+    (item,) = server.post("/v1/adapt", input="The river").json()["data"]
     cluster, distance = served_tab.value(
         "[...document.querySelector('#distances tbody tr').cells].slice(0, 2).map((c) => c.textContent)"
     )
@@ -400,15 +400,15 @@ def test_compare_and_map_on_the_server(python_server: Running, served_tab: Tab) 
     served_tab.wait("document.querySelector('#live-rows').textContent === '0'")
 
 
-def test_stop_and_copy_on_the_server(python_server: Running, served_tab: Tab) -> None:
+def test_stop_and_copy_on_the_server(server: Running, served_tab: Tab) -> None:
     served_tab.click("#curl")
     command = served_tab.value("document.querySelector('#command').value")
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30)
-    assert json.loads(answer.stdout)["model"] == python_server.name
+    assert json.loads(answer.stdout)["model"] == server.name
     generate(served_tab, "The river", 100)
     served_tab.key("Escape")
     served_tab.wait("['Stopped.', 'Done.'].includes(document.querySelector('#status').textContent)")
-    python_server.wait_until_idle()
+    server.wait_until_idle()
 
 
 def test_an_error_of_the_server(served_tab: Tab) -> None:

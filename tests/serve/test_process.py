@@ -15,14 +15,14 @@ import httpx
 import pytest
 
 from chameleon_deploy.serve.server import listen
-from tests.serving import COMMANDS, process
+from tests.serving import COMMAND, process
 
 LONG = {"prompt": "A secret prompt", "max_tokens": 120, "ignore_eos": True, "mode": "none"}
 
 
-def end(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def end(*arguments: object) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
-    return subprocess.run([*COMMANDS[program], *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
@@ -32,9 +32,9 @@ def test_no_part_of_an_answer_waits_for_an_acknowledgement() -> None:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_sigterm_drains_and_the_log_holds_no_prompt(program: str, bundle: Path) -> None:
+def test_sigterm_drains_and_the_log_holds_no_prompt(bundle: Path) -> None:
     with (
-        process(bundle, "--log-json", command=COMMANDS[program]) as (server, url),
+        process(bundle, "--log-json") as (server, url),
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         found: list[httpx.Response] = []
@@ -54,8 +54,8 @@ def test_sigterm_drains_and_the_log_holds_no_prompt(program: str, bundle: Path) 
     assert not any("secret" in line for line in lines)
 
 
-def test_prompts_are_logged_where_that_is_asked_for(program: str, bundle: Path) -> None:
-    with process(bundle, "--log-json", "--log-prompts", command=COMMANDS[program]) as (server, url):
+def test_prompts_are_logged_where_that_is_asked_for(bundle: Path) -> None:
+    with process(bundle, "--log-json", "--log-prompts") as (server, url):
         httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 1}, timeout=60)
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
@@ -63,31 +63,31 @@ def test_prompts_are_logged_where_that_is_asked_for(program: str, bundle: Path) 
         assert "A secret prompt" in server.stderr.read()
 
 
-def test_a_bad_bundle_ends_the_command(program: str, tmp_path: Path) -> None:
-    result = end(program, tmp_path, "--port", "0")
+def test_a_bad_bundle_ends_the_command(tmp_path: Path) -> None:
+    result = end(tmp_path, "--port", "0")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith("[bundle_not_found]")
 
 
-def test_a_port_in_use_ends_the_command(program: str, bundle: Path) -> None:
-    with process(bundle, command=COMMANDS[program]) as (_, url):
-        result = end(program, bundle, "--port", url.rpartition(":")[2])
+def test_a_port_in_use_ends_the_command(bundle: Path) -> None:
+    with process(bundle) as (_, url):
+        result = end(bundle, "--port", url.rpartition(":")[2])
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_a_missing_certificate_ends_the_command(program: str, bundle: Path, tmp_path: Path) -> None:
-    result = end(program, bundle, "--ssl-certfile", tmp_path / "none.pem")
+def test_a_missing_certificate_ends_the_command(bundle: Path, tmp_path: Path) -> None:
+    result = end(bundle, "--ssl-certfile", tmp_path / "none.pem")
     assert result.returncode == 2
     assert "none.pem" in result.stderr
 
 
-def test_tls(program: str, bundle: Path, tmp_path: Path) -> None:
+def test_tls(bundle: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
     subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     options = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-    with process(bundle, *options, command=COMMANDS[program]) as (_, url):
+    with process(bundle, *options) as (_, url):
         assert url.startswith("https://")
         answer = httpx.post(f"{url}/tokenize", json={"prompt": "a"}, verify=False)  # noqa: S501
         assert answer.status_code == 200

@@ -25,7 +25,7 @@ import pytest
 from chameleon_deploy import Runtime, Sampling
 from chameleon_deploy.runtime import Generation
 from tests.rows import random_rows
-from tests.serving import COMMANDS, process, wait_for
+from tests.serving import process, wait_for
 
 REQUESTS = int(os.environ.get("CHAMELEON_REQUESTS", "300"))
 LONG_RUN = 5000
@@ -166,12 +166,9 @@ def rows_present(url: str) -> float:
 
 
 @pytest.mark.timeout(3600)
-def test_mixed_traffic_is_answered_as_serial_requests_and_leaves_nothing(
-    program: str, bundle: Path, runtime: Runtime
-) -> None:
+def test_mixed_traffic_is_answered_as_serial_requests_and_leaves_nothing(bundle: Path, runtime: Runtime) -> None:
     all_asked = requests(REQUESTS)
-    command = COMMANDS[program]
-    with ThreadPoolExecutor(1) as log, process(bundle, "--max-waiting", "2000", command=command) as (server, url):
+    with ThreadPoolExecutor(1) as log, process(bundle, "--max-waiting", "2000") as (server, url):
         assert server.stderr
         log.submit(server.stderr.read)  # else it would fill the pipe
         with silent_connections(url):  # pools of threads and buffers fill
