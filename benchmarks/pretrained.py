@@ -16,8 +16,8 @@ import typer
 
 from benchmarks import growth_plots, tables
 from benchmarks.growth import CURVES
+from chameleon_deploy.errors import CheckFailedError
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.console import CheckFailedError
 
 PRECISIONS = ("fp32", "int8")
 

@@ -206,3 +206,7 @@ class DownloadError(ChameleonError):
 
 class DatasetError(ChameleonError):
     code = "dataset_unavailable"
+
+
+class CheckFailedError(Exception):
+    """The work was done and a check failed: a command's exit code is 1."""

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chameleon_deploy.contract.bundle import Bundle, open_bundle
-from chameleon_deploy.errors import DependencyError, ProviderError
+from chameleon_deploy.errors import CheckFailedError, DependencyError, ProviderError
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.console import CheckFailedError
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.terminal.table import Sheet
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from chameleon_deploy.contract.bundle import open_bundle
-from chameleon_deploy.errors import SignatureError
+from chameleon_deploy.errors import CheckFailedError, SignatureError
 from chameleon_deploy.terminal import console
 
 
@@ -20,7 +20,7 @@ def main(
     try:
         opened = open_bundle(bundle, trusted_key)
     except SignatureError as error:
-        raise console.CheckFailedError(f"{error} [{error.code}]") from error
+        raise CheckFailedError(f"{error} [{error.code}]") from error
     print(f"{bundle}: signed by {opened.signed_by}, {len(opened.manifest.files)} files intact, digest {opened.digest}")
 
 

@@ -16,9 +16,8 @@ from chameleon_deploy.bench import report
 from chameleon_deploy.bench.run import run
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS
 from chameleon_deploy.contract.bundle import Precision
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import CheckFailedError, InputError
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.console import CheckFailedError
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import CheckFailedError, InputError
 from chameleon_deploy.terminal import console
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _require_equal(bundle: Path, reference: float, ours: float) -> None:
     difference, limit = abs(ours / reference - 1), GATES[open_bundle(bundle).manifest.precision].perplexity
     console.stderr.print(f"bundle and reference differ by {difference:.1e} in perplexity, limit {limit:g}")
     if not difference <= limit:
-        raise console.CheckFailedError(f"{bundle} is not this checkpoint: perplexity {ours:.4f}, not {reference:.4f}")
+        raise CheckFailedError(f"{bundle} is not this checkpoint: perplexity {ours:.4f}, not {reference:.4f}")
 
 
 if __name__ == "__main__":

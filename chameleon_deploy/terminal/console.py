@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
 from chameleon_deploy.directory import write_whole
-from chameleon_deploy.errors import ChameleonError, OutputError
+from chameleon_deploy.errors import ChameleonError, CheckFailedError, OutputError
 from chameleon_deploy.store import remote
 from chameleon_deploy.terminal.commands import OPTION_GROUPS
 from chameleon_deploy.terminal.progress import Progress
@@ -33,10 +33,6 @@ ClickException = cast(type[Exception], typer.BadParameter.__mro__[2])
 # Without markup, since brackets in paths, extras and texts are literal. A pipe has no width.
 stdout = Console(highlight=False, markup=False, width=None if sys.stdout and sys.stdout.isatty() else UNLIMITED)
 stderr = Console(highlight=False, markup=False, stderr=True)
-
-
-class CheckFailedError(Exception):
-    """The command did its work and a check failed: exit code 1."""
 
 
 def show(*sheets: Sheet, to: Console = stdout) -> None:

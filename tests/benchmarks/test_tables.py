@@ -15,8 +15,8 @@ from chameleon_deploy.bench.footprint import Footprint
 from chameleon_deploy.bench.quality import Quality
 from chameleon_deploy.bench.run import Benchmark
 from chameleon_deploy.bench.timing import Part, Timing
+from chameleon_deploy.errors import CheckFailedError
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.console import CheckFailedError
 from tests.conftest import REPOSITORY
 
 SECONDS, RATIOS = 0.5, {"PyTorch eager fp32": 4.0, "CTranslate2 fp32": 1.25, "OpenVINO fp32": 1.5, "full logits": 1.3,

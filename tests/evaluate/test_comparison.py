@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from chameleon_deploy import compare
-from chameleon_deploy.errors import ChameleonError, InputError, OutputError
+from chameleon_deploy.errors import ChameleonError, CheckFailedError, InputError, OutputError
 from chameleon_deploy.evaluate import __main__ as evaluate_command
 from chameleon_deploy.evaluate import experiment, variants
 from chameleon_deploy.evaluate.experiment import Scored, run_experiment
@@ -40,7 +40,6 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
-from chameleon_deploy.terminal.console import CheckFailedError
 from chameleon_deploy.terminal.html_page import Page
 from tests import commands
 from tests.conftest import nearly
