@@ -34,7 +34,8 @@ def main(
     with console.stderr.status("importing PyTorch and transformers"):
         from chameleon_deploy.export.exporter import export_bundle
         from chameleon_deploy.reference.checkpoint import load_checkpoint
-        from chameleon_deploy.verify.report import check_sheet, require_passed
+        from chameleon_deploy.verify.gates import require_passed
+        from chameleon_deploy.verify.report import check_sheet
         from chameleon_deploy.verify.run import summary, verify_bundle
 
     out = models / "demo"

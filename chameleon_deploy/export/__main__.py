@@ -50,7 +50,8 @@ def main(
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.source import load_source
-    from chameleon_deploy.verify.report import check_sheet, require_passed
+    from chameleon_deploy.verify.gates import require_passed
+    from chameleon_deploy.verify.report import check_sheet
     from chameleon_deploy.verify.run import summary, verify_bundle
 
     if adapters and source.endswith(".toml"):

@@ -35,6 +35,8 @@ from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.source import Source
+from chameleon_deploy.runtime import load
+from chameleon_deploy.runtime.known_answers import FIELD, PARITY, known_answers
 from chameleon_deploy.terminal.progress import Progress, silent
 
 TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # recorded with their versions
@@ -64,6 +66,8 @@ def export_bundle(
 ) -> Manifest:
     """Write a bundle directory, which appears as `out` when it is complete and verified.
 
+    What the bundle computes of a few texts on this machine is recorded in parity.json (runtime/known_answers.py).
+
     verify       checks the bundle at the path it is given; None records the bundle as not verified
     limits       the largest call that engines built from it accept
     precision    of the matrices that are multiplied; except in int8, what is looked up stays float32
@@ -79,9 +83,13 @@ def export_bundle(
         manifest = _write_files(checkpoint, directory, model, resolved, precision, calibration, report)
         parity: dict[str, Any] = {"verified": False}
         manifest = _write_manifest(directory, manifest, parity)
+        report("known answers", 0, 1)
+        answers = {FIELD: msgspec.to_builtins(known_answers(load(directory)))}
+        report("known answers", 1, 1)
+        manifest = _write_manifest(directory, manifest, parity | answers)
         if verify is not None:
             summary, parity = verify(directory)
-            manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity)
+            manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity | answers)
         if sign is not None:
             (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes()))
     return manifest
@@ -173,9 +181,9 @@ def _tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
 
 def _write_manifest(directory: Path, manifest: Manifest, parity: dict[str, Any]) -> Manifest:
     """Write parity.json, then bundle.json with the digests of everything else."""
-    (directory / "parity.json").write_bytes(_json(parity))
+    (directory / PARITY).write_bytes(_json(parity))
     names = sorted(file.name for file in directory.iterdir() if file.name != MANIFEST)
-    known = {name: spec for name, spec in manifest.files.items() if name != "parity.json"}  # hash weights.bin once
+    known = {name: spec for name, spec in manifest.files.items() if name != PARITY}  # hash weights.bin once
     listed = {name: known.get(name) or _file_spec(directory / name) for name in names}
     manifest = msgspec.structs.replace(manifest, files=listed)
     (directory / MANIFEST).write_bytes(_json(manifest))

@@ -137,10 +137,10 @@ class SharedCacheDecoder:
         del memory  # kept alive until here, since the calls write to it
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
-        return self.scorer.logprobs(rows, self._hidden_states([ids[:-1] for ids in rows], factors), factors)
+        return self.scorer.logprobs(rows, self.hidden_states([ids[:-1] for ids in rows], factors), factors)
 
-    def _hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
-        """Return the hidden states of every position."""
+    def hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
+        """Yield the hidden states of every position, a piece of a row at a time: row, first position, [n, hidden]."""
         lengths = np.array([len(ids) for ids in rows])
         for part in parts(lengths, SCORED_TOKENS):
             members, own = np.arange(len(rows))[part], factors.rows(np.arange(len(rows))[part])

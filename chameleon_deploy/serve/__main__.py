@@ -39,6 +39,9 @@ def main(
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
     share_weights: Annotated[bool, typer.Option(help="Map weights that other processes share.")] = False,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Refuse to serve unless this machine computes what export recorded.")
+    ] = False,
     trusted_key: Annotated[
         list[Path] | None, typer.Option(help="Refuse a bundle that this Ed25519 public key (PEM) did not sign.")
     ] = None,
@@ -60,7 +63,7 @@ def main(
     service = Service(Settings(
         console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
         cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
-        max_factor_sets, adapters, max_adapter_bytes, capacity,
+        max_factor_sets, adapters, max_adapter_bytes, capacity, self_check,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

@@ -20,6 +20,8 @@ from chameleon_deploy.serve.keys import Keys
 from chameleon_deploy.serve.metrics import Metrics
 from chameleon_deploy.serve.models import Models
 from chameleon_deploy.serve.token_names import TokenNames
+from chameleon_deploy.verify.gates import require_passed
+from chameleon_deploy.verify.here import known_answer_checks
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Settings:
     adapters: Path | None = None
     max_adapter_bytes: int = 2**30
     capacity: int | None = None
+    self_check: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,15 @@ class Service:
         self._requests = 0
 
     def open(self) -> None:
-        """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`."""
+        """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`, or
+        CheckFailedError where the self-check misses.
+        """
         s = self.settings
         runtime = chameleon_deploy.load(
             s.bundle, s.provider, threads=s.threads, share_weights=s.share_weights, trusted_keys=s.trusted_keys
         )
+        if s.self_check:
+            require_passed(known_answer_checks(runtime))
         name = runtime.bundle.path.resolve().name
         models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters, s.capacity)
         runtime.adapters.max_bytes = s.max_adapter_bytes

@@ -11,7 +11,7 @@ COMMANDS = {
     "engines": "Build the TensorRT engines of a bundle into the local cache.",
     "triton": "Add a bundle to a model repository of Triton.",
     "adapter": "Write an adapter file from a PEFT LoRA.",
-    "verify": "Check a bundle against its PyTorch reference.",
+    "verify": "Check a bundle against its PyTorch reference, or a machine against the bundle's record.",
     "verify-signature": "Check who signed a bundle.",
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
@@ -36,6 +36,6 @@ OPTION_GROUPS = {
         "regime", "targets", "architecture", "conditioning", "protocol", "preset", "rank", "alpha", "clusters",
         "max_length", "epochs", "lr", "patience", "seeds", "resume",
     ),
-    "Execution": ("provider", "threads", "share_weights", "trusted_key"),
+    "Execution": ("provider", "threads", "share_weights", "self_check", "trusted_key"),
     "Output": ("out", "as_json", "json_file", "html", "html_file", "wide"),
 }  # fmt: skip

@@ -1,24 +1,29 @@
-"""`python -m chameleon_deploy.verify`: prove a bundle equal to its PyTorch reference."""
+"""`python -m chameleon_deploy.verify`: prove a bundle equal to its PyTorch reference, or to its record."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
-from chameleon_deploy.verify.report import check_sheet, require_passed
+from chameleon_deploy.verify.gates import require_passed
+from chameleon_deploy.verify.here import verify_here
+from chameleon_deploy.verify.report import check_sheet
 from chameleon_deploy.verify.run import verify_bundle
 
 
 def main(
     bundle: console.BundleArgument,
     reference: Annotated[
-        Path, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
-    ],
+        Path | None, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Compare with what export recorded instead: does this machine compute it?")
+    ] = False,
     base: Annotated[
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
@@ -32,15 +37,24 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
-    """Check every numeric gate against the PyTorch reference; exit 1 if one is missed."""
-    from chameleon_deploy.reference.source import load_source
-
+    """Check every numeric gate against the PyTorch reference, or with --here what the bundle computes on this machine
+    against its record, in seconds and without PyTorch; exit 1 if one is missed.
+    """
     console.check_output(out)
-    checkpoint = load_source(reference, base, named_directories(adapter))
-    with console.progress() as report:
-        checks, record = verify_bundle(
-            console.bundle_path(bundle), checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
-        )
+    if here:
+        _refuse(reference=reference, base=base, adapter=adapter, text=text, max_kl=max_kl)
+        checks, record = verify_here(console.bundle_path(bundle), provider, threads)
+    else:
+        if reference is None:
+            raise typer.BadParameter("name the --reference that the bundle was exported from, or pass --here")
+        from chameleon_deploy.reference.source import load_source
+
+        checkpoint = load_source(reference, base, named_directories(adapter))
+        path = console.bundle_path(bundle)
+        with console.progress() as report:
+            checks, record = verify_bundle(
+                path, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
+            )
     console.tell_provider(provider, record["provider"])
     if out:
         console.write_json(record, out)
@@ -48,7 +62,20 @@ def main(
         print(json.dumps(record))
     else:
         console.show(check_sheet(checks))
+        if here:
+            machine = record["machine"]
+            weights = (
+                f", {machine['integer weights']} weights in integer products" if "integer weights" in machine else ""
+            )
+            print(f"{record['provider']} on {machine['processor']}{weights}")
     require_passed(checks)
+
+
+def _refuse(**options: Any) -> None:
+    """Raise BadParameter for options of a comparison with the reference."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise typer.BadParameter(f"--here compares with the bundle's record: leave out {', '.join(given)}")
 
 
 if __name__ == "__main__":

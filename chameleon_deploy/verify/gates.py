@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from chameleon_deploy.contract.bundle import Precision
+from chameleon_deploy.errors import CheckFailedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,34 @@ def accept(gate: Gate, max_kl: float) -> Gate:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownAnswerGate:
+    """How far a machine's answers may lie from the recorded ones (runtime/known_answers.py).
+
+    hidden_states  norm of all differences, relative to that of the recorded values
+    logprob        mean difference of a token's log-probability, in nats
+    gap            greedy tokens must be the recorded ones while the two best lie further apart than this, in nats
+    """
+
+    hidden_states: float
+    logprob: float
+    gap: float
+
+
+# Kernels of other processors sum in another order. In int8 a last bit of a sum decides how an activation is rounded.
+# Sums that saturate at 16 bits are further off: docs/testing.md has both.
+KNOWN_ANSWERS: dict[Precision, KnownAnswerGate] = {
+    "fp32": KnownAnswerGate(hidden_states=1e-4, logprob=1e-4, gap=1e-2),
+    "fp16": KnownAnswerGate(hidden_states=1e-2, logprob=5e-3, gap=1e-1),
+    "bf16": KnownAnswerGate(hidden_states=5e-2, logprob=2e-2, gap=3e-1),
+    "int8": KnownAnswerGate(hidden_states=1.5e-2, logprob=2e-2, gap=3e-1),
+}
+# Of another graph than the one that computed the record, which rounds activations elsewhere or not at all.
+OTHER_GRAPH: dict[Precision, KnownAnswerGate] = KNOWN_ANSWERS | {
+    "int8": KnownAnswerGate(hidden_states=1.0, logprob=2e-1, gap=1.0),
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure against its limit; `at_least` turns the comparison round, limit None is information.
@@ -153,3 +183,10 @@ class Check:
         if self.limit is None or not math.isfinite(self.value):
             return math.isfinite(self.value)
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def require_passed(checks: Sequence[Check]) -> None:
+    """Raise CheckFailedError with the names of the missed checks, if any."""
+    missed = [f"{check.graph}: {check.name}" for check in checks if not check.passed]
+    if missed:
+        raise CheckFailedError(f"{len(missed)} of {len(checks)} checks missed: {'; '.join(missed)}")

@@ -100,12 +100,18 @@ def test_the_manifest_tells_the_truth(bundle: Path, mini: Checkpoint) -> None:
     assert manifest.parameters.base == mini.trunk.num_parameters()
     assert manifest.parameters.factors == 4 * (64 + 512)
     assert not manifest.parity.verified
-    assert json.loads((bundle / "parity.json").read_text()) == {"verified": False}
+    parity = json.loads((bundle / "parity.json").read_text())
+    assert parity.keys() == {"verified", "known_answers"}
+    assert not parity["verified"]
 
 
 def test_exports_are_reproducible(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
+    """But for what is measured: the last bits of a product depend on where its memory is."""
     export_bundle(mini, tmp_path / "again", None)
-    assert open_bundle(tmp_path / "again").digest == open_bundle(bundle).digest
+    manifests = [open_bundle(path).manifest for path in (bundle, tmp_path / "again")]
+    for manifest in manifests:
+        del manifest.files["parity.json"]
+    assert manifests[0] == manifests[1]
 
 
 def test_files_are_readable_by_the_service_that_runs_them(bundle: Path) -> None:
