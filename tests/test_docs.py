@@ -85,6 +85,13 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
+def missing_files(text: str) -> list[str]:
+    """Return the files and folders in code spans that neither the repository nor the package has."""
+    named = re.findall(r"`([\w.]+/(?:[\w.]+/)*(?:[\w.]+\.py)?)`", text)
+    places = (REPOSITORY, REPOSITORY / "chameleon_deploy")
+    return [name for name in named if not any((place / name).exists() for place in places)]
+
+
 def headings(text: str) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
@@ -204,6 +211,12 @@ def test_a_snippet_that_does_not_run_is_caught(demo: Path) -> None:
 def test_the_snippets_of_the_python_page_run(demo: Path) -> None:
     printed, _ = run_snippets((REPOSITORY / "docs" / "python-api.md").read_text(), demo)
     assert printed
+
+
+def test_the_page_of_the_architecture_names_files_that_exist() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert missing_files(text) == []
+    assert missing_files(text.replace("`runtime/", "`runtimes/"))
 
 
 def test_the_design_page_has_the_texts_of_verify() -> None:
