@@ -17,7 +17,7 @@ LAYERS = {"mini": ["c_attn", "c_fc"], "llama": ["q_proj", "k_proj", "up_proj"]}
 LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(scope="module")
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
     """A bundle with two adapters, its base model, and their PEFT directories."""
     checkpoint: Path = request.getfixturevalue(f"{request.param}_path")
@@ -36,6 +36,7 @@ def command(bundle: Path, base: Path, directories: list[Path]) -> list[str | Pat
             "--threads", 1]  # fmt: skip
 
 
+@pytest.mark.parametrize("adapted", LAYERS, indirect=True)
 def test_every_engine_is_timed_and_right(
     adapted: tuple[Path, Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +57,7 @@ def test_every_engine_is_timed_and_right(
     assert "OMP_WAIT_POLICY=active" in printed
 
 
+@pytest.mark.parametrize("adapted", ["mini"], indirect=True)
 def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[Path]]) -> None:
     """The bundle's a is compared with what is b for PEFT and for the reference."""
     bundle, base, directories = adapted
@@ -64,6 +66,7 @@ def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[
     assert "results differ from the reference: prefill 3x12 + 5 tokens" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("adapted", ["mini"], indirect=True)
 def test_another_bundles_adapters_are_refused(adapted: tuple[Path, Path, list[Path]]) -> None:
     bundle, base, directories = adapted
     result = run("benchmarks.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
