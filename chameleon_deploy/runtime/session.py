@@ -171,6 +171,8 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
 
 
 def _create_session(path: Path, options: Any, execution_provider: ExecutionProvider) -> Any:
+    # On Arm processors with SME these kernels clamp what overflows to the largest float32, so that nobody would see it.
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
     try:
         # Else it prints to standard output, and tries again with a provider that nobody asked for.
         return import_onnxruntime().InferenceSession(path, options, providers=[execution_provider], enable_fallback=0)

@@ -82,6 +82,8 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // its warnings are about initializers, not for users
   // ONNX Runtime keeps a memory pattern for every combination of input shapes: a server sees a new one at each length.
   session_options.DisableMemPattern();
+  // On Arm processors with SME these kernels clamp what overflows to the largest float32, so that nobody would see it.
+  session_options.AddConfigEntry("mlas.disable_kleidiai", "1");
   if (options.threads.value_or(1) < 1) throw InputError("threads must be at least 1");
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool slows the decoder down more than it speeds up the hypernetwork.
