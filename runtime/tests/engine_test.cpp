@@ -12,7 +12,6 @@
 
 #include "loop.h"
 #include "runtime_impl.h"
-#include "schedules.h"
 #include "shared_data.h"
 
 namespace chameleon::test {
@@ -532,18 +531,5 @@ TEST(Engine, ManyThreads) {
   const Stats stats = engine.stats();
   EXPECT_EQ(stats.factor_sets + stats.cached_tokens, 0U);
 }
-
-class Schedules : public testing::TestWithParam<Json> {};
-
-/// What the Python engine gives.
-TEST_P(Schedules, Agree) {
-  const Json& expected = GetParam();
-  const Runtime runtime(good_bundle(expected.at("bundle").get<std::string>()), {.threads = 1});
-  const Json found = run_schedule(runtime, expected.at("schedule"));
-  for (const char* part : {"rows", "tokens", "iterations"}) EXPECT_EQ(found.at(part), expected.at("result").at(part));
-}
-
-INSTANTIATE_TEST_SUITE_P(Engine, Schedules, testing::ValuesIn(read_data("schedules.json").get<std::vector<Json>>()),
-                         [](const auto& info) { return std::to_string(info.index); });
 
 }  // namespace chameleon::test

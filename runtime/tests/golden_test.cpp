@@ -1,4 +1,4 @@
-// Results of the Python runtime for ragged batches in every mode.
+// Results of the Python runtime for ragged batches in every mode, and of the Python engine for schedules of requests.
 
 #include <gtest/gtest.h>
 
@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "sampling.h"
+#include "schedules.h"
 #include "shared_data.h"
 
 namespace chameleon::test {
@@ -67,7 +68,7 @@ TEST_P(Golden, Agrees) {
     const auto logprobs = expected.at("token_logprobs")[row].get<std::vector<float>>();
     // Of a row with log-probabilities down to -1000, any one is a difference of numbers as large.
     float tolerance = kTolerance;
-    for (const float logprob : logprobs) tolerance = std::max(tolerance, kTolerance + 1e-6F * std::abs(logprob));
+    for (const float logprob : logprobs) tolerance = std::max(tolerance, kTolerance * (1 + std::abs(logprob)));
     ASSERT_EQ(scores[row].token_logprobs.size(), logprobs.size());
     for (std::size_t i = 0; i < logprobs.size(); ++i) {
       EXPECT_NEAR(scores[row].token_logprobs[i], logprobs[i], tolerance);
@@ -93,6 +94,18 @@ INSTANTIATE_TEST_SUITE_P(Cases, Golden, testing::ValuesIn(read_data("golden.json
                            const std::string mode = info.param.at("mode");
                            return bundle + "_" + mode + "_" + std::to_string(info.index);
                          });
+
+class Schedules : public testing::TestWithParam<Json> {};
+
+TEST_P(Schedules, Agree) {
+  const Json& expected = GetParam();
+  const Runtime runtime(good_bundle(expected.at("bundle").get<std::string>()), {.threads = 1});
+  const Json found = run_schedule(runtime, expected.at("schedule"));
+  for (const char* part : {"rows", "tokens", "iterations"}) EXPECT_EQ(found.at(part), expected.at("result").at(part));
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Schedules, testing::ValuesIn(read_data("schedules.json").get<std::vector<Json>>()),
+                         [](const auto& info) { return std::to_string(info.index); });
 
 TEST(Sampling, Uniform) {
   const Json cases = read_data("sampling.json");
