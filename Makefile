@@ -1,6 +1,7 @@
 # `make demo` runs the tiny model from checkpoint to text, `make serve` serves it over HTTP, `make test` runs every check of the Python side.
 # `make bench` measures a pretrained model beside other engines.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
+# `make processors` emulates other processors (AVX2 alone, SSE4 alone, aarch64) and runs on each what they may differ in.
 # `make scale` runs what needs Ray Serve, tritonserver or lm-evaluation-harness, and installs them; CHAMELEON_DEPLOY_RAY_KILLS=10 is the long form.
 # `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
@@ -47,6 +48,9 @@ bench: .venv/ready
 cpp: .venv/ready
 	.ci/cpp
 
+processors: .venv/ready
+	.ci/processors
+
 # What `demo` and `serve` need. Not compiled ahead: of 20,000 modules they import a quarter.
 .venv/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -59,4 +63,4 @@ cpp: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: bench cpp demo mutants scale serve test
+.PHONY: bench cpp demo mutants processors scale serve test

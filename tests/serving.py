@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
-import openai
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.serve.server import Server
 from chameleon_deploy.serve.service import Served, Service, Settings
+
+if TYPE_CHECKING:
+    import openai
 
 SECONDS = 60
 COMMAND = [sys.executable, "-m", "chameleon_deploy.serve"]
@@ -38,6 +40,8 @@ class Running:
     runtime: Runtime
 
     def openai(self, key: str = "none") -> openai.OpenAI:
+        import openai  # seconds, on an emulated processor
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
 
     def http(self) -> httpx.Client:

@@ -1,0 +1,76 @@
+"""Each precision is equal to the reference on this processor, whose kernels may be others than those of the export."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chameleon_deploy
+from chameleon_deploy import Runtime
+from chameleon_deploy.contract.bundle import FloatArray, Mode, Precision
+from chameleon_deploy.runtime import session
+from chameleon_deploy.verify.gates import GATES, Gate
+from tests.processors.record import PRECISIONS, TOKENS, Reference
+
+STEPS = 4  # single tokens, whose products have one row for each text, after a prompt
+
+
+def logits_of(runtime: Runtime, rows: list[list[int]], mode: Mode) -> tuple[FloatArray, FloatArray]:
+    """Logits [rows, TOKENS, vocab] of texts that are read whole, and [rows, 1 + STEPS, vocab] of the last positions,
+    whose tokens are read one by one.
+    """
+    factors = runtime.adapt(rows, mode=mode).factors
+    whole = [np.asarray(piece) for _, piece in runtime.decoder.all_logits(rows, factors)]
+    last, cache = runtime.decoder.prefill([ids[:-STEPS] for ids in rows], factors, TOKENS)
+    stepped = [np.array(last)]
+    for token_ids in np.array(rows).T[-STEPS:]:
+        stepped += [np.array(runtime.decoder.step(token_ids, factors, cache))]
+    return np.concatenate(whole, 1), np.stack(stepped, 1)
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def missed(gate: Gate, actual: FloatArray, expected: FloatArray) -> list[str]:
+    """The figures of a gate that logits miss, as text."""
+    q, p = log_softmax(actual), log_softmax(expected)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    scale = max(1.0, float(np.sqrt(expected.astype(np.float64).var(-1).mean())) / 4)
+    ranked = np.sort(expected, -1)
+    gaps = ranked[..., -1] - ranked[..., -2]
+    other_best = (actual.argmax(-1) != expected.argmax(-1))[gaps > gate.top1_gap * scale]
+    figures = [
+        ("mean KL", float(kl.mean()), gate.kl_mean),
+        ("99.9th percentile of KL", float(np.quantile(kl, 0.999)), gate.kl_p999),
+        ("logits", float(np.abs(actual - expected).max()) / scale, gate.max_abs_logit or np.inf),
+        ("other best tokens", float(other_best.mean()), 1 - gate.top1_agreement),
+    ]
+    return [f"{name}: {value:.3g}, limit {limit:.3g}" for name, value, limit in figures if not value <= limit]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_equals_the_reference(recorded: Path, reference: Reference, precision: Precision) -> None:
+    runtime = chameleon_deploy.load(recorded / precision, threads=1)
+    whole, stepped = logits_of(runtime, reference.rows, "cohort")
+    assert missed(GATES[precision], whole, reference.logits) == []
+    assert missed(GATES[precision], stepped, reference.logits[:, -1 - STEPS :]) == []
+
+
+def test_a_gate_notices_the_base_model_in_place_of_the_adapted_one(recorded: Path, reference: Reference) -> None:
+    base, _ = logits_of(chameleon_deploy.load(recorded / "fp32", threads=1), reference.rows, "none")
+    assert all(missed(GATES[precision], base, reference.logits) for precision in PRECISIONS)
+
+
+@pytest.mark.skipif("CHAMELEON_SATURATES" not in os.environ, reason="names an emulated processor whose sums saturate")
+def test_a_gate_notices_sums_that_saturate(
+    recorded: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert session.exact_weights() == "uint8"
+    monkeypatch.setattr(session, "exact_weights", lambda: "int8")
+    whole, _ = logits_of(chameleon_deploy.load(recorded / "int8", threads=1), reference.rows, "cohort")
+    assert missed(GATES["int8"], whole, reference.logits)
