@@ -16,6 +16,7 @@ from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.runtime.batch import open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.loop import Loop
+from chameleon_deploy.runtime.schedule import Schedule
 from chameleon_deploy.runtime.stream import deliver
 from chameleon_deploy.runtime.submission import form_cohort, prepare
 from tests.shared_data import caller_factors
@@ -99,7 +100,8 @@ def random_settings(random: np.random.Generator, model: ModelSpec) -> dict[str, 
 def run_schedule(runtime: Runtime, schedule: dict[str, Any]) -> dict[str, Any]:
     """What a schedule gives: the rows of every submit, the tokens that they were streamed, and the iterations."""
     table, submits = FactorTable(schedule["max_factor_sets"]), schedule["submits"]
-    batch = open_batch(runtime, table, schedule["rows"], schedule["capacity"], schedule["prefill_tokens"])
+    reading = Schedule(schedule["prefill_tokens"])
+    batch = open_batch(runtime.backend, table, schedule["rows"], schedule["capacity"], reading)
     loop = Loop(batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
     streams: list[Stream] = []
     iterations: list[list[int]] = []

@@ -11,6 +11,7 @@ import pytest
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.verify.run import verify_bundle
 
 
@@ -23,33 +24,32 @@ def missed(bundle: Path, checkpoint: Checkpoint) -> set[str]:
     return {check.name for check in checks if not check.passed}
 
 
-def _position_early(cache: Any) -> None:
+def _position_early(slots: Slots) -> None:
     """The next token overwrites the last."""
-    cache.lengths = cache.lengths - 1
+    slots.lengths -= 1
 
 
-def _past_dropped(cache: Any) -> None:
+def _past_dropped(slots: Slots) -> None:
     """The first half of what every row has read."""
-    for buffer in cache.buffers:
-        for row, length in enumerate(cache.lengths.tolist()):
-            buffer[row, :, : length // 2] = 0
+    for row, length in enumerate(slots.lengths.tolist()):
+        slots._cache[:, row, :, : length // 2] = 0
 
 
-def _other_row(cache: Any) -> None:
-    for buffer in cache.buffers:
-        buffer[:] = np.roll(buffer, 1, axis=0)
+def _other_row(slots: Slots) -> None:
+    slots._cache[:] = np.roll(slots._cache, 1, axis=1)
 
 
-CACHE_FAULTS: tuple[Callable[[Any], None], ...] = (_position_early, _past_dropped, _other_row)
+CACHE_FAULTS: tuple[Callable[[Slots], None], ...] = (_position_early, _past_dropped, _other_row)
 
 
-def damage_cache(runtime: Runtime, fault: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a runtime's decoder return a damaged cache after every prompt."""
-    prefill = runtime.decoder.prefill
+def damage_cache(runtime: Runtime, fault: Callable[[Slots], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage what a runtime's decoder has read of every prompt, before the first step."""
+    step, damaged = Slots.step, list[Slots]()
 
-    def damaged(*arguments: Any) -> Any:
-        logits, cache = prefill(*arguments)
-        fault(cache)
-        return logits, cache
+    def first_damaged(slots: Slots, token_ids: Any, factors: Any) -> Any:
+        if not any(slots is each for each in damaged):
+            damaged.append(slots)
+            fault(slots)
+        return step(slots, token_ids, factors)
 
-    monkeypatch.setattr(runtime.decoder, "prefill", damaged)
+    monkeypatch.setattr(Slots, "step", first_damaged)

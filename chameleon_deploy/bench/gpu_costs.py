@@ -16,12 +16,13 @@ def bytes_per_step(runtime: Runtime, rows: Rows, steps: int) -> dict[str, float]
     """Return the bytes copied in a greedy step, counted by the device, without the first step, which binds the
     tensors.
     """
-    device, factors = device_backend(runtime).device, runtime.adapt(rows, on_device=True).factors
-    logits, cache = runtime.decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
-    logits = runtime.decoder.step(logits.greedy(), factors, cache)
+    backend, factors = device_backend(runtime), runtime.adapt(rows, on_device=True).factors
+    device, decoder = backend.device, backend.decoder
+    logits, cache = decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
+    logits = decoder.step(logits.greedy(), factors, cache)
     uploaded, downloaded = device.uploaded, device.downloaded
     for _ in range(steps):
-        logits = runtime.decoder.step(logits.greedy(), factors, cache)
+        logits = decoder.step(logits.greedy(), factors, cache)
     return {"to device": (device.uploaded - uploaded) / steps, "to host": (device.downloaded - downloaded) / steps}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, LimitsSpec, Role
 from chameleon_deploy.machine import usable_cores
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.decoder import StaticDecoder
 from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
@@ -31,7 +31,9 @@ class Backend(Protocol):
     provider: str
     graph: str
     integer_weights: IntegerWeights | None
-    decoder: Decoder
+
+    @property
+    def decoder(self) -> SharedCacheDecoder | StaticDecoder: ...
 
     def generate_factors(self, conditioning: FloatArray) -> FactorSets:
         """Run the hypernetwork: conditioning float32 [factor_sets, hidden] to as many sets, in the decoder's memory."""
@@ -55,7 +57,7 @@ class CpuBackend:
         self.graph, self.sessions = graph, sessions
         self.integer_weights = integer_weights(bundle, bundle.manifest.graphs[graph])
         session, ort_value = sessions["decoder"], import_onnxruntime().OrtValue
-        self.decoder: Decoder
+        self.decoder: SharedCacheDecoder | StaticDecoder
         if bundle.manifest.graphs[graph].cache == "shared":
             scorer = TiledScorer(sessions["hidden_scorer"])
             self.decoder = SharedCacheDecoder(session, scorer, ort_value, bundle.manifest)
@@ -97,7 +99,7 @@ class DeviceBackend:
         self.provider, self.device, self._graphs = provider, device, graphs
         decoder = graphs["decoder"]
         self.graph = next(name for name, spec in bundle.manifest.graphs.items() if spec.file == decoder.spec.file)
-        self.decoder: Decoder = SlotCacheDecoder(
+        self.decoder = SlotCacheDecoder(
             device, decoder, graphs["chooser"], graphs["logits_scorer"], bundle.manifest.model, limits
         )
         self._dtypes = {spec.name: spec.dtype for spec in decoder.spec.inputs}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,13 +12,14 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.decoder import StaticDecoder
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.generation import Row
+from chameleon_deploy.runtime.generation import Generate, Row
 from chameleon_deploy.runtime.logits import HostLogits, Logits
-from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.schedule import chunk_length, joined
+from chameleon_deploy.runtime.prompt_lookup import PromptLookup
+from chameleon_deploy.runtime.schedule import Schedule, chunk_length, joined
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import Stream
@@ -45,6 +48,7 @@ class Member:
     submitted      time of the submit, in seconds of the monotonic clock, like all times here
     deadline       latest time of the end
     last_token     time of the last token, or of the submit
+    draft_tokens   how many tokens may be drafted for a call, at most; 0 drafts none
     overtaken      see schedule.py
     source         the source of its factors, set when its cohort is complete
     """
@@ -55,12 +59,35 @@ class Member:
     submitted: float
     deadline: float
     last_token: float
+    draft_tokens: int = 0
     overtaken: int = 0
     source: FactorSource = field(init=False)
+    _lookup: PromptLookup | None = None
 
     @property
     def key(self) -> Hashable:
         return self.source.key
+
+    def draft(self) -> list[int]:
+        """Return tokens that may follow the row's last."""
+        # The last new token is never read, so a draft ends before it.
+        limit = min(self.draft_tokens, self.row.limit - len(self.row.token_ids) - 1)
+        if limit < 1:
+            return []
+        if self._lookup is None:
+            self._lookup = PromptLookup(self.prompt.ids)
+        self._lookup.extend(self.row.token_ids)
+        return self._lookup.draft(limit)
+
+
+def members_of(rows: Sequence[Row], stream: Stream, generate: Generate) -> list[Member]:
+    """Return the members of rows that are submitted now. Rows of one prompt share it."""
+    now = time.monotonic()
+    end = math.inf if generate.deadline is None else now + generate.deadline
+    prompts = {id(row.prompt): Prompt(row.prompt) for row in rows}
+    return [
+        Member(stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens) for row in rows
+    ]
 
 
 class Batch(Protocol):
@@ -99,26 +126,34 @@ class Batch(Protocol):
     def to_step(self) -> list[Member]:
         """Return members[:n], the input of the decoder's next step, without those that have logits already."""
 
-    def step(self) -> Logits:
-        """Return logits [ready, vocab] of the next token of each ready member.
+    def draft(self) -> list[int]:
+        """Return tokens that may follow in a step that is worth one: of a single row."""
+
+    def step(self, draft: Sequence[int] = ()) -> Logits:
+        """Return logits [ready, vocab] of the next token of each ready member; with a draft of the only one those after
+        each of its tokens too, [1 + draft, vocab].
 
         An exception of the decoder concerns those of `to_step` only.
         """
+
+    def cut(self) -> None:
+        """Forget the tokens of a draft that the only ready member was not given."""
 
 
 class ContinuousBatch:
     """A batch whose members join and leave at any time. See `Batch`.
 
-    Where a step is as exact, the last token of a prompt is left to the step, which reads the head's weights for all
-    members in any case: several percent of the time of a prompt. Elsewhere the first new token follows from the last
-    chunk, as in `Runtime.generate`.
+    Where a step is as exact and follows every call that prefills, the last token of a prompt is left to the step, which
+    reads the head's weights for all members in any case: several percent of the time of a prompt. Elsewhere the first
+    new token follows from the last chunk.
     """
 
-    def __init__(self, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
-        self._slots, self._table, self._chunk_tokens = slots, table, chunk_tokens
+    def __init__(self, slots: Slots, table: FactorTable, schedule: Schedule) -> None:
+        self._slots, self._table, self._schedule = slots, table, schedule
         self.members: list[Member] = []
         self.ready = 0
-        self._left_to_step = int(slots.is_exact)
+        self._left_to_step = int(slots.is_exact and not schedule.reads_all)
+        self._stepped: tuple[list[Member], RowFactors] | None = None  # of the last step
 
     @property
     def cached_tokens(self) -> int:
@@ -151,6 +186,12 @@ class ContinuousBatch:
             self.members[target] = self.members[source]
 
     def prefill(self) -> int:
+        tokens = self._prefill_once()
+        while self._schedule.reads_all and self.ready < len(self.members):
+            tokens += self._prefill_once()
+        return tokens
+
+    def _prefill_once(self) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
@@ -158,7 +199,7 @@ class ContinuousBatch:
             sibling = self._sibling(prompt) if start == 0 else None
             if start == stop:
                 self.ready += 1
-            elif sibling is not None and forked < self._chunk_tokens * FORKED_PER_PREFILL:
+            elif sibling is not None and forked < self._schedule.chunk_tokens * FORKED_PER_PREFILL:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
             elif sibling is None and not tokens:
@@ -173,22 +214,25 @@ class ContinuousBatch:
 
     def _sibling(self, prompt: Prompt) -> int | None:
         """Return a member with the same, already prefilled prompt."""
-        return next((i for i in range(self.ready) if self.members[i].prompt is prompt), None)
+        return next((i for i in reversed(range(self.ready)) if self.members[i].prompt is prompt), None)
 
     def to_prefill(self) -> list[Member]:
-        unread = [self.members[self.ready]]
-        for member in self.members[self.ready + 1 :]:
-            if self._sibling(member.prompt) is not None or any(member.prompt is other.prompt for other in unread):
-                break  # it is forked later
-            unread.append(member)
         # The decoder appends tokens to a cache that is not empty for a single row only.
-        is_begun = self._slots.lengths[self.ready] > 0
-        return unread[: 1 if is_begun else joined([self._prefilled(m.prompt) for m in unread], self._chunk_tokens)]
+        if self._slots.lengths[self.ready]:
+            return [self.members[self.ready]]
+        seen = {id(member.prompt) for member in self.members[: self.ready]}
+        unread: list[Member] = []
+        for member in self.members[self.ready :]:
+            if id(member.prompt) in seen:  # it is forked later
+                break
+            seen.add(id(member.prompt))
+            unread.append(member)
+        return unread[: joined([self._prefilled(m.prompt) for m in unread], self._schedule.chunk_tokens)]
 
     def _prefill_chunks(self, start: int) -> int:
         """Prefill the next tokens of `to_prefill`, of which all have `start` tokens already."""
         members = self.to_prefill()
-        stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._chunk_tokens) for m in members]
+        stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._schedule.chunk_tokens) for m in members]
         chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
         num_logits = int(stops[0] == len(members[0].prompt.ids))
         factors = _row_factors(self._table, members) if len(members) > 1 else self._table.set_of(members[0].key)
@@ -201,11 +245,27 @@ class ContinuousBatch:
     def to_step(self) -> list[Member]:
         return [member for member in self.members[: self.ready] if self._left_to_step or member.row.token_ids]
 
-    def step(self) -> Logits:
+    def _factors_of(self, members: list[Member]) -> RowFactors:
+        """Return the factors of members, the same object while neither they nor the table change."""
+        if self._stepped is None or self._stepped[1].sets is not self._table.sets or self._stepped[0] != members:
+            self._stepped = members, _row_factors(self._table, members)
+        return self._stepped[1]
+
+    def draft(self) -> list[int]:
+        return self.members[0].draft() if self.ready == 1 and self.members[0].row.token_ids else []
+
+    def cut(self) -> None:
+        row = self.members[0].row
+        self._slots.cut(0, len(row.prompt) + len(row.token_ids) - 1)
+
+    def step(self, draft: Sequence[int] = ()) -> Logits:
         stepped, logits = self.to_step(), self._slots.logits[: self.ready]
+        if draft:
+            read = [stepped[0].row.token_ids[-1], *draft]
+            return HostLogits(self._slots.draft(0, read, self._table.set_of(stepped[0].key)))
         if stepped:
             last = [(member.row.token_ids or member.prompt.ids)[-1] for member in stepped]
-            self._slots.step(last, _row_factors(self._table, stepped))
+            self._slots.step(last, self._factors_of(stepped))
         for place in range(len(stepped), self.ready):
             logits[place] = self.members[place].prompt.logits
         return HostLogits(logits)
@@ -214,8 +274,8 @@ class ContinuousBatch:
 class StaticBatch:
     """A batch that runs to its end; members join only while nothing runs. See `Batch`."""
 
-    def __init__(self, backend: Backend, table: FactorTable, rows: int) -> None:
-        self._backend, self._table, self._rows = backend, table, rows
+    def __init__(self, backend: Backend, decoder: StaticDecoder, table: FactorTable, rows: int) -> None:
+        self._decoder, self._place, self._table, self._rows = decoder, backend.place, table, rows
         self.members: list[Member] = []
         self._running: tuple[Any, RowFactors] | None = None  # cache and factors of the members
 
@@ -240,7 +300,7 @@ class StaticBatch:
             self._running = None
         elif self._running is not None:
             cache, factors = self._running
-            self._running = self._backend.decoder.select(cache, kept), factors.rows(kept)
+            self._running = self._decoder.select(cache, kept), factors.rows(kept)
 
     def prefill(self) -> int:
         return 0
@@ -251,26 +311,30 @@ class StaticBatch:
     def to_step(self) -> list[Member]:
         return self.members
 
-    def step(self) -> Logits:
-        rows, decoder = [member.row for member in self.members], self._backend.decoder
+    def draft(self) -> list[int]:
+        return []
+
+    def cut(self) -> None:
+        """There is no draft to cut off."""
+
+    def step(self, draft: Sequence[int] = ()) -> Logits:
+        rows, decoder = [member.row for member in self.members], self._decoder
         if self._running is not None:
             cache, factors = self._running
             return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
-        factors = _row_factors(self._table, self.members)
-        # A copy of the sets, since the table changes when the first member leaves.
-        copies = self._backend.place(factors.sets[np.arange(len(self._table))])
-        factors = RowFactors(copies, factors.factor_ids)
+        factor_ids = _row_factors(self._table, self.members).factor_ids
+        factors = RowFactors(self._place(self._table.stack()), factor_ids)
         capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
         logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
         self._running = cache, factors
         return logits
 
 
-def open_batch(runtime: Runtime, table: FactorTable, rows: int, capacity: int, chunk_tokens: int) -> Batch:
+def open_batch(backend: Backend, table: FactorTable, rows: int, capacity: int, schedule: Schedule) -> Batch:
     """Return a continuous batch if the decoder has slots, else a static one."""
-    if isinstance(runtime.decoder, SharedCacheDecoder):
-        return ContinuousBatch(runtime.decoder.slots(rows, capacity), table, chunk_tokens)
-    return StaticBatch(runtime.backend, table, rows)
+    if isinstance(backend.decoder, SharedCacheDecoder):
+        return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule)
+    return StaticBatch(backend, backend.decoder, table, rows)
 
 
 def _row_factors(table: FactorTable, members: list[Member]) -> RowFactors:

@@ -13,12 +13,27 @@ from chameleon_deploy.runtime.logits import Logits
 
 
 class Decoder(Protocol):
-    """A decoder whose one session serves prefill, decoding and scoring. Threads share it; each cache belongs to one
-    thread.
+    """A decoder whose one session serves prefill, decoding and scoring. Threads share it.
 
-    Each decoder has its own kind of cache. All have `lengths`, int64 [batch]: the number of real tokens of each row,
-    which is the position of its next one. Factors are in the decoder's memory (`Backend.place`), with one entry of
-    `factor_ids` for each row.
+    It generates with `Slots` (SharedCacheDecoder) or as a StaticDecoder. Factors are in the decoder's memory
+    (`Backend.place`), with one entry of `factor_ids` for each row.
+    """
+
+    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, Logits]]:
+        """Yield logits of every position in pieces: (first position, float32 [batch, positions, vocab])."""
+
+    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
+        """Return for each row the log-probability of each token after the first, float32 [length - 1].
+
+        rows  of at least two tokens; similar lengths should be adjacent, since they share a call
+        """
+
+
+class StaticDecoder(Decoder, Protocol):
+    """A decoder whose rows all begin at once, and leave when they have ended.
+
+    Each decoder has its own kind of cache, which belongs to one thread. All have `lengths`, int64 [batch]: the number
+    of real tokens of each row, which is the position of its next one.
     """
 
     def prefill(self, rows: Sequence[Sequence[int]], factors: RowFactors, capacity: int) -> tuple[Logits, Any]:
@@ -36,15 +51,6 @@ class Decoder(Protocol):
     def select(self, cache: Any, rows: IntArray) -> Any:
         """Select rows of the cache, in ascending order, when finished rows leave the batch. The old cache becomes
         invalid.
-        """
-
-    def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, Logits]]:
-        """Yield logits of every position in pieces: (first position, float32 [batch, positions, vocab])."""
-
-    def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
-        """Return for each row the log-probability of each token after the first, float32 [length - 1].
-
-        rows  of at least two tokens; similar lengths should be adjacent, since they share a call
         """
 
 

@@ -23,6 +23,7 @@ from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, chec
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
+from chameleon_deploy.runtime.schedule import Schedule
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 
@@ -94,7 +95,7 @@ class Engine:
         self._capacity = positions if capacity is None else min(check_integer("capacity", capacity, 1), positions)
         self._window, self._observe = cohort_window_ms / 1000, observe
         table = FactorTable(max_factor_sets)
-        self._batch = open_batch(runtime, table, rows, self._capacity, prefill_tokens)
+        self._batch = open_batch(runtime.backend, table, rows, self._capacity, Schedule(prefill_tokens))
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
         self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None wakes the thread
@@ -125,9 +126,6 @@ class Engine:
         """
         check_names(keywords, Generate, Adapt)
         generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
-        if generate.prompt_lookup_num_tokens:
-            name = "prompt_lookup_num_tokens"
-            raise InputError(f"{name} goes with Runtime.generate and stream: leave it out", name)
         submission = prepare(self.runtime, prompts, generate, adapt, self._capacity)
         rows = len(submission.members)
         if rows > self.rows + self.max_waiting:

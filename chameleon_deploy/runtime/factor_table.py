@@ -47,6 +47,10 @@ class FactorTable:
         alone = {name: tensor[i : i + 1] for name, tensor in self._tensors.items()}
         return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
 
+    def stack(self) -> FactorSets:
+        """Return the stack as it is now, which later changes of the table leave alone."""
+        return self.sets[np.arange(len(self))]
+
     def acquire(self, source: FactorSource) -> None:
         """Count one more row of a set, which is made first if it is not resident. `is_full` must be false then.
 
@@ -101,3 +105,20 @@ class FactorTable:
 
     def _restack(self) -> None:
         self.sets = FactorSets({name: tensor[: len(self)] for name, tensor in self._tensors.items()})
+
+
+class MadeFactors(FactorTable):
+    """The sets of rows that are known from the start, all made and kept. The key of a set is its place in the stack."""
+
+    def __init__(self, sets: FactorSets) -> None:
+        super().__init__(len(sets))
+        self.sets = sets
+        self._keys = list(range(len(sets)))
+        self._references = dict.fromkeys(self._keys, 1)  # of this table, so that none is removed
+
+    def set_of(self, key: Hashable) -> RowFactors:
+        # No copy: a set among others costs the decoder next to nothing.
+        return RowFactors(self.sets, np.array([key], np.int64))
+
+    def stack(self) -> FactorSets:
+        return self.sets

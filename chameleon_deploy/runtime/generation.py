@@ -1,9 +1,9 @@
-"""The generation loop: sample, stop, drop finished rows, decode one step, repeat."""
+"""Options and results of generation, and the state of a row: its tokens, its text, and when it stops."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,15 +14,13 @@ from tokenizers.decoders import DecodeStream
 from chameleon_deploy.contract.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError
 from chameleon_deploy.runtime.adaptation import AdaptKeywords
-from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import MAX_ROWS, check_integer, check_number, integer, is_sequence, per_prompt
 from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from chameleon_deploy.runtime.tokenizer import decode, decode_next
 
-# An Engine gives every reason; Runtime.generate the first two, and "error" where it is asked to.
+# "error" where it is asked for (OnError) and in an Engine, "cancelled" in an Engine alone.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 OnError = Literal["raise", "row"]
 
@@ -38,8 +36,9 @@ class Generate:
                     continuation k draws from stream k, so that a row does not depend on its place in the batch
     n               continuations per prompt, at most 65,536; row i * n + k is continuation k of prompt i
     deadline        seconds from now, after which rows that have not ended finish with reason "deadline"
-    prompt_lookup_num_tokens  up to this many tokens, at most 16, are drafted by prompt lookup and read in one call,
-                    which is faster where the text repeats itself, and slower elsewhere; 0 is off
+    prompt_lookup_num_tokens  on the CPU, in fp32: while a single row is generated, up to this many tokens, at most 16,
+                    are drafted by prompt lookup and read in one call, which is faster where the text repeats itself,
+                    and slower elsewhere. The tokens are those of plain decoding. 0 is off
 
     Raises InputError for fields that are wrong for any prompts; a call checks the rest.
     """
@@ -206,50 +205,6 @@ def begin_rows(
         for i, ids in enumerate(prompts)
         for k in range(n)
     ]
-
-
-def stream_tokens(
-    rows: list[Row],
-    decoder: Decoder,
-    factors: RowFactors,
-    tokenizer: Any,
-    eos_token_id: int,
-    errors: OnError = "raise",
-) -> Iterator[Token]:
-    """Yield the tokens of all rows, step by step; within a step in the order of the rows.
-
-    factors       of the rows, in the decoder's memory
-    eos_token_id  ends a row; -1 ends none
-    errors        "row" ends a row whose logits are not finite or whose tokens cannot be decoded; the others continue
-
-    Raises NumericError for logits that are not finite, RequestError for tokens that cannot be decoded, GraphError.
-    """
-    capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-    logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
-    while True:
-        going, chosen = [], []
-        for i, (row, choose) in enumerate(zip(rows, choosers([row.sampler for row in rows], logits), strict=True)):
-            token = append_choice(row, choose, tokenizer, eos_token_id, errors)
-            if token.generation is None:
-                going.append(i)
-                chosen.append(token.token_id)
-            yield token
-        if not going:
-            return
-        if len(going) < len(rows):
-            kept = np.array(going)
-            cache, factors, rows = decoder.select(cache, kept), factors.rows(kept), [rows[i] for i in going]
-        logits = decoder.step(np.array(chosen, np.int64), factors, cache)
-
-
-def append_choice(row: Row, choose: Callable[[], Choice], tokenizer: Any, eos_token_id: int, errors: OnError) -> Token:
-    """Append the next token to a row, or end the row with the error that choosing or decoding it raised."""
-    try:
-        return row.append(choose(), tokenizer, eos_token_id)
-    except ChameleonError as error:
-        if errors == "raise":
-            raise
-        return row.end("error", error)
 
 
 def choosers(samplers: Sequence[Sampler], logits: Logits) -> list[Callable[[], Choice]]:

@@ -52,10 +52,11 @@ class HostLogits:
         return self._values.shape
 
     def greedy(self) -> IntArray:
-        best = self._values.argmax(-1)  # argmax returns the first NaN, if there is one
-        if not np.isfinite(np.take_along_axis(self._values, best[..., None], -1)).all():
+        flat = self._values.reshape(-1, self._values.shape[-1])
+        best = flat.argmax(1)  # argmax returns the first NaN, if there is one
+        if not np.isfinite(flat[np.arange(len(best)), best]).all():
             raise NumericError("the decoder produced logits that are not finite: check the factors")
-        return np.asarray(best, np.int64)
+        return np.asarray(best.reshape(self._values.shape[:-1]), np.int64)
 
     def logprobs(self, targets: Sequence[IntArray]) -> Iterator[FloatArray]:
         with ThreadPoolExecutor(self._threads) as executor:

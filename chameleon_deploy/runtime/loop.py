@@ -1,18 +1,30 @@
-"""The work of the engine's thread: iterations, each with a call that prefills and a step of all ready rows."""
+"""The generation loop: iterations, each with calls that prefill and a step of all ready rows.
+
+`Engine` drives it in its own thread, `generate_rows` in the caller's.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
-from chameleon_deploy.runtime.batch import Batch, Member
-from chameleon_deploy.runtime.factor_table import FactorTable
-from chameleon_deploy.runtime.generation import FinishReason, Token, choosers
+from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.batch import Batch, Member, members_of, open_batch
+from chameleon_deploy.runtime.factor_sources import FactorSource
+from chameleon_deploy.runtime.factor_table import FactorTable, MadeFactors
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.generation import FinishReason, Generate, OnError, Row, Token, choosers
 from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.sampling import Choice
-from chameleon_deploy.runtime.schedule import take_next
+from chameleon_deploy.runtime.schedule import Schedule, take_next
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.stream import Stream
 
 
@@ -22,9 +34,16 @@ class Loop:
     waiting  in order of arrival
     """
 
-    def __init__(self, batch: Batch, table: FactorTable, tokenizer: Any, eos_token_id: int) -> None:
+    def __init__(
+        self, batch: Batch, table: FactorTable, tokenizer: Any, eos_token_id: int, errors: OnError = "row"
+    ) -> None:
+        """Take a batch without members.
+
+        eos_token_id  ends a row; -1 ends none
+        errors        "row" ends the rows that an error concerns; "raise" lets the first one out of `iterate`
+        """
         self.batch, self.table, self.waiting = batch, table, list[Member]()
-        self._tokenizer, self._eos_token_id = tokenizer, eos_token_id
+        self._tokenizer, self._eos_token_id, self._errors = tokenizer, eos_token_id, errors
         self._ended: set[Member] = set()  # still in the batch
         self._tokens: dict[Stream, list[Token]] = {}
         self._report = Iteration()
@@ -41,9 +60,12 @@ class Loop:
     def iterate(self) -> tuple[dict[Stream, list[Token]], Iteration]:
         """Run one iteration.  -> the tokens of each stream, and the record of the iteration"""
         self._end_expired()
-        self._drop()
-        self._admit()
-        self._read()
+        if self._ended:
+            self._drop()
+        if self.waiting:
+            self._admit()
+        if self.batch.ready < len(self.batch.members):
+            self._read()
         self._step()
         return self._take_result()
 
@@ -63,14 +85,14 @@ class Loop:
         for member in self.waiting + self.batch.members:
             if member not in self._ended and (member.stream.cancelled or now >= member.deadline):
                 self._end(member, "cancelled" if member.stream.cancelled else "deadline")
-        self.waiting = [member for member in self.waiting if member not in self._ended]
+        if self.waiting:
+            self.waiting = [member for member in self.waiting if member not in self._ended]
 
     def _drop(self) -> None:
         ended = [member for member in self.batch.members if member in self._ended]
-        if ended:
-            self.batch.drop(ended)
-            for member in ended:
-                self.table.release(member.key)
+        self.batch.drop(self._ended)
+        for member in ended:
+            self.table.release(member.key)
         self._ended.clear()
 
     def _admit(self) -> None:
@@ -97,26 +119,39 @@ class Loop:
         self._report.chunk = time.perf_counter() - started
 
     def _step(self) -> None:
-        members = list(self.batch.members[: self.batch.ready])
+        members = self.batch.members[: self.batch.ready]
         if not members:
             return
         self._report.rows, self._report.factor_sets = len(members), len(self.table)
-        started = time.perf_counter()
+        started, draft = time.perf_counter(), self.batch.draft()
         try:
-            logits = self.batch.step()
+            logits = self.batch.step(draft)
         except Exception as error:
             self._end_all(self.batch.to_step(), error)
             return
         self._report.step = time.perf_counter() - started
+        if draft:
+            self._accept(members[0], draft, np.asarray(logits))
+            return
         for member, choose in zip(members, choosers([member.row.sampler for member in members], logits), strict=True):
-            try:
-                self._append(member, choose)
-            except Exception as error:
-                self._end_all([member], error)
+            self._append(member, choose)
+
+    def _accept(self, member: Member, draft: Sequence[int], logits: FloatArray) -> None:
+        """Append tokens to the only row until one differs from its draft."""
+        for i in range(len(draft) + 1):
+            (choose,) = choosers([member.row.sampler], HostLogits(logits[i : i + 1]))
+            self._append(member, choose)
+            if member in self._ended or (i < len(draft) and member.row.token_ids[-1] != draft[i]):
+                break
+        self.batch.cut()
 
     def _append(self, member: Member, choose: Callable[[], Choice]) -> None:
         row = member.row
-        token = row.append(choose(), self._tokenizer, self._eos_token_id)
+        try:
+            token = row.append(choose(), self._tokenizer, self._eos_token_id)
+        except Exception as error:
+            self._end_all([member], error)
+            return
         now = time.monotonic()
         times = self._report.first_tokens if len(row.token_ids) == 1 else self._report.later_tokens
         times.append(now - member.last_token)
@@ -130,6 +165,8 @@ class Loop:
         self._finish(member, member.row.end(reason, error), reason)
 
     def _end_all(self, members: Sequence[Member], error: Exception) -> None:
+        if self._errors == "raise":
+            raise error
         for member in members:
             self._end(member, "error", _as_error(error))
 
@@ -139,6 +176,45 @@ class Loop:
         row, seconds = member.row, time.monotonic() - member.submitted
         finished = FinishedRow(member.stream.mode, row.cluster_id, reason, len(row.prompt), len(row.token_ids), seconds)
         self._report.finished.append(finished)
+
+
+def generate_rows(
+    rows: Sequence[Row],
+    factors: RowFactors,
+    backend: Backend,
+    tokenizer: Any,
+    eos_token_id: int,
+    generate: Generate = Generate(),  # noqa: B008  (immutable)
+    errors: OnError = "raise",
+) -> Iterator[Token]:
+    """Yield the tokens of rows that begin at once, in the caller's thread; within a step in the order of the rows.
+
+    Every prompt is read before the first step, in calls as large as pays.
+
+    factors   of the rows, in the decoder's memory
+    generate  its deadline and drafts; the rest is in the rows
+    errors    see Loop
+
+    Raises ProviderError or InputError for drafts that the decoder would read to other tokens.
+    """
+    decoder = backend.decoder
+    check_drafts(generate.prompt_lookup_num_tokens, decoder)
+    table = MadeFactors(factors.sets)
+    capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
+    schedule = Schedule(decoder.prefill_tokens if isinstance(decoder, SharedCacheDecoder) else 0, reads_all=True)
+    loop = Loop(open_batch(backend, table, len(rows), capacity, schedule), table, tokenizer, eos_token_id, errors)
+    stream = Stream([row.prompt for row in rows], [row.cluster_id for row in rows], "none", 1)
+    loop.waiting = members_of(rows, stream, generate)
+    for member, key in zip(loop.waiting, factors.factor_ids.tolist(), strict=True):
+        member.source = FactorSource(key, factors.sets, lambda sets: sets[0])
+    return _tokens(loop)
+
+
+def _tokens(loop: Loop) -> Iterator[Token]:
+    while loop:
+        tokens, _ = loop.iterate()
+        for of_stream in tokens.values():
+            yield from of_stream if len(of_stream) == 1 else sorted(of_stream, key=lambda token: token.row)
 
 
 def _as_error(error: Exception) -> ChameleonError:

@@ -1,9 +1,8 @@
-"""Speculative decoding of a single row, whose draft is what followed the row's last tokens before (prompt lookup).
+"""Drafts for speculative decoding: what followed a row's last tokens before (prompt lookup).
 
-A step that reads several tokens costs little more than a step of one while it is bound by reading the weights. So the
-model reads its last token and a draft in one call, and the draft's tokens that it would have chosen itself are kept:
-the result is that of plain decoding, with the same random numbers, up to the rounding of a call of
-several tokens.
+A call that reads several tokens costs little more than a step of one while it is bound by reading the weights: while
+one row is generated. So the decoder reads that row's last token and a draft in one call, and the draft's tokens that
+would have been chosen anyway are kept: the result is that of plain decoding, with the same random numbers.
 
 Speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192. Prompt lookup: Saxena 2023; transformers has it as
 `prompt_lookup_num_tokens`.
@@ -11,16 +10,10 @@ Speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192. Prompt lookup
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Sequence
 
 from chameleon_deploy.errors import InputError, ProviderError
-from chameleon_deploy.runtime.decoder import Decoder
-from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.generation import OnError, Row, Token, append_choice, choosers
-from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.decoder import StaticDecoder
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 
 MATCHED_TOKENS = (3, 2)  # lengths of the suffix that is looked up, the longest first
@@ -32,7 +25,13 @@ class PromptLookup:
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._ids: list[int] = []
         self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after it
+        self._prompt = len(token_ids)
         for token_id in token_ids:
+            self.append(token_id)
+
+    def extend(self, generated: Sequence[int]) -> None:
+        """Append those of the generated tokens that are not here yet."""
+        for token_id in generated[len(self._ids) - self._prompt :]:
             self.append(token_id)
 
     def append(self, token_id: int) -> None:
@@ -51,53 +50,13 @@ class PromptLookup:
         return []
 
 
-def stream_speculated(
-    rows: Sequence[Row],
-    draft_tokens: int,
-    decoder: Decoder,
-    factors: RowFactors,
-    tokenizer: Any,
-    eos_token_id: int,
-    errors: OnError = "raise",
-) -> Iterator[Token]:
-    """Stream the tokens of one row. Arguments as in `stream_tokens`.
-
-    draft_tokens  how many tokens to draft for a call, at most
-
-    Raises InputError for another number of rows, ProviderError for a decoder that reads no draft.
-    """
+def check_drafts(draft_tokens: int, decoder: SharedCacheDecoder | StaticDecoder) -> None:
+    """Raise ProviderError or InputError if drafts are asked for of a decoder that would read them to other tokens."""
     name = "prompt_lookup_num_tokens"
-    if len(rows) > 1:
-        raise InputError(f"{name} is for a single prompt, got {len(rows)}: pass one, or leave it out", name)
+    if not draft_tokens:
+        return
     if not isinstance(decoder, SharedCacheDecoder):
         raise ProviderError(f"{name} works on provider 'cpu' only: leave it out", name)
-    return _stream(rows[0], draft_tokens, decoder, factors, tokenizer, eos_token_id, errors)
-
-
-def _stream(
-    row: Row,
-    draft_tokens: int,
-    decoder: SharedCacheDecoder,
-    factors: RowFactors,
-    tokenizer: Any,
-    eos_token_id: int,
-    errors: OnError,
-) -> Iterator[Token]:
-    lookup = PromptLookup(row.prompt)
-    logits, cache = decoder.prefill([row.prompt], factors, len(row.prompt) + row.limit - 1)
-    draft: list[int] = []
-    while True:
-        values = np.asarray(logits)
-        for i in range(len(draft) + 1):
-            (choose,) = choosers([row.sampler], HostLogits(values[i : i + 1]))
-            token = append_choice(row, choose, tokenizer, eos_token_id, errors)
-            yield token
-            if token.generation is not None:
-                return
-            lookup.append(token.token_id)
-            if i < len(draft) and token.token_id != draft[i]:
-                break
-        # The last new token is never read, so a draft ends before it.
-        draft = lookup.draft(min(draft_tokens, row.limit - len(row.token_ids) - 1))
-        past = len(row.prompt) + len(row.token_ids) - 1  # a rejected draft is overwritten
-        logits = decoder.extend([row.token_ids[-1], *draft], past, factors, cache)
+    if not decoder.is_exact:
+        message = "in int8 a call of several tokens rounds otherwise than calls of one, so tokens would differ"
+        raise InputError(f"{name}: {message}: leave it out", name)

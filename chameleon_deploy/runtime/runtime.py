@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Unpack, get_args
 
 import numpy as np
@@ -23,10 +22,9 @@ from chameleon_deploy.runtime.generation import (
     OnError,
     Token,
     begin_rows,
-    stream_tokens,
 )
 from chameleon_deploy.runtime.inputs import Texts, check_names, check_threads, checked_path, chosen, encode
-from chameleon_deploy.runtime.prompt_lookup import stream_speculated
+from chameleon_deploy.runtime.loop import generate_rows
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
@@ -168,17 +166,10 @@ class Runtime:
         self, prompts: Texts, generate: Generate, adapt: Adapt, errors: OnError, is_shown: bool
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts, "prompts"), self.manifest.model
-        if generate.deadline is not None:
-            raise InputError("deadline goes with Engine.submit: leave it out", "deadline")
         adaptation = self.sources.adapt(rows, adapt)
         active = begin_rows(rows, adaptation.cluster_ids, generate, model, is_shown=is_shown)
         factors = adaptation.factors.rows(np.repeat(np.arange(len(rows)), generate.n))
-        draft_tokens = generate.prompt_lookup_num_tokens
-        decode = partial(stream_speculated, draft_tokens=draft_tokens) if draft_tokens else stream_tokens
-        return decode(
-            active, decoder=self.decoder, factors=factors, tokenizer=self.tokenizer, eos_token_id=model.eos_token_id,
-            errors=errors,
-        )  # fmt: skip
+        return generate_rows(active, factors, self.backend, self.tokenizer, model.eos_token_id, generate, errors)
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Add an adapter from a file that `adapter` wrote for this base model.

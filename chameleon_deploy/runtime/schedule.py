@@ -6,12 +6,25 @@ Admission is first come, first served, with a bounded number of exceptions.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, MutableSequence, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 # How often rows with a resident factor set may overtake a row whose set has no room.
 MAX_OVERTAKES = 16
 # A call of the decoder takes the time of so many more tokens, since it reads all weights.
 CALL_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is prefilled between two steps.
+
+    chunk_tokens  prompt tokens of one call of the decoder
+    reads_all     every prompt that is not read yet, else one call
+    """
+
+    chunk_tokens: int
+    reads_all: bool = False
 
 
 class Waiting(Protocol):

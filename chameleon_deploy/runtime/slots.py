@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,37 @@ from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.bound_call import Array, BoundCall, Graph
 from chameleon_deploy.runtime.decoder import pad
 from chameleon_deploy.runtime.factors import RowFactors
+
+MOSTLY_FILLED = 2  # times its prompt that a row may hold for the prompt to be written in place
+
+
+class KeyValues:
+    """The keys and values of some rows, [layers * 2, rows, heads, capacity, head_dim], float32 or int8.
+
+    Their memory comes from `spare` if any there is large enough; the last reference returns it. The first write to new
+    memory costs time: 2 to 4 % of a prefill in int8.
+    """
+
+    def __init__(self, spare: list[Array], shape: tuple[int, ...], dtype: Any) -> None:
+        """Raises LengthError if there is not enough memory."""
+        size = math.prod(shape)
+        self._spare = spare
+        try:
+            self._memory = spare.pop()
+        except IndexError:  # the first call, or other calls hold all of it
+            self._memory = np.empty(0, dtype)
+        if self._memory.size < size:
+            try:
+                self._memory = np.empty(size, dtype)  # virtual memory becomes resident only where it is written
+            except (MemoryError, ValueError) as error:  # numpy's answer to a size beyond the address space
+                raise LengthError(
+                    f"no memory for a cache of {shape[1]} rows of {shape[3]} tokens: "
+                    "pass fewer rows or a smaller max_new_tokens"
+                ) from error
+        self.values = self._memory[:size].reshape(shape)
+
+    def __del__(self) -> None:
+        self._spare[:] = [self._memory]
 
 
 class Slots:
@@ -25,23 +56,21 @@ class Slots:
     logits    float32 [rows, vocab], where `step` writes them
     """
 
-    def __init__(self, graph: Graph, rows: int, capacity: int, dtype: Any) -> None:
-        """Allocate the buffers.
+    def __init__(self, graph: Graph, rows: int, capacity: int, allocate: Callable[[int, int], KeyValues]) -> None:
+        """Take the memory of the cache.
 
-        dtype  of the cache
+        allocate  returns the cache of so many rows of so many tokens
+
+        Raises LengthError if there is not enough memory.
         """
-        model = graph.model
-        self.capacity, self.is_exact = capacity, dtype == np.float32
+        self._graph, self._allocate = graph, allocate
+        self._memory = allocate(rows, capacity)
+        self._cache = self._memory.values
+        self.capacity, self.is_exact = capacity, self._cache.dtype == np.float32
         self.lengths = np.zeros(rows, np.int64)
-        # Virtual memory becomes resident only where it is written.
-        try:
-            self._cache = np.empty((len(graph.past), rows, model.num_key_value_heads, capacity, model.head_dim), dtype)
-        except (MemoryError, ValueError) as error:
-            raise LengthError(f"no memory for a cache of {rows} rows of {capacity} tokens: pass less") from error
-        self._memory = np.empty(0, dtype)
-        self.logits = np.empty((rows, model.vocab_size), np.float32)
-        self._graph = graph
+        self.logits = np.empty((rows, graph.model.vocab_size), np.float32)
         self._steps: dict[int, BoundCall] = {}  # by number of rows
+        self._drafts: dict[tuple[int, int], BoundCall] = {}  # by row and number of tokens
 
     def admit(self, row: int) -> None:
         """Begin a new, empty row."""
@@ -62,8 +91,10 @@ class Slots:
         batch, width = input_ids.shape
         start, added = int(self.lengths[first]), mask.sum(1)
         place = self._cache[:, first : first + batch]
-        # ONNX Runtime writes the whole rows of an empty cache, and its attention scores are as wide as they are.
-        cache = place if start else self._fresh(batch, width)
+        # ONNX Runtime writes the whole rows of an empty cache, and its attention scores are as wide as they are: in
+        # rows that are mostly longer, a copy costs less.
+        fresh = None if start or self.capacity <= MOSTLY_FILLED * width else self._allocate(batch, width)
+        cache = place if fresh is None else fresh.values
         call = BoundCall(self._graph, batch, width, 1, num_logits, cache)
         call.bind_factors(factors)
         call.input_ids[:] = input_ids
@@ -72,18 +103,10 @@ class Slots:
         call.seqlens_k[:] = start + added - 1
         call.total_sequence_length[...] = start + width
         logits = call.run()
-        if not start:
+        if fresh is not None:
             place[:, :, :, :width] = cache
         self.lengths[first : first + batch] += added
         return logits
-
-    def _fresh(self, batch: int, width: int) -> Array:
-        """Return a cache of `width` tokens per row, in memory that the next call reuses."""
-        parts, _, heads, _, size = self._cache.shape
-        shape = parts, batch, heads, width, size
-        if self._memory.size < math.prod(shape):
-            self._memory = np.empty(math.prod(shape), self._cache.dtype)
-        return self._memory[: math.prod(shape)].reshape(shape)
 
     def step(self, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
         """Append one token to each of the rows 0..n-1.  [n] -> logits float32 [n, vocab], valid until the next step
@@ -105,6 +128,32 @@ class Slots:
         logits = call.run()[:, 0]
         lengths += 1
         return logits
+
+    def draft(self, row: int, token_ids: Sequence[int], factors: RowFactors) -> FloatArray:
+        """Append several tokens to a row, of which some may be cut off again.
+
+        [n] -> logits float32 [n, vocab] after each, valid until the next draft
+
+        factors  of this row
+        """
+        width, past = len(token_ids), int(self.lengths[row])
+        call = self._drafts.get((row, width))
+        if call is None:
+            call = BoundCall(self._graph, 1, width, width, width, self._cache[:, row : row + 1])
+            call.logits_positions[0] = np.arange(width)
+            self._drafts[row, width] = call
+        call.bind_factors(factors)
+        call.input_ids[0] = token_ids
+        call.position_ids[0] = np.arange(past, past + width)
+        call.seqlens_k[0] = past + width - 1
+        call.total_sequence_length[...] = past + width
+        logits: FloatArray = call.run()[0]
+        self.lengths[row] += width
+        return logits
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget the tokens of a row after the first `length`."""
+        self.lengths[row] = length
 
     def move(self, source: int, target: int) -> None:
         """Copy row `source` to row `target`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,9 +11,10 @@ import numpy as np
 from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.adaptation import Adapt
-from chameleon_deploy.runtime.batch import Member, Prompt
+from chameleon_deploy.runtime.batch import Member, members_of
 from chameleon_deploy.runtime.generation import Generate, begin_rows
 from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.stream import Cohort, Stream
 
@@ -51,6 +50,7 @@ def prepare(runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, 
     capacity  tokens that a row can hold
     """
     ids = runtime.encode(prompts, "prompts")
+    check_drafts(generate.prompt_lookup_num_tokens, runtime.decoder)
     for i, prompt in enumerate(ids):
         if len(prompt) > capacity:
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}", "prompts")
@@ -58,11 +58,7 @@ def prepare(runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, 
     embeddings, cluster_ids = runtime.sources.embed(ids, adapt.adapt_tokens)
     rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, capacity)
     stream = Stream(ids, cluster_ids.tolist(), adapt.mode or runtime.mode, generate.n)
-    now = time.monotonic()
-    end = math.inf if generate.deadline is None else now + generate.deadline
-    shared = [Prompt(prompt) for prompt in ids]
-    members = [Member(stream, shared[row.index // generate.n], row, now, end, now) for row in rows]
-    return Submission(stream, adapt, members, embeddings, cluster_ids)
+    return Submission(stream, adapt, members_of(rows, stream, generate), embeddings, cluster_ids)
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:

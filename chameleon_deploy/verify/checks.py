@@ -25,8 +25,10 @@ from chameleon_deploy.reference.source import Source
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.runtime.decoder import StaticDecoder
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.scoring import score_rows
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.verify.faults import FAULTS
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
@@ -207,20 +209,37 @@ def cache_checks(
     length = min(map(len, rows))
     whole = list(row_logits(runtime, [ids[:length] for ids in rows], ours))
     start = max(1, length // 2)
-    logits, cache = runtime.decoder.prefill([ids[:start] for ids in rows], ours, length)
     against_whole, figures, no_targets = LogitFigures(), LogitFigures(), torch.empty(0, dtype=torch.int64)
-    for position in range(start, length + 1):
+    decoded = _decoded(runtime.decoder, [ids[:length] for ids in rows], start, ours)
+    for position, logits in enumerate(decoded, start):
         actual = torch.tensor(np.asarray(logits))
         at = slice(position - 1, position)
         against_whole.add(actual, torch.from_numpy(np.concatenate([row[at] for row in whole])), no_targets)
         expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
         figures.add(actual, expected, no_targets)
-        if position < length:
-            logits = runtime.decoder.step(np.array([ids[position] for ids in rows]), ours, cache)
     yield Check("cached decoding, max abs difference", against_whole.max_abs / figures.scale, gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
     yield from check_kl("cached decoding against the text read whole:", against_whole, gate)
     yield from check_kl("cached decoding:", figures, gate)
+
+
+def _decoded(decoder: SharedCacheDecoder | StaticDecoder, rows: Rows, start: int, factors: RowFactors) -> Iterator[Any]:
+    """Prefill the first `start` tokens of rows of one length, and step through the rest.
+
+    -> logits [batch, vocab] after start tokens, after start + 1, ... after all
+    """
+    steps = [[ids[position] for ids in rows] for position in range(start, len(rows[0]))]
+    if isinstance(decoder, SharedCacheDecoder):
+        slots = decoder.slots(len(rows), len(rows[0]))
+        alone = [factors.rows(np.array([row])) for row in range(len(rows))]
+        yield np.stack([slots.prefill(row, [ids[:start]], alone[row], 1)[0, 0] for row, ids in enumerate(rows)])
+        for token_ids in steps:
+            yield slots.step(token_ids, factors)
+    else:
+        logits, cache = decoder.prefill([ids[:start] for ids in rows], factors, len(rows[0]))
+        yield logits
+        for token_ids in steps:
+            yield decoder.step(np.array(token_ids), factors, cache)
 
 
 def check_batching(runtime: Runtime, rows: Rows, gate: Gate, **arguments: Any) -> Iterator[Check]:

@@ -14,6 +14,7 @@ import torch
 from onnxscript import GraphBuilder
 
 import chameleon_deploy
+from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.exporter import export_bundle, model_spec
@@ -30,6 +31,8 @@ from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, gate_of
@@ -223,6 +226,11 @@ def test_factors_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
         build_hypernetwork(network, 4, 65536, file, float16=True)
 
 
+def slots_of(runtime: Runtime, rows: int, capacity: int) -> Slots:
+    assert isinstance(runtime.decoder, SharedCacheDecoder)
+    return runtime.decoder.slots(rows, capacity)
+
+
 @pytest.mark.parametrize("fixture", ["int8_bundle", "llama_int8"])
 def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest) -> None:
     runtime = chameleon_deploy.load(request.getfixturevalue(fixture), mode="centroid", threads=2)
@@ -234,10 +242,9 @@ def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest
         other = random.integers(0, vocab_size, 40).tolist()
         scores.append(runtime.score([row, other])[0].token_logprobs)
         factors = runtime.adapt([row, other], mode="none").factors
-        _, cache = runtime.decoder.prefill([row, other], factors, 50)
-        steps.append(
-            [np.asarray(runtime.decoder.step(np.array([5, 9]), factors, cache))[0].tobytes() for _ in range(4)]
-        )
+        slots = slots_of(runtime, 2, 50)
+        slots.prefill(0, [row, other], factors)
+        steps.append([slots.step([5, 9], factors)[0].tobytes() for _ in range(4)])
     assert scores[0] == scores[1] == scores[2]
     assert steps[0] == steps[1] == steps[2]
 
@@ -246,16 +253,16 @@ def test_a_neighbour_changes_no_bit(fixture: str, request: pytest.FixtureRequest
 def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.FixtureRequest) -> None:
     """Read whole, in two pieces, and token by token: what is written into the buffer is the same."""
     runtime = chameleon_deploy.load(request.getfixturevalue(fixture), threads=2)
-    decoder: Any = runtime.decoder
     ids = np.random.default_rng(4).integers(0, runtime.manifest.model.vocab_size, 40).tolist()
     factors = runtime.adapt([ids], mode="none").factors
     caches = []
-    for tokens, first in ((256, 40), (16, 40), (256, 1)):
-        decoder.prefill_tokens = tokens
-        logits, cache = decoder.prefill([ids[:first]], factors, 50)
+    for chunk, first in ((40, 40), (16, 40), (40, 1)):
+        slots = slots_of(runtime, 1, 50)
+        for start in range(0, first, chunk):
+            logits = slots.prefill(0, [ids[start : min(start + chunk, first)]], factors, 1)[0]
         for token in ids[first:]:
-            logits = decoder.step(np.array([token]), factors, cache)
-        caches.append(([buffer[:, :, :40].copy() for buffer in cache.buffers], np.array(logits)))
+            logits = slots.step([token], factors)
+        caches.append(([buffer[:, :, :40].copy() for buffer in slots._cache], np.array(logits)))
     (whole, expected), *others = caches
     assert all(buffer.dtype == np.int8 and np.abs(buffer).max() > 50 for buffer in whole)
     for buffers, logits in others:
@@ -271,9 +278,9 @@ def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_b
     """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
     rows = verification_rows(tiny, None, more=True)
-    _, cache = runtime.decoder.prefill(rows, runtime.adapt(rows, mode="none").factors, 300)
-    seen: Any = cache
-    for buffer in seen.buffers:
+    slots = slots_of(runtime, len(rows), 300)
+    slots.prefill(0, rows, runtime.adapt(rows, mode="none").factors)
+    for buffer in slots._cache:
         used = np.concatenate([row[:, : len(ids)] for row, ids in zip(buffer, rows, strict=True)], axis=1)
         assert (np.abs(used.astype(int)) >= 127).mean() < 2e-3  # keys: their range has no margin
         assert np.median(np.abs(used.astype(int)).max(1)) > 80

@@ -144,14 +144,15 @@ def test_a_step_moves_nothing_but_token_ids(on_device: Runtime) -> None:
     device, rows = device_of(on_device), random_rows(3, 5, 20)
     factors = on_device.adapt(rows, on_device=True).factors
     up, down = device.uploaded, device.downloaded
-    logits, cache = on_device.decoder.prefill(rows, factors, 60)
+    decoder: Any = on_device.decoder
+    logits, cache = decoder.prefill(rows, factors, 60)
     size = sum(np.asarray(array).nbytes for array in factors.sets.tensors.values())
     assert device.uploaded - up < size  # the hypernetwork's outputs were bound, not copied
     for step in range(20):
         token_ids = logits.greedy()
         if step == 1:
             up, down = device.uploaded, device.downloaded  # binding the first step uploads which factors rows use
-        logits = on_device.decoder.step(token_ids, factors, cache)
+        logits = decoder.step(token_ids, factors, cache)
     assert device.uploaded - up == 19 * 2 * 256
     assert device.downloaded - down == 18 * 5 * 8
 
@@ -203,12 +204,13 @@ def test_the_fake_notices_a_stale_graph(opened: Bundle) -> None:
     """What makes the tests above worth something: a context that is touched after it was recorded is an error."""
     runtime, rows = with_engines(opened, FakeCudart()), [[1, 2], [3]]
     factors = runtime.adapt(rows, on_device=True).factors
-    _, cache = runtime.decoder.prefill(rows, factors, 20)
+    decoder: Any = runtime.decoder
+    _, cache = decoder.prefill(rows, factors, 20)
     for _ in range(3):
-        runtime.decoder.step(np.array([1, 2]), factors, cache)
+        decoder.step(np.array([1, 2]), factors, cache)
     cache.step.decoder._context.set_tensor_address("logits", cache.step.numbers.address)
     with pytest.raises(DeviceError, match="cudaGraphLaunch"):
-        runtime.decoder.step(np.array([1, 2]), factors, cache)
+        decoder.step(np.array([1, 2]), factors, cache)
 
 
 def test_the_fake_notices_memory_that_was_not_set(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

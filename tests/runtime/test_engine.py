@@ -35,6 +35,8 @@ from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
+from chameleon_deploy.runtime.schedule import Schedule
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import deliver
 from chameleon_deploy.runtime.submission import form_cohort, prepare
@@ -56,7 +58,7 @@ class Bench:
 
     def __init__(self, runtime: Runtime, rows: int = 4, prefill_tokens: int = 8, max_factor_sets: int = 4) -> None:
         self.runtime, self.table = runtime, FactorTable(max_factor_sets)
-        batch = open_batch(runtime, self.table, rows, 128, prefill_tokens)
+        batch = open_batch(runtime.backend, self.table, rows, 128, Schedule(prefill_tokens))
         assert isinstance(batch, ContinuousBatch)
         self.loop = Loop(batch, self.table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
 
@@ -424,7 +426,8 @@ class FailingSession:
 
 @pytest.fixture
 def failing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> FailingSession:
-    session = FailingSession(runtime.decoder.session)  # type: ignore[attr-defined]
+    assert isinstance(runtime.decoder, SharedCacheDecoder)
+    session = FailingSession(runtime.decoder.session)
     monkeypatch.setattr(runtime.decoder, "session", session)
     return session
 

@@ -14,6 +14,8 @@ from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
 from chameleon_deploy.runtime.generation import Generate, Generation, Row, Token, begin_rows
 from chameleon_deploy.runtime.sampling import Choice, Sampler
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.rows import random_rows
 from tests.shared_data import good_bundle
@@ -28,22 +30,22 @@ def test_limits_are_per_row_and_rows_leave(runtime: Runtime, monkeypatch: pytest
     assert {g.finish_reason for g in together} == {"length"}
     for row, limit in enumerate(limits):
         assert runtime.generate([rows[row]], max_new_tokens=limit, mode="request")[0] == together[row]
-    batches, capacities = list[int](), list[int]()
-    step, prefill = runtime.decoder.step, runtime.decoder.prefill
+    batches, made = list[int](), list[tuple[int, int]]()
+    step, slots = Slots.step, SharedCacheDecoder.slots
 
-    def counted(ids: Any, *rest: Any) -> Any:
+    def counted(self: Slots, ids: Any, factors: Any) -> Any:
         batches.append(len(ids))
-        return step(ids, *rest)
+        return step(self, ids, factors)
 
-    def measured(rows: Any, factors: Any, capacity: int) -> Any:
-        capacities.append(capacity)
-        return prefill(rows, factors, capacity)
+    def measured(self: SharedCacheDecoder, rows: int, capacity: int) -> Slots:
+        made.append((rows, capacity))
+        return slots(self, rows, capacity)
 
-    monkeypatch.setattr(runtime.decoder, "step", counted)
-    monkeypatch.setattr(runtime.decoder, "prefill", measured)
+    monkeypatch.setattr(Slots, "step", counted)
+    monkeypatch.setattr(SharedCacheDecoder, "slots", measured)
     runtime.generate(rows, max_new_tokens=limits)
     assert batches == [sum(limit > n for limit in limits) for n in range(1, 12)]
-    assert capacities == [max(len(ids) + limit for ids, limit in zip(rows, limits, strict=True)) - 1]
+    assert made == [(6, max(len(ids) + limit for ids, limit in zip(rows, limits, strict=True)) - 1)]
 
 
 def test_the_models_positions_end_a_row(runtime: Runtime) -> None:
@@ -236,22 +238,18 @@ def test_a_bias_of_a_token_outside_the_vocabulary(runtime: Runtime) -> None:
 
 
 def test_key_value_memory_is_taken_over_when_nobody_has_it_and_not_before(runtime: Runtime) -> None:
-    rows = random_rows(9, 3, 20)
-    factors = runtime.adapt(rows).factors
-
-    def new_cache() -> Any:
-        return runtime.decoder.prefill(rows, factors, 30)[1]
-
-    first, second = new_cache(), new_cache()
-    assert not np.shares_memory(first.memory.values, second.memory.values)
-    memory = first.memory.values
-    kept = runtime.decoder.select(first, np.array([1]))
+    decoder = runtime.decoder
+    assert isinstance(decoder, SharedCacheDecoder)
+    first, second = decoder.slots(3, 30), decoder.slots(3, 30)
+    assert not np.shares_memory(first._cache, second._cache)
+    kept, shape = first._cache[:, 0], first._cache.shape
+    address = first._cache.ctypes.data
     del first
-    third = new_cache()
-    assert not np.shares_memory(third.memory.values, memory)  # a row of it goes on
-    del kept
-    assert np.shares_memory(new_cache().memory.values, memory)
-    del second, third
+    third = decoder.slots(2, 30)
+    assert third._cache.ctypes.data == address
+    assert third._cache.shape == (*shape[:1], 2, *shape[2:])
+    assert decoder.slots(3, 30)._cache.ctypes.data != address
+    del kept, second, third
 
 
 def test_a_batch_of_64_ragged_rows(runtime: Runtime) -> None:

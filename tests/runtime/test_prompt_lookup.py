@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.errors import InputError, NumericError, ProviderError
-from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy import Engine, Runtime, Sampling
+from chameleon_deploy.errors import ChameleonError, InputError, NumericError, ProviderError
 from chameleon_deploy.runtime.prompt_lookup import MATCHED_TOKENS, PromptLookup
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
 from tests.rows import random_rows
 
 REPEATING = [7, 8, 9, 10, 11] * 6
@@ -74,13 +73,18 @@ def test_a_row_ends_where_plain_decoding_ends_it(runtime: Runtime) -> None:
 def count_calls(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the width of every call after the prompt."""
     widths: list[int] = []
-    extend = SharedCacheDecoder.extend
+    draft, step = Slots.draft, Slots.step
 
-    def counted(self: SharedCacheDecoder, token_ids: Any, *rest: Any) -> HostLogits:
+    def counted(self: Slots, row: int, token_ids: Any, factors: Any) -> Any:
         widths.append(len(token_ids))
-        return extend(self, token_ids, *rest)
+        return draft(self, row, token_ids, factors)
 
-    monkeypatch.setattr(SharedCacheDecoder, "extend", counted)
+    def counted_step(self: Slots, token_ids: Any, factors: Any) -> Any:
+        widths.append(1)
+        return step(self, token_ids, factors)
+
+    monkeypatch.setattr(Slots, "draft", counted)
+    monkeypatch.setattr(Slots, "step", counted_step)
     return widths
 
 
@@ -104,30 +108,60 @@ def test_a_cache_that_keeps_a_rejected_draft_is_noticed(runtime: Runtime, monkey
     """Plant the fault that the tests above are for: positions that go on after a rejected draft."""
     plain = runtime.generate([REPEATING], max_new_tokens=30)[0]
     monkeypatch.setattr(PromptLookup, "draft", lambda self, limit: [1, 2, 3, 4][:limit])
-    extend = SharedCacheDecoder.extend
-
-    def faulty(self: SharedCacheDecoder, token_ids: Any, past: int, factors: Any, cache: Any) -> HostLogits:
-        return extend(self, token_ids, int(cache.lengths[0]), factors, cache)
-
-    monkeypatch.setattr(SharedCacheDecoder, "extend", faulty)
+    monkeypatch.setattr(Slots, "cut", lambda self, row, length: None)
     stream = runtime.stream([REPEATING], max_new_tokens=60, prompt_lookup_num_tokens=4)
     assert [token.token_id for token in islice(stream, 10)] != plain.token_ids[:10]
 
 
-def test_int8_gives_the_same_tokens_in_every_run(int8_runtime: Runtime) -> None:
-    arguments: Any = {"max_new_tokens": 60, "sampling": SAMPLINGS[1], "prompt_lookup_num_tokens": 4}
-    assert int8_runtime.generate([REPEATING], **arguments) == int8_runtime.generate([REPEATING], **arguments)
+def test_decoders_that_would_read_other_tokens_are_refused(int8_runtime: Runtime, portable: Runtime) -> None:
+    refused: list[tuple[Runtime, type[ChameleonError], str]] = [
+        (int8_runtime, InputError, "in int8 a call of several tokens rounds"), (portable, ProviderError, "'cpu' only"),
+    ]  # fmt: skip
+    for runtime, error, message in refused:
+        with Engine(runtime) as engine:
+            for call in (runtime.generate, runtime.stream, engine.submit):
+                with pytest.raises(error, match=message) as found:
+                    call([REPEATING], prompt_lookup_num_tokens=4)
+                assert found.value.argument == "prompt_lookup_num_tokens"
+
+
+def test_several_rows_draft_when_one_is_left(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, limits = [REPEATING, random_rows(3, 1, 30)[0]], [60, 5]
+    plain = runtime.generate(prompts, max_new_tokens=limits)
+    widths = count_calls(runtime, monkeypatch)
+    assert runtime.generate(prompts, max_new_tokens=limits, prompt_lookup_num_tokens=8) == plain
+    assert max(widths[:4]) == 1
+    assert max(widths) > 1
+    assert len(widths) < 50
+
+
+def test_the_engine_drafts_for_a_row_that_is_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its tokens, one by one or several at a time, are those of plain decoding."""
+    plain = runtime.generate([REPEATING], max_new_tokens=60, sampling=SAMPLINGS[0])
+    widths = count_calls(runtime, monkeypatch)
+    with Engine(runtime, rows=4, prefill_tokens=8) as engine:
+        how: Any = {"max_new_tokens": 60, "sampling": SAMPLINGS[0], "prompt_lookup_num_tokens": 8}
+        stream = engine.submit([REPEATING], **how)
+        tokens = list(stream)
+        assert stream.result() == plain
+        assert [token.token_id for token in tokens] == plain[0].token_ids
+        assert max(widths) > 1
+        streams = [engine.submit([prompt], **how) for prompt in (REPEATING, random_rows(3, 1, 30)[0], [5])]
+        together = [stream.result(60)[0] for stream in streams]
+        until = [runtime.generate([prompt], **{**how, "prompt_lookup_num_tokens": 0})[0] for prompt in
+                 (REPEATING, random_rows(3, 1, 30)[0], [5])]  # fmt: skip
+        assert together == until
 
 
 def test_a_row_that_is_not_finite_ends(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = SharedCacheDecoder.extend
+    draft = Slots.draft
 
-    def broken(self: SharedCacheDecoder, token_ids: Any, *rest: Any) -> HostLogits:
-        values = np.asarray(extend(self, token_ids, *rest)).copy()
+    def broken(self: Slots, row: int, token_ids: Any, factors: Any) -> Any:
+        values = draft(self, row, token_ids, factors).copy()
         values[-1] = np.nan
-        return HostLogits(values)
+        return values
 
-    monkeypatch.setattr(SharedCacheDecoder, "extend", broken)
+    monkeypatch.setattr(Slots, "draft", broken)
     ended = runtime.generate([REPEATING], max_new_tokens=30, prompt_lookup_num_tokens=4, errors="row")[0]
     assert ended.finish_reason == "error"
     assert isinstance(ended.error, NumericError)
@@ -137,18 +171,11 @@ def test_a_row_that_is_not_finite_ends(runtime: Runtime, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(-1, "from 0 .off. to 16, got -1"), (17, "got 17"), ("4", "must be an integer"), (1.5, "must be an integer")],
+    [(-1, "from 0 to 16, got -1"), (17, "got 17"), ("4", "must be an integer"), (1.5, "must be an integer")],
 )
 def test_values_out_of_range_are_refused(runtime: Runtime, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         runtime.stream([[1, 2]], prompt_lookup_num_tokens=value)
-
-
-def test_several_prompts_and_other_decoders_are_refused(runtime: Runtime, portable: Runtime) -> None:
-    with pytest.raises(InputError, match="for a single prompt, got 2"):
-        runtime.stream([[1], [2]], prompt_lookup_num_tokens=4)
-    with pytest.raises(ProviderError, match="'cpu' only"):
-        portable.stream([[1]], prompt_lookup_num_tokens=4)
 
 
 def test_the_stream_is_the_generation(runtime: Runtime) -> None:

@@ -26,7 +26,8 @@ from chameleon_deploy.errors import (
     TensorError,
 )
 from chameleon_deploy.runtime import generation
-from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.damage import reseal
 from tests.shared_data import good_bundle
@@ -66,8 +67,9 @@ def test_a_failing_decoder(runtime: Runtime, portable: Runtime, monkeypatch: pyt
 
 def test_a_failing_scorer_and_hypernetwork(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, backend = runtime.decoder, runtime.backend
+    assert isinstance(decoder, SharedCacheDecoder)
     with monkeypatch.context() as patch:
-        scorer: Any = decoder.scorer  # type: ignore[attr-defined]
+        scorer: Any = decoder.scorer
         patch.setattr(scorer, "session", _Failing(scorer.session))
         with pytest.raises(GraphError):
             runtime.score([[1, 2]])
@@ -81,7 +83,7 @@ def test_a_cache_that_no_memory_holds(runtime: Runtime) -> None:
     decoder: Any = runtime.decoder
     for capacity in (2**45, 2**60):
         with pytest.raises(LengthError, match="no memory for a cache of 1 rows"):
-            decoder._buffers(1, capacity)
+            decoder.slots(1, capacity)
         with pytest.raises(LengthError, match="no memory for a cache of 2 rows"):
             decoder.slots(2, capacity)
     assert runtime.generate([[1, 2]], max_new_tokens=1)
@@ -166,15 +168,15 @@ def test_a_tokenizer_that_panics_ends_its_row_only(runtime: Runtime, monkeypatch
 def test_logits_that_are_not_finite_end_their_row_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[1, 2, 3], [7, 8], [9]]
     right = runtime.generate(prompts, max_new_tokens=4, mode="request")
-    step = runtime.decoder.step
+    step = Slots.step
 
-    def broken(token_ids: Any, factors: Any, cache: Any) -> Any:
-        values = np.array(step(token_ids, factors, cache))
+    def broken(slots: Slots, token_ids: Any, factors: Any) -> Any:
+        values = step(slots, token_ids, factors)
         if len(values) == len(prompts):
             values[1] = np.nan
-        return HostLogits(values)
+        return values
 
-    monkeypatch.setattr(runtime.decoder, "step", broken)
+    monkeypatch.setattr(Slots, "step", broken)
     for sampling in (Sampling(), Sampling(top_k=1, temperature=1.0)):
         found = runtime.generate(prompts, max_new_tokens=4, mode="request", errors="row", sampling=sampling)
         assert [found[0], found[2]] == [right[0], right[2]]

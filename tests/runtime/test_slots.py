@@ -48,7 +48,7 @@ class Alone:
         self.sets, self.own = table.sets, [table.set_of(source.key) for source in sources]
 
     def logits(self, tokens: list[int], factor_set: int) -> Any:
-        return np.asarray(self.decoder.prefill([tokens], self.own[factor_set], CAPACITY)[0])[0]
+        return [np.array(piece)[0] for _, piece in self.decoder.all_logits([tokens], self.own[factor_set])][-1][-1]
 
 
 class Rows:
@@ -228,14 +228,10 @@ def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_pat
     export_bundle(llama, tmp_path / "int8", None, precision="int8")
     alone = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1))
     for prompt in random_rows(8, 60, 100):
-        whole = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
+        whole = alone.logits(prompt, 0)
         chunks, unread = list[int](), len(prompt)
         while unread:
             chunks.append(chunk_length(unread, 16))
             unread -= chunks[-1]
         assert len(prompt) == 1 or 1 not in chunks
         np.testing.assert_allclose(logits_of_chunks(alone, prompt, chunks), whole, rtol=0, atol=1e-5)
-        alone.decoder.prefill_tokens, usual = 16, alone.decoder.prefill_tokens  # the decoder's own pieces
-        pieces = np.asarray(alone.decoder.prefill([prompt], alone.own[0], 128)[0])[0]
-        alone.decoder.prefill_tokens = usual
-        np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)

@@ -24,6 +24,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures, max_abs
@@ -288,14 +289,14 @@ def test_cached_decoding_begins_in_the_middle_of_the_shortest_text(
     assert all(check.passed for check in in_default_mode)
     assert [check.name for check in in_default_mode] == [check.name for check in right]
     assert right[0].note == f"{2 * positions} positions"
-    step = runtime.decoder.step
+    step = Slots.step
 
     def wrong(*arguments: Any) -> FloatArray:
         logits = np.array(step(*arguments))
         logits[1, 0] += SIZE
         return logits
 
-    monkeypatch.setattr(runtime.decoder, "step", wrong)
+    monkeypatch.setattr(Slots, "step", wrong)
     found = missed(check())
     assert len(found) == (5 if shortest > 1 else 0)
     assert all(value == nearly(SIZE / 4) for name, value in found.items() if "KL" not in name)

@@ -31,7 +31,7 @@ from chameleon_deploy.verify.text_checks import check_texts
 from tests.commands import run
 from tests.damage import edit, reseal
 from tests.rows import head_factors
-from tests.verification import missed, quiet
+from tests.verification import CACHE_FAULTS, damage_cache, missed, quiet
 
 # Every check of a bundle of fp32 and its limit, those of a decoder graph first: none may go without a word.
 FEW = {"logits, max abs difference": 5e-4, "KL, mean": 1e-7, "KL, 99.9th percentile": 1e-5}
@@ -235,14 +235,7 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     monkeypatch.setattr(decoder, "_run", forgetful)
     assert not all(check.passed for check in parity.check_cache(portable, RowLogits(mini), long_rows, gate))
 
-    prefill = runtime.decoder.prefill
-
-    def one_short(*arguments: Any) -> Any:
-        logits, cache = prefill(*arguments)
-        cache.lengths = cache.lengths - 1  # the next token overwrites the last
-        return logits, cache
-
-    monkeypatch.setattr(runtime.decoder, "prefill", one_short)
+    damage_cache(runtime, CACHE_FAULTS[0], monkeypatch)
     assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
