@@ -12,6 +12,7 @@ import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import FloatArray, Mode, Precision
 from chameleon_deploy.runtime import session
+from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.verify.gates import GATES, Gate
 from tests.processors.record import PRECISIONS, TOKENS, Reference
 
@@ -24,10 +25,15 @@ def logits_of(runtime: Runtime, rows: list[list[int]], mode: Mode) -> tuple[Floa
     """
     factors = runtime.adapt(rows, mode=mode).factors
     whole = [np.asarray(piece) for _, piece in runtime.decoder.all_logits(rows, factors)]
-    last, cache = runtime.decoder.prefill([ids[:-STEPS] for ids in rows], factors, TOKENS)
-    stepped = [np.array(last)]
-    for token_ids in np.array(rows).T[-STEPS:]:
-        stepped += [np.array(runtime.decoder.step(token_ids, factors, cache))]
+    prompts, decoder = [ids[:-STEPS] for ids in rows], runtime.decoder
+    if isinstance(decoder, SharedCacheDecoder):
+        slots = decoder.slots(len(rows), TOKENS)
+        stepped = [slots.prefill(0, prompts, factors, 1)[:, 0].copy()]
+        stepped += [slots.step(token_ids, factors).copy() for token_ids in np.array(rows).T[-STEPS:].tolist()]
+    else:
+        last, cache = decoder.prefill(prompts, factors, TOKENS)
+        stepped = [np.array(last)]
+        stepped += [np.array(decoder.step(token_ids, factors, cache)) for token_ids in np.array(rows).T[-STEPS:]]
     return np.concatenate(whole, 1), np.stack(stepped, 1)
 
 
