@@ -43,11 +43,6 @@ DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
 PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
 
 Pass = Callable[[ir.Model, ModelSpec], object]
-# Passes from the portable decoder to the decoder of the CPU; those of int8 are below.
-SHARED_CACHE: tuple[Pass, ...] = (
-    share_cache,  # first, because it looks for attention as attention.py builds it
-    give_hidden_states,  # last, because the scorer is extracted at the place where this pass cuts off the head
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def _fp32(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: 
     decoder = build_decoder(model, source.trunk, spec.targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_shared_cache(decoder, model, SHARED_CACHE),
+        **_cpu_graphs(decoder, model),
     }
 
 
@@ -129,13 +124,14 @@ def _int8(
         quantize_weights(decoder, model, statistics, weights_file, report)
         quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
         weights_file.take(decoder.graph)
-    passes: tuple[Pass, ...] = (
-        share_cache,
-        partial(quantize_cache, keys=turned_keys(model, statistics)),  # rewrites the operator of share_cache
-        partial(quantize_rows, two_digits=two_digits),  # before the scorer is extracted, which has the head's product
-        give_hidden_states,
+    quantization: tuple[Pass, ...] = (
+        partial(quantize_cache, keys=turned_keys(model, statistics)),
+        partial(quantize_rows, two_digits=two_digits),
     )
-    return {"decoder": Graph(decoder, "decoder", PROVIDERS, "growing"), **_shared_cache(decoder, model, passes)}
+    return {
+        "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
+        **_cpu_graphs(decoder, model, quantization),
+    }
 
 
 def _half(
@@ -165,17 +161,23 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     path.unlink()
 
 
-def _shared_cache(portable: ir.Model, model: ModelSpec, passes: tuple[Pass, ...]) -> Graphs:
-    """Return the decoder and the scorer of the CPU."""
+def _cpu_graphs(portable: ir.Model, model: ModelSpec, quantization: tuple[Pass, ...] = ()) -> Graphs:
+    """Return the decoder and the scorer of the CPU. The order of all passes is stated here.
+
+    quantization  the passes of int8
+    """
     decoder = copy_of(portable)
-    for rewrite in passes:
+    of_trunk_and_head: tuple[Pass, ...] = (
+        share_cache,  # first, because it looks for attention as attention.py builds it
+        *quantization,  # of the operator that share_cache writes, then of products, the head's among them
+        give_hidden_states,  # cuts off the head, where the scorer is extracted
+    )
+    for rewrite in of_trunk_and_head:
         rewrite(decoder, model)
-    # The scorer is extracted before the last two passes, because it finds the head by the operators that they rewrite.
-    scorer = build_tiled_scorer(decoder, model)
-    for graph in (decoder, scorer):
-        sum_update(graph)
-    flatten_logits(decoder)
-    flatten_factors(decoder)
+    scorer = build_tiled_scorer(decoder, model)  # finds the head by the operators that the next passes rewrite
+    sum_update(scorer)
+    for last in (sum_update, flatten_logits, flatten_factors):
+        last(decoder)
     return {
         "decoder_cpu": Graph(decoder, "decoder", CPU, "shared"),
         "hidden_scorer": Graph(scorer, "hidden_scorer", CPU),
