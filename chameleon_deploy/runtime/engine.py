@@ -211,15 +211,24 @@ class Engine:
             self._loop.waiting.extend(submission.members)
             return
         closing = time.monotonic() + self._window
-        self._open_cohorts.setdefault(submission.cohort_key, (closing, []))[1].append(submission)
+        try:
+            self._open_cohorts.setdefault(submission.cohort_key, (closing, []))[1].append(submission)
+        except Exception as error:  # of a tenant's own comparison
+            self._loop.refuse(submission.members, error)
 
     def _close_cohorts(self) -> None:
         now = time.monotonic()
         for key, (closing, submissions) in list(self._open_cohorts.items()):
-            if now >= closing:
+            if now < closing:
+                continue
+            del self._open_cohorts[key]
+            members = [member for submission in submissions for member in submission.members]
+            try:
                 form_cohort(self.runtime, submissions, next(self._cohort_ids))
-                self._loop.waiting.extend(member for submission in submissions for member in submission.members)
-                del self._open_cohorts[key]
+            except Exception as error:  # as above
+                self._loop.refuse(members, error)
+            else:
+                self._loop.waiting.extend(members)
 
     def _hand_out(self, tokens: dict[Stream, list[Token]], iteration: Iteration) -> None:
         with self._lock:

@@ -74,6 +74,11 @@ class Loop:
         self._end_all([member for member in self.waiting + self.batch.members if member not in self._ended], error)
         return self._take_result()
 
+    def refuse(self, members: Sequence[Member], error: Exception) -> None:
+        """End rows that neither wait nor run yet."""
+        self._end_all(members, error)
+        self._ended.difference_update(members)
+
     def _take_result(self) -> tuple[dict[Stream, list[Token]], Iteration]:
         result = self._tokens, self._report
         self._tokens, self._report = {}, Iteration()

@@ -352,6 +352,30 @@ def test_starvation_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -
         test_nobody_starves(runtime)
 
 
+class Incomparable:
+    """A tenant whose comparison fails."""
+
+    def __hash__(self) -> int:
+        return 5
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+
+def test_a_tenant_that_cannot_be_compared_fails_alone(runtime: Runtime) -> None:
+    with Engine(runtime, cohort_window_ms=50) as engine:
+        first, second = (engine.submit(prompts_of(5), mode="tenant", tenants=[Incomparable()]) for _ in range(2))
+        for stream in (first, second):
+            found = stream.result(60)[0]
+            assert (found.finish_reason, found.error and found.error.code) in (
+                ("error", "request_failed"),
+                ("length", None),
+            )
+        assert second.result(0)[0].finish_reason == "error"
+        assert engine.submit(prompts_of(5), mode="tenant", tenants=["a"]).result(60)[0].finish_reason != "error"
+        assert not engine.closed
+
+
 def test_a_full_queue_refuses_and_accepts_again(runtime: Runtime) -> None:
     with Engine(runtime, rows=2, max_waiting=3) as engine:
         kept = [engine.submit(prompts_of(5), max_new_tokens=LONG, mode="none") for _ in range(5)]
