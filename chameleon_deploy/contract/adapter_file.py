@@ -9,13 +9,14 @@ targets, so that a file with missing layers is not taken for an adapter of fewer
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.bundle import FloatArray
@@ -25,6 +26,7 @@ from chameleon_deploy.errors import AdapterError, TensorError
 
 FORMAT, FORMAT_VERSION = "chameleon-adapter", "1"
 MAX_RANK = 1024  # every layer is padded to the largest rank of a call
+MAX_HEADER_BYTES = 2**20
 
 
 def write_adapter(file: Path, factors: Mapping[str, FloatArray], spec: AdaptationSpec) -> None:
@@ -40,20 +42,43 @@ def write_adapter(file: Path, factors: Mapping[str, FloatArray], spec: Adaptatio
     write_whole(file, lambda partial: save_file(tensors, partial, metadata))
 
 
-def read_adapter(file: Path, spec: AdaptationSpec) -> dict[str, FloatArray]:
-    """Return the factors of an adapter, float32 [rank, width] for each target of a bundle; zeros where it has none.
+def read_adapter(file: Path, spec: AdaptationSpec) -> tuple[dict[str, FloatArray], str]:
+    """Return the factors of an adapter and the SHA-256 of the file.
+
+    The factors are float32 [rank, width] for each target of a bundle; zeros where it has none.
 
     Raises AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
     """
-    if not file.is_file() or file.is_symlink():
-        raise AdapterError(f"{file} is not a plain file: pass a file that export wrote")
+    raw = _read_whole(file, spec)
+    return _parse(raw, file, spec), hashlib.sha256(raw).hexdigest()
+
+
+def _read_whole(file: Path, spec: AdaptationSpec) -> bytes:
+    """Return the bytes of a file that may be an adapter. Raises AdapterError for what is no plain file of its size."""
+    most = MAX_HEADER_BYTES + 4 * MAX_RANK * sum(spec.factor_widths.values())
     try:
-        with safe_open(file, "numpy") as opened:
-            _check_metadata(file, opened.metadata() or {}, spec, set(opened.keys()))
-            rank = _check_tensors(file, {name: opened.get_slice(name) for name in opened.keys()}, spec)  # noqa: SIM118
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if not file.is_file() or file.is_symlink():
+            raise AdapterError(f"{file} is not a plain file: pass a file that export wrote")
+        with file.open("rb") as opened:
+            raw = opened.read(most + 1)
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}") from error
+    if len(raw) > most:
+        raise AdapterError(f"{file}: not an adapter file of this bundle: it has more than {most} bytes")
+    return raw
+
+
+def _parse(raw: bytes, file: Path, spec: AdaptationSpec) -> dict[str, FloatArray]:
+    try:
+        stored = dict(deserialize(raw))  # type: ignore[no-untyped-call]
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        _check_metadata(file, header.get("__metadata__", {}), spec, set(stored))
+        rank = _check_tensors(file, stored, spec)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not an adapter file: {error}") from error
+    tensors = {
+        name: np.frombuffer(tensor["data"], "<f4").reshape(tensor["shape"]) for name, tensor in stored.items()
+    }  # fmt: skip
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise TensorError(f"{file}: {name} holds NaN or infinity")
@@ -84,14 +109,14 @@ def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpe
         raise TensorError(f"{file}: its tensors and its targets differ at {sorted(names ^ expected)[0]!r}")
 
 
-def _check_tensors(file: Path, slices: Mapping[str, Any], spec: AdaptationSpec) -> int:
-    """Check dtypes and shapes before anything is read, and return the rank of all tensors. Raises TensorError."""
-    shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+def _check_tensors(file: Path, stored: Mapping[str, Any], spec: AdaptationSpec) -> int:
+    """Check dtypes and shapes, and return the rank of all tensors. Raises TensorError."""
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in stored.items()}
     rank = next((shape[0] for shape in shapes.values() if shape), 0)
     if not 1 <= rank <= MAX_RANK:
         raise TensorError(f"{file}: rank {rank}: it must be from 1 to {MAX_RANK}")
     for name, shape in shapes.items():
-        if slices[name].get_dtype() != "F32" or shape != (rank, spec.factor_widths[name]):
+        if stored[name]["dtype"] != "F32" or shape != (rank, spec.factor_widths[name]):
             expected = f"F32 {(rank, spec.factor_widths[name])}"
-            raise TensorError(f"{file}: {name} is {slices[name].get_dtype()} {shape}, expected {expected}")
+            raise TensorError(f"{file}: {name} is {stored[name]['dtype']} {shape}, expected {expected}")
     return rank

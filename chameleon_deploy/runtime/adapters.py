@@ -25,12 +25,12 @@ class Adapter:
     """One adapter.
 
     key    of its factor set; another for an adapter that is loaded later under the same name
-    file   where it is read again when its factors have left the memory, and its state when it was loaded; None for an
+    file   where it is read again when its factors have left the memory, and the SHA-256 of what was loaded; None for an
            adapter of the bundle, whose factors stay
     """
 
     key: tuple[str, int]
-    file: tuple[Path, tuple[int, ...]] | None
+    file: tuple[Path, str] | None
 
 
 class Adapters:
@@ -73,18 +73,20 @@ class Adapters:
         if not isinstance(name, str) or not is_adapter_name(name):
             raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
         file = checked_path(path)
-        sets, stamp = self._read(file)
+        sets, digest = self._read(file)
         with self._lock:
             if name in self._named:
                 raise AdapterError(f"an adapter named {name!r} is loaded already: unload it first", "name")
-            adapter = Adapter((name, next(self._numbers)), (file, stamp))
+            adapter = Adapter((name, next(self._numbers)), (file, digest))
             self._named = {**self._named, name: adapter}
             self._keep(adapter, sets)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Raises AdapterError for a name that no adapter has."""
+        """Forget an adapter of a file. Raises AdapterError for a name that no adapter has, or one of the bundle."""
         with self._lock:
             adapter = self[name]
+            if adapter.file is None:
+                raise AdapterError(f"the adapter {name!r} is the bundle's own: only one from a file can be unloaded")
             self._named = {other: kept for other, kept in self._named.items() if other != name}
             self._sets.pop(adapter.key, None)
 
@@ -94,11 +96,10 @@ class Adapters:
             if adapter.key in self._sets:
                 self._sets.move_to_end(adapter.key)
                 return self._sets[adapter.key]
-        if adapter.file is None:  # unloaded after the caller had it
-            raise AdapterError(f"the adapter {adapter.key[0]!r} was unloaded", "adapters")
-        file, stamp = adapter.file
+        assert adapter.file is not None  # noqa: S101  (the bundle's own never leave)
+        file, digest = adapter.file
         sets, now = self._read(file)
-        if now != stamp:
+        if now != digest:
             raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
         with self._lock:
             if self._named.get(adapter.key[0]) == adapter:
@@ -118,10 +119,9 @@ class Adapters:
                 return
             total -= _size(self._sets.pop(key))
 
-    def _read(self, file: Path) -> tuple[FactorSets, tuple[int, ...]]:
-        factors = read_adapter(file, self._spec)
-        found = file.stat()
-        return self._entered(factors), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    def _read(self, file: Path) -> tuple[FactorSets, str]:
+        factors, digest = read_adapter(file, self._spec)
+        return self._entered(factors), digest
 
     def _entered(self, factors: Mapping[str, FloatArray]) -> FactorSets:
         entered = self._enter(factors)

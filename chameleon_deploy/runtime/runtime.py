@@ -182,7 +182,10 @@ class Runtime:
         self.adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; rows that use it keep its factors. Raises AdapterError for an unknown name."""
+        """Forget an adapter of a file; rows that use it keep its factors.
+
+        Raises AdapterError for an unknown name, and for an adapter of the bundle, which stays.
+        """
         self.adapters.unload(name)
 
     def check_unchanged(self) -> None:

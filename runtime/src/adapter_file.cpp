@@ -82,7 +82,7 @@ MappedFile map(const fs::path& file) try {
 
 }  // namespace
 
-std::pair<FactorSets, FileStamp> read_adapter(const fs::path& file, const AdaptationSpec& spec) {
+std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const AdaptationSpec& spec) {
   const std::string where = file.string();
   const MappedFile mapped = map(file);
   const SafeTensors parsed = parse(mapped, where);
@@ -97,7 +97,7 @@ std::pair<FactorSets, FileStamp> read_adapter(const fs::path& file, const Adapta
       tensors[name].resize(static_cast<std::size_t>(rank * width));
     }
   }
-  return {make_factor_sets(1, rank, std::move(tensors)), mapped.stamp()};
+  return {make_factor_sets(1, rank, std::move(tensors)), sha256(mapped.bytes())};
 }
 
 }  // namespace chameleon

@@ -2,14 +2,15 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 #include <utility>
 
 #include "chameleon/bundle.h"
 
 namespace chameleon {
 
-/// The one set of an adapter file, with zeros for the targets that it lacks, and the state of the file.
+/// The one set of an adapter file, with zeros for the targets that it lacks, and the SHA-256 of the file.
 /// Throws AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
-std::pair<FactorSets, FileStamp> read_adapter(const std::filesystem::path& file, const AdaptationSpec& spec);
+std::pair<FactorSets, std::string> read_adapter(const std::filesystem::path& file, const AdaptationSpec& spec);
 
 }  // namespace chameleon

@@ -63,7 +63,9 @@ void Adapters::load(const std::string& name, const std::filesystem::path& file) 
 
 void Adapters::unload(const std::string& name) {
   const std::lock_guard lock(mutex_);
-  (void)find(name);
+  if (!find(name).file) {
+    throw AdapterError("the adapter '" + name + "' is the bundle's own: only one from a file can be unloaded");
+  }
   adapters_.erase(name);
 }
 
@@ -82,7 +84,7 @@ FactorSource Adapters::source(const std::string& name) {
     file = *adapter.file;
   }
   const auto [set, now] = read(file.path);
-  if (now.stamp != file.stamp) {
+  if (now.digest != file.digest) {
     throw AdapterError(file.path.string() + " has changed since it was loaded: unload the adapter and load it again");
   }
   const std::lock_guard lock(mutex_);
@@ -107,8 +109,8 @@ RowFactors Adapters::of_rows(const AdapterNames& names) {
 }
 
 std::pair<FactorSets, Adapters::File> Adapters::read(const std::filesystem::path& file) const {
-  const auto [set, stamp] = read_adapter(file, bundle_.manifest.adaptation);
-  return {enter_basis(set, bundle_.basis), {file, stamp}};
+  const auto [set, digest] = read_adapter(file, bundle_.manifest.adaptation);
+  return {enter_basis(set, bundle_.basis), {file, digest}};
 }
 
 /// The lock is held.

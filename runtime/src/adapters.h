@@ -27,7 +27,7 @@ class Adapters {
 
   /// Read an adapter file, see Runtime::load_adapter.
   void load(const std::string& name, const std::filesystem::path& file);
-  /// Remove an adapter. Throws AdapterError for a name that no adapter has.
+  /// Remove an adapter of a file. Throws AdapterError for a name that no adapter has, or one of the bundle.
   void unload(const std::string& name);
 
   /// The factors of an adapter, which the result holds, whatever is unloaded or leaves the memory.
@@ -37,10 +37,10 @@ class Adapters {
   [[nodiscard]] RowFactors of_rows(const AdapterNames& names);
 
  private:
-  /// Where factors are read again when they have left the memory, and the state of the file when they were loaded.
+  /// Where factors are read again when they have left the memory, and the SHA-256 of what was loaded.
   struct File {
     std::filesystem::path path;
-    FileStamp stamp;
+    std::string digest;
   };
   struct Adapter {
     std::uint64_t number;           // another for an adapter that is loaded later under the same name

@@ -75,6 +75,7 @@ TEST(Adapters, AreLoadedUsedAndForgotten) {
   runtime.unload_adapter("legal");
   EXPECT_THROW(runtime.unload_adapter("legal"), AdapterError);
   EXPECT_THROW(tokens(runtime, {"own", "legal", "own"}), AdapterError);
+  EXPECT_THROW(runtime.unload_adapter("own"), AdapterError);
   EXPECT_EQ(tokens(runtime, {"own", {}, "own"}), own);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +110,43 @@ def test_a_file_becomes_an_adapter_and_is_forgotten(
     assert tokens(runtime, "legal") == before
 
 
+def test_the_bundles_own_adapters_stay(runtime: Runtime, file: Path) -> None:
+    before = tokens(runtime, "legal")
+    with pytest.raises(AdapterError, match="bundle's own"):
+        runtime.unload_adapter("legal")
+    with pytest.raises(AdapterError, match="already"):
+        runtime.load_adapter("legal", file)
+    assert tokens(runtime, "legal") == before
+
+
+def test_factors_that_left_the_memory_are_read_again_if_the_file_is_the_same(
+    runtime: Runtime, file: Path, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    one.write_bytes(file.read_bytes())
+    other.write_bytes(file.read_bytes())
+    runtime.adapters.max_bytes = 1
+    for name, path in (("one", one), ("other", other)):
+        runtime.load_adapter(name, path)
+    loaded = runtime.adapters["one"]
+    assert loaded.key not in runtime.adapters._sets  # it has left
+    assert runtime.adapters["other"].key in runtime.adapters._sets
+    assert runtime.adapters["legal"].key in runtime.adapters._sets  # the bundle's own never leave
+    expected = tokens(runtime, "other")
+    assert tokens(runtime, "one") == expected
+    tokens(runtime, "other")
+    stamp, raw = one.stat(), bytearray(one.read_bytes())
+    raw[-1] ^= 0x40  # of the last float
+    with one.open("r+b") as opened:  # in place, with the same size and time
+        opened.write(raw)
+    os.utime(one, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(AdapterError, match="has changed since"):
+        tokens(runtime, "one")
+    assert tokens(runtime, "other") == expected
+
+
 def test_factors_of_a_caller_are_those_of_an_adapter(runtime: Runtime, file: Path) -> None:
-    factors = read_adapter(file, runtime.manifest.adaptation)
+    factors, _ = read_adapter(file, runtime.manifest.adaptation)
     runtime.load_adapter("wiki", file)
     (generation,) = runtime.generate([PROMPT], mode="static", factors=factors, max_new_tokens=8)
     assert [generation.token_ids] == tokens(runtime, "wiki")
@@ -197,9 +233,9 @@ def test_a_bundle_without_adapters_takes_no_file(llama_bundle: Path, file: Path)
 
 
 def test_a_written_file_is_read_again(runtime: Runtime, file: Path, tmp_path: Path) -> None:
-    factors = read_adapter(file, runtime.manifest.adaptation)
+    factors, _ = read_adapter(file, runtime.manifest.adaptation)
     write_adapter(tmp_path / "again.safetensors", factors, runtime.manifest.adaptation)
-    again = read_adapter(tmp_path / "again.safetensors", runtime.manifest.adaptation)
+    again, _ = read_adapter(tmp_path / "again.safetensors", runtime.manifest.adaptation)
     assert all(np.array_equal(again[name], array) for name, array in factors.items())
 
 
