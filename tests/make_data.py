@@ -6,7 +6,7 @@ both languages run: `python -m tests.make_data`.
     signatures.json  keys, signatures of a good bundle, and the error code of each where it must be refused
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
     golden.json      what the Python runtime gives for ragged batches in every mode
-    sampling.json    numbers of `uniform`, choices of `choose`, and what `log_probabilities` reports
+    sampling.json    numbers of `uniform`, choices of `choose`, what `log_probabilities` reports, limits of settings
     schedules.json   schedules of requests, and what the Python engine gives for them (tests/schedules.py)
     tokenizer.json   texts with their token ids, ids with their text, and byte strings that are no text
 
@@ -34,6 +34,12 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from chameleon_deploy.runtime.sampling_settings import (
+    MAX_BIASES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from chameleon_deploy.runtime.session import INTEGER_PRODUCTS
 from tests.schedules import random_schedule, run_schedule
 from tests.shared_data import (
@@ -755,7 +761,28 @@ def sampling_cases() -> dict[str, list[Any]]:
     longs = [chosen({"vocab_size": 50_257, **how, "u": float(random.random())}) for how in settings for _ in range(4)]
     reports = [reported({"logits": random_logits(random, 12), "token_id": 3, "count": n % 6}) for n in range(60)]
     reports += [reported({"vocab_size": 50_257, "token_id": token_id, "count": 5}) for token_id in (0, 40_000)]
-    return {"uniform": numbers, "choose": choices + longs, "log_probabilities": reports}
+    return {
+        "uniform": numbers, "choose": choices + longs, "log_probabilities": reports, "settings": settings_cases(),
+    }  # fmt: skip
+
+
+def settings_cases() -> list[dict[str, Any]]:
+    """Settings at their limits and beyond, for a vocabulary of 4,096 tokens; with the code that refuses them."""
+    ids = list(range(MAX_BIASES + 1))
+    cases: list[tuple[str | None, dict[str, Any]]] = [
+        (None, {"stop": ["\u00e9" * MAX_STOP_CHARACTERS] + ["a"] * (MAX_STOP_STRINGS - 1)}),  # two bytes each
+        ("input_invalid", {"stop": ["\u00e9" * (MAX_STOP_CHARACTERS + 1)]}),
+        ("input_invalid", {"stop": ["a"] * (MAX_STOP_STRINGS + 1)}),
+        ("input_invalid", {"stop": ["a", ""]}),
+        (None, {"stop_token_ids": ids[:MAX_STOP_TOKEN_IDS]}),
+        ("input_invalid", {"stop_token_ids": ids[: MAX_STOP_TOKEN_IDS + 1]}),
+        (None, {"logit_bias": [[token_id, 1.0] for token_id in ids[:MAX_BIASES]]}),
+        ("input_invalid", {"logit_bias": [[token_id, 1.0] for token_id in ids]}),
+        ("input_invalid", {"logit_bias": [[5, 100.5]]}),
+        (None, {"logit_bias": [[4095, 1.0]]}),
+        ("token_invalid", {"logit_bias": [[5, 1.0], [4096, 1.0]]}),
+    ]
+    return [{"code": code, "settings": settings} for code, settings in cases]
 
 
 def random_logits(random: np.random.Generator, size: int) -> list[float]:

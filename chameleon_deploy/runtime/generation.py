@@ -130,6 +130,7 @@ class Row:
         self._decode = DecodeStream(skip_special_tokens=True) if is_shown or sampling.stop else None
         self._text = ""
         self._shown = 0  # number of characters that the caller was given
+        self._begun = [0] * len(sampling.stop)  # where the text may begin each stop string, at the earliest
 
     def append(self, choice: Choice, tokenizer: Any, eos_token_id: int) -> Token:
         token_id = choice.token_id
@@ -142,7 +143,8 @@ class Row:
             self._text = decode(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
         elif self._decode is not None:
             self._text += decode_next(self._decode, tokenizer, token_id)
-        cut = min((at for stop in self.sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
+        found = map(self._text.find, self.sampling.stop, self._begun)
+        cut = min((at for at in found if at >= 0), default=-1)
         if cut >= 0:
             stopped = finished = True
             self._text = self._text[:cut]
@@ -153,7 +155,7 @@ class Row:
 
     def _is_stop_token(self, token_id: int, eos_token_id: int) -> bool:
         is_eos = token_id == eos_token_id and not self.sampling.ignore_eos
-        return is_eos or token_id in self.sampling.stop_token_ids
+        return is_eos or token_id in self.sampling.stop_ids
 
     def _generation(self, reason: FinishReason) -> Generation:
         generation = Generation(self.token_ids, self._text, self.cluster_id, reason)
@@ -172,10 +174,13 @@ class Row:
 
     def _held_back(self) -> int:
         """Return how many characters at the end may begin a stop string."""
-        lengths = (
-            n for stop in self.sampling.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])
-        )  # fmt: skip
-        return max(lengths, default=0)
+        for i, stop in enumerate(self.sampling.stop):
+            # A place that does not begin the string never will, so each is looked at once.
+            at = max(self._begun[i], len(self._text) - len(stop) + 1)
+            while (at := self._text.find(stop[0], at)) >= 0 and not stop.startswith(self._text[at:]):
+                at += 1
+            self._begun[i] = at if at >= 0 else len(self._text)
+        return len(self._text) - min(self._begun, default=len(self._text))
 
 
 def begin_rows(

@@ -219,8 +219,8 @@ def _changes_logits(s: Sampling) -> bool:
 def _changed(logits: FloatArray, counts: TokenCounts, s: Sampling, allowed: BoolArray | None) -> FloatArray:
     """Return the logits after steps 1 to 4."""
     logits = logits.copy()
-    for token_id, bias in dict(s.logit_bias).items():
-        logits[token_id] += np.float32(bias)
+    ids, biases = s.biases
+    logits[ids] += biases
     if allowed is not None:
         logits[~allowed] = -np.inf
     if s.repetition_penalty != 1.0:

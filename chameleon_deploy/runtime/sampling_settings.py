@@ -5,14 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, TokenError
 
 MAX_LOGPROBS = 5
+# What is looked at for every token is bounded, so that no request slows the steps that it shares with others.
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
+MAX_STOP_TOKEN_IDS = MAX_BIASES = 1024
 _FLOAT32 = np.finfo(np.float32)
 _FLOAT64_MAX = float(np.finfo(np.float64).max)
 
@@ -26,11 +32,12 @@ class Sampling:
     top_p               1 keeps all
     repetition_penalty  1 changes nothing; counts the prompt and the generated tokens
     seed                0 <= seed < 2**64; equal seeds give equal tokens
-    stop_token_ids      stop after one of these, in addition to the model's end of text
-    stop                stop before one of these strings
+    stop_token_ids      stop after one of these, at most 1,024, in addition to the model's end of text
+    stop                stop before one of these strings: at most 16, of at most 1,024 characters each
     presence_penalty    -2 to 2, subtracted from the logit of every generated token
     frequency_penalty   -2 to 2, subtracted as often as the token was generated
-    logit_bias          token id -> -100 to 100, added to its logit; kept as a tuple of pairs in the order of the ids
+    logit_bias          token id -> -100 to 100, added to its logit; of at most 1,024 tokens. Kept as a tuple of pairs
+                        in the order of the ids
     ignore_eos          do not stop at the model's end of text
     logprobs            report the log-probability of every token, and of 0 to 5 alternatives; None reports none
 
@@ -56,8 +63,19 @@ class Sampling:
             try:
                 converted = convert(value)
             except (TypeError, ValueError, OverflowError):
-                raise InputError(f"{name}={value!r}: pass {expected}", name) from None
+                raise InputError(f"{name}={value!r:.80}: pass {expected}", name) from None
             object.__setattr__(self, name, converted)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The stop_token_ids, to look one up in."""
+        return frozenset(self.stop_token_ids)
+
+    @cached_property
+    def biases(self) -> tuple[npt.NDArray[np.int64], FloatArray]:
+        """The token ids of logit_bias, ascending, and what is added to the logit of each.  -> int64 [n], float32 [n]"""
+        pairs = dict(self.logit_bias)
+        return np.fromiter(pairs, np.int64, len(pairs)), np.fromiter(pairs.values(), np.float32, len(pairs))
 
 
 def _real(lowest: float, highest: float) -> Callable[[Any], float]:
@@ -97,17 +115,24 @@ def _flag(value: Any) -> bool:
 
 def _stop(value: Any) -> tuple[str, ...]:
     strings = tuple(value)
-    if isinstance(value, str) or not all(isinstance(string, str) and string for string in strings):
+    if isinstance(value, str) or not all(isinstance(string, str) for string in strings):
         raise TypeError
+    _within(len(strings), 0, MAX_STOP_STRINGS)
+    for string in strings:
+        _within(len(string), 1, MAX_STOP_CHARACTERS)
     return strings
 
 
 def _stop_token_ids(value: Any) -> tuple[int, ...]:
-    return tuple(_token_id(token_id) for token_id in value)
+    token_ids = tuple(_token_id(token_id) for token_id in value)
+    _within(len(token_ids), 0, MAX_STOP_TOKEN_IDS)
+    return token_ids
 
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    return tuple(sorted((_token_id(token_id), _bias(bias)) for token_id, bias in dict(value).items()))
+    biases = dict(value)
+    _within(len(biases), 0, MAX_BIASES)
+    return tuple(sorted((_token_id(token_id), _bias(bias)) for token_id, bias in biases.items()))
 
 
 _token_id = _integer(0, 2**63 - 1)
@@ -122,11 +147,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "a positive number in float32's range (1 changes nothing)",
     ),
     "seed": (_integer(0, 2**64 - 1), "an integer from 0 to 2**64 - 1"),
-    "stop_token_ids": (_stop_token_ids, "a sequence of token ids"),
-    "stop": (_stop, "a sequence of strings that are not empty"),
+    "stop_token_ids": (_stop_token_ids, f"at most {MAX_STOP_TOKEN_IDS} token ids"),
+    "stop": (_stop, f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters"),
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
-    "logit_bias": (_logit_bias, "a mapping of token ids to numbers from -100 to 100"),
+    "logit_bias": (_logit_bias, f"numbers from -100 to 100 by token id, of at most {MAX_BIASES} tokens"),
     "ignore_eos": (_flag, "True or False"),
     "logprobs": (
         lambda value: None if value is None else _integer(0, MAX_LOGPROBS)(value),
@@ -142,6 +167,6 @@ def check_sampling(sampling: Any, vocab_size: int) -> None:
     """
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling is of type {type(sampling).__name__}: pass a chameleon_deploy.Sampling", "sampling")
-    for token_id in dict(sampling.logit_bias):
-        if token_id >= vocab_size:
-            raise TokenError(f"logit_bias: token id {token_id} is outside the vocabulary of {vocab_size}", "logit_bias")
+    biased, _ = sampling.biases
+    if len(biased) and biased[-1] >= vocab_size:
+        raise TokenError(f"logit_bias: token id {biased[-1]} is outside the vocabulary of {vocab_size}", "logit_bias")

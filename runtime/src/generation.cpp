@@ -36,7 +36,11 @@ void check_count(const PerPrompt<T>& values, std::size_t batch, const char* name
 
 Row::Row(std::size_t index, std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling,
          std::uint64_t stream, std::int64_t cluster_id)
-    : index_(index), prompt_(prompt), limit_(static_cast<std::size_t>(limit)), sampler_(sampling, prompt, stream) {
+    : index_(index),
+      prompt_(prompt),
+      limit_(static_cast<std::size_t>(limit)),
+      sampler_(sampling, prompt, stream),
+      begun_(sampling.stop.size()) {
   generation_.cluster_id = cluster_id;
 }
 
@@ -61,7 +65,8 @@ Token Row::append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_to
     }
   }
   std::size_t cut = std::string::npos;
-  for (const std::string& stop : sampler_.sampling().stop) cut = std::min(cut, text.find(stop));
+  const auto& stops = sampler_.sampling().stop;
+  for (std::size_t i = 0; i < stops.size(); ++i) cut = std::min(cut, text.find(stops[i], begun_[i]));
   if (cut != std::string::npos) {
     stopped = finished = true;
     text.resize(cut);
@@ -81,9 +86,7 @@ Token Row::end(FinishReason reason, std::optional<Error> error) {
 }
 
 bool Row::is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const {
-  const Sampling& sampling = sampler_.sampling();
-  const auto& ids = sampling.stop_token_ids;
-  return (token_id == eos_token_id && !sampling.ignore_eos) || std::ranges::find(ids, token_id) != ids.end();
+  return (token_id == eos_token_id && !sampler_.sampling().ignore_eos) || sampler_.is_stop_token(token_id);
 }
 
 std::string Row::take_text(bool finished) {
@@ -94,14 +97,18 @@ std::string Row::take_text(bool finished) {
 }
 
 /// How many bytes at the end may be the beginning of a stop string.
-std::size_t Row::held_back() const {
-  std::size_t longest = 0;
-  for (const std::string& stop : sampler_.sampling().stop) {
-    for (std::size_t length = stop.size() - 1; length > longest; --length) {
-      if (generation_.text.ends_with(std::string_view(stop).substr(0, length))) longest = length;
-    }
+std::size_t Row::held_back() {
+  const std::string_view text = generation_.text;
+  const auto& stops = sampler_.sampling().stop;
+  std::size_t first = text.size();
+  for (std::size_t i = 0; i < stops.size(); ++i) {
+    // A place that does not begin the string never will, so each is looked at once.
+    std::size_t at = std::max(begun_[i], text.size() - std::min(text.size(), stops[i].size() - 1));
+    while ((at = text.find(stops[i].front(), at)) < text.size() && !stops[i].starts_with(text.substr(at))) ++at;
+    begun_[i] = std::min(at, text.size());
+    first = std::min(first, begun_[i]);
   }
-  return longest;
+  return text.size() - first;
 }
 
 std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,

@@ -33,14 +33,15 @@ class Row {
   [[nodiscard]] bool is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const;
   /// Text that the caller has not been given. What may begin a stop string is held back.
   [[nodiscard]] std::string take_text(bool finished);
-  [[nodiscard]] std::size_t held_back() const;
+  [[nodiscard]] std::size_t held_back();
 
   std::size_t index_;
   std::span<const std::int64_t> prompt_;
   std::size_t limit_;
   Sampler sampler_;
-  std::string pending_;    // bytes of a character that is not complete yet
-  std::size_t shown_ = 0;  // bytes of the text that the caller has been given
+  std::string pending_;             // bytes of a character that is not complete yet
+  std::size_t shown_ = 0;           // bytes of the text that the caller has been given
+  std::vector<std::size_t> begun_;  // where the text may begin each stop string, at the earliest
   Generation generation_;
 };
 

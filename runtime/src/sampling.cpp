@@ -130,7 +130,17 @@ void check(const Sampling& sampling, std::int64_t vocab_size) {
   require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", "a number above 0, at most 1 (1 keeps all)");
   require(penalty >= std::numeric_limits<float>::min() && penalty <= std::numeric_limits<float>::max(),
           "repetition_penalty", "a positive number in float32's range (1 changes nothing)");
-  require(std::ranges::none_of(sampling.stop, &std::string::empty), "stop", "strings that are not empty");
+  const auto is_stop = [](const std::string& stop) {  // counts the bytes that begin a character
+    const auto continues = [](char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; };
+    const auto bytes = std::ssize(stop);
+    return bytes > 0 &&
+           bytes - std::ranges::count_if(stop, continues) <= static_cast<std::ptrdiff_t>(kMaxStopCharacters);
+  };
+  require(sampling.stop.size() <= kMaxStopStrings && std::ranges::all_of(sampling.stop, is_stop), "stop",
+          "at most 16 strings of 1 to 1024 characters");
+  require(sampling.stop_token_ids.size() <= kMaxStopTokenIds, "stop_token_ids", "at most 1024 token ids");
+  require(sampling.logit_bias.size() <= kMaxBiases, "logit_bias",
+          "numbers from -100 to 100 by token id, of at most 1024 tokens");
   const char* expected = "a number from -2 to 2 (0 changes nothing)";
   require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
   require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
@@ -157,7 +167,13 @@ void TokenCounts::append(std::int64_t token_id) {
 }
 
 Sampler::Sampler(Sampling sampling, std::span<const std::int64_t> prompt, std::uint64_t stream)
-    : sampling_(std::move(sampling)), stream_(stream), counts_(prompt) {}
+    : sampling_(std::move(sampling)), stream_(stream), counts_(prompt) {
+  std::ranges::sort(sampling_.stop_token_ids);
+}
+
+bool Sampler::is_stop_token(std::int64_t token_id) const {
+  return std::ranges::binary_search(sampling_.stop_token_ids, token_id);
+}
 
 Choice Sampler::choose(std::span<const float> logits, std::span<const bool> allowed) const {
   const double u = uniform(sampling_.seed, stream_, step_);

@@ -9,6 +9,9 @@ namespace chameleon {
 
 /// The largest number of alternatives that are reported for a token.
 inline constexpr int kMaxLogprobs = 5;
+/// What is looked at for every token is bounded, so that no request slows the steps that it shares with others.
+inline constexpr std::size_t kMaxStopStrings = 16, kMaxStopCharacters = 1024;
+inline constexpr std::size_t kMaxStopTokenIds = 1024, kMaxBiases = 1024;
 
 /// Throws InputError for a setting out of range, and TokenError for a bias of a token outside the vocabulary.
 void check(const Sampling& sampling, std::int64_t vocab_size);
@@ -40,6 +43,8 @@ class Sampler {
   Sampler(Sampling sampling, std::span<const std::int64_t> prompt, std::uint64_t stream);
 
   [[nodiscard]] const Sampling& sampling() const { return sampling_; }
+  /// Whether a token is one of the stop_token_ids.
+  [[nodiscard]] bool is_stop_token(std::int64_t token_id) const;
 
   /// The next token, by the row's own random number. It is not counted until `append`. See `choose` below.
   [[nodiscard]] Choice choose(std::span<const float> logits, std::span<const bool> allowed = {}) const;

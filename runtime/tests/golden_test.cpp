@@ -140,6 +140,18 @@ TEST(Sampling, LogProbabilities) {
   }
 }
 
+TEST(Sampling, SettingsAtTheirLimits) {
+  for (const Json& each : read_data("sampling.json").at("settings")) {
+    Json code;
+    try {
+      check(read_sampling(each.at("settings")), 4096);
+    } catch (const Error& error) {
+      code = error.code();
+    }
+    EXPECT_EQ(code, each.at("code")) << each.dump().substr(0, 200);
+  }
+}
+
 TEST(Sampling, ATokenOfNoProbabilityIsNeitherChosenNorListed) {
   const std::vector<float> logits = {-std::numeric_limits<float>::infinity(), 3};
   for (const double u : {0.0, 0.5, 0.999}) {

@@ -13,6 +13,7 @@ import chameleon_deploy
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import Generation, Runtime, Sampling
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
+from chameleon_deploy.runtime.sampling_settings import check_sampling
 from tests.plain_sampling import FAULTS, plain_choose
 from tests.schedules import run_schedule
 from tests.shared_data import (
@@ -98,6 +99,16 @@ def test_log_probabilities() -> None:
     for case in read("sampling.json")["log_probabilities"]:
         choice = log_probabilities(case_logits(case), case["token_id"], case["count"])
         assert (choice.logprob, list(map(list, choice.top_logprobs or ()))) == (case["logprob"], case["top_logprobs"])
+
+
+def test_settings_at_their_limits() -> None:
+    for case in read("sampling.json")["settings"]:
+        try:
+            check_sampling(Sampling(**case["settings"]), 4096)
+            code = None
+        except ChameleonError as error:
+            code = error.code
+        assert code == case["code"], str(case)[:200]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

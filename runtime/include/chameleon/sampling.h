@@ -16,11 +16,11 @@ struct Sampling {
   double top_p = 1;                             ///< 1 keeps all
   double repetition_penalty = 1;                ///< 1 leaves the logits alone; counts the prompt and generated tokens
   std::uint64_t seed = 0;                       ///< the same seed gives the same tokens, here and in Python
-  std::vector<std::int64_t> stop_token_ids{};   ///< stop after one of these, besides the model's end of text
-  std::vector<std::string> stop{};              ///< stop before one of these strings
+  std::vector<std::int64_t> stop_token_ids{};   ///< stop after one of these, at most 1,024, besides the model's eos
+  std::vector<std::string> stop{};              ///< stop before one of these: at most 16, of at most 1,024 characters
   double presence_penalty = 0;                  ///< -2 to 2, subtracted from the logit of every generated token
   double frequency_penalty = 0;                 ///< -2 to 2, subtracted as often as the token was generated
-  std::map<std::int64_t, double> logit_bias{};  ///< token id -> -100 to 100, added to its logit
+  std::map<std::int64_t, double> logit_bias{};  ///< token id -> -100 to 100, added to its logit; at most 1,024
   bool ignore_eos = false;                      ///< do not stop at the model's end of text
   std::optional<int> logprobs{};                ///< report log-probabilities, and those of 0 to 5 alternatives
 };
