@@ -23,7 +23,7 @@ from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, chec
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
 from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.schedule import Schedule
+from chameleon_deploy.runtime.schedule import Schedule, most_rows
 from chameleon_deploy.runtime.stream import Stream, deliver
 from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
 
@@ -75,7 +75,8 @@ class Engine:
         """Start the engine's thread.
 
         rows              places in the batch
-        max_waiting       rows that may wait for a place; a submit beyond that raises QueueFullError
+        max_waiting       rows that may wait for a place; a submit of more rows than are free, or of several that
+                          are more than half of those, raises QueueFullError
         prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
         max_factor_sets   different factor sets in the batch at a time; None means as many as rows
         cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenants, waits for others
@@ -127,18 +128,16 @@ class Engine:
         check_names(keywords, Generate, Adapt)
         generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
         submission = prepare(self.runtime, prompts, generate, adapt, self._capacity)
-        rows = len(submission.members)
-        if rows > self.rows + self.max_waiting:
+        rows, places = len(submission.members), self.rows + self.max_waiting
+        if rows > (most := most_rows(places)):
             name = "n" if generate.n > 1 else "prompts"
-            raise InputError(
-                f"{rows} rows in one submit: this engine has room for {self.rows + self.max_waiting}", name
-            )
+            raise InputError(f"{rows} rows in one submit: this engine takes at most {most}", name)
         if not self._window or submission.cohort_key is None:
             form_cohort(self.runtime, [submission], next(self._cohort_ids))
         with self._lock:
             if self._closing:
                 raise ClosedError("the engine is closed and takes no new requests")
-            if self._present + rows > self.rows + self.max_waiting:
+            if rows > most_rows(places - self._present):
                 raise QueueFullError(f"no room for {rows} rows, at most {self.max_waiting} may wait: try again later")
             self._present += rows
             self._commands.put(submission)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -101,9 +102,12 @@ class Loop:
         self._ended.clear()
 
     def _admit(self) -> None:
+        running = Counter(member.stream for member in self.batch.members)
         while self.batch.room() and (
-            member := take_next(self.waiting, self.table.__contains__, self.table.is_full)
-        ):  # fmt: skip
+            member := take_next(
+                self.waiting, lambda member: running[member.stream], self.table.__contains__, self.table.is_full
+            )
+        ):
             hit = member.key in self.table
             try:
                 self.table.acquire(member.source)
@@ -112,6 +116,7 @@ class Loop:
                 self._ended.discard(member)  # it never was in the batch
                 continue
             self.batch.admit(member)
+            running[member.stream] += 1
             self._report.factor_set_hits += hit
             self._report.queued.append(time.monotonic() - member.submitted)
 

@@ -1,6 +1,8 @@
 """The decisions of the engine: which row is admitted next, and what is prefilled in one call.
 
-Admission is first come, first served, with a bounded number of exceptions.
+Rows are divided evenly: the next is of the request that has the fewest in the batch, among equals the first to come.
+So a request of many rows takes all while nobody else waits, and others get theirs as its rows end. Factor sets that
+have no room cause a bounded number of exceptions.
 """
 
 from __future__ import annotations
@@ -42,18 +44,30 @@ class Waiting(Protocol):
 W = TypeVar("W", bound=Waiting)
 
 
-def take_next(queue: MutableSequence[W], is_resident: Callable[[Hashable], bool], is_full: bool) -> W | None:
+def most_rows(places: int) -> int:
+    """Return how many rows a request may have of the places that are free: half, so that it never takes all of them.
+
+    A single row may take the last.
+    """
+    return max(places // 2, min(places, 1))
+
+
+def take_next(
+    queue: MutableSequence[W], running: Callable[[W], int], is_resident: Callable[[Hashable], bool], is_full: bool
+) -> W | None:
     """Remove and return the row that may be admitted next, or None.
 
     queue        in order of arrival
+    running      returns how many rows of a row's request are in the batch
     is_resident  returns whether a factor set is in the table
     is_full      whether the table has no room for another
     """
-    for place, row in enumerate(queue):
+    in_turn = sorted(queue, key=running)
+    for place, row in enumerate(in_turn):
         if not is_full or is_resident(row.key):
-            for overtaken in queue[:place]:
+            for overtaken in in_turn[:place]:
                 overtaken.overtaken += 1
-            del queue[place]
+            queue.remove(row)
             return row
         if row.overtaken >= MAX_OVERTAKES:
             return None

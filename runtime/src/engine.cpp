@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "loop.h"
+#include "schedule.h"
 #include "submission.h"
 
 namespace chameleon {
@@ -98,10 +99,10 @@ Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
 }
 
 Stream Engine::Impl::submit(Texts prompts, SubmitOptions submit_options) {
-  const std::size_t most = options.rows + options.max_waiting;
-  const auto check_rows = [most](std::size_t rows) {
+  const std::size_t places = options.rows + options.max_waiting;
+  const auto check_rows = [most = most_rows(places)](std::size_t rows) {
     if (rows <= most) return;
-    throw InputError(std::to_string(rows) + " rows in one submit: this engine has room for " + std::to_string(most));
+    throw InputError(std::to_string(rows) + " rows in one submit: this engine takes at most " + std::to_string(most));
   };
   check_rows(submit_options.n);  // before there are so many
   Submission submission = prepare(runtime, capacity, prompts, std::move(submit_options));
@@ -113,7 +114,7 @@ Stream Engine::Impl::submit(Texts prompts, SubmitOptions submit_options) {
   Stream stream(submission.stream);
   const std::lock_guard lock(mutex);
   if (closing) throw ClosedError("the engine is closed and takes no new requests");
-  if (present + rows > most) {
+  if (rows > most_rows(places - present)) {
     throw QueueFullError("no room for " + std::to_string(rows) + " rows, at most " +
                          std::to_string(options.max_waiting) + " may wait: try again later");
   }

@@ -1,5 +1,6 @@
 #include "loop.h"
 
+#include <map>
 #include <utility>
 
 #include "chameleon/error.h"
@@ -69,9 +70,12 @@ void Loop::drop_ended() {
 }
 
 void Loop::admit() {
+  std::map<const Stream::State*, std::size_t> of_request;
+  for (const auto& member : batch_.members()) ++of_request[member->stream.get()];
+  const auto running = [&](const Member& member) { return of_request[member.stream.get()]; };
   const auto is_resident = [&](const Member& member) { return table_.contains(member.key()); };
   while (batch_.room() > 0) {
-    auto member = take_next(waiting_, is_resident, table_.is_full());
+    auto member = take_next(waiting_, running, is_resident, table_.is_full());
     if (member == nullptr) return;
     const bool hit = is_resident(*member);
     try {
@@ -82,6 +86,7 @@ void Loop::admit() {
     }
     result_.iteration.factor_set_hits += hit ? 1 : 0;
     result_.iteration.queued.push_back(Clock::now() - member->submitted);
+    ++of_request[member->stream.get()];
     batch_.admit(std::move(member));
   }
 }

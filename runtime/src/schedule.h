@@ -1,6 +1,8 @@
 // The decisions of the engine: which row is admitted next, how long a prefill chunk is, and which prompts share a call.
 //
-// Admission is first come, first served, with a bounded number of exceptions.
+// Rows are divided evenly: the next is of the request that has the fewest in the batch, among equals the first to come.
+// So a request of many rows takes all while nobody else waits, and others get theirs as its rows end. Factor sets that
+// have no room cause a bounded number of exceptions.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +18,25 @@ inline constexpr int kMaxOvertakes = 16;
 /// A call of the decoder takes as long as so many tokens more: it reads all weights.
 inline constexpr std::size_t kCallTokens = 32;
 
+/// How many rows a request may have of the places that are free: half, so that it never takes all of them. A single row
+/// may take the last.
+inline std::size_t most_rows(std::size_t places) { return std::max(places / 2, std::min<std::size_t>(places, 1)); }
+
 /// Remove and return the row that may be admitted next; null if there is none.
 ///
 /// queue        pointers to rows with a key() and a counter `overtaken`, in order of arrival
+/// running      how many rows of a row's request are in the batch
 /// is_resident  whether a row's factor set is in the table
 /// is_full      whether the table has no room for another
-template <class Pointer, class IsResident>
-Pointer take_next(std::vector<Pointer>& queue, const IsResident& is_resident, bool is_full) {
-  for (auto row = queue.begin(); row != queue.end(); ++row) {
+template <class Pointer, class Running, class IsResident>
+Pointer take_next(std::vector<Pointer>& queue, const Running& running, const IsResident& is_resident, bool is_full) {
+  std::vector<Pointer> in_turn = queue;
+  std::ranges::stable_sort(in_turn, {}, [&](const Pointer& row) { return running(*row); });
+  for (auto row = in_turn.begin(); row != in_turn.end(); ++row) {
     if (!is_full || is_resident(**row)) {
-      std::for_each(queue.begin(), row, [](const Pointer& overtaken) { ++overtaken->overtaken; });
-      Pointer taken = std::move(*row);
-      queue.erase(row);
-      return taken;
+      std::for_each(in_turn.begin(), row, [](const Pointer& overtaken) { ++overtaken->overtaken; });
+      std::erase(queue, *row);
+      return *row;
     }
     if ((*row)->overtaken >= kMaxOvertakes) return nullptr;
   }

@@ -207,7 +207,7 @@ TEST(Engine, ACancelledStreamKeepsWhatItHas) {
 }
 
 TEST(Engine, ACancelledSubmitLeavesTheQueueToo) {
-  Engine engine(runtime(), {.rows = 1, .max_waiting = 2048});
+  Engine engine(runtime(), {.rows = 1, .max_waiting = 4096});
   SubmitOptions options = endless();
   options.n = 128;
   const Stream stream = engine.submit(std::vector<TokenIds>(16, {1}), options);
@@ -286,7 +286,7 @@ TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
                QueueFullError);
   EXPECT_GE(kept.size(), 5U);
   SubmitOptions continuations = endless();
-  continuations.n = 3;  // of which one would fit soon
+  continuations.n = 2;  // of which one would fit soon
   EXPECT_THROW(submit(engine, prompts_of({5})[0], continuations), QueueFullError);
   EXPECT_FALSE(kept.back().wait(Seconds(0)));
   EXPECT_TRUE(kept.back().wait(Seconds(60)));

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.iteration import Iteration
 from chameleon_deploy.runtime.loop import Loop
-from chameleon_deploy.runtime.schedule import Schedule
+from chameleon_deploy.runtime.schedule import Schedule, take_next
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.stream import deliver
@@ -86,7 +87,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 def assert_same(runtime: Runtime, prompt: list[int], found: Generation, sampling: Sampling, **how: Any) -> None:
     """Token for token what the prompt gives alone, up to where the two best are closer than 1e-4."""
-    watched = Sampling(**{**vars(sampling), "logprobs": 2})
+    watched = replace(sampling, logprobs=2)
     alone = runtime.generate([prompt], sampling=[watched], **how)[0]
     assert alone.top_logprobs is not None
     for place, token_id in enumerate(alone.token_ids):
@@ -350,6 +351,44 @@ def test_starvation_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("chameleon_deploy.runtime.schedule.MAX_OVERTAKES", 10**9)
     with pytest.raises(AssertionError):
         test_nobody_starves(runtime)
+
+
+def test_a_request_of_many_rows_lets_others_in(runtime: Runtime) -> None:
+    """Two of 40 rows hold the batch; of a third, the first row to end gives its place."""
+    bench = Bench(runtime, rows=4)
+    large = [bench.submit(prompts_of(5)[0], limit=6, n=40) for _ in range(2)]
+    for _ in range(3):
+        bench.iterate()
+    small = bench.submit(prompts_of(7)[0], limit=6)
+    iterations = 0
+    while not small.done:
+        bench.iterate()
+        iterations += 1
+    assert iterations < 3 * 6
+    assert not any(stream.done for stream in large)
+    bench.run()
+
+
+def test_a_request_that_lets_nobody_in_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_come(queue: Any, running: Any, is_resident: Any, is_full: bool) -> Any:
+        return take_next(queue, lambda member: 0, is_resident, is_full)
+
+    monkeypatch.setattr("chameleon_deploy.runtime.loop.take_next", first_come)
+    with pytest.raises(AssertionError):
+        test_a_request_of_many_rows_lets_others_in(runtime)
+
+
+def test_a_request_of_many_rows_leaves_room_in_the_queue(runtime: Runtime) -> None:
+    with Engine(runtime, rows=2, max_waiting=14) as engine:
+        with pytest.raises(InputError, match="9 rows in one submit: this engine takes at most 8"):
+            engine.submit(prompts_of(5), n=9)
+        kept = [engine.submit(prompts_of(5), n=n, max_new_tokens=LONG, mode="none") for n in (8, 4, 2)]
+        with pytest.raises(QueueFullError):
+            while True:  # some may have ended by now
+                kept.append(engine.submit(prompts_of(5), n=2, max_new_tokens=LONG, mode="none"))
+        engine.submit(prompts_of(5), mode="none").result(60)  # a single row has its place
+        for stream in kept:
+            stream.cancel()
 
 
 class Incomparable:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,18 +15,43 @@ from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import FactorSets
-from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, joined, take_next
+from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, joined, most_rows, take_next
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     key: str
+    request: str = ""
     overtaken: int = 0
 
 
-def taken(queue: list[Row], resident: set[str], is_full: bool) -> str | None:
-    row = take_next(queue, resident.__contains__, is_full)
+def taken(
+    queue: list[Row], resident: set[str], is_full: bool, running: Mapping[str, int] = MappingProxyType({})
+) -> str | None:
+    row = take_next(queue, lambda row: running.get(row.request, 0), resident.__contains__, is_full)
     return None if row is None else row.key
+
+
+def test_rows_go_to_the_request_that_has_the_fewest() -> None:
+    queue = [Row("a1", "a"), Row("a2", "a"), Row("b1", "b"), Row("b2", "b"), Row("c1", "c")]
+    running = Counter({"a": 3})
+    order = list[str]()
+    while (key := taken(queue, set(), False, running)) is not None:
+        running[key[0]] += 1
+        order.append(key)
+    assert order == ["b1", "c1", "b2", "a1", "a2"]
+
+
+def test_a_request_keeps_its_turn_behind_others_that_come_and_go() -> None:
+    """Requests of a single row come for ever; whoever has none in the batch and came first is next."""
+    queue = [Row("a", "a"), *(Row(f"b{i}", f"b{i}") for i in range(100))]
+    assert taken(queue, set(), False, {"a": 1}) == "b0"
+    assert taken(queue, set(), False, {}) == "a"
+
+
+@pytest.mark.parametrize(("free", "most"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (264, 132)])
+def test_no_request_takes_all_places(free: int, most: int) -> None:
+    assert most_rows(free) == most
 
 
 def test_first_come_first_served_while_there_is_room() -> None:

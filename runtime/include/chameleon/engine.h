@@ -17,7 +17,8 @@ namespace chameleon {
 
 struct EngineOptions {
   std::size_t rows = 8;              ///< places in the batch, at least 1
-  std::size_t max_waiting = 256;     ///< rows that may wait for a place; a submit beyond that throws QueueFullError
+  std::size_t max_waiting = 256;     ///< rows that may wait for a place; a submit beyond that, or of several rows
+                                     ///< that are more than half of what is free, throws QueueFullError
   std::size_t prefill_tokens = 256;  ///< prompt tokens prefilled between two steps of the running rows, at least 8
   std::optional<std::size_t> max_factor_sets{};  ///< different sets in the batch at a time: by default, as many as rows
   /// How long a submit in mode cohort, or in mode tenant of the same tenant, waits for others that join its cohort;
