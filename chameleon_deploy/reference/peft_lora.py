@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +27,9 @@ from chameleon_deploy.errors import CheckpointError, TensorError
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_RANK = 1024  # every layer is padded to the largest rank of its adapter
+MAX_CONFIG_BYTES = 2**20
+MATCH_SECONDS = 1  # of one pattern and one layer
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Options that do not change what a saved adapter computes.
 _WITHOUT_EFFECT = {
@@ -75,7 +79,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
         if self.layers_to_transform is None or self.layers_to_transform == []:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer) for pattern in patterns or ["[^.]*"])
+        found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\..*", layer) for pattern in patterns or ["[^.]*"])
         number = next((int(match[1]) for match in found if match), None)
         wanted = self.layers_to_transform
         return number in ([wanted] if isinstance(wanted, int) else wanted)
@@ -96,7 +100,9 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
         wanted = {name for name in layers if config.adapts(name)}
         ranks = {name: config.rank(name) for name in wanted}
         scalings = {name: config.scaling(name) for name in wanted}
-    except (re.error, ZeroDivisionError, OverflowError) as error:
+    except TimeoutError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}: a pattern takes over {MATCH_SECONDS} s to match") from error
+    except (regex.error, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
     pairs = _pairs(path, _tensors(path), head_weight)
     if unknown := sorted(pairs.keys() - layers.keys()):
@@ -110,18 +116,27 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
         for name, matrix, width in zip(factor_names(layer), pairs[layer], layers[layer], strict=True):
             if tuple(matrix.shape) != (ranks[layer], width):
                 raise TensorError(f"{path}: {name} has shape {tuple(matrix.shape)}, not {(ranks[layer], width)}")
-            if not matrix.is_floating_point() or not torch.isfinite(matrix).all():
-                raise TensorError(f"{path}: {name} holds NaN, infinity or numbers that are not floating point")
+            if matrix.dtype not in _DTYPES:
+                raise TensorError(f"{path}: {name} is {matrix.dtype}: save it as {', '.join(map(str, _DTYPES))}")
+            scaling = scalings[layer] if name == factor_names(layer)[1] else 1.0
             factors[name] = np.zeros((largest, width), np.float32)
-            factors[name][: ranks[layer]] = matrix.float().numpy()
-        factors[factor_names(layer)[1]] *= np.float32(scalings[layer])
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+                factors[name][: ranks[layer]] = matrix.float().numpy() * np.float32(scaling)
+            if not np.isfinite(factors[name]).all():
+                raise TensorError(f"{path}: {name}, scaled by {scaling:g}, holds NaN, infinity or beyond float32")
     return factors
 
 
 def read_config(file: Path) -> PeftConfig:
     """Read adapter_config.json. Raises CheckpointError, also for every option with an effect that is not read here."""
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, or no plain file")
+        with file.open("rb") as opened:
+            content = opened.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{file}: over {MAX_CONFIG_BYTES} bytes are no PEFT LoRA configuration")
+        raw = json.loads(content)
         config = msgspec.convert(raw, PeftConfig)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
@@ -179,10 +194,15 @@ def _is_equal(stored: Tensor, head_weight: Any) -> bool:
 
 def _matches(modules: list[str] | str, layer: str) -> bool:
     if isinstance(modules, str):
-        return re.fullmatch(modules, layer) is not None
+        return _match(modules, layer) is not None
     return any(layer == module or layer.endswith(f".{module}") for module in modules)
 
 
 def _of_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """Return the value of the first pattern that is the end of a layer's name, as PEFT does."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    return next((value for key, value in patterns.items() if _match(rf"(.*\.)?({key})", layer)), default)
+
+
+def _match(pattern: str, layer: str) -> Any:
+    """Match a whole name. Raises regex.error, and TimeoutError for a pattern that would take for ever."""
+    return regex.fullmatch(pattern, layer, timeout=MATCH_SECONDS)

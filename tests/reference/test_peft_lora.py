@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_what_is_no_plain_low_rank_update_is_refused_by_name(
         read_peft(directory, trunk.linear_layers(), trunk.head_weight)
 
 
+ENDLESS = "(.|[a-z0-9._])+(?<=X)"  # takes two to the power of the length of the name
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -107,6 +111,10 @@ def test_what_is_no_plain_low_rank_update_is_refused_by_name(
         {"lora_alpha": 1e999},
         {"target_modules": "(("},
         {"rank_pattern": {"((": 2}},
+        {"target_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"alpha_pattern": {ENDLESS: 2}},
+        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
     ],
     ids=lambda change: f"{next(iter(change))}",
 )
@@ -128,6 +136,8 @@ DAMAGE: dict[str, Callable[[Tensors], Any]] = {
     "NaN": lambda tensors: tensors[A].fill_(torch.nan),
     "infinity": lambda tensors: tensors[B].fill_(torch.inf),
     "integers": lambda tensors: tensors.update({A: torch.zeros(4, 64, dtype=torch.int32)}),
+    "float8": lambda tensors: tensors.update({A: tensors[A].to(torch.float8_e4m3fn)}),
+    "float64 beyond float32": lambda tensors: tensors.update({A: torch.full((4, 64), 1e300, dtype=torch.float64)}),
     "an unknown layer": lambda tensors: tensors.update(
         {A.replace("h.1", "h.7"): tensors[A].clone(), B.replace("h.1", "h.7"): tensors[B].clone()}
     ),
@@ -147,6 +157,28 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(
     damage(tensors)
     save_file(tensors, file)
     with pytest.raises(TensorError):
+        read_peft(saved, trunk.linear_layers(), trunk.head_weight)
+
+
+def test_a_scaling_beyond_float32_is_refused(saved: Path, trunk: Trunk) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 1e308}))
+    with pytest.raises(TensorError, match="scaled by"):
+        read_peft(saved, trunk.linear_layers(), trunk.head_weight)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless", "large"])
+def test_a_configuration_that_is_no_plain_small_file_is_refused(kind: str, saved: Path, trunk: Trunk) -> None:
+    file = saved / "adapter_config.json"
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "endless":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(content + b" " * 2**20)
+    with pytest.raises(CheckpointError, match="adapter_config"):
         read_peft(saved, trunk.linear_layers(), trunk.head_weight)
 
 
