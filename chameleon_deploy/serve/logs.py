@@ -69,11 +69,22 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
+# Control characters, and what some readers take for the end of a line, so that no request can forge a line.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code != ord("\n")} | {
+    code: f"\\u{code:04x}" for code in (0x2028, 0x2029)
+}
+
+
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = (f" {name}={getattr(record, name)!r}" for name in ("seconds", "request_id", "body")
                   if hasattr(record, name))  # fmt: skip
-        return super().format(record) + "".join(fields)
+        message = record.getMessage().translate(_ESCAPES | {ord("\n"): "\\n"})
+        once = logging.makeLogRecord({**vars(record), "msg": message, "args": (), "exc_info": None, "exc_text": None})
+        line = super().format(once) + "".join(fields)
+        if record.exc_info:  # no line of a trace begins as a record does
+            line += "\n    " + self.formatException(record.exc_info).translate(_ESCAPES).replace("\n", "\n    ")
+        return line
 
 
 def _request_id(scope: Scope) -> str:
