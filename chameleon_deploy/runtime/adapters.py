@@ -32,6 +32,10 @@ class Adapter:
     key: tuple[str, int]
     file: tuple[Path, str] | None
 
+    @property
+    def name(self) -> str:
+        return self.key[0]
+
 
 class Adapters:
     """The adapters of a bundle, and those that were loaded from files. For any number of threads.
@@ -58,6 +62,10 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         return list(self._named)
+
+    def __contains__(self, adapter: Adapter) -> bool:
+        """Return whether an adapter is still loaded, and not another under its name."""
+        return self._named.get(adapter.name) == adapter
 
     def __getitem__(self, name: str) -> Adapter:
         """Return an adapter. Raises AdapterError for a name that no adapter has."""
@@ -102,7 +110,7 @@ class Adapters:
         if now != digest:
             raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
         with self._lock:
-            if self._named.get(adapter.key[0]) == adapter:
+            if adapter in self:
                 self._keep(adapter, sets)
         return sets
 

@@ -105,6 +105,7 @@ class Engine:
         self._cohort_ids = itertools.count()
         self._present = 0  # submitted rows that have not ended
         self._closing = self._cancelling = False
+        self._iteration_began: float | None = None
         self._lock = threading.Lock()  # guards _present and _closing
         self._thread = threading.Thread(target=self._run, name="chameleon-engine", daemon=True)
         self._thread.start()
@@ -148,6 +149,11 @@ class Engine:
         """Return whether no request is accepted: after `close`, or a fault of the thread."""
         return self._closing
 
+    @property
+    def iteration_began(self) -> float | None:
+        """Return the time of the monotonic clock when the current iteration began; None between two."""
+        return self._iteration_began
+
     def stats(self) -> Stats:
         """Return the current state. Safe to call from any thread."""
         running, capacity = len(self._batch.members), self.rows * self._capacity
@@ -181,7 +187,9 @@ class Engine:
             while self._take_commands():
                 if self._cancelling:
                     self._loop.cancel()
+                self._iteration_began = time.monotonic()
                 self._hand_out(*self._loop.iterate())
+                self._iteration_began = None
         except BaseException as error:  # a fault of this package must not leave a caller waiting
             self._fail(error)
 

@@ -31,10 +31,19 @@ def main(
         typer.Option(exists=True, file_okay=False, help="Let requests load adapter files of this directory."),
     ] = None,
     max_adapter_bytes: Annotated[int, typer.Option(min=1, help="Of loaded adapters that stay in memory.")] = 2**30,
-    api_keys: Annotated[Path | None, typer.Option(help='JSON file, {"key": "tenant"}.')] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help='JSON file, {"key": "tenant"} or {"key": {"tenant": ..., "rights": [...]}}.')
+    ] = None,
     cohort_window_ms: Annotated[float, typer.Option(min=0, help="Join cohorts of requests this close.")] = 0,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Larger bodies are refused with 413.")] = 4 * 2**20,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more are refused with 429.")] = 512,
+    max_connections: Annotated[int, typer.Option(min=1, help="Beyond, the longest silent are closed.")] = 1000,
+    max_unfinished_bytes: Annotated[
+        int, typer.Option(min=1, help="Of bodies over 64 KiB that are arriving; more are refused with 429.")
+    ] = 64 * 2**20,
+    max_step_seconds: Annotated[
+        float, typer.Option(min=0.001, help="Of an engine's step; a longer one is logged and makes /health 503.")
+    ] = 30,
     drain_seconds: Annotated[float, typer.Option(min=0, help="For requests to end after SIGTERM.")] = 30,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -63,7 +72,8 @@ def main(
     service = Service(Settings(
         console.bundle_path(bundle), mode, provider, threads, share_weights, rows, max_waiting, prefill_tokens,
         cohort_window_ms, api_keys, max_body_bytes, max_requests, drain_seconds, log_prompts, trusted_key,
-        max_factor_sets, adapters, max_adapter_bytes, capacity, self_check,
+        max_factor_sets, adapters, max_adapter_bytes, capacity, self_check, max_connections, max_unfinished_bytes,
+        max_step_seconds,
     ))  # fmt: skip
     Server(service, host, port, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile).serve_until_ended()
 

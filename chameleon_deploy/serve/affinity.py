@@ -38,7 +38,7 @@ class Affinity:
             return await asyncio.to_thread(self._cluster_of, body)
         if self._routing == "tenant":
             try:
-                return self._keys.tenant(request.headers.get("authorization"))
+                return self._keys.holder(request.headers.get("authorization")).tenant
             except ApiError:
                 return None
         return None

@@ -53,7 +53,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _model(request: Request) -> Response:
     service = _service(request)
-    service.keys.tenant(request.headers.get("authorization"))
+    service.keys.holder(request.headers.get("authorization"))
     return json_response(service.served.models.get(request.path_params["model"]))
 
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from chameleon_deploy.serve.bodies import Receive
+from chameleon_deploy.serve.keys import Right
 from chameleon_deploy.serve.service import Served
 
 B = TypeVar("B", bound=msgspec.Struct | None)
@@ -23,16 +23,26 @@ class Call(Generic[B]):
     """body        checked
     size        of the body, in bytes
     tenant      of its API key
-    receive     tells of the client's disconnect
+    rights      of its API key
     """
 
     body: B
     size: int
     served: Served
     tenant: str | None
+    rights: frozenset[Right]
     request_id: str
-    receive: Receive
 
-    async def off_loop_if_large(self, work: Callable[[], T]) -> T:
-        """Do what takes the longer the larger the body is, without holding up other requests."""
-        return work() if self.size <= LARGE else await asyncio.to_thread(work)
+    async def off_loop_if_large(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+        """Do what takes the longer the larger the body is, without holding up other requests.
+
+        undo  called with the result where the client has left meanwhile
+        """
+        if self.size <= LARGE:
+            return work()
+        working = asyncio.get_running_loop().run_in_executor(None, work)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            working.add_done_callback(lambda done: undo(done.result()) if undo and not done.exception() else None)
+            raise

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +16,6 @@ from chameleon_deploy.errors import ChameleonError, InputError, TokenError
 from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.sampling_settings import check_sampling
-from chameleon_deploy.serve.bodies import Receive
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import DONE, EventStream, event
@@ -42,8 +40,8 @@ _FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "mod
 
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
-    """Answer one request; the client's disconnect cancels it."""
-    job = await call.off_loop_if_large(lambda: prepare(call))
+    """Answer one request; where it is cancelled, its rows are."""
+    job = await call.off_loop_if_large(lambda: prepare(call), undo=Job.cancel)
     try:
         echoes = await _echoed(job, call)
     except BaseException:
@@ -51,8 +49,8 @@ async def complete(call: Call[CompletionRequest]) -> Completion | Response:
         raise
     writers = [RowWriter(job, row, echoes[row // job.body.n]) for row in range(len(job.ids) * job.body.n)]
     if job.body.stream:
-        return EventStream(_events(job, writers, call.receive))
-    return await _whole(job, writers, call.receive)
+        return EventStream(_events(job, writers))
+    return await _whole(job, writers)
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Job:
             id=self.id,
             created=self.created,
             model=self.meant.model,
-            system_fingerprint=self.served.fingerprint,
+            system_fingerprint=self.served.fingerprint(self.meant),
             choices=choices,
         )
 
@@ -150,9 +148,15 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
     try:
         # Each prompt is as if it were alone.
         generate = Generate(max_new_tokens=body.max_tokens, sampling=[sampling] * len(ids), n=body.n)
-        return call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
+        stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
         raise api_error(error, _field(error)) from error
+    try:
+        call.served.models.check_loaded(meant)
+    except ApiError:
+        stream.cancel()
+        raise
+    return stream
 
 
 def _field(error: ChameleonError) -> str | None:
@@ -169,6 +173,7 @@ async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:
     if body.logprobs is not None:
         adapt = adapt_options(call, job.meant, len(job.ids))
         scores = await score_prompts(served, job.ids, adapt, body.logprobs)
+        served.models.check_loaded(job.meant)
     given = as_texts(body.prompt)
     return [
         Echo(
@@ -248,11 +253,13 @@ def _choices(generation: Generation) -> list[Choice]:
     return list(map(Choice, generation.token_ids, generation.token_logprobs, generation.top_logprobs))
 
 
-async def _whole(job: Job, writers: list[RowWriter], receive: Receive) -> Completion:
+async def _whole(job: Job, writers: list[RowWriter]) -> Completion:
     generations: list[Generation | None] = [None] * len(writers)
     if job.stream is not None:
-        async with _cancelled_on_disconnect(job.stream, receive):
+        try:
             generations = list(await job.stream)
+        finally:
+            job.cancel()
     for generation in generations:
         _require_success(generation)
     completion = job.completion([writer.whole(generations[row]) for row, writer in enumerate(writers)])
@@ -260,9 +267,9 @@ async def _whole(job: Job, writers: list[RowWriter], receive: Receive) -> Comple
     return completion
 
 
-async def _events(job: Job, writers: list[RowWriter], receive: Receive) -> AsyncGenerator[bytes, None]:
+async def _events(job: Job, writers: list[RowWriter]) -> AsyncGenerator[bytes, None]:
     try:
-        async with contextlib.aclosing(_chunks(job, writers, receive)) as chunks:
+        async with contextlib.aclosing(_chunks(job, writers)) as chunks:
             async for chunk in chunks:
                 yield event(chunk)
         yield DONE
@@ -270,7 +277,7 @@ async def _events(job: Job, writers: list[RowWriter], receive: Receive) -> Async
         yield event(api_error(error).body)
 
 
-async def _chunks(job: Job, writers: list[RowWriter], receive: Receive) -> AsyncGenerator[Completion, None]:
+async def _chunks(job: Job, writers: list[RowWriter]) -> AsyncGenerator[Completion, None]:
     options, new_tokens = job.body.stream_options, 0
     continuous = options is not None and options.continuous_usage_stats
 
@@ -282,13 +289,15 @@ async def _chunks(job: Job, writers: list[RowWriter], receive: Receive) -> Async
     for choice in _echo_chunks(job, writers):
         yield chunk(choice)
     if job.stream is not None:
-        async with _cancelled_on_disconnect(job.stream, receive):
+        try:
             async for token in job.stream:
                 _require_success(token.generation)
                 choices = [] if token.token_id < 0 else [Choice(token.token_id, token.logprob, token.top_logprobs)]
                 new_tokens += len(choices)
                 reason = token.generation.finish_reason if token.generation else None
                 yield chunk(writers[token.row].part(token.text, choices, reason))
+        finally:
+            job.cancel()
     if options is not None and (options.include_usage or continuous):
         completion = job.completion([])
         completion.usage = job.usage(new_tokens)
@@ -310,20 +319,3 @@ def _require_success(generation: Generation | None) -> None:
     if isinstance(generation.error, ChameleonError):
         raise generation.error
     raise ApiError(503, "closed", "the request was cancelled before its end")
-
-
-@contextlib.asynccontextmanager
-async def _cancelled_on_disconnect(stream: Stream, receive: Receive) -> AsyncIterator[None]:
-    """Cancel a stream when the client goes, and at the end in any case."""
-    watch = asyncio.create_task(_watch(stream, receive))
-    try:
-        yield
-    finally:
-        watch.cancel()
-        stream.cancel()
-
-
-async def _watch(stream: Stream, receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stream.cancel()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections.abc import Coroutine
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -12,6 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from chameleon_deploy.serve.bodies import DisconnectedError, parse, read_body
 from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.errors import ApiError
+from chameleon_deploy.serve.keys import Holder
 from chameleon_deploy.serve.operations import Operation
 from chameleon_deploy.serve.service import Service
 
@@ -25,27 +29,56 @@ class Endpoint:
         self._service, self._operation = service, operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tenant = self._service.keys.tenant(_header(scope, b"authorization"))
-        served, operation = self._service.served, self._operation
+        service = self._service
+        holder = service.keys.holder(_header(scope, b"authorization"))
+        service.check_bundle()
         try:
-            raw = await read_body(receive, self._service.settings.max_body_bytes)
+            raw = await read_body(receive, service.settings.max_body_bytes, service.unfinished_bodies)
         except DisconnectedError:
             return
-        self._service.begin()
+        service.begin()
         try:
-            body = parse(raw, operation.body) if operation.body else None
-            if self._service.settings.log_prompts:
-                scope["state"]["body"] = raw.decode(errors="replace")
-            call = Call(body, len(raw), served, tenant, scope["state"]["request_id"], receive)
-            answer = await operation.handler(call)
-            response = answer if isinstance(answer, Response) else json_response(answer)
-            await _deliver(response, scope, receive, send)
+            await _while_connected(receive, self._answer(raw, holder, scope, receive, send))
+        except asyncio.CancelledError:
+            if not service.ended:
+                raise
+            raise ApiError(503, "closed", "the server ended before it had answered") from None
         finally:
-            self._service.end()
+            service.end()
+
+    async def _answer(self, raw: bytes, holder: Holder, scope: Scope, receive: Receive, send: Send) -> None:
+        operation = self._operation
+        body = parse(raw, operation.body) if operation.body else None
+        if self._service.settings.log_prompts:
+            scope["state"]["body"] = raw.decode(errors="replace")
+        request_id = scope["state"]["request_id"]
+        call = Call(body, len(raw), self._service.served, holder.tenant, holder.rights, request_id)
+        answer = await operation.handler(call)
+        response = answer if isinstance(answer, Response) else json_response(answer)
+        await _deliver(response, scope, receive, send)
 
 
 def json_response(body: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work; it is cancelled when its client leaves."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        has_left = leaving.done()
+        leaving.cancel()
+        working.cancel()  # nothing where it has ended
+        await asyncio.wait((working,))
+    if not (working.cancelled() and has_left):
+        working.result()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _deliver(response: Response, scope: Scope, receive: Receive, send: Send) -> None:

@@ -35,8 +35,9 @@ _STATUS: Mapping[type[ChameleonError], int] = {
     ClosedError: 503,
     BundleChangedError: 503,
 }
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _RETRY_SECONDS = "1"
+_MESSAGE = 500  # characters
 
 
 @dataclass
@@ -55,7 +56,10 @@ class ApiError(Exception):
     @property
     def body(self) -> ErrorBody:
         type_ = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return ErrorBody(ErrorDetail(self.message, type_, self.param, self.code))
+        message = self.message  # may hold what was sent
+        if len(message) > _MESSAGE:
+            message = f"{message[:_MESSAGE]}... ({len(message)} characters)"
+        return ErrorBody(ErrorDetail(message, type_, self.param, self.code))
 
 
 def api_error(error: Exception, param: str | None = None) -> ApiError:

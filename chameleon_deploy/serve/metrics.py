@@ -5,7 +5,7 @@ Names are vLLM's where the meaning is the same. A row is one continuation of one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -42,7 +42,13 @@ class Metrics:
         self._batch_rows = self._histogram("batch_rows", "Rows in a step.", _ROWS)
         self._batch_sets = self._histogram("batch_factor_sets", "Factor sets in a step.", _ROWS)
         self._step = self._histogram("step_seconds", "Time of the decoder's step.", _STEP)
+        self._slow_steps = self._counter("slow_steps", "Iterations of the engine that took longer than allowed.")
         self._chunk = self._histogram("prefill_seconds", "Time of a chunk of a prompt.", _STEP)
+
+    def count_connections(self, connections: Sized) -> None:
+        """Read how many connections are open whenever it is asked for."""
+        gauge = Gauge("chameleon_connections", "Connections that are open.", registry=self._registry)
+        gauge.set_function(lambda: len(connections))
 
     def watch(self, engine: Engine) -> None:
         """Read the gauges from an engine whenever they are asked for."""
@@ -72,6 +78,9 @@ class Metrics:
 
     def accept(self, mode: Mode, cluster_id: int) -> None:
         self._requests.labels(mode, str(cluster_id)).inc()
+
+    def slow_step(self) -> None:
+        self._slow_steps.inc()
 
     def reject(self, code: str) -> None:
         self._rejected.labels(code).inc()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from chameleon_deploy.contract.bundle import Manifest, Mode, default_mode
 from chameleon_deploy.errors import ModeError
-from chameleon_deploy.runtime.adapters import Adapters
+from chameleon_deploy.runtime.adapters import Adapter, Adapters
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.schemas import Model, ModelList
 
@@ -18,7 +18,7 @@ class Meant(NamedTuple):
 
     model: str
     mode: Mode
-    adapter: str | None
+    adapter: Adapter | None
 
 
 class Models:
@@ -61,7 +61,7 @@ class Models:
         if adapter != named and named not in self._modes and adapter in self._adapters.names:
             if mode not in (None, "static"):
                 raise ApiError(400, "input_invalid", f"model {named!r} and mode {mode!r} contradict each other", "mode")
-            return Meant(named, "static", adapter)
+            return Meant(named, "static", self._adapters[adapter])
         if named not in self._modes:
             message = f"no model {named!r}: choose one of {', '.join(self._names()[:20])}"
             raise ApiError(404, "model_not_found", message, "model")
@@ -73,6 +73,11 @@ class Models:
             modes = ", ".join(dict.fromkeys(self._modes.values()))
             raise ApiError(400, "mode_unavailable", f"mode {mode!r} is not served here: choose one of {modes}", "mode")
         return Meant(named, mode, None)
+
+    def check_loaded(self, meant: Meant) -> None:
+        """Raises ApiError where another adapter has the name by now, or none: who computed would not be known."""
+        if meant.adapter is not None and meant.adapter not in self._adapters:
+            raise ApiError(400, "adapter_invalid", "the adapter was unloaded while the request began", "model")
 
     def list(self) -> ModelList:
         return ModelList(data=[self._model(name) for name in self._names()])

@@ -212,6 +212,7 @@ class ScoreResponse(Struct, kw_only=True):
     object: Literal["list"] = "list"
     model: str
     mode: Mode
+    system_fingerprint: str
     data: list[ScoreItem]
 
 

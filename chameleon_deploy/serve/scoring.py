@@ -32,8 +32,10 @@ async def score(call: Call[TextsRequest]) -> ScoreResponse:
     meant = served.models.resolve(body.model, body.mode)
     ids = await call.off_loop_if_large(lambda: encode(body.input, "input", served))
     adaptation = await served.score(served.runtime.sources.adapt, ids, adapt_options(call, meant, len(ids)))
+    served.models.check_loaded(meant)
     items = [_item(i, await served.score(_score_row, served, ids, adaptation, i)) for i in range(len(ids))]
-    return ScoreResponse(model=meant.model, mode=meant.mode, data=items)
+    fingerprint = served.fingerprint(meant)
+    return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
 
 
 def adapt_options(call: Call[TextsRequest] | Call[CompletionRequest], meant: Meant, texts: int) -> Adapt:
@@ -41,7 +43,7 @@ def adapt_options(call: Call[TextsRequest] | Call[CompletionRequest], meant: Mea
     return Adapt(
         mode=meant.mode,
         tenants=[call.tenant] * texts if meant.mode == "tenant" else None,
-        adapters=None if meant.adapter is None else [meant.adapter] * texts,
+        adapters=None if meant.adapter is None else [meant.adapter.name] * texts,
         conditioning=call.body.conditioning,
         adapt_tokens=call.body.adapt_tokens,
     )

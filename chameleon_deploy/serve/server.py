@@ -14,6 +14,7 @@ import uvicorn
 
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.serve.app import build
+from chameleon_deploy.serve.connections import Connection, Connections
 from chameleon_deploy.serve.service import Service
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            ws="none",
             timeout_graceful_shutdown=FLUSH_SECONDS,
             **options,
         )
@@ -42,15 +44,33 @@ class Server(uvicorn.Server):
         self._service, self._failure = service, list[BaseException]()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
         port: int = self._socket.getsockname()[1]
         return port
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        connections = Connections(self._service.settings.max_connections)
+        self._service.metrics.count_connections(connections)
+
+        def make() -> Connection:
+            return Connection(
+                connections, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )  # fmt: skip
+
+        self._accepting = asyncio.create_task(connections.accept(self._socket, make, self.config.ssl))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+        await super().shutdown(sockets=[self._socket])
+
     def serve_until_ended(self) -> None:
         """Run until a signal. Raises what loading the bundle raised."""
-        self.run([self._socket])
+        self.run()
         if self._failure:
             raise self._failure[0]
 
@@ -107,4 +127,5 @@ def listen(host: str, port: int) -> socket.socket:
     # Connections inherit it. asyncio sets it only on sockets that name their protocol, and without it the second part
     # of an answer waits 40 ms for the client's acknowledgement of the first.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listening.setblocking(False)
     return listening

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from typing import Any, TypeVar
 
 import chameleon_deploy
 from chameleon_deploy.contract.bundle import FloatArray, Mode
+from chameleon_deploy.errors import BundleChangedError
 from chameleon_deploy.runtime import Adapt, Engine, Runtime
+from chameleon_deploy.serve.bodies import UnfinishedBodies
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
 from chameleon_deploy.serve.metrics import Metrics
-from chameleon_deploy.serve.models import Models
+from chameleon_deploy.serve.models import Meant, Models
 from chameleon_deploy.serve.token_names import TokenNames
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import known_answer_checks
@@ -51,6 +54,9 @@ class Settings:
     max_adapter_bytes: int = 2**30
     capacity: int | None = None
     self_check: bool = False
+    max_connections: int = 1000
+    max_unfinished_bytes: int = 64 * 2**20
+    max_step_seconds: float = 30
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,13 @@ class Served:
     cluster_sizes: Counter[int] = field(default_factory=Counter)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
 
-    @property
-    def fingerprint(self) -> str:
-        runtime = self.runtime
-        return f"{runtime.bundle.digest[:16]}-{runtime.provider}-{runtime.manifest.precision}"
+    def fingerprint(self, meant: Meant) -> str:
+        """Return what computes a request: bundle, provider, precision, and the adapter's file if it is one's."""
+        runtime, adapter = self.runtime, meant.adapter
+        parts = [runtime.bundle.digest[:16], runtime.provider, runtime.manifest.precision]
+        if adapter is not None and adapter.file is not None:  # the bundle's own are in its digest
+            parts.append(adapter.file[1][:16])
+        return "-".join(parts)
 
     @property
     def max_prompts(self) -> int:
@@ -84,8 +93,40 @@ class Served:
         return self.engine.rows + self.engine.max_waiting
 
     async def score(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function in the scorer's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.scorer, function, *arguments)
+        """Run a function in the scorer's thread. Raises ApiError where it has ended."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.scorer, function, *arguments)
+        except RuntimeError as error:
+            if not self.engine.closed:
+                raise
+            raise ApiError(503, "closed", "the server ended before it had answered") from error
+
+
+class Watchdog:
+    """A thread that notices an iteration of the engine that takes too long, within a quarter of that."""
+
+    def __init__(self, engine: Engine, seconds: float, count: Callable[[], None]) -> None:
+        self._engine, self._seconds, self._count = engine, seconds, count
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="chameleon-watchdog", daemon=True).start()
+
+    def slow_seconds(self) -> float:
+        """Return how long the current iteration has taken if that is too long, else 0."""
+        began = self._engine.iteration_began
+        seconds = 0.0 if began is None else time.monotonic() - began
+        return seconds if seconds > self._seconds else 0.0
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        told: float | None = None  # the beginning of the last slow iteration
+        while not self._stopped.wait(self._seconds / 4):
+            began = self._engine.iteration_began
+            if began != told and (seconds := self.slow_seconds()):
+                told = began
+                self._count()
+                _log.error("a step of the engine has taken %.1f seconds and has not ended", seconds)
 
 
 class Service:
@@ -95,8 +136,10 @@ class Service:
         """Raises InputError for a file of API keys that cannot be used."""
         self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
         self._served: Served | None = None
-        self._draining = self._aborted = False
+        self._draining = self._aborted = self._ended = self._told_of_change = False
         self._requests = 0
+        self.unfinished_bodies = UnfinishedBodies(max(settings.max_unfinished_bytes, settings.max_body_bytes))
+        self._watchdog: Watchdog | None = None
 
     def open(self) -> None:
         """Load the bundle and start the engine. Raises a ChameleonError, see `chameleon_deploy.load`, or
@@ -123,6 +166,7 @@ class Service:
         )  # fmt: skip
         self.metrics.watch(engine)
         centroids = runtime.bundle.centroids()
+        self._watchdog = Watchdog(engine, s.max_step_seconds, self.metrics.slow_step)
         self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters)
         products = f", {runtime.integer_weights} weights in integer products" if runtime.integer_weights else ""
         _log.info("serving %s: %s on %s%s", name, runtime.manifest.precision, runtime.provider, products)
@@ -138,9 +182,26 @@ class Service:
             raise ApiError(503, "closed", "the engine has stopped: restart the server")
         return self._served
 
+    @property
+    def ended(self) -> bool:
+        """Return whether the time to drain is over."""
+        return self._ended
+
     def check_health(self) -> None:
-        """Raises ApiError unless requests can be taken, BundleChangedError where the bundle's files have changed."""
-        self.served.runtime.check_unchanged()
+        """Raises ApiError unless requests can be taken and the engine goes on."""
+        self.check_bundle()
+        if self._watchdog is not None and (seconds := self._watchdog.slow_seconds()):
+            raise ApiError(503, "step_slow", f"the engine's step has taken {seconds:.0f} seconds: see the log")
+
+    def check_bundle(self) -> None:
+        """Raises ApiError unless requests can be taken: also where the bundle's files have changed."""
+        try:
+            self.served.runtime.check_unchanged()
+        except BundleChangedError as error:
+            if not self._told_of_change:
+                _log.error("%s", error)
+            self._told_of_change = True
+            raise ApiError(503, error.code, "the bundle's files have changed: restart the server") from error
 
     def begin(self) -> None:
         """Count a request; `end` must follow. Raises ApiError."""
@@ -165,10 +226,15 @@ class Service:
         self._served.engine.close(self.settings.drain_seconds)
         while self._requests and time.monotonic() < end and not self._aborted:  # those that score
             time.sleep(0.02)
+        self._ended = True
         self._served.scorer.shutdown(wait=False, cancel_futures=True)
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def abort(self) -> None:
         """End a drain at once. Blocks until the engine has ended."""
-        self._aborted = True
+        self._aborted = self._ended = True
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._served is not None:
             self._served.engine.close(0)

@@ -67,9 +67,10 @@ def test_a_disconnect_cancels(server: InThread, stream: bool) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_a_disconnect_that_is_not_noticed_is_seen(server: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def blind(stream: Any, receive: Any) -> None: ...
+    async def blind(receive: Any) -> None:
+        await asyncio.sleep(3600)
 
-    monkeypatch.setattr("chameleon_deploy.serve.completions._watch", blind)
+    monkeypatch.setattr("chameleon_deploy.serve.endpoint._left", blind)
     with pytest.raises(AssertionError):
         test_a_disconnect_cancels(server, False)
     server.wait_until_idle()
@@ -252,10 +253,15 @@ def test_the_scores_of_an_open_cohort_are_refused(keyed: Running) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "echo")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"": "a"}', '{"a": ""}', '{"a": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"": "a"}', '{"a": ""}', '{"a": 3}', "\xff", '{"\xe9": "a"}', '{" a": "a"}', '{"a b": "a"}',
+     '{"a": {"rights": []}}', '{"a": {"tenant": ""}}', '{"a": {"tenant": "a", "rights": ["all"]}}',
+     '{"a": {"tenant": "a", "right": []}}'],
+)  # fmt: skip
 def test_a_bad_file_of_keys(bundle: Path, tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys.json"
-    file.write_bytes(content.encode("latin-1"))
+    file.write_bytes(content.encode("latin-1") if content == "\xff" else content.encode())
     with pytest.raises(InputError):
         Service(Settings(bundle, api_keys=file))
 

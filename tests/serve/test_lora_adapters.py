@@ -6,7 +6,9 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -16,7 +18,7 @@ from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.serving import Running, running
+from tests.serving import InThread, Running, running
 
 LAYERS = ["q_proj", "v_proj"]
 PROMPT = "def main"
@@ -163,6 +165,94 @@ def test_no_request_is_lost_while_adapters_come_and_go(adapters: Running, runtim
         for path, body in (("load", {"lora_path": "code.safetensors"}), ("unload", {})):
             assert adapters.post(f"/v1/{path}_lora_adapter", lora_name="code", **body).status_code == 200
     assert not wrong
+
+
+@pytest.fixture(scope="module")
+def keyed(path: Path) -> Iterator[Running]:
+    """Alice may load adapters, Bob may not."""
+    keys = path / "keys.json"
+    keys.write_text(
+        '{"sk-a": {"tenant": "alice", "rights": ["load_adapters"]}, "sk-b": "bob", "sk-c": {"tenant": "c"}}'
+    )
+    with running(path / "wiki", adapters=path / "files", api_keys=keys) as server:
+        yield server
+
+
+def as_key(server: Running, key: str, path: str, **body: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=60)
+
+
+def test_loading_is_a_right_of_a_key(keyed: Running) -> None:
+    code = {"lora_name": "code", "lora_path": "code.safetensors"}
+    for key in ("sk-b", "sk-c"):
+        for path in ("load_lora_adapter", "unload_lora_adapter"):
+            refused = as_key(keyed, key, path, **code)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "right_missing")
+    assert as_key(keyed, "sk-a", "load_lora_adapter", **code).status_code == 200
+    assert as_key(keyed, "sk-b", "completions", model="wiki:code", prompt="a").status_code == 200
+    assert as_key(keyed, "sk-a", "unload_lora_adapter", **code).status_code == 200
+
+
+def test_the_bundles_own_adapters_stay(keyed: Running) -> None:
+    def ask() -> Any:
+        return as_key(keyed, "sk-b", "completions", model="wiki:legal", prompt=PROMPT, temperature=0).json()
+
+    before = ask()
+    refused = as_key(keyed, "sk-a", "unload_lora_adapter", lora_name="legal")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapter_invalid")
+    refused = as_key(keyed, "sk-a", "load_lora_adapter", lora_name="legal", lora_path="code.safetensors")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapter_invalid")
+    assert {name: ask()[name] for name in ("choices", "system_fingerprint")} == {
+        name: before[name] for name in ("choices", "system_fingerprint")
+    }
+
+
+def test_the_fingerprint_tells_which_file_computed(keyed: Running) -> None:
+    def ask(file: str) -> list[str]:
+        as_key(keyed, "sk-a", "load_lora_adapter", lora_name="mine", lora_path=f"{file}.safetensors")
+        completion = as_key(keyed, "sk-b", "completions", model="wiki:mine", prompt="a").json()
+        score = as_key(keyed, "sk-b", "score", model="wiki:mine", input="def main").json()
+        as_key(keyed, "sk-a", "unload_lora_adapter", lora_name="mine")
+        assert score["system_fingerprint"] == completion["system_fingerprint"]
+        return str(completion["system_fingerprint"]).split("-")
+
+    base = str(as_key(keyed, "sk-b", "completions", prompt="a").json()["system_fingerprint"]).split("-")
+    code, poems = ask("code"), ask("poems")
+    assert code[:-1] == poems[:-1] == base
+    assert code[-1] != poems[-1]
+    assert ask("code") == code
+
+
+def test_an_adapter_that_is_replaced_meanwhile_answers_nothing(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one file computes and another is told."""
+    assert isinstance(keyed, InThread)
+    adapters = keyed.served.runtime.adapters
+    directory = keyed.served.adapter_files
+    assert directory is not None
+    resolve = keyed.served.models.resolve
+
+    def swapped(model: str | None, mode: Any) -> Any:
+        meant = resolve(model, mode)
+        adapters.unload("mine")
+        adapters.load("mine", directory / "poems.safetensors")
+        return meant
+
+    adapters.load("mine", directory / "code.safetensors")
+    monkeypatch.setattr(keyed.served.models, "resolve", swapped)
+    for path in ("completions", "score"):
+        refused = as_key(keyed, "sk-b", path, model="wiki:mine", prompt="a", input="a")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapter_invalid")
+    adapters.unload("mine")
+    keyed.wait_until_idle()
+
+
+@pytest.mark.parametrize("lora_path", ["missing.safetensors", "broken.safetensors", "x" * 5000])
+def test_errors_tell_no_path_of_the_server(keyed: Running, path: Path, lora_path: str) -> None:
+    refused = as_key(keyed, "sk-a", "load_lora_adapter", lora_name="new", lora_path=lora_path)
+    assert refused.status_code == 400
+    assert str(path) not in refused.text
+    assert len(refused.text) < 800
 
 
 def test_without_the_option_nothing_is_loaded(server: Running) -> None:

@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 
 from chameleon_deploy.serve import metrics
 from chameleon_deploy.serve.affinity import Affinity
-from chameleon_deploy.serve.bodies import DisconnectedError, read_body
+from chameleon_deploy.serve.bodies import DisconnectedError, UnfinishedBodies, read_body
 from chameleon_deploy.serve.errors import ApiError, api_error, error_response
 from chameleon_deploy.serve.event_stream import DONE, event
 from chameleon_deploy.serve.ray.replica import Head
@@ -37,6 +37,7 @@ class Ingress:
         self._replicas = replicas.options(stream=True)
         self._affinity = Affinity(routing, bundle, settings.api_keys)
         self._max_body_bytes = settings.max_body_bytes
+        self._unfinished = UnfinishedBodies(max(settings.max_unfinished_bytes, settings.max_body_bytes))
         self._totals = Totals()
 
     async def __call__(self, request: Request) -> Response:
@@ -63,7 +64,7 @@ class Ingress:
 
     async def _forward(self, request: Request) -> Response:
         """Ask one replica after the other until one begins to answer."""
-        body = await read_body(request.receive, self._max_body_bytes)
+        body = await read_body(request.receive, self._max_body_bytes, self._unfinished)
         scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
         key = await self._affinity.key(request, body)
         for _ in range(ATTEMPTS):
