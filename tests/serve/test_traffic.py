@@ -1,18 +1,21 @@
-"""Mixed traffic of 64 clients: each request is answered as if it were alone, and nothing is left over.
+"""Mixed traffic of 64 clients, good and bad: none harms another, and nothing is left over.
 
-CHAMELEON_REQUESTS sets the number of requests; 10,000 take about ten minutes. From LONG_RUN on memory is looked at too.
+Each good request is answered as if it were alone, and /health all the time. CHAMELEON_REQUESTS sets the number of
+requests; from LONG_RUN on memory is looked at too, and a sample of the answers is compared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
 import socket
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +32,11 @@ from tests.serving import process, wait_for
 
 REQUESTS = int(os.environ.get("CHAMELEON_REQUESTS", "300"))
 LONG_RUN = 5000
+COMPARED = 5000  # answers of a long run
 CLIENTS = 64
+BAD = 0.25  # of the requests
+HEALTH_SECONDS = 5  # for an answer of /health, on a machine with other work
+COMPLETIONS = "/v1/completions"
 GAP = 1e-4  # between the two most probable tokens, below which batching may change a greedy choice
 
 
@@ -119,18 +126,106 @@ async def cancel(client: httpx.AsyncClient, asked: Asked, chance: random.Random)
         return
 
 
+async def harm(port: int, chance: random.Random) -> None:
+    """Be one of the clients that once stopped others."""
+    harmful = chance.choice(HARMFUL)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in harmful.parts(chance):
+            writer.write(part)
+            await writer.drain()
+        if harmful.status is None:  # leave in the middle
+            await asyncio.sleep(chance.uniform(0, 0.3))
+            return
+        line = (await reader.readline()).decode()
+        assert f" {harmful.status} " in line, (harmful.name, line)
+        await reader.read(65536)
+    except ConnectionError:  # refused while it still sends
+        assert harmful.status in (None, 400), harmful.name
+    finally:
+        writer.transport.abort()
+
+
+@dataclass(frozen=True)
+class Harmful:
+    """A kind of bad client.
+
+    parts   what it sends
+    status  of the answer that it must get; None where it leaves without one
+    """
+
+    name: str
+    parts: Callable[[random.Random], Iterable[bytes]]
+    status: int | None
+
+
+def post(path: str, **body: Any) -> bytes:
+    raw = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw
+
+
+def in_chunks_of_one_byte(chance: random.Random) -> Iterator[bytes]:
+    body = json.dumps({"prompt": "The river", "max_tokens": 2, "user": "a" * chance.randint(0, 20_000)})
+    yield CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body.encode()) + b"0\r\n\r\n"
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+TEXTS = ["The river runs through the town."] * 40
+HARMFUL = [
+    Harmful("a stop string that is too long", lambda _: [post(COMPLETIONS, prompt="a", stop="a" * 350_000)], 400),
+    Harmful("stop strings at the limit", lambda _: [post(COMPLETIONS, prompt="a", stop=["a" * 1023 + "b"] * 4)], 200),
+    Harmful("stop tokens", lambda _: [post(COMPLETIONS, prompt="a", stop_token_ids=list(range(300)) * 300)], 400),
+    Harmful("biases", lambda _: [post(COMPLETIONS, prompt="a", logit_bias={str(i): 1 for i in range(9000)})], 400),
+    Harmful("many biases", lambda _: [post(COMPLETIONS, prompt="a", logit_bias={str(i): 1 for i in range(320)})], 200),
+    Harmful("a model of a long name", lambda _: [post(COMPLETIONS, prompt="a", model="m" * 10**6)], 404),
+    Harmful("who leaves scores", lambda _: [post("/v1/score", input=TEXTS)], None),
+    Harmful("who leaves an echo", lambda _: [post(COMPLETIONS, prompt=TEXTS, echo=True, logprobs=1)], None),
+    Harmful("who leaves many rows", lambda _: [post(COMPLETIONS, prompt="a", n=128, max_tokens=60)], None),
+    Harmful("who says nothing", lambda _: [], None),
+    Harmful("half a header", lambda _: [b"POST /v1/completions HTTP/1.1\r\nContent-Le"], None),
+    Harmful("half a body", lambda _: [post(COMPLETIONS, prompt="a" * 300_000)[:-1]], None),
+    Harmful("chunks of one byte", in_chunks_of_one_byte, 200),
+    Harmful("extensions of chunks", lambda _: [CHUNKED, *[b"1;" + b"a" * 9000 + b"\r\na\r\n"] * 30], 400),
+    Harmful("a large header", lambda _: [b"GET /health HTTP/1.1\r\nHost: ", b"a" * 500_000], 400),
+    Harmful("a line of the log", lambda _: [b"GET /x%0A2026-01-01%20INFO%1b[31m HTTP/1.1\r\nHost: a\r\n\r\n"], 404),
+    Harmful("no JSON", lambda _: [b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{]"], 400),
+    Harmful("no HTTP", lambda chance: [chance.randbytes(300)], None),
+]  # fmt: skip
+
+
+async def watch_health(client: httpx.AsyncClient) -> float:
+    """Ask for /health until it is cancelled.  -> the longest time of an answer, in seconds"""
+    longest = 0.0
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            started = time.monotonic()
+            assert (await client.get("/health")).status_code == 200
+            longest = max(longest, time.monotonic() - started)
+            await asyncio.sleep(0.2)
+    return longest
+
+
 async def send(url: str, all_asked: list[Asked], process_id: int) -> list[int]:
     """Send everything.  -> resident memory of the server after every hundredth part"""
     waiting, memory, chance = list(reversed(all_asked)), list[int](), random.Random(13)
+    port = int(url.rpartition(":")[2])
 
     async def work(client: httpx.AsyncClient) -> None:
         while waiting:
-            await ask(client, waiting.pop(), chance)
+            asked = waiting.pop()
+            while chance.random() < BAD:
+                await harm(port, chance)
+            await ask(client, asked, chance)
             if len(waiting) % max(1, len(all_asked) // 100) == 0:
                 memory.append(status(process_id, "VmRSS"))
 
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=CLIENTS)) as client:
+    # Each request has a connection of its own: the server may close an idle one just as it is used again.
+    limits = httpx.Limits(max_connections=CLIENTS + 1, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        health = asyncio.create_task(watch_health(client))
         await asyncio.gather(*(work(client) for _ in range(CLIENTS)))
+        health.cancel()
+        assert await health < HEALTH_SECONDS
     return memory
 
 
@@ -165,9 +260,9 @@ def rows_present(url: str) -> float:
     return sum(map(float, counts))
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(4 * 3600)
 def test_mixed_traffic_is_answered_as_serial_requests_and_leaves_nothing(bundle: Path, runtime: Runtime) -> None:
-    all_asked = requests(REQUESTS)
+    all_asked = requests(round(REQUESTS * (1 - BAD)))  # the others are bad
     with ThreadPoolExecutor(1) as log, process(bundle, "--max-waiting", "2000") as (server, url):
         assert server.stderr
         log.submit(server.stderr.read)  # else it would fill the pipe
@@ -186,6 +281,7 @@ def test_mixed_traffic_is_answered_as_serial_requests_and_leaves_nothing(bundle:
         first, last = (statistics.median(part) for part in (second_half[:10], second_half[-10:]))
         assert abs(last / first - 1) < 0.02, memory
     answered = [asked for asked in all_asked if not asked.is_cancelled]
+    answered = random.Random(14).sample(answered, min(COMPARED, len(answered)))
     assert [asked.body for asked in answered if differs(runtime, asked)] == []
     decided = next(asked for asked in answered if asked.body["temperature"] > 0)
     decided.texts[-1] += "?"
