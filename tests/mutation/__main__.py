@@ -22,6 +22,8 @@ HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
 GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
 ADAPTERS = "tests/verify/test_adapter_checks.py"
+ENGINE = "tests/runtime/test_engine.py"
+FAULTS, HOSTILE_CLIENTS = "tests/serve/test_faults.py", "tests/serve/test_hostile_clients.py"
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -66,6 +68,15 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_special_tokens_have_no_text", "test_rows_of_prompts", "test_streams_of_random_numbers")),
         GOLDEN, f"{SHARED}::test_schedules"),
         (GENERATION, "tests/runtime/test_runtime_errors.py")),
+    "runtime.schedule": (("tests/runtime/test_schedule.py",), ()),
+    "runtime.adapters": ((f"{SHARED}::test_an_adapter_file_is_loaded_or_refused_with_its_code",),
+                         ("tests/runtime/test_adapters.py", "tests/runtime/test_types.py")),
+    **dict.fromkeys(("runtime.loop", "runtime.batch"), ((f"{SHARED}::test_schedules",), (ENGINE,))),
+    **dict.fromkeys(("runtime.engine", "runtime.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))),
+    "serve.keys": ((), (f"{FAULTS}::test_a_bad_file_of_keys", "tests/serve/test_lora_adapters.py")),
+    "serve.logs": ((f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line",), ()),
+    "serve.bodies": ((), (HOSTILE_CLIENTS, FAULTS)),
+    "serve.connections": ((), (HOSTILE_CLIENTS,)),
     "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),
 }  # fmt: skip
 
