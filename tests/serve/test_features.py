@@ -1,0 +1,154 @@
+"""docs/features.md: a feature gives the library's tokens wherever the table says yes, and its error code elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+
+import chameleon_deploy
+from chameleon_deploy import Adapt, Engine, Generate, Runtime, Sampling
+from chameleon_deploy.errors import ChameleonError
+from tests.conftest import REPOSITORY
+from tests.serving import Running, running
+from tests.shared_data import adapter_case, caller_factors, good_bundle, read
+
+PAGE = REPOSITORY / "docs" / "features.md"
+INTERFACES = ("generate", "stream", "engine", "server")
+PROMPTS = [[7, 8, 9, 10, 11] * 4, [300, 2, 41], [250, 17, 88, 163, 9, 30]]
+VECTORS = [[float(i == task) for i in range(5)] for task in (0, 3, 0)]
+PLAIN: dict[str, Any] = {"seed": 3, "temperature": 8.0}
+
+
+class Use(NamedTuple):
+    """How a feature is used: fields of Generate, Sampling and Adapt, and of a request's body."""
+
+    generate: dict[str, Any] = {}  # noqa: RUF012
+    sampling: dict[str, Any] = {}  # noqa: RUF012
+    adapt: dict[str, Any] = {}  # noqa: RUF012
+    body: dict[str, Any] | None = None  # those of the others where it is None
+    bundle: str = "chameleon_masked"
+
+
+@cache
+def uses() -> dict[str, list[Use]]:
+    runtime = chameleon_deploy.load(good_bundle("chameleon_masked"), threads=1, mode="centroid")
+    model, plain = runtime.manifest.model, runtime.generate(PROMPTS[:1], Generate(8, [Sampling(**PLAIN)]))[0]
+    found = {
+        "modes none, centroid, request, cohort": [
+            Use(adapt={"mode": mode}) for mode in ("none", "centroid", "request", "cohort")
+        ],
+        "mode tenant": [Use(adapt={"mode": "tenant", "tenants": ["a", "b", "a"]}, body={"mode": "tenant"})],
+        "factors of a caller": [
+            Use(adapt={"mode": "static", "factors": caller_factors(2, model)}, body={"mode": "static"})
+        ],
+        "named adapters": [Use(adapt={"adapters": ["own"] * 3}, body={"model": "bundle:own"}, bundle="adapters")],
+        "vectors of a caller": [Use(adapt={"conditioning": VECTORS}, bundle="chameleon_given")],
+        "embed the first tokens only": [Use(adapt={"mode": "request", "adapt_tokens": 3})],
+        "a limit of new tokens": [Use(generate={"max_new_tokens": 5}, body={"max_tokens": 5})],
+        "a limit per prompt": [Use(generate={"max_new_tokens": [5, 2, 7]}, body={"max_tokens": [5, 2, 7]})],
+        "several continuations": [Use(generate={"n": 3}, body={"n": 3})],
+        "a deadline": [Use(generate={"deadline": 1e-9})],
+        "prompt lookup": [Use(generate={"prompt_lookup_num_tokens": 4}, body={})],
+    }
+    settings = {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.4, "presence_penalty": 1.5,
+        "frequency_penalty": -1.5, "logit_bias": {plain.token_ids[1]: -100.0, 9: 4.0}, "stop": [plain.text[1], "in"],
+        "stop_token_ids": list(range(40)), "ignore_eos": True, "logprobs": 2,
+    }  # fmt: skip
+    fields = {row["field"]: name for name, row in table().items()}
+    return found | {fields[name]: [Use(sampling={name: value})] for name, value in settings.items()}
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Return the cells of the page by feature and column."""
+    lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(header, (cell.strip("`") for cell in row), strict=True)) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with ExitStack() as stack:
+
+        @cache
+        def server(bundle: str) -> Running:
+            path = good_bundle(bundle)
+            if bundle == "adapters":
+                path, _ = adapter_case(read("adapters.json")[0], tmp_path_factory.mktemp("adapters"))
+            return stack.enter_context(running(path, rows=4))
+
+        yield server
+
+
+def found_by_library(call: str, runtime: Runtime, generate: Generate, adapt: Adapt) -> list[list[int]]:
+    if call == "generate":
+        return [generation.token_ids for generation in runtime.generate(PROMPTS, generate, adapt)]
+    if call == "stream":
+        rows: list[list[int]] = [[] for _ in range(len(PROMPTS) * generate.n)]
+        for token in runtime.stream(PROMPTS, generate, adapt):
+            rows[token.row] += [token.token_id] * (token.token_id >= 0)
+        return rows
+    with Engine(runtime, rows=4, prefill_tokens=8) as engine:
+        return [generation.token_ids for generation in engine.submit(PROMPTS, generate, adapt).result(60)]
+
+
+def body_of(use: Use, name: str) -> dict[str, Any]:
+    """Return the body of a request that means the same."""
+    own = use.body if use.body is not None else {**use.adapt, **use.generate}
+    bias = {str(token_id): value for token_id, value in use.sampling.get("logit_bias", {}).items()}
+    sampling = {**PLAIN, **use.sampling, **({"logit_bias": bias} if bias else {})}
+    return {"model": name, "prompt": PROMPTS, "max_tokens": 8, "return_token_ids": True, **sampling, **own}
+
+
+CELLS = [(feature, interface) for feature in table() for interface in INTERFACES]
+NO_FIELD = ("prompt lookup in int8", "server")  # another bundle, and nothing to ask it
+
+
+@pytest.mark.parametrize(
+    ("feature", "interface"), [cell for cell in CELLS if cell != ("prompt lookup in int8", "server")]
+)
+def test_a_cell(feature: str, interface: str, servers: Any, int8_runtime: Runtime) -> None:
+    cell = table()[feature][interface]
+    if feature == "prompt lookup in int8":
+        with pytest.raises(ChameleonError) as refused:
+            found_by_library(interface, int8_runtime, Generate(prompt_lookup_num_tokens=4), Adapt())
+        assert refused.value.code == cell
+        return
+    for use in uses()[feature]:
+        server: Running = servers(use.bundle)
+        sampling = [Sampling(**{**PLAIN, **use.sampling})] * len(PROMPTS)
+        generate = Generate(**{"max_new_tokens": 8, "sampling": sampling, **use.generate})
+        adapt = Adapt(**{"mode": None if use.bundle != "chameleon_masked" else "centroid", **use.adapt})
+        expected = [generation.token_ids for generation in server.runtime.generate(PROMPTS, generate, adapt)]
+        if interface != "server":
+            assert cell == "yes"
+            assert found_by_library(interface, server.runtime, generate, adapt) == expected
+            continue
+        answer = server.post("/v1/completions", **body_of(use, server.name))
+        if cell == "no field":
+            assert answer.status_code == 200
+            plain = server.runtime.generate(PROMPTS, Generate(8, sampling), adapt)
+            assert [choice["token_ids"] for choice in answer.json()["choices"]] == [each.token_ids for each in plain]
+        elif code := re.match(r"`?(\w+_\w+)", cell):
+            assert answer.json()["error"]["code"] == code[1]
+        else:
+            assert cell.startswith("yes"), cell
+            assert [choice["token_ids"] for choice in answer.json()["choices"]] == expected
+
+
+def test_the_plain_request_differs_from_each_feature() -> None:
+    """Else a feature that is ignored everywhere would pass: each use changes what is generated or refused."""
+    runtime = chameleon_deploy.load(good_bundle("chameleon_masked"), threads=1, mode="centroid")
+    sampling = Sampling(**PLAIN)
+    plain = runtime.generate(PROMPTS, Generate(8, [sampling] * 3))
+    for feature, (use, *_) in uses().items():
+        if use.bundle != "chameleon_masked" or feature in ("prompt lookup", "no stop at the end of text"):
+            continue
+        how = {"max_new_tokens": 8, "sampling": [Sampling(**{**PLAIN, **use.sampling})] * 3, **use.generate}
+        adapt = Adapt(**{"mode": "centroid", **use.adapt})
+        assert runtime.generate(PROMPTS, Generate(**how), adapt) != plain, feature
