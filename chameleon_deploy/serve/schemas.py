@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.runtime.sampling_settings import MAX_LOGPROBS
+from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS
 
 MAX_CHOICES = 128  # of one prompt
 
 Count = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Prompt = Annotated[
     str | list[str | int | list[int]],
     Meta(description="A text, a list of texts, a list of token ids, or a list of such lists."),
@@ -41,18 +42,18 @@ class CompletionRequest(Struct, kw_only=True):
     best_of: Annotated[int, Meta(ge=1, description="1, or the value of n.")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: int | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
-    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     suffix: str | None = None
     user: str | None = None
     top_k: Annotated[int, Meta(ge=-1, description="0 and -1 keep all.")] = 0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
