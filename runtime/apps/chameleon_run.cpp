@@ -14,6 +14,7 @@ using Json = nlohmann::ordered_json;
 
 constexpr const char* kHelp = R"(chameleon-run generate BUNDLE --prompt TEXT ... | --prompts FILE [options]
 chameleon-run score    BUNDLE --text FILE ... [options]
+chameleon-run inspect  BUNDLE [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
@@ -21,7 +22,7 @@ chameleon-run score    BUNDLE --text FILE ... [options]
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
   --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
-  --json                  one JSON object per text and line
+  --json                  one JSON object per text and line; of inspect, one
 generate:
   --prompt TEXT           a prompt; may be given several times
   --prompts FILE          prompts from a file: paragraphs, or .jsonl with "text"
@@ -109,14 +110,14 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
         {"--seed", [&](auto& option, auto& text) { sampling.seed = number<std::uint64_t>(option, text); }},
         {"--stop", [&](auto&, auto& text) { sampling.stop.push_back(text); }},
     });
-  } else {
+  } else if (command == "score") {
     options.insert({
         {"--text", read_more},
         {"--batch-size", [&](auto& option, auto& text) { parsed.batch_size = number<std::int64_t>(option, text, 1); }},
     });
   }
   parsed.bundle = parse_words(words, options, {{"--json", parsed.json}});
-  if (parsed.texts.empty()) {
+  if (parsed.texts.empty() && command != "inspect") {
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");
   }
@@ -192,6 +193,20 @@ void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   }
 }
 
+void inspect(const chameleon::Runtime& runtime, const Arguments& arguments) {
+  const auto& weights = runtime.integer_weights();
+  if (arguments.json) {
+    const Json record = {{"digest", runtime.bundle().digest},
+                         {"precision", runtime.manifest().precision},
+                         {"provider", runtime.provider()},
+                         {"integer_weights", weights ? Json(*weights) : Json()}};
+    std::cout << record.dump() << '\n';
+  } else {
+    std::cout << "bundle " << runtime.bundle().digest << ", precision " << runtime.manifest().precision << ", provider "
+              << runtime.provider() << ", " << (weights ? *weights + " weights in" : "no") << " integer products\n";
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -202,11 +217,14 @@ int main(int argc, char** argv) {
   }
   return run_program([&] {
     const std::string command = words.empty() ? "" : words.front();
-    if (command != "generate" && command != "score") throw UsageError("expected the command generate or score");
+    if (command != "generate" && command != "score" && command != "inspect") {
+      throw UsageError("expected the command generate, score or inspect");
+    }
     words.erase(words.begin());
     const Arguments arguments = parse(command, words);
     const chameleon::Runtime runtime(arguments.bundle, arguments.load);
     if (arguments.load.provider == "auto") std::cerr << "provider: " << runtime.provider() << '\n';
+    if (command == "inspect") return inspect(runtime, arguments);
     command == "generate" ? generate(runtime, arguments) : score(runtime, arguments);
   });
 }

@@ -105,6 +105,7 @@ void Runtime::Impl::open_decoder(const LoadOptions& options) {
                         " has a growing cache, which this runtime does not support: export with --precision fp32 "
                         "or int8");
   }
+  integer_weights = chameleon::integer_weights(env, bundle, graph);
   TiledScorer scorer(open_session(env, bundle, bundle.graph("hidden_scorer", provider), options),
                      bundle.manifest.model);
   decoder = std::make_unique<const SharedCacheDecoder>(open_session(env, bundle, graph, options), std::move(scorer),
@@ -298,6 +299,7 @@ bool Runtime::has_adapter(const std::string& name) const { return impl_->adapter
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }
+const std::optional<std::string>& Runtime::integer_weights() const { return impl_->integer_weights; }
 const Bundle& Runtime::bundle() const { return impl_->bundle; }
 const Manifest& Runtime::manifest() const { return impl_->bundle.manifest; }
 const Tokenizer& Runtime::tokenizer() const { return impl_->tokenizer; }

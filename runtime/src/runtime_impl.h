@@ -40,7 +40,8 @@ struct Runtime::Impl {
   Tokenizer tokenizer;
   mutable Adapters adapters;  // for any number of threads
   Mode mode;
-  std::string provider;  // the one that runs the decoder
+  std::string provider;                        // the one that runs the decoder
+  std::optional<std::string> integer_weights;  // of its integer products
   std::unique_ptr<const Decoder> decoder;
 
  private:

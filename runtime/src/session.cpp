@@ -2,6 +2,10 @@
 
 #include <onnxruntime_session_options_config_keys.h>
 
+#include <algorithm>
+#include <array>
+
+#include "integer_products.h"
 #include "signature.h"
 
 namespace chameleon {
@@ -65,6 +69,33 @@ void check_tensors(const std::vector<TensorSpec>& listed, const std::vector<Tens
   if (const auto found = difference(listed, actual)) throw GraphError(where + " differ from the manifest: " + *found);
 }
 
+/// Let ONNX Runtime make uint8 weights of the graph's int8 ones.
+void convert_weights(Ort::SessionOptions& options) { options.AddConfigEntry(kOrtSessionOptionsAvx2PrecisionMode, "1"); }
+
+/// Whether the sums of kIntegerProducts are right, of one row, which has kernels of its own, and of several.
+bool are_exact(const Ort::Env& env, const std::string& weights) {
+  Ort::SessionOptions options;
+  options.SetIntraOpNumThreads(1);
+  if (weights == "uint8") convert_weights(options);
+  try {
+    Ort::Session session(env, kIntegerProducts, sizeof kIntegerProducts, options);
+    constexpr std::array input_names{"activations"}, output_names{"sums"};
+    for (const std::int64_t rows : {1, 8}) {
+      const std::vector<std::uint8_t> activations(static_cast<std::size_t>(rows) * 64, 255);
+      const std::array inputs{tensor_over(std::span(activations), {rows, 64})};
+      std::array<Ort::Value, 1> outputs{Ort::Value(nullptr)};
+      run_session(session, {}, input_names, inputs, output_names, outputs);
+      const std::span sums(outputs[0].GetTensorData<float>(), static_cast<std::size_t>(rows) * 32);
+      for (std::size_t i = 0; i < sums.size(); ++i) {
+        if (sums[i] != 64 * 127 * (i % 2 == 0 ? 127 : -128)) return false;
+      }
+    }
+  } catch (const Ort::Exception& error) {
+    throw GraphError(std::string("ONNX Runtime cannot load its integer products: ") + error.what());
+  }
+  return true;
+}
+
 }  // namespace
 
 void check_provider(const std::string& provider) {
@@ -74,6 +105,23 @@ void check_provider(const std::string& provider) {
 #endif
   throw ProviderError("provider '" + provider + "' is not available; this build has: cpu, auto" +
                       (provider == "tensorrt" ? "; configure it with -DCHAMELEON_TENSORRT_ROOT=" : ""));
+}
+
+const std::string& exact_weights(const Ort::Env& env) {
+  static const std::string exact = [&env] {
+    for (const char* weights : {"int8", "uint8"}) {
+      if (are_exact(env, weights)) return weights;
+    }
+    throw ProviderError(
+        "ONNX Runtime sums integer products wrongly on this processor, with int8 weights and with uint8: export with "
+        "--precision fp32");
+  }();
+  return exact;
+}
+
+std::optional<std::string> integer_weights(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph) {
+  if (bundle.manifest.precision != "int8" || graph.providers != std::vector<std::string>{"cpu"}) return std::nullopt;
+  return exact_weights(env);
 }
 
 Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph,
@@ -91,15 +139,17 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   // Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to take the cores from
   // the other session, since decoder and scorer take turns.
   session_options.AddConfigEntry("session.intra_op.spin_duration_us", "500");
-  // Packed or transposed while the session opens, the scorer's weights would be a second copy of the head's matrix.
-  // Done in every call, they stay in the mapped file. In int8 transposing costs a call 6 ms of processor time (GPT-2
-  // small).
   const bool is_scorer = graph.role == "hidden_scorer";
-  if (options.share_weights || is_scorer) {
+  if (integer_weights(env, bundle, graph) == "uint8") {
+    convert_weights(session_options);  // into a copy, in whose place packed ones take no more memory
+  } else if (options.share_weights || is_scorer) {
+    // Packed or transposed while the session opens, the scorer's weights would be a second copy of the head's matrix.
+    // Done in every call, they stay in the mapped file. In int8 transposing costs a call 6 ms of processor time (GPT-2
+    // small).
     session_options.AddConfigEntry(kOrtSessionOptionsConfigDisablePrepacking, "1");
-  }
-  if (is_scorer) {
-    session_options.AddConfigEntry(kOrtSessionOptionsDisableSpecifiedOptimizers, "ConstantFolding");
+    if (is_scorer) {
+      session_options.AddConfigEntry(kOrtSessionOptionsDisableSpecifiedOptimizers, "ConstantFolding");
+    }
   }
   const std::string path = (bundle.path / graph.file).string();
   try {

@@ -3,6 +3,7 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include <optional>
 #include <stop_token>
 #include <string>
 
@@ -12,6 +13,13 @@ namespace chameleon {
 
 /// Throws ProviderError for a provider that this build does not have.
 void check_provider(const std::string& provider);
+
+/// The type of weights whose products with uint8 activations ONNX Runtime sums exactly on this machine: "int8" if it
+/// can, else "uint8" (chameleon_deploy/runtime/session.py says why). Throws ProviderError if it sums neither exactly.
+const std::string& exact_weights(const Ort::Env& env);
+
+/// The same for the integer products of a graph; nothing for a graph without any.
+std::optional<std::string> integer_weights(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph);
 
 /// A session of one graph. Throws GraphError when the graph does not load or its inputs and outputs are not those that
 /// the manifest lists.

@@ -30,7 +30,8 @@ struct LoadOptions {
   std::optional<Mode> mode{};    ///< default mode of the calls: by default cohort, or static in regime lora
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
   bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
-                                 ///< shared between processes; slower in batches, and last bits differ
+                                 ///< shared between processes; slower in batches, and last bits differ; no effect where
+                                 ///< integer_weights is uint8
   TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any
   std::optional<std::size_t> max_adapter_bytes{};  ///< of the factors of adapter files that stay in memory: others are
                                                    ///< read again when a row names them; by default, all stay
@@ -78,6 +79,9 @@ class CHAMELEON_EXPORT Runtime {
 
   /// The provider that runs the decoder: cpu or tensorrt, also with provider `auto`.
   [[nodiscard]] const std::string& provider() const;
+  /// The type of the weights in integer products, "int8" or "uint8": that which ONNX Runtime multiplies exactly on this
+  /// machine. Nothing for a bundle without integer products.
+  [[nodiscard]] const std::optional<std::string>& integer_weights() const;
   [[nodiscard]] const Bundle& bundle() const;
   [[nodiscard]] const Manifest& manifest() const;
   [[nodiscard]] const Tokenizer& tokenizer() const;
