@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,21 +25,6 @@ from tests.make_data import integer_products
 
 TEXTS = ["the sums", "of a processor without", "VNNI are exact as well"]
 FORMS: tuple[IntegerWeights, ...] = get_args(IntegerWeights)
-
-# What an int8 bundle computes on the processor that runs this. With a second argument, that answer is pretended.
-COMPUTE = f"""
-import json, sys
-import chameleon_deploy
-from chameleon_deploy.runtime import session
-if len(sys.argv) > 2:
-    session.exact_weights = lambda: sys.argv[2]
-runtime = chameleon_deploy.load(sys.argv[1], threads=1)
-print(json.dumps({{
-    "integer_weights": runtime.integer_weights,
-    "scores": [list(map(float, score.token_logprobs)) for score in runtime.score({TEXTS})],
-    "token_ids": [generation.token_ids for generation in runtime.generate({TEXTS}, max_new_tokens=4)],
-}}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -160,31 +141,3 @@ def test_the_answer_is_shown_and_recorded(
         service.open()
         service.abort()
     assert "int8 on cpu, uint8 weights in integer products" in caplog.text
-
-
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or shutil.which("qemu-x86_64") is None, reason="needs qemu-user on x86-64"
-)
-def test_a_processor_with_avx2_and_without_vnni(int8_bundle: Path) -> None:
-    """An emulated Haswell takes uint8 weights, and its results are those of this processor but for float32 sums. With
-    the int8 weights that it would saturate, they are not.
-    """
-
-    here, there = computed(int8_bundle), computed(int8_bundle, processor="Haswell")
-    saturated = computed(int8_bundle, "int8", processor="Haswell")
-    assert (there["integer_weights"], there["token_ids"]) == ("uint8", here["token_ids"])
-    assert difference(there, here) < 1e-3
-    assert difference(saturated, here) > 1e-2
-
-
-def computed(bundle: Path, *pretended: str, processor: str | None = None) -> dict[str, Any]:
-    emulator = [] if processor is None else ["qemu-x86_64", "-cpu", processor]
-    command = [*emulator, sys.executable, "-c", COMPUTE, str(bundle), *pretended]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
-
-
-def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The largest of a log-probability."""
-    scores = (np.concatenate(computed["scores"]) for computed in (ours, theirs))
-    return float(np.abs(np.subtract(*scores)).max())
