@@ -19,7 +19,8 @@ import httpx
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.serve.server import Server
-from chameleon_deploy.serve.service import Served, Service, Settings
+from chameleon_deploy.serve.service import Served, Service
+from chameleon_deploy.serve.settings import Settings
 
 if TYPE_CHECKING:
     import openai

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import chameleon_deploy
-from chameleon_deploy.contract.bundle import FloatArray, Mode
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import BundleChangedError
 from chameleon_deploy.runtime import Adapt, Engine, Runtime
 from chameleon_deploy.serve.bodies import UnfinishedBodies
@@ -22,41 +22,13 @@ from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
 from chameleon_deploy.serve.metrics import Metrics
 from chameleon_deploy.serve.models import Meant, Models
+from chameleon_deploy.serve.settings import Settings
 from chameleon_deploy.serve.token_names import TokenNames
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import known_answer_checks
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of the command that are not uvicorn's."""
-
-    bundle: Path
-    mode: Mode | None = None
-    provider: str = "cpu"
-    threads: int | None = None
-    share_weights: bool = False
-    rows: int = 8
-    max_waiting: int = 256
-    prefill_tokens: int = 256
-    cohort_window_ms: float = 0
-    api_keys: Path | None = None
-    max_body_bytes: int = 4 * 2**20
-    max_requests: int = 512
-    drain_seconds: float = 30
-    log_prompts: bool = False
-    trusted_keys: list[Path] | None = None
-    max_factor_sets: int | None = None
-    adapters: Path | None = None
-    max_adapter_bytes: int = 2**30
-    capacity: int | None = None
-    self_check: bool = False
-    max_connections: int = 1000
-    max_unfinished_bytes: int = 64 * 2**20
-    max_step_seconds: float = 30
 
 
 @dataclass(frozen=True)

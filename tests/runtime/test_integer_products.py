@@ -17,7 +17,8 @@ from chameleon_deploy.errors import ProviderError
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime import backend, session
 from chameleon_deploy.runtime.session import IntegerWeights
-from chameleon_deploy.serve.service import Service, Settings
+from chameleon_deploy.serve.service import Service
+from chameleon_deploy.serve.settings import Settings
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import Check
 from chameleon_deploy.verify.run import verify_bundle

@@ -25,7 +25,8 @@ from chameleon_deploy.errors import InputError, ModeError
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.serve import endpoint
 from chameleon_deploy.serve.event_stream import EventStream
-from chameleon_deploy.serve.service import Service, Settings
+from chameleon_deploy.serve.service import Service
+from chameleon_deploy.serve.settings import Settings
 from tests.rows import random_rows
 from tests.serving import InThread, Running, running, wait_for
 

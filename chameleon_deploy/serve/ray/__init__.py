@@ -8,7 +8,6 @@ application and its limits, called over Ray instead of HTTP: the interface betwe
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -20,7 +19,7 @@ from chameleon_deploy.serve.ray.ingress import Ingress
 from chameleon_deploy.serve.ray.replica import Replica
 from chameleon_deploy.serve.ray.router import Router
 from chameleon_deploy.serve.routing import Routing
-from chameleon_deploy.serve.service import Settings
+from chameleon_deploy.serve.settings import Settings, converted
 
 HEALTH_SECONDS = 5  # between two checks of a replica
 QUEUED_REQUESTS_PER_ROW = 2  # that a replica is given, so that it never waits for the ingress
@@ -98,15 +97,9 @@ def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
         given["trusted_keys"] = given["trusted_keys"].split(",")
     try:
         cluster = msgspec.convert({name: args[name] for name in ours & set(args)}, Cluster, strict=False)
-        settings = msgspec.convert({**defaults, **given}, Settings, strict=False, dec_hook=_path)
+        settings = converted({**defaults, **given})
     except msgspec.ValidationError as error:
         raise InputError(f"{error}") from error
     if cluster.max_replicas is not None and cluster.max_replicas < cluster.replicas:
         raise InputError(f"max_replicas {cluster.max_replicas} is less than replicas {cluster.replicas}")
     return cluster, settings
-
-
-def _path(kind: type, value: Any) -> Any:
-    if kind is not Path:
-        raise NotImplementedError  # so a msgspec hook says that it does not know a type
-    return Path(value)

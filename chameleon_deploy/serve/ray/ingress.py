@@ -20,7 +20,7 @@ from chameleon_deploy.serve.errors import ApiError, api_error, error_response
 from chameleon_deploy.serve.event_stream import DONE, event
 from chameleon_deploy.serve.ray.replica import Head
 from chameleon_deploy.serve.routing import Routing
-from chameleon_deploy.serve.service import Settings
+from chameleon_deploy.serve.settings import Settings
 from chameleon_deploy.serve.totals import Totals
 
 ATTEMPTS = 4  # replicas that may die one after the other with a request that they have not begun to answer

@@ -11,7 +11,8 @@ from ray import serve
 
 from chameleon_deploy.errors import RequestError
 from chameleon_deploy.serve.app import build
-from chameleon_deploy.serve.service import Service, Settings
+from chameleon_deploy.serve.service import Service
+from chameleon_deploy.serve.settings import Settings
 from chameleon_deploy.store import remote
 
 Message = MutableMapping[str, Any]  # of ASGI
