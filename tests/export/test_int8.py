@@ -31,6 +31,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.logits import HostLogits
+from chameleon_deploy.runtime.session import _convert_weights, exact_weights
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.terminal.progress import silent
@@ -90,7 +91,11 @@ def _product(kind: str, weight: FloatArray) -> Any:
     model = ir.Model(graph, ir_version=10)
     if kind != "dynamic":
         assert quantize_rows(model, LLAMA, TWO) == 1
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    _convert_weights(options, exact_weights())
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 @pytest.mark.parametrize(("kind", "leaks"), [*((kind, False) for kind in KINDS), ("dynamic", True)])
