@@ -16,11 +16,14 @@ from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.known_answers import adapt_rows, recorded_answers
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.checks import CAUGHT, UPDATES, Rows
+from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.faults import FAULTS, Fault, Stacks
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
+from chameleon_deploy.verify.here import known_answer_checks
 from chameleon_deploy.verify.logit_figures import largest, max_abs
 
 FEW = 4  # texts that every single adapter, and none, is checked on
@@ -58,7 +61,8 @@ def verify_adapters(
     ]
     if whole:
         steps += [
-            lambda: parity.check_parameters(runtime, base),
+            lambda: check_data(runtime.bundle, base, gate),
+            lambda: check_known_answers(runtime, reference, gate),
             lambda: check_factors(runtime, base),
             lambda: check_alone(runtime, few, of_few),
         ]
@@ -90,6 +94,15 @@ def check_adapter(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: 
     else:
         limit = UPDATES[runtime.manifest.precision]
         yield Check(f"adapter {name}: update, relative difference", difference, limit)
+
+
+def check_known_answers(runtime: Runtime, reference: AdapterLogits, gate: Gate) -> Iterator[Check]:
+    """The record of export is what this runtime computes, and its greedy tokens are the reference's."""
+    yield from known_answer_checks(runtime)
+    answers = recorded_answers(runtime.bundle)
+    for mode in ("none", "static"):
+        names = adapt_rows(runtime, mode, len(answers.rows)).adapters or [None] * len(answers.rows)
+        yield parity.check_greedy(mode, answers, reference, names, gate)
 
 
 def check_factors(runtime: Runtime, base: AdaptedBase) -> Iterator[Check]:

@@ -16,22 +16,24 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from chameleon_deploy.contract.bundle import FloatArray, Mode
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, Mode, default_mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import factor_set, factor_stacks
 from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
-from chameleon_deploy.reference.source import Source
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.decoder import StaticDecoder
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.known_answers import KnownAnswers, adapt_rows, recorded_answers
 from chameleon_deploy.runtime.scoring import score_rows
 from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal.progress import Progress
+from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.faults import FAULTS
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
+from chameleon_deploy.verify.here import known_answer_checks
 from chameleon_deploy.verify.logit_figures import (
     LogitFigures,
     factor_difference,
@@ -49,6 +51,7 @@ UPDATE = 0.05  # relative difference of the update from the reference's, over al
 # The same of updates in the trunk. Noise of int8 activations, which differ between the base and the adapted model, does
 # not cancel in their difference.
 UPDATES = {"fp32": UPDATE, "fp16": UPDATE, "bf16": 4 * UPDATE, "int8": None}
+CLEAR = 10  # times Gate.top1_gap: the two highest logits lie so far apart that no single token may differ
 CAUGHT = 0.5  # wrong factors must move logits by at least this share of what they move the reference's
 Rows = Sequence[Sequence[int]]
 
@@ -90,7 +93,8 @@ def verify(
     ]
     if whole:
         steps += [
-            lambda: check_parameters(runtime, reference.checkpoint),
+            lambda: check_data(runtime.bundle, reference.checkpoint, gate),
+            lambda: check_known_answers(runtime, reference, gate),
             lambda: check_adaptation(runtime, reference.checkpoint, rows, gate),
             lambda: check_factors_alone(runtime, few),
             *(partial(check_mode, runtime, reference, typical, gate, mode) for mode in modes),
@@ -116,10 +120,39 @@ def run_steps(runtime: Runtime, steps: Sequence[Callable[[], Iterator[Check]]], 
     return checks
 
 
-def check_parameters(runtime: Runtime, checkpoint: Source) -> Iterator[Check]:
-    """The manifest's counts are the reference's."""
-    expected = checkpoint.trunk.num_parameters()
-    yield Check("parameters of the base", abs(runtime.manifest.parameters.base - expected), 0, note=f"{expected:,}")
+def check_known_answers(runtime: Runtime, reference: RowLogits, gate: Gate) -> Iterator[Check]:
+    """The record of export is what this runtime computes, and its greedy tokens are the reference's."""
+    yield from known_answer_checks(runtime)
+    answers = recorded_answers(runtime.bundle)
+    for mode in compared_modes(runtime.manifest.adaptation):
+        vectors = adapt_rows(runtime, mode, len(answers.rows)).conditioning
+        conditioning = None if vectors is None else np.asarray(vectors, np.float32)
+        theirs = inference.adapt(reference.checkpoint, answers.rows, mode, conditioning=conditioning)
+        yield check_greedy(mode, answers, reference, theirs, gate)
+
+
+def compared_modes(spec: AdaptationSpec) -> list[Mode]:
+    """The modes whose greedy tokens the reference is asked for: none, and the one that the model is trained for."""
+    return list(dict.fromkeys(("none", default_mode(spec))))
+
+
+def continued_rows(answers: KnownAnswers, mode: Mode) -> list[list[int]]:
+    """The recorded rows with the greedy tokens that continue them."""
+    return [[*ids, *tokens] for ids, tokens in zip(answers.rows, answers.modes[mode].greedy, strict=True)]
+
+
+def check_greedy(mode: Mode, answers: KnownAnswers, reference: Reference, theirs: Any, gate: Gate) -> Check:
+    """The reference, too, chooses the recorded greedy tokens where its two highest logits lie clearly apart."""
+    differ = clear = 0
+    for row, (ids, text) in enumerate(zip(answers.rows, continued_rows(answers, mode), strict=True)):
+        logits = reference(text, theirs, row, slice(len(ids) - 1, len(text) - 1))
+        top = logits.topk(2)
+        gaps = (top.values[:, 0] - top.values[:, 1]) / logit_scale([logits.numpy()])
+        apart = gaps > CLEAR * gate.top1_gap
+        clear += int(apart.sum())
+        differ += int((top.indices[:, 0] != torch.tensor(text[len(ids) :]))[apart].sum())
+    return Check(f"known answers: mode {mode}, greedy tokens that the reference does not choose", differ, 0,
+                 note=f"{clear} with a gap over {CLEAR * gate.top1_gap:g} of the scale")  # fmt: skip
 
 
 def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:

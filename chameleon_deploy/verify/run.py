@@ -101,6 +101,7 @@ def verify_bundle(
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.reference.targets import in_head_alone
     from chameleon_deploy.runtime import Runtime, load
+    from chameleon_deploy.runtime.known_answers import recorded_answers
     from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checks as parity
     from chameleon_deploy.verify.adapter_checks import verify_adapters
@@ -118,8 +119,10 @@ def verify_bundle(
     else:
         reference = RowLogits(checkpoint)
         if in_head_alone(checkpoint.config.targets):
-            for done, ids in enumerate(rows):
-                report("verify: reference", done, len(rows))
+            modes = parity.compared_modes(manifest.adaptation)
+            known = [ids for mode in modes for ids in parity.continued_rows(recorded_answers(opened), mode)]
+            for done, ids in enumerate([*rows, *known]):
+                report("verify: reference", done, len(rows) + len(known))
                 reference.read(ids)
             if not keep_trunk:
                 checkpoint.trunk.drop_layers()

@@ -164,7 +164,12 @@ def test_each_step_has_its_rows_and_its_adapters(
     assert called["check_wrong_factors"][0][1:] == (few, names[:8])
     coarse = msgspec.structs.replace(runtime.manifest, precision="bf16")
     monkeypatch.setattr(runtime, "manifest", coarse)
-    assert everything - steps(whole=False, max_kl=1e-3) == {"check_parameters", "check_factors", "check_alone"}
+    assert everything - steps(whole=False, max_kl=1e-3) == {
+        "check_data",
+        "check_known_answers",
+        "check_factors",
+        "check_alone",
+    }
     gate = called["check_scores"][0][1]
     assert gate.kl_mean == 1e-3
     assert gate.summation_order_tolerance == GATES["bf16"].rounding_tolerance

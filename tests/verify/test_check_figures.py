@@ -111,6 +111,7 @@ def test_each_step_has_its_rows_and_its_gate(
     assert logits == [(rows, FP32, 1.0), (rows, FP32, 10.0)]
     assert list(map(len, parts["check_cache"][1])) == list(range(34, 42))
     assert parts["check_batching"] == [batch, FP32]
+    assert parts["check_data"] == [mini, FP32]
     assert parts["check_adaptation"] == [mini, batch, FP32]
     assert parts["check_base"][1:] == [typical, FP32]
     assert parts["check_wrong_factors"][1] == parts["check_scores"][0] == few
@@ -120,7 +121,7 @@ def test_each_step_has_its_rows_and_its_gate(
     assert modes == list(runtime.manifest.adaptation.modes)
     of_a_graph = steps(runtime, mini, whole=False, max_kl=4e-7)
     assert parts.keys() - of_a_graph.keys() == {
-        "check_parameters", "check_adaptation", "check_factors_alone", "check_mode", "check_texts"
+        "check_data", "check_known_answers", "check_adaptation", "check_factors_alone", "check_mode", "check_texts"
     }  # fmt: skip
     assert of_a_graph["check_cache"][2].kl_mean == 4e-7
     coarse = msgspec.structs.replace(lora_runtime.manifest, precision="bf16")
@@ -145,13 +146,6 @@ def test_ragged_and_typical_rows() -> None:
     rows = [[row] for row in range(57)]
     assert parity.ragged_and_typical(rows) == ([*rows[:32], rows[56]], rows[32:40])
     assert parity.ragged_and_typical(rows[:33]) == (rows[:33], rows[:8])
-
-
-def test_a_wrong_count_of_parameters(runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missed(parity.check_parameters(runtime, mini)) == {}
-    counts = msgspec.structs.replace(runtime.manifest.parameters, base=runtime.manifest.parameters.base + 1)
-    monkeypatch.setattr(runtime, "manifest", msgspec.structs.replace(runtime.manifest, parameters=counts))
-    assert missed(parity.check_parameters(runtime, mini)) == {"parameters of the base": 1}
 
 
 def test_adaptation(

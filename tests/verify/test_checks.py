@@ -62,8 +62,28 @@ OF_A_MODE = {
     "scores against logits, max abs difference": 5e-4,
     "scores against scores with the factors of adapt": 0,
 }
+RECORDED = [mode for mode in get_args(Mode) if mode != "static"]
 OF_A_BUNDLE = {
-    "parameters of the base": 0,
+    **{f"manifest: {name} that differ": 0 for name in ("fields of the model", "fields of the adaptation")},
+    "manifest: counts of parameters that differ": 0,
+    "manifest: digest of the checkpoint differs": 0,
+    "centroids, max abs difference": 0,
+    **{f"tokenizer: {name} that differ": 0 for name in ("entries of the vocabulary", "merges", "added tokens")},
+    "tokenizer: other settings differ": 0,
+    **{
+        f"{name}: rows, largest relative difference": 0
+        for name in ("token embedding", "head of decoder", "head of decoder_cpu")
+    },
+    "chooser: tokens that differ": 0,
+    "logits_scorer: log-probabilities, max abs difference": 1e-4,
+    "known answers: texts whose token ids differ": 0,
+    "known answers: hidden states, relative difference": 1e-4,
+    **{f"known answers: mode {mode}, log-probabilities, mean difference": 1e-4 for mode in RECORDED},
+    **{f"known answers: mode {mode}, texts whose greedy tokens differ": 0 for mode in RECORDED},
+    **{
+        f"known answers: mode {mode}, greedy tokens that the reference does not choose": 0
+        for mode in ("none", "cohort")
+    },
     "embeddings, max abs difference": 1e-5,
     "cluster ids that differ": 0,
     "factors, relative difference": 1e-4,
@@ -196,7 +216,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "factors, relative",
     ),
     "centroids in another order": (swap_centroids, "cluster ids"),
-    "wrong count of parameters": (edit(parameters__base=1), "parameters"),
+    "wrong count of parameters": (edit(parameters__base=1), "manifest: counts of parameters"),
     "positions shifted": (
         change_weights("transformer.wpe.weight", lambda w: np.roll(w * 5, 1, axis=0)),
         "x1 factors: logits",

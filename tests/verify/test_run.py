@@ -12,8 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime.known_answers import recorded_answers
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify import run
 from chameleon_deploy.verify.gates import Check
@@ -85,17 +87,21 @@ def test_each_graph_is_verified(
     monkeypatch.setattr(type(mini.trunk), "drop_layers", lambda trunk: dropped.append(1))
 
     def verify(runtime: Any, reference: Any, rows: Any, whole: bool, report: Any, max_kl: float | None) -> list[Check]:
-        assert set(map(tuple, rows)) == reference.hidden.keys()  # read before layers are dropped
+        texts = [*rows, *known]
+        assert set(map(tuple, texts)) == reference.hidden.keys()  # read before layers are dropped
         called.append((runtime.graph, whole, max_kl))
         return [Check("a", 1, 2)]
 
+    answers = recorded_answers(open_bundle(bundle))
+    known = [ids for mode in ("none", "cohort") for ids in parity.continued_rows(answers, mode)]
+    assert len(known) == 8
     monkeypatch.setattr(parity, "verify", verify)
     named: dict[str, Any] = {} if keep_trunk is None else {"keep_trunk": keep_trunk}
     checks, record = verify_bundle(bundle, mini, None, 1, lambda *step: reported.append(step), max_kl=0.5, **named)
     assert called == [("decoder", False, 0.5), ("decoder_cpu", True, 0.5)]
     assert len(checks) == len(record["checks"]) == 2
     assert (record["provider"], record["texts"], record["verified"]) == ("cpu", 33, True)
-    assert reported == [("verify: reference", done, 33) for done in range(33)]
+    assert reported == [("verify: reference", done, 41) for done in range(41)]
     assert bool(dropped) == (keep_trunk is False)
 
 

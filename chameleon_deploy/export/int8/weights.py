@@ -34,6 +34,7 @@ from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.terminal.progress import Progress
 
+BALANCE = "int8_weights.balance"  # factors of the channels that the head reads, see `head_balance`
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
@@ -61,7 +62,7 @@ def quantize_weights(
         matrix = rotate(torch.tensor(weight.const_value.numpy()))
         x = rotated(op, x, matrix.shape[1], decoder.graph)
         factors, products = head_balance(matrix, statistics), statistics.inputs[HEAD].rotated()
-        x = op.Mul(x, constant(decoder.graph, "int8_weights.balance", factors.numpy()))
+        x = op.Mul(x, constant(decoder.graph, BALANCE, factors.numpy()))
         products.divide(1 / factors)
         int8, scale = round_weights((matrix / factors).T, products.groups)
         int8, scale = store(op, HEAD, int8.T, scale)
