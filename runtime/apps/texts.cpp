@@ -8,7 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "chameleon/error.h"
-#include "utf8.h"
+#include "tokenizer/utf8.h"
 
 using chameleon::InputError;
 

@@ -6,8 +6,8 @@
 #include <cstdlib>
 
 #include "chameleon/error.h"
-#include "loop.h"
-#include "submission.h"
+#include "engine/loop.h"
+#include "engine/submission.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <span>
 
 #include "chameleon/error.h"
-#include "onnx_operators.h"
+#include "contract/onnx_operators.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   try {

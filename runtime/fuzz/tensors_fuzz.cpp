@@ -3,7 +3,7 @@
 #include <cstdlib>
 
 #include "chameleon/error.h"
-#include "safetensors.h"
+#include "contract/safetensors.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   try {

@@ -7,8 +7,8 @@
 
 #include "chameleon/error.h"
 #include "chameleon/tokenizer.h"
-#include "mapped_file.h"
-#include "utf8.h"
+#include "contract/mapped_file.h"
+#include "tokenizer/utf8.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   static const chameleon::Tokenizer tokenizer(chameleon::MappedFile(CHAMELEON_TOKENIZER).text());

@@ -11,8 +11,8 @@
 #include <string_view>
 
 #include "chameleon/error.h"
+#include "contract/rotation.h"
 #include "factors.h"
-#include "rotation.h"
 
 namespace chameleon {
 

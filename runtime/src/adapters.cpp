@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <ranges>
 
-#include "adapter_file.h"
-#include "basis.h"
 #include "chameleon/error.h"
+#include "contract/adapter_file.h"
+#include "contract/basis.h"
 #include "factors.h"
 
 namespace chameleon {

@@ -10,7 +10,7 @@
 
 #include "chameleon/adaptation.h"
 #include "chameleon/bundle.h"
-#include "factor_table.h"
+#include "engine/factor_table.h"
 
 namespace chameleon {
 

@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "chameleon/error.h"
-#include "utf8.h"
+#include "tokenizer/utf8.h"
 
 namespace chameleon {
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "chameleon/runtime.h"
-#include "decoder.h"
+#include "decode/decoder.h"
 #include "sampling.h"
 
 namespace chameleon {

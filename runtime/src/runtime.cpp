@@ -4,17 +4,17 @@
 #include <atomic>
 
 #include "adaptation.h"
-#include "basis.h"
+#include "contract/basis.h"
+#include "contract/mapped_file.h"
+#include "decode/prompt_logprobs.h"
+#include "decode/prompt_lookup.h"
+#include "decode/scoring.h"
+#include "decode/shared_cache.h"
 #include "factors.h"
 #include "generation.h"
-#include "mapped_file.h"
-#include "prompt_logprobs.h"
-#include "prompt_lookup.h"
 #include "runtime_impl.h"
-#include "scoring.h"
-#include "shared_cache.h"
 #ifdef CHAMELEON_WITH_TENSORRT
-#include "tensorrt.h"
+#include "device/tensorrt.h"
 #endif
 
 namespace chameleon {

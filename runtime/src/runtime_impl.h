@@ -5,10 +5,10 @@
 
 #include "adapters.h"
 #include "chameleon/runtime.h"
-#include "decoder.h"
-#include "factor_table.h"
-#include "opening.h"
-#include "session.h"
+#include "contract/opening.h"
+#include "decode/decoder.h"
+#include "decode/session.h"
+#include "engine/factor_table.h"
 
 namespace chameleon {
 

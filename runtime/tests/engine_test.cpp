@@ -10,7 +10,7 @@
 #include <random>
 #include <thread>
 
-#include "loop.h"
+#include "engine/loop.h"
 #include "runtime_impl.h"
 #include "shared_data.h"
 

@@ -1,5 +1,5 @@
 // The checks of the local cache before an engine is read.
-#include "engines.h"
+#include "device/engines.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -10,7 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "chameleon/error.h"
-#include "mapped_file.h"
+#include "contract/mapped_file.h"
 #include "shared_data.h"
 
 namespace chameleon::test {

@@ -1,13 +1,13 @@
 // The work of the engine's thread, one iteration at a time: what runs between two tokens, and what a fault ends.
 
-#include "loop.h"
+#include "engine/loop.h"
 
 #include <gtest/gtest.h>
 
+#include "decode/schedule.h"
+#include "engine/submission.h"
 #include "runtime_impl.h"
-#include "schedule.h"
 #include "shared_data.h"
-#include "submission.h"
 
 namespace chameleon::test {
 

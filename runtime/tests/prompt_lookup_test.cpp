@@ -1,6 +1,6 @@
 // Speculative decoding by prompt lookup: the same tokens as plain decoding, in fewer calls.
 
-#include "prompt_lookup.h"
+#include "decode/prompt_lookup.h"
 
 #include <gtest/gtest.h>
 

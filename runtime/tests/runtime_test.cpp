@@ -8,7 +8,7 @@
 #include <limits>
 #include <thread>
 
-#include "logits_scorer.h"
+#include "decode/logits_scorer.h"
 #include "shared_data.h"
 
 namespace chameleon::test {

@@ -1,7 +1,7 @@
 #include "schedules.h"
 
-#include "loop.h"
-#include "submission.h"
+#include "engine/loop.h"
+#include "engine/submission.h"
 
 namespace chameleon::test {
 

@@ -4,7 +4,7 @@
 
 #include <fstream>
 
-#include "mapped_file.h"
+#include "contract/mapped_file.h"
 
 namespace chameleon::test {
 

@@ -1,6 +1,6 @@
 // Rows that join, read, step, move, fork and leave: each as if it were alone.
 
-#include "slots.h"
+#include "decode/slots.h"
 
 #include <gtest/gtest.h>
 
@@ -8,9 +8,9 @@
 #include <cmath>
 #include <random>
 
-#include "decoder.h"
+#include "decode/decoder.h"
+#include "decode/schedule.h"
 #include "runtime_impl.h"
-#include "schedule.h"
 #include "shared_data.h"
 
 namespace chameleon::test {

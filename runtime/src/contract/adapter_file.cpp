@@ -1,0 +1,103 @@
+#include "contract/adapter_file.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "chameleon/error.h"
+#include "contract/mapped_file.h"
+#include "contract/safetensors.h"
+#include "factors.h"
+
+namespace chameleon {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr std::int64_t kMaxRank = 1024;  // every layer is padded to the largest rank of a call
+
+/// The factor tensors that a file has to hold, with their widths. Throws AdapterError.
+std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, std::string>& metadata,
+                                                   const AdaptationSpec& spec, const std::string& where) {
+  const auto value = [&](const char* key) {
+    const auto found = metadata.find(key);
+    return found == metadata.end() ? std::string() : found->second;
+  };
+  if (value("format") != "chameleon-adapter" || value("format_version") != "1") {
+    throw AdapterError(where + ": not an adapter file of version 1: export the adapter again");
+  }
+  if (spec.base_digest.empty()) {
+    throw AdapterError(where + ": this bundle was exported without adapters: export it with --adapter");
+  }
+  if (value("base_digest") != spec.base_digest) {
+    throw AdapterError(where + ": it is for another base model than this bundle's: export it for this bundle");
+  }
+  const Json targets = Json::parse(value("targets"), nullptr, false);
+  if (!targets.is_array() || targets.empty()) throw AdapterError(where + ": its metadata name no targets");
+  AdaptationSpec adapted;
+  for (const Json& name : targets) {
+    const auto known = std::ranges::find_if(spec.targets, [&](const TargetSpec& each) { return name == each.name; });
+    if (known == spec.targets.end()) {
+      throw AdapterError(where + ": adapts " + name.dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 80) +
+                         ", which this bundle does not: export the bundle with this adapter");
+    }
+    adapted.targets.push_back(*known);
+  }
+  return adapted.factor_widths();
+}
+
+/// The rank of all tensors. Throws TensorError unless they are those of `widths`.
+std::int64_t check_tensors(const std::map<std::string, SafeTensor>& tensors,
+                           const std::map<std::string, std::int64_t>& widths, const std::string& where) {
+  if (!std::ranges::equal(
+          tensors, widths, {}, [](const auto& tensor) { return tensor.first; },
+          [](const auto& width) { return width.first; })) {
+    throw TensorError(where + ": its tensors and its targets differ");
+  }
+  const std::vector<std::int64_t>& first = tensors.begin()->second.shape;
+  const std::int64_t rank = first.empty() ? 0 : first[0];
+  if (rank < 1 || rank > kMaxRank) {
+    throw TensorError(where + ": rank " + std::to_string(rank) + ": it must be from 1 to " + std::to_string(kMaxRank));
+  }
+  return rank;
+}
+
+SafeTensors parse(const MappedFile& file, const std::string& where) try {
+  return parse_safetensors(file.text(), where);
+} catch (const TensorError& error) {
+  throw AdapterError(std::string("not an adapter file: ") + error.what());
+}
+
+MappedFile map(const fs::path& file) try {
+  std::error_code problem;
+  if (fs::symlink_status(file, problem).type() != fs::file_type::regular) {
+    throw AdapterError(file.string() + " is not a plain file: pass a file that export wrote");
+  }
+  return MappedFile(file);
+} catch (const MissingFileError& error) {
+  throw AdapterError(error.what());
+}
+
+}  // namespace
+
+std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const AdaptationSpec& spec) {
+  const std::string where = file.string();
+  const MappedFile mapped = map(file);
+  const SafeTensors parsed = parse(mapped, where);
+  const auto widths = check_metadata(parsed.metadata, spec, where);
+  const std::int64_t rank = check_tensors(parsed.tensors, widths, where);
+  std::map<std::string, std::vector<float>> tensors;
+  for (const auto& [name, width] : spec.factor_widths()) {
+    const std::int64_t shape[] = {rank, width};
+    if (widths.contains(name)) {
+      tensors[name] = parsed.tensors.at(name).floats(shape, where + ": " + name);
+    } else {
+      tensors[name].resize(static_cast<std::size_t>(rank * width));
+    }
+  }
+  return {make_factor_sets(1, rank, std::move(tensors)), sha256(mapped.bytes())};
+}
+
+}  // namespace chameleon

@@ -1,0 +1,141 @@
+// The rows that are being generated, and their state in the decoder.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "decode/decoder.h"
+#include "decode/slots.h"
+#include "engine/factor_table.h"
+#include "engine/stream.h"
+#include "generation.h"
+
+namespace chameleon {
+
+using Clock = std::chrono::steady_clock;
+
+/// The prompt of one or more members.
+struct Prompt {
+  std::span<const std::int64_t> ids;
+  std::vector<float> logits{};  ///< [vocab] after the last token, set by the prefill
+};
+
+/// One continuation of one prompt, from its submit to its end.
+struct Member {
+  std::shared_ptr<Stream::State> stream;  ///< owns the ids of the prompt
+  std::shared_ptr<Prompt> prompt;         ///< the same object for all its continuations
+  Row row;
+  Clock::time_point submitted;
+  Clock::time_point deadline;    ///< latest time of the end
+  Clock::time_point last_token;  ///< time of the last token, or of the submit
+  int overtaken = 0;             ///< see schedule.h
+  bool has_ended = false;        ///< and leaves the batch with the next iteration
+  FactorSource source{};         ///< of its factors, set when its cohort is complete
+
+  [[nodiscard]] const std::string& key() const { return source.key; }
+};
+
+using Members = std::vector<std::shared_ptr<Member>>;
+
+/// The rows in the decoder.
+class Batch {
+ public:
+  virtual ~Batch() = default;
+
+  /// Rows in the batch; rows with a finished prefill come first.
+  [[nodiscard]] const Members& members() const { return members_; }
+  /// Number of rows with a finished prefill.
+  [[nodiscard]] virtual std::size_t ready() const = 0;
+  /// Tokens in the cache.
+  [[nodiscard]] virtual std::size_t cached_tokens() const = 0;
+  /// How many members may be admitted now.
+  [[nodiscard]] virtual std::size_t room() const = 0;
+
+  /// Admit a member whose factor set is in the table already.
+  virtual void admit(std::shared_ptr<Member> member) = 0;
+  /// Remove the members that have ended.
+  virtual void drop_ended() = 0;
+  /// The members in the decoder's next prefill: so many, beginning with members()[ready()].
+  [[nodiscard]] virtual std::size_t to_prefill() const = 0;
+  /// Prefill one chunk of a prompt, or several whole prompts that are no longer together. Returns the number of their
+  /// tokens. An exception of the decoder concerns those of `to_prefill` only.
+  virtual std::size_t prefill() = 0;
+  /// The members in the decoder's next step: those that are ready, without those that have logits already.
+  [[nodiscard]] virtual std::size_t to_step() const = 0;
+  /// Compute the logits of the next token of each ready member. An exception of the decoder concerns the members
+  /// 0..to_step() only.
+  virtual void step() = 0;
+  /// The logits [vocab] that `step` has computed for a member.
+  [[nodiscard]] virtual std::span<float> logits(std::size_t place) = 0;
+
+ protected:
+  Members members_;
+};
+
+/// A batch whose members join and leave at any time. See Batch.
+///
+/// Where a step is as exact, the last token of a prompt is left to the step, which reads the head's weights for all
+/// members in any case: several percent of the time of a prompt. Elsewhere the first new token follows from the last
+/// chunk, as in Runtime::generate.
+class ContinuousBatch final : public Batch {
+ public:
+  /// slots, table: of `rows` rows and for one thread; the table must outlive this
+  ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, std::size_t chunk_tokens);
+
+  [[nodiscard]] std::size_t ready() const override { return ready_; }
+  [[nodiscard]] std::size_t cached_tokens() const override;
+  [[nodiscard]] std::size_t room() const override { return slots_->lengths().size() - members_.size(); }
+  void admit(std::shared_ptr<Member> member) override;
+  void drop_ended() override;
+  [[nodiscard]] std::size_t to_prefill() const override;
+  std::size_t prefill() override;
+  [[nodiscard]] std::size_t to_step() const override;
+  void step() override;
+  [[nodiscard]] std::span<float> logits(std::size_t place) override { return slots_->logits(place); }
+
+ private:
+  void drop(std::size_t place);
+  void move(std::size_t source, std::size_t target);
+  [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
+  [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
+  std::size_t prefill_chunks(std::size_t start);
+
+  std::unique_ptr<Slots> slots_;
+  const FactorTable& table_;
+  std::size_t chunk_tokens_, left_to_step_, ready_ = 0;
+};
+
+/// A batch that runs to its end; members join only while nothing runs. See Batch.
+class StaticBatch final : public Batch {
+ public:
+  /// decoder, table: must outlive this
+  StaticBatch(const Decoder& decoder, const FactorTable& table, std::size_t rows);
+
+  [[nodiscard]] std::size_t ready() const override { return members_.size(); }
+  [[nodiscard]] std::size_t cached_tokens() const override;
+  [[nodiscard]] std::size_t room() const override { return cache_ == nullptr ? rows_ - members_.size() : 0; }
+  void admit(std::shared_ptr<Member> member) override { members_.push_back(std::move(member)); }
+  void drop_ended() override;
+  [[nodiscard]] std::size_t to_prefill() const override { return 0; }
+  std::size_t prefill() override { return 0; }
+  [[nodiscard]] std::size_t to_step() const override { return members_.size(); }
+  void step() override;
+  [[nodiscard]] std::span<float> logits(std::size_t place) override { return logits_->at(place); }
+
+ private:
+  const Decoder& decoder_;
+  const FactorTable& table_;
+  std::size_t rows_;
+  std::unique_ptr<Cache> cache_;  // of the members that run; null while none do
+  RowFactors factors_;            // likewise
+  std::optional<Logits> logits_;
+};
+
+/// A continuous batch if the decoder has slots, else a static one. See Batch.
+/// decoder, table: must outlive it
+std::unique_ptr<Batch> open_batch(const Decoder& decoder, const FactorTable& table, std::size_t rows,
+                                  std::size_t capacity, std::size_t chunk_tokens);
+
+}  // namespace chameleon

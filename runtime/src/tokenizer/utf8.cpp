@@ -1,0 +1,74 @@
+#include "tokenizer/utf8.h"
+
+namespace chameleon {
+
+namespace {
+
+struct Part {
+  std::size_t length;
+  bool valid;
+};
+
+/// The first character, or the longest prefix of one that could still become valid.
+Part front_part(std::string_view text) {
+  const auto at = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char lead = at(0);
+  if (lead < 0x80) return {1, true};
+  if (lead < 0xC2 || lead > 0xF4) return {1, false};
+  const std::size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+  // After four lead bytes the second byte has a narrower range: no overlong forms, no surrogates, nothing over
+  // U+10FFFF.
+  const unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+  const unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+  for (std::size_t i = 1; i < length; ++i) {
+    const bool fits = i < text.size() && at(i) >= (i == 1 ? low : 0x80) && at(i) <= (i == 1 ? high : 0xBF);
+    if (!fits) return {i, false};
+  }
+  return {length, true};
+}
+
+}  // namespace
+
+std::optional<std::size_t> find_invalid_utf8(std::string_view text) {
+  for (std::size_t i = 0; i < text.size();) {
+    const Part part = front_part(text.substr(i));
+    if (!part.valid) return i;
+    i += part.length;
+  }
+  return std::nullopt;
+}
+
+std::string replace_invalid_utf8(std::string_view bytes) {
+  std::string text;
+  text.reserve(bytes.size());
+  for (std::size_t i = 0; i < bytes.size();) {
+    const Part part = front_part(bytes.substr(i));
+    text += part.valid ? bytes.substr(i, part.length) : kReplacement;
+    i += part.length;
+  }
+  return text;
+}
+
+void append_utf8(std::string& text, char32_t code_point) {
+  if (code_point < 0x80) {
+    text += static_cast<char>(code_point);
+    return;
+  }
+  const int more = code_point < 0x800 ? 1 : code_point < 0x10000 ? 2 : 3;
+  const int lead = more == 1 ? 0xC0 : more == 2 ? 0xE0 : 0xF0;
+  text += static_cast<char>(lead | (code_point >> (6 * more)));
+  for (int i = more - 1; i >= 0; --i) text += static_cast<char>(0x80 | ((code_point >> (6 * i)) & 0x3F));
+}
+
+char32_t next_code_point(std::string_view text, std::size_t& offset) {
+  const auto lead = static_cast<unsigned char>(text[offset]);
+  const std::size_t length = lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+  char32_t code_point = length == 1 ? lead : lead & (0x7F >> length);
+  for (std::size_t i = 1; i < length; ++i) {
+    code_point = (code_point << 6) | (static_cast<unsigned char>(text[offset + i]) & 0x3F);
+  }
+  offset += length;
+  return code_point;
+}
+
+}  // namespace chameleon
