@@ -44,11 +44,6 @@ std::vector<std::string> Adapters::names() const {
   return names;
 }
 
-bool Adapters::contains(const std::string& name) const {
-  const std::lock_guard lock(mutex_);
-  return adapters_.contains(name);
-}
-
 void Adapters::load(const std::string& name, const std::filesystem::path& file) {
   if (!is_adapter_name(name)) {
     throw InputError("'" + name.substr(0, 80) + "' cannot name an adapter: use " + std::string(kAdapterName));

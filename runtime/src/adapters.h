@@ -23,7 +23,6 @@ class Adapters {
 
   /// In the order in which they were loaded.
   [[nodiscard]] std::vector<std::string> names() const;
-  [[nodiscard]] bool contains(const std::string& name) const;
 
   /// Read an adapter file, see Runtime::load_adapter.
   void load(const std::string& name, const std::filesystem::path& file);

@@ -295,7 +295,6 @@ void Runtime::load_adapter(const std::string& name, const std::filesystem::path&
 }
 void Runtime::unload_adapter(const std::string& name) { impl_->adapters.unload(name); }
 std::vector<std::string> Runtime::adapter_names() const { return impl_->adapters.names(); }
-bool Runtime::has_adapter(const std::string& name) const { return impl_->adapters.contains(name); }
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->provider; }

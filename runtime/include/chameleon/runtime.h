@@ -72,7 +72,6 @@ class CHAMELEON_EXPORT Runtime {
   void unload_adapter(const std::string& name);
   /// Of the bundle's adapters and those that were loaded, in that order.
   [[nodiscard]] std::vector<std::string> adapter_names() const;
-  [[nodiscard]] bool has_adapter(const std::string& name) const;
 
   /// The token ids of texts. Makes the same checks as the calls above.
   [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;
