@@ -21,18 +21,18 @@ constexpr const char* kJson = "application/json";
 struct Asked {
   std::vector<std::string> prompts;
   chameleon::SubmitOptions options{};
-  bool stream;
+  bool stream = false;
 };
 
 Asked parse(const std::string& body) {
   static const std::set<std::string> kFields = {"model", "prompt", "max_tokens", "temperature", "seed", "stream"};
   const Json json = Json::parse(body);
   for (const auto& field : json.items()) {
-    if (!kFields.contains(field.key()))
-      throw chameleon::InputError("'" + field.key() + "' cannot be used: leave it out");
+    if (!kFields.contains(field.key())) throw chameleon::InputError("leave out '" + field.key() + "'");
   }
   const Json prompt = json.at("prompt").is_string() ? Json::array({json.at("prompt")}) : json.at("prompt");
-  Asked asked{.prompts = prompt, .stream = json.value("stream", false)};
+  Asked asked{.prompts = prompt};
+  asked.stream = json.value("stream", asked.stream);
   asked.options.max_new_tokens = json.value("max_tokens", std::int64_t{16});
   const std::uint64_t seed = json.value("seed", std::uint64_t{std::random_device{}()});
   const chameleon::Sampling sampling{.temperature = json.value("temperature", 1.0), .seed = seed};
