@@ -162,7 +162,7 @@ KNOWN_ANSWERS: dict[Precision, KnownAnswerGate] = {
     "fp32": KnownAnswerGate(hidden_states=1e-4, logprob=1e-4, gap=1e-2),
     "fp16": KnownAnswerGate(hidden_states=1e-2, logprob=5e-3, gap=1e-1),
     "bf16": KnownAnswerGate(hidden_states=5e-2, logprob=2e-2, gap=3e-1),
-    "int8": KnownAnswerGate(hidden_states=1.5e-2, logprob=2e-2, gap=3e-1),
+    "int8": KnownAnswerGate(hidden_states=2e-2, logprob=1e-1, gap=5e-1),
 }
 # Of another graph than the one that computed the record, which rounds activations elsewhere or not at all.
 OTHER_GRAPH: dict[Precision, KnownAnswerGate] = KNOWN_ANSWERS | {
