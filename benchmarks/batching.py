@@ -30,7 +30,7 @@ import chameleon_deploy
 from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.runtime.iteration import Iteration
+from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.terminal.table import Sheet

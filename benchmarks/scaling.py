@@ -29,7 +29,7 @@ from scipy.optimize import nnls
 
 import chameleon_deploy
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.runtime.iteration import Iteration
+from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.serve.routing import choose
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.table import Sheet

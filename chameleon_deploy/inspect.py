@@ -12,7 +12,7 @@ import typer
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
 from chameleon_deploy.errors import DependencyError
-from chameleon_deploy.runtime.session import IntegerWeights, integer_weights
+from chameleon_deploy.runtime.decode.session import IntegerWeights, integer_weights
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.table import Sheet
 

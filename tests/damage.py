@@ -41,3 +41,27 @@ def reseal(path: Path) -> None:
         data = (path / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (path / "bundle.json").write_text(json.dumps(manifest))
+
+
+def change_weights(name: str, change: Callable[[Any], Any]) -> Damage:
+    """Change one tensor of weights.bin, found through the graph that refers to it."""
+
+    def damage(path: Path) -> None:
+        import numpy as np
+        import onnx
+
+        for graph in ("decoder.onnx", "hypernetwork.onnx"):
+            for initializer in onnx.load(path / graph, load_external_data=False).graph.initializer:
+                if initializer.name != name:
+                    continue
+                place = {entry.key: entry.value for entry in initializer.external_data}
+                values = np.memmap(
+                    path / "weights.bin", np.float32, "r+", int(place["offset"]), tuple(initializer.dims)
+                )
+                values[:] = change(np.array(values))
+                values.flush()
+                reseal(path)
+                return
+        raise AssertionError(f"no initializer {name}")
+
+    return damage

@@ -11,11 +11,11 @@ from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, Role
 from chameleon_deploy.runtime import providers
 from chameleon_deploy.runtime.backend import DeviceBackend
+from chameleon_deploy.runtime.decode.session import CPU
 from chameleon_deploy.runtime.device.cuda import CudaDevice
 from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.profiles import profiles
 from chameleon_deploy.runtime.device.tensorrt import EngineGraph
-from chameleon_deploy.runtime.session import CPU
 from tests.fake_cuda import FAKE_TENSORRT, FakeCudart, FakeEngine
 
 needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")

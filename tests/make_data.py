@@ -33,6 +33,7 @@ from chameleon_deploy.contract.bundle import LM_HEAD, Regime, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
+from chameleon_deploy.runtime.decode.session import INTEGER_PRODUCTS
 from chameleon_deploy.runtime.sampling import choose, log_probabilities, uniform
 from chameleon_deploy.runtime.sampling_settings import (
     MAX_BIASES,
@@ -40,7 +41,6 @@ from chameleon_deploy.runtime.sampling_settings import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from chameleon_deploy.runtime.session import INTEGER_PRODUCTS
 from tests.schedules import random_schedule, run_schedule
 from tests.shared_data import (
     DATA,

@@ -11,7 +11,7 @@ import pytest
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.verify.run import verify_bundle
 
 

@@ -1,12 +1,12 @@
 """The light runtime: numpy, ONNX Runtime and tokenizers; never torch, transformers or onnx."""
 
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
-from chameleon_deploy.runtime.engine import Engine
+from chameleon_deploy.runtime.engine.engine import Engine
+from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.generation import Generate, Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score
-from chameleon_deploy.runtime.stream import Stream
 
 __all__ = [
     "Adapt",

@@ -9,15 +9,15 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, LimitsSpec, Role
 from chameleon_deploy.machine import usable_cores
-from chameleon_deploy.runtime.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.growing_cache import GrowingCacheDecoder
+from chameleon_deploy.runtime.decode.session import IntegerWeights, import_onnxruntime, integer_weights, run
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.tiled_scorer import TiledScorer
 from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets
-from chameleon_deploy.runtime.growing_cache import GrowingCacheDecoder
-from chameleon_deploy.runtime.session import IntegerWeights, import_onnxruntime, integer_weights, run
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.tiled_scorer import TiledScorer
 
 
 class Backend(Protocol):

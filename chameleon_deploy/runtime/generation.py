@@ -14,8 +14,8 @@ from tokenizers.decoders import DecodeStream
 from chameleon_deploy.contract.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError
 from chameleon_deploy.runtime.adaptation import AdaptKeywords
+from chameleon_deploy.runtime.decode.logits import Logits
 from chameleon_deploy.runtime.inputs import MAX_ROWS, check_integer, check_number, integer, is_sequence, per_prompt
-from chameleon_deploy.runtime.logits import Logits
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
 from chameleon_deploy.runtime.tokenizer import decode, decode_next

@@ -15,10 +15,10 @@ import numpy as np
 from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, LimitsSpec, Mode, ModelSpec
 from chameleon_deploy.errors import ManifestError
 from chameleon_deploy.runtime.adaptation import Adapt
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.generation import Generate
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling_settings import Sampling
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 
 PARITY, FIELD = "parity.json", "known_answers"  # the file and its field
 TEXTS = (

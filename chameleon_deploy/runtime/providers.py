@@ -14,10 +14,10 @@ from typing import Any
 from chameleon_deploy.contract.bundle import Bundle, Role
 from chameleon_deploy.errors import DependencyError, ProviderError
 from chameleon_deploy.runtime.backend import Backend, CpuBackend, DeviceBackend
+from chameleon_deploy.runtime.decode.session import import_onnxruntime, open_session
 from chameleon_deploy.runtime.device.cuda import CudaDevice, import_cudart
 from chameleon_deploy.runtime.device.graph import DeviceGraph, SessionGraph
 from chameleon_deploy.runtime.device.tensorrt import open_engines
-from chameleon_deploy.runtime.session import import_onnxruntime, open_session
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "auto")
 

@@ -14,6 +14,7 @@ from chameleon_deploy.contract.provenance import TrustedKeys
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation, AdaptKeywords
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.engine.loop import generate_rows
 from chameleon_deploy.runtime.factor_sources import FactorSources
 from chameleon_deploy.runtime.generation import (
     Generate,
@@ -24,7 +25,6 @@ from chameleon_deploy.runtime.generation import (
     begin_rows,
 )
 from chameleon_deploy.runtime.inputs import Texts, check_names, check_threads, checked_path, chosen, encode
-from chameleon_deploy.runtime.loop import generate_rows
 from chameleon_deploy.runtime.providers import check_provider, open_backend
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.runtime.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.adaptation import Adaptation
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.decode.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.runtime.engine import Engine, Stats
-from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.engine.engine import Engine, Stats
+from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from chameleon_deploy.runtime import Adapt, Adaptation
-from chameleon_deploy.runtime.prompt_logprobs import prompt_logprobs
+from chameleon_deploy.runtime.decode.prompt_logprobs import prompt_logprobs
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.scoring import Score, score_rows
 from chameleon_deploy.serve.call import Call

@@ -24,11 +24,11 @@ from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
-from chameleon_deploy.runtime.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.known_answers import KnownAnswers, adapt_rows, recorded_answers
 from chameleon_deploy.runtime.scoring import score_rows
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.faults import FAULTS

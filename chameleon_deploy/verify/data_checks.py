@@ -24,7 +24,7 @@ from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.export.int8.weights import BALANCE
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.source import Source
-from chameleon_deploy.runtime.session import open_session, run
+from chameleon_deploy.runtime.decode.session import open_session, run
 from chameleon_deploy.verify.gates import Check, Gate
 from chameleon_deploy.verify.logit_figures import largest, max_abs
 

@@ -17,7 +17,7 @@ import pytest
 
 from chameleon_deploy import inspect
 from chameleon_deploy.contract.bundle import open_bundle
-from chameleon_deploy.runtime.session import exact_weights
+from chameleon_deploy.runtime.decode.session import exact_weights
 from tests.cpp.c_interface import BUILD
 from tests.shared_data import good_bundle
 

@@ -21,8 +21,9 @@ from chameleon_deploy.export.int8.calibration import calibrate, calibration_text
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
 from chameleon_deploy.reference.model import Trunk
-from chameleon_deploy.runtime import Runtime, bound_call
+from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.runtime.decode import bound_call
 from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.terminal.progress import silent
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, peft_logits, save_adapter

@@ -20,7 +20,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.passes.half_precision import HALVES
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
-from chameleon_deploy.runtime.session import import_onnxruntime
+from chameleon_deploy.runtime.decode.session import import_onnxruntime
 from chameleon_deploy.verify.checks import check_logits
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows

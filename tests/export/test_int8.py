@@ -30,10 +30,10 @@ from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
-from chameleon_deploy.runtime.logits import HostLogits
-from chameleon_deploy.runtime.session import _convert_weights, exact_weights
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.session import _convert_weights, exact_weights
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, gate_of

@@ -17,7 +17,7 @@ from chameleon_deploy import Runtime
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime.session import open_session
+from chameleon_deploy.runtime.decode.session import open_session
 from tests.damage import reseal
 from tests.verification import missed
 

@@ -68,11 +68,13 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_special_tokens_have_no_text", "test_rows_of_prompts", "test_streams_of_random_numbers")),
         GOLDEN, f"{SHARED}::test_schedules"),
         (GENERATION, "tests/runtime/test_runtime_errors.py")),
-    "runtime.schedule": (("tests/runtime/test_schedule.py",), ()),
+    "runtime.decode.schedule": (("tests/runtime/test_schedule.py",), ()),
     "runtime.adapters": ((f"{SHARED}::test_an_adapter_file_is_loaded_or_refused_with_its_code",),
                          ("tests/runtime/test_adapters.py", "tests/runtime/test_types.py")),
-    **dict.fromkeys(("runtime.loop", "runtime.batch"), ((f"{SHARED}::test_schedules",), (ENGINE,))),
-    **dict.fromkeys(("runtime.engine", "runtime.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))),
+    **dict.fromkeys(("runtime.engine.loop", "runtime.engine.batch"), ((f"{SHARED}::test_schedules",), (ENGINE,))),
+    **dict.fromkeys(
+        ("runtime.engine.engine", "runtime.engine.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))
+    ),
     "serve.keys": ((), (f"{FAULTS}::test_a_bad_file_of_keys", "tests/serve/test_lora_adapters.py")),
     "serve.logs": ((f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line",), ()),
     "serve.bodies": ((), (HOSTILE_CLIENTS, FAULTS)),

@@ -11,8 +11,8 @@ import pytest
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import FloatArray, Mode, Precision
-from chameleon_deploy.runtime import session
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode import session
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.verify.gates import GATES, Gate
 from tests.processors.record import PRECISIONS, TOKENS, Reference
 

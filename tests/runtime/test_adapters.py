@@ -19,7 +19,7 @@ from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, TensorError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
-from chameleon_deploy.runtime.engine import Engine
+from chameleon_deploy.runtime.engine.engine import Engine
 from tests.adapters import save_adapter
 from tests.commands import run
 

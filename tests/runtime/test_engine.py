@@ -32,15 +32,15 @@ from chameleon_deploy.errors import (
     RequestError,
     TokenError,
 )
-from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
-from chameleon_deploy.runtime.factor_table import FactorTable
-from chameleon_deploy.runtime.iteration import Iteration
-from chameleon_deploy.runtime.loop import Loop
-from chameleon_deploy.runtime.schedule import Schedule, take_next
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
-from chameleon_deploy.runtime.stream import deliver
-from chameleon_deploy.runtime.submission import form_cohort, prepare
+from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.engine.iteration import Iteration
+from chameleon_deploy.runtime.engine.loop import Loop
+from chameleon_deploy.runtime.engine.stream import deliver
+from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
 from tests.rows import head_factors, random_rows
 
 REQUESTS = int(os.environ.get("CHAMELEON_REQUESTS", "128"))
@@ -348,7 +348,7 @@ def test_nobody_starves(runtime: Runtime) -> None:
 
 
 def test_starvation_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chameleon_deploy.runtime.schedule.MAX_OVERTAKES", 10**9)
+    monkeypatch.setattr("chameleon_deploy.runtime.decode.schedule.MAX_OVERTAKES", 10**9)
     with pytest.raises(AssertionError):
         test_nobody_starves(runtime)
 
@@ -373,7 +373,7 @@ def test_a_request_that_lets_nobody_in_is_seen(runtime: Runtime, monkeypatch: py
     def first_come(queue: Any, running: Any, is_resident: Any, is_full: bool) -> Any:
         return take_next(queue, lambda member: 0, is_resident, is_full)
 
-    monkeypatch.setattr("chameleon_deploy.runtime.loop.take_next", first_come)
+    monkeypatch.setattr("chameleon_deploy.runtime.engine.loop.take_next", first_come)
     with pytest.raises(AssertionError):
         test_a_request_of_many_rows_lets_others_in(runtime)
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from chameleon_deploy import Runtime, Sampling
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.generation import Generate, Generation, Row, Token, begin_rows
 from chameleon_deploy.runtime.sampling import Choice, Sampler
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.rows import random_rows
 from tests.shared_data import good_bundle

@@ -76,7 +76,7 @@ def test_a_path(path: Any) -> None:
 
 
 def test_sessions_check_threads_too(bundle: Path) -> None:
-    from chameleon_deploy.runtime.session import open_session
+    from chameleon_deploy.runtime.decode.session import open_session
 
     opened = open_bundle(bundle)
     with pytest.raises(InputError, match="threads must be from 1 to 1024"):

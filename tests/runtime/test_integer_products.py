@@ -15,8 +15,9 @@ from chameleon_deploy import inspect
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ProviderError
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime import backend, session
-from chameleon_deploy.runtime.session import IntegerWeights
+from chameleon_deploy.runtime import backend
+from chameleon_deploy.runtime.decode import session
+from chameleon_deploy.runtime.decode.session import IntegerWeights
 from chameleon_deploy.serve.service import Service
 from chameleon_deploy.serve.settings import Settings
 from chameleon_deploy.verify import checks as parity

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.runtime.prompt_logprobs import prompt_logprobs
+from chameleon_deploy.runtime.decode.prompt_logprobs import prompt_logprobs
 from tests.rows import random_rows
 
 
 @pytest.mark.parametrize("graph", ["runtime", "portable"])
 def test_they_are_the_scores(graph: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime: Runtime = request.getfixturevalue(graph)
-    monkeypatch.setattr("chameleon_deploy.runtime.shared_cache.SCORED_TOKENS", 16)  # several pieces
+    monkeypatch.setattr("chameleon_deploy.runtime.decode.shared_cache.SCORED_TOKENS", 16)  # several pieces
     for ids in [*random_rows(2, 5, 100), [3]]:
         factors = runtime.adapt([ids], mode="request").factors
         choices = prompt_logprobs(ids, runtime.decoder, factors, 5)

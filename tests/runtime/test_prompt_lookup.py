@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from chameleon_deploy import Engine, Runtime, Sampling
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError, ProviderError
-from chameleon_deploy.runtime.prompt_lookup import MATCHED_TOKENS, PromptLookup
-from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.decode.prompt_lookup import MATCHED_TOKENS, PromptLookup
+from chameleon_deploy.runtime.decode.slots import Slots
 from tests.rows import random_rows
 
 REPEATING = [7, 8, 9, 10, 11] * 6

@@ -16,8 +16,8 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import DependencyError, ProviderError
 from chameleon_deploy.runtime import providers
+from chameleon_deploy.runtime.decode.session import open_session
 from chameleon_deploy.runtime.device import cuda, engines
-from chameleon_deploy.runtime.session import open_session
 from chameleon_deploy.store.local_cache import find_or_build
 from tests.devices import needs_no_gpu
 from tests.fake_cuda import FakeCudart

@@ -29,9 +29,9 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime import growing_cache, shared_cache, tiled_scorer
 from chameleon_deploy.runtime.adaptation import assign, conditioning
-from chameleon_deploy.runtime.decoder import parts
+from chameleon_deploy.runtime.decode import growing_cache, shared_cache, tiled_scorer
+from chameleon_deploy.runtime.decode.decoder import parts
 from tests.logits import row_logits
 from tests.rows import head_factors, random_rows
 
@@ -324,7 +324,7 @@ def test_onnxruntime_wheels(
     bundle: Any, monkeypatch: pytest.MonkeyPatch, installed: Sequence[str], message: str
 ) -> None:
     from chameleon_deploy.errors import DependencyError
-    from chameleon_deploy.runtime import session
+    from chameleon_deploy.runtime.decode import session
 
     monkeypatch.setattr(session, "_is_installed", lambda name: name in installed)
     with pytest.raises(DependencyError, match=message):

@@ -26,8 +26,8 @@ from chameleon_deploy.errors import (
     TensorError,
 )
 from chameleon_deploy.runtime import generation
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.damage import reseal
 from tests.shared_data import good_bundle

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from chameleon_deploy.errors import NumericError
+from chameleon_deploy.runtime.decode.schedule import MAX_OVERTAKES, chunk_length, joined, most_rows, take_next
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factor_sources import FactorSource
-from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import FactorSets
-from chameleon_deploy.runtime.schedule import MAX_OVERTAKES, chunk_length, joined, most_rows, take_next
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from chameleon_deploy.contract.bundle import FileSpec, file_sha256
 from chameleon_deploy.errors import DigestError, GraphError, OutputError, ProviderError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime import session
+from chameleon_deploy.runtime.decode import session
 from chameleon_deploy.store.local_cache import ENTRY
 
 TEXTS = ["the cache", "is shared by", "several processes"]

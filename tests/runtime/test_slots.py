@@ -19,11 +19,11 @@ import chameleon_deploy
 from chameleon_deploy import Adapt, Runtime
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.decode.schedule import chunk_length
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.schedule import chunk_length
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
 from tests.rows import random_rows
 
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40"))

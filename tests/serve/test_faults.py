@@ -22,7 +22,7 @@ import pytest
 from chameleon_deploy import Sampling
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import InputError, ModeError
-from chameleon_deploy.runtime.slots import Slots
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.serve import endpoint
 from chameleon_deploy.serve.event_stream import EventStream
 from chameleon_deploy.serve.service import Service

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from chameleon_deploy.runtime.engine import Stats
-from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.engine.engine import Stats
+from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.serve.metrics import Metrics
 from chameleon_deploy.serve.totals import Totals
 

@@ -23,8 +23,8 @@ from chameleon_deploy.contract.bundle import FloatArray, Mode, Precision
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from chameleon_deploy.runtime.slots import Slots
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures, max_abs

@@ -29,7 +29,7 @@ from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_s
 from chameleon_deploy.verify.run import verification_rows, verify_bundle
 from chameleon_deploy.verify.text_checks import check_texts
 from tests.commands import run
-from tests.damage import edit, reseal
+from tests.damage import change_weights, edit, reseal
 from tests.rows import head_factors
 from tests.verification import CACHE_FAULTS, damage_cache, missed, quiet
 
@@ -171,29 +171,6 @@ def test_reduced_precisions_have_windows_of_one_kind_of_text(mini: Checkpoint) -
     assert len(longest) == max(map(len, rows))
     assert typical == rows[32:40]
     assert parity.ragged_and_typical(ragged) == (ragged, ragged[:8])  # as in fp32
-
-
-def change_weights(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Change one tensor of weights.bin, found through the graph that refers to it."""
-
-    def damage(path: Path) -> None:
-        import onnx
-
-        for graph in ("decoder.onnx", "hypernetwork.onnx"):
-            for initializer in onnx.load(path / graph, load_external_data=False).graph.initializer:
-                if initializer.name != name:
-                    continue
-                place = {entry.key: entry.value for entry in initializer.external_data}
-                values = np.memmap(
-                    path / "weights.bin", np.float32, "r+", int(place["offset"]), tuple(initializer.dims)
-                )
-                values[:] = change(np.array(values))
-                values.flush()
-                reseal(path)
-                return
-        raise AssertionError(f"no initializer {name}")
-
-    return damage
 
 
 def swap_centroids(path: Path) -> None:

@@ -24,8 +24,7 @@ from chameleon_deploy.runtime.known_answers import recorded_answers
 from chameleon_deploy.verify import checks as parity
 from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.gates import GATES
-from tests.damage import Damage, edit, reseal
-from tests.verify.test_checks import change_weights
+from tests.damage import Damage, change_weights, edit, reseal
 
 Copy = Callable[[Path], Path]
 

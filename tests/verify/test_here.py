@@ -20,8 +20,8 @@ from chameleon_deploy.errors import ManifestError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.runtime.decode.logits import HostLogits
 from chameleon_deploy.runtime.known_answers import FIELD, PARITY, adapt_rows, known_answers, recorded_answers
-from chameleon_deploy.runtime.logits import HostLogits
 from chameleon_deploy.verify import here
 from chameleon_deploy.verify.here import known_answer_checks
 from tests.adapters import LLAMA_LAYERS, save_adapter

@@ -10,9 +10,9 @@ import numpy as np
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.runtime import Runtime, Sampling
+from chameleon_deploy.runtime.engine.loop import generate_rows
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
-from chameleon_deploy.runtime.loop import generate_rows
 
 
 class Bundle:

@@ -12,7 +12,7 @@ from chameleon_deploy.bench.peers.bundle import Bundle
 from chameleon_deploy.contract.bundle import Role
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.backend import CpuBackend
-from chameleon_deploy.runtime.session import import_onnxruntime
+from chameleon_deploy.runtime.decode.session import import_onnxruntime
 
 
 class WithoutLoRA(Bundle):

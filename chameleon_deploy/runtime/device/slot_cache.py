@@ -21,12 +21,12 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray, LimitsSpec, ModelSpec
 from chameleon_deploy.errors import InputError, LengthError
-from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.decode.decoder import pad
+from chameleon_deploy.runtime.decode.logits_scorer import logprobs_of_logits
 from chameleon_deploy.runtime.device.cuda import ITEM_SIZES, CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import Bound, DeviceGraph
 from chameleon_deploy.runtime.device.logits import DeviceLogits
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
 
 SLOTS = 128  # the cache grows by this many slots
 LOGITS_BYTES = 2**30  # of one piece of `all_logits`

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.runtime.decode.session import run
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.session import run
 
 # Positions per call: smaller re-reads the head weights more often, larger evicts a tile's logits from the cache.
 POSITIONS = 512

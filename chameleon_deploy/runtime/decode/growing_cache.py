@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray, ModelSpec
-from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.decode.decoder import pad
+from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.logits_scorer import logprobs_of_logits
+from chameleon_deploy.runtime.decode.session import run
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.logits import HostLogits
-from chameleon_deploy.runtime.logits_scorer import logprobs_of_logits
-from chameleon_deploy.runtime.session import run
 
 PIECE_BYTES = 256 * 2**20  # bound on the largest tensor of one call: attention scores, or logits when scoring
 

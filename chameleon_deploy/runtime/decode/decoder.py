@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray
+from chameleon_deploy.runtime.decode.logits import Logits
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.logits import Logits
 
 
 class Decoder(Protocol):

@@ -12,17 +12,17 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
+from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
+from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
-from chameleon_deploy.runtime.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Generate, Row
-from chameleon_deploy.runtime.logits import HostLogits, Logits
-from chameleon_deploy.runtime.prompt_lookup import PromptLookup
-from chameleon_deploy.runtime.schedule import Schedule, chunk_length, joined
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.slots import Slots
-from chameleon_deploy.runtime.stream import Stream
 
 # Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
 FORKED_PER_PREFILL = 8

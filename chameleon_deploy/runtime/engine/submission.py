@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.adaptation import Adapt
-from chameleon_deploy.runtime.batch import Member, members_of
+from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
+from chameleon_deploy.runtime.engine.batch import Member, members_of
+from chameleon_deploy.runtime.engine.stream import Cohort, Stream
 from chameleon_deploy.runtime.generation import Generate, begin_rows
 from chameleon_deploy.runtime.inputs import Texts
-from chameleon_deploy.runtime.prompt_lookup import check_drafts
-from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.stream import Cohort, Stream
+
+if TYPE_CHECKING:  # the runtime drives the loop of this folder
+    from chameleon_deploy.runtime.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
 from chameleon_deploy.contract.manifest import in_head
+from chameleon_deploy.runtime.decode.session import run
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from chameleon_deploy.runtime.session import run
 
 Array = npt.NDArray[Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_deploy.runtime.decoder import Decoder
+from chameleon_deploy.runtime.decode.decoder import Decoder
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.sampling import Choice, log_probabilities
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, Manifest
-from chameleon_deploy.runtime.bound_call import Array, BoundCall
-from chameleon_deploy.runtime.decoder import pad, parts
+from chameleon_deploy.runtime.decode.bound_call import Array, BoundCall
+from chameleon_deploy.runtime.decode.decoder import pad, parts
+from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.schedule import chunk_length
+from chameleon_deploy.runtime.decode.slots import KeyValues, Slots
+from chameleon_deploy.runtime.decode.tiled_scorer import Piece, TiledScorer
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.logits import HostLogits
-from chameleon_deploy.runtime.schedule import chunk_length
-from chameleon_deploy.runtime.slots import KeyValues, Slots
-from chameleon_deploy.runtime.tiled_scorer import Piece, TiledScorer
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations at no cost
 INT8_TOKENS = 256  # the same for int8, whose values then fit into the processor's cache

@@ -10,8 +10,8 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import LengthError
-from chameleon_deploy.runtime.bound_call import Array, BoundCall, Graph
-from chameleon_deploy.runtime.decoder import pad
+from chameleon_deploy.runtime.decode.bound_call import Array, BoundCall, Graph
+from chameleon_deploy.runtime.decode.decoder import pad
 from chameleon_deploy.runtime.factors import RowFactors
 
 MOSTLY_FILLED = 2  # times its prompt that a row may hold for the prompt to be written in place

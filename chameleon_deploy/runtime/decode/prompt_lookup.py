@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chameleon_deploy.errors import InputError, ProviderError
-from chameleon_deploy.runtime.decoder import StaticDecoder
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 
 MATCHED_TOKENS = (3, 2)  # lengths of the suffix that is looked up, the longest first
 

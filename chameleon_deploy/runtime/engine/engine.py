@@ -12,20 +12,22 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Literal, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.adaptation import Adapt
-from chameleon_deploy.runtime.batch import ContinuousBatch, open_batch
-from chameleon_deploy.runtime.factor_table import FactorTable
+from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.engine.iteration import Iteration
+from chameleon_deploy.runtime.engine.loop import Loop
+from chameleon_deploy.runtime.engine.stream import Stream, deliver
+from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare
 from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token
 from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_names, check_number, chosen
-from chameleon_deploy.runtime.iteration import Iteration
-from chameleon_deploy.runtime.loop import Loop
-from chameleon_deploy.runtime.runtime import Runtime
-from chameleon_deploy.runtime.schedule import Schedule, most_rows
-from chameleon_deploy.runtime.stream import Stream, deliver
-from chameleon_deploy.runtime.submission import Submission, form_cohort, prepare
+
+if TYPE_CHECKING:  # the runtime drives the loop of this folder
+    from chameleon_deploy.runtime.runtime import Runtime
 
 MIN_PREFILL_TOKENS = 8
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
-from chameleon_deploy.runtime.decoder import Decoder, parts
+from chameleon_deploy.runtime.decode.decoder import Decoder, parts
 from chameleon_deploy.runtime.factors import RowFactors
 
 BATCH_TOKENS = 256  # rows times width of one call; a longer row is alone. Larger calls are no faster

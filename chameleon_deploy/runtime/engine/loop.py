@@ -15,18 +15,18 @@ import numpy as np
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.batch import Batch, Member, members_of, open_batch
+from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
+from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.engine.batch import Batch, Member, members_of, open_batch
+from chameleon_deploy.runtime.engine.factor_table import FactorTable, MadeFactors
+from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
-from chameleon_deploy.runtime.factor_table import FactorTable, MadeFactors
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import FinishReason, Generate, OnError, Row, Token, choosers
-from chameleon_deploy.runtime.iteration import FinishedRow, Iteration
-from chameleon_deploy.runtime.logits import HostLogits
-from chameleon_deploy.runtime.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.sampling import Choice
-from chameleon_deploy.runtime.schedule import Schedule, take_next
-from chameleon_deploy.runtime.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.stream import Stream
 
 
 class Loop:

@@ -1,0 +1,1 @@
+"""The decoder of the CPU: sessions, key-value memory, slots, scorers."""
