@@ -18,7 +18,7 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """How int8 rows become rows of E: times the row's scale, times each channel's, rotated.
+    """Parameters that turn int8 rows into rows of E: times the row's scale, times each channel's, rotated.
 
     rows      float32 [vocab]
     channels  float32 [hidden]

@@ -22,7 +22,7 @@ from chameleon_deploy.runtime.inputs import check_integer, is_sequence
 
 @dataclass(frozen=True, eq=False)
 class Adapt:
-    """How the texts of one call are adapted: its mode, and what that mode needs of the caller.
+    """Options of one call: its adaptation mode, and the arguments that this mode needs.
 
     mode          none, static, centroid, request, cohort or tenant; None takes the runtime's
     tenants       mode tenant: the tenant of each text, any hashable values

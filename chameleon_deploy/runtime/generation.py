@@ -29,7 +29,7 @@ MAX_DRAFT_TOKENS = 16  # of one call; logits of each take vocab * 4 bytes
 
 @dataclass(frozen=True)
 class Generate:
-    """How the prompts of one call are continued.
+    """Options of one call: they say how its prompts are continued.
 
     max_new_tokens  at least 1, one number or one per prompt; also bounded by the model's positions
     sampling        one Sampling for all, where row i draws from random stream i, or one per prompt, where its
@@ -213,7 +213,7 @@ def begin_rows(
 
 
 def choosers(samplers: Sequence[Sampler], logits: Logits) -> list[Callable[[], Choice]]:
-    """Of each row what chooses its next token, or raises NumericError."""
+    """Return a function for each row that chooses its next token, or raises NumericError."""
     if all(sampler.is_argmax for sampler in samplers):  # nothing but the chosen ids leaves a device
         with contextlib.suppress(NumericError):  # of some row: find out below whose
             return [partial(Choice, token_id) for token_id in logits.greedy().tolist()]

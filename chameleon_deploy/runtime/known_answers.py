@@ -34,7 +34,7 @@ HIDDEN_VALUES = 32  # of the last hidden state of a text, the first ones
 
 
 class ModeAnswers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle computes of all texts in one adaptation mode.
+    """The recorded results of all texts in one adaptation mode.
 
     token_logprobs  of every token of a text after its first, as `Runtime.score` returns them
     greedy          NEW_TOKENS token ids that continue a text, fewer where the model's positions end

@@ -45,7 +45,7 @@ class Affinity:
 
 
 class _Prompts(msgspec.Struct):
-    """What is looked at of a body."""
+    """The fields of a body that routing reads."""
 
     prompt: Any = None
     input: Any = None

@@ -165,7 +165,7 @@ def _field(error: ChameleonError) -> str | None:
 
 
 async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:
-    """What comes before the new text of every prompt."""
+    """Return the text that comes before the new text of every prompt."""
     body, served = job.body, job.served
     if not body.echo:
         return [None] * len(job.ids)

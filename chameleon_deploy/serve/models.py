@@ -14,7 +14,7 @@ from chameleon_deploy.serve.schemas import Model, ModelList
 
 
 class Meant(NamedTuple):
-    """What a request means: the model's name to answer with, the mode, and the adapter if it is one's model."""
+    """The meaning of a model's name: the name to answer with, the mode, and the adapter if the name is an adapter's."""
 
     model: str
     mode: Mode
@@ -22,7 +22,7 @@ class Meant(NamedTuple):
 
 
 class Models:
-    """Which names there are and what each means.
+    """The names of models that requests may use, and their meaning.
 
     name        the bundle's directory
     default     mode of the name alone

@@ -22,6 +22,6 @@ def encode(prompt: Any, param: str, served: Served) -> list[list[int]]:
 
 
 def as_texts(prompt: Any) -> Texts:
-    """What a body holds as what the runtime takes, which checks it."""
+    """Return the prompts of a body in the types that the runtime takes; the runtime checks them."""
     is_single = isinstance(prompt, str) or (bool(prompt) and all(isinstance(item, int) for item in prompt))
     return cast(Texts, [prompt] if is_single else prompt)

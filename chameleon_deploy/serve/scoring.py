@@ -39,7 +39,7 @@ async def score(call: Call[TextsRequest]) -> ScoreResponse:
 
 
 def adapt_options(call: Call[TextsRequest] | Call[CompletionRequest], meant: Meant, texts: int) -> Adapt:
-    """How the texts of one request are adapted: as one cohort in the modes that have them."""
+    """Return the adaptation of the texts of one request, which are one cohort in the modes that have cohorts."""
     return Adapt(
         mode=meant.mode,
         tenants=[call.tenant] * texts if meant.mode == "tenant" else None,

@@ -40,7 +40,7 @@ _CODES: dict[type[Exception], str] = {
 
 
 class Model:
-    """What Triton calls a TritonPythonModel."""
+    """A TritonPythonModel, whose methods Triton calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle and start the engine, with the parameters of config.pbtxt. Raises a ChameleonError."""

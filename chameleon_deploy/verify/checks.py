@@ -386,7 +386,7 @@ def update_difference(
 def _arguments_of(
     mode: Mode, runtime: Runtime, checkpoint: Checkpoint, rows: Rows
 ) -> tuple[dict[str, Any], ReferenceAdaptation]:
-    """What a mode takes besides texts, and the reference's adaptation with it."""
+    """Return the arguments that a mode takes besides texts, and the reference's adaptation with them."""
     if vectors := given(runtime, mode, range(len(rows))):
         return vectors, inference.adapt(checkpoint, rows, mode, **vectors)
     if mode == "static" and runtime.manifest.adaptation.regime == "chameleon":

@@ -32,7 +32,7 @@ ROWS = 4096  # of a matrix that are compared at a time
 
 
 def check_data(bundle: Bundle, source: Source, gate: Gate) -> Iterator[Check]:
-    """All of it."""
+    """Yield the checks of everything that is compared as data."""
     yield from check_manifest(bundle, source)
     yield from check_tokenizer(bundle, source.trunk.tokenizer)
     yield from check_rows(bundle, source, gate)

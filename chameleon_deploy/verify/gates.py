@@ -144,7 +144,7 @@ def accept(gate: Gate, max_kl: float) -> Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownAnswerGate:
-    """How far a machine's answers may lie from the recorded ones (runtime/known_answers.py).
+    """Limits for the distance of a machine's answers from the recorded ones (runtime/known_answers.py).
 
     hidden_states  norm of all differences, relative to that of the recorded values
     logprob        mean difference of a token's log-probability, in nats

@@ -49,7 +49,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Keys:
-    """How the keys of a layer are rounded behind a rotary embedding.
+    """Parameters that round the keys of a layer behind a rotary embedding.
 
     scales  of queries and keys [(heads + key-value heads) * head_dim]: the keys' steps, and their reciprocals
     centre  of the keys, in steps, [key-value heads * head_dim]

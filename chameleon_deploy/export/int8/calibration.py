@@ -117,7 +117,7 @@ class Products:
 
 @dataclass
 class Statistics:
-    """What calibration has seen.
+    """Statistics of the activations that calibration has seen.
 
     layers        the extremes of every layer, first to last
     first_tokens  of every layer

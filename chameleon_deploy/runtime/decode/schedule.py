@@ -19,7 +19,7 @@ CALL_TOKENS = 32
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is prefilled between two steps.
+    """A rule for how many prompt tokens are prefilled between two steps.
 
     chunk_tokens  prompt tokens of one call of the decoder
     reads_all     every prompt that is not read yet, else one call

@@ -26,7 +26,7 @@ QUEUED_REQUESTS_PER_ROW = 2  # that a replica is given, so that it never waits f
 
 
 class Cluster(msgspec.Struct):
-    """What the command of one machine does not have.
+    """Settings that the command of one machine does not have.
 
     bundle        directory or URL; every node must be able to read it
     replicas      engines, or the least number of them where max_replicas is given
