@@ -31,7 +31,10 @@ MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
 # names; int8 weights may be folded to float32, four times their size, or to another type of 8 bits.
 MAX_COPIES = 6
 # Bytes of an element by TensorProto.DataType; of types that export does not write, at most MAX_WIDTH.
-WIDTHS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 21: 1, 22: 1}
+WIDTHS = {
+    1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2,
+    17: 1, 18: 1, 19: 1, 20: 1, 21: 1, 22: 1,
+}  # fmt: skip
 MAX_WIDTH = 32
 
 Value = int | memoryview

@@ -95,7 +95,7 @@ def test_a_decoder_that_drops_an_update_is_caught(
     path: Path, adapted: AdaptedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runtime binds zeros for one layer: the files are right, the rows are not."""
-    from chameleon_deploy.runtime import adapters
+    from chameleon_deploy.runtime import factor_sources
     from chameleon_deploy.runtime.factors import stack_sets
 
     def without_a_layer(stacks: Any) -> Any:
@@ -103,7 +103,7 @@ def test_a_decoder_that_drops_an_update_is_caught(
         dropped = {n: np.zeros_like(a) if "layers.0.self_attn.q_proj" in n else a for n, a in sets.tensors.items()}
         return type(sets)(dropped)
 
-    monkeypatch.setattr(adapters, "stack_sets", without_a_layer)
+    monkeypatch.setattr(factor_sources, "stack_sets", without_a_layer)
     checks, _ = verify_bundle(path, adapted, None, 1, silent)
     missed = {check.name for check in checks if not check.passed}
     assert {"mixed adapters: logits, max abs difference", "adapter code: update, relative difference"} <= missed

@@ -69,9 +69,9 @@ const std::map<std::string_view, std::set<std::string_view>> kOperators = {
 constexpr std::size_t kMaxFileBytes = 8U << 20U, kMaxEmbeddedBytes = 1U << 20U, kMaxDepth = 4, kMaxValues = 1U << 16U;
 constexpr std::uint64_t kMaxCopies = 6, kMaxWidth = 32;
 // By TensorProto.DataType.
-const std::map<std::uint64_t, std::uint64_t> kWidths = {{1, 4},  {2, 1},  {3, 1},  {4, 2},  {5, 2},
-                                                        {6, 4},  {7, 8},  {9, 1},  {10, 2}, {11, 8},
-                                                        {12, 4}, {13, 8}, {16, 2}, {21, 1}, {22, 1}};
+const std::map<std::uint64_t, std::uint64_t> kWidths = {{1, 4},  {2, 1},  {3, 1},  {4, 2},  {5, 2},  {6, 4},  {7, 8},
+                                                        {9, 1},  {10, 2}, {11, 8}, {12, 4}, {13, 8}, {16, 2}, {17, 1},
+                                                        {18, 1}, {19, 1}, {20, 1}, {21, 1}, {22, 1}};
 
 enum WireType : std::uint8_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
