@@ -141,7 +141,8 @@ TEST(Sampling, LogProbabilities) {
 }
 
 TEST(Sampling, SettingsAtTheirLimits) {
-  for (const Json& each : read_data("sampling.json").at("settings")) {
+  const Json data = read_data("sampling.json");
+  for (const Json& each : data.at("settings")) {
     Json code;
     try {
       check(read_sampling(each.at("settings")), 4096);
