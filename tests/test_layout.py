@@ -20,7 +20,9 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sklearn", "t
 
 @pytest.mark.parametrize("directory", ["export", "runtime"])
 def test_no_python_in_the_top_level_pipeline_directories(directory: str) -> None:
-    assert not list((REPOSITORY / directory).rglob("*.py"))
+    top = REPOSITORY / directory
+    # runtime/build is ignored by git: `make processors` unpacks an interpreter there
+    assert not [file for file in top.rglob("*.py") if file.relative_to(top).parts[0] != "build"]
 
 
 def test_at_the_root_stand_the_public_surface_and_commands_alone() -> None:
