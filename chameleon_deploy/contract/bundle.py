@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 from chameleon_deploy.contract.manifest import (
     FORMAT,
     FORMAT_VERSION,
+    HEAD,
+    HEAD_BALANCE,
     LM_HEAD,
     MANIFEST,
     AdaptationSpec,
@@ -44,6 +46,7 @@ from chameleon_deploy.contract.manifest import (
     basis_names,
     default_mode,
     factor_names,
+    int8_names,
     limits_fault,
     parse_manifest,
 )
@@ -65,10 +68,10 @@ from chameleon_deploy.errors import (
 # The manifest's types are part of the contract: modules that need both import them from here.
 __all__ = [
     "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
-    "FORMAT", "FORMAT_VERSION", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec", "GraphSpec", "LimitsSpec",
-    "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol", "Regime", "Role",
-    "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names", "limits_fault",
-    "parse_manifest",
+    "FORMAT", "FORMAT_VERSION", "HEAD", "HEAD_BALANCE", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec",
+    "GraphSpec", "LimitsSpec", "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol",
+    "Regime", "Role", "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names",
+    "int8_names", "limits_fault", "parse_manifest",
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]

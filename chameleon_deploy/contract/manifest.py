@@ -27,6 +27,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
 LM_HEAD = "lm_head"  # the target of every checkpoint so far, by its PEFT name
+HEAD = f"{LM_HEAD}.weight"  # its matrix in decoder graphs
+HEAD_BALANCE = "int8_weights.balance"  # in int8, factors of the channels that it reads
 ADAPTER_NAME = "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name"
 
 
@@ -43,6 +45,11 @@ def factor_names(target: str) -> tuple[str, str]:
 def in_head(factor: str) -> bool:
     """Return whether a factor tensor is the head's: in shared-cache decoders those of the trunk have two axes."""
     return factor in factor_names(LM_HEAD)
+
+
+def int8_names(name: str) -> tuple[str, str]:
+    """Return a decoder graph's names of a matrix in int8, and of its scales."""
+    return f"{name}.int8", f"{name}.scale"
 
 
 def basis_names(target: str) -> tuple[str, ...]:

@@ -15,7 +15,16 @@ import msgspec
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, ModelSpec, StoredTensor, TargetSpec, factor_names
+from chameleon_deploy.contract.bundle import (
+    HEAD,
+    LM_HEAD,
+    FloatArray,
+    ModelSpec,
+    StoredTensor,
+    TargetSpec,
+    factor_names,
+    int8_names,
+)
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
@@ -24,8 +33,6 @@ from chameleon_deploy.export.head import build_head
 from chameleon_deploy.export.low_rank import Updates
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.model import Trunk
-
-HEAD = f"{LM_HEAD}.weight"
 
 
 def build_decoder(
@@ -118,11 +125,6 @@ def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
         channel_scales_offset=channels.offset,
         rotation=block_of(model.hidden_size),
     )
-
-
-def int8_names(name: str) -> tuple[str, str]:
-    """Return the graph's names of a matrix in int8, and of its scales."""
-    return f"{name}.int8", f"{name}.scale"
 
 
 def channel_scales(name: str) -> str:

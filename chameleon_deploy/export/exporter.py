@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     AdaptationSpec,
     FileSpec,
+    FloatArray,
     GraphSpec,
     LimitsSpec,
     Manifest,
@@ -28,12 +31,12 @@ from chameleon_deploy.contract.bundle import (
 from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.export.decoder import token_embedding_of
-from chameleon_deploy.export.factors import adaptation_spec, parameter_counts, save_factors
 from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.adapters import AdaptedBase
-from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.description import adaptation_spec, model_spec, parameter_counts
+from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime import load
 from chameleon_deploy.runtime.known_answers import FIELD, PARITY, known_answers
@@ -95,25 +98,6 @@ def export_bundle(
     return manifest
 
 
-def model_spec(checkpoint: Source) -> ModelSpec:
-    """Return the dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported
-    wrongly.
-    """
-    trunk, config = checkpoint.trunk, checkpoint.trunk.config
-    require_supported(config, checkpoint.name if isinstance(checkpoint, AdaptedBase) else checkpoint.config.base_model)
-    return ModelSpec(
-        architecture=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=trunk.num_key_value_heads,
-        head_dim=trunk.head_dim,
-        max_positions=trunk.max_positions,
-        eos_token_id=trunk.eos_token_id,
-    )
-
-
 def _write_files(
     checkpoint: Source,
     directory: Path,
@@ -129,9 +113,33 @@ def _write_files(
         graphs = build_graphs(checkpoint, model, spec, precision, weights_file, calibration, report)
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, model)
-    save_factors(checkpoint, spec, directory)
+    _save_factors(checkpoint, spec, directory)
     (directory / "tokenizer.json").write_text(checkpoint.trunk.tokenizer.to_str(pretty=True), encoding="utf-8")
     return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)
+
+
+def _save_factors(source: Source, spec: AdaptationSpec, directory: Path) -> None:
+    """Write the factors of adapters or of a LoRA, and the centroids, if there are any."""
+    if isinstance(source, AdaptedBase):
+        save_file(_stacked(source, spec), directory / "lora.safetensors")
+        return
+    if isinstance(source.factors, StaticLoRA):
+        one_set = factor_set(source.factors(source.centroids.new_empty(1, 0)), 0, source.config.alpha)
+        tensors = {name: np.ascontiguousarray(factor.numpy())[None] for name, factor in one_set.items()}
+        save_file(tensors, directory / "lora.safetensors")
+    if spec.num_clusters:
+        save_file({"centroids": source.centroids.numpy()}, directory / "centroids.safetensors")
+
+
+def _stacked(source: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:
+    """Return the adapters' factors as one stack, zeros where an adapter has a smaller rank or another layer."""
+    stacks = {}
+    for name, width in spec.factor_widths.items():
+        stack = stacks[name] = np.zeros((len(source.adapters), spec.rank, width), np.float32)
+        for i, factors in enumerate(source.adapters.values()):
+            if name in factors:
+                stack[i, : len(factors[name])] = factors[name]
+    return stacks
 
 
 def _save_graph(name: str, graph: Graph, directory: Path) -> GraphSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,13 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import Bundle
-from chameleon_deploy.export.decoder import HEAD, int8_names
-from chameleon_deploy.export.exporter import model_spec
-from chameleon_deploy.export.factors import adaptation_spec, parameter_counts
-from chameleon_deploy.export.hadamard import rotate
-from chameleon_deploy.export.int8.weights import BALANCE
+from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, Bundle, int8_names
+from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.description import adaptation_spec, model_spec, parameter_counts
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime.decode.session import open_session, run
 from chameleon_deploy.verify.gates import Check, Gate
@@ -65,13 +63,8 @@ def check_tokenizer(bundle: Bundle, tokenizer: Any) -> Iterator[Check]:
 def check_rows(bundle: Bundle, source: Source, gate: Gate) -> Iterator[Check]:
     """Every row of the head, in every decoder graph, and of the token embedding is the reference's."""
     trunk, embedding = source.trunk, bundle.token_embedding()
-
-    def looked_up(start: int) -> Tensor:
-        ids = np.arange(start, min(start + ROWS, len(embedding.stored)))
-        return torch.from_numpy(embedding.restore(embedding.rows(ids)))
-
     limit = gate.row_tolerance if embedding.int8 else 0
-    yield _rows("token embedding", looked_up, trunk.token_embedding, limit)
+    yield _rows("token embedding", embedding, trunk.token_embedding, limit)
     for name, graph in bundle.manifest.graphs.items():
         if graph.role == "decoder":
             yield _rows(f"head of {name}", _head(bundle, graph.file), trunk.head_weight, gate.row_tolerance)
@@ -114,32 +107,25 @@ def _differences(ours: Any, theirs: Any) -> int:
     return sum(key not in ours or key not in theirs or ours[key] != theirs[key] for key in ours.keys() | theirs.keys())
 
 
-def _rows(name: str, found: Any, expected: Tensor, limit: float) -> Check:
-    """The largest difference of a row, relative to the norm of the reference's. found: rows from one on."""
+def _rows(name: str, found: TokenEmbedding, expected: Tensor, limit: float) -> Check:
+    """The largest difference of a row, relative to the norm of the reference's."""
     worst = []
     for start in range(0, len(expected), ROWS):
         theirs = expected[start : start + ROWS].double()
-        difference = (found(start)[: len(theirs)].double() - theirs).norm(dim=1)
-        worst.append(float((difference / theirs.norm(dim=1).clamp(min=1e-30)).max()))
+        ours = torch.from_numpy(found.restore(found.rows(np.arange(start, start + len(theirs)))))
+        worst.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-30)).max()))
     return Check(f"{name}: rows, largest relative difference", largest(worst), limit, note=f"{len(expected):,} rows")
 
 
-def _head(bundle: Bundle, file: str) -> Any:
-    """Return a function of the rows of the head of a decoder graph, from one on."""
+def _head(bundle: Bundle, file: str) -> TokenEmbedding:
+    """Return the rows of the head of a decoder graph, which in int8 are stored like those of the token embedding."""
     tensors = ir.load(bundle.path / file).graph.initializers
     int8, scale = int8_names(HEAD)
-    if int8 in tensors:
-        rows, scales, channels = (_array(tensors[name]) for name in (int8, scale, BALANCE))
-
-        def rotated(start: int) -> Tensor:
-            part = slice(start, start + ROWS)
-            values = rows[part].astype(np.float32) * scales[part, None] * channels
-            return rotate(torch.from_numpy(values))
-
-        return rotated
+    if int8 in tensors and (looked_up := bundle.token_embedding().int8) is not None:
+        rows, scales, channels = (_array(tensors[name]) for name in (int8, scale, HEAD_BALANCE))
+        return TokenEmbedding(rows, replace(looked_up, rows=scales, channels=channels))
     name = next(name for name in (HEAD, f"{HEAD}.f16", f"{HEAD}.bf16") if name in tensors)
-    matrix = _array(tensors[name])
-    return lambda start: torch.from_numpy(matrix[start : start + ROWS].astype(np.float32))
+    return TokenEmbedding(_array(tensors[name]))
 
 
 def _array(value: Any) -> Any:

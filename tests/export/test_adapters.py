@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.contract.bundle import FloatArray, open_bundle
-from chameleon_deploy.export.exporter import export_bundle, model_spec
-from chameleon_deploy.export.factors import adaptation_spec
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
+from chameleon_deploy.reference.description import adaptation_spec, model_spec
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis

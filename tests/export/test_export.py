@@ -26,11 +26,12 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import LimitsSpec, open_bundle
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
-from chameleon_deploy.export.exporter import export_bundle, model_spec
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.description import model_spec
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from chameleon_deploy.terminal.progress import silent

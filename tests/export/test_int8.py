@@ -17,7 +17,7 @@ import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
 from chameleon_deploy.errors import TensorError
-from chameleon_deploy.export.exporter import export_bundle, model_spec
+from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.families.gpt2 import GPT2
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.adapters import calibrate_with_factors
@@ -28,6 +28,7 @@ from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.description import model_spec
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.decode.logits import HostLogits

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.contract.bundle import FloatArray
-from chameleon_deploy.export.exporter import model_spec
 from chameleon_deploy.export.families.llama import LLAMA
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.calibration import (
@@ -29,6 +28,7 @@ from chameleon_deploy.export.int8.calibration import (
 from chameleon_deploy.export.int8.gptq import round_weights
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk, turned_keys
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.description import model_spec
 from chameleon_deploy.terminal.progress import silent
 from tests.rounding import nearest
 

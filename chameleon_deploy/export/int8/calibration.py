@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import ModelSpec
+from chameleon_deploy.contract.bundle import HEAD, ModelSpec
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.export.decoder import HEAD
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.families.family import Layer, bias_of
 from chameleon_deploy.export.hadamard import rotate

@@ -23,8 +23,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import ModelSpec
-from chameleon_deploy.export.decoder import HEAD, channel_scales, int8_names
+from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, ModelSpec, int8_names
+from chameleon_deploy.export.decoder import channel_scales
 from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
@@ -34,7 +34,6 @@ from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.terminal.progress import Progress
 
-BALANCE = "int8_weights.balance"  # factors of the channels that the head reads, see `head_balance`
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
@@ -62,7 +61,7 @@ def quantize_weights(
         matrix = rotate(torch.tensor(weight.const_value.numpy()))
         x = rotated(op, x, matrix.shape[1], decoder.graph)
         factors, products = head_balance(matrix, statistics), statistics.inputs[HEAD].rotated()
-        x = op.Mul(x, constant(decoder.graph, BALANCE, factors.numpy()))
+        x = op.Mul(x, constant(decoder.graph, HEAD_BALANCE, factors.numpy()))
         products.divide(1 / factors)
         int8, scale = round_weights((matrix / factors).T, products.groups)
         int8, scale = store(op, HEAD, int8.T, scale)

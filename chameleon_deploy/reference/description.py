@@ -1,0 +1,66 @@
+"""A source in the manifest's terms: dimensions of its base model, its factors and its counts of parameters."""
+
+from __future__ import annotations
+
+from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec, Parameters
+from chameleon_deploy.reference.adapters import AdaptedBase
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.hypernetwork import num_parameters
+from chameleon_deploy.reference.source import Source
+
+
+def model_spec(checkpoint: Source) -> ModelSpec:
+    """Return the dimensions of the base model. Raises UnsupportedBaseError for variants that would be exported
+    wrongly.
+    """
+    trunk, config = checkpoint.trunk, checkpoint.trunk.config
+    require_supported(config, checkpoint.name if isinstance(checkpoint, AdaptedBase) else checkpoint.config.base_model)
+    return ModelSpec(
+        architecture=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=trunk.num_key_value_heads,
+        head_dim=trunk.head_dim,
+        max_positions=trunk.max_positions,
+        eos_token_id=trunk.eos_token_id,
+    )
+
+
+def adaptation_spec(source: Source) -> AdaptationSpec:
+    """Return the manifest's description of the factors."""
+    if isinstance(source, AdaptedBase):
+        return AdaptationSpec(
+            regime="lora",
+            rank=source.rank,
+            alpha=1.0,
+            targets=source.targets,
+            num_clusters=0,
+            protocol="masked",
+            max_length=source.trunk.max_positions,
+            adapters=tuple(source.adapters),
+            base_digest=source.base_digest,
+        )
+    config = source.config
+    return AdaptationSpec(
+        regime=config.regime,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=source.factors.targets,
+        num_clusters=config.num_clusters,
+        protocol=config.protocol,
+        max_length=config.max_length,
+        conditioning_size=config.conditioning_size,
+    )
+
+
+def parameter_counts(source: Source, spec: AdaptationSpec) -> Parameters:
+    return Parameters(
+        base=source.trunk.num_parameters(),
+        factors=spec.rank * sum(spec.factor_widths.values()),
+        hypernetwork=num_parameters(source.factors)
+        if isinstance(source, Checkpoint) and spec.regime == "chameleon"
+        else 0,
+    )
