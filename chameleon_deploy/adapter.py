@@ -19,18 +19,22 @@ def main(
     peft: Annotated[Path, typer.Option(metavar="DIR", help="PEFT LoRA directory.")],
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Adapter file to write.")],
 ) -> None:
-    """Write an adapter file from a PEFT LoRA, for a bundle with adapters and for others of the same base model."""
+    """Write an adapter file from a PEFT LoRA, for a bundle that takes adapters and others of the same base model."""
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out}: name a .safetensors file")
     opened = open_bundle(bundle)
     spec = opened.manifest.adaptation
-    if not spec.base_digest:
-        raise InputError(f"{bundle} was exported without adapters: export its base model with --adapter first")
+    if not spec.base_digest or not spec.targets:
+        raise InputError(
+            f"{bundle} takes no adapters: export its base model with --adaptable LAYERS or --adapter first"
+        )
     layers = {target.name: (target.in_features, target.out_features) for target in spec.targets}
     factors = read_peft(peft, layers, opened.token_embedding())  # a tied head is all that a bundle has to compare
+    rank = len(next(iter(factors.values())))
+    if spec.regime == "base" and rank > spec.rank:
+        raise InputError(f"{peft} has rank {rank}: {bundle} was exported with --max-rank {spec.rank}")
     console.check_output(out)
     write_adapter(out, factors, spec)
-    rank = len(next(iter(factors.values())))
     console.stdout.print(f"{out}: {len(factors) // 2} layers, rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
 
 

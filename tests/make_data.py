@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import chameleon_deploy
-from chameleon_deploy.contract.bundle import LM_HEAD, Regime, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, TrainedRegime, factor_names
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
@@ -53,7 +53,7 @@ from tests.shared_data import (
 )
 
 VOCAB_SIZE, HIDDEN, HEADS, POSITIONS = 320, 16, 2, 48
-BUNDLES: dict[str, tuple[Regime, str, int, int]] = {
+BUNDLES: dict[str, tuple[TrainedRegime, str, int, int]] = {
     # name: regime, protocol, layers, conditioning_size
     "chameleon_masked": ("chameleon", "masked", 2, 0),
     "chameleon_paper": ("chameleon", "paper", 1, 0),

@@ -93,7 +93,7 @@ def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpe
     if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
         raise AdapterError(f"{file}: not an adapter file of version {FORMAT_VERSION}: export the adapter again")
     if not spec.base_digest:
-        raise AdapterError(f"{file}: this bundle was exported without adapters: export it with --adapter")
+        raise AdapterError(f"{file}: this bundle takes no adapters: export its base model, with --adaptable LAYERS")
     if metadata.get("base_digest") != spec.base_digest:
         raise AdapterError(f"{file}: it is for another base model than this bundle's: export it for this bundle")
     targets: Any = json.loads(metadata.get("targets", "null"))
@@ -102,7 +102,8 @@ def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpe
         raise AdapterError(f"{file}: its metadata name no targets")
     if unknown := [target for target in targets if target not in known]:
         raise AdapterError(
-            f"{file}: adapts {str(unknown[0])[:80]!r}, which this bundle does not: export the bundle with this adapter"
+            f"{file}: adapts {str(unknown[0])[:80]!r}, which this bundle does not: export it with --adaptable LAYERS "
+            "or with this adapter"
         )
     expected = {name for target in targets for name in factor_names(target)}
     if names != expected:
@@ -115,6 +116,8 @@ def _check_tensors(file: Path, stored: Mapping[str, Any], spec: AdaptationSpec) 
     rank = next((shape[0] for shape in shapes.values() if shape), 0)
     if not 1 <= rank <= MAX_RANK:
         raise TensorError(f"{file}: rank {rank}: it must be from 1 to {MAX_RANK}")
+    if spec.regime == "base" and rank > spec.rank:
+        raise TensorError(f"{file}: rank {rank}: this bundle was exported with --max-rank {spec.rank}")
     for name, shape in shapes.items():
         if stored[name]["dtype"] != "F32" or shape != (rank, spec.factor_widths[name]):
             expected = f"F32 {(rank, spec.factor_widths[name])}"

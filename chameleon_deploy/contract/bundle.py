@@ -42,6 +42,7 @@ from chameleon_deploy.contract.manifest import (
     StoredTensor,
     TargetSpec,
     TensorSpec,
+    TrainedRegime,
     available_modes,
     basis_names,
     default_mode,
@@ -70,8 +71,8 @@ __all__ = [
     "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
     "FORMAT", "FORMAT_VERSION", "HEAD", "HEAD_BALANCE", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec",
     "GraphSpec", "LimitsSpec", "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol",
-    "Regime", "Role", "StoredTensor", "TargetSpec", "TensorSpec", "available_modes", "default_mode", "factor_names",
-    "int8_names", "limits_fault", "parse_manifest",
+    "Regime", "Role", "StoredTensor", "TargetSpec", "TensorSpec", "TrainedRegime", "available_modes", "default_mode",
+    "factor_names", "int8_names", "limits_fault", "parse_manifest",
 ]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float32]

@@ -20,7 +20,8 @@ Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # the range tha
 MAX_DIMENSION = 2**31 - 1  # graphs count tokens in int32
 
 Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
-Regime = Literal["chameleon", "lora"]
+TrainedRegime = Literal["chameleon", "lora"]  # of checkpoints
+Regime = Literal["base", TrainedRegime]
 Protocol = Literal["masked", "paper"]
 Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -125,8 +126,11 @@ class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The adaptation of a bundle. alpha is recorded, not applied: it is folded into the factors at export.
 
+    regime       base: no factors of its own. Files of adapters may update the targets, if there are any
+    rank         of the bundle's own factors; in regime base the largest of an adapter, 0 without targets
     adapters     names of the sets in lora.safetensors; none if its one set has no name
-    base_digest  of the base model's weights, which adapters of other files must have too; empty without adapters
+    base_digest  of the base model's weights, which adapters of other files must have too; empty in a bundle that takes
+                 none
     conditioning_size  of a vector that the caller gives with every text; 0: texts are conditioned on embeddings
     """
 
@@ -144,6 +148,8 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     @property
     def modes(self) -> tuple[Mode, ...]:
         """Return the modes that the bundle can serve."""
+        if self.regime == "base":
+            return ("none", "static") if self.targets else ("none",)
         return available_modes(self.regime, self.num_clusters)
 
     @property
@@ -157,7 +163,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Parameter counts: the frozen base model, one factor set, the hypernetwork (0 for regime lora)."""
+    """Parameter counts: the frozen base model, one factor set, the hypernetwork (0 without one)."""
 
     base: Int64
     factors: Int64
@@ -215,8 +221,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.precision == "int8" and any(target.name != LM_HEAD for target in self.adaptation.targets)
 
 
-def available_modes(regime: Regime, num_clusters: int) -> tuple[Mode, ...]:
-    """Return the modes that a bundle can serve: generated factors need a hypernetwork, cohorts need centroids."""
+def available_modes(regime: TrainedRegime, num_clusters: int) -> tuple[Mode, ...]:
+    """Return the modes of trained factors: generated ones need a hypernetwork, cohorts need centroids."""
     if regime == "lora":
         return ("none", "static")
     if not num_clusters:
@@ -237,7 +243,7 @@ def limits_fault(limits: LimitsSpec, model: ModelSpec) -> str | None:
 
 def default_mode(adaptation: AdaptationSpec) -> Mode:
     """Return the mode that the model was trained for, as far as the bundle can serve it."""
-    if adaptation.adapters:
+    if adaptation.adapters or adaptation.regime == "base":
         return "none"  # rows without an adapter
     preferred: tuple[Mode, ...] = ("cohort", "request", "static")
     return next(mode for mode in preferred if mode in adaptation.modes)
@@ -272,7 +278,8 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
             raise ManifestError(f"{where}: model.{name} must be between 1 and {MAX_DIMENSION}")
     if model.num_attention_heads % model.num_key_value_heads:
         raise ManifestError(f"{where}: model.num_attention_heads is not a multiple of model.num_key_value_heads")
-    if adaptation.rank < 1 or adaptation.num_clusters < 0 or adaptation.max_length < 1:
+    least_rank = 1 if adaptation.targets else 0
+    if adaptation.rank < least_rank or adaptation.num_clusters < 0 or adaptation.max_length < 1:
         raise ManifestError(f"{where}: adaptation has a rank, num_clusters or max_length out of range")
     if not 0 <= model.eos_token_id < model.vocab_size:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
@@ -321,9 +328,12 @@ def _is_power_of_four(number: int) -> bool:
 
 
 def _check_targets(manifest: Manifest, where: Path) -> None:
-    """Check that the targets are distinct and have dimensions; those of lm_head follow from the model."""
+    """Check that the targets are distinct and have dimensions; those of lm_head follow from the model. A base may
+    have none.
+    """
     targets, head = manifest.adaptation.targets, (manifest.model.hidden_size, manifest.model.vocab_size)
-    if not targets or len({target.name for target in targets}) < len(targets):
+    needed = manifest.adaptation.regime != "base"
+    if (needed and not targets) or len({target.name for target in targets}) < len(targets):
         raise ManifestError(f"{where}: adaptation.targets must name at least one layer, and each layer once")
     for target in targets:
         if not target.name or target.in_features < 1 or target.out_features < 1:
@@ -336,5 +346,7 @@ def _check_adapters(adaptation: AdaptationSpec, where: Path) -> None:
     names = adaptation.adapters
     if len(set(names)) < len(names) or not all(map(is_adapter_name, names)):
         raise ManifestError(f"{where}: adaptation.adapters must be distinct names of {ADAPTER_NAME}")
-    if bool(names) != bool(adaptation.base_digest) or (names and adaptation.regime != "lora"):
+    if names and adaptation.regime != "lora":
         raise ManifestError(f"{where}: adaptation.adapters goes with a base_digest and regime 'lora'")
+    if bool(adaptation.base_digest) != bool(names or adaptation.regime == "base"):
+        raise ManifestError(f"{where}: adaptation.base_digest goes with adapters or regime 'base'")

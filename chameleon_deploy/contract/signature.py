@@ -61,9 +61,10 @@ def _signature(graph: GraphSpec, manifest: Manifest) -> Signature:
         case "hypernetwork":
             return _hypernetwork(manifest)
         case "hidden_scorer":
-            factors = _factors(manifest.adaptation, "positions", f"{LM_HEAD}.")
-            hidden_states = _float("hidden_states", "positions", model.hidden_size)
-            return [hidden_states, _int("targets", "positions"), *factors], [_float("logprobs", "positions")]
+            factors = _factors(manifest.adaptation, f"{LM_HEAD}.")
+            inputs = [_float("hidden_states", "positions", model.hidden_size), _int("targets", "positions"), *factors]
+            inputs += [_int("factor_ids", "positions")] if factors else []
+            return inputs, [_float("logprobs", "positions")]
         case "chooser":
             return [logits], [_int("token_ids", "batch", "positions")]
         case "logits_scorer":
@@ -77,7 +78,8 @@ def _decoder(graph: GraphSpec, manifest: Manifest) -> Signature:
         _int("input_ids", "batch", "sequence"),
         _int("position_ids", "batch", "sequence"),
         _int("logits_positions", "batch", "positions"),
-        *_factors(manifest.adaptation, "batch", is_flat=is_shared),
+        _int("factor_ids", "batch"),  # without targets nothing reads them
+        *_factors(manifest.adaptation, is_flat=is_shared),
     ]
     if is_shared:
         inputs += [
@@ -108,8 +110,8 @@ def _hypernetwork(manifest: Manifest) -> Signature:
     return [_float("conditioning", "factor_sets", size)], factors
 
 
-def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "", is_flat: bool = False) -> list[TensorSpec]:
-    """Return the factor tensors whose names begin with a prefix and, if there are any, factor_ids.
+def _factors(adaptation: AdaptationSpec, prefix: str = "", is_flat: bool = False) -> list[TensorSpec]:
+    """Return the factor tensors whose names begin with a prefix.
 
     is_flat  whether those of the trunk have one axis for sets and rank, whose sets column_ids tells
     """
@@ -119,8 +121,7 @@ def _factors(adaptation: AdaptationSpec, rows: str, prefix: str = "", is_flat: b
         _float(name, *(("columns",) if name in flat else ("factor_sets", "rank")), width)
         for name, width in widths.items()
     ]
-    ids = ([_int("factor_ids", rows)] if factors else []) + ([_int("column_ids", "columns")] if flat else [])
-    return ids + factors
+    return ([_int("column_ids", "columns")] if flat else []) + factors
 
 
 def _cache_dtype(graph: GraphSpec, precision: Precision) -> ElementType:

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import Protocol, Regime
+from chameleon_deploy.contract.bundle import Protocol, TrainedRegime
 from chameleon_deploy.evaluate import conditioning
 from chameleon_deploy.evaluate.conditioning import Conditioning
 from chameleon_deploy.reference import hypernetwork
@@ -43,7 +43,7 @@ class Variant(msgspec.Struct, frozen=True):
     """
 
     name: str
-    regime: Regime
+    regime: TrainedRegime
     constant: bool = False
     large: bool = False
 

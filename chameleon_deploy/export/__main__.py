@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.export`: export a checkpoint to a bundle."""
+"""`python -m chameleon_deploy.export`: export a checkpoint or a base model to a bundle."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def main(
         Precision | None, typer.Option(help="Precision of the weights; default: the recipe's, else fp32.")
     ] = None,
     adapter: AdapterDirectories = None,
+    adaptable: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="attention|mlp|all|NAME", help="Layers of a base model that adapters may update later; repeatable."
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Largest rank of those adapters; default: 64.")
+    ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text that int8 scales are measured on; default: the package's own.")
@@ -36,8 +45,9 @@ def main(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
-    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict), the checkpoint that a recipe
-    names, or with --adapter a base model and its adapters.
+    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict), what a recipe names, or a base
+    model (a directory in Hugging Face format, a GGUF file, a hub id): alone, with adapters, or for adapters that are
+    loaded later.
     """
     adapters = named_directories(adapter)
     if (Path(source) / MANIFEST).is_file():
@@ -57,7 +67,11 @@ def main(
     if adapters and source.endswith(".toml"):
         raise InputError("--adapter goes with a base model: name it instead of a recipe")
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
-    checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters)
+    layers = adaptable or recipe.adaptable
+    ranks = recipe.max_rank if max_rank is None else max_rank
+    if ranks is not None and not layers:
+        raise InputError("--max-rank is of adapters that are loaded later: name their layers with --adaptable")
+    checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters, layers, ranks)
 
     with console.progress() as report:
 

@@ -121,7 +121,8 @@ def _write_files(
 def _save_factors(source: Source, spec: AdaptationSpec, directory: Path) -> None:
     """Write the factors of adapters or of a LoRA, and the centroids, if there are any."""
     if isinstance(source, AdaptedBase):
-        save_file(_stacked(source, spec), directory / "lora.safetensors")
+        if source.adapters:
+            save_file(_stacked(source, spec), directory / "lora.safetensors")
         return
     if isinstance(source.factors, StaticLoRA):
         one_set = factor_set(source.factors(source.centroids.new_empty(1, 0)), 0, source.config.alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -44,14 +45,18 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A recipe file.
 
-    checkpoint  a directory relative to the recipe, as for the command line
+    checkpoint  a directory relative to the recipe, as for the command line: a checkpoint's or a base model's
     base        the base model, if the checkpoint's reference to it does not hold
+    adaptable   layers of a base model that later adapters may update
+    max_rank    the largest rank of those
     precision   of the weights
     limits      the largest call that engines are built for
     """
 
     checkpoint: str
     base: str | None = None
+    adaptable: list[str] = []
+    max_rank: Annotated[Int64, msgspec.Meta(ge=1)] | None = None
     precision: Precision = "fp32"
     limits: Limits = Limits()
 

@@ -18,7 +18,9 @@ from chameleon_deploy.contract.manifest import ADAPTER_NAME, is_adapter_name
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference import peft_lora
 from chameleon_deploy.reference.model import Trunk, load_trunk
+from chameleon_deploy.reference.targets import choose_targets
 
+DEFAULT_MAX_RANK = 64  # of an adapter that is loaded later
 Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them: B [rank, out] with the scaling
 
 
@@ -26,9 +28,11 @@ Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns the
 class AdaptedBase:
     """A loaded base model with its adapters.
 
-    name      of the base model
-    adapters  factors by name; an adapter has tensors for the layers that it adapts
-    digest    of the base and the adapters
+    name       of the base model
+    adapters   factors by name; an adapter has tensors for the layers that it adapts
+    digest     of the base and the adapters
+    adaptable  layers that adapters which are loaded later may update, besides those of the adapters
+    max_rank   the largest rank of those adapters
     """
 
     name: str
@@ -36,30 +40,42 @@ class AdaptedBase:
     adapters: dict[str, Factors]
     base_digest: str
     digest: str
+    adaptable: tuple[str, ...] = ()
+    max_rank: int = 0
 
     @property
     def targets(self) -> tuple[TargetSpec, ...]:
-        """Return the layers that any of the adapters adapts, in the model's order."""
+        """Return the layers that adapters of now or later adapt, in the model's order."""
         adapted = {name for factors in self.adapters.values() for name in factors}
         return tuple(
             TargetSpec(layer, *sizes)
             for layer, sizes in self.trunk.linear_layers().items()
-            if not adapted.isdisjoint(factor_names(layer))
+            if layer in self.adaptable or not adapted.isdisjoint(factor_names(layer))
         )
 
     @property
     def rank(self) -> int:
-        return max(len(array) for factors in self.adapters.values() for array in factors.values())
+        """Return the largest rank of an adapter, 0 if there are none and will be none."""
+        ranks = [len(array) for factors in self.adapters.values() for array in factors.values()]
+        return max([*ranks, self.max_rank if self.adaptable else 0])
 
 
-def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None = None) -> AdaptedBase:
+def load_adapted(
+    base: str,
+    directories: Mapping[str, Path],
+    trunk: Trunk | None = None,
+    adaptable: Sequence[str] = (),
+    max_rank: int = DEFAULT_MAX_RANK,
+) -> AdaptedBase:
     """Load a base model and PEFT directories.
 
     base         see `load_trunk`
-    directories  by the adapters' names
+    directories  by the adapters' names; none is a plain base model
     trunk        the base model, if it is loaded already
+    adaptable    layers that later adapters may update, as `choose_targets` takes them
+    max_rank     the largest rank of those
 
-    Raises InputError for a name that cannot be used, and the errors of `load_trunk` and `read_peft`.
+    Raises InputError for a name that cannot be used, and the errors of `load_trunk`, `choose_targets` and `read_peft`.
     """
     for name in directories:
         if not is_adapter_name(name):
@@ -75,7 +91,8 @@ def load_adapted(base: str, directories: Mapping[str, Path], trunk: Trunk | None
         digest.update(name.encode())
         for file in (peft_lora.CONFIG_FILE, peft_lora.TENSOR_FILE):
             digest.update((path / file).read_bytes())
-    return AdaptedBase(base, trunk, adapters, base_digest, digest.hexdigest())
+    chosen = choose_targets(trunk, adaptable) if adaptable else ()
+    return AdaptedBase(base, trunk, adapters, base_digest, digest.hexdigest(), chosen, max_rank)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import LM_HEAD, Protocol, Regime, factor_names
+from chameleon_deploy.contract.bundle import LM_HEAD, Protocol, TrainedRegime, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
@@ -43,7 +43,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     format: Literal["chameleon-checkpoint"] = "chameleon-checkpoint"
     format_version: int = FORMAT_VERSION
-    regime: Regime
+    regime: TrainedRegime
     base_model: str
     rank: int
     alpha: float = 1.0
@@ -85,6 +85,13 @@ def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = N
     if (path / "adapter_config.json").is_file():
         return _load_peft(path, base)
     raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `load_checkpoint` reads a path. A GGUF file and a model in Hugging Face format are base models."""
+    if path.is_file():
+        return gguf_file(path) is None
+    return any((path / name).is_file() for name in (CONFIG_FILE, "adapter_config.json"))
 
 
 def save_checkpoint(path: Path, config: CheckpointConfig, factors: FactorModule, centroids: Tensor) -> None:

@@ -33,7 +33,7 @@ def adaptation_spec(source: Source) -> AdaptationSpec:
     """Return the manifest's description of the factors."""
     if isinstance(source, AdaptedBase):
         return AdaptationSpec(
-            regime="lora",
+            regime="lora" if source.adapters else "base",
             rank=source.rank,
             alpha=1.0,
             targets=source.targets,

@@ -14,7 +14,7 @@ import msgspec
 import torch
 import typer
 
-from chameleon_deploy.contract.bundle import LM_HEAD, Regime
+from chameleon_deploy.contract.bundle import LM_HEAD, TrainedRegime
 from chameleon_deploy.errors import OutputExistsError
 from chameleon_deploy.reference.checkpoint import CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids
@@ -57,7 +57,7 @@ def base_config(size: str) -> Any:
 def random_checkpoint(
     out: Path,
     base: Any,
-    regime: Regime = "chameleon",
+    regime: TrainedRegime = "chameleon",
     num_clusters: int = 4,
     seed: int = 0,
     targets: Sequence[str] = (LM_HEAD,),
@@ -90,7 +90,7 @@ def random_checkpoint(
 def untrained_checkpoint(
     out: Path,
     base: str,
-    regime: Regime = "chameleon",
+    regime: TrainedRegime = "chameleon",
     num_clusters: int = 4,
     seed: int = 0,
     targets: Sequence[str] = (LM_HEAD,),
@@ -115,7 +115,7 @@ def untrained_checkpoint(
 def _shape(
     trunk: Trunk,
     base_model: str,
-    regime: Regime,
+    regime: TrainedRegime,
     num_clusters: int,
     targets: Sequence[str],
     architecture: Architecture,

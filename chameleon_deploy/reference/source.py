@@ -1,26 +1,43 @@
-"""What a command names as its reference: a checkpoint, or a base model with adapters."""
+"""What a command names as its reference: a checkpoint, or a base model, with adapters or without."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chameleon_deploy.errors import InputError
-from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
-from chameleon_deploy.reference.checkpoint import CONFIG_FILE, Checkpoint, load_checkpoint
+from chameleon_deploy.errors import CheckpointError, InputError
+from chameleon_deploy.reference.adapters import DEFAULT_MAX_RANK, AdaptedBase, load_adapted
+from chameleon_deploy.reference.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint, load_checkpoint
+from chameleon_deploy.reference.gguf import gguf_file
 
 Source = Checkpoint | AdaptedBase
 
 
-def load_source(path: Path, base: str | None, adapters: Mapping[str, Path]) -> Source:
-    """Load a checkpoint, or the base model at `path` with adapters if there are any.
+def load_source(
+    path: Path,
+    base: str | None,
+    adapters: Mapping[str, Path],
+    adaptable: Sequence[str] = (),
+    max_rank: int | None = None,
+) -> Source:
+    """Load a checkpoint, or the base model at `path`, which may be a hub id, with its adapters.
 
-    base  see `load_checkpoint`
+    base                 see `load_checkpoint`
+    adaptable, max_rank  see `load_adapted`; None takes the default
 
     Raises InputError, and the errors of `load_checkpoint` and `load_adapted`.
     """
-    if not adapters:
+    if is_checkpoint(path):
+        if adapters or adaptable:
+            raise InputError(f"{path}: adapters are of a base model: pass its directory or hub id in its place")
         return load_checkpoint(path, base)
-    if base is not None or (path / CONFIG_FILE).is_file():
-        raise InputError(f"{path}: adapters are of a base model: pass its directory or hub id in its place")
-    return load_adapted(str(path), adapters)
+    if not path.exists() and len(path.parts) > 2:  # no hub id
+        raise CheckpointError(f"{path} does not exist: pass the directory of a checkpoint or of a base model")
+    if path.is_dir() and not (path / "config.json").is_file() and gguf_file(path) is None:
+        raise CheckpointError(
+            f"{path} has neither {CONFIG_FILE} nor adapter_config.json, so it is not a checkpoint, and neither "
+            "config.json nor a GGUF file, so it is no base model"
+        )
+    if base is not None:
+        raise InputError(f"{path} is no checkpoint: --base goes with one, a base model is named alone")
+    return load_adapted(str(path), adapters, None, adaptable, DEFAULT_MAX_RANK if max_rank is None else max_rank)

@@ -35,6 +35,8 @@ class FactorArray(Protocol):
 class FactorSets:
     """A stack of factor sets, in memory or on a device. len() is their number; an array of indices selects sets.
 
+    A bundle without targets has no tensors, and the one set that updates nothing.
+
     tensors  "<target>.lora_A" float32 [factor_sets, rank, in_features] and "<target>.lora_B" float32
              [factor_sets, rank, out_features] of every target; alpha is already multiplied into B
     """
@@ -42,7 +44,7 @@ class FactorSets:
     tensors: Mapping[str, FactorArray]
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter(self.tensors.values()))) if self.tensors else 1
 
     def __getitem__(self, indices: IntArray) -> FactorSets:
         return FactorSets({name: array[indices] for name, array in self.tensors.items()})

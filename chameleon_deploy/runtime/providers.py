@@ -98,9 +98,9 @@ def open_tensorrt(bundle: Bundle) -> DeviceBackend:
 
 def graph_names(bundle: Bundle, provider: str) -> dict[Role, str]:
     """Return the names of the graphs that a device needs, by role."""
-    roles: tuple[Role, ...] = ("decoder", "hypernetwork", "chooser", "logits_scorer")
-    if bundle.manifest.adaptation.regime == "lora":
-        roles = ("decoder", "chooser", "logits_scorer")
+    roles: tuple[Role, ...] = ("decoder", "chooser", "logits_scorer")
+    if bundle.manifest.adaptation.regime == "chameleon":
+        roles = (*roles, "hypernetwork")
     return {role: bundle.graph(role, provider) for role in roles}
 
 

@@ -1,18 +1,24 @@
-"""The numeric gates of a bundle with adapters: in a mixed batch every row is the base model with its own adapter.
+"""The numeric gates of a base model and its adapters: in a mixed batch every row is the base with its own adapter.
 
-The reference computes each row alone, in PyTorch, with the adapter as its PEFT directory has it.
+The reference computes each row alone, in PyTorch, with the adapter as its PEFT directory has it. In a bundle that takes
+adapters later, random ones are written to files and loaded as a service loads them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray
-from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
+from chameleon_deploy.contract.adapter_file import write_adapter
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, Mode, factor_names
+from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, Factors
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
@@ -26,6 +32,7 @@ from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.here import known_answer_checks
 from chameleon_deploy.verify.logit_figures import largest, max_abs
 
+PROBE = 0.05  # norm of a random adapter's update of a layer, relative to that of the layer's weight
 FEW = 4  # texts that every single adapter, and none, is checked on
 
 
@@ -36,37 +43,76 @@ def verify_adapters(
     gate = gate_of(runtime.manifest.precision, runtime.provider, updates_trunk=True)
     if max_kl is not None:
         gate = accept(gate, max_kl)
+    own = base
+    if base.targets and not base.adapters:
+        base = with_random_adapters(runtime, base)
     reference = AdapterLogits(base)
     everything, rows, typical = rows, *parity.ragged_and_typical(rows)
     typical = typical[:FEW]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     of_all, of_rows, of_few, of_long = (in_turn(base, len(part)) for part in (everything, rows, few, long))
 
-    def factors(names: Sequence[str | None], texts: Rows) -> RowFactors:
-        return runtime.adapt(texts, adapters=names, on_device=True).factors
+    def given(names: Sequence[str | None]) -> dict[str, Any]:
+        return {"adapters": names} if base.adapters else {"mode": "none"}
 
-    some = next(iter(base.adapters))
+    def factors(names: Sequence[str | None], texts: Rows) -> RowFactors:
+        return runtime.adapt(texts, on_device=True, **given(names)).factors
+
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: parity.gate_checks(
-            "mixed adapters:", runtime, reference, everything, factors(of_all, everything), of_all, gate
+            "mixed adapters:" if base.adapters else "base model:",
+            runtime,
+            reference,
+            everything,
+            factors(of_all, everything),
+            of_all,
+            gate,
         ),
         lambda: parity.cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
-        lambda: parity.check_batching(runtime, rows, gate, adapters=of_rows),
-        lambda: parity.check_scores(runtime, few, gate, adapters=of_few),
-        lambda: parity.check_rerun(runtime, few, adapters=of_few),
-        lambda: parity.check_neighbours(runtime, few, adapters=[some]),
-        lambda: check_none(runtime, reference, typical, gate),
-        *(partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters),
-        lambda: check_wrong_factors(runtime, reference, few, of_few),
+        lambda: parity.check_batching(runtime, rows, gate, **given(of_rows)),
+        lambda: parity.check_scores(runtime, few, gate, **given(of_few)),
+        lambda: parity.check_rerun(runtime, few, **given(of_few)),
+        lambda: parity.check_neighbours(runtime, few, **given(of_few[:1])),
     ]
+    if base.adapters:
+        steps += [
+            lambda: check_none(runtime, reference, typical, gate),
+            *(partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters),
+            lambda: check_wrong_factors(runtime, reference, few, of_few),
+        ]
     if whole:
         steps += [
-            lambda: check_data(runtime.bundle, base, gate),
+            lambda: check_data(runtime.bundle, own, gate),
             lambda: check_known_answers(runtime, reference, gate),
-            lambda: check_factors(runtime, base),
-            lambda: check_alone(runtime, few, of_few),
         ]
+    if whole and own.adapters:
+        steps.append(lambda: check_factors(runtime, own))
+    if whole and base.adapters:
+        steps.append(lambda: check_alone(runtime, few, of_few))
     return parity.run_steps(runtime, steps, report)
+
+
+def with_random_adapters(runtime: Runtime, base: AdaptedBase) -> AdaptedBase:
+    """Load random adapters into a runtime, and return the base with them: one of all layers with the largest rank, one
+    of every second layer with rank 1.
+    """
+    layers = {target.name: target for target in base.targets}
+    ranks = {"random-all": (base.rank, list(layers)), "random-some": (1, list(layers)[::2])}
+    adapters: dict[str, Factors] = {}
+    with TemporaryDirectory() as directory:
+        for seed, (name, (rank, adapted)) in enumerate(ranks.items()):
+            random = np.random.default_rng(seed)
+            factors = adapters[name] = {}
+            for layer in adapted:
+                name_A, name_B = factor_names(layer)
+                sizes, weight = layers[layer], base.trunk.causal_lm.get_submodule(layer).weight
+                factors[name_A] = random.normal(size=(rank, sizes.in_features)).astype(np.float32)
+                scale = PROBE * float(weight.square().mean().sqrt()) / math.sqrt(rank)
+                factors[name_B] = (scale * random.normal(size=(rank, sizes.out_features))).astype(np.float32)
+            file = Path(directory) / f"{name}.safetensors"
+            write_adapter(file, factors, runtime.manifest.adaptation)
+            runtime.load_adapter(name, file)
+    return replace(base, adapters=adapters)
 
 
 def in_turn(base: AdaptedBase, rows: int) -> list[str | None]:
@@ -100,7 +146,8 @@ def check_known_answers(runtime: Runtime, reference: AdapterLogits, gate: Gate) 
     """The record of export is what this runtime computes, and its greedy tokens are the reference's."""
     yield from known_answer_checks(runtime)
     answers = recorded_answers(runtime.bundle)
-    for mode in ("none", "static"):
+    modes: tuple[Mode, ...] = ("none", "static") if runtime.manifest.adaptation.adapters else ("none",)
+    for mode in modes:
         names = adapt_rows(runtime, mode, len(answers.rows)).adapters or [None] * len(answers.rows)
         yield parity.check_greedy(mode, answers, reference, names, gate)
 
@@ -129,16 +176,23 @@ def check_wrong_factors(
     runtime: Runtime, reference: AdapterLogits, rows: Rows, names: Sequence[str | None]
 ) -> Iterator[Check]:
     """Wrong factors change the bundle's logits as much as they change the reference's; see checks.py."""
-    spec, stacks = runtime.manifest.adaptation, runtime.bundle.lora()
+    spec, order = runtime.manifest.adaptation, list(reference.base.adapters)
     their_stacks = _stacks(reference.base, spec)  # of one rank, like the bundle's: padding rounds differently
+    stacks = runtime.bundle.lora() if spec.adapters else their_stacks
 
     def their_logits(stacks: Stacks) -> list[FloatArray]:
-        model = AdapterLogits(replace(reference.base, adapters=_named(stacks, spec)))
+        named: dict[str, Factors] = {
+            adapter: {n: stack[i] for n, stack in stacks.items()} for i, adapter in enumerate(order)
+        }
+        model = AdapterLogits(replace(reference.base, adapters=named))
         return [model(ids, names, row).numpy() for row, ids in enumerate(rows)]
 
-    right, expected = list(_logits(runtime, rows, stacks, names)), their_logits(their_stacks)
+    def our_logits(stacks: Stacks) -> Iterator[FloatArray]:
+        return _logits(runtime, rows, stacks, [*order, None], names)
+
+    right, expected = list(our_logits(stacks)), their_logits(their_stacks)
     for fault, mutate in MUTATIONS.items():
-        moved = largest(map(max_abs, _logits(runtime, rows, mutate(spec, stacks), names), right))
+        moved = largest(map(max_abs, our_logits(mutate(spec, stacks)), right))
         must_move = largest(map(max_abs, their_logits(mutate(spec, their_stacks)), expected))
         if must_move > 0:
             yield Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
@@ -155,26 +209,25 @@ def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
 MUTATIONS: dict[str, Fault] = {"another adapter": another_adapter, **FAULTS}
 
 
-def _logits(runtime: Runtime, rows: Rows, stacks: Stacks, names: Sequence[str | None]) -> Iterator[FloatArray]:
-    """The bundle's logits with such factors, and a set of zeros after them for rows without an adapter."""
+def _logits(
+    runtime: Runtime, rows: Rows, stacks: Stacks, order: list[str | None], names: Sequence[str | None]
+) -> Iterator[FloatArray]:
+    """The bundle's logits with such factors, and a set of zeros after them for rows without an adapter.
+
+    order  whose each set is
+    """
     spec, basis = runtime.manifest.adaptation, runtime.bundle.basis()
     with_zeros = {name: np.concatenate([stack, np.zeros_like(stack[:1])]) for name, stack in stacks.items()}
-    order = [*spec.adapters, None]
     ids = np.array([order.index(name) for name in names], np.int64)
     return parity.row_logits(runtime, rows, RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids))
 
 
 def _stacks(base: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:
-    """The reference's factors in the layout of the bundle's, in the order of its adapters."""
+    """The reference's factors in the layout of a bundle's, in the order of the adapters."""
     stacks = {}
     for name, width in spec.factor_widths.items():
-        stack = stacks[name] = np.zeros((len(spec.adapters), spec.rank, width), np.float32)
-        for i, adapter in enumerate(spec.adapters):
-            factors = base.adapters[adapter]
+        stack = stacks[name] = np.zeros((len(base.adapters), spec.rank, width), np.float32)
+        for i, factors in enumerate(base.adapters.values()):
             if name in factors:
                 stack[i, : len(factors[name])] = factors[name]
     return stacks
-
-
-def _named(stacks: Stacks, spec: AdaptationSpec) -> dict[str, Stacks]:
-    return {adapter: {n: stack[i] for n, stack in stacks.items()} for i, adapter in enumerate(spec.adapters)}

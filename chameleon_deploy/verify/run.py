@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,9 @@ def verify_bundle(
         rows = rows_within(rows, manifest.limits)
     if isinstance(checkpoint, AdaptedBase):
         _require_adapters(opened, checkpoint)
+        if not checkpoint.adaptable:  # the bundle says what adapters may be loaded later
+            targets = tuple(target.name for target in manifest.adaptation.targets)
+            checkpoint = replace(checkpoint, adaptable=targets, max_rank=manifest.adaptation.rank)
         run: Callable[..., list[Check]] = partial(
             verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl
         )
@@ -158,10 +161,8 @@ def _require_adapters(bundle: Bundle, base: AdaptedBase) -> None:
     """Raise InputError unless the adapters and the base that are named are those of the bundle."""
     spec = bundle.manifest.adaptation
     if set(spec.adapters) != set(base.adapters):
-        raise InputError(
-            f"the bundle's adapters are {', '.join(spec.adapters) or 'none'}, not {', '.join(base.adapters)}: "
-            "pass --adapter NAME=DIR for each"
-        )
+        ours, theirs = (", ".join(adapters) or "none" for adapters in (spec.adapters, base.adapters))
+        raise InputError(f"the bundle's adapters are {ours}, not {theirs}: pass --adapter NAME=DIR for each")
     if spec.base_digest != base.base_digest:
         raise InputError(f"{base.name} is not the base model that the bundle was exported from")
 
@@ -171,6 +172,8 @@ def summary(checks: list[Check], max_kl: float | None = None) -> ParitySummary:
     from chameleon_deploy.verify.logit_figures import largest
 
     differences = [
-        check.value for check in checks if check.name.startswith(("x1 factors: logits", "mixed adapters: logits"))
+        check.value
+        for check in checks
+        if check.name.startswith(("x1 factors: logits", "mixed adapters: logits", "base model: logits"))
     ]
     return ParitySummary(all(check.passed for check in checks), len(checks), largest(differences), max_kl)

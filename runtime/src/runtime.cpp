@@ -36,7 +36,7 @@ bool is_available(Mode mode, const AdaptationSpec& spec) {
 }
 
 Mode default_mode(const AdaptationSpec& spec) {
-  if (!spec.adapters.empty()) return Mode::none;  // rows without an adapter
+  if (!spec.adapters.empty() || spec.regime == "base") return Mode::none;  // rows without an adapter
   for (const Mode mode : {Mode::cohort, Mode::request}) {
     if (is_available(mode, spec)) return mode;
   }

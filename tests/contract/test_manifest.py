@@ -119,6 +119,7 @@ def test_targets() -> None:
                   {**head, "in_features": 15}, {**head, "out_features": 321}):  # fmt: skip
         assert "adaptation.targets" in refused(GOOD, adaptation__targets=[head, wrong])
     assert "adaptation.targets" in refused(GOOD, adaptation__targets=[])
+    assert "rank" in refused(LORA, adaptation__rank=0)
     for wrong in ({**head, "in_features": 15}, {**head, "out_features": 321}):
         assert "lm_head is not [hidden_size, vocab_size]" in refused(GOOD, adaptation__targets=[wrong])
 
@@ -157,6 +158,19 @@ def test_adapters_have_names_and_a_base() -> None:
     assert "regime 'lora'" in refused(GOOD, **named)
     for names in (["a", "a"], [""], [".a"], ["-a"], ["a b"], ["a", "static"], ["x" * 65], ["a\n"]):
         assert "distinct names" in refused(LORA, adaptation__adapters=names, adaptation__base_digest="0")
+
+
+def test_a_base_has_a_digest_and_what_later_adapters_update() -> None:
+    base = {"adaptation__regime": "base", "adaptation__base_digest": "0"}
+    files = {name: spec for name, spec in LORA["files"].items() if name != "lora.safetensors"}
+    assert parse(LORA, files=files, **base).adaptation.modes == ("none", "static")
+    plain = parse(LORA, files=files, **base, adaptation__targets=[], adaptation__rank=0)
+    assert plain.adaptation.modes == ("none",)
+    assert default_mode(plain.adaptation) == "none"
+    assert "base_digest" in refused(LORA, adaptation__regime="base")
+    assert "regime 'lora'" in refused(LORA, **base, adaptation__adapters=["a"])
+    assert "rank" in refused(LORA, **base, adaptation__rank=0)
+    assert "rank" in refused(LORA, **base, adaptation__targets=[], adaptation__rank=-1)
 
 
 MODEL = GOOD["model"]

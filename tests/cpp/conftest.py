@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy.contract.bundle import Precision, Regime
+from chameleon_deploy.contract.bundle import Precision, TrainedRegime
 from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
@@ -23,7 +23,7 @@ def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 
     directory = tmp_path_factory.mktemp("mini")
     bundles = {}
-    kinds: dict[str, tuple[str, Regime, Precision, int]] = {
+    kinds: dict[str, tuple[str, TrainedRegime, Precision, int]] = {
         "chameleon": ("mini", "chameleon", "fp32", 0),
         "lora": ("mini", "lora", "fp32", 0),
         "llama": ("llama-mini", "chameleon", "fp32", 0),

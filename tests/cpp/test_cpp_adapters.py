@@ -80,6 +80,40 @@ def test_rows_have_the_results_of_python(path: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(json.loads(line)["token_logprobs"], score.token_logprobs, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", ["mini", "llama-mini"])
+def test_a_base_without_adapters(size: str, tmp_path: Path) -> None:
+    """A plain base in fp32; in int8 one that is told which layers a file may update, and how far."""
+    random_checkpoint(tmp_path / "checkpoint", size)
+    base = tmp_path / "checkpoint" / "base"
+    export_bundle(load_adapted(str(base), {}), tmp_path / "plain", None)
+    layers = (GPT2_LAYERS if size == "mini" else LLAMA_LAYERS)[:2]
+    later = load_adapted(str(base), {}, adaptable=layers, max_rank=4)
+    export_bundle(later, tmp_path / "empty", None, precision="int8")
+    spec = chameleon_deploy.load(tmp_path / "empty").manifest.adaptation
+    for name, rank in (("late", 4), ("wide", 5)):
+        shapes = {factor: (rank, width) for factor, width in spec.factor_widths.items()}
+        random = np.random.default_rng(0)
+        factors = {factor: random.normal(0, 0.1, shape).astype(np.float32) for factor, shape in shapes.items()}
+        write_adapter(tmp_path / f"{name}.safetensors", factors, spec)
+    for bundle in ("plain", "empty"):
+        python, native = chameleon_deploy.load(tmp_path / bundle), NativeRuntime(tmp_path / bundle)
+        assert native.generate(TEXTS, max_new_tokens=8) == python.generate(TEXTS, max_new_tokens=8)
+        for file, code in (("late", None if bundle == "empty" else "adapter_invalid"),
+                           ("wide", "tensor_invalid" if bundle == "empty" else "adapter_invalid")):  # fmt: skip
+            for runtime in (python, native):
+                try:
+                    runtime.load_adapter(file, tmp_path / f"{file}.safetensors")
+                    found = None
+                except (chameleon_deploy.ChameleonError, NativeError) as error:
+                    found = error.code
+                assert found == code, (bundle, file)
+        if bundle == "empty":
+            names = ["late", None, None, "late"]
+            rows = [runtime.generate(TEXTS, adapters=names, max_new_tokens=8) for runtime in (python, native)]
+            assert rows[0] == rows[1] != python.generate(TEXTS, max_new_tokens=8)
+        native.close()
+
+
 @pytest.mark.parametrize(("size", "architecture"), [("mini", "shared"), ("llama-mini", "paper")])
 def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", size, targets=["all"], architecture=architecture)

@@ -259,3 +259,18 @@ def test_without_the_option_nothing_is_loaded(server: Running) -> None:
     answer = server.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapters_fixed")
     assert server.post("/v1/unload_lora_adapter", lora_name="code").status_code == 403
+
+
+def test_a_service_starts_empty(llama_path: Path, path: Path, tmp_path: Path) -> None:
+    """Exported without adapters: the first comes while the service runs."""
+    base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=4)
+    export_bundle(base, tmp_path / "wiki", None)
+    local = chameleon_deploy.load(tmp_path / "wiki", threads=1)
+    local.load_adapter("code", path / "files" / "code.safetensors")
+    with running(tmp_path / "wiki", rows=4, adapters=path / "files") as server:
+        assert models(server) == ["wiki", "wiki:none"]
+        assert text_of(server, "wiki") == expected(local, None)
+        assert server.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors").status_code == 200
+        assert models(server) == ["wiki", "wiki:none", "wiki:code"]
+        assert text_of(server, "wiki:code") == expected(local, "code") != expected(local, None)
+        assert text_of(server, "wiki") == expected(local, None)

@@ -110,7 +110,7 @@ def _inputs_of(sets: FactorSets) -> dict[str, Any]:
     inputs = {
         n: array if in_head(n) else np.asarray(array).reshape(-1, array.shape[2]) for n, array in sets.tensors.items()
     }
-    rank = next(iter(sets.tensors.values())).shape[1]
     if not all(map(in_head, inputs)):
+        rank = next(iter(sets.tensors.values())).shape[1]
         inputs["column_ids"] = np.repeat(np.arange(len(sets)), rank)
     return inputs

@@ -72,7 +72,7 @@ class FactorTable:
         # A set that is not finite would spread to every row: 0 * inf is NaN in the product over all sets.
         if not all(np.isfinite(array).all() for array in factors.values()):
             raise NumericError("the factors of a request are not finite: check the hypernetwork")
-        rank = len(next(iter(factors.values())))
+        rank = len(next(iter(factors.values()))) if factors else 1
         if not self._tensors:
             self._tensors = {n: np.zeros((self._max_sets, rank, a.shape[1]), np.float32) for n, a in factors.items()}
         self._keys.append(key)

@@ -86,7 +86,7 @@ struct TargetSpec {
 
 /// alpha is recorded, not applied: export folds it into the factors.
 struct AdaptationSpec {
-  std::string regime;  ///< chameleon or lora
+  std::string regime;  ///< base, chameleon or lora
   std::int64_t rank = 0;
   double alpha = 0;
   std::vector<TargetSpec> targets;
@@ -94,7 +94,7 @@ struct AdaptationSpec {
   std::string protocol;  ///< masked or paper
   std::int64_t max_length = 0;
   std::vector<std::string> adapters;  ///< names of the trained sets; none if the one set has no name
-  std::string base_digest;            ///< of the base model's weights; empty without adapters
+  std::string base_digest;            ///< of the base model's weights; empty in a bundle that takes no adapters
   /// Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings.
   std::int64_t conditioning_size = 0;
 
@@ -102,7 +102,7 @@ struct AdaptationSpec {
   [[nodiscard]] CHAMELEON_EXPORT std::map<std::string, std::int64_t> factor_widths() const;
 };
 
-/// Parameter counts: the frozen base model, one factor set, the hypernetwork (0 for regime lora).
+/// Parameter counts: the frozen base model, one factor set, the hypernetwork (0 without one).
 struct Parameters {
   std::int64_t base = 0;
   std::int64_t factors = 0;

@@ -29,7 +29,7 @@ std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, s
     throw AdapterError(where + ": not an adapter file of version 1: export the adapter again");
   }
   if (spec.base_digest.empty()) {
-    throw AdapterError(where + ": this bundle was exported without adapters: export it with --adapter");
+    throw AdapterError(where + ": this bundle takes no adapters: export its base model, with --adaptable LAYERS");
   }
   if (value("base_digest") != spec.base_digest) {
     throw AdapterError(where + ": it is for another base model than this bundle's: export it for this bundle");
@@ -41,7 +41,7 @@ std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, s
     const auto known = std::ranges::find_if(spec.targets, [&](const TargetSpec& each) { return name == each.name; });
     if (known == spec.targets.end()) {
       throw AdapterError(where + ": adapts " + name.dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 80) +
-                         ", which this bundle does not: export the bundle with this adapter");
+                         ", which this bundle does not: export it with --adaptable LAYERS or with this adapter");
     }
     adapted.targets.push_back(*known);
   }
@@ -50,7 +50,8 @@ std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, s
 
 /// The rank of all tensors. Throws TensorError unless they are those of `widths`.
 std::int64_t check_tensors(const std::map<std::string, SafeTensor>& tensors,
-                           const std::map<std::string, std::int64_t>& widths, const std::string& where) {
+                           const std::map<std::string, std::int64_t>& widths, const AdaptationSpec& spec,
+                           const std::string& where) {
   if (!std::ranges::equal(
           tensors, widths, {}, [](const auto& tensor) { return tensor.first; },
           [](const auto& width) { return width.first; })) {
@@ -60,6 +61,10 @@ std::int64_t check_tensors(const std::map<std::string, SafeTensor>& tensors,
   const std::int64_t rank = first.empty() ? 0 : first[0];
   if (rank < 1 || rank > kMaxRank) {
     throw TensorError(where + ": rank " + std::to_string(rank) + ": it must be from 1 to " + std::to_string(kMaxRank));
+  }
+  if (spec.regime == "base" && rank > spec.rank) {
+    throw TensorError(where + ": rank " + std::to_string(rank) + ": this bundle was exported with --max-rank " +
+                      std::to_string(spec.rank));
   }
   return rank;
 }
@@ -87,7 +92,7 @@ std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const Adap
   const MappedFile mapped = map(file);
   const SafeTensors parsed = parse(mapped, where);
   const auto widths = check_metadata(parsed.metadata, spec, where);
-  const std::int64_t rank = check_tensors(parsed.tensors, widths, where);
+  const std::int64_t rank = check_tensors(parsed.tensors, widths, spec, where);
   std::map<std::string, std::vector<float>> tensors;
   for (const auto& [name, width] : spec.factor_widths()) {
     const std::int64_t shape[] = {rank, width};

@@ -94,7 +94,7 @@ static void read(const Json& json, const std::string& at, TargetSpec& target) {
 
 static void read(const Json& json, const std::string& at, AdaptationSpec& spec) {
   Fields(json, at)
-      .one_of("regime", spec.regime, {"chameleon", "lora"})
+      .one_of("regime", spec.regime, {"base", "chameleon", "lora"})
       .required("rank", spec.rank)
       .required("alpha", spec.alpha)
       .required("targets", spec.targets)
@@ -175,7 +175,8 @@ std::int64_t Manifest::hypernetwork_width() const {
 }
 
 std::vector<Mode> available_modes(const AdaptationSpec& spec) {
-  if (spec.regime == "lora") return {Mode::none, Mode::static_};
+  if (spec.regime == "base" && spec.targets.empty()) return {Mode::none};
+  if (spec.regime != "chameleon") return {Mode::none, Mode::static_};
   if (spec.num_clusters == 0) return {Mode::none, Mode::static_, Mode::request};
   return {Mode::none, Mode::static_, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant};
 }
@@ -220,7 +221,8 @@ static void check_model(const ModelSpec& model, const std::string& where) {
 }
 
 static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& model, const std::string& where) {
-  if (adaptation.rank < 1 || adaptation.num_clusters < 0 || adaptation.max_length < 1) {
+  const std::int64_t least_rank = adaptation.targets.empty() ? 0 : 1;
+  if (adaptation.rank < least_rank || adaptation.num_clusters < 0 || adaptation.max_length < 1) {
     fail_at(where, "adaptation has a rank, num_clusters or max_length out of range");
   }
   std::set<std::string> names;
@@ -233,7 +235,7 @@ static void check_adaptation(const AdaptationSpec& adaptation, const ModelSpec& 
       fail_at(where, "adaptation.targets: lm_head is not [hidden_size, vocab_size]");
     }
   }
-  if (names.empty() || names.size() != adaptation.targets.size()) {
+  if ((names.empty() && adaptation.regime != "base") || names.size() != adaptation.targets.size()) {
     fail_at(where, "adaptation.targets must name at least one layer, and each layer once");
   }
 }
@@ -249,8 +251,11 @@ static void check_adapters(const AdaptationSpec& adaptation, const std::string& 
   if (std::set(names.begin(), names.end()).size() < names.size() || !std::ranges::all_of(names, is_adapter_name)) {
     fail_at(where, "adaptation.adapters must be distinct names of " + std::string(kAdapterName));
   }
-  if (names.empty() != adaptation.base_digest.empty() || (!names.empty() && adaptation.regime != "lora")) {
+  if (!names.empty() && adaptation.regime != "lora") {
     fail_at(where, "adaptation.adapters goes with a base_digest and regime 'lora'");
+  }
+  if (adaptation.base_digest.empty() == (!names.empty() || adaptation.regime == "base")) {
+    fail_at(where, "adaptation.base_digest goes with adapters or regime 'base'");
   }
 }
 

@@ -23,10 +23,10 @@ std::string text_of(const TensorSpec& tensor) {
   return text + "]";
 }
 
-/// Add the factor tensors whose names begin with `prefix` and, if there are any, factor_ids.
+/// Add the factor tensors whose names begin with `prefix`.
 /// is_flat: whether those of the trunk have one axis for sets and rank, whose sets column_ids tells
-void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, const char* rows,
-                 const std::string& prefix = "", bool is_flat = false) {
+void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, const std::string& prefix = "",
+                 bool is_flat = false) {
   bool has_columns = false;
   for (const auto& [name, width] : spec.factor_widths()) {
     if (!name.starts_with(prefix)) continue;
@@ -36,9 +36,6 @@ void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, co
                                      : TensorSpec{name, "float32", {"factor_sets", "rank", width}});
   }
   if (has_columns) inputs.push_back({"column_ids", "int64", {"columns"}});
-  if (std::ranges::any_of(inputs, [](const TensorSpec& input) { return input.name.ends_with(".lora_A"); })) {
-    inputs.push_back({"factor_ids", "int64", {rows}});
-  }
 }
 
 /// The element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32.
@@ -55,7 +52,8 @@ Signature decoder_signature(const GraphSpec& graph, const Manifest& manifest) {
   Signature decoder;
   decoder.inputs = {{"input_ids", "int64", {"batch", "sequence"}},
                     {"position_ids", "int64", {"batch", "sequence"}},
-                    {"logits_positions", "int64", {"batch", "positions"}}};
+                    {"logits_positions", "int64", {"batch", "positions"}},
+                    {"factor_ids", "int64", {"batch"}}};  // without targets nothing reads them
   if (is_shared) {
     decoder.inputs.push_back({"seqlens_k", "int32", {"batch"}});
     decoder.inputs.push_back({"total_sequence_length", "int32", {}});
@@ -66,7 +64,7 @@ Signature decoder_signature(const GraphSpec& graph, const Manifest& manifest) {
     decoder.inputs.push_back({"attention_mask", "int64", {"batch", "total"}});
     decoder.outputs = {{"logits", "float32", {"batch", "positions", model.vocab_size}}};
   }
-  add_factors(decoder.inputs, manifest.adaptation, "batch", "", is_shared);
+  add_factors(decoder.inputs, manifest.adaptation, "", is_shared);
   const std::string dtype = cache_dtype(graph, manifest.precision);
   const auto cached = [&](const std::string& name, const char* width) {
     return TensorSpec{name, dtype, {"batch", model.num_key_value_heads, width, model.head_dim}};
@@ -94,7 +92,8 @@ Signature hidden_scorer_signature(const Manifest& manifest) {
   Signature scorer;
   scorer.inputs = {{"hidden_states", "float32", {"positions", manifest.model.hidden_size}},
                    {"targets", "int64", {"positions"}}};
-  add_factors(scorer.inputs, manifest.adaptation, "positions", "lm_head.");
+  add_factors(scorer.inputs, manifest.adaptation, "lm_head.");
+  if (scorer.inputs.size() > 2) scorer.inputs.push_back({"factor_ids", "int64", {"positions"}});
   scorer.outputs = {{"logprobs", "float32", {"positions"}}};
   return scorer;
 }
