@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import find_program
+from tests.commands import find_program
 from tests.conftest import REPOSITORY
 
 POINTS = int(os.environ.get("CHAMELEON_EXAMPLES", "16"))

@@ -15,8 +15,7 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.contract.provenance import SIGNATURE, check_signature, read_signing_key
 from chameleon_deploy.errors import ChameleonError, DependencyError, InputError, SignatureError
-from tests.browser import find_program
-from tests.commands import run
+from tests.commands import find_program, run
 from tests.shared_data import good_bundle, read, signed_bundle
 
 GOOD = good_bundle("lora_masked")

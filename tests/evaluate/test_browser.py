@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser
 
 from chameleon_deploy import compare
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from tests.browser import Page, find_chromium
+from tests.browser import launched, open_tab
 
 BLUE = (9, 105, 218)  # the first colour of the plots
 
 
-@pytest.fixture(scope="session")
-def browser() -> str:
-    return find_chromium()
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +37,33 @@ def report(mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page
 
 
-def test_the_report_in_a_browser(browser: str, report: Path, tmp_path: Path) -> None:
-    page = Page(browser, report, tmp_path)
-    assert page.console == []
-    assert page.requests == set()
-    headings = re.findall(r"<h2>(.*?)</h2>", page.dom)
-    assert headings == ["The three regimes", "Modes and controls", "Learning curves", "Perplexity by cluster",
-                        "Map of the text embeddings", "Gain against cohort size and mode"]  # fmt: skip
-    assert page.dom.count("<table") == 4
-    assert page.dom.count("<svg") == 4
-    for words in ("141,056", "82,272", "shuffled conditioning", "texts per cohort", "centroid"):
-        assert words in page.dom, words
-    ink = np.asarray((page.pixels < 128).all(2))
+def test_the_report_in_a_browser(browser: Browser, report: Path) -> None:
+    with open_tab(browser, report.as_uri()) as tab:
+        assert tab.complaints == []
+        assert tab.requests == {report.as_uri()}
+        assert tab.page.locator("h2").all_text_contents() == [
+            "The three regimes", "Modes and controls", "Learning curves", "Perplexity by cluster",
+            "Map of the text embeddings", "Gain against cohort size and mode",
+        ]  # fmt: skip
+        assert tab.page.locator("table").count() == tab.page.locator("svg").count() == 4
+        for words in ("141,056", "82,272", "shuffled conditioning", "texts per cohort", "centroid"):
+            assert words in tab.page.content(), words
+        pixels = tab.pixels()
+    ink = np.asarray((pixels < 128).all(2))
     assert 0.003 < ink.mean() < 0.3  # neither blank nor black
-    height = len(page.pixels)
-    for part in range(4):  # the whole page is filled, from top to bottom
-        assert ink[part * height // 4 : (part + 1) * height // 4].any()
-    assert (page.pixels == BLUE).all(2).sum() > 500  # plots are drawn, not only described
+    assert all(part.any() for part in np.array_split(ink, 4))  # the whole page is filled, from top to bottom
+    assert (pixels == BLUE).all(2).sum() > 500  # plots are drawn, not only described
 
 
-def test_the_browser_would_have_seen_a_fault(browser: str, report: Path, tmp_path: Path) -> None:
+def test_the_browser_would_have_seen_a_fault(browser: Browser, report: Path, tmp_path: Path) -> None:
     """A script and a picture from elsewhere: refused with a complaint by the report's policy, fetched without it."""
     html = report.read_text("utf-8")
     fault = '<script>document.title = 1</script><img src="http://127.0.0.1:9/picture.png">'
     broken, open_ = tmp_path / "broken.html", tmp_path / "open.html"
     broken.write_text(html.replace("</body>", fault + "</body>"), "utf-8")
-    assert Page(browser, broken, tmp_path).console
-    blank = f"<!DOCTYPE html><title>blank</title>{fault}"
-    open_.write_text(blank, "utf-8")
-    page = Page(browser, open_, tmp_path)
-    assert page.requests == {"http://127.0.0.1:9/picture.png"}
-    assert not (page.pixels == BLUE).all(2).any()
+    with open_tab(browser, broken.as_uri()) as tab:
+        assert tab.complaints
+    open_.write_text(f"<!DOCTYPE html><title>blank</title>{fault}", "utf-8")
+    with open_tab(browser, open_.as_uri()) as tab:
+        assert tab.requests == {open_.as_uri(), "http://127.0.0.1:9/picture.png"}
+        assert not (tab.pixels() == BLUE).all(2).any()

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser import Tab, find_chromium, find_program, open_tab, read_pixels
+from tests.browser import Tab, launched, open_tab
+from tests.commands import find_program
 from tests.completion_server import CompletionServer, centroids, serve
 from tests.conftest import REPOSITORY
 from tests.serving import Running, running, wait_for
@@ -25,10 +27,16 @@ from tests.serving import Running, running, wait_for
 FILES = REPOSITORY / "chameleon_deploy" / "serve" / "page"
 SCREENSHOTS = REPOSITORY / "docs" / "serving"
 MAX_SCREENSHOT = 150_000  # bytes
-PHONE = (360, 740)
-VIEWS = (("desktop", False, (1280, 900)), ("dark", True, (1280, 900)), ("phone", False, PHONE))  # name, dark, size
-CTRL = 2
-DONE = "document.querySelector('#status').textContent === 'Done.'"
+PHONE = {"width": 360, "height": 740}
+VIEWS: dict[str, dict[str, Any]] = {
+    "desktop": {}, "dark": {"color_scheme": "dark"}, "phone": {"viewport": PHONE, "is_mobile": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -39,174 +47,179 @@ def stub() -> Iterator[CompletionServer]:
 
 
 @pytest.fixture
-def tab(stub: CompletionServer, tmp_path: Path) -> Iterator[Tab]:
-    with open_tab(find_chromium(), stub.url + "/", tmp_path) as tab:
-        tab.wait("document.querySelector('#map circle')")
+def tab(browser: Browser, stub: CompletionServer, request: pytest.FixtureRequest) -> Iterator[Tab]:
+    """On the stub; the parameter, if any, names a view."""
+    with open_tab(browser, f"{stub.url}/", **VIEWS[getattr(request, "param", "desktop")]) as tab:
+        ready(tab.page)
         yield tab
 
 
-def generate(tab: Tab, prompt: str = "The river", max_tokens: int = 8) -> None:
-    tab.write("#prompt", prompt)
-    tab.write("#max_tokens", str(max_tokens))
-    tab.value("document.querySelector('#prompt').focus()")
-    tab.key("Enter", CTRL)
+@pytest.fixture
+def page(tab: Tab) -> Page:
+    return tab.page
 
 
-def tokens(tab: Tab, panel: str = "first") -> list[str]:
-    return list(tab.value(f"[...document.querySelectorAll('#{panel} [role=option]')].map((e) => e.textContent)"))
+def ready(page: Page) -> None:
+    expect(page.locator("#map circle")).not_to_have_count(0)
+
+
+def generate(page: Page, prompt: str = "The river", max_tokens: int = 8) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#max_tokens", str(max_tokens))
+    page.press("#prompt", "Control+Enter")
+
+
+def finished(page: Page, status: str = "Done.") -> None:
+    expect(page.locator("#status")).to_have_text(status)
+
+
+def tokens(page: Page, panel: str = "first") -> Locator:
+    return page.locator(f"#{panel} [role=option]")
+
+
+def cells(page: Page, selector: str) -> list[list[str]]:
+    """The texts of a table's rows."""
+    return [row.locator("td, th").all_text_contents() for row in page.locator(selector).all()]
 
 
 def test_the_page_at_rest(stub: CompletionServer, tab: Tab) -> None:
-    assert tab.value("[...document.querySelector('#model').options].map((o) => o.value)") == [
-        "stub", "stub:none", "stub:centroid",
-    ]  # fmt: skip
-    tab.wait("document.querySelector('#live-rows').textContent === '3'")
-    assert tab.text("#live-queue") == "2"
+    options = tab.page.locator("#model option")
+    assert [o.get_attribute("value") for o in options.all()] == ["stub", "stub:none", "stub:centroid"]
+    expect(tab.page.locator("#live-rows")).to_have_text("3")
+    expect(tab.page.locator("#live-queue")).to_have_text("2")
     assert tab.complaints == []
     assert {url for url in tab.requests if not url.startswith(f"{stub.url}/")} <= {"data:,"}
 
 
-def test_the_policy_would_complain(stub: CompletionServer, tmp_path: Path) -> None:
+def test_the_policy_would_complain(browser: Browser, stub: CompletionServer, tmp_path: Path) -> None:
     """Of an inline script, an inline style and a picture from elsewhere."""
     stub.files = shutil.copytree(FILES, tmp_path / "page")
     index = stub.files / "index.html"
     faults = ("<script>document.title = 'run'</script>", "<p style='color: red'>",
               "<img src='http://127.0.0.1:9/picture.png' alt=''>")  # fmt: skip
     index.write_text(index.read_text("utf-8").replace("</main>", "".join(faults) + "</main>"), "utf-8")
-    with open_tab(find_chromium(), stub.url + "/", tmp_path) as tab:
-        tab.wait("document.querySelector('#map circle')")
-        assert tab.value("document.title") == "Chameleon playground"
+    with open_tab(browser, f"{stub.url}/") as tab:
+        ready(tab.page)
+        assert tab.page.title() == "Chameleon playground"
         assert len([text for text in tab.complaints if "Content Security Policy" in text]) == len(faults)
 
 
 def test_type_and_stream(stub: CompletionServer, tab: Tab) -> None:
-    stub.pause = 0.1
-    generate(tab, "It's a “river”", 12)
-    tab.wait("document.querySelectorAll('#first [role=option]').length >= 2")
-    assert len(tokens(tab)) < 12  # shown as they come, not at the end
-    assert tab.value("document.querySelector('#generate').disabled")
-    tab.wait(DONE)
-    assert tokens(tab) == [f" word{i}" for i in range(12)]
-    assert tab.text("#first .text") == "It's a “river”" + "".join(tokens(tab))
+    stub.pause, page = 0.1, tab.page
+    generate(page, "It's a “river”", 12)
+    tokens(page).nth(1).wait_for()
+    assert tokens(page).count() < 12  # shown as they come, not at the end
+    expect(page.locator("#generate")).to_be_disabled()
+    finished(page)
+    words = [f" word{i}" for i in range(12)]
+    assert tokens(page).all_text_contents() == words
+    assert page.inner_text("#first .text") == "It's a “river”" + "".join(words)
     (body,) = stub.bodies
     assert body == {"model": "stub", "prompt": "It's a “river”", "max_tokens": 12, "temperature": 0.8, "top_p": 1,
                     "seed": 0, "logprobs": 5, "stream": True}  # fmt: skip
-    levels = tab.value("[...document.querySelectorAll('#first [role=option]')].map((e) => e.dataset.level)")
+    levels = [token.get_attribute("data-level") for token in tokens(page).all()]
     assert levels[:7] == ["0", "2", "3", "4", "4", "5", "5"]  # of -0.1, -1.1, ..., -6.1
-    assert "12 tokens" in tab.text("#first .about")
-    assert "length" in tab.text("#first .about")
+    assert "12 tokens" in page.inner_text("#first .about")
+    assert "length" in page.inner_text("#first .about")
     assert tab.complaints == []
 
 
 @pytest.mark.parametrize("by", ["button", "key"])
-def test_stop(stub: CompletionServer, tab: Tab, by: str) -> None:
+def test_stop(stub: CompletionServer, page: Page, by: str) -> None:
     stub.pause = 0.05
-    generate(tab, max_tokens=500)
-    tab.wait("document.querySelectorAll('#first [role=option]').length >= 3")
-    if by == "button":
-        tab.click("#cancel")
-    else:
-        tab.key("Escape")
-    tab.wait("document.querySelector('#status').textContent === 'Stopped.'")
-    shown = len(tokens(tab))
+    generate(page, max_tokens=500)
+    tokens(page).nth(2).wait_for()
+    page.click("#cancel") if by == "button" else page.keyboard.press("Escape")
+    finished(page, "Stopped.")
+    shown = tokens(page).count()
     assert 3 <= shown < 100
-    tab.wait("!document.querySelector('#generate').disabled")
+    expect(page.locator("#generate")).to_be_enabled()
     wait_for(lambda: stub.gone)  # the server's side has ended too
-    assert len(tokens(tab)) == shown
-    assert tab.text("#error") == ""
+    assert tokens(page).count() == shown
+    assert page.text_content("#error") == ""
 
 
-def alternatives(tab: Tab) -> list[list[str]] | None:
-    if tab.value("document.querySelector('#alternatives').hidden"):
-        return None
-    return list(tab.value(
-        "[...document.querySelectorAll('#alternatives tr')].map((r) => [...r.cells].map((c) => c.textContent))"
-    ))  # fmt: skip
+def test_alternatives_by_pointer(page: Page) -> None:
+    generate(page)
+    finished(page)
+    expect(page.locator("#alternatives")).to_be_hidden()
+    tokens(page).nth(1).hover()
+    assert cells(page, "#alternatives tr") == [["␣word1", "33 %"], ["␣other0", "14 %"], ["␣other1", "5.0 %"],
+                                               ["␣other2", "1.8 %"], ["␣other3", "0.67 %"]]  # fmt: skip
+    page.hover("#prompt")
+    expect(page.locator("#alternatives")).to_be_hidden()
 
 
-def test_alternatives_by_pointer(tab: Tab) -> None:
-    generate(tab)
-    tab.wait(DONE)
-    assert alternatives(tab) is None
-    tab.point("#first [role=option]:nth-child(2)")
-    assert alternatives(tab) == [["␣word1", "33 %"], ["␣other0", "14 %"], ["␣other1", "5.0 %"], ["␣other2", "1.8 %"],
-                                 ["␣other3", "0.67 %"]]  # fmt: skip
-    tab.point("#prompt")
-    assert alternatives(tab) is None
-
-
-def test_alternatives_by_keyboard(tab: Tab) -> None:
-    generate(tab)
-    tab.wait(DONE)
-    tab.value("document.querySelector('#python').focus()")
-    tab.key("Tab")
-    assert tab.value("document.activeElement.textContent") == " word0"
-    for key, expected in (("ArrowRight", " word1"), ("End", " word7"), ("ArrowLeft", " word6"), ("Home", " word0")):
-        tab.key(key)
-        assert tab.value("document.activeElement.textContent") == expected
-        found = alternatives(tab)
-        assert found is not None
+def test_alternatives_by_keyboard(page: Page) -> None:
+    generate(page)
+    finished(page)
+    page.focus("#python")
+    for key, expected in (("Tab", " word0"), ("ArrowRight", " word1"), ("End", " word7"), ("ArrowLeft", " word6"),
+                          ("Home", " word0")):  # fmt: skip
+        page.keyboard.press(key)
+        focused = page.locator(":focus")
+        assert focused.text_content() == expected
+        found = cells(page, "#alternatives tr")
         assert len(found) == 5
         assert any(name.strip("␣") == expected.strip() for name, _ in found)
-    described = tab.value("document.activeElement.getAttribute('aria-describedby')")
-    assert described == "alternatives"
-    tab.key("Escape")
-    assert alternatives(tab) is None
+        assert focused.get_attribute("aria-describedby") == "alternatives"
+    page.keyboard.press("Escape")
+    expect(page.locator("#alternatives")).to_be_hidden()
 
 
-def test_the_whole_page_by_keyboard(tab: Tab) -> None:
+def test_the_whole_page_by_keyboard(page: Page) -> None:
     """Tab reaches every control."""
     reached = set()
-    tab.value("document.activeElement.blur()")
     for _ in range(25):
-        tab.key("Tab")
-        reached.add(tab.value("document.activeElement.id || document.activeElement.tagName"))
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert reached >= {"prompt", "model", "max_tokens", "temperature", "top_p", "seed", "SUMMARY", "compare",
                        "generate", "curl", "python"}  # fmt: skip
 
 
-def test_switch_mode(stub: CompletionServer, tab: Tab) -> None:
-    tab.value("document.querySelector('#model').focus()")
-    tab.key("ArrowDown")
-    assert tab.value("document.querySelector('#model').value") == "stub:none"
-    assert tab.text("#compare-label") == "stub beside it"
-    generate(tab)
-    tab.wait(DONE)
+def test_switch_mode(stub: CompletionServer, page: Page) -> None:
+    page.press("#model", "ArrowDown")
+    expect(page.locator("#model")).to_have_value("stub:none")
+    expect(page.locator("#compare-label")).to_have_text("stub beside it")
+    generate(page)
+    finished(page)
     assert stub.bodies[-1]["model"] == "stub:none"
-    assert tab.text("#first-title") == "stub:none"
+    assert page.inner_text("#first-title") == "stub:none"
 
 
-def test_compare_with_the_base(stub: CompletionServer, tab: Tab) -> None:
+def test_compare_with_the_base(stub: CompletionServer, page: Page) -> None:
     stub.pause = 0.1
-    tab.click("#compare")
-    generate(tab)
-    tab.wait("['first', 'second'].every((id) => document.querySelector(`#${id} [role=option]`))")  # at the same time
-    assert not tab.value(DONE)
-    tab.wait(DONE)
+    page.click("#compare")
+    generate(page)
+    for panel in ("first", "second"):
+        tokens(page, panel).first.wait_for()
+    assert page.inner_text("#status") != "Done."  # both at the same time
+    finished(page)
     assert sorted(body["model"] for body in stub.bodies) == ["stub", "stub:none"]
     first, second = ({**body, "model": ""} for body in stub.bodies)
     assert first == second
-    assert len(tokens(tab)) == len(tokens(tab, "second")) == 8
-    tab.click("#compare")
-    generate(tab)
-    tab.wait(DONE)
-    assert tab.value("document.querySelector('#second').hidden")
+    assert tokens(page).count() == tokens(page, "second").count() == 8
+    page.click("#compare")
+    generate(page)
+    finished(page)
+    expect(page.locator("#second")).to_be_hidden()
 
 
-def test_copy_as_curl_runs(stub: CompletionServer, tab: Tab) -> None:
-    tab.write("#prompt", "It's \"5 o'clock\"\n$HOME `x` \\ é")
-    tab.value("document.querySelector('#stop').value = 'a\\n\\n b'")
-    tab.click("#curl")
-    tab.wait("document.querySelector('#status').textContent === 'Copied.'")
-    command = tab.value("navigator.clipboard.readText()")
-    assert command == tab.value("document.querySelector('#command').value")
+def test_copy_as_curl_runs(stub: CompletionServer, page: Page) -> None:
+    page.fill("#prompt", "It's \"5 o'clock\"\n$HOME `x` \\ é")
+    page.click("summary")
+    page.fill("#stop", "a\n\n b")
+    page.click("#curl")
+    finished(page, "Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert command == page.input_value("#command")
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30)
     assert json.loads(answer.stdout)["object"] == "text_completion"
     assert stub.bodies[-1]["prompt"] == "It's \"5 o'clock\"\n$HOME `x` \\ é"
     assert stub.bodies[-1]["stop"] == ["a", " b"]
 
 
-def test_copy_as_python_runs(stub: CompletionServer, tab: Tab, tmp_path: Path) -> None:
+def test_copy_as_python_runs(stub: CompletionServer, page: Page, tmp_path: Path) -> None:
     """Against a module that keeps what it is called with."""
     (tmp_path / "openai.py").write_text(
         "import json, types\n"
@@ -215,11 +228,12 @@ def test_copy_as_python_runs(stub: CompletionServer, tab: Tab, tmp_path: Path) -
         "        self.completions = types.SimpleNamespace(create=lambda **call: types.SimpleNamespace(\n"
         "            choices=[types.SimpleNamespace(text=json.dumps([settings, call]))]))\n"
     )
-    tab.value("document.querySelector('#key').value = 'secret'")
-    tab.value("document.querySelector('#top_k').value = '7'")
-    tab.write("#prompt", "It's \"5 o'clock\"\n\\ é")
-    tab.click("#python")
-    program = tab.value("document.querySelector('#command').value")
+    page.click("summary")
+    page.fill("#key", "secret")
+    page.fill("#top_k", "7")
+    page.fill("#prompt", "It's \"5 o'clock\"\n\\ é")
+    page.click("#python")
+    program = page.input_value("#command")
     assert "secret" not in program
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30,
                             env={**os.environ, "PYTHONPATH": str(tmp_path), "OPENAI_API_KEY": "mine"})  # fmt: skip
@@ -229,28 +243,26 @@ def test_copy_as_python_runs(stub: CompletionServer, tab: Tab, tmp_path: Path) -
                     "top_p": 1, "seed": 0, "logprobs": 5, "extra_body": {"top_k": 7}}  # fmt: skip
 
 
-def test_the_map_and_the_distances(tab: Tab) -> None:
+def test_the_map_and_the_distances(page: Page) -> None:
     for prompt in ("four", "three", "two letters"):
-        generate(tab, prompt, 1)
-        tab.wait(DONE)
-        tab.wait(f"document.querySelector('#map .now title')?.textContent === 'prompt in cluster {len(prompt) % 4}'")
-    assert tab.value("document.querySelectorAll('#map .centroid').length") == 4
-    assert tab.value("document.querySelectorAll('#map .prompt').length") == 3
-    rows = tab.value(
-        "[...document.querySelectorAll('#distances tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))"
-    )
+        generate(page, prompt, 1)
+        finished(page)
+        expect(page.locator("#map .now title")).to_have_text(f"prompt in cluster {len(prompt) % 4}")
+    assert page.locator("#map .centroid").count() == 4
+    assert page.locator("#map .prompt").count() == 3
+    rows = cells(page, "#distances tbody tr")
     assert rows[0][0] == "3"
     assert [float(distance) for _, distance, _ in rows] == sorted(float(distance) for _, distance, _ in rows)
-    assert "cluster 3" in tab.value("document.querySelector('#map').getAttribute('aria-label')")
+    assert "cluster 3" in (page.get_attribute("#map", "aria-label") or "")
 
 
-def test_the_map_is_a_principal_component_analysis(tab: Tab) -> None:
+def test_the_map_is_a_principal_component_analysis(page: Page) -> None:
+    project = "(points) => import('/app.js').then((app) => app.project(points))"
     points = np.random.default_rng(0).normal(size=(9, 12)) * np.geomspace(5, 0.1, 12)
-    found = tab.value(f"import('/app.js').then((app) => app.project({json.dumps(points.tolist())}))")
     u, s, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    found = page.evaluate(project, points.tolist())
     np.testing.assert_allclose(np.abs(found), np.abs(u[:, :2] * s[:2]), rtol=1e-3, atol=1e-3)
-    one = tab.value(f"import('/app.js').then((app) => app.project({json.dumps(centroids()[:1])}))")
-    assert one == [[0, 0]]
+    assert page.evaluate(project, centroids()[:1]) == [[0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -258,39 +270,39 @@ def test_the_map_is_a_principal_component_analysis(tab: Tab) -> None:
     [({"fail": 1}, "429: code_429: the queue is full"), ({"break_at": 3}, "ended early|network|reached"),
      ({"api_key": "k"}, "401: code_401: the API key")],
 )  # fmt: skip
-def test_errors_are_shown(stub: CompletionServer, tab: Tab, fault: dict[str, Any], message: str) -> None:
+def test_errors_are_shown(stub: CompletionServer, page: Page, fault: dict[str, Any], message: str) -> None:
     vars(stub).update(fault)
-    generate(tab)
-    tab.wait("document.querySelector('#status').textContent === 'Failed.'")
-    shown = tab.text("#error")
+    generate(page)
+    finished(page, "Failed.")
+    shown = page.inner_text("#error")
     assert any(part in shown for part in message.split("|")), shown
-    assert "failed" in tab.text("#first .about")
+    assert "failed" in page.inner_text("#first .about")
     vars(stub).update(fail=0, break_at=0, api_key="")
-    generate(tab)
-    tab.wait(DONE)
-    assert tab.text("#error") == ""
+    generate(page)
+    finished(page)
+    assert page.text_content("#error") == ""
 
 
-def test_an_api_key_is_asked_for_sent_and_not_kept(stub: CompletionServer, tmp_path: Path) -> None:
+def test_an_api_key_is_asked_for_sent_and_not_kept(browser: Browser, stub: CompletionServer) -> None:
     stub.api_key = "k"
-    with open_tab(find_chromium(), f"{stub.url}/", tmp_path) as tab:
-        tab.wait("document.querySelector('#error').textContent.startsWith('401')")
-        assert tab.value("document.querySelector('#more').open")
-        tab.click("#key")
-        tab.write("#key", "k")
-        tab.key("Tab")
-        tab.wait("document.querySelector('#model').options.length && document.querySelector('#error').hidden")
-        generate(tab)
-        tab.wait(DONE)
-        assert tab.value("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    with open_tab(browser, f"{stub.url}/") as tab:
+        page = tab.page
+        expect(page.locator("#error")).to_contain_text("401")
+        page.fill("#key", "k")  # the page has opened its settings
+        page.keyboard.press("Tab")
+        expect(page.locator("#model option")).not_to_have_count(0)
+        expect(page.locator("#error")).to_be_hidden()
+        generate(page)
+        finished(page)
+        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_a_server_that_is_gone(stub: CompletionServer, tab: Tab) -> None:
+def test_a_server_that_is_gone(stub: CompletionServer, page: Page) -> None:
     stub.shutdown()
     stub.server_close()
-    generate(tab)
-    tab.wait("document.querySelector('#error').textContent === 'The server cannot be reached.'")
-    tab.wait("document.querySelector('#live-rows').textContent === '-'")
+    generate(page)
+    expect(page.locator("#error")).to_have_text("The server cannot be reached.")
+    expect(page.locator("#live-rows")).to_have_text("-")
 
 
 @pytest.fixture(scope="session")
@@ -298,142 +310,112 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The source of axe-core, installed by npm."""
     npm = find_program("npm", install="apt-get install npm")
     directory = tmp_path_factory.mktemp("axe")
-    arguments = [
-        npm,
-        "install",
-        "--prefix",
-        str(directory),
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-        "axe-core@4",
-    ]
-    subprocess.run(arguments, check=True, capture_output=True, timeout=300)
+    options = ["--no-audit", "--no-fund", "--ignore-scripts"]
+    subprocess.run([npm, "install", "--prefix", str(directory), *options, "axe-core@4"], check=True,
+                   capture_output=True, timeout=300)  # fmt: skip
     return (directory / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
 
 
-def faults(tab: Tab, axe: str) -> list[str]:
+def faults(page: Page, axe: str) -> list[str]:
     """Serious and critical ones."""
-    tab.send("Runtime.evaluate", expression=axe)
-    violations = tab.value("axe.run().then((r) => r.violations)")
+    page.evaluate(axe)
+    violations = page.evaluate("axe.run().then((r) => r.violations)")
     return [
         f"{fault['id']}: {node['html']}" for fault in violations if fault["impact"] in ("serious", "critical")
         for node in fault["nodes"]
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dark", "size"), [(False, (1280, 900)), (True, (1280, 900)), (False, PHONE)])
-def test_accessibility(tab: Tab, axe: str, dark: bool, size: tuple[int, int]) -> None:
-    tab.dark(dark)
-    tab.size(*size)
-    assert faults(tab, axe) == []
-    tab.value("document.querySelector('details').open = true")
-    tab.click("#compare")
-    generate(tab)
-    tab.wait(DONE)
-    tab.click("#curl")
-    tab.point("#first [role=option]:nth-child(2)")
-    assert faults(tab, axe) == []
-    tab.value("document.querySelector('label[for=prompt]').remove()")
-    assert [fault.partition(":")[0] for fault in faults(tab, axe)] == ["label"]  # it would have seen one
+@pytest.mark.parametrize("tab", VIEWS, indirect=True)
+def test_accessibility(page: Page, axe: str) -> None:
+    assert faults(page, axe) == []
+    page.click("summary")
+    page.click("#compare")
+    generate(page)
+    finished(page)
+    page.click("#curl")
+    tokens(page).nth(1).hover()
+    assert faults(page, axe) == []
+    page.evaluate("document.querySelector('label[for=prompt]').remove()")
+    assert [fault.partition(":")[0] for fault in faults(page, axe)] == ["label"]  # it would have seen one
 
 
-def test_phone_width(tab: Tab) -> None:
-    tab.size(*PHONE, mobile=True)
-    tab.click("#compare")
-    generate(tab, "word" * 60, 40)
-    tab.wait(DONE)
-    assert tab.value("document.documentElement.scrollWidth") <= PHONE[0]
-    left, right = tab.value(
-        "['first', 'second'].map((id) => document.querySelector('#' + id).getBoundingClientRect().x)"
-    )
-    assert left == right  # one below the other
+@pytest.mark.parametrize("tab", ["phone"], indirect=True)
+def test_phone_width(page: Page) -> None:
+    page.click("#compare")
+    generate(page, "word" * 60, 40)
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    boxes = [page.locator(f"#{panel}").bounding_box() for panel in ("first", "second")]
+    assert boxes[0] and boxes[1] and boxes[0]["x"] == boxes[1]["x"]  # one below the other
 
 
-def test_dark_mode(tab: Tab, tmp_path: Path) -> None:
-    brightness = []
-    for dark in (False, True):
-        tab.dark(dark)
-        tab.screenshot(tmp_path / "page.png")
-        brightness.append(read_pixels(tmp_path / "page.png").mean())
+def test_dark_mode(tab: Tab) -> None:
+    brightness = [tab.pixels().mean()]
+    tab.page.emulate_media(color_scheme="dark")
+    brightness.append(tab.pixels().mean())
     assert brightness[0] > 200 > 60 > brightness[1]
 
 
-@pytest.fixture
-def served_tab(server: Running, tmp_path: Path) -> Iterator[Tab]:
-    with open_tab(find_chromium(), f"{server.url}/", tmp_path) as tab:
-        tab.wait("document.querySelector('#map circle')")
-        yield tab
+def test_on_the_server(browser: Browser, server: Running) -> None:
+    with open_tab(browser, f"{server.url}/") as tab:
+        page = tab.page
+        ready(page)
+        generate(page, "The river", 40)
+        finished(page)
+        body = {"model": server.name, "prompt": "The river", "max_tokens": 40, "temperature": 0.8, "seed": 0}
+        answer = server.post("/v1/completions", **body).json()
+        (choice,) = answer["choices"]
+        assert page.text_content("#first .text") == "The river" + choice["text"]
+        assert f"cluster {choice['chameleon']['cluster_id']}" in page.inner_text("#first .about")
+        assert f"{answer['usage']['completion_tokens']} tokens" in page.inner_text("#first .about")
+        tokens(page).first.hover()
+        assert len(cells(page, "#alternatives tr")) >= 5
 
+        page.click("#compare")
+        generate(page, "The river", 12)
+        finished(page)
+        assert page.inner_text("#second-title") == f"{server.name}:none"
+        assert tokens(page).count()
+        assert tokens(page, "second").count()
+        page.locator("#map .now").wait_for()
+        (item,) = server.post("/v1/adapt", input="The river").json()["data"]
+        cluster, distance, _ = cells(page, "#distances tbody tr")[0]
+        assert int(cluster) == item["cluster_id"]
+        assert float(distance) == pytest.approx(min(item["distances"]), abs=1e-4)
+        expect(page.locator("#live-rows")).to_have_text("0")
 
-def test_stream_on_the_server(server: Running, served_tab: Tab) -> None:
-    generate(served_tab, "The river", 40)
-    served_tab.wait(DONE)
-    body = {"model": server.name, "prompt": "The river", "max_tokens": 40, "temperature": 0.8, "seed": 0}
-    answer = server.post("/v1/completions", **body).json()
-    assert served_tab.value("document.querySelector('#first .text').textContent") == (
-        "The river" + answer["choices"][0]["text"]
-    )
-    assert f"cluster {answer['choices'][0]['chameleon']['cluster_id']}" in served_tab.text("#first .about")
-    assert f"{answer['usage']['completion_tokens']} tokens" in served_tab.text("#first .about")
-    served_tab.point("#first [role=option]")
-    found = alternatives(served_tab)
-    assert found is not None
-    assert len(found) >= 5
-    assert served_tab.complaints == []
+        page.click("#curl")
+        command = page.input_value("#command")
+        copied = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30)
+        assert json.loads(copied.stdout)["model"] == server.name
+        generate(page, "The river", 100)
+        page.keyboard.press("Escape")
+        wait_for(lambda: page.inner_text("#status") in ("Stopped.", "Done."))
+        server.wait_until_idle()
+        assert tab.complaints == []
 
-
-def test_compare_and_map_on_the_server(server: Running, served_tab: Tab) -> None:
-    served_tab.click("#compare")
-    generate(served_tab, "The river", 12)
-    served_tab.wait(DONE)
-    assert served_tab.text("#second-title") == f"{server.name}:none"
-    for panel in ("first", "second"):
-        assert tokens(served_tab, panel)
-    served_tab.wait("document.querySelector('#map .now')")
-    (item,) = server.post("/v1/adapt", input="The river").json()["data"]
-    cluster, distance = served_tab.value(
-        "[...document.querySelector('#distances tbody tr').cells].slice(0, 2).map((c) => c.textContent)"
-    )
-    assert int(cluster) == item["cluster_id"]
-    assert float(distance) == pytest.approx(min(item["distances"]), abs=1e-4)
-    served_tab.wait("document.querySelector('#live-rows').textContent === '0'")
-
-
-def test_stop_and_copy_on_the_server(server: Running, served_tab: Tab) -> None:
-    served_tab.click("#curl")
-    command = served_tab.value("document.querySelector('#command').value")
-    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30)
-    assert json.loads(answer.stdout)["model"] == server.name
-    generate(served_tab, "The river", 100)
-    served_tab.key("Escape")
-    served_tab.wait("['Stopped.', 'Done.'].includes(document.querySelector('#status').textContent)")
-    server.wait_until_idle()
-
-
-def test_an_error_of_the_server(served_tab: Tab) -> None:
-    generate(served_tab, "word " * 500)
-    served_tab.wait("document.querySelector('#status').textContent === 'Failed.'")
-    assert "400: text_too_long" in served_tab.text("#error")
+        generate(page, "word " * 500)
+        finished(page, "Failed.")
+        assert "400: text_too_long" in page.inner_text("#error")
 
 
 @pytest.mark.skipif(not os.environ.get("CHAMELEON_SCREENSHOTS"), reason="CHAMELEON_SCREENSHOTS=1 writes them")
-def test_screenshots(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", VIEWS)
+def test_screenshots(browser: Browser, bundle: Path, view: str) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     with (
         running(Path(os.environ.get("CHAMELEON_BUNDLE", bundle))) as server,
-        open_tab(find_chromium(), f"{server.url}/", tmp_path) as tab,
+        open_tab(browser, f"{server.url}/", **VIEWS[view]) as tab,
     ):
-        tab.wait("document.querySelector('#map circle')")
+        page, file = tab.page, SCREENSHOTS / f"{view}.png"
+        ready(page)
         for prompt in ("def read(path):", "The museum is open", "import os, sys", "A list of"):
-            generate(tab, prompt, 1)
-            tab.wait(DONE)
-        tab.click("#compare")
-        for name, dark, size in VIEWS:
-            tab.dark(dark)
-            tab.size(*size, mobile=size == PHONE)
-            generate(tab, "The river", 32)
-            tab.wait(DONE)
-            tab.point("#first [role=option]:nth-child(5)")
-            tab.screenshot(SCREENSHOTS / f"{name}.png")
-            assert (SCREENSHOTS / f"{name}.png").stat().st_size < MAX_SCREENSHOT
+            generate(page, prompt, 1)
+            finished(page)
+        page.click("#compare")
+        generate(page, "The river", 32)
+        finished(page)
+        tokens(page).nth(4).hover()
+        page.screenshot(path=file, full_page=True)
+        assert file.stat().st_size < MAX_SCREENSHOT
