@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Before PyTorch reads it, and for the processes that tests start: there is a worker per core, and threads that spin
+# while another worker has their core took four times the processor time, and up to twenty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -22,7 +27,6 @@ from chameleon_deploy.reference.random import random_checkpoint
 from tests.devices import on_cpu
 
 REPOSITORY = Path(__file__).parent.parent
-torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
