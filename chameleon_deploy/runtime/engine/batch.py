@@ -6,18 +6,16 @@ import math
 import time
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.backend import Backend
-from chameleon_deploy.runtime.decode.decoder import StaticDecoder
 from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
 from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
 from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.device.static_batch import StaticBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
@@ -235,7 +233,11 @@ class ContinuousBatch:
         stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._schedule.chunk_tokens) for m in members]
         chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
         num_logits = int(stops[0] == len(members[0].prompt.ids))
-        factors = _row_factors(self._table, members) if len(members) > 1 else self._table.set_of(members[0].key)
+        factors = (
+            self._table.of_rows([member.key for member in members])
+            if len(members) > 1
+            else self._table.set_of(members[0].key)
+        )
         logits = self._slots.prefill(self.ready, chunks, factors, num_logits)
         if num_logits:
             for member, after_last in zip(members, logits[:, 0], strict=True):
@@ -248,7 +250,7 @@ class ContinuousBatch:
     def _factors_of(self, members: list[Member]) -> RowFactors:
         """Return the factors of members, the same object while neither they nor the table change."""
         if self._stepped is None or self._stepped[1].sets is not self._table.sets or self._stepped[0] != members:
-            self._stepped = members, _row_factors(self._table, members)
+            self._stepped = members, self._table.of_rows([member.key for member in members])
         return self._stepped[1]
 
     def draft(self) -> list[int]:
@@ -271,71 +273,8 @@ class ContinuousBatch:
         return HostLogits(logits)
 
 
-class StaticBatch:
-    """A batch that runs to its end; members join only while nothing runs. See `Batch`."""
-
-    def __init__(self, backend: Backend, decoder: StaticDecoder, table: FactorTable, rows: int) -> None:
-        self._decoder, self._place, self._table, self._rows = decoder, backend.place, table, rows
-        self.members: list[Member] = []
-        self._running: tuple[Any, RowFactors] | None = None  # cache and factors of the members
-
-    @property
-    def ready(self) -> int:
-        return len(self.members)
-
-    @property
-    def cached_tokens(self) -> int:
-        return 0 if self._running is None else int(self._running[0].lengths.sum())
-
-    def room(self) -> int:
-        return self._rows - len(self.members) if self._running is None else 0
-
-    def admit(self, member: Member) -> None:
-        self.members.append(member)
-
-    def drop(self, gone: Collection[Member]) -> None:
-        kept = np.array([i for i, member in enumerate(self.members) if member not in gone], np.int64)
-        self.members = [self.members[i] for i in kept]
-        if not self.members:
-            self._running = None
-        elif self._running is not None:
-            cache, factors = self._running
-            self._running = self._decoder.select(cache, kept), factors.rows(kept)
-
-    def prefill(self) -> int:
-        return 0
-
-    def to_prefill(self) -> list[Member]:
-        return []
-
-    def to_step(self) -> list[Member]:
-        return self.members
-
-    def draft(self) -> list[int]:
-        return []
-
-    def cut(self) -> None:
-        """There is no draft to cut off."""
-
-    def step(self, draft: Sequence[int] = ()) -> Logits:
-        rows, decoder = [member.row for member in self.members], self._decoder
-        if self._running is not None:
-            cache, factors = self._running
-            return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
-        factor_ids = _row_factors(self._table, self.members).factor_ids
-        factors = RowFactors(self._place(self._table.stack()), factor_ids)
-        capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
-        logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
-        self._running = cache, factors
-        return logits
-
-
 def open_batch(backend: Backend, table: FactorTable, rows: int, capacity: int, schedule: Schedule) -> Batch:
     """Return a continuous batch if the decoder has slots, else a static one."""
     if isinstance(backend.decoder, SharedCacheDecoder):
         return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule)
     return StaticBatch(backend, backend.decoder, table, rows)
-
-
-def _row_factors(table: FactorTable, members: list[Member]) -> RowFactors:
-    return RowFactors(table.sets, np.array([table.index(member.key) for member in members], np.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -40,6 +40,10 @@ class FactorTable:
 
     def index(self, key: Hashable) -> int:
         return self._keys.index(key)
+
+    def of_rows(self, keys: Sequence[Hashable]) -> RowFactors:
+        """Return the stack and the place of each row's set in it."""
+        return RowFactors(self.sets, np.array([self.index(key) for key in keys], np.int64))
 
     def set_of(self, key: Hashable) -> RowFactors:
         """Return the single set of a key."""
