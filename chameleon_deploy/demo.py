@@ -32,11 +32,11 @@ def main(
     """Export the tiny checkpoint, verify it, generate text, compare the regimes and time it."""
     started = time.perf_counter()
     with console.stderr.status("importing PyTorch and transformers"):
-        from chameleon_deploy.export.exporter import export_bundle
+        from chameleon_deploy.export.exporter import Publication, export_bundle
         from chameleon_deploy.reference.checkpoint import load_checkpoint
         from chameleon_deploy.verify.gates import require_passed
         from chameleon_deploy.verify.report import check_sheet
-        from chameleon_deploy.verify.run import summary, verify_bundle
+        from chameleon_deploy.verify.run import VerifyOptions, summary, verify_bundle
 
     out = models / "demo"
     shutil.rmtree(out, ignore_errors=True)
@@ -47,13 +47,13 @@ def main(
         for regime, checkpoint in checkpoints.items():
 
             def gates(directory: Path, checkpoint: Any = checkpoint, regime: str = regime) -> Any:
-                checks, record = verify_bundle(directory, checkpoint, None, threads, report)
+                checks, record = verify_bundle(directory, checkpoint, report, VerifyOptions(threads=threads))
                 if regime == "chameleon" or not record["verified"]:
                     console.show(check_sheet(checks))
                 require_passed(checks)
                 return summary(checks), record
 
-            export_bundle(checkpoint, out / regime, gates)
+            export_bundle(checkpoint, out / regime, Publication(gates))
     runtimes = {regime: chameleon_deploy.load(out / regime, threads=threads) for regime in checkpoints}
 
     _heading("2. Generate", "one batch, mode cohort: prompts of one cluster share generated factors")
@@ -71,12 +71,11 @@ def main(
 
     _heading("4. Speed", f"{threads} threads, interleaved, medians")
     from chameleon_deploy.bench.report import print_tables
-    from chameleon_deploy.bench.run import run
+    from chameleon_deploy.bench.run import Plan, run
 
     with console.progress() as report:
-        measured = run(
-            out / "chameleon", checkpoints["chameleon"], threads, [1, 8], 64, 17, 7, report, 0, foreign=False
-        )
+        plan = Plan(threads, [1, 8], width=64, num_tokens=17, rounds=7, max_extra_rounds=0, foreign=False)
+        measured = run(out / "chameleon", checkpoints["chameleon"], plan, report)
     print_tables(measured)
     console.stdout.print(f"\nBundles are in {out}. The demo took {time.perf_counter() - started:.0f} s.")
 

@@ -6,8 +6,9 @@ interleaved run.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     from chameleon_deploy.bench.peers import Peer
     from chameleon_deploy.bench.timing import Case, Timing
     from chameleon_deploy.reference.checkpoint import Checkpoint
+    from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.runtime import Runtime
+    from chameleon_deploy.runtime.backend import DeviceBackend
     from chameleon_deploy.verify.gates import Check
 
 Open = Callable[[Bundle], "Runtime"]
 
 BATCH_SIZES, WIDTH, NUM_TOKENS, ROUNDS = (1, 8, 32), 128, 33, 5
+COPIES = 5  # of which the fastest gives the bandwidth
 
 
 @dataclass
@@ -69,24 +73,28 @@ class BundleFigures:
 
 
 def check_bundle(
-    bundle: Bundle, checkpoint: Checkpoint, reference: Any, openers: Mapping[str, Open], torch_device: str | None,
-    compiled: bool, deadline: float, report: Progress,
-) -> BundleFigures:  # fmt: skip
+    bundle: Bundle,
+    reference: RowLogits,
+    openers: Mapping[str, Open],
+    torch_device: str | None,
+    compiled: bool,
+    deadline: float,
+    report: Progress,
+) -> BundleFigures:
     """Verify and then measure one bundle on every available provider.
 
-    reference     a RowLogits of the checkpoint, which caches logits from one bundle to the next
+    reference     of the checkpoint; it caches logits from one bundle to the next
     openers       a runtime of each provider, or the error that says why there is none
     torch_device  where PyTorch runs; None leaves it out
     compiled      whether torch.compile is compared too
     deadline      time.monotonic() after which no new part starts; what was left out is listed as skipped
     """
-    from chameleon_deploy.bench import gpu_costs
     from chameleon_deploy.bench.timing import measure
     from chameleon_deploy.bench.workloads import Workloads, text_rows
-    from chameleon_deploy.verify import checks as parity
+    from chameleon_deploy.verify import checkpoint_checks
     from chameleon_deploy.verify.run import rows_within, verification_rows
 
-    manifest = bundle.manifest
+    manifest, checkpoint = bundle.manifest, reference.checkpoint
     limits, figures = manifest.limits, BundleFigures(str(bundle.path), manifest.precision)
     runtimes: dict[str, Runtime] = {}
     for provider, opener in openers.items():
@@ -104,13 +112,13 @@ def check_bundle(
             return False
         return True
 
-    rows = rows_within(verification_rows(checkpoint, None), limits)
+    rows = rows_within(verification_rows(checkpoint), limits)
     for provider, runtime in runtimes.items():
         if in_time(f"verifying {provider}"):
-            figures.checks[provider] = parity.verify(runtime, reference, rows, True, report)
+            figures.checks[provider] = checkpoint_checks.verify_checkpoint(runtime, reference, rows, True, report)
 
     first = next(iter(runtimes.values()))
-    figures.bytes_per_second = gpu_costs.measure_bandwidth(first)
+    figures.bytes_per_second = measure_bandwidth(first)
     sizes = [size for size in BATCH_SIZES if size <= min(limits.batch, limits.factor_sets)]
     texts = text_rows(checkpoint, max(sizes), min(WIDTH, limits.sequence, limits.past - NUM_TOKENS))
     workloads = Workloads(first, checkpoint, _peers(runtimes, checkpoint, torch_device, compiled, figures.skipped))
@@ -125,7 +133,7 @@ def check_bundle(
             figures.skipped += [f"{name}: {peer}: {reason}" for peer, reason in timings[0].failed.items()]
     for provider, runtime in runtimes.items():
         if in_time(f"bytes per step of {provider}"):
-            figures.bytes_per_step[provider] = gpu_costs.bytes_per_step(runtime, texts[:8], NUM_TOKENS - 1)
+            figures.bytes_per_step[provider] = bytes_per_step(runtime, texts[:8], NUM_TOKENS - 1)
     return figures
 
 
@@ -134,7 +142,6 @@ def _peers(
     skipped: list[str],
 ) -> list[Peer]:  # fmt: skip
     """Return every provider, the first one without adaptation, and PyTorch."""
-    from chameleon_deploy.bench import gpu_costs
     from chameleon_deploy.bench.peers import reason
     from chameleon_deploy.bench.peers.bundle import Bundle as BundlePeer
     from chameleon_deploy.runtime import Runtime
@@ -142,7 +149,7 @@ def _peers(
     first = next(iter(runtimes.values()))
     plain = Runtime(first.bundle, first.backend, "none")
     peers: list[Peer] = [
-        BundlePeer(runtime, name, gpu_costs.device_backend(runtime).device.synchronize)
+        BundlePeer(runtime, name, device_backend(runtime).device.synchronize)
         for name, runtime in {**runtimes, "no adaptation": plain}.items()
     ]
     if torch_device is None:
@@ -158,6 +165,48 @@ def _peers(
         PyTorchGPU(checkpoint, first.mode, precision, torch_device, compile_it)
         for compile_it in ((False, True) if compiled else (False,))
     ]
+
+
+def bytes_per_step(runtime: Runtime, rows: Sequence[Sequence[int]], steps: int) -> dict[str, float]:
+    """Return the bytes copied in a greedy step, counted by the device, without the first step, which binds the
+    tensors.
+    """
+    backend, factors = device_backend(runtime), runtime.adapt(rows, on_device=True).factors
+    device, decoder = backend.device, backend.decoder
+    logits, cache = decoder.prefill(rows, factors, len(rows[0]) + steps + 1)
+    logits = decoder.step(logits.greedy(), factors, cache)
+    uploaded, downloaded = device.uploaded, device.downloaded
+    for _ in range(steps):
+        logits = decoder.step(logits.greedy(), factors, cache)
+    return {"to device": (device.uploaded - uploaded) / steps, "to host": (device.downloaded - downloaded) / steps}
+
+
+def measure_bandwidth(runtime: Runtime, size: int = 2**30) -> float:
+    """Return the bytes per second that the device reads and writes in a large copy: the best of several."""
+    from chameleon_deploy.bench.timing import median_seconds
+
+    device = device_backend(runtime).device
+    source, target = device.zeros((size // 4,), "float32"), device.zeros((size // 4,), "float32")
+
+    def work() -> None:
+        for _ in range(8):
+            device.copy(target.address, size, source.address, size, size, 1)
+        device.synchronize()
+
+    fastest = math.inf
+    for _ in range(COPIES):
+        fastest = min(fastest, median_seconds(work, 1))
+    return 8 * 2 * size / fastest
+
+
+def device_backend(runtime: Runtime) -> DeviceBackend:
+    """Return the device backend. Raises TypeError for a runtime on the CPU."""
+    from chameleon_deploy.runtime.backend import DeviceBackend
+
+    backend = runtime.backend
+    if not isinstance(backend, DeviceBackend):
+        raise TypeError(f"provider {runtime.provider} does not run on a device")
+    return backend
 
 
 def sheets(figures: BundleFigures) -> Iterator[Sheet]:
@@ -229,7 +278,7 @@ def main(
     figures: list[BundleFigures] = []
     with console.progress() as report:
         for bundle in opened:
-            figures.append(check_bundle(bundle, checkpoint, rows, openers, torch_device, compiled, deadline, report))
+            figures.append(check_bundle(bundle, rows, openers, torch_device, compiled, deadline, report))
             if json_file:  # after each bundle, so that figures survive a later failure
                 console.write_json(record(asdict(device), figures), json_file)
     for found in figures:

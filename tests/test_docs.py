@@ -19,8 +19,9 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.commands import COMMANDS
-from chameleon_deploy.verify import checks, run
+from chameleon_deploy.verify import checkpoint_checks, promises, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
+from chameleon_deploy.verify.wrong_factors import CAUGHT
 from tests.adapters import save_adapter
 from tests.commands import run as run_command
 
@@ -151,7 +152,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
     (directory / "models" / "demo").mkdir(parents=True)
     tiny = load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
-    export_bundle(tiny, directory / "models" / "demo" / "chameleon", None)
+    export_bundle(tiny, directory / "models" / "demo" / "chameleon")
     base = REPOSITORY / "models" / "tiny" / "base"
     for seed, name in enumerate(("legal", "code")):
         save_adapter(base, directory / "loras" / name, seed, r=4, target_modules=["c_attn"])
@@ -237,9 +238,9 @@ def test_the_design_page_has_the_limits_of_updates() -> None:
     assert found
     sizes, *percent = found.groups()
     caught, update, of_bf16 = (int(number) / 100 for number in percent)
-    assert sizes == ", ".join(map(str, checks.BATCH_SIZES))
-    assert (caught, update) == (checks.CAUGHT, checks.UPDATE)
-    assert {"fp32": update, "fp16": update, "bf16": of_bf16, "int8": None} == checks.UPDATES
+    assert sizes == ", ".join(map(str, promises.BATCH_SIZES))
+    assert (caught, update) == (CAUGHT, checkpoint_checks.UPDATE)
+    assert {"fp32": update, "fp16": update, "bf16": of_bf16, "int8": None} == checkpoint_checks.UPDATES
 
 
 def test_the_design_page_has_the_gates_of_the_code() -> None:

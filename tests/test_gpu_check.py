@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from chameleon_deploy import gpu_check
-from chameleon_deploy.bench import gpu_costs, workloads
+from chameleon_deploy.bench import workloads
 from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
 from chameleon_deploy.contract.bundle import Mode, open_bundle
 from chameleon_deploy.errors import ProviderError
@@ -24,7 +24,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.random import random_checkpoint
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks
 from chameleon_deploy.verify import run as verify
 from chameleon_deploy.verify.gates import Check
 from tests.devices import needs_no_gpu, with_engines, with_sessions
@@ -52,7 +52,7 @@ OPENERS: dict[str, Any] = {
 
 def check(bundle: Path, checkpoint: Checkpoint, deadline: float = math.inf, openers: Any = OPENERS) -> Any:
     opened, reference = open_bundle(bundle), RowLogits(checkpoint)
-    return gpu_check.check_bundle(opened, checkpoint, reference, openers, "cpu", False, deadline, lambda *_: None)
+    return gpu_check.check_bundle(opened, reference, openers, "cpu", False, deadline, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +69,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "WIDTH", 12)
     monkeypatch.setattr(gpu_check, "NUM_TOKENS", 5)
     monkeypatch.setattr(gpu_check, "ROUNDS", 1)
-    monkeypatch.setattr(gpu_costs, "ROUNDS", 1)
-    bandwidth = gpu_costs.measure_bandwidth
-    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: bandwidth(runtime, 2**16))
+    monkeypatch.setattr(gpu_check, "COPIES", 1)
+    bandwidth = gpu_check.measure_bandwidth
+    monkeypatch.setattr(gpu_check, "measure_bandwidth", lambda runtime: bandwidth(runtime, 2**16))
 
 
 @pytest.fixture(scope="module", params=["the head", "all layers", "LoRA of all layers"])
@@ -87,7 +87,7 @@ def exported(
     else:
         random_checkpoint(directory / "checkpoint", "mini", "lora", targets=["all"])
     checkpoint = load_checkpoint(directory / "checkpoint")
-    export_bundle(checkpoint, directory / "bundle", None)
+    export_bundle(checkpoint, directory / "bundle")
     return directory / "bundle", checkpoint
 
 
@@ -101,7 +101,7 @@ def test_it_verifies_and_measures_every_backend(
         verified.append(runtime.provider)
         return [Check("a gate", 0.5, 1.0)]
 
-    monkeypatch.setattr(parity, "verify", checks)
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", checks)
     figures = check(*exported)
     assert verified == ["tensorrt", "cuda"]
     assert figures.missed == figures.skipped == []
@@ -124,7 +124,7 @@ def test_a_missed_gate_and_a_wrong_result_are_told(
 ) -> None:
     bundle, own = exported
     other = replace(own, config=msgspec.structs.replace(own.config, alpha=-3.0))  # of another export
-    monkeypatch.setattr(parity, "verify", lambda *_: [Check("a gate", 2.0, 1.0)])
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", lambda *_: [Check("a gate", 2.0, 1.0)])
     figures = check(bundle, other, openers={"cuda": OPENERS["cuda"]})
     assert f"{bundle}, cuda: a gate" in figures.missed
     assert any("the results of cuda are wrong" in line for line in figures.missed)
@@ -149,7 +149,7 @@ def test_pytorch_on_a_device_is_the_reference(exported: tuple[Path, Checkpoint])
 
 
 def test_what_does_not_fit_into_the_time_is_listed(bundle: Path, mini: Checkpoint, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: 1.0)
+    monkeypatch.setattr(gpu_check, "measure_bandwidth", lambda runtime: 1.0)
     figures = check(bundle, mini, deadline=time.monotonic())
     assert figures.timings == []
     assert figures.checks == {}
@@ -161,7 +161,7 @@ def test_a_provider_that_cannot_be_had_is_told(bundle: Path, mini: Checkpoint, m
     def unavailable(_: Any) -> Any:
         raise ProviderError("no engines")
 
-    monkeypatch.setattr(gpu_costs, "measure_bandwidth", lambda runtime: 1.0)
+    monkeypatch.setattr(gpu_check, "measure_bandwidth", lambda runtime: 1.0)
     figures = check(bundle, mini, 0.0, {"tensorrt": unavailable, "cuda": OPENERS["cuda"]})
     assert figures.unavailable == {"tensorrt": "no engines"}
     with pytest.raises(ProviderError, match="tensorrt: no engines"):
@@ -173,7 +173,7 @@ def test_pytorch_that_fails_is_left_out(bundle: Path, mini: Checkpoint, monkeypa
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(parity, "verify", lambda *_: [])
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", lambda *_: [])
     monkeypatch.setattr(PyTorchGPU, "score", broken)
     figures = check(bundle, mini, openers={"cuda": OPENERS["cuda"]})
     assert figures.skipped == ["scoring: PyTorch eager fp32: RuntimeError: out of memory"]

@@ -12,7 +12,7 @@ import pytest
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.decode.slots import Slots
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -20,7 +20,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def missed(bundle: Path, checkpoint: Checkpoint) -> set[str]:
-    checks, _ = verify_bundle(bundle, checkpoint, None, 1, quiet)
+    checks, _ = verify_bundle(bundle, checkpoint, quiet, VerifyOptions(threads=1))
     return {check.name for check in checks if not check.passed}
 
 

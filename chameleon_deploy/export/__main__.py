@@ -57,12 +57,12 @@ def main(
     if max_kl is not None and not verify:
         raise InputError("--max-kl goes with verification: leave out --no-verify")
     signer = None if sign is None else read_signing_key(sign)
-    from chameleon_deploy.export.exporter import export_bundle
+    from chameleon_deploy.export.exporter import Publication, export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.source import load_source
     from chameleon_deploy.verify.gates import require_passed
     from chameleon_deploy.verify.report import check_sheet
-    from chameleon_deploy.verify.run import summary, verify_bundle
+    from chameleon_deploy.verify.run import VerifyOptions, summary, verify_bundle
 
     if adapters and source.endswith(".toml"):
         raise InputError("--adapter goes with a base model: name it instead of a recipe")
@@ -76,21 +76,16 @@ def main(
     with console.progress() as report:
 
         def gates(directory: Path) -> tuple[ParitySummary, dict[str, Any]]:
-            checks, record = verify_bundle(directory, checkpoint, text, None, report, keep_trunk=False, max_kl=max_kl)
+            options = VerifyOptions(text, keep_trunk=False, max_kl=max_kl)
+            checks, record = verify_bundle(directory, checkpoint, report, options)
             if not record["verified"]:
                 console.show(check_sheet(checks), to=console.stderr)
             require_passed(checks)  # raises, so that the bundle is not published
             return summary(checks, max_kl), record
 
+        publication = Publication(gates if verify else None, signer)
         manifest = export_bundle(
-            checkpoint,
-            out,
-            gates if verify else None,
-            recipe.limits,
-            precision or recipe.precision,
-            signer,
-            calibration,
-            report,
+            checkpoint, out, publication, recipe.limits, precision or recipe.precision, calibration, report
         )
     size = sum(file.size for file in manifest.files.values())
     counts, parity = manifest.parameters, manifest.parity

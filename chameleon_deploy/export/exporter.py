@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,24 @@ DTYPES: dict[Any, Any] = {
 Verify = Callable[[Path], tuple[ParitySummary, dict[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Publication:
+    """What a finished bundle goes through before it appears.
+
+    verify  checks the bundle at the path it is given; None records the bundle as not verified
+    sign    makes the signature of bundle.json, see `provenance.read_signing_key`
+    """
+
+    verify: Verify | None = None
+    sign: Callable[[bytes], bytes] | None = None
+
+
 def export_bundle(
     checkpoint: Source,
     out: Path,
-    verify: Verify | None,
+    publication: Publication = Publication(),
     limits: Limits = Limits(),  # noqa: B008  (immutable)
     precision: Precision = "fp32",
-    sign: Callable[[bytes], bytes] | None = None,
     calibration: Sequence[Path] | None = None,
     report: Progress = silent,
 ) -> Manifest:
@@ -71,10 +83,8 @@ def export_bundle(
 
     What the bundle computes of a few texts on this machine is recorded in parity.json (runtime/known_answers.py).
 
-    verify       checks the bundle at the path it is given; None records the bundle as not verified
     limits       the largest call that engines built from it accept
     precision    of the matrices that are multiplied; except in int8, what is looked up stays float32
-    sign         makes the signature of bundle.json, see `provenance.read_signing_key`
     calibration  files of text, on which int8 scales are measured; None takes that of the package
     report       is told what is being done
 
@@ -90,11 +100,11 @@ def export_bundle(
         answers = {FIELD: msgspec.to_builtins(known_answers(load(directory)))}
         report("known answers", 1, 1)
         manifest = _write_manifest(directory, manifest, parity | answers)
-        if verify is not None:
-            summary, parity = verify(directory)
+        if publication.verify is not None:
+            summary, parity = publication.verify(directory)
             manifest = _write_manifest(directory, msgspec.structs.replace(manifest, parity=summary), parity | answers)
-        if sign is not None:
-            (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes()))
+        if publication.sign is not None:
+            (directory / SIGNATURE).write_bytes(publication.sign((directory / MANIFEST).read_bytes()))
     return manifest
 
 

@@ -40,4 +40,5 @@ def load_source(
         )
     if base is not None:
         raise InputError(f"{path} is no checkpoint: --base goes with one, a base model is named alone")
-    return load_adapted(str(path), adapters, None, adaptable, DEFAULT_MAX_RANK if max_rank is None else max_rank)
+    max_rank = DEFAULT_MAX_RANK if max_rank is None else max_rank
+    return load_adapted(str(path), adapters, adaptable=adaptable, max_rank=max_rank)

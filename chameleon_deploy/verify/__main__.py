@@ -13,7 +13,7 @@ from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import verify_here
 from chameleon_deploy.verify.report import check_sheet
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 
 
 def main(
@@ -51,10 +51,9 @@ def main(
 
         checkpoint = load_source(reference, base, named_directories(adapter))
         path = console.bundle_path(bundle)
+        options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl)
         with console.progress() as report:
-            checks, record = verify_bundle(
-                path, checkpoint, text, threads, report, provider, keep_trunk=False, max_kl=max_kl
-            )
+            checks, record = verify_bundle(path, checkpoint, report, options)
     console.tell_provider(provider, record["provider"])
     if out:
         console.write_json(record, out)

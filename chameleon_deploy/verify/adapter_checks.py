@@ -24,13 +24,21 @@ from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.known_answers import adapt_rows, recorded_answers
 from chameleon_deploy.terminal.progress import Progress
-from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify.checks import CAUGHT, UPDATES, Rows
+from chameleon_deploy.verify.checkpoint_checks import UPDATES, check_greedy, ragged_and_typical, run_steps
 from chameleon_deploy.verify.data_checks import check_data
-from chameleon_deploy.verify.faults import FAULTS, Fault, Stacks
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.here import known_answer_checks
+from chameleon_deploy.verify.logit_checks import (
+    Rows,
+    cache_checks,
+    check_few,
+    gate_checks,
+    row_logits,
+    update_difference,
+)
 from chameleon_deploy.verify.logit_figures import largest, max_abs
+from chameleon_deploy.verify.promises import check_batching, check_neighbours, check_rerun, check_scores
+from chameleon_deploy.verify.wrong_factors import CAUGHT, FAULTS, Fault, Stacks
 
 PROBE = 0.05  # norm of a random adapter's update of a layer, relative to that of the layer's weight
 FEW = 4  # texts that every single adapter, and none, is checked on
@@ -39,7 +47,7 @@ FEW = 4  # texts that every single adapter, and none, is checked on
 def verify_adapters(
     runtime: Runtime, base: AdaptedBase, rows: Rows, whole: bool, report: Progress, max_kl: float | None = None
 ) -> list[Check]:
-    """The checks of one decoder graph on real text. Arguments as in `checks.verify`."""
+    """The checks of one decoder graph on real text. Arguments as in `verify_checkpoint`."""
     gate = gate_of(runtime.manifest.precision, runtime.provider, updates_trunk=True)
     if max_kl is not None:
         gate = accept(gate, max_kl)
@@ -47,7 +55,7 @@ def verify_adapters(
     if base.targets and not base.adapters:
         base = with_random_adapters(runtime, base)
     reference = AdapterLogits(base)
-    everything, rows, typical = rows, *parity.ragged_and_typical(rows)
+    everything, rows, typical = rows, *ragged_and_typical(rows)
     typical = typical[:FEW]
     few, long = rows[:8], sorted(everything, key=len)[-8:]
     of_all, of_rows, of_few, of_long = (in_turn(base, len(part)) for part in (everything, rows, few, long))
@@ -59,7 +67,7 @@ def verify_adapters(
         return runtime.adapt(texts, on_device=True, **given(names)).factors
 
     steps: list[Callable[[], Iterator[Check]]] = [
-        lambda: parity.gate_checks(
+        lambda: gate_checks(
             "mixed adapters:" if base.adapters else "base model:",
             runtime,
             reference,
@@ -68,11 +76,11 @@ def verify_adapters(
             of_all,
             gate,
         ),
-        lambda: parity.cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
-        lambda: parity.check_batching(runtime, rows, gate, **given(of_rows)),
-        lambda: parity.check_scores(runtime, few, gate, **given(of_few)),
-        lambda: parity.check_rerun(runtime, few, **given(of_few)),
-        lambda: parity.check_neighbours(runtime, few, **given(of_few[:1])),
+        lambda: cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
+        lambda: check_batching(runtime, rows, gate, **given(of_rows)),
+        lambda: check_scores(runtime, few, gate, **given(of_few)),
+        lambda: check_rerun(runtime, few, **given(of_few)),
+        lambda: check_neighbours(runtime, few, **given(of_few[:1])),
     ]
     if base.adapters:
         steps += [
@@ -89,7 +97,7 @@ def verify_adapters(
         steps.append(lambda: check_factors(runtime, own))
     if whole and base.adapters:
         steps.append(lambda: check_alone(runtime, few, of_few))
-    return parity.run_steps(runtime, steps, report)
+    return run_steps(runtime, steps, report)
 
 
 def with_random_adapters(runtime: Runtime, base: AdaptedBase) -> AdaptedBase:
@@ -123,20 +131,22 @@ def in_turn(base: AdaptedBase, rows: int) -> list[str | None]:
 
 def check_none(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
     """Rows in mode none are the base model."""
-    logits = list(parity.row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors))
-    yield from parity.check_few("mode none against the base model:", logits, reference, rows, [None] * len(rows), gate)
+    logits = list(row_logits(runtime, rows, runtime.adapt(rows, mode="none").factors))
+    yield from check_few("mode none against the base model:", logits, reference, rows, [None] * len(rows), gate)
 
 
 def check_adapter(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate, name: str) -> Iterator[Check]:
     """An adapter, beside rows of the base model, has the reference's logits, and its update is the reference's."""
     adapted, none = [name] * len(rows), [None] * len(rows)
     both = runtime.adapt([*rows, *rows], adapters=[*adapted, *none]).factors
-    logits = list(parity.row_logits(runtime, [*rows, *rows], both))
+    logits = list(row_logits(runtime, [*rows, *rows], both))
     ours, base = logits[: len(rows)], logits[len(rows) :]
-    yield from parity.check_few(f"adapter {name}:", ours, reference, rows, adapted, gate)
-    difference = parity.update_difference(reference, rows, ours, base, adapted, none)
+    yield from check_few(f"adapter {name}:", ours, reference, rows, adapted, gate)
+    difference = update_difference(reference, rows, ours, base, adapted, none)
     if difference is None:
-        yield Check(f"adapter {name}: update, relative difference", 0, None, note="not checked: it changes no logit")
+        yield Check(
+            f"adapter {name}: update, relative difference", 0, limit=None, note="not checked: it changes no logit"
+        )
     else:
         limit = UPDATES[runtime.manifest.precision]
         yield Check(f"adapter {name}: update, relative difference", difference, limit)
@@ -149,7 +159,7 @@ def check_known_answers(runtime: Runtime, reference: AdapterLogits, gate: Gate) 
     modes: tuple[Mode, ...] = ("none", "static") if runtime.manifest.adaptation.adapters else ("none",)
     for mode in modes:
         names = adapt_rows(runtime, mode, len(answers.rows)).adapters or [None] * len(answers.rows)
-        yield parity.check_greedy(mode, answers, reference, names, gate)
+        yield check_greedy(mode, answers, reference, names, gate)
 
 
 def check_factors(runtime: Runtime, base: AdaptedBase) -> Iterator[Check]:
@@ -198,7 +208,7 @@ def check_wrong_factors(
             yield Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
                         note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
         else:
-            yield Check(f"caught: {fault}", moved, None, note="not checked: it changes no logit of the reference")
+            yield Check(f"caught: {fault}", moved, limit=None, note="not checked: it changes no logit of the reference")
 
 
 def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
@@ -219,7 +229,7 @@ def _logits(
     spec, basis = runtime.manifest.adaptation, runtime.bundle.basis()
     with_zeros = {name: np.concatenate([stack, np.zeros_like(stack[:1])]) for name, stack in stacks.items()}
     ids = np.array([order.index(name) for name in names], np.int64)
-    return parity.row_logits(runtime, rows, RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids))
+    return row_logits(runtime, rows, RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids))
 
 
 def _stacks(base: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:

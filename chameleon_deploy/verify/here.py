@@ -68,7 +68,7 @@ def _checks(runtime: Runtime, answers: KnownAnswers, gate: KnownAnswerGate) -> I
 def _hidden_states(runtime: Runtime, answers: KnownAnswers, gate: KnownAnswerGate) -> Check:
     name, found = "known answers: hidden states, relative difference", hidden_states(runtime, answers.rows)
     if found is None or not answers.hidden_states:
-        return Check(name, 0, None, note="not checked: this graph or the recorded one returns none")
+        return Check(name, 0, limit=None, note="not checked: this graph or the recorded one returns none")
     expected = np.array(answers.hidden_states)
     difference = np.linalg.norm(np.array(found) - expected) / (np.linalg.norm(expected) or 1)
     return Check(name, float(difference), gate.hidden_states, note=f"{expected.size} values")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,26 @@ LONGEST = 2048  # tokens of the one long text; a model with more positions is ch
 WINDOWS, WINDOW_TOKENS = 24, 256
 
 
-def verification_rows(checkpoint: Source, text: list[Path] | None, more: bool = False) -> list[list[int]]:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a bundle is verified on, and how.
+
+    text        files of text; None takes Python's own documentation
+    threads     of ONNX Runtime; None takes all cores
+    provider    the graph of another one than the CPU, instead of every decoder graph of the CPU
+    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
+                hidden states depend on factors: those of adapters, or of targets beyond the head
+    max_kl      accept a mean KL up to this value; None keeps the gates
+    """
+
+    text: list[Path] | None = None
+    threads: int | None = None
+    provider: str = "cpu"
+    keep_trunk: bool = True
+    max_kl: float | None = None
+
+
+def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: bool = False) -> list[list[int]]:
     """Return 32 ragged texts of 1 to 48 tokens and, at last, one as long as the model's positions (at most 2,048).
 
     They are from files or from Python's own documentation.
@@ -81,18 +100,10 @@ def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
 def verify_bundle(
     bundle: Path,
     checkpoint: Source,
-    text: list[Path] | None,
-    threads: int | None,
     report: Progress,
-    provider: str = "cpu",
-    keep_trunk: bool = True,
-    max_kl: float | None = None,
+    options: VerifyOptions = VerifyOptions(),
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Run every check on every decoder graph of the CPU, or on the graph of another provider.
-
-    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
-                hidden states depend on factors: those of adapters, or of targets beyond the head
-    max_kl      accept a mean KL up to this value; None keeps the gates
+    """Run every check.
 
     Returns the checks and the content of parity.json.
     """
@@ -103,11 +114,11 @@ def verify_bundle(
     from chameleon_deploy.runtime import Runtime, load
     from chameleon_deploy.runtime.known_answers import recorded_answers
     from chameleon_deploy.runtime.providers import open_cpu
-    from chameleon_deploy.verify import checks as parity
+    from chameleon_deploy.verify import checkpoint_checks
     from chameleon_deploy.verify.adapter_checks import verify_adapters
 
-    opened = open_bundle(bundle)
-    rows = verification_rows(checkpoint, text, more=opened.manifest.precision != "fp32")
+    opened, provider, max_kl = open_bundle(bundle), options.provider, options.max_kl
+    rows = verification_rows(checkpoint, options.text, more=opened.manifest.precision != "fp32")
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
     if provider != "cpu":
         rows = rows_within(rows, manifest.limits)
@@ -122,25 +133,25 @@ def verify_bundle(
     else:
         reference = RowLogits(checkpoint)
         if in_head_alone(checkpoint.config.targets):
-            modes = parity.compared_modes(manifest.adaptation)
-            known = [ids for mode in modes for ids in parity.continued_rows(recorded_answers(opened), mode)]
+            modes = checkpoint_checks.compared_modes(manifest.adaptation)
+            known = [ids for mode in modes for ids in checkpoint_checks.continued_rows(recorded_answers(opened), mode)]
             for done, ids in enumerate([*rows, *known]):
                 report("verify: reference", done, len(rows) + len(known))
                 reference.read(ids)
-            if not keep_trunk:
+            if not options.keep_trunk:
                 checkpoint.trunk.drop_layers()
-        run = partial(parity.verify, reference=reference, rows=rows, report=report, max_kl=max_kl)
+        run = partial(checkpoint_checks.verify_checkpoint, reference=reference, rows=rows, report=report, max_kl=max_kl)
     checks: list[Check] = []
     integer_weights: str | None = None
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
             if graph.role == "decoder" and "cpu" in graph.providers:
-                runtime = Runtime(opened, open_cpu(opened, threads, graph=name))
+                runtime = Runtime(opened, open_cpu(opened, options.threads, graph=name))
                 checks += run(runtime, whole=name == own)
                 integer_weights = integer_weights or runtime.integer_weights
                 del runtime  # one session's weights at a time
     else:
-        runtime = load(bundle, provider, threads=threads)
+        runtime = load(bundle, provider, threads=options.threads)
         provider, integer_weights = runtime.provider, runtime.integer_weights
         checks = run(runtime, whole=True)
     record = {

@@ -57,7 +57,7 @@ def bundles(mini_path: Path, llama_path: Path, tmp_path_factory: pytest.TempPath
             for seed, (name, options) in enumerate(OPTIONS[family].items())
         }
         adapted = load_adapted(str(checkpoint / "base"), directories)
-        export_bundle(adapted, path / "bundle", None)
+        export_bundle(adapted, path / "bundle")
         made[family] = path / "bundle", adapted, {None: None} | directories
     return made
 
@@ -107,7 +107,7 @@ def test_sixteen_adapters_share_a_batch(llama_path: Path, tmp_path: Path) -> Non
         f"a{i}": save_adapter(base, tmp_path / f"a{i}", i, r=(1, 4, 8, 64)[i % 4], target_modules=["q_proj", "v_proj"])
         for i in range(16)
     }
-    export_bundle(load_adapted(str(base), directories), tmp_path / "bundle", None)
+    export_bundle(load_adapted(str(base), directories), tmp_path / "bundle")
     runtime, names = on_cpu(open_bundle(tmp_path / "bundle"), "decoder_cpu"), [*directories, None]
     rows = [ROWS[2]] * len(names)
     for name, actual in zip(names, logits_of(runtime, rows, names), strict=True):
@@ -120,7 +120,7 @@ def test_layers_that_no_adapter_has_cost_no_operator(llama_path: Path, tmp_path:
     for layers in (["q_proj"], ["q_proj", "o_proj"]):
         out = tmp_path / "+".join(layers)
         directory = save_adapter(base, out / "peft", r=2, target_modules=layers)
-        export_bundle(load_adapted(str(base), {"own": directory}), out / "bundle", None)
+        export_bundle(load_adapted(str(base), {"own": directory}), out / "bundle")
         graph = onnx.load(out / "bundle" / "decoder.onnx", load_external_data=False).graph
         counts[len(layers)] = sum(node.op_type == "MatMul" for node in graph.node)
         assert {value.name for value in graph.input if ".lora_A" in value.name} == {
@@ -239,7 +239,7 @@ def test_updates_read_what_their_layers_read_before_centres_were_taken(family: s
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_int8_rows_are_near_pefts_model(family: str, bundles: Bundles, tmp_path: Path) -> None:
     _, adapted, directories = bundles[family]
-    export_bundle(adapted, tmp_path / "bundle", None, precision="int8")
+    export_bundle(adapted, tmp_path / "bundle", precision="int8")
     for graph in ("decoder", "decoder_cpu"):
         runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
         for ids, name, actual in zip(ROWS, NAMES, logits_of(runtime, ROWS, NAMES), strict=True):

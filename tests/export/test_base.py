@@ -19,7 +19,7 @@ from chameleon_deploy.reference.description import adaptation_spec
 from chameleon_deploy.reference.source import load_source
 from chameleon_deploy.verify import adapter_checks
 from chameleon_deploy.verify.gates import require_passed
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.adapters import save_adapter
 from tests.commands import run
 
@@ -43,7 +43,7 @@ def peft(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(base: Path, out: Path, precision: Precision = "fp32", **options: Any) -> Path:
-    export_bundle(load_adapted(str(base), {}, **options), out, None, precision=precision)
+    export_bundle(load_adapted(str(base), {}, **options), out, precision=precision)
     return out
 
 
@@ -52,7 +52,7 @@ def test_adapters_that_are_loaded_later_are_those_of_an_export_with_them(
     precision: Precision, base: Path, peft: Path, tmp_path: Path
 ) -> None:
     with_it = load_adapted(str(base), {"late": peft})
-    export_bundle(with_it, tmp_path / "with", None, precision=precision)
+    export_bundle(with_it, tmp_path / "with", precision=precision)
     expected = chameleon_deploy.load(tmp_path / "with", threads=1)
     path = exported(base, tmp_path / "empty", precision, adaptable=LAYERS, max_rank=8)
     runtime = chameleon_deploy.load(path, threads=1)
@@ -120,7 +120,7 @@ def test_verification_loads_random_adapters(base: Path, tmp_path: Path, monkeypa
     source = load_source(base, None, {}, ["attention", "lm_head"], 4)
     assert isinstance(source, AdaptedBase)
     path = exported(base, tmp_path / "b", adaptable=["attention", "lm_head"], max_rank=4)
-    checks, record = verify_bundle(path, load_source(base, None, {}), None, 1, silent)
+    checks, record = verify_bundle(path, load_source(base, None, {}), silent, VerifyOptions(threads=1))
     assert record["verified"], [check for check in checks if not check.passed]
     names = {check.name for check in checks}
     assert {f"caught: {fault}" for fault in adapter_checks.MUTATIONS} <= names
@@ -132,7 +132,7 @@ def test_verification_loads_random_adapters(base: Path, tmp_path: Path, monkeypa
         return {name: np.zeros((1, width), np.float32) for name, width in spec.factor_widths.items()}, ""
 
     monkeypatch.setattr(adapters, "read_adapter", zeros)
-    wrong, _ = verify_bundle(path, source, None, 1, silent)
+    wrong, _ = verify_bundle(path, source, silent, VerifyOptions(threads=1))
     missed = {check.name for check in wrong if not check.passed}
     assert {"mixed adapters: logits, max abs difference", "adapter random-all: update, relative difference"} <= missed
 
@@ -140,11 +140,11 @@ def test_verification_loads_random_adapters(base: Path, tmp_path: Path, monkeypa
 def test_a_plain_base_is_verified(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = load_adapted(str(base), {})
     path = exported(base, tmp_path / "b")
-    checks, record = verify_bundle(path, source, None, 1, silent)
+    checks, record = verify_bundle(path, source, silent, VerifyOptions(threads=1))
     assert record["verified"]
     assert "base model: KL, mean" in {check.name for check in checks}
     source.trunk.causal_lm.get_submodule("model.layers.0.mlp.down_proj").weight.data *= 1.01
-    wrong, _ = verify_bundle(path, source, None, 1, silent)
+    wrong, _ = verify_bundle(path, source, silent, VerifyOptions(threads=1))
     with pytest.raises(CheckFailedError, match="base model: logits"):
         require_passed(wrong)
 

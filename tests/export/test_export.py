@@ -26,7 +26,7 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import LimitsSpec, open_bundle
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import OutputError, OutputExistsError, RecipeError, UnsupportedBaseError
-from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.export.exporter import Publication, export_bundle
 from chameleon_deploy.export.recipe import Limits, read_recipe
 from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference import inference
@@ -108,7 +108,7 @@ def test_the_manifest_tells_the_truth(bundle: Path, mini: Checkpoint) -> None:
 
 def test_exports_are_reproducible(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
     """But for what is measured: the last bits of a product depend on where its memory is."""
-    export_bundle(mini, tmp_path / "again", None)
+    export_bundle(mini, tmp_path / "again")
     manifests = [open_bundle(path).manifest for path in (bundle, tmp_path / "again")]
     for manifest in manifests:
         del manifest.files["parity.json"]
@@ -127,7 +127,7 @@ def test_alpha_and_layout_are_folded_in(mini: Checkpoint, tmp_path: Path) -> Non
     import msgspec
 
     checkpoint = dataclasses.replace(mini, config=msgspec.structs.replace(mini.config, alpha=0.25))
-    export_bundle(checkpoint, tmp_path / "b", None)
+    export_bundle(checkpoint, tmp_path / "b")
     runtime = chameleon_deploy.load(tmp_path / "b")
     rows = [[1, 2, 3], [4, 5]]
     ours, theirs = runtime.adapt(rows, mode="request"), inference.adapt(checkpoint, rows, "request")
@@ -145,7 +145,7 @@ def test_every_gpt2_size_by_config(size: str, option: dict[str, Any], tmp_path: 
     config = transformers.GPT2Config(n_layer=1, n_embd=hidden, n_head=heads, vocab_size=300, n_positions=96,
                                      bos_token_id=0, eos_token_id=0, **option)  # fmt: skip
     checkpoint = checkpoint_around(config)
-    export_bundle(checkpoint, tmp_path / "b", None)
+    export_bundle(checkpoint, tmp_path / "b")
     runtime = chameleon_deploy.load(tmp_path / "b", threads=2)
     rows = [[7] * 96, [5, 9, 200, 3]]
     theirs = inference.adapt(checkpoint, rows, "cohort")
@@ -232,7 +232,7 @@ def test_killed_between_any_two_files(mini: Checkpoint, tmp_path: Path, file: st
     os.waitpid(child, 0)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "out" / file).exists()
-    export_bundle(mini, tmp_path / "out", None)
+    export_bundle(mini, tmp_path / "out")
     open_bundle(tmp_path / "out")
 
 
@@ -242,7 +242,7 @@ def test_an_error_leaves_nothing(mini: Checkpoint, tmp_path: Path) -> None:
         raise ValueError("a gate was missed")
 
     with pytest.raises(ValueError, match="gate"):
-        export_bundle(mini, tmp_path / "out", refuse)
+        export_bundle(mini, tmp_path / "out", Publication(refuse))
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +250,7 @@ def test_two_exports_to_one_output(mini: Checkpoint, tmp_path: Path) -> None:
     with new_directory(tmp_path / "out") as directory:
         (directory / "a").write_text("x")
         with pytest.raises(OutputError, match="another process"):
-            export_bundle(mini, tmp_path / "out", None)
+            export_bundle(mini, tmp_path / "out")
         with pytest.raises(OutputError, match="another process"), new_directory(tmp_path / "out"):
             pytest.fail("entered")
     assert (tmp_path / "out" / "a").read_text() == "x"
@@ -327,7 +327,7 @@ def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
 def test_limits_of_the_recipe_are_in_the_manifest(bundle: Path, mini: Checkpoint, tmp_path: Path) -> None:
     assert open_bundle(bundle).manifest.limits == LimitsSpec(batch=32, sequence=128, past=127, factor_sets=32)
     (tmp_path / "recipe.toml").write_text('checkpoint = "x"\n[limits]\nbatch = 2\npast = 16\n')
-    manifest = export_bundle(mini, tmp_path / "b", None, read_recipe(tmp_path / "recipe.toml").limits)
+    manifest = export_bundle(mini, tmp_path / "b", limits=read_recipe(tmp_path / "recipe.toml").limits)
     assert manifest.limits == LimitsSpec(batch=2, sequence=128, past=16, factor_sets=4)  # all centroids at once
     assert open_bundle(tmp_path / "b").manifest == manifest
 
@@ -342,7 +342,7 @@ def test_limits_are_checked_before_anything_is_written(
     limits: Limits, message: str, mini: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        export_bundle(mini, tmp_path / "b", None, limits)
+        export_bundle(mini, tmp_path / "b", limits=limits)
     assert not list(tmp_path.iterdir())
 
 
@@ -363,6 +363,6 @@ def test_options_of_training_in_a_tokenizer_are_cleared(
     alone = [expected.tokenizer.encode(text).ids for text in (short, long)]
     assert len(alone[1]) > 8
     assert [encoding.ids for encoding in trunk.tokenizer.encode_batch([short, long])] == alone
-    export_bundle(load_checkpoint(path), tmp_path / "bundle", None)
+    export_bundle(load_checkpoint(path), tmp_path / "bundle")
     scores = chameleon_deploy.load(tmp_path / "bundle").score([short, long])
     assert [score.token_ids for score in scores] == alone

@@ -21,7 +21,7 @@ from chameleon_deploy.export.passes.half_precision import HALVES
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.decode.session import import_onnxruntime
-from chameleon_deploy.verify.checks import check_logits
+from chameleon_deploy.verify.checkpoint_checks import check_logits
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows
 from tests.conftest import REPOSITORY
@@ -38,7 +38,7 @@ def halves(mini: Checkpoint, llama: Checkpoint, tmp_path_factory: pytest.TempPat
     for family, checkpoint in (("gpt2", mini), ("llama", llama)):
         for precision in PRECISIONS:
             path = paths[family, precision] = tmp_path_factory.mktemp(family) / precision
-            export_bundle(checkpoint, path, None, precision=precision)
+            export_bundle(checkpoint, path, precision=precision)
     return paths
 
 
@@ -138,7 +138,7 @@ def tiny() -> Checkpoint:
 @pytest.fixture(scope="module")
 def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
     """The figures of a bundle of the tiny model that lie outside of a precision's gate."""
-    reference, rows = RowLogits(tiny), verification_rows(tiny, None)[:32:2]
+    reference, rows = RowLogits(tiny), verification_rows(tiny)[:32:2]
 
     def of(path: Path, precision: Precision) -> list[str]:
         runtime = load(path, threads=2)
@@ -152,7 +152,7 @@ def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
 def test_the_tiny_model_passes_its_gates(
     precision: Precision, tiny: Checkpoint, misses: Callable[[Path, Precision], list[str]], tmp_path: Path
 ) -> None:
-    export_bundle(tiny, tmp_path / "b", None, precision=precision)
+    export_bundle(tiny, tmp_path / "b", precision=precision)
     assert not misses(tmp_path / "b", precision)
 
 
@@ -167,7 +167,7 @@ def test_the_gates_notice_coarser_numbers(
     for precision in PRECISIONS:
         monkeypatch.setitem(exporter.DTYPES, coarser, exporter.DTYPES[HALVES[precision]])  # as the manifest must say
         monkeypatch.setitem(HALVES, precision, coarser)
-        export_bundle(tiny, tmp_path / precision, None, precision=precision)
+        export_bundle(tiny, tmp_path / precision, precision=precision)
         assert misses(tmp_path / precision, precision)
 
 
@@ -175,6 +175,6 @@ def test_a_weight_beyond_float16_is_refused(tmp_path: Path, mini_path: Path) -> 
     checkpoint = load_checkpoint(mini_path)
     checkpoint.trunk.causal_lm.state_dict()["transformer.h.1.mlp.c_fc.weight"][0, 0] = 7e4
     with pytest.raises(TensorError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight .* --precision bf16"):
-        export_bundle(checkpoint, tmp_path / "b", None, precision="fp16")
+        export_bundle(checkpoint, tmp_path / "b", precision="fp16")
     assert not list(tmp_path.iterdir())
-    export_bundle(checkpoint, tmp_path / "b", None, precision="bf16")
+    export_bundle(checkpoint, tmp_path / "b", precision="bf16")

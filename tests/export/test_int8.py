@@ -36,9 +36,9 @@ from chameleon_deploy.runtime.decode.session import _convert_weights, exact_weig
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.terminal.progress import silent
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks, promises
 from chameleon_deploy.verify.gates import GATES, gate_of
-from chameleon_deploy.verify.run import verification_rows, verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
 from tests.conftest import REPOSITORY
 from tests.rounding import nearest
 from tests.verification import CACHE_FAULTS, damage_cache
@@ -52,14 +52,14 @@ def tiny() -> Checkpoint:
 @pytest.fixture(scope="module")
 def int8_bundle(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("int8") / "tiny"
-    export_bundle(tiny, path, None, precision="int8")
+    export_bundle(tiny, path, precision="int8")
     return path
 
 
 @pytest.fixture(scope="module")
 def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("int8") / "llama"
-    export_bundle(llama, path, None, precision="int8")
+    export_bundle(llama, path, precision="int8")
     return path
 
 
@@ -179,7 +179,7 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
 
 
 def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Path) -> None:
-    checks, record = verify_bundle(int8_bundle, tiny, None, 2, lambda *_: None)
+    checks, record = verify_bundle(int8_bundle, tiny, lambda *_: None, VerifyOptions(threads=2))
     assert record["precision"] == "int8"
     missed = [check for check in checks if not check.passed]
     assert not missed
@@ -188,8 +188,8 @@ def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Pat
 
 def test_clusters_and_factors_come_from_int8_rows(tiny: Checkpoint, int8_bundle: Path, tmp_path: Path) -> None:
     """The head's: clusters are those of float32, factors nearly."""
-    export_bundle(tiny, tmp_path / "fp32", None)
-    rows = verification_rows(tiny, None)
+    export_bundle(tiny, tmp_path / "fp32")
+    rows = verification_rows(tiny)
     exact, reduced = (
         chameleon_deploy.load(path).adapt(rows, mode="centroid") for path in (tmp_path / "fp32", int8_bundle)
     )
@@ -283,7 +283,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
     """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
-    rows = verification_rows(tiny, None, more=True)
+    rows = verification_rows(tiny, more=True)
     slots = slots_of(runtime, len(rows), 300)
     slots.prefill(0, rows, runtime.adapt(rows, mode="none").factors)
     for buffer in slots._cache:
@@ -309,9 +309,9 @@ def test_both_ends_of_the_residual_stream_are_rotated(
 ) -> None:
     """And a graph in which they are not is seen."""
     checkpoint = request.getfixturevalue(name)
-    export_bundle(checkpoint, tmp_path / "right", None, precision="int8")
+    export_bundle(checkpoint, tmp_path / "right", precision="int8")
     monkeypatch.setattr("chameleon_deploy.export.graphs.rotate_residual", lambda *_: None)
-    export_bundle(checkpoint, tmp_path / "wrong", None, precision="int8")
+    export_bundle(checkpoint, tmp_path / "wrong", precision="int8")
     assert _difference(tmp_path / "right", checkpoint) < 1 < 3 < _difference(tmp_path / "wrong", checkpoint)
 
 
@@ -320,8 +320,8 @@ def test_one_percent_of_another_row_is_caught(
 ) -> None:
     """Less than rounding explains in a cache, and more than the order of sums explains between calls."""
     runtime, gate = chameleon_deploy.load(int8_bundle, threads=2), gate_of("int8", "cpu")
-    rows, all_logits = verification_rows(tiny, None), runtime.decoder.all_logits
-    assert all(check.passed for check in parity.check_batching(runtime, rows, gate))
+    rows, all_logits = verification_rows(tiny), runtime.decoder.all_logits
+    assert all(check.passed for check in promises.check_batching(runtime, rows, gate))
 
     def leaky(*arguments: Any) -> Any:
         for start, logits in all_logits(*arguments):
@@ -329,7 +329,7 @@ def test_one_percent_of_another_row_is_caught(
             yield start, HostLogits(values + np.float32(0.01) * np.roll(values, 1, axis=0) * (len(values) > 1))
 
     monkeypatch.setattr(runtime.decoder, "all_logits", leaky)
-    assert not any(check.passed for check in parity.check_batching(runtime, rows, gate))
+    assert not any(check.passed for check in promises.check_batching(runtime, rows, gate))
 
 
 @pytest.mark.parametrize("fault", [None, *CACHE_FAULTS])
@@ -340,8 +340,8 @@ def test_the_gates_catch_a_wrong_cache(
     runtime = chameleon_deploy.load(int8_bundle, threads=2)
     if fault:
         damage_cache(runtime, fault, monkeypatch)
-    rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
-    checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
+    rows = sorted(verification_rows(tiny, more=True), key=len)[-8:]
+    checks = list(checkpoint_checks.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
     means = [check for check in checks if "KL, mean" in check.name]
     assert len(means) == 2
     assert all(check.passed == (fault is None) for check in means)
@@ -362,10 +362,10 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
         return statistics
 
     monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_factors", wrong)
-    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    export_bundle(tiny, tmp_path / "wrong", precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
-    rows = sorted(verification_rows(tiny, None, more=True), key=len)[-8:]
-    checks = list(parity.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
+    rows = sorted(verification_rows(tiny, more=True), key=len)[-8:]
+    checks = list(checkpoint_checks.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
     against_reference = [check for check in checks if check.name.startswith("cached decoding: KL")]
     assert [check.passed for check in against_reference] == [False, False]
 
@@ -376,10 +376,10 @@ def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeyp
         return int8, scale * 1.1
 
     monkeypatch.setattr("chameleon_deploy.export.int8.weights.round_weights", wrong)
-    export_bundle(tiny, tmp_path / "wrong", None, precision="int8")
+    export_bundle(tiny, tmp_path / "wrong", precision="int8")
     runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
-    rows = verification_rows(tiny, None)
-    checks = parity.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
+    rows = verification_rows(tiny)
+    checks = checkpoint_checks.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
     assert any(not check.passed for check in checks)
 
 

@@ -20,9 +20,9 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.random import base_config
 from chameleon_deploy.runtime import load
-from chameleon_deploy.verify.checks import check_logits
+from chameleon_deploy.verify.checkpoint_checks import check_logits
 from chameleon_deploy.verify.gates import GATES
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.conftest import checkpoint_around
 from tests.devices import on_cpu
 from tests.logits import row_logits
@@ -35,7 +35,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def test_every_gate_holds_on_every_graph(llama_bundle: Path, llama: Checkpoint) -> None:
-    checks, record = verify_bundle(llama_bundle, llama, None, 2, quiet)
+    checks, record = verify_bundle(llama_bundle, llama, quiet, VerifyOptions(threads=2))
     assert record["verified"], [check for check in checks if not check.passed]
     assert {check.graph for check in checks} == {"decoder", "decoder_cpu"}
 
@@ -61,7 +61,7 @@ def test_variants(changes: dict[str, Any], tmp_path: Path) -> None:
     config.update(changes)
     checkpoint = checkpoint_around(config)
     assert checkpoint.trunk.is_tied == config.tie_word_embeddings
-    export_bundle(checkpoint, tmp_path / "bundle", None)
+    export_bundle(checkpoint, tmp_path / "bundle")
     theirs = inference.adapt(checkpoint, ROWS, "cohort")
     for graph in ("decoder", "decoder_cpu"):
         runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
@@ -121,7 +121,7 @@ def test_the_gates_catch(
     graphs: list[str],
 ) -> None:
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
-    export_bundle(llama, tmp_path / "bundle", None)
+    export_bundle(llama, tmp_path / "bundle")
     for graph in graphs:
         runtime = on_cpu(open_bundle(tmp_path / "bundle"), graph)
         checks = list(check_logits(runtime, RowLogits(llama), ROWS, GATES["fp32"], 1.0))
@@ -134,6 +134,6 @@ def test_a_wrong_epsilon_is_caught(llama: Checkpoint, tmp_path: Path) -> None:
     trunk = dataclasses.replace(llama.trunk, causal_lm=copy.copy(llama.trunk.causal_lm))
     trunk.causal_lm.config = copy.deepcopy(trunk.config)
     trunk.causal_lm.config.rms_norm_eps = 1e-2
-    export_bundle(dataclasses.replace(llama, trunk=trunk), tmp_path / "bundle", None)
+    export_bundle(dataclasses.replace(llama, trunk=trunk), tmp_path / "bundle")
     runtime = load(tmp_path / "bundle", threads=1)
     assert not next(check_logits(runtime, RowLogits(llama), ROWS, GATES["fp32"], 1.0)).passed

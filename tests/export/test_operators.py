@@ -20,7 +20,7 @@ def test_the_list_is_what_export_writes(mini: Checkpoint, llama: Checkpoint, tmp
     for family in (mini, llama):
         for precision in get_args(Precision):
             bundle = tmp_path / f"{family.trunk.config.model_type}_{precision}"
-            export_bundle(family, bundle, None, precision=precision)
+            export_bundle(family, bundle, precision=precision)
             for file in bundle.glob("*.onnx"):
                 for node in _nodes(onnx.load(file, load_external_data=False).graph):
                     written.setdefault(node.domain, set()).add(node.op_type)

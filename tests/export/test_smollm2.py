@@ -21,9 +21,9 @@ from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks
 from chameleon_deploy.verify.gates import GATES
-from chameleon_deploy.verify.run import verification_rows, verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
 from tests.verification import CACHE_FAULTS, damage_cache
 
 pytestmark = pytest.mark.smollm2
@@ -52,13 +52,15 @@ def test_every_gate_holds(
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
     factors = build_factors(config, trunk).eval().requires_grad_(False)
     checkpoint = Checkpoint(config, trunk, factors, fit_centroids(embeddings, 4, 0), "0" * 64)
-    manifest = export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", precision=precision)
     assert sum(file.size for file in manifest.files.values()) <= largest
-    _, windows = parity.ragged_and_typical(verification_rows(checkpoint, None, more=True))
+    _, windows = checkpoint_checks.ragged_and_typical(verification_rows(checkpoint, more=True))
     reference, rows = RowLogits(checkpoint), [ids[:64] for ids in windows]
     for row in rows:
         reference.read(row)  # before the layers are dropped
-    checks, record = verify_bundle(tmp_path / "bundle", checkpoint, None, 2, lambda *_: None, keep_trunk=False)
+    checks, record = verify_bundle(
+        tmp_path / "bundle", checkpoint, lambda *_: None, VerifyOptions(threads=2, keep_trunk=False)
+    )
     for check in checks:
         print(check)
     assert record["verified"], [check for check in checks if not check.passed]
@@ -67,5 +69,7 @@ def test_every_gate_holds(
     for fault in CACHE_FAULTS:
         with monkeypatch.context() as patch:
             damage_cache(runtime, fault, patch)
-            missed = {c.name for c in parity.check_cache(runtime, reference, rows, GATES["int8"]) if not c.passed}
+            missed = {
+                c.name for c in checkpoint_checks.check_cache(runtime, reference, rows, GATES["int8"]) if not c.passed
+            }
         assert {"cached decoding: KL, mean", "cached decoding against the text read whole: KL, mean"} <= missed

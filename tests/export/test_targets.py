@@ -19,8 +19,8 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
-from chameleon_deploy.verify import faults
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify import wrong_factors
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.damage import reseal
 from tests.verification import missed, quiet
 
@@ -38,12 +38,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def path(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("targets") / "bundle"
-    export_bundle(checkpoint, path, None)
+    export_bundle(checkpoint, path)
     return path
 
 
 def test_every_gate_in_every_mode(path: Path, checkpoint: Checkpoint) -> None:
-    checks, record = verify_bundle(path, checkpoint, None, 1, quiet)
+    checks, record = verify_bundle(path, checkpoint, quiet, VerifyOptions(threads=1))
     assert record["verified"], [check for check in checks if not check.passed]
     found = {check.name: check for check in checks}
     for mode in ("static", "centroid", "request", "cohort", "tenant"):
@@ -131,7 +131,7 @@ def test_a_decoder_that_ignores_a_layer_is_caught(
 def test_the_swap_is_between_layers_of_one_size(path: Path) -> None:
     spec = open_bundle(path).manifest.adaptation
     stacks = {name: torch.full((1, 2, width), float(i)) for i, (name, width) in enumerate(spec.factor_widths.items())}
-    swapped = faults.swapped_layers(spec, stacks)
+    swapped = wrong_factors.swapped_layers(spec, stacks)
     assert {name: stack.shape for name, stack in swapped.items()} == {n: stack.shape for n, stack in stacks.items()}
     moved = [name for name in stacks if not torch.equal(stacks[name], swapped[name])]
     assert len(moved) == len(stacks) - 2  # the head has no other layer of its size
@@ -140,8 +140,8 @@ def test_the_swap_is_between_layers_of_one_size(path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_reduced_precisions(checkpoint: Checkpoint, tmp_path: Path, precision: Any) -> None:
     """What does not depend on how good a precision is for weights of chance: factors, modes, promises, faults."""
-    export_bundle(checkpoint, tmp_path / "bundle", None, precision=precision)
-    checks, _ = verify_bundle(tmp_path / "bundle", checkpoint, None, 1, quiet)
+    export_bundle(checkpoint, tmp_path / "bundle", precision=precision)
+    checks, _ = verify_bundle(tmp_path / "bundle", checkpoint, quiet, VerifyOptions(threads=1))
     found = {check.name: check for check in checks}
     for name in ("factors, relative difference", "mode cohort: factors, relative difference",
                  "alpha 0 against mode none",
@@ -154,7 +154,7 @@ def test_reduced_precisions(checkpoint: Checkpoint, tmp_path: Path, precision: A
 def test_int8_needs_factors_to_measure_scales_with(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", targets=["mlp"], conditioning_size=8)
     with pytest.raises(InputError, match="measured with the factors of the centroids"):
-        export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "int8", None, precision="int8")
+        export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "int8", precision="int8")
     assert not (tmp_path / "int8").exists()
 
 
@@ -163,7 +163,7 @@ def test_a_trained_lora_of_all_layers(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "lora")
     for parameter in checkpoint.factors.parameters():
         parameter.data *= 20  # as far from the base as a trained one
-    export_bundle(checkpoint, tmp_path / "bundle", None)
+    export_bundle(checkpoint, tmp_path / "bundle")
     assert not missed(tmp_path / "bundle", checkpoint)
     lora = open_bundle(tmp_path / "bundle").lora()
     assert len(lora) == 2 * 2 * 7

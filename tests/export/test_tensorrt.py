@@ -69,7 +69,7 @@ def test_every_graph_of_a_bundle_becomes_an_engine_once(bundle: Path, device: De
 def test_every_precision_of_both_families(
     family: str, precision: Precision, mini: Checkpoint, llama: Checkpoint, tmp_path: Path
 ) -> None:
-    export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", None, precision=precision)
+    export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", precision=precision)
     path, _ = build_engines(tmp_path / "b", ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}
 
@@ -81,7 +81,7 @@ def test_decoders_with_adapters_of_the_trunk(
 ) -> None:
     base = {"gpt2": mini_path, "llama": llama_path}[family] / "base"
     directory = save_adapter(base, tmp_path / "peft", r=2, target_modules="all-linear")
-    export_bundle(load_adapted(str(base), {"own": directory}), tmp_path / "b", None, precision=precision)
+    export_bundle(load_adapted(str(base), {"own": directory}), tmp_path / "b", precision=precision)
     path, _ = build_engines(tmp_path / "b", ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "chooser", "logits_scorer"}
 

@@ -34,7 +34,7 @@ def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _export(checkpoint: Checkpoint, precision: Any, directory: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled_scorer, "TILE", TILE)
-        export_bundle(checkpoint, directory / "bundle", None, precision=precision)
+        export_bundle(checkpoint, directory / "bundle", precision=precision)
     return directory / "bundle"
 
 

@@ -24,25 +24,26 @@ GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
 ADAPTERS = "tests/verify/test_adapter_checks.py"
 ENGINE = "tests/runtime/test_engine.py"
 FAULTS, HOSTILE_CLIENTS = "tests/serve/test_faults.py", "tests/serve/test_hostile_clients.py"
+CHECKS = tuple(f"verify.{name}" for name in ("checkpoint_checks", "logit_checks", "promises", "wrong_factors"))
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
 # so neither PyTorch nor an export; then, for some, those that try what is left.
 TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE, f"{PROVENANCE}::test_signatures"),
-               ("tests/contract/test_bundle.py", "tests/contract/test_unchanged.py")),
-    "manifest": (("tests/contract/test_manifest.py", HOSTILE), ()),
-    "signature": (("tests/contract/test_signature.py", HOSTILE), ()),
-    "provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
+    "contract.bundle": (("tests/contract/test_bundle_tensors.py", HOSTILE, f"{PROVENANCE}::test_signatures"),
+                        ("tests/contract/test_bundle.py", "tests/contract/test_unchanged.py")),
+    "contract.manifest": (("tests/contract/test_manifest.py", HOSTILE), ()),
+    "contract.signature": (("tests/contract/test_signature.py", HOSTILE), ()),
+    "contract.provenance": (tuple(f"{PROVENANCE}::{name}" for name in (
         "test_signatures", "test_a_signature_that_is_a_link_or_cannot_be_read", "test_signatures_without_cryptography",
         "test_keys_that_cannot_sign", "test_what_a_key_signs_is_signed_by_it",
         "test_trusted_keys_of_a_wrong_type")), ()),
     "verify.gates": (("tests/verify/test_gates.py",),
                      (f"{DOCS}::test_the_design_page_has_the_gates_of_the_code",)),
-    "verify.checks": ((), (
+    **dict.fromkeys(CHECKS, ((), (
         f"{DOCS}::test_the_design_page_has_the_limits_of_updates", "tests/verify/test_check_figures.py",
         *(f"tests/verify/test_checks.py::{name}" for name in (
             "test_an_update_is_compared_over_all_logits", "test_tenants_share_clusters",
             "test_vectors_of_a_row_have_length_one_and_depend_on_the_row")),
-        "tests/runtime/test_device.py::test_it_passes_the_gates")),
+        "tests/verify/test_text_checks.py", "tests/runtime/test_device.py::test_it_passes_the_gates"))),
     "verify.adapter_checks": ((), (f"{ADAPTERS}::test_each_step_has_its_rows_and_its_adapters", *(
         f"{ADAPTERS}::test_{name}" for name in (
             "figures_of_one_adapter", "figures_of_the_base_model", "figures_of_factors", "figures_of_factors_alone",
@@ -51,7 +52,6 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         f"{DOCS}::test_the_design_page_has_the_texts_of_verify", "tests/verify/test_run.py",
         "tests/verify/test_checks.py::test_reduced_precisions_have_windows_of_one_kind_of_text",
         f"{ADAPTERS}::test_the_adapters_must_be_the_bundles")),
-    "verify.text_checks": ((), ("tests/verify/test_text_checks.py",)),
     "verify.logit_figures": (("tests/verify/test_logit_figures.py",), ()),
     "runtime.adaptation": (("tests/runtime/test_adaptation.py", GOLDEN), ()),
     "runtime.factors": (("tests/runtime/test_factors.py", GOLDEN), ()),
@@ -100,9 +100,13 @@ def main() -> None:
     print_table(results)
 
 
+def source_of(name: str) -> Path:
+    return (ROOT / "chameleon_deploy" / name.replace(".", "/")).with_suffix(".py")
+
+
 def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
     """Try every mutant of a module that is not known to be killed. Yields after each."""
-    file = (ROOT / "chameleon_deploy" / name.replace(".", "/")).with_suffix(".py")
+    file = source_of(name)
     source = file.read_text()
     digest, everything = hashlib.sha256(source.encode()).hexdigest(), mutants(source)
     if results.get(name, {}).get("sha256") != digest:

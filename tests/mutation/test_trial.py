@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation.__main__ import TESTS, source_of
 from tests.mutation.operators import mutants
 
 REPOSITORY = Path(__file__).parents[2]
@@ -66,6 +67,7 @@ from pathlib import Path
 
 import pytest
 from tests.mutation import trial
+from tests.mutation.__main__ import TESTS, source_of
 from tests.mutation.operators import mutants
 trial.limit = lambda mutant, records: 2.0
 file = Path("planted.py").resolve()
@@ -110,3 +112,11 @@ def test_tests_that_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.Mo
     result = run(tmp_path)
     assert result.returncode == 1
     assert "test_planted.py::test_planted" in result.stderr
+
+
+def test_every_module_and_its_tests_are_there() -> None:
+    for name, parts in TESTS.items():
+        assert source_of(name).is_file(), name
+        for test in (*parts[0], *parts[1]):
+            file, _, function = test.partition("::")
+            assert f"def {function}" in (REPOSITORY / file).read_text(), test

@@ -45,14 +45,14 @@ def record(directory: Path) -> None:
     from chameleon_deploy.verify.run import verification_rows
 
     checkpoint = load_checkpoint(MODEL)
-    rows = [ids[:TOKENS] for ids in verification_rows(checkpoint, None) if len(ids) >= TOKENS][:ROWS]
+    rows = [ids[:TOKENS] for ids in verification_rows(checkpoint) if len(ids) >= TOKENS][:ROWS]
     adaptation, reference = inference.adapt(checkpoint, rows, "cohort"), inference.RowLogits(checkpoint)
     logits: list[Any] = [reference(ids, adaptation, row).numpy() for row, ids in enumerate(rows)]
     directory.mkdir(parents=True, exist_ok=True)
     np.savez(directory / "reference.npz", rows=rows, logits=logits)
     calibration = [REPOSITORY / "README.md"]  # little text, so that int8 takes a few seconds
     for precision in PRECISIONS:
-        export_bundle(checkpoint, directory / precision, None, precision=precision, calibration=calibration)
+        export_bundle(checkpoint, directory / precision, precision=precision, calibration=calibration)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.runtime.backend import DeviceBackend
 from chameleon_deploy.runtime.device import slot_cache
 from chameleon_deploy.runtime.device.cuda import CudaDevice
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks
 from tests.devices import needs_no_gpu, on_cpu, with_engines, with_sessions
 from tests.fake_cuda import FakeCudart
 from tests.rows import head_factors, random_rows
@@ -79,7 +79,7 @@ def test_the_engine_runs_static_batches(on_device: Runtime, runtime: Runtime) ->
 
 def test_it_passes_the_gates(opened: Bundle, mini: Checkpoint) -> None:
     made = with_engines(opened, FakeCudart())
-    checks = parity.verify(made, RowLogits(mini), random_rows(5, 32, 60), True, lambda *_: None)
+    checks = checkpoint_checks.verify_checkpoint(made, RowLogits(mini), random_rows(5, 32, 60), True, lambda *_: None)
     assert not [check for check in checks if not check.passed]
 
 
@@ -87,9 +87,11 @@ def test_it_passes_the_gates(opened: Bundle, mini: Checkpoint) -> None:
 def test_updates_of_all_layers_pass_the_gates(regime: Any, make: Any, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", regime, targets=["all"])
     checkpoint = load_checkpoint(tmp_path / "checkpoint")
-    export_bundle(checkpoint, tmp_path / "bundle", None)
+    export_bundle(checkpoint, tmp_path / "bundle")
     made = make(open_bundle(tmp_path / "bundle"), FakeCudart())
-    checks = parity.verify(made, RowLogits(checkpoint), random_rows(5, 8, 60), True, lambda *_: None)
+    checks = checkpoint_checks.verify_checkpoint(
+        made, RowLogits(checkpoint), random_rows(5, 8, 60), True, lambda *_: None
+    )
     assert [check.name for check in checks if not check.passed] == []
 
 
@@ -100,7 +102,7 @@ def test_a_lora_bundle(lora_bundle: Path, lora_runtime: Runtime) -> None:
 
 def test_a_cache_of_half_precision(mini: Checkpoint, tmp_path: Path) -> None:
     """Slots are counted in bytes; logits differ from the CPU's by what float16 rounds."""
-    export_bundle(mini, tmp_path / "fp16", None, precision="fp16")
+    export_bundle(mini, tmp_path / "fp16", precision="fp16")
     opened = open_bundle(tmp_path / "fp16")
     ours, theirs, rows = with_engines(opened, FakeCudart()), on_cpu(opened), random_rows(1, 5, 60)
     for a, b in zip(ours.score(rows), theirs.score(rows), strict=True):

@@ -20,9 +20,9 @@ from chameleon_deploy.runtime.decode import session
 from chameleon_deploy.runtime.decode.session import IntegerWeights
 from chameleon_deploy.serve.service import Service
 from chameleon_deploy.serve.settings import Settings
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks
 from chameleon_deploy.verify.gates import Check
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.make_data import integer_products
 
 TEXTS = ["the sums", "of a processor without", "VNNI are exact as well"]
@@ -133,9 +133,9 @@ def test_the_answer_is_shown_and_recorded(
     """On a processor where int8 weights would saturate."""
     for module in (session, backend):
         monkeypatch.setattr(module, "integer_weights", lambda bundle, graph: "uint8")
-    monkeypatch.setattr(parity, "verify", lambda *_, **__: [Check("a", 1, 2)])
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", lambda *_, **__: [Check("a", 1, 2)])
     monkeypatch.setattr(inspect, "integer_weights", lambda bundle, graph: "uint8")
-    _, record = verify_bundle(int8_bundle, mini, None, 1, lambda *_: None)
+    _, record = verify_bundle(int8_bundle, mini, lambda *_: None, VerifyOptions(threads=1))
     assert record["integer_weights"] == "uint8"
     assert inspect.record(open_bundle(int8_bundle))["integer_weights"] == "uint8"
     with caplog.at_level("INFO", "chameleon_deploy.serve"):

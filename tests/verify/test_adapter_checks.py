@@ -19,10 +19,9 @@ from chameleon_deploy.contract.bundle import AdaptationSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, load_adapted
-from chameleon_deploy.verify import adapter_checks, faults
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import adapter_checks, logit_checks, wrong_factors
 from chameleon_deploy.verify.gates import GATES, Check
-from chameleon_deploy.verify.run import verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.adapters import LLAMA_LAYERS, save_adapter
 from tests.damage import reseal
 from tests.rows import random_rows
@@ -45,12 +44,12 @@ def adapted(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 @pytest.fixture(scope="module")
 def path(adapted: AdaptedBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "adapters"
-    export_bundle(adapted, out, None)
+    export_bundle(adapted, out)
     return out
 
 
 def test_a_right_bundle_passes_every_check(path: Path, adapted: AdaptedBase) -> None:
-    checks, record = verify_bundle(path, adapted, None, 1, silent)
+    checks, record = verify_bundle(path, adapted, silent, VerifyOptions(threads=1))
     assert record["verified"], [check for check in checks if not check.passed]
     names = {check.name for check in checks}
     assert {"mixed adapters: logits, max abs difference", "adapter code: update, relative difference"} <= names
@@ -72,7 +71,7 @@ def _one_layer_of_zeros(spec: AdaptationSpec, stacks: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "fault", [adapter_checks.another_adapter, faults.swapped_layers, _undo_scaling, _one_layer_of_zeros]
+    "fault", [adapter_checks.another_adapter, wrong_factors.swapped_layers, _undo_scaling, _one_layer_of_zeros]
 )
 def test_wrong_factors_in_the_bundle_are_caught(
     fault: Callable[[AdaptationSpec, Any], Any], path: Path, adapted: AdaptedBase, copy_of: Callable[[Path], Path]
@@ -84,7 +83,7 @@ def test_wrong_factors_in_the_bundle_are_caught(
     spec = open_bundle(path).manifest.adaptation
     save_file({n: np.ascontiguousarray(a) for n, a in fault(spec, stacks).items()}, damaged / "lora.safetensors")
     reseal(damaged)
-    checks, record = verify_bundle(damaged, adapted, None, 1, silent)
+    checks, record = verify_bundle(damaged, adapted, silent, VerifyOptions(threads=1))
     assert not record["verified"]
     missed = {check.name for check in checks if not check.passed}
     assert "mixed adapters: logits, max abs difference" in missed  # by what the model computes, not only by its files
@@ -104,7 +103,7 @@ def test_a_decoder_that_drops_an_update_is_caught(
         return type(sets)(dropped)
 
     monkeypatch.setattr(factor_sources, "stack_sets", without_a_layer)
-    checks, _ = verify_bundle(path, adapted, None, 1, silent)
+    checks, _ = verify_bundle(path, adapted, silent, VerifyOptions(threads=1))
     missed = {check.name for check in checks if not check.passed}
     assert {"mixed adapters: logits, max abs difference", "adapter code: update, relative difference"} <= missed
 
@@ -112,10 +111,10 @@ def test_a_decoder_that_drops_an_update_is_caught(
 def test_the_adapters_must_be_the_bundles(path: Path, adapted: AdaptedBase, mini_path: Path) -> None:
     one = AdaptedBase(adapted.name, adapted.trunk, {"legal": adapted.adapters["legal"]}, adapted.base_digest, "")
     with pytest.raises(InputError, match="legal, code"):
-        verify_bundle(path, one, None, 1, silent)
+        verify_bundle(path, one, silent, VerifyOptions(threads=1))
     other = AdaptedBase("gpt2", adapted.trunk, adapted.adapters, "0" * 64, "")
     with pytest.raises(InputError, match="base model"):
-        verify_bundle(path, other, None, 1, silent)
+        verify_bundle(path, other, silent, VerifyOptions(threads=1))
 
 
 ROWS = random_rows(7, 8, 9)
@@ -136,11 +135,9 @@ def test_each_step_has_its_rows_and_its_adapters(
         called.setdefault(name, []).append((*given[1:], *named.values()))
         return []
 
-    for module in (adapter_checks, parity):
-        for name in [
-            name for name in vars(module) if name.startswith(("check_", "gate_", "cache_")) and name != "gate_of"
-        ]:
-            monkeypatch.setattr(module, name, partial(note, name))
+    for name in list(vars(adapter_checks)):
+        if name.startswith(("check_", "gate_", "cache_")) and name != "gate_of":
+            monkeypatch.setattr(adapter_checks, name, partial(note, name))
     rows = [[1] * (1 + row * 13 % 41) for row in range(41)]  # 32 ragged ones, 8 typical ones, and the last
 
     def steps(whole: bool, max_kl: float | None = None) -> set[str]:
@@ -193,12 +190,12 @@ def test_figures_of_one_adapter(runtime: Runtime, adapted: AdaptedBase, monkeypa
 
     def stronger(texts: Any, **arguments: Any) -> Any:
         found = adapt(texts, **arguments)
-        return replace(found, factors=parity.with_B(found.factors, lambda B: B * 1.5))
+        return replace(found, factors=logit_checks.with_B(found.factors, lambda B: B * 1.5))
 
     monkeypatch.setattr(runtime, "adapt", stronger)
     update = checks("code")["update, relative difference"]
     assert update.value > 0.3  # several layers at half as much again
-    monkeypatch.setattr(parity, "update_difference", lambda *_: None)
+    monkeypatch.setattr(adapter_checks, "update_difference", lambda *_: None)
     update = checks("code")["update, relative difference"]
     assert (update.value, update.limit, update.note) == (0, None, "not checked: it changes no logit")
 
@@ -239,7 +236,7 @@ def test_figures_of_factors_alone(runtime: Runtime, monkeypatch: pytest.MonkeyPa
     def shifted(rows: Any, **arguments: Any) -> Any:
         found = adapt(rows, **arguments)
         shift = SIZE * (len(rows) > 1)
-        return replace(found, factors=parity.with_B(found.factors, lambda B: B + shift))
+        return replace(found, factors=logit_checks.with_B(found.factors, lambda B: B + shift))
 
     monkeypatch.setattr(runtime, "adapt", shifted)
     assert check().value == pytest.approx(SIZE)

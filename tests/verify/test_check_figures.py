@@ -25,7 +25,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks, logit_checks, promises, wrong_factors
 from chameleon_deploy.verify.gates import GATES, Check
 from chameleon_deploy.verify.logit_figures import LogitFigures, max_abs
 
@@ -79,7 +79,8 @@ def missed(checks: Iterable[Check]) -> dict[str, float]:
 
 def scaled(patch: pytest.MonkeyPatch) -> None:
     """Let the scale of all logits be 4: a difference of 0.5 is an eighth of it."""
-    patch.setattr(parity, "logit_scale", lambda rows: 4.0)
+    for module in (checkpoint_checks, promises):
+        patch.setattr(module, "logit_scale", lambda rows: 4.0)
     patch.setattr(LogitFigures, "scale", 4.0)
 
 
@@ -96,13 +97,16 @@ def test_each_step_has_its_rows_and_its_gate(
         called.append((name, *given))
         return []
 
-    for name in [name for name in vars(parity) if name.startswith("check_")]:
-        monkeypatch.setattr(parity, name, partial(note, name))
+    for name in [name for name in vars(checkpoint_checks) if name.startswith("check_")]:
+        monkeypatch.setattr(checkpoint_checks, name, partial(note, name))
     rows = [[0] * (1 + row * 13 % 41) for row in range(41)]  # 32 ragged ones, 8 typical ones, and the last
 
     def steps(runtime: Runtime, checkpoint: Checkpoint, whole: bool, max_kl: float | None = None) -> dict[str, Any]:
         called.clear()
-        assert parity.verify(runtime, RowLogits(checkpoint), rows, whole, lambda *_: None, max_kl) == []
+        assert (
+            checkpoint_checks.verify_checkpoint(runtime, RowLogits(checkpoint), rows, whole, lambda *_: None, max_kl)
+            == []
+        )
         return {name: rest for name, _, *rest in called}
 
     parts = steps(runtime, mini, whole=True)
@@ -135,7 +139,7 @@ def test_steps_report_and_name_their_graph() -> None:
     reported: list[Any] = []
     steps = [lambda: iter([Check("a", 1, 2)]), lambda: iter([Check("b", 3, None), Check("c", 4, 5)])]
     runtime: Any = SimpleNamespace(graph="decoder")
-    checks = parity.run_steps(runtime, steps, lambda *progress: reported.append(progress))
+    checks = checkpoint_checks.run_steps(runtime, steps, lambda *progress: reported.append(progress))
     assert [(check.name, check.value, check.graph) for check in checks] == [
         ("a", 1, "decoder"), ("b", 3, "decoder"), ("c", 4, "decoder")
     ]  # fmt: skip
@@ -144,8 +148,8 @@ def test_steps_report_and_name_their_graph() -> None:
 
 def test_ragged_and_typical_rows() -> None:
     rows = [[row] for row in range(57)]
-    assert parity.ragged_and_typical(rows) == ([*rows[:32], rows[56]], rows[32:40])
-    assert parity.ragged_and_typical(rows[:33]) == (rows[:33], rows[:8])
+    assert checkpoint_checks.ragged_and_typical(rows) == ([*rows[:32], rows[56]], rows[32:40])
+    assert checkpoint_checks.ragged_and_typical(rows[:33]) == (rows[:33], rows[:8])
 
 
 def test_adaptation(
@@ -157,10 +161,10 @@ def test_adaptation(
         "factors, relative difference",
     )
     limits = {embeddings: FP32.embedding_tolerance, clusters: 0, factors: FP32.factor_tolerance}
-    checks = list(parity.check_adaptation(runtime, mini, FEW, FP32))
+    checks = list(checkpoint_checks.check_adaptation(runtime, mini, FEW, FP32))
     assert all(check.passed for check in checks)
     assert {check.name: check.limit for check in checks} == limits
-    of_trained_factors = figures(parity.check_adaptation(lora_runtime, mini_lora, FEW, FP32))
+    of_trained_factors = figures(checkpoint_checks.check_adaptation(lora_runtime, mini_lora, FEW, FP32))
     assert of_trained_factors.keys() | {clusters} == limits.keys()
     assert max(of_trained_factors.values()) == nearly(0)
 
@@ -175,7 +179,7 @@ def test_adaptation(
         )  # fmt: skip
 
     monkeypatch.setattr(runtime, "adapt", shifted)
-    wrong = missed(parity.check_adaptation(runtime, mini, FEW, FP32))
+    wrong = missed(checkpoint_checks.check_adaptation(runtime, mini, FEW, FP32))
     assert wrong == {embeddings: nearly(SIZE), clusters: len(FEW), factors: nearly(SIZE)}
 
 
@@ -193,7 +197,9 @@ def test_clusters_are_compared_where_the_margin_is_clear(
         found = dataclasses.replace(ours, cluster_ids=np.array(cluster_ids))
         monkeypatch.setattr(runtime, "adapt", lambda *_, **__: found)
         checkpoint = dataclasses.replace(mini, centroids=centroids[:num_centroids])
-        checks = parity.check_adaptation(runtime, checkpoint, FEW[:3], dataclasses.replace(FP32, cluster_margin=margin))
+        checks = checkpoint_checks.check_adaptation(
+            runtime, checkpoint, FEW[:3], dataclasses.replace(FP32, cluster_margin=margin)
+        )
         return [(check.value, check.note.partition(" ")[0]) for check in checks if "cluster" in check.name]
 
     assert differ([0, 1, 1], 0, 2) == [(0, "2")]  # the one between two centroids may have either
@@ -209,7 +215,7 @@ def test_logits_are_limited_with_a_precisions_own_factors(
     scale: float, precision: Precision, runtime: Runtime, reference: RowLogits
 ) -> None:
     gate = GATES[precision]
-    checks = list(parity.check_logits(runtime, reference, FEW, gate, scale))
+    checks = list(checkpoint_checks.check_logits(runtime, reference, FEW, gate, scale))
     assert all(check.passed for check in checks)
     assert max(check.value for check in checks if not check.at_least) < 1e-3  # as factors of the same strength
     limits = [gate.max_abs_logit, gate.top1_agreement, gate.kl_mean, gate.kl_p999, gate.perplexity]
@@ -219,10 +225,12 @@ def test_logits_are_limited_with_a_precisions_own_factors(
 def test_an_update_of_the_trunk_is_limited_with_its_own_factors(
     runtime: Runtime, reference: RowLogits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "in_head_alone", lambda targets: False)
+    monkeypatch.setattr(checkpoint_checks, "in_head_alone", lambda targets: False)
     plant(monkeypatch, runtime, add(lambda rows: True))
-    assert "x1 factors: logits, max abs difference" in missed(parity.check_logits(runtime, reference, FEW, FP32, 1.0))
-    scaled_ten_times = list(parity.check_logits(runtime, reference, FEW, FP32, 10.0))
+    assert "x1 factors: logits, max abs difference" in missed(
+        checkpoint_checks.check_logits(runtime, reference, FEW, FP32, 1.0)
+    )
+    scaled_ten_times = list(checkpoint_checks.check_logits(runtime, reference, FEW, FP32, 10.0))
     assert [check.limit for check in scaled_ten_times] == [None] * 5
     assert scaled_ten_times[0].value > 5e-4  # reported all the same
 
@@ -235,7 +243,7 @@ def test_the_five_figures_of_the_gate(
     scaled(monkeypatch)
     noise = np.random.default_rng(0).normal(size=(max(LENGTHS), 512)).astype(np.float32) / 20
     ours, theirs = _ours(runtime, FEW), _theirs(reference, FEW)
-    right = list(parity.row_logits(runtime, FEW, ours))
+    right = list(logit_checks.row_logits(runtime, FEW, ours))
     plain = LogitFigures()
     for row, ids in enumerate(FEW):
         actual, expected = torch.from_numpy(right[row] + noise[: len(ids)]), reference(ids, theirs, row)
@@ -249,7 +257,7 @@ def test_the_five_figures_of_the_gate(
     kl, (ours_nll, their_nll) = torch.cat(plain.kl), plain.nll
     for clear in (1, 30):
         gate = dataclasses.replace(FP32, top1_gap=float(gaps[-clear - 1 : len(gaps) - clear + 1].mean()))
-        checks = list(parity.gate_checks("x", runtime, reference, FEW, ours, theirs, gate))
+        checks = list(logit_checks.gate_checks("x", runtime, reference, FEW, ours, theirs, gate))
         assert plain.top1(gate.top1_gap)[0] == clear
         assert plain.top1(gate.top1_gap)[1] > 0
         assert [(check.name, check.value) for check in checks] == [
@@ -276,10 +284,12 @@ def test_cached_decoding_begins_in_the_middle_of_the_shortest_text(
 ) -> None:
     scaled(monkeypatch)
     rows = [ROWS[5][:shortest], ROWS[5][::-1]]
-    check = partial(parity.cache_checks, runtime, reference, rows, _ours(runtime, rows), _theirs(reference, rows), FP32)
+    check = partial(
+        logit_checks.cache_checks, runtime, reference, rows, _ours(runtime, rows), _theirs(reference, rows), FP32
+    )
     right = list(check())
     assert all(check.passed for check in right)
-    in_default_mode = list(parity.check_cache(runtime, reference, rows, FP32))
+    in_default_mode = list(checkpoint_checks.check_cache(runtime, reference, rows, FP32))
     assert all(check.passed for check in in_default_mode)
     assert [check.name for check in in_default_mode] == [check.name for check in right]
     assert right[0].note == f"{2 * positions} positions"
@@ -296,7 +306,7 @@ def test_cached_decoding_begins_in_the_middle_of_the_shortest_text(
     assert all(value == nearly(SIZE / 4) for name, value in found.items() if "KL" not in name)
 
 
-@pytest.mark.parametrize("checked", [parity.check_batching, parity.check_scores])
+@pytest.mark.parametrize("checked", [promises.check_batching, promises.check_scores])
 def test_a_right_decoder_keeps_rows_apart(checked: Any, runtime: Runtime) -> None:
     assert missed(checked(runtime, ROWS, FP32, mode="request")) == {}
     assert missed(checked(runtime, ROWS, FP32)) == {}
@@ -319,7 +329,7 @@ def test_rows_that_depend_on_their_batch(fault: str, runtime: Runtime, monkeypat
     name, planted = BATCHING[fault]
     scaled(monkeypatch)
     plant(monkeypatch, runtime, planted)
-    checks = list(parity.check_batching(runtime, ROWS, FP32, mode="request"))
+    checks = list(promises.check_batching(runtime, ROWS, FP32, mode="request"))
     assert missed(checks) == {f"{name}, max abs difference": nearly(SIZE / 4)}
     if name.startswith("batch"):
         size = fault.removeprefix("a batch of ").replace("10", "32")
@@ -335,7 +345,7 @@ def test_scores_that_are_not_of_the_logits(runtime: Runtime, monkeypatch: pytest
         return [dataclasses.replace(first, token_logprobs=[value - SIZE for value in first.token_logprobs]), *others]
 
     monkeypatch.setattr(runtime, "score", wrong)
-    assert missed(parity.check_scores(runtime, FEW, FP32)) == {
+    assert missed(promises.check_scores(runtime, FEW, FP32)) == {
         "scores against logits, max abs difference": nearly(SIZE / 4)
     }
 
@@ -343,10 +353,10 @@ def test_scores_that_are_not_of_the_logits(runtime: Runtime, monkeypatch: pytest
 @pytest.mark.parametrize(
     "checked",
     [
-        partial(parity.check_batching, gate=FP32),
-        partial(parity.check_scores, gate=FP32),
-        parity.check_rerun,
-        parity.check_neighbours,
+        partial(promises.check_batching, gate=FP32),
+        partial(promises.check_scores, gate=FP32),
+        promises.check_rerun,
+        promises.check_neighbours,
     ],
 )
 def test_a_caller_says_how_rows_are_adapted(checked: Any, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +372,7 @@ def test_a_caller_says_how_rows_are_adapted(checked: Any, runtime: Runtime, monk
 
 
 def test_a_base_model_that_is_another(runtime: Runtime, reference: RowLogits, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = list(parity.check_base(runtime, reference, FEW, FP32))
+    checks = list(checkpoint_checks.check_base(runtime, reference, FEW, FP32))
     assert all(check.passed for check in checks)
     assert [check.limit for check in checks] == [FP32.max_abs_logit, FP32.kl_mean, FP32.kl_p999, 0]
     scaled(monkeypatch)
@@ -376,9 +386,14 @@ def test_a_base_model_that_is_another(runtime: Runtime, reference: RowLogits, mo
             yield start, logits
 
     monkeypatch.setattr(runtime.decoder, "all_logits", wrong)
-    assert missed(parity.check_base(runtime, reference, FEW, FP32)) == {"alpha 0 against mode none": nearly(SIZE)}
+    assert missed(checkpoint_checks.check_base(runtime, reference, FEW, FP32)) == {
+        "alpha 0 against mode none": nearly(SIZE)
+    }
     plant(monkeypatch, runtime, add(lambda rows: True, row=1))
-    found, name = missed(parity.check_base(runtime, reference, FEW, FP32)), "mode none against the base model"
+    found, name = (
+        missed(checkpoint_checks.check_base(runtime, reference, FEW, FP32)),
+        "mode none against the base model",
+    )
     assert found.pop(f"{name}: logits, max abs difference") == nearly(SIZE / 4)
     assert found.keys() == {"alpha 0 against mode none", f"{name}: KL, mean", f"{name}: KL, 99.9th percentile"}
 
@@ -396,7 +411,7 @@ OF_A_MODE = {
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_a_mode(mode: Mode, runtime: Runtime, reference: RowLogits, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = partial(parity.check_mode, runtime, reference, FEW, FP32, mode)
+    check = partial(checkpoint_checks.check_mode, runtime, reference, FEW, FP32, mode)
     checks = list(check())
     assert all(check.passed for check in checks)
     limits = {check.name.removeprefix(f"mode {mode}: "): check.limit for check in checks}
@@ -418,7 +433,9 @@ def test_a_mode_with_wrong(fault: str, runtime: Runtime, reference: RowLogits, m
     def stronger(rows: Rows, *, mode: Any, on_device: bool = False, **arguments: Any) -> Any:
         found = adapt(rows, mode=mode, **arguments)
         return (
-            found if on_device else dataclasses.replace(found, factors=parity.with_B(found.factors, lambda B: B * 1.5))
+            found
+            if on_device
+            else dataclasses.replace(found, factors=logit_checks.with_B(found.factors, lambda B: B * 1.5))
         )
 
     def likelier(rows: Rows, **arguments: Any) -> Any:
@@ -429,7 +446,7 @@ def test_a_mode_with_wrong(fault: str, runtime: Runtime, reference: RowLogits, m
         monkeypatch.setattr(runtime, "adapt", stronger)
     else:
         monkeypatch.setattr(runtime, "score", likelier)
-    found = missed(parity.check_mode(runtime, reference, FEW, FP32, "request"))
+    found = missed(checkpoint_checks.check_mode(runtime, reference, FEW, FP32, "request"))
     values = {name.removeprefix("mode request: "): value for name, value in found.items()}
     if fault == "factors":
         assert values["factors, relative difference"] == nearly(0.5)
@@ -449,17 +466,21 @@ def test_an_update_is_limited(
     monkeypatch.setattr(runtime, "manifest", msgspec.structs.replace(runtime.manifest, precision=precision))
 
     def update(mode: Mode) -> Check | None:
-        found = [c for c in parity.check_mode(runtime, reference, FEW, GATES[precision], mode) if "update" in c.name]
+        found = [
+            c
+            for c in checkpoint_checks.check_mode(runtime, reference, FEW, GATES[precision], mode)
+            if "update" in c.name
+        ]
         return found[0] if found else None
 
     check = update("request")
     assert check
     assert check.limit == 0.05
-    monkeypatch.setattr(parity, "in_head_alone", lambda targets: False)
+    monkeypatch.setattr(checkpoint_checks, "in_head_alone", lambda targets: False)
     check = update("request")
     assert check
     assert check.limit == {"fp32": 0.05, "fp16": 0.05, "bf16": 0.2, "int8": None}[precision]
-    monkeypatch.setattr(parity, "update_difference", lambda *_: None)
+    monkeypatch.setattr(checkpoint_checks, "update_difference", lambda *_: None)
     check = update("request")
     assert check
     assert (check.value, check.limit, check.note) == (0, None, "not checked: it changes no logit")
@@ -467,23 +488,23 @@ def test_an_update_is_limited(
 
 
 def test_a_rerun_that_differs(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [(check.value, check.limit) for check in parity.check_rerun(runtime, FEW)] == [(0, 0)]
+    assert [(check.value, check.limit) for check in promises.check_rerun(runtime, FEW)] == [(0, 0)]
     calls = itertools.count()
     plant(monkeypatch, runtime, add(lambda rows: next(calls) == 1))
-    assert missed(parity.check_rerun(runtime, FEW)) == {"promise R: rerun, max abs difference": nearly(SIZE)}
+    assert missed(promises.check_rerun(runtime, FEW)) == {"promise R: rerun, max abs difference": nearly(SIZE)}
 
 
 def test_a_neighbours_text_that_matters(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [(check.value, check.limit) for check in parity.check_neighbours(runtime, FEW)] == [(0, 0)]
+    assert [(check.value, check.limit) for check in promises.check_neighbours(runtime, FEW)] == [(0, 0)]
     plant(monkeypatch, runtime, add(lambda rows: rows[0] != rows[1]))
-    assert missed(parity.check_neighbours(runtime, FEW)) == {"a neighbour's text: max abs difference": nearly(SIZE)}
+    assert missed(promises.check_neighbours(runtime, FEW)) == {"a neighbour's text: max abs difference": nearly(SIZE)}
 
 
 def test_a_neighbours_text_is_another_at_every_position(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[Rows] = []
     plant(monkeypatch, runtime, lambda rows, logits: texts.append(rows))
     row = [0, 511, 1, 510, 256, 255, 7, 3]  # just long enough
-    assert missed(parity.check_neighbours(runtime, [[5] * 7, row, [5] * 20])) == {}
+    assert missed(promises.check_neighbours(runtime, [[5] * 7, row, [5] * 20])) == {}
     (one, same), (other, edited) = texts
     assert row == one == same == other
     assert all(i != j and 0 <= j < 512 for i, j in zip(row, edited, strict=True))
@@ -493,25 +514,25 @@ def test_factors_that_depend_on_the_batch(
     runtime: Runtime, lora_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "promise F: mode {}, factors alone and in a batch".format
-    right = list(parity.check_factors_alone(runtime, FEW))
+    right = list(promises.check_factors_alone(runtime, FEW))
     assert [(check.name, check.value, check.limit) for check in right] == [
         (name(mode), 0, 0) for mode in ("none", "centroid", "request")
     ]
-    assert [check.name for check in parity.check_factors_alone(lora_runtime, FEW)] == [name("none")]
+    assert [check.name for check in promises.check_factors_alone(lora_runtime, FEW)] == [name("none")]
     adapt = runtime.adapt
 
     def wrong(rows: Rows, *, mode: Mode) -> Any:
         found = adapt(rows, mode=mode)
         shift = SIZE * (mode == "request" and len(rows) > 1)
-        return dataclasses.replace(found, factors=parity.with_B(found.factors, lambda B: B + shift))
+        return dataclasses.replace(found, factors=logit_checks.with_B(found.factors, lambda B: B + shift))
 
     monkeypatch.setattr(runtime, "adapt", wrong)
-    assert missed(parity.check_factors_alone(runtime, FEW)) == {name("request"): nearly(SIZE)}
+    assert missed(promises.check_factors_alone(runtime, FEW)) == {name("request"): nearly(SIZE)}
 
 
 @pytest.mark.parametrize("rows", [FEW, FEW[:2]])
 def test_wrong_factors_move_a_right_bundle_as_far(rows: Rows, runtime: Runtime, reference: RowLogits) -> None:
-    checks = list(parity.check_wrong_factors(runtime, reference, rows))
+    checks = list(wrong_factors.check_wrong_factors(runtime, reference, rows))
     names = ["lora_B of the opposite sign", "A and B of another row", "B of another row"]
     assert [check.name for check in checks] == [f"caught: {name}" for name in names]
     for check in checks:
@@ -522,14 +543,14 @@ def test_wrong_factors_move_a_right_bundle_as_far(rows: Rows, runtime: Runtime, 
 def test_wrong_factors_that_cannot_be_planted(
     runtime: Runtime, lora_runtime: Runtime, mini: Checkpoint, mini_lora: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opposite, *others = parity.check_wrong_factors(lora_runtime, RowLogits(mini_lora), FEW)
+    opposite, *others = wrong_factors.check_wrong_factors(lora_runtime, RowLogits(mini_lora), FEW)
     assert opposite.value == pytest.approx(1, rel=1e-3)
     note = "not checked: mode static has one factor set"
     assert others == [
         Check(f"caught: {name}", 0, None, note=note) for name in ("A and B of another row", "B of another row")
     ]
-    monkeypatch.setattr(parity, "_reference_logits", lambda reference, rows, factors: [np.zeros(1)] * len(rows))
-    checks = list(parity.check_wrong_factors(runtime, RowLogits(mini), FEW))
+    monkeypatch.setattr(wrong_factors, "_reference_logits", lambda reference, rows, factors: [np.zeros(1)] * len(rows))
+    checks = list(wrong_factors.check_wrong_factors(runtime, RowLogits(mini), FEW))
     assert len(checks) == 3
     for check in checks:
         assert (check.limit, check.note) == (None, "not checked: it changes no logit of the reference")
@@ -538,22 +559,22 @@ def test_wrong_factors_that_cannot_be_planted(
 
 def test_pieces_of_rows_are_the_rows(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = _ours(runtime, FEW)
-    whole = list(parity.row_logits(runtime, FEW, factors))
+    whole = list(logit_checks.row_logits(runtime, FEW, factors))
     assert [logits.shape for logits in whole] == [(len(ids), 512) for ids in FEW]
     plant(monkeypatch, runtime, lambda rows, logits: None, width=6)
     for size in (1, 3, 8):
         found: list[list[FloatArray]] = [[] for _ in FEW]
-        for row, start, logits in parity.logits_pieces(runtime, FEW, factors, size):
+        for row, start, logits in logit_checks.logits_pieces(runtime, FEW, factors, size):
             assert start == sum(map(len, found[row]))
             assert len(logits)
             found[row].append(logits)
         for pieces, expected in zip(found, whole, strict=True):
             np.testing.assert_allclose(np.concatenate(pieces), expected, atol=1e-4)
-    for logits, expected in zip(parity.row_logits(runtime, FEW, factors), whole, strict=True):
+    for logits, expected in zip(logit_checks.row_logits(runtime, FEW, factors), whole, strict=True):
         assert max_abs(logits, expected) == 0
 
 
 def test_b_is_changed_and_nothing_else() -> None:
     tensors = {"t.lora_A": np.ones((1, 2, 3)), "t.lora_B": np.ones((1, 2, 5))}
-    changed = parity.with_B(RowFactors(FactorSets(tensors), np.zeros(1, np.int64)), np.negative).sets.tensors
+    changed = logit_checks.with_B(RowFactors(FactorSets(tensors), np.zeros(1, np.int64)), np.negative).sets.tensors
     assert [float(np.asarray(changed[name]).sum()) for name in tensors] == [6, -10]

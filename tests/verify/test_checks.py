@@ -23,11 +23,11 @@ from chameleon_deploy.contract.bundle import Mode, Precision, open_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import check_factors
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks, logit_checks, promises, wrong_factors
 from chameleon_deploy.verify.gates import GATES, Check, accept
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
-from chameleon_deploy.verify.run import verification_rows, verify_bundle
-from chameleon_deploy.verify.text_checks import check_texts
+from chameleon_deploy.verify.promises import check_texts
+from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
 from tests.commands import run
 from tests.damage import change_weights, edit, reseal
 from tests.rows import head_factors
@@ -95,7 +95,7 @@ OF_A_BUNDLE = {
 
 
 def test_a_right_bundle_passes_every_check(bundle: Path, mini: Checkpoint) -> None:
-    checks, record = verify_bundle(bundle, mini, None, 1, quiet)
+    checks, record = verify_bundle(bundle, mini, quiet, VerifyOptions(threads=1))
     assert [check for check in checks if not check.passed] == []
     found: dict[str, dict[str, float | None]] = {"decoder": {}, "decoder_cpu": {}}
     for check in checks:
@@ -121,7 +121,7 @@ def test_an_update_is_compared_over_all_logits() -> None:
 
     def difference(ours: Any, without: Any = base) -> float | None:
         rows = [[1], [2]]
-        return parity.update_difference(reference, rows, list(ours), list(without), theirs, base)
+        return logit_checks.update_difference(reference, rows, list(ours), list(without), theirs, base)
 
     assert difference(theirs) == 0
     assert difference(theirs + 7, base + 7) == 0  # an error of both is none of the update
@@ -129,13 +129,13 @@ def test_an_update_is_compared_over_all_logits() -> None:
     assert difference(theirs + np.array([[[0, 0]], [[3.0, 4]]])) == 1
     assert difference(base + 2 * (theirs - base)) == 1
     assert difference(theirs + np.array([[[0, 0.5]], [[0, 0]]])) == pytest.approx(0.1)
-    assert parity.update_difference(reference, [[1]], [theirs[0]], [base[0]], base, base) is None
+    assert logit_checks.update_difference(reference, [[1]], [theirs[0]], [base[0]], base, base) is None
 
 
 def test_tenants_share_clusters(runtime: Runtime, mini: Checkpoint) -> None:
     """Else mode tenant would be mode cohort."""
-    rows = verification_rows(mini, None)[:8]
-    arguments, _ = parity._arguments_of("tenant", runtime, mini, rows)
+    rows = verification_rows(mini)[:8]
+    arguments, _ = checkpoint_checks._arguments_of("tenant", runtime, mini, rows)
     found: dict[int, set[Any]] = {}
     clusters = runtime.adapt(rows, mode="none").cluster_ids.tolist()
     for cluster, tenant in zip(clusters, arguments["tenants"], strict=True):
@@ -147,30 +147,30 @@ def test_tenants_share_clusters(runtime: Runtime, mini: Checkpoint) -> None:
 def test_vectors_of_a_row_have_length_one_and_depend_on_the_row() -> None:
     takes: Any = SimpleNamespace(manifest=SimpleNamespace(adaptation=SimpleNamespace(conditioning_size=8)))
     none: Any = SimpleNamespace(manifest=SimpleNamespace(adaptation=SimpleNamespace(conditioning_size=0)))
-    vectors = parity.given(takes, "request", [0, 3])["conditioning"]
+    vectors = promises.given(takes, "request", [0, 3])["conditioning"]
     assert (vectors.shape, vectors.dtype) == ((2, 8), np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
-    assert parity.given(takes, "request", [3])["conditioning"].tolist() == vectors[1:].tolist()
+    assert promises.given(takes, "request", [3])["conditioning"].tolist() == vectors[1:].tolist()
     assert vectors[0].tolist() != vectors[1].tolist()
-    assert parity.given(takes, "none", [0]) == parity.given(none, "request", [0]) == {}
+    assert promises.given(takes, "none", [0]) == promises.given(none, "request", [0]) == {}
 
 
 def test_rows_are_ragged_and_reach_the_last_position(mini: Checkpoint) -> None:
-    lengths = [len(ids) for ids in verification_rows(mini, None)]
+    lengths = [len(ids) for ids in verification_rows(mini)]
     assert (len(lengths), min(lengths), max(lengths)) == (33, 1, 128)
     assert len(set(lengths)) > 20
 
 
 def test_reduced_precisions_have_windows_of_one_kind_of_text(mini: Checkpoint) -> None:
-    rows = verification_rows(mini, None, more=True)
+    rows = verification_rows(mini, more=True)
     *_, longest = rows
-    ragged, typical = parity.ragged_and_typical(rows)
-    assert ragged == verification_rows(mini, None)
+    ragged, typical = checkpoint_checks.ragged_and_typical(rows)
+    assert ragged == verification_rows(mini)
     assert {len(ids) for ids in rows[32:-1]} == {128}  # all positions of this model
     assert len(rows) == 33 + 24
     assert len(longest) == max(map(len, rows))
     assert typical == rows[32:40]
-    assert parity.ragged_and_typical(ragged) == (ragged, ragged[:8])  # as in fp32
+    assert checkpoint_checks.ragged_and_typical(ragged) == (ragged, ragged[:8])  # as in fp32
 
 
 def swap_centroids(path: Path) -> None:
@@ -213,7 +213,7 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
     portable: Runtime, runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faults of a runtime rather than of a bundle."""
-    rows, gate = verification_rows(mini, None), GATES["fp32"]
+    rows, gate = verification_rows(mini), GATES["fp32"]
     long_rows = [ids for ids in rows if len(ids) >= 16][:4]
     decoder: Any = portable.decoder
     run = decoder._run
@@ -228,12 +228,12 @@ def test_decoders_that_mix_rows_or_forget_are_caught(
         return logits
 
     monkeypatch.setattr(decoder, "_run", leaky)
-    assert not all(check.passed for check in parity.check_batching(portable, rows, gate))
+    assert not all(check.passed for check in promises.check_batching(portable, rows, gate))
     monkeypatch.setattr(decoder, "_run", forgetful)
-    assert not all(check.passed for check in parity.check_cache(portable, RowLogits(mini), long_rows, gate))
+    assert not all(check.passed for check in checkpoint_checks.check_cache(portable, RowLogits(mini), long_rows, gate))
 
     damage_cache(runtime, CACHE_FAULTS[0], monkeypatch)
-    assert not all(check.passed for check in parity.check_cache(runtime, RowLogits(mini), long_rows, gate))
+    assert not all(check.passed for check in checkpoint_checks.check_cache(runtime, RowLogits(mini), long_rows, gate))
 
 
 @pytest.mark.parametrize("option", ["padding", "truncation", "dropout"])
@@ -241,7 +241,7 @@ def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
     option: str, bundle: Path, mini: Checkpoint
 ) -> None:
     """`load` refuses such a bundle; `verify` notices by itself."""
-    runtime, rows = chameleon_deploy.load(bundle, threads=1), verification_rows(mini, None)[:8]
+    runtime, rows = chameleon_deploy.load(bundle, threads=1), verification_rows(mini)[:8]
     assert all(check.passed for check in check_texts(runtime, mini.trunk.tokenizer, rows))
     match option:
         case "padding":
@@ -257,8 +257,8 @@ def test_a_bundle_whose_tokenizer_changes_token_ids_is_not_verified(
 def test_a_decoder_that_ignores_its_factors_is_caught(
     portable: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, reference = verification_rows(mini, None)[:8], RowLogits(mini)
-    checks = list(parity.check_wrong_factors(portable, reference, rows))
+    rows, reference = verification_rows(mini)[:8], RowLogits(mini)
+    checks = list(wrong_factors.check_wrong_factors(portable, reference, rows))
     assert len(checks) == 3
     assert all(check.passed and check.value > 0.9 for check in checks)
     decoder: Any = portable.decoder
@@ -268,13 +268,13 @@ def test_a_decoder_that_ignores_its_factors_is_caught(
         return run(ids, mask, positions, none.rows(np.zeros(len(ids), np.int64)), cache)
 
     monkeypatch.setattr(decoder, "_run", deaf)
-    assert not any(check.passed for check in parity.check_wrong_factors(portable, reference, rows))
+    assert not any(check.passed for check in wrong_factors.check_wrong_factors(portable, reference, rows))
 
 
 def test_a_check_that_cannot_be_made_says_so(
     bundle: Path, lora_bundle: Path, mini: Checkpoint, mini_lora: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = verification_rows(mini, None)[:8]
+    rows = verification_rows(mini)[:8]
     silent = dataclasses.replace(mini, factors=copy.deepcopy(mini.factors))
     for parameter in silent.factors.parameters():
         parameter.data.zero_()
@@ -282,12 +282,12 @@ def test_a_check_that_cannot_be_made_says_so(
     zeros = head_factors(np.zeros((4, 64), np.float32), np.zeros((4, 512), np.float32))
     sets = check_factors(zeros, runtime.manifest.adaptation)
     monkeypatch.setattr(runtime.backend, "generate_factors", lambda c: sets[np.zeros(len(c), np.int64)])
-    notes = [check.note for check in parity.check_wrong_factors(runtime, RowLogits(silent), rows)]
+    notes = [check.note for check in wrong_factors.check_wrong_factors(runtime, RowLogits(silent), rows)]
     assert len(notes) == 3
     assert all(note.startswith("not checked: it changes no logit") for note in notes)
 
     one_set = chameleon_deploy.load(lora_bundle, threads=1)
-    first, *others = parity.check_wrong_factors(one_set, RowLogits(mini_lora), rows)
+    first, *others = wrong_factors.check_wrong_factors(one_set, RowLogits(mini_lora), rows)
     assert first.passed
     assert first.limit is not None
     assert [check.note for check in others] == ["not checked: mode static has one factor set"] * 2
@@ -357,7 +357,7 @@ def test_nan_in_a_row_of_a_batch_is_caught(
             yield start, logits
 
     monkeypatch.setattr(runtime.decoder, "all_logits", damaged)
-    batching, *_ = parity.check_batching(runtime, verification_rows(mini, None), GATES["fp32"])
+    batching, *_ = promises.check_batching(runtime, verification_rows(mini), GATES["fp32"])
     assert math.isnan(batching.value)
     assert not batching.passed
 
@@ -376,8 +376,8 @@ def test_nan_in_one_mode_is_caught(
             yield start, logits
 
     monkeypatch.setattr(runtime.decoder, "all_logits", damaged)
-    rows = verification_rows(mini, None)[:8]
-    *against_base, _ = parity.check_base(runtime, RowLogits(mini), rows, GATES[precision])
+    rows = verification_rows(mini)[:8]
+    *against_base, _ = checkpoint_checks.check_base(runtime, RowLogits(mini), rows, GATES[precision])
     assert against_base
     assert not any(check.passed for check in against_base)
 

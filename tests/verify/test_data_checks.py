@@ -21,7 +21,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.known_answers import recorded_answers
-from chameleon_deploy.verify import checks as parity
+from chameleon_deploy.verify import checkpoint_checks
 from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.gates import GATES
 from tests.damage import Damage, change_weights, edit, reseal
@@ -134,7 +134,7 @@ def by_precision(
         checkpoint = {"mini": mini, "llama": llama}[family]
         if (family, precision) not in made:
             made[family, precision] = tmp_path_factory.mktemp("rows") / "bundle"
-            export_bundle(checkpoint, made[family, precision], None, precision=precision)
+            export_bundle(checkpoint, made[family, precision], precision=precision)
         return made[family, precision], checkpoint
 
     return bundle
@@ -197,7 +197,7 @@ def test_a_hypernetwork_that_is_a_little_off_is_tolerated(
     change_weights("lm_head.lora_A.bias", first)(path)
     right, wrong = (chameleon_deploy.load(each, threads=1) for each in (bundle, path))
     rows = recorded_answers(right.bundle).rows
-    checks = list(parity.check_adaptation(wrong, mini, rows, GATES["fp32"]))
+    checks = list(checkpoint_checks.check_adaptation(wrong, mini, rows, GATES["fp32"]))
     assert {check.name for check in checks if not check.passed} == (
         {"factors, relative difference"} if caught else set()
     )
@@ -210,7 +210,7 @@ def test_greedy_tokens_are_the_references(runtime: Runtime, mini: Checkpoint, mo
     def differ() -> list[float]:
         answers = recorded_answers(runtime.bundle)
         theirs = inference.adapt(mini, answers.rows, "cohort")
-        return [parity.check_greedy("cohort", answers, reference, theirs, GATES["fp32"]).value]
+        return [checkpoint_checks.check_greedy("cohort", answers, reference, theirs, GATES["fp32"]).value]
 
     reference: Any = RowLogits(mini)
     assert differ() == [0]

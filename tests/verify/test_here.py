@@ -45,14 +45,14 @@ def missed(runtime: Runtime) -> set[str]:
 @pytest.fixture(scope="module")
 def int8_bundle(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "llama"
-    export_bundle(llama, out, None, precision="int8")
+    export_bundle(llama, out, precision="int8")
     return out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_this_machine_gives_its_own_answers(precision: Precision, llama: Checkpoint, tmp_path: Path) -> None:
     """In every mode that needs no factors of a caller, on the graph that recorded them and on the portable one."""
-    export_bundle(llama, tmp_path / "b", None, precision=precision)
+    export_bundle(llama, tmp_path / "b", precision=precision)
     bundle = open_bundle(tmp_path / "b")
     answers = recorded_answers(bundle)
     assert list(answers.modes) == ["none", "centroid", "request", "cohort", "tenant"]
@@ -67,7 +67,7 @@ def test_this_machine_gives_its_own_answers(precision: Precision, llama: Checkpo
 def test_adapters_and_texts_without_tokens(llama_path: Path, tmp_path: Path) -> None:
     base = llama_path / "base"
     adapter = save_adapter(base, tmp_path / "peft", 1, r=4, lora_alpha=12, target_modules=LLAMA_LAYERS)
-    export_bundle(load_adapted(str(base), {"legal": adapter}), tmp_path / "b", None)
+    export_bundle(load_adapted(str(base), {"legal": adapter}), tmp_path / "b")
     runtime = chameleon_deploy.load(tmp_path / "b", threads=1)
     answers = recorded_answers(runtime.bundle)
     assert list(answers.modes) == ["none", "static"]

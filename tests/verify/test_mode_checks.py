@@ -17,7 +17,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.verify.checks import check_mode
+from chameleon_deploy.verify.checkpoint_checks import check_mode
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows
 from tests.conftest import REPOSITORY
@@ -33,7 +33,7 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def missed(tiny: Checkpoint) -> Missed:
-    reference, rows = RowLogits(tiny), verification_rows(tiny, None)[:8]
+    reference, rows = RowLogits(tiny), verification_rows(tiny)[:8]
 
     def of(runtime: Runtime, mode: Mode) -> set[str]:
         checks = check_mode(runtime, reference, rows, GATES[runtime.manifest.precision], mode)
@@ -45,7 +45,7 @@ def missed(tiny: Checkpoint) -> Missed:
 @pytest.fixture(scope="module", params=PRECISIONS)
 def runtime(tiny: Checkpoint, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     path: Path = tmp_path_factory.mktemp("modes") / request.param
-    export_bundle(tiny, path, None, precision=request.param)
+    export_bundle(tiny, path, precision=request.param)
     return chameleon_deploy.load(path, threads=1)
 
 

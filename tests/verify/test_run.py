@@ -16,10 +16,9 @@ from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.known_answers import recorded_answers
-from chameleon_deploy.verify import checks as parity
-from chameleon_deploy.verify import run
+from chameleon_deploy.verify import checkpoint_checks, run
 from chameleon_deploy.verify.gates import Check
-from chameleon_deploy.verify.run import rows_within, verification_rows, verify_bundle
+from chameleon_deploy.verify.run import VerifyOptions, rows_within, verification_rows, verify_bundle
 
 Rows = Callable[..., list[list[int]]]
 
@@ -93,11 +92,13 @@ def test_each_graph_is_verified(
         return [Check("a", 1, 2)]
 
     answers = recorded_answers(open_bundle(bundle))
-    known = [ids for mode in ("none", "cohort") for ids in parity.continued_rows(answers, mode)]
+    known = [ids for mode in ("none", "cohort") for ids in checkpoint_checks.continued_rows(answers, mode)]
     assert len(known) == 8
-    monkeypatch.setattr(parity, "verify", verify)
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", verify)
     named: dict[str, Any] = {} if keep_trunk is None else {"keep_trunk": keep_trunk}
-    checks, record = verify_bundle(bundle, mini, None, 1, lambda *step: reported.append(step), max_kl=0.5, **named)
+    checks, record = verify_bundle(
+        bundle, mini, lambda *step: reported.append(step), VerifyOptions(threads=1, max_kl=0.5, **named)
+    )
     assert called == [("decoder", False, 0.5), ("decoder_cpu", True, 0.5)]
     assert len(checks) == len(record["checks"]) == 2
     assert (record["provider"], record["texts"], record["verified"]) == ("cpu", 33, True)
@@ -113,9 +114,9 @@ def test_a_provider_has_one_graph(bundle: Path, mini: Checkpoint, monkeypatch: p
         called.append((runtime.graph, whole, len(rows)))
         return [Check("a", 3, 2)]
 
-    monkeypatch.setattr(parity, "verify", verify)
+    monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", verify)
     monkeypatch.setattr(run, "rows_within", lambda rows, limits: rows[-5:])
-    checks, record = verify_bundle(bundle, mini, None, 1, lambda *_: None, provider="auto")
+    checks, record = verify_bundle(bundle, mini, lambda *_: None, VerifyOptions(threads=1, provider="auto"))
     assert called == [("decoder_cpu", True, 5)]
     assert [check.passed for check in checks] == [record["verified"]] == [False]
     assert (record["provider"], record["texts"]) == ("cpu", 5)

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.verify.text_checks import check_texts
+from chameleon_deploy.verify.promises import check_texts
 
 TEXTS = ["The river", "a", "It was<|endoftext|>late", "of the hills"]
 

@@ -143,7 +143,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
     seen, hooks = Statistics(layers, [], {}), []
     firsts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
 
-    def see(name: str, x: Tensor, extremes: Tensor | None) -> None:
+    def see(name: str, x: Tensor, extremes: Tensor | None = None) -> None:
         seen.inputs.setdefault(name, Products()).add(x)
         if extremes is not None:
             _update(extremes, torch.stack([x, -x]) if name in centred else x.abs()[None])
@@ -154,7 +154,7 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
             before = lambda module, inputs, name=name, taken=taken: see(name, inputs[0], taken)  # noqa: E731
             hooks.append(module.register_forward_pre_hook(before))
     last_norm = family.last_norm_of(trunk)
-    hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output, None)))
+    hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output)))
     for done, rows in enumerate(texts):
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
