@@ -30,7 +30,7 @@ class Adapter:
     """
 
     key: tuple[str, int]
-    file: tuple[Path, str] | None
+    file: tuple[Path, str] | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Adapters:
         if self._spec.adapters:
             tensors = bundle.lora()
             for i, name in enumerate(self._spec.adapters):
-                adapter = self._named[name] = Adapter((name, next(self._numbers)), None)
+                adapter = self._named[name] = Adapter((name, next(self._numbers)))
                 self._sets[adapter.key] = self._entered({tensor: array[i] for tensor, array in tensors.items()})
 
     @property

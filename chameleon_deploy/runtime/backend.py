@@ -89,7 +89,7 @@ class DeviceBackend:
         device: CudaDevice,
         bundle: Bundle,
         graphs: Mapping[Role, DeviceGraph],
-        limits: LimitsSpec | None,
+        limits: LimitsSpec | None = None,
     ) -> None:
         """Take the graphs of a bundle.
 

@@ -103,14 +103,15 @@ class FactorSources:
         """
         mode, first = adapt.mode, np.zeros(len(embeddings), np.int64)
         if mode == "none":
-            return [FactorSource("none", None, lambda _: self._no_factors)], first
+            return [FactorSource("none", item=None, make_all=lambda _: self._no_factors)], first
         if adapt.adapters is not None:
             names = list(dict.fromkeys(adapt.adapters))
             return [self._adapter_source(name) for name in names], _numbers(names, adapt.adapters)
         if mode == "static":
             sets = self._static_factors(adapt.factors)
             own = sets if adapt.factors is None else sets[np.array([0])]  # a copy, which the caller cannot change
-            return [FactorSource("static" if adapt.factors is None else object(), None, lambda _: own)], first
+            key = "static" if adapt.factors is None else object()
+            return [FactorSource(key, item=None, make_all=lambda _: own)], first
         if mode == "centroid":
             present, factor_ids = np.unique(cluster_ids, return_inverse=True)
             return [FactorSource(c, c, self._factors_of_clusters) for c in present.tolist()], factor_ids.astype(

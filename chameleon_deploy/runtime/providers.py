@@ -83,7 +83,7 @@ def open_cuda(bundle: Bundle) -> DeviceBackend:
         )
     options = {"user_compute_stream": str(device.stream), "use_tf32": "0"}  # the stream that our copies are on
     graphs = open_sessions(bundle, graph_names(bundle, "cuda"), ("CUDAExecutionProvider", options), "cuda")
-    return DeviceBackend("cuda", device, bundle, graphs, None)
+    return DeviceBackend("cuda", device, bundle, graphs)
 
 
 def open_tensorrt(bundle: Bundle) -> DeviceBackend:

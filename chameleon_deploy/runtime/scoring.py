@@ -12,6 +12,8 @@ from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.adaptation import Adaptation
 from chameleon_deploy.runtime.decode.decoder import Decoder
+from chameleon_deploy.runtime.factors import RowFactors
+from chameleon_deploy.runtime.sampling import Choice, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,16 @@ def score_rows(rows: Sequence[Sequence[int]], decoder: Decoder, adaptation: Adap
         Score(list(ids), values.tolist(), int(cluster_id))
         for ids, values, cluster_id in zip(rows, logprobs, adaptation.cluster_ids, strict=True)
     ]
+
+
+def prompt_logprobs(ids: Sequence[int], decoder: Decoder, factors: RowFactors, count: int) -> list[Choice]:
+    """Return the choices that would have generated a text after its first token, as `Sampling.logprobs` reports
+    them.
+    """
+    choices: list[Choice] = []
+    if len(ids) == 1:
+        return choices
+    for start, logits in decoder.all_logits([ids[:-1]], factors):
+        rows = np.asarray(logits)[0]
+        choices += [log_probabilities(row, ids[start + i + 1], count) for i, row in enumerate(rows)]
+    return choices

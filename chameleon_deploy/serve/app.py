@@ -1,8 +1,9 @@
-"""The ASGI application: routes, and the answers to errors."""
+"""The ASGI application: routes, the files of the playground, and the answers to errors."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -19,9 +20,22 @@ from chameleon_deploy.serve.endpoint import Endpoint, json_response
 from chameleon_deploy.serve.errors import ApiError, api_error, error_response
 from chameleon_deploy.serve.logs import RequestLog
 from chameleon_deploy.serve.operations import OPERATIONS
-from chameleon_deploy.serve.playground import page
 from chameleon_deploy.serve.schemas import Health, Version
 from chameleon_deploy.serve.service import Service
+
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_FILES = {  # by name, as they were when the server started
+    file.name: (file.read_bytes(), _TYPES[file.suffix])
+    for file in sorted((Path(__file__).parent / "page").glob("*"))
+    if file.suffix in _TYPES
+}
 
 
 def build(service: Service, lifespan: Lifespan[Starlette] | None = None) -> ASGIApp:
@@ -35,8 +49,8 @@ def build(service: Service, lifespan: Lifespan[Starlette] | None = None) -> ASGI
             Route("/metrics", _metrics),
             Route("/version", _version),
             Route("/openapi.json", _openapi),
-            Route("/", page),
-            Route("/{name}", page),
+            Route("/", _page),
+            Route("/{name}", _page),
         ],
         lifespan=lifespan,
         exception_handlers=dict.fromkeys(faults, _on_error),
@@ -71,6 +85,15 @@ async def _version(request: Request) -> Response:
     return json_response(
         Version(__version__, runtime.bundle.digest, runtime.provider, runtime.manifest.precision)
     )  # fmt: skip
+
+
+async def _page(request: Request) -> Response:
+    """Return a file of the playground."""
+    name = request.path_params.get("name", "index.html")
+    if name not in _FILES:
+        raise ApiError(404, "not_found", f"there is no {name!r} here")
+    content, media_type = _FILES[name]
+    return Response(content, headers=_HEADERS, media_type=media_type)
 
 
 async def _openapi(request: Request) -> Response:

@@ -19,7 +19,7 @@ from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import DONE, EventStream, event
-from chameleon_deploy.serve.logprobs import LogprobsWriter, join
+from chameleon_deploy.serve.logprobs import LogprobsWriter, by_id, join
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import as_texts, encode
 from chameleon_deploy.serve.schemas import (
@@ -33,7 +33,6 @@ from chameleon_deploy.serve.schemas import (
 )
 from chameleon_deploy.serve.scoring import adapt_options, score_prompts
 from chameleon_deploy.serve.service import Served
-from chameleon_deploy.serve.token_names import by_id
 
 _SEED_MASK = 2**64 - 1
 _FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
@@ -207,14 +206,14 @@ class RowWriter:
             return None
         choices = self._echo.choices
         logprobs = None if choices is None else self._writer(0, special=True).write(choices)
-        return self._choice(self._echo.text, logprobs, None, [])
+        return self._choice(self._echo.text, logprobs, reason=None, token_ids=[])
 
     def part(self, text: str, choices: list[Choice], reason: str | None) -> CompletionChoice:
         """Some new tokens and the text that they add."""
         logprobs = None if self._job.body.logprobs is None else self._logprobs.write(choices)
         return self._choice(text, logprobs, reason, [choice.token_id for choice in choices])
 
-    def whole(self, generation: Generation | None) -> CompletionChoice:
+    def whole(self, generation: Generation | None = None) -> CompletionChoice:
         """generation: None where no token was asked for"""
         echo = self.echo()
         if generation is None:
@@ -307,7 +306,7 @@ async def _chunks(job: Job, writers: list[RowWriter]) -> AsyncGenerator[Completi
 def _echo_chunks(job: Job, writers: list[RowWriter]) -> Iterator[CompletionChoice]:
     """The prompts; the whole answer where no token is asked for."""
     for writer in writers:
-        choice = writer.whole(None) if job.stream is None else writer.echo()
+        choice = writer.whole() if job.stream is None else writer.echo()
         if choice is not None:
             yield choice
 

@@ -47,7 +47,7 @@ class Keys:
     def holder(self, authorization: str | None) -> Holder:
         """Who sends an Authorization header. Raises ApiError."""
         if self._holders is None:
-            return Holder(None, RIGHTS)
+            return Holder(tenant=None, rights=RIGHTS)
         scheme, _, key = (authorization or "").partition(" ")
         holder = self._holders.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
         if holder is None:

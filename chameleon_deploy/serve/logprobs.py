@@ -1,7 +1,8 @@
-"""The logprobs object of a choice."""
+"""The logprobs object of a choice, and what a token is called in it: its text, where no other token has the same."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,3 +49,50 @@ def join(first: Logprobs, second: Logprobs) -> Logprobs:
         first.top_logprobs + second.top_logprobs,
         first.text_offset + second.text_offset,
     )
+
+
+class TokenNames:
+    """A name for every token id, no two the same.
+
+    A token that is part of a character is named by its bytes, and tokens of equal text by their ids.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        text_of = _byte_level_text if "ByteLevel" in repr(tokenizer.decoder) else _sentencepiece_text
+        tokens = map(tokenizer.id_to_token, range(vocab_size))  # None for an id that the tokenizer does not know
+        names = [None if token is None else text_of(token) for token in tokens]
+        times = Counter(names)
+        self._names = [
+            by_id(token_id) if name is None or times[name] > 1 else name for token_id, name in enumerate(names)
+        ]
+
+    def __getitem__(self, token_id: int) -> str:
+        return self._names[token_id]
+
+
+def by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _sentencepiece_text(token: str) -> str:
+    return token.replace("\u2581", " ")
+
+
+def _byte_level_text(token: str) -> str:
+    if not all(character in _BYTES for character in token):  # a special token
+        return token
+    raw = bytes(_BYTES[character] for character in token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes with (Radford et al., 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

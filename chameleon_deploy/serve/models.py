@@ -18,7 +18,7 @@ class Meant(NamedTuple):
 
     model: str
     mode: Mode
-    adapter: Adapter | None
+    adapter: Adapter | None = None
 
 
 class Models:
@@ -54,7 +54,7 @@ class Models:
         self._created = int(time.time())
         self.max_length = min(manifest.model.max_positions, capacity or manifest.model.max_positions)
 
-    def resolve(self, model: str | None, mode: Mode | None) -> Meant:
+    def resolve(self, model: str | None, mode: Mode | None = None) -> Meant:
         """Raises ApiError for a name that no model has, or a mode that it does not go with."""
         named = self.name if model is None else model
         adapter = named.removeprefix(f"{self.name}:")
@@ -66,13 +66,13 @@ class Models:
             message = f"no model {named!r}: choose one of {', '.join(self._names()[:20])}"
             raise ApiError(404, "model_not_found", message, "model")
         if mode is None or mode == self._modes[named]:
-            return Meant(named, self._modes[named], None)
+            return Meant(named, self._modes[named])
         if named != self.name:
             raise ApiError(400, "input_invalid", f"model {named!r} and mode {mode!r} contradict each other", "mode")
         if mode not in self._modes.values():
             modes = ", ".join(dict.fromkeys(self._modes.values()))
             raise ApiError(400, "mode_unavailable", f"mode {mode!r} is not served here: choose one of {modes}", "mode")
-        return Meant(named, mode, None)
+        return Meant(named, mode)
 
     def check_loaded(self, meant: Meant) -> None:
         """Raises ApiError where another adapter has the name by now, or none: who computed would not be known."""
@@ -84,7 +84,7 @@ class Models:
 
     def get(self, name: str) -> Model:
         """Raises ApiError."""
-        return self._model(self.resolve(name, None).model)
+        return self._model(self.resolve(name).model)
 
     def _names(self) -> Sequence[str]:
         return [*self._modes, *(f"{self.name}:{adapter}" for adapter in self._adapters.names)]

@@ -1,19 +1,27 @@
-"""The table of endpoints that take requests: routes and /openapi.json are both made of it."""
+"""The endpoints that take requests: the table of which routes and /openapi.json are made, and the short handlers.
+
+Adapters are loaded and unloaded as in vLLM, texts are tokenized as in lm-evaluation-harness and vLLM.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from chameleon_deploy.serve import lora_adapters, schemas
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.serve import schemas
 from chameleon_deploy.serve.call import Call
-from chameleon_deploy.serve.clusters import adapt, clusters
 from chameleon_deploy.serve.completions import complete
+from chameleon_deploy.serve.errors import ApiError, api_error
+from chameleon_deploy.serve.prompts import encode
 from chameleon_deploy.serve.scoring import score
-from chameleon_deploy.serve.tokenization import detokenize, tokenize, tokenizer_info
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,9 @@ class Operation:
 
     path: str
     handler: Callable[[Call[Any]], Awaitable[Any]]
-    body: type[msgspec.Struct] | None
     response: type[msgspec.Struct]
     summary: str
+    body: type[msgspec.Struct] | None = None
 
     @property
     def method(self) -> str:
@@ -35,23 +43,119 @@ async def _models(call: Call[None]) -> schemas.ModelList:
     return call.served.models.list()
 
 
+async def _adapt(call: Call[schemas.TextsRequest]) -> schemas.AdaptResponse:
+    return await call.off_loop_if_large(lambda: _adapted(call))
+
+
+def _adapted(call: Call[schemas.TextsRequest]) -> schemas.AdaptResponse:
+    """Return where texts lie among the centroids."""
+    body, served = call.body, call.served
+    model = served.models.resolve(body.model, body.mode).model
+    ids = [row[: body.adapt_tokens] for row in encode(body.input, "input", served)]
+    embeddings, cluster_ids = served.runtime.embed(ids)
+    items = [
+        schemas.AdaptItem(
+            index=i,
+            cluster_id=int(cluster_ids[i]),
+            embedding=embedding.tolist(),
+            distances=np.linalg.norm(served.centroids - embedding, axis=1).tolist(),
+            num_tokens=len(ids[i]),
+        )
+        for i, embedding in enumerate(embeddings)
+    ]
+    return schemas.AdaptResponse(model=model, data=items)
+
+
+async def _clusters(call: Call[None]) -> schemas.ClusterList:
+    sizes, centroids = call.served.cluster_sizes, call.served.centroids.tolist()
+    return schemas.ClusterList(
+        data=[schemas.Cluster(id=i, size=sizes[i], centroid=centroid) for i, centroid in enumerate(centroids)]
+    )
+
+
+async def _load_adapter(call: Call[schemas.LoadAdapterRequest]) -> schemas.Model:
+    """Load a file of the server's directory. Raises ApiError, AdapterError, InputError or TensorError."""
+    body, served = call.body, call.served
+    directory = _adapter_directory(call)
+    # A plain name, so that a request reads no other file of this machine.
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", body.lora_path):
+        raise ApiError(400, "path_unsafe", "lora_path must be the plain name of a file in --adapters", "lora_path")
+    file = directory / body.lora_path
+    try:
+        await asyncio.to_thread(served.runtime.load_adapter, body.lora_name, file)
+    except ChameleonError as error:  # without the path of the directory
+        raise replace(api_error(error), message=str(error).replace(str(file), body.lora_path)) from error
+    return served.models.get(f"{served.models.name}:{body.lora_name}")
+
+
+async def _unload_adapter(call: Call[schemas.UnloadAdapterRequest]) -> schemas.AdapterUnloaded:
+    """Forget an adapter; its running rows go on. Raises ApiError or AdapterError."""
+    _adapter_directory(call)
+    call.served.runtime.unload_adapter(call.body.lora_name)
+    return schemas.AdapterUnloaded(call.body.lora_name)
+
+
+def _adapter_directory(call: Call[Any]) -> Path:
+    if call.served.adapter_files is None:
+        raise ApiError(403, "adapters_fixed", "this server loads no adapters: start it with --adapters DIR")
+    if "load_adapters" not in call.rights:
+        raise ApiError(403, "right_missing", "this API key may not load or unload adapters: it needs load_adapters")
+    return call.served.adapter_files
+
+
+async def _tokenize(call: Call[schemas.TokenizeRequest]) -> schemas.TokenizeResponse:
+    return await call.off_loop_if_large(lambda: _tokenized(call))
+
+
+def _tokenized(call: Call[schemas.TokenizeRequest]) -> schemas.TokenizeResponse:
+    """An empty text has no tokens, which is no fault here."""
+    body, served = call.body, call.served
+    served.models.resolve(body.model)
+    encoding = served.runtime.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    length = served.models.max_length
+    response = schemas.TokenizeResponse(count=len(encoding.ids), max_model_len=length, tokens=encoding.ids)
+    if body.return_token_strs:
+        response.token_strs = encoding.tokens
+    return response
+
+
+async def _detokenize(call: Call[schemas.DetokenizeRequest]) -> schemas.DetokenizeResponse:
+    body, served = call.body, call.served
+    served.models.resolve(body.model)
+    vocab_size = served.runtime.manifest.model.vocab_size
+    if (bad := next((i for i in body.tokens if i >= vocab_size), None)) is not None:
+        message = f"token id {bad} is outside the vocabulary of {vocab_size}"
+        raise ApiError(422, "token_invalid", message, "tokens")
+    decode = served.runtime.tokenizer.decode
+    text = await call.off_loop_if_large(lambda: decode(body.tokens, skip_special_tokens=False))
+    return schemas.DetokenizeResponse(text)
+
+
+async def _tokenizer_info(call: Call[None]) -> schemas.TokenizerInfo:
+    tokenizer, model = call.served.runtime.tokenizer, call.served.runtime.manifest.model
+    return schemas.TokenizerInfo(
+        tokenizer_class=type(tokenizer.model).__name__,
+        vocab_size=model.vocab_size,
+        model_max_length=model.max_positions,
+        eos_token=tokenizer.id_to_token(model.eos_token_id) or "",
+        eos_token_id=model.eos_token_id,
+    )
+
+
 OPERATIONS = (
-    Operation("/v1/completions", complete, schemas.CompletionRequest, schemas.Completion, "Continue prompts."),
-    Operation("/v1/models", _models, None, schemas.ModelList, "The bundle's modes, each as a model."),
-    Operation("/v1/score", score, schemas.TextsRequest, schemas.ScoreResponse, "Log-probabilities of texts."),
-    Operation("/v1/adapt", adapt, schemas.TextsRequest, schemas.AdaptResponse, "Embeddings and nearest clusters."),
-    Operation("/v1/clusters", clusters, None, schemas.ClusterList, "Centroids, and prompts seen of each."),
+    Operation("/v1/completions", complete, schemas.Completion, "Continue prompts.", schemas.CompletionRequest),
+    Operation("/v1/models", _models, schemas.ModelList, "The bundle's modes, each as a model."),
+    Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
+    Operation("/v1/adapt", _adapt, schemas.AdaptResponse, "Embeddings and nearest clusters.", schemas.TextsRequest),
+    Operation("/v1/clusters", _clusters, schemas.ClusterList, "Centroids, and prompts seen of each."),
     Operation(
-        "/v1/load_lora_adapter", lora_adapters.load, schemas.LoadAdapterRequest, schemas.Model, "Load an adapter file."
+        "/v1/load_lora_adapter", _load_adapter, schemas.Model, "Load an adapter file.", schemas.LoadAdapterRequest
     ),
     Operation(
-        "/v1/unload_lora_adapter",
-        lora_adapters.unload,
+        "/v1/unload_lora_adapter", _unload_adapter, schemas.AdapterUnloaded, "Forget an adapter.",
         schemas.UnloadAdapterRequest,
-        schemas.AdapterUnloaded,
-        "Forget an adapter.",
     ),
-    Operation("/tokenize", tokenize, schemas.TokenizeRequest, schemas.TokenizeResponse, "Token ids of a text."),
-    Operation("/detokenize", detokenize, schemas.DetokenizeRequest, schemas.DetokenizeResponse, "Text of token ids."),
-    Operation("/tokenizer_info", tokenizer_info, None, schemas.TokenizerInfo, "About the tokenizer."),
-)
+    Operation("/tokenize", _tokenize, schemas.TokenizeResponse, "Token ids of a text.", schemas.TokenizeRequest),
+    Operation("/detokenize", _detokenize, schemas.DetokenizeResponse, "Text of token ids.", schemas.DetokenizeRequest),
+    Operation("/tokenizer_info", _tokenizer_info, schemas.TokenizerInfo, "About the tokenizer."),
+)  # fmt: skip

@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from chameleon_deploy.runtime import Adapt, Adaptation
-from chameleon_deploy.runtime.decode.prompt_logprobs import prompt_logprobs
 from chameleon_deploy.runtime.sampling import Choice
-from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.scoring import Score, prompt_logprobs, score_rows
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import encode

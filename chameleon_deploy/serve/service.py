@@ -20,10 +20,10 @@ from chameleon_deploy.runtime import Adapt, Engine, Runtime
 from chameleon_deploy.serve.bodies import UnfinishedBodies
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
+from chameleon_deploy.serve.logprobs import TokenNames
 from chameleon_deploy.serve.metrics import Metrics
 from chameleon_deploy.serve.models import Meant, Models
 from chameleon_deploy.serve.settings import Settings
-from chameleon_deploy.serve.token_names import TokenNames
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import known_answer_checks
 

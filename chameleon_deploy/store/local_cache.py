@@ -230,7 +230,7 @@ def _describe(path: Path) -> Stored:
     try:
         return Stored(path.parent.name, path, _read_entry(path).key, size, (path / ENTRY).stat().st_mtime)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return Stored(path.parent.name, path, None, size, path.stat().st_mtime)
+        return Stored(path.parent.name, path, key=None, size=size, last_used=path.stat().st_mtime)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chameleon_deploy import Runtime, Sampling
-from chameleon_deploy.runtime.decode.prompt_logprobs import prompt_logprobs
+from chameleon_deploy.runtime.scoring import prompt_logprobs
 from tests.rows import random_rows
 
 

@@ -25,7 +25,7 @@ VECTORS = np.random.default_rng(0).normal(scale=3, size=(2, SIZE)).astype(np.flo
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("conditioning")
     random_checkpoint(path / "checkpoint", "mini", targets=["attention", "lm_head"], conditioning_size=SIZE)
-    export_bundle(load_checkpoint(path / "checkpoint"), path / "wiki", None)
+    export_bundle(load_checkpoint(path / "checkpoint"), path / "wiki")
     return path / "wiki"
 
 

@@ -22,8 +22,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from chameleon_deploy.runtime.decode.prompt_logprobs import prompt_logprobs
 from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.scoring import prompt_logprobs
 from chameleon_deploy.serve import connections, endpoint, logs, scoring
 from chameleon_deploy.serve.connections import Connection, Connections
 from tests.serving import COMMAND, InThread, Running, listening, process, running, wait_for

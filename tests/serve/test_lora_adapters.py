@@ -34,7 +34,7 @@ def path(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     everything = load_adapted(str(base), directories)
     own = load_adapted(str(base), {"legal": directories["legal"]}, everything.trunk)
-    spec = export_bundle(own, path / "wiki", None).adaptation
+    spec = export_bundle(own, path / "wiki").adaptation
     (path / "files").mkdir()
     for name in ("code", "poems"):
         write_adapter(path / "files" / f"{name}.safetensors", everything.adapters[name], spec)
@@ -264,7 +264,7 @@ def test_without_the_option_nothing_is_loaded(server: Running) -> None:
 def test_a_service_starts_empty(llama_path: Path, path: Path, tmp_path: Path) -> None:
     """Exported without adapters: the first comes while the service runs."""
     base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=4)
-    export_bundle(base, tmp_path / "wiki", None)
+    export_bundle(base, tmp_path / "wiki")
     local = chameleon_deploy.load(tmp_path / "wiki", threads=1)
     local.load_adapter("code", path / "files" / "code.safetensors")
     with running(tmp_path / "wiki", rows=4, adapters=path / "files") as server:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from chameleon_deploy.serve import playground
+from chameleon_deploy.serve import app
 from tests.rows import random_rows
 from tests.serving import Running, running
 
@@ -184,7 +184,7 @@ def test_other_paths_and_methods_have_the_same_errors(server: Running) -> None:
 
 def test_the_page_is_served_by_name_with_a_strict_policy(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"index.html": (b"<!doctype html>", "text/html"), "app.js": (b"1", "text/javascript")}
-    monkeypatch.setattr(playground, "_FILES", files)
+    monkeypatch.setattr(app, "_FILES", files)
     with server.http() as http:
         page, script = http.get("/"), http.get("/app.js")
     assert page.content == b"<!doctype html>"

@@ -13,19 +13,51 @@ from typing import Annotated, Any
 import msgspec
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.serve.ray.ingress import Ingress
 from chameleon_deploy.serve.ray.replica import Replica
-from chameleon_deploy.serve.ray.router import Router
-from chameleon_deploy.serve.routing import Routing
+from chameleon_deploy.serve.routing import Routing, choose
 from chameleon_deploy.serve.settings import Settings, converted
 
 HEALTH_SECONDS = 5  # between two checks of a replica
 QUEUED_REQUESTS_PER_ROW = 2  # that a replica is given, so that it never waits for the ingress
 
 
-class Cluster(msgspec.Struct):
+class Router(RequestRouter):  # type: ignore[misc]  # Ray is not installed where types are checked
+    """Orders replicas by `routing.choose`. Ray passes over those that have max_ongoing_requests, and asks again."""
+
+    _bound = 1.25
+
+    def initialize_state(self, bound: float) -> None:
+        """Called by Ray with the arguments of the configuration."""
+        self._bound = bound
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Return replicas in the order in which they are to be tried."""
+        if not candidate_replicas:
+            return []
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        lengths = self.replica_queue_len_cache
+        queues = {name: lengths.get(replica.replica_id) or 0 for name, replica in by_name.items()}
+        key = _key(pending_request)
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        names = choose(queues, key, self._bound)
+        if key is None:
+            return [[by_name[name] for name in names]]
+        return [[by_name[name]] for name in names]
+
+
+def _key(request: Any) -> str | None:
+    """Return the argument `key` of `Replica.answer`; other methods have none."""
+    return request.args[2] if request is not None and len(request.args) == 3 else None
+
+
+class Deployment(msgspec.Struct):
     """Settings that the command of one machine does not have.
 
     bundle        directory or URL; every node must be able to read it
@@ -47,19 +79,19 @@ class Cluster(msgspec.Struct):
 def app(args: dict[str, Any]) -> serve.Application:
     """Build the application for `serve run` and `serve deploy`.
 
-    args  the fields of Cluster, and the options of the command of one machine with underscores, such as threads=2;
+    args  the fields of Deployment, and the options of the command of one machine with underscores, such as threads=2;
           here threads is 1 and share_weights true by default
 
     Raises InputError.
     """
-    cluster, settings = _parse(args)
-    scale: dict[str, Any] = {"num_replicas": cluster.replicas}
-    if cluster.max_replicas is not None:
+    deployment, settings = _parse(args)
+    scale: dict[str, Any] = {"num_replicas": deployment.replicas}
+    if deployment.max_replicas is not None:
         scale = {
             "num_replicas": "auto",
             "autoscaling_config": {
-                "min_replicas": cluster.replicas,
-                "max_replicas": cluster.max_replicas,
+                "min_replicas": deployment.replicas,
+                "max_replicas": deployment.max_replicas,
                 "target_ongoing_requests": settings.rows,
             },
         }
@@ -72,22 +104,22 @@ def app(args: dict[str, Any]) -> serve.Application:
         health_check_timeout_s=2 * HEALTH_SECONDS,
         ray_actor_options={"num_cpus": settings.threads},
         request_router_config=RequestRouterConfig(
-            request_router_class=Router, request_router_kwargs={"bound": cluster.bound}
+            request_router_class=Router, request_router_kwargs={"bound": deployment.bound}
         ),
     )
     ingress = serve.deployment(Ingress).options(
-        num_replicas=cluster.ingresses,
+        num_replicas=deployment.ingresses,
         max_ongoing_requests=settings.max_requests,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         health_check_period_s=HEALTH_SECONDS,
     )
-    return ingress.bind(replica.bind(cluster.bundle, settings), cluster.bundle, cluster.routing, settings)
+    return ingress.bind(replica.bind(deployment.bundle, settings), deployment.bundle, deployment.routing, settings)
 
 
-def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
+def _parse(args: dict[str, Any]) -> tuple[Deployment, Settings]:
     if "adapters" in args:
         raise InputError("a request would load an adapter into one replica only: serve adapters on one machine")
-    ours = set(Cluster.__struct_fields__)
+    ours = set(Deployment.__struct_fields__)
     options = {field.name for field in fields(Settings)} - {"bundle"}
     if unknown := set(args) - ours - options:
         raise InputError(f"no option {', '.join(sorted(unknown))}: choose of {', '.join(sorted(ours | options))}")
@@ -96,10 +128,10 @@ def _parse(args: dict[str, Any]) -> tuple[Cluster, Settings]:
     if isinstance(given.get("trusted_keys"), str):  # from the command line
         given["trusted_keys"] = given["trusted_keys"].split(",")
     try:
-        cluster = msgspec.convert({name: args[name] for name in ours & set(args)}, Cluster, strict=False)
+        deployment = msgspec.convert({name: args[name] for name in ours & set(args)}, Deployment, strict=False)
         settings = converted({**defaults, **given})
     except msgspec.ValidationError as error:
         raise InputError(f"{error}") from error
-    if cluster.max_replicas is not None and cluster.max_replicas < cluster.replicas:
-        raise InputError(f"max_replicas {cluster.max_replicas} is less than replicas {cluster.replicas}")
-    return cluster, settings
+    if deployment.max_replicas is not None and deployment.max_replicas < deployment.replicas:
+        raise InputError(f"max_replicas {deployment.max_replicas} is less than replicas {deployment.replicas}")
+    return deployment, settings
