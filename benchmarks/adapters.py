@@ -26,7 +26,8 @@ from chameleon_deploy.bench.peers.bundle import Bundle, OneCallPerSet
 from chameleon_deploy.bench.peers.own_process import OwnProcess
 from chameleon_deploy.bench.peers.pytorch import generate
 from chameleon_deploy.bench.peers.without_lora import WithoutLoRA
-from chameleon_deploy.bench.timing import Case, Engine, Lap, Part, Timing, measure, median_seconds
+from chameleon_deploy.bench.run import Plan
+from chameleon_deploy.bench.timing import Case, Contestant, Lap, Part, Timing, measure, median_seconds
 from chameleon_deploy.bench.workloads import BOUNDS, continued, deviation, regrets, stretches
 from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.errors import CheckFailedError, InputError
@@ -96,39 +97,33 @@ def measure_adapters(
     bundle: Path,
     base: AdaptedBase,
     directories: dict[str, Path],
-    threads: int,
-    batch: int,
-    width: int,
-    num_tokens: int,
-    rounds: int,
+    plan: Plan,
     report: Progress,
-    only: Sequence[str] | None = None,
 ) -> AdapterBenchmark:
     """Time rows whose adapters take turns, then one row, then loading an adapter.
 
     base, directories   what the bundle was exported from
-    width, num_tokens   tokens of every prompt, and tokens to generate after it
-    only                how the names of the compared engines begin; None for all
     """
+    (batch,), threads = plan.batch_sizes, plan.threads
     torch.set_num_threads(threads)
     runtime = chameleon_deploy.load(bundle, threads=threads)
     spec = runtime.manifest.adaptation
     if list(spec.adapters) != list(base.adapters):
         raise InputError(f"{bundle} has the adapters {list(spec.adapters)}: pass an --adapter for each, in this order")
     names = list(itertools.islice(itertools.cycle(spec.adapters), batch))
-    rows, timings, missing = stretches(base.trunk, batch, width), [], dict[str, str]()
+    rows, timings, missing = stretches(base.trunk, batch, plan.width), [], dict[str, str]()
     with TemporaryDirectory() as directory:
         load_seconds = _seconds_of_loading(runtime, base, Path(directory))
         for own in (names, names[:1]):
             peers: list[Peer] = []
             for name, opener in _openers(runtime, base, directories, own, threads, Path(directory)).items():
-                if peers and only is not None and not name.startswith(tuple(only)):
+                if peers and plan.only and not name.startswith(tuple(plan.only)):
                     continue
                 try:
                     peers.append(opener())
                 except Exception as error:  # a foreign engine may raise anything
                     missing[name] = reason(error)
-            timings += measure(_case(runtime, base, rows[: len(own)], own, peers, num_tokens), rounds, report)
+            timings += measure(_case(runtime, base, rows[: len(own)], own, peers, plan.num_tokens), plan.rounds, report)
     return AdapterBenchmark(
         describe_machine(runtime.integer_weights), runtime.manifest.precision, threads, len(spec.adapters),
         len(spec.targets), spec.rank, timings, load_seconds, missing,
@@ -176,8 +171,8 @@ def _case(
         adapters = names if peer.adapts else [None] * batch
         return (logits(ids, adapters, row) for row, ids in enumerate(continued(rows, chosen)))
 
-    def engine(peer: Peer) -> Engine:
-        return Engine(
+    def engine(peer: Peer) -> Contestant:
+        return Contestant(
             lambda lap: peer.generate(rows, num_tokens, lap),
             lambda chosen: deviation(peer, regrets(reference(peer, chosen), chosen, eos_token_id)),
             2 * BOUNDS[peer.precision],  # two logits, each with its own deviation
@@ -253,9 +248,8 @@ def main(
     directories = named_directories(adapter)
     base = load_adapted(str(reference), directories)
     with console.progress() as progress:
-        measured = measure_adapters(
-            bundle, base, directories, threads or os.cpu_count() or 1, batch, width, tokens, rounds, progress, engine
-        )
+        plan = Plan(threads or os.cpu_count() or 1, [batch], width, tokens, rounds, only=engine or [])
+        measured = measure_adapters(bundle, base, directories, plan, progress)
     console.show(*sheets(measured))
     if json_file:
         console.write_json(asdict(measured), json_file)

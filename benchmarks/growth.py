@@ -126,21 +126,24 @@ class Growth:
     failed: dict[str, str]
 
 
-def measure_growth(
-    bundle: Path,
-    reference: Path,
-    threads: int,
-    curves: Sequence[CurveName],
-    engines: Sequence[str],
-    rounds: int,
-    report: Progress,
-    largest: int | None = None,
-) -> Growth:
-    """Start a worker per engine and measure the curves.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
 
     engines  by the names that `open_peers` has, beside the bundle
     rounds   samples per engine and point, fewer where one takes long
     largest  the largest x of every curve; None for all points
+    """
+
+    threads: int
+    curves: Sequence[CurveName]
+    engines: Sequence[str]
+    rounds: int
+    largest: int | None = None
+
+
+def measure_growth(bundle: Path, reference: Path, plan: Plan, report: Progress) -> Growth:
+    """Start a worker per engine and measure the curves.
 
     Raises InputError if the bundle or its checkpoint cannot be opened.
     """
@@ -149,9 +152,9 @@ def measure_growth(
     failed: dict[str, str] = {}
     with ExitStack() as running:
         workers = []
-        for done, name in enumerate(["bundle", *engines]):
-            report("start engines", done, 1 + len(engines))
-            worker = running.enter_context(_worker(bundle, reference, name, threads))
+        for done, name in enumerate(["bundle", *plan.engines]):
+            report("start engines", done, 1 + len(plan.engines))
+            worker = running.enter_context(_worker(bundle, reference, name, plan.threads))
             opened = worker.read()
             worker.name = opened.get("name", name)
             if "error" in opened and name == "bundle":
@@ -160,12 +163,12 @@ def measure_growth(
                 failed[name] = opened["error"]
             else:
                 workers.append(worker)
-        for curve in curves:
+        for curve in plan.curves:
             taking_part = [worker for worker in workers if curve != "factor_sets" or worker.name == "bundle"]
-            todo = points(curve, manifest.model.max_positions, largest)
+            todo = points(curve, manifest.model.max_positions, plan.largest)
             for done, point in enumerate(todo):
                 report(curve, done, len(todo))
-                found = _measure_point(taking_part, point, rounds)
+                found = _measure_point(taking_part, point, plan.rounds)
                 for worker in list(taking_part):
                     samples = found[worker.name]
                     if isinstance(samples, str):
@@ -174,7 +177,7 @@ def measure_growth(
                     else:
                         measured.append(_median(curve, worker.name, point.x, samples))
             report(curve, len(todo), len(todo))
-    return Growth(describe_machine(), manifest.precision, threads, measured, failed)
+    return Growth(describe_machine(), manifest.precision, plan.threads, measured, failed)
 
 
 def _measure_point(workers: Sequence[_Worker], point: Point, rounds: int) -> dict[str, list[dict[str, float]] | str]:
@@ -284,9 +287,8 @@ def main(
     console.check_output(json_file)
     engines = default_engines(open_bundle(bundle).manifest.precision) if engine is None else engine
     with console.progress() as progress:
-        growth = measure_growth(
-            bundle, reference, threads or os.cpu_count() or 1, curve or CURVES, engines, rounds, progress, largest
-        )
+        plan = Plan(threads or os.cpu_count() or 1, curve or CURVES, engines, rounds, largest)
+        growth = measure_growth(bundle, reference, plan, progress)
     console.show(*sheets(growth))
     if json_file:
         console.write_json(asdict(growth), json_file)

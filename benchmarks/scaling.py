@@ -19,7 +19,7 @@ import random
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -107,13 +107,29 @@ class Result:
     ingress_busy: float
 
 
-def simulate(
-    replicas: int, rate: float, seconds: float, routing: str, clusters: int, rows: int, ingresses: int, costs: Costs
-) -> Result:
-    """Run one cluster for so many simulated seconds; the first fifth is not counted.
+@dataclass(frozen=True)
+class Deployment:
+    """Replicas and the processes before them.
+
+    routing    "load" or "cluster"
+    clusters   of the requests
+    rows       of a replica
+    ingresses  processes that tokens leave through
+    """
+
+    replicas: int
+    routing: str
+    clusters: int
+    rows: int
+    ingresses: int
+
+
+def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) -> Result:
+    """Run one deployment for so many simulated seconds; the first fifth is not counted.
 
     rate  requests per second
     """
+    replicas, routing, clusters, rows, ingresses = astuple(deployment)
     random.seed(replicas)
     engines = {str(i): Replica() for i in range(replicas)}
     weights = [1 / (rank + 1) ** ZIPF for rank in range(clusters)]
@@ -255,10 +271,10 @@ def main(
     for way in routing or list(Routing):
         one = None
         for size in replicas or [1, 2, 4, 8, 16, 32, 64]:
-            arguments = (seconds, way.value, clusters, rows, ingresses, costs)
+            deployment = Deployment(size, way.value, clusters, rows, ingresses)
             rate = capacity(size, rows, costs)
-            full = simulate(size, 1.3 * rate, *arguments)
-            usual = simulate(size, 0.8 * rate, *arguments)
+            full = simulate(deployment, 1.3 * rate, seconds, costs)
+            usual = simulate(deployment, 0.8 * rate, seconds, costs)
             one = one or full.tokens_per_second / size
             lines.append([
                 way.value, f"{size}", f"{full.tokens_per_second:,.0f}",

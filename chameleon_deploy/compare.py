@@ -112,7 +112,7 @@ def main(
     started = time.perf_counter()
     import torch
 
-    from chameleon_deploy.evaluate.experiment import PROTOCOLS, run_experiment
+    from chameleon_deploy.evaluate.experiment import PROTOCOLS, Design, run_experiment
     from chameleon_deploy.evaluate.figures import figures
     from chameleon_deploy.evaluate.page import fill
     from chameleon_deploy.reference.model import load_trunk
@@ -132,7 +132,7 @@ def main(
     texts = _texts(text, dataset, validation_text, test_text, (train_texts, validation_texts, test_texts), seed)
     with console.progress() as report:
         outcome = run_experiment(
-            trunk, base, texts, settings, seeds, work, report, (protocol,) if protocol else PROTOCOLS
+            trunk, base, texts, Design(settings, seeds, (protocol,) if protocol else PROTOCOLS), work, report
         )
     all_figures, summary = figures(outcome.scored, seed), _summary(settings, seeds, texts, outcome)
     if page and html:

@@ -98,7 +98,7 @@ def main(
     from chameleon_deploy.reference.gguf import gguf_file
     from chameleon_deploy.reference.model import load_trunk
     from chameleon_deploy.reference.targets import choose_targets
-    from chameleon_deploy.reference.training import train_checkpoint
+    from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
 
     torch.set_float32_matmul_precision(matmul_precision)
     trunk = load_trunk(base)
@@ -124,7 +124,13 @@ def main(
     lora = load_checkpoint(from_lora) if from_lora else None
     with console.progress() as report:
         state = train_checkpoint(
-            trunk, config, train_texts, validation_texts, out, chosen.training, report, resume, vectors, lora
+            trunk,
+            config,
+            TrainingInputs(train_texts, validation_texts, vectors, lora),
+            out,
+            chosen.training,
+            report,
+            resume,
         )
     console.stdout.print(f"{out}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")
 

@@ -94,21 +94,21 @@ def llama(llama_path: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def llama_bundle(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "llama"
-    export_bundle(llama, path, None)
+    export_bundle(llama, path)
     return path
 
 
 @pytest.fixture(scope="session")
 def bundle(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "mini"
-    export_bundle(mini, path, None)
+    export_bundle(mini, path)
     return path
 
 
 @pytest.fixture(scope="session")
 def lora_bundle(mini_lora: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "lora"
-    export_bundle(mini_lora, path, None)
+    export_bundle(mini_lora, path)
     return path
 
 
@@ -120,7 +120,7 @@ def runtime(bundle: Path) -> Runtime:
 @pytest.fixture(scope="session")
 def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     path = tmp_path_factory.mktemp("int8_bundle") / "mini"
-    export_bundle(mini, path, None, precision="int8")
+    export_bundle(mini, path, precision="int8")
     return chameleon_deploy.load(path, threads=1)
 
 

@@ -59,7 +59,7 @@ class Target:
 def export_target(directory: Path) -> Target:
     random_checkpoint(directory / "checkpoint", "mini")
     checkpoint = load_checkpoint(directory / "checkpoint")
-    return Target(lambda at: export_bundle(checkpoint, at / "new", None), _bundle_fault, ".new.partial")
+    return Target(lambda at: export_bundle(checkpoint, at / "new"), _bundle_fault, ".new.partial")
 
 
 def adapter_target(directory: Path) -> Target:

@@ -164,7 +164,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, conditioning
         path.mkdir()
         save_base(model, tokenizer, path / "base")
         save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed)[: checkpoint.num_clusters])
-        export_bundle(load_checkpoint(path), out, None)
+        export_bundle(load_checkpoint(path), out)
 
 
 def adapter_cases() -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,80 @@ def test_base_install_stays_small() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     names = {dependency.split(">")[0] for dependency in project["dependencies"]}
     assert names == {"msgspec", "numpy", "safetensors", "tokenizers"}
+
+
+PACKAGE = REPOSITORY / "chameleon_deploy"
+MOST_PARAMETERS, SMALL = 7, 60
+# The list's, the queue's and ONNX Runtime's own methods, which our functions of these names have nothing to do with.
+FOREIGN = {"append", "pop", "put", "run"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parsed(*folders: Path) -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for folder in folders for file in sorted(folder.rglob("*.py"))}
+
+
+def long_signatures(modules: dict[Path, ast.Module]) -> Iterator[str]:
+    """Functions of too many parameters. A command has one for each of its options: typer reads them off `main`."""
+    for file, module in modules.items():
+        for node in ast.walk(module):
+            if isinstance(node, Function) and node.name != "main":
+                arguments = node.args
+                named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                count = len([one for one in named if one.arg not in ("self", "cls")]) + (arguments.vararg is not None)
+                if count > MOST_PARAMETERS:
+                    yield f"{file.name}: {node.name} takes {count}"
+
+
+def passed_none(modules: dict[Path, ast.Module]) -> Iterator[str]:
+    """Calls of our own functions and classes that pass None by position."""
+    nodes = [(file, node) for file, module in modules.items() for node in ast.walk(module)]
+    own = {node.name for _, node in nodes if isinstance(node, Function | ast.ClassDef)} - FOREIGN
+    for file, node in nodes:
+        if isinstance(node, ast.Call) and any(isinstance(a, ast.Constant) and a.value is None for a in node.args):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in own:
+                yield f"{file.name}: {called}"
+
+
+def small_modules_of_one(modules: dict[Path, ast.Module]) -> set[str]:
+    """Short modules that only one other imports, and that are no command."""
+    named = {".".join(file.with_suffix("").relative_to(PACKAGE.parent).parts): file for file in modules}
+    importers = defaultdict(set)
+    for name, file in named.items():
+        for node in ast.walk(modules[file]):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    importers[full if full in named else node.module].add(name)
+    lines = {name: len(file.read_text().splitlines()) for name, file in named.items()}
+    return {name for name in named if lines[name] < SMALL and len(importers[name]) == 1}
+
+
+def test_functions_take_few_parameters(tmp_path: Path) -> None:
+    assert list(long_signatures(parsed(PACKAGE, REPOSITORY / "benchmarks"))) == []
+    names = "a, b, c, d, e, f, g, h"
+    (tmp_path / "long.py").write_text(f"def main({names}): ...\n\n\ndef work(self, {names}): ...\n")
+    assert list(long_signatures(parsed(tmp_path))) == ["long.py: work takes 8"]
+
+
+def test_none_is_passed_by_name(tmp_path: Path) -> None:
+    assert list(passed_none(parsed(PACKAGE, REPOSITORY / "benchmarks"))) == []
+    (tmp_path / "none.py").write_text("def work(a): ...\n\n\nwork(None)\nwork(a=None)\ngetattr(work, 'a', None)\n")
+    assert list(passed_none(parsed(tmp_path))) == ["none.py: work"]
+
+
+def test_a_small_module_has_several_importers() -> None:
+    # A family, a pass, an algorithm with a paper of its own, a graph and an engine that is compared with are each a
+    # module, however small.
+    exempt = tuple(
+        f"chameleon_deploy.{name}" for name in (
+            "export.families.", "export.passes.", "export.int8.gptq", "export.readout", "bench.peers.",
+        )
+    )  # fmt: skip
+    found = {name for name in small_modules_of_one(parsed(PACKAGE)) if not name.startswith(exempt)}
+    assert found == set()
+    assert "chameleon_deploy.export.passes.flat_logits" in small_modules_of_one(parsed(PACKAGE))
 
 
 # Names of families, of their modules and of their matrices.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chameleon_deploy.bench import report
-from chameleon_deploy.bench.run import run
+from chameleon_deploy.bench.run import Plan, run
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS
 from chameleon_deploy.contract.bundle import Precision
 from chameleon_deploy.errors import CheckFailedError, InputError
@@ -70,8 +70,9 @@ def main(
     page = report.new_page(name) if html_file else None  # created first, in case that plots cannot be drawn
     with console.progress() as progress, _opened(directory, reference, base, model, precision) as (path, checkpoint):
         read = text_windows(checkpoint.trunk, text or [], windows, WINDOW) if windows else []
-        measured = run(path, checkpoint, threads, batch_sizes, width, tokens, rounds, progress,
-                       0 if smoke else MAX_EXTRA_ROUNDS, not smoke, engine or [], read)  # fmt: skip
+        plan = Plan(threads, batch_sizes, width, tokens, rounds, 0 if smoke else MAX_EXTRA_ROUNDS, not smoke,
+                    engine or [], read)  # fmt: skip
+        measured = run(path, checkpoint, plan, progress)
     report.print_tables(measured)
     if json_file:
         console.write_json(asdict(measured), json_file)
@@ -111,7 +112,7 @@ def _opened(
     with TemporaryDirectory() as directory:
         untrained_checkpoint(Path(directory, "checkpoint"), model)
         checkpoint = load_checkpoint(Path(directory, "checkpoint"))
-        export_bundle(checkpoint, Path(directory, "bundle"), None, precision=precision or "fp32")
+        export_bundle(checkpoint, Path(directory, "bundle"), precision=precision or "fp32")
         yield Path(directory, "bundle"), checkpoint
 
 

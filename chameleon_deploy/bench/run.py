@@ -47,27 +47,31 @@ class Benchmark:
         return self.missing | failed
 
 
-def run(
-    bundle: Path,
-    checkpoint: Checkpoint,
-    threads: int,
-    batch_sizes: Sequence[int],
-    width: int,
-    num_tokens: int,
-    rounds: int,
-    report: Progress,
-    max_extra_rounds: int = MAX_EXTRA_ROUNDS,
-    foreign: bool = True,
-    only: Sequence[str] = (),
-    windows: Sequence[Sequence[int]] = (),
-) -> Benchmark:
-    """Measure the footprint, the quality, then all timings.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
 
+    batch_sizes        of generation
     width, num_tokens  tokens of every prompt, and tokens to generate after it
+    rounds             samples per engine, and `max_extra_rounds` more where they are noisy
     foreign            also compare with torch.compile, CTranslate2, OpenVINO and llama.cpp
     only               how the names of the engines begin that the bundle is compared with; none for all
     windows            token ids to measure the quality on
     """
+
+    threads: int
+    batch_sizes: Sequence[int]
+    width: int
+    num_tokens: int
+    rounds: int
+    max_extra_rounds: int = MAX_EXTRA_ROUNDS
+    foreign: bool = True
+    only: Sequence[str] = ()
+    windows: Sequence[Sequence[int]] = ()
+
+
+def run(bundle: Path, checkpoint: Checkpoint, plan: Plan, report: Progress) -> Benchmark:
+    """Measure the footprint, the quality, then all timings."""
     import chameleon_deploy
     from chameleon_deploy.bench import workloads
     from chameleon_deploy.bench.peers import open_peers
@@ -75,7 +79,8 @@ def run(
     from chameleon_deploy.machine import describe_machine
 
     positions = open_bundle(bundle).manifest.model.max_positions
-    width = min(width, positions - num_tokens)
+    threads, num_tokens, rounds, windows = plan.threads, plan.num_tokens, plan.rounds, plan.windows
+    width = min(plan.width, positions - num_tokens)
     if width < 2:
         raise InputError(
             f"no room for a prompt before {num_tokens} tokens in {positions} positions: pass fewer --tokens"
@@ -84,16 +89,16 @@ def run(
     footprint = measure_footprint(bundle, threads, min(rounds, 3), 8, width, num_tokens)
     report("footprint", 1, 1)
     runtime = chameleon_deploy.load(bundle, threads=threads)
-    rows = workloads.text_rows(checkpoint, max(8, *batch_sizes), width)
+    rows = workloads.text_rows(checkpoint, max(8, *plan.batch_sizes), width)
     with TemporaryDirectory() as directory:
         report("convert for other engines", 0, 1)
-        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), foreign, only)
+        peers, missing = open_peers(runtime, checkpoint, threads, Path(directory), plan.foreign, plan.only)
         report("convert for other engines", 1, 1)
         read = measure_quality(peers, checkpoint.trunk, windows, report) if windows else {}
         work = workloads.Workloads(runtime, checkpoint, peers)
         cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
-        cases += [work.generation(rows[:batch], num_tokens) for batch in batch_sizes]
-        timings = [timing for case in cases for timing in measure(case, rounds, report, max_extra_rounds)]
+        cases += [work.generation(rows[:batch], num_tokens) for batch in plan.batch_sizes]
+        timings = [timing for case in cases for timing in measure(case, rounds, report, plan.max_extra_rounds)]
     return Benchmark(
         machine=describe_machine(runtime.integer_weights),
         precision=runtime.manifest.precision,

@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Engine:
+class Contestant:
     """An engine that does the work of a case.
 
     run        does the whole work, reports its laps, and returns a result
@@ -61,7 +61,7 @@ class Case:
     """The same work done by several engines; all others are compared with the engine `baseline`."""
 
     whole: Part
-    engines: Mapping[str, Engine]
+    contestants: Mapping[str, Contestant]
     baseline: str
     parts: Sequence[Part] = ()
 
@@ -110,7 +110,7 @@ def measure(case: Case, rounds: int, report: Progress, max_extra_rounds: int = M
     figures; an exception of the baseline is raised.
     """
     deviations, failed = _warm_up(case, report)
-    others = [name for name in case.engines if name != case.baseline and name not in failed]
+    others = [name for name in case.contestants if name != case.baseline and name not in failed]
     samples = _Samples(case, others, RETRIES if max_extra_rounds else 0, failed)
     timings: list[Timing] = []
     for attempt in range(1 + max_extra_rounds):
@@ -136,8 +136,8 @@ def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
 def _warm_up(case: Case, report: Progress) -> tuple[dict[str, float], dict[str, str]]:
     """Run every engine twice. Returns the deviations of those that ran, and the errors of those that did not."""
     deviations, failed = {}, {}
-    for done, (name, engine) in enumerate(case.engines.items()):
-        report(f"{case.whole.name}: warm-up", done, len(case.engines))
+    for done, (name, engine) in enumerate(case.contestants.items()):
+        report(f"{case.whole.name}: warm-up", done, len(case.contestants))
         try:
             deviations[name] = engine.deviation(engine.run(_no_lap))
             engine.run(_no_lap)
@@ -145,7 +145,7 @@ def _warm_up(case: Case, report: Progress) -> tuple[dict[str, float], dict[str, 
             if name == case.baseline:
                 raise
             failed[name] = _reason(error)
-    report(f"{case.whole.name}: warm-up", len(case.engines), len(case.engines))
+    report(f"{case.whole.name}: warm-up", len(case.contestants), len(case.contestants))
     return deviations, failed
 
 
@@ -210,12 +210,12 @@ class _Samples:
         self.pairs.setdefault(name, []).append((taken[self.case.baseline], taken[name]))
 
     def _take(self, name: str) -> _Sample:
-        sample = _sample(self.case.engines[name])
+        sample = _sample(self.case.contestants[name])
         for _ in range(self.max_retries):
             if not sample.disturbed:
                 break
             self.retries += 1
-            sample = _sample(self.case.engines[name])
+            sample = _sample(self.case.contestants[name])
         return sample
 
     def timing(self, part: Part, deviations: dict[str, float]) -> Timing:
@@ -242,12 +242,12 @@ class _Samples:
             retries=self.retries,
             disturbed=sum(sample.disturbed for sample in kept),
             deviations=deviations,
-            bounds={name: self.case.engines[name].bound for name in deviations},
+            bounds={name: self.case.contestants[name].bound for name in deviations},
             failed=dict(self.failed),
         )
 
 
-def _sample(engine: Engine) -> _Sample:
+def _sample(engine: Contestant) -> _Sample:
     settle()
     laps: dict[str, float] = {}
     before = Processors.now()

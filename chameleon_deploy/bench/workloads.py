@@ -10,7 +10,7 @@ import numpy as np
 
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Peer, Rows
 from chameleon_deploy.bench.peers.bundle import OneCallPerSet
-from chameleon_deploy.bench.timing import Case, Engine, Part
+from chameleon_deploy.bench.timing import Case, Contestant, Part
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -37,8 +37,8 @@ class Workloads:
     def scoring(self, rows: Rows) -> Case:
         """Time the log-probabilities of whole texts, clustering and hypernetwork included."""
 
-        def engine(peer: Peer) -> Engine:
-            return Engine(
+        def engine(peer: Peer) -> Contestant:
+            return Contestant(
                 lambda lap: peer.score(rows),
                 lambda scores: deviation(peer, scores - self._expected_scores(rows, peer)),
                 BOUNDS[peer.precision],
@@ -80,14 +80,14 @@ class Workloads:
         whole = Part("first_token", f"time to first token, text of {width} tokens", 1, "text", 1, width, 1)
         return Case(whole, self._generating(encode, 1, separate=False), self._peers[0].name)
 
-    def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Engine]:
+    def _generating(self, rows: Callable[[], Rows], num_tokens: int, separate: bool) -> dict[str, Contestant]:
         """Return a case of generation.
 
         separate  whether there are several clusters, to call one by one
         """
 
-        def engine(peer: Peer) -> Engine:
-            return Engine(
+        def engine(peer: Peer) -> Contestant:
+            return Contestant(
                 lambda lap: peer.generate(rows(), num_tokens, lap),
                 lambda chosen: deviation(peer, self._regrets(rows(), chosen, peer)),
                 2 * BOUNDS[peer.precision],  # two logits, each with its own deviation

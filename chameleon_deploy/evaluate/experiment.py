@@ -43,7 +43,8 @@ from chameleon_deploy.evaluate.variants import (
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, fit_centroids, nearest_centroids
 from chameleon_deploy.reference.corpus import Split, encode_texts
-from chameleon_deploy.reference.losses import Losses, losses_of
+from chameleon_deploy.reference.fit import TrainingData
+from chameleon_deploy.reference.losses import Losses, Objective, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import Preset
 from chameleon_deploy.reference.training import check_settings, check_start, fit_checkpoint
@@ -109,24 +110,41 @@ class _Side:
     centroids: Tensor
 
 
-def run_experiment(
-    trunk: Trunk,
-    base_model: str,
-    texts: Split,
-    settings: Preset,
-    num_seeds: int,
-    work: Path,
-    report: Progress,
-    protocols: tuple[Protocol, ...] = PROTOCOLS,
-) -> Outcome:
-    """Run or finish the whole experiment in `work`.
+@dataclass(frozen=True)
+class Design:
+    """What is trained.
 
     settings   its seed is that of the first training; later ones count up
     protocols  of training and scoring, each beside the others
+    """
+
+    settings: Preset
+    num_seeds: int
+    protocols: tuple[Protocol, ...] = PROTOCOLS
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training. path: of its checkpoint, in the work directory."""
+
+    protocol: Protocol
+    variant: Variant
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.protocol, f"seed-{self.seed}", self.variant.name)
+
+
+def run_experiment(
+    trunk: Trunk, base_model: str, texts: Split, design: Design, work: Path, report: Progress
+) -> Outcome:
+    """Run or finish the whole experiment in `work`.
 
     Raises InputError if `work` holds an experiment on other texts, base, protocols or settings, or if there are too
     few texts or clusters; OutputError if another process works there.
     """
+    settings, protocols = design.settings, design.protocols
     if settings.num_clusters < 2:
         raise InputError("a comparison needs at least 2 clusters: with one there is nothing to adapt to")
     if settings.max_length > trunk.max_positions:
@@ -147,14 +165,14 @@ def run_experiment(
         histories: dict[tuple[Protocol, str], list[list[dict[str, float]]]] = {}
         runs: dict[tuple[Protocol, str], list[dict[str, FloatArray]]] = {}
         first = settings.training.seed
-        jobs = [(p, v, seed) for seed in range(first, first + num_seeds) for p in sides for v in VARIANTS]
-        for done, (protocol, variant, seed) in enumerate(jobs):
+        seeds = range(first, first + design.num_seeds)
+        jobs = [_Job(protocol, variant, seed) for seed in seeds for protocol in sides for variant in VARIANTS]
+        for done, job in enumerate(jobs):
             report("trainings", done, len(jobs))
-            path = work / protocol / f"seed-{seed}" / variant.name
-            scores = _train_and_score(trunk, base_model, variant, sides, protocol, settings, seed, path, report)
-            runs.setdefault((protocol, variant.name), []).append(scores)
-            history = json.loads((path / "training.json").read_text())["history"]
-            histories.setdefault((protocol, variant.name), []).append(history)
+            scores = _train_and_score(trunk, base_model, job, sides, settings, work, report)
+            runs.setdefault((job.protocol, job.variant.name), []).append(scores)
+            history = json.loads((work / job.path / "training.json").read_text())["history"]
+            histories.setdefault((job.protocol, job.variant.name), []).append(history)
         report("trainings", len(jobs), len(jobs))
         for protocol in sides:
             for variant in VARIANTS:
@@ -173,7 +191,7 @@ def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work
 
     def losses(name: str, ids: list[list[int]]) -> Losses:
         return losses_of(
-            trunk, ids, settings.targets, protocol, settings.max_length, settings.alpha,
+            trunk, ids, Objective(settings.targets, settings.alpha, protocol, settings.max_length),
             work / "hidden_states" / protocol / name,
             lambda done: report(f"hidden states ({protocol}, {name})", done, len(ids)),
         )  # fmt: skip
@@ -188,30 +206,28 @@ def _side(trunk: Trunk, protocol: Protocol, texts: Split, settings: Preset, work
 def _train_and_score(
     trunk: Trunk,
     base_model: str,
-    variant: Variant,
+    job: _Job,
     sides: dict[Protocol, _Side],
-    protocol: Protocol,
     settings: Preset,
-    seed: int,
-    path: Path,
+    work: Path,
     report: Progress,
 ) -> dict[str, FloatArray]:
     """Return scores [texts] by "protocol.conditioning" of one checkpoint, training it first if it does not exist."""
-    side, scores = sides[protocol], path.with_name(f"{path.name}.safetensors")
+    protocol, variant, path, side = job.protocol, job.variant, work / job.path, sides[job.protocol]
+    scores = path.with_name(f"{path.name}.safetensors")
     if not path.exists():
         base = os.path.relpath(base_model, path) if Path(base_model).exists() else base_model
         config = checkpoint_config(variant, settings, trunk, base, protocol)
-        training = replace(settings.training, seed=seed)
-        vector = side.train.embeddings.mean(0) if variant.constant else None
+        training = replace(settings.training, seed=job.seed)
+        constant = side.train.embeddings.mean(0) if variant.constant else None
+        data = TrainingData(side.train, side.validation, side.centroids, constant)
         rates = settings.lora_lrs if variant.regime == "lora" else ()
         begun = settings.from_lora and variant.regime == "chameleon"
         lora = load_checkpoint(path.with_name("lora"), trunk=trunk) if begun else None
         attempts = {path.with_name(f"{path.name}.lr-{lr:g}"): replace(training, lr=lr) for lr in rates}
         for out, own in (attempts or {path: training}).items():
             if not out.exists():
-                fit_checkpoint(
-                    trunk, config, side.train, side.validation, side.centroids, out, own, report, vector, lora
-                )
+                fit_checkpoint(trunk, config, data, out, own, report, lora)
         if attempts:
             os.rename(min(attempts, key=_validation_loss), path)
         for out in attempts:
@@ -246,7 +262,7 @@ def _embed(trunk: Trunk, ids: list[list[int]], protocol: Protocol, settings: Pre
 
 def _score_base(trunk: Trunk, side: _Side) -> Scored:
     nothing = conditioning.constant(side.centroids[0], len(side.test))
-    nll = score_texts(None, side.test, nothing)[None]
+    nll = score_texts(factors=None, losses=side.test, conditioning=nothing)[None]
     clusters = nearest_centroids(side.test.embeddings, side.centroids).numpy()
     positions = positions_of(side.test)
     return Scored("base", side.protocol, side.protocol, "none", trunk.num_parameters(), nll, positions, clusters)

@@ -20,7 +20,7 @@ from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
 from chameleon_deploy.reference.corpus import encode_texts
 from chameleon_deploy.reference.fit import cohorts
 from chameleon_deploy.reference.hypernetwork import FactorModule, num_parameters
-from chameleon_deploy.reference.losses import Losses, losses_of
+from chameleon_deploy.reference.losses import Losses, Objective, losses_of
 
 BOOTSTRAP_SAMPLES = 2000
 FloatArray = npt.NDArray[np.float64]
@@ -85,7 +85,7 @@ def evaluate(
     config, trunk = checkpoint.config, checkpoint.trunk
     protocol = protocol or config.protocol
     ids = encode_texts(texts, trunk.tokenizer, protocol, config.max_length)
-    losses = losses_of(trunk, ids, config.targets, protocol, config.max_length, config.alpha, cache)
+    losses = losses_of(trunk, ids, Objective(config.targets, config.alpha, protocol, config.max_length), cache)
     embeddings = _embeddings(checkpoint, ids)
     clusters = _clusters(checkpoint, embeddings)
     conditioning = cohort_mean(embeddings, clusters, batch_size)

@@ -29,27 +29,37 @@ class TrainingState:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """Losses of texts, and how their batches are drawn and conditioned.
+
+    centroids  [K, hidden], by which batches are drawn
+    constant   [hidden], replaces the mean of every batch as conditioning: the control with the hypernetwork's capacity
+               and nothing to adapt to
+    """
+
+    train: Losses
+    validation: Losses
+    centroids: Tensor
+    constant: Tensor | None = None
+
+
 def fit(
     factors: FactorModule,
-    train: Losses,
-    validation: Losses,
-    centroids: Tensor,
+    data: TrainingData,
     settings: TrainingSettings,
     state_dir: Path,
     on_epoch: Callable[[TrainingState], None] = lambda state: None,
-    constant: Tensor | None = None,
 ) -> TrainingState:
     """Train `factors` in place and leave the parameters of the best epoch in it.
 
     Progress is saved in state_dir after every epoch. A second call with the same state_dir continues the training and
     ends with the same parameters as an uninterrupted run.
-
-    constant  [hidden], replaces the mean of every batch as conditioning: the control with the hypernetwork's capacity
-              and nothing to adapt to
     """
+    train, constant = data.train, data.constant
     optimizer = torch.optim.AdamW(factors.parameters(), lr=settings.lr)
     state = _restore(factors, optimizer, state_dir) or TrainingState()
-    train_clusters = _clusters(train, centroids)
+    train_clusters = _clusters(train, data.centroids)
     while state.epoch < settings.epochs and state.epoch - state.best_epoch < settings.patience:
         state.epoch += 1
         # All randomness of an epoch (order, dropout) follows from its number, so nothing else is saved.
@@ -66,7 +76,7 @@ def fit(
                 total += train.backward(factors, conditioning, rows, positions)
             count += positions
             optimizer.step()
-        loss = validation_loss(factors, validation, centroids, settings.batch_size, constant)
+        loss = validation_loss(factors, data.validation, data.centroids, settings.batch_size, constant)
         state.history.append({"epoch": state.epoch, "train_loss": total / count, "validation_loss": loss})
         if loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch

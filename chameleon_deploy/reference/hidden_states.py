@@ -23,6 +23,8 @@ from chameleon_deploy.directory import write_whole
 from chameleon_deploy.reference.clustering import embed_texts
 from chameleon_deploy.reference.model import Trunk
 
+BATCH = 16  # texts that are read in one call
+
 
 @dataclass
 class HiddenStates:
@@ -59,7 +61,6 @@ def cache_hidden_states(
     max_length: int,
     directory: Path,
     report: Callable[[int], None] = lambda done: None,
-    batch_size: int = 16,
 ) -> HiddenStates:
     """Compute the hidden states of `texts` in `directory`, or map the existing ones.
 
@@ -74,9 +75,7 @@ def cache_hidden_states(
     key_file = directory / "hidden_states.json"
     if not (file.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == {"key": key}):
         key_file.unlink(missing_ok=True)  # a kill must not leave the old key with new states
-        write_whole(
-            file, lambda partial: _compute(trunk, texts, protocol, max_length, offsets, partial, report, batch_size)
-        )
+        write_whole(file, lambda partial: _compute(trunk, texts, protocol, max_length, offsets, partial, report))
         write_whole(key_file, lambda partial: partial.write_text(json.dumps({"key": key})))
     embeddings = embed_texts(texts, trunk.token_embedding, protocol, max_length, trunk.eos_token_id)
     return HiddenStates(np.load(file, mmap_mode="r"), targets, offsets, embeddings)
@@ -110,13 +109,12 @@ def _compute(
     offsets: npt.NDArray[np.int64],
     file: Path,
     report: Callable[[int], None],
-    batch_size: int,
 ) -> None:
     shape = (int(offsets[-1]), trunk.config.hidden_size)
     stored = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # minimises padding in each batch
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
         states = scored_states(trunk, [texts[row] for row in rows], protocol, max_length)
         for row, hidden in zip(rows, states, strict=True):
             stored[offsets[row] : offsets[row + 1]] = hidden.numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -42,23 +42,35 @@ class Losses(Protocol):
         """Accumulate the gradient of the mean loss of a step of `positions`; return the summed loss of these rows."""
 
 
+@dataclass(frozen=True)
+class Objective:
+    """Which updates are measured, and at which positions of a text.
+
+    targets, alpha        of the updates
+    protocol, max_length  of the texts, see hidden_states.py
+    """
+
+    targets: Sequence[str]
+    alpha: float
+    protocol: str
+    max_length: int
+
+
 def losses_of(
     trunk: Trunk,
     texts: Sequence[Sequence[int]],
-    targets: Sequence[str],
-    protocol: str,
-    max_length: int,
-    alpha: float,
+    objective: Objective,
     directory: Path,
     report: Callable[[int], None] = lambda done: None,
     vectors: Tensor | None = None,
 ) -> Losses:
-    """Return the losses of updates of the targets on texts, which are lists of token ids.
+    """Return the losses of texts, which are lists of token ids.
 
     directory, report  of hidden states, see `cache_hidden_states`; without need where the trunk is updated
     vectors            [texts, conditioning_size], given with the texts and taken in place of their embeddings
     """
-    if in_head_alone(targets):
+    protocol, max_length, alpha = objective.protocol, objective.max_length, objective.alpha
+    if in_head_alone(objective.targets):
         states = cache_hidden_states(trunk, texts, protocol, max_length, directory, report)
         if vectors is not None:
             states = replace(states, embeddings=vectors)

@@ -26,6 +26,7 @@ from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 from chameleon_deploy.terminal import console
 
+CLUSTERS = 4
 # GPT-2: n_layer, n_embd, n_head
 SIZES = {"mini": (2, 64, 4), "small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20),
          "xl": (48, 1600, 25)}  # fmt: skip
@@ -58,7 +59,6 @@ def random_checkpoint(
     out: Path,
     base: Any,
     regime: TrainedRegime = "chameleon",
-    num_clusters: int = 4,
     seed: int = 0,
     targets: Sequence[str] = (LM_HEAD,),
     architecture: Architecture = "paper",
@@ -83,7 +83,7 @@ def random_checkpoint(
     out.mkdir(parents=True)
     save_base(model, tokenizer, out / "base")
     trunk = trunk_from(model, tokenizer)
-    shape = _shape(trunk, "./base", regime, 0 if conditioning_size else num_clusters, targets, architecture)
+    shape = _shape(trunk, "./base", regime, 0 if conditioning_size else CLUSTERS, targets, architecture)
     _save_factors(out, msgspec.structs.replace(shape, conditioning_size=conditioning_size), trunk, seed)
 
 
@@ -91,7 +91,6 @@ def untrained_checkpoint(
     out: Path,
     base: str,
     regime: TrainedRegime = "chameleon",
-    num_clusters: int = 4,
     seed: int = 0,
     targets: Sequence[str] = (LM_HEAD,),
     architecture: Architecture = "paper",
@@ -107,7 +106,7 @@ def untrained_checkpoint(
     trunk = load_trunk(base)
     torch.manual_seed(seed)
     base_model = str(Path(base).resolve()) if Path(base).exists() else base
-    config = _shape(trunk, base_model, regime, num_clusters, targets, architecture)
+    config = _shape(trunk, base_model, regime, CLUSTERS, targets, architecture)
     out.mkdir(parents=True)
     _save_factors(out, config, trunk, seed)
 

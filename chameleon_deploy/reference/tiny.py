@@ -20,7 +20,7 @@ from chameleon_deploy.reference.checkpoint import CheckpointConfig
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-from chameleon_deploy.reference.training import train_checkpoint
+from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.progress import Progress
 
@@ -127,7 +127,7 @@ def main(
                 max_length=POSITIONS,
             )
             settings = PAPER.with_options(epochs=epochs, seed=seed).training
-            state = train_checkpoint(trunk, config, train, validation, checkpoint, settings, report)
+            state = train_checkpoint(trunk, config, TrainingInputs(train, validation), checkpoint, settings, report)
             console.stdout.print(f"{checkpoint}: best epoch {state.best_epoch}, validation loss {state.best_loss:.4f}")
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.directory import write_whole
@@ -19,10 +19,10 @@ from chameleon_deploy.errors import ChameleonError, InputError, OutputExistsErro
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors, save_checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import encode_pieces
-from chameleon_deploy.reference.fit import TrainingState, fit
+from chameleon_deploy.reference.fit import TrainingData, TrainingState, fit
 from chameleon_deploy.reference.head_losses import HeadLosses
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, StaticLoRA
-from chameleon_deploy.reference.losses import Losses, losses_of
+from chameleon_deploy.reference.losses import Losses, Objective, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.presets import TrainingSettings
 from chameleon_deploy.reference.residual import add_residual
@@ -30,29 +30,39 @@ from chameleon_deploy.reference.targets import in_head_alone, target_specs
 from chameleon_deploy.terminal.progress import Progress
 
 
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Texts to train on and to validate with, and what is known beside them.
+
+    vectors  float32 [texts, conditioning_size] of the training and of the validation texts, for a configuration with a
+             conditioning_size; texts of equal vectors share their batches
+    lora     a trained LoRA, which a hypernetwork begins with, see `fit_checkpoint`
+    """
+
+    train: list[str]
+    validation: list[str]
+    vectors: tuple[FloatArray, FloatArray] | None = None
+    lora: Checkpoint | None = None
+
+
 def train_checkpoint(
     trunk: Trunk,
     config: CheckpointConfig,
-    train_texts: list[str],
-    validation_texts: list[str],
+    inputs: TrainingInputs,
     out: Path,
     settings: TrainingSettings,
     report: Progress,
     resume: bool = False,
-    vectors: tuple[FloatArray, FloatArray] | None = None,
-    lora: Checkpoint | None = None,
 ) -> TrainingState:
     """Train one regime and write the checkpoint directory `out`, which appears when it is complete.
 
     Working files (hidden states, the state of the last epoch) are in `<out>.training` until then.
 
-    resume   continue an interrupted training of the same `out`
-    vectors  float32 [texts, conditioning_size] of the training and of the validation texts, for a configuration with a
-             conditioning_size; texts of equal vectors share their batches
-    lora     a trained LoRA, which a hypernetwork begins with, see `fit_checkpoint`
+    resume  continue an interrupted training of the same `out`
 
     Raises OutputExistsError, InputError.
     """
+    vectors, lora = inputs.vectors, inputs.lora
     work = out.with_name(out.name + ".training")
     if out.exists():
         raise OutputExistsError(f"{out} exists: choose another --out or delete it")
@@ -67,7 +77,7 @@ def train_checkpoint(
     sizes = {part.shape[1] for part in vectors} if vectors else {0}
     if sizes != {config.conditioning_size}:
         raise InputError(f"the texts have vectors of {sorted(sizes)} numbers, not of {config.conditioning_size}")
-    made_of = _fingerprint(config, settings, train_texts, validation_texts, vectors, lora)
+    made_of = _fingerprint(config, settings, inputs)
     if interrupted.exists() and interrupted.read_text() != made_of:
         raise InputError(f"{work} was started with other texts or settings: repeat them to resume, or delete it")
     work.mkdir(parents=True, exist_ok=True)
@@ -75,14 +85,16 @@ def train_checkpoint(
     def losses(part: str, texts: list[str], given: FloatArray | None) -> Losses:
         pieces = encode_pieces(texts, trunk.tokenizer, config.protocol, config.max_length)
         return losses_of(
-            trunk, [ids for _, ids in pieces], config.targets, config.protocol, config.max_length, config.alpha,
+            trunk, [ids for _, ids in pieces],
+            Objective(config.targets, config.alpha, config.protocol, config.max_length),
             work / part, lambda done: report(f"hidden states ({part})", done, len(pieces)),
             None if given is None else torch.from_numpy(given[[text for text, _ in pieces]]),
         )  # fmt: skip
 
     try:
         given = vectors or (None, None)
-        train, validation = losses("train", train_texts, given[0]), losses("validation", validation_texts, given[1])
+        train = losses("train", inputs.train, given[0])
+        validation = losses("validation", inputs.validation, given[1])
         if vectors:
             centroids = torch.unique(train.embeddings, dim=0)
         else:
@@ -92,27 +104,25 @@ def train_checkpoint(
         raise
     # From here on there is progress worth resuming.
     write_whole(interrupted, lambda partial: partial.write_text(made_of))
-    return fit_checkpoint(trunk, config, train, validation, centroids, out, settings, report, lora=lora)
+    return fit_checkpoint(trunk, config, TrainingData(train, validation, centroids), out, settings, report, lora)
 
 
 def fit_checkpoint(
     trunk: Trunk,
     config: CheckpointConfig,
-    train: Losses,
-    validation: Losses,
-    centroids: Tensor,
+    data: TrainingData,
     out: Path,
     settings: TrainingSettings,
     report: Progress,
-    constant: Tensor | None = None,
     lora: Checkpoint | None = None,
 ) -> TrainingState:
     """Do the part of `train_checkpoint` after the texts are prepared; continue if `<out>.training` has a state.
 
-    centroids  [K, hidden], by which batches are drawn; the checkpoint has none if it has a conditioning_size
-    constant   see `fit`; it becomes the checkpoint's only centroid, so that mode `centroid` matches the training
-    lora       a trained LoRA: the hypernetwork begins with its factors for every conditioning
+    data  its centroids are the checkpoint's, which has none if it has a conditioning_size; a constant becomes its only
+          centroid, so that mode `centroid` matches the training
+    lora  a trained LoRA: the hypernetwork begins with its factors for every conditioning
     """
+    centroids, constant = data.centroids, data.constant
     check_settings(config, settings, lora)
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
@@ -129,13 +139,13 @@ def fit_checkpoint(
     if lora and isinstance(factors, Hypernetwork):
         factors.begin_with(lora.factors(centroids[:1]))
     state = fit(
-        factors, train, validation, centroids, settings, work,
-        lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs), constant,
+        factors, data, settings, work,
+        lambda state: report(f"epochs ({config.regime})", state.epoch, settings.epochs),
     )  # fmt: skip
     served = centroids[: 0 if config.conditioning_size else None] if constant is None else constant[None]
     record: dict[str, object] = {"settings": asdict(settings)}
-    match counted, factors, train, validation:
-        case True, StaticLoRA(), HeadLosses(), HeadLosses():
+    match counted, factors, data.train, data.validation:
+        case True, StaticLoRA(), HeadLosses() as train, HeadLosses() as validation:
             factors, losses = add_residual(factors, train, validation, served, settings.batch_size)
             record["validation_loss_by_pseudo_count"] = {str(count): loss for count, loss in losses.items()}
             state.best_loss = min(losses.values())
@@ -188,18 +198,11 @@ def _is_counted(config: CheckpointConfig, settings: TrainingSettings) -> bool:
     return settings.residual and config.regime == "chameleon"
 
 
-def _fingerprint(
-    config: CheckpointConfig,
-    settings: TrainingSettings,
-    train_texts: list[str],
-    validation_texts: list[str],
-    vectors: tuple[FloatArray, FloatArray] | None,
-    lora: Checkpoint | None,
-) -> str:
+def _fingerprint(config: CheckpointConfig, settings: TrainingSettings, inputs: TrainingInputs) -> str:
     """Return what must be equal for a training to continue. The number of epochs may change."""
     kept = {key: value for key, value in asdict(settings).items() if key not in ("epochs", "patience")}
-    texts = hashlib.sha256(json.dumps([train_texts, validation_texts]).encode())
-    for part in vectors or ():
+    texts = hashlib.sha256(json.dumps([inputs.train, inputs.validation]).encode())
+    for part in inputs.vectors or ():
         texts.update(part.tobytes())
     made_of = {"config": msgspec.to_builtins(config), "settings": kept, "texts": texts.hexdigest()}
-    return json.dumps(made_of | ({"lora": lora.digest} if lora else {}))
+    return json.dumps(made_of | ({"lora": inputs.lora.digest} if inputs.lora else {}))

@@ -1,7 +1,7 @@
 """The light runtime: numpy, ONNX Runtime and tokenizers; never torch, transformers or onnx."""
 
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
-from chameleon_deploy.runtime.engine.engine import Engine
+from chameleon_deploy.runtime.engine.engine import Engine, EngineOptions
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.generation import Generate, Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
@@ -12,6 +12,7 @@ __all__ = [
     "Adapt",
     "Adaptation",
     "Engine",
+    "EngineOptions",
     "Generate",
     "Generation",
     "Runtime",

@@ -63,7 +63,7 @@ def opened(runtime: Runtime, mini: Checkpoint, tmp_path_factory: pytest.TempPath
 def test_factors_of_any_layers_are_applied(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", targets=["attention", "lm_head"])
     checkpoint = load_checkpoint(tmp_path / "checkpoint")
-    export_bundle(checkpoint, tmp_path / "bundle", None)
+    export_bundle(checkpoint, tmp_path / "bundle")
     runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
     peers: list[Peer] = [
         Bundle(runtime), OneCallPerSet(runtime, "apart"), PyTorch(checkpoint, runtime.mode, compiled=False)
@@ -71,7 +71,7 @@ def test_factors_of_any_layers_are_applied(tmp_path: Path) -> None:
     work = Workloads(runtime, checkpoint, peers)
     rows = text_rows(checkpoint, 6, 24)
     for case in (work.scoring(rows), work.generation(rows, 4)):
-        for engine in case.engines.values():
+        for engine in case.contestants.values():
             assert engine.deviation(engine.run(lambda lap: None)) <= engine.bound
 
 
@@ -87,7 +87,7 @@ def test_every_engine_gives_what_the_reference_gives(
     work = Workloads(runtime, mini, [peer])
     laps: list[str] = []
     if peer.generates:
-        generation = work.generation(rows, 5).engines[name]
+        generation = work.generation(rows, 5).contestants[name]
         chosen = generation.run(laps.append)
         assert chosen.shape == (6, 5)
         adapts = "adapt" in laps
@@ -95,7 +95,7 @@ def test_every_engine_gives_what_the_reference_gives(
         assert laps == ["adapt"] * adapts + ["prefill", "decode"] * (len(laps) // 2)
         assert generation.deviation(chosen) <= generation.bound
     if peer.scores:
-        scoring = work.scoring(rows).engines[name]
+        scoring = work.scoring(rows).contestants[name]
         scores = scoring.run(laps.append)
         assert scores.shape == (6, 23)
         assert scoring.deviation(scores) <= scoring.bound
@@ -107,7 +107,7 @@ def test_wrong_results_are_beyond_the_bounds(
     """One wrong token, another prompt's tokens, and the scores of the base model instead of the adapted one."""
     bundle = opened["bundle"]
     work = Workloads(runtime, mini, [bundle])
-    generation, scoring = work.generation(rows, 5).engines["bundle"], work.scoring(rows).engines["bundle"]
+    generation, scoring = work.generation(rows, 5).contestants["bundle"], work.scoring(rows).contestants["bundle"]
     chosen = generation.run(lambda part: None)
     wrong_token = chosen.copy()
     wrong_token[3, 2] = (wrong_token[3, 2] + 1) % runtime.manifest.model.vocab_size

@@ -33,7 +33,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 def test_it_gives_what_the_reference_gives_or_is_reported(
     kind: str, precision: str, name: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    export_bundle(checkpoint, tmp_path / "bundle", None, precision="fp32" if precision == "fp32" else "int8")
+    export_bundle(checkpoint, tmp_path / "bundle", precision="fp32" if precision == "fp32" else "int8")
     runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
     peers, missing = open_peers(runtime, checkpoint, 1, tmp_path, foreign=True, only=[f"llama.cpp {name}"])
     if not IS_INSTALLED:
@@ -43,7 +43,7 @@ def test_it_gives_what_the_reference_gives_or_is_reported(
     assert peer.name == f"llama.cpp {name}"
     rows = text_rows(checkpoint, 6, 24)
     work = Workloads(runtime, checkpoint, [peer])
-    for engine in (work.scoring(rows).engines[peer.name], work.generation(rows, 5).engines[peer.name]):
+    for engine in (work.scoring(rows).contestants[peer.name], work.generation(rows, 5).contestants[peer.name]):
         laps: list[str] = []
         assert engine.deviation(engine.run(laps.append)) <= engine.bound
         assert laps in ([], ["prefill", "decode"])

@@ -17,7 +17,7 @@ import pytest
 from chameleon_deploy.bench.peers import DECODE, PREFILL, Readable, reason
 from chameleon_deploy.bench.peers.own_process import OwnProcess
 from chameleon_deploy.bench.processors import Processors, own_processes
-from chameleon_deploy.bench.timing import Case, Engine, Part, measure
+from chameleon_deploy.bench.timing import Case, Contestant, Part, measure
 from tests.bench.stand_in import StandIn
 
 REPOSITORY = Path(__file__).parents[2]
@@ -83,8 +83,8 @@ class Unsendable(StandIn):
 
 def test_a_benchmark_goes_on_without_the_engine(peer: OwnProcess) -> None:
     """It dies in its second sample."""
-    baseline = Engine(lambda lap: time.sleep(0.01), lambda _: 0.0, 1.0)
-    dying = Engine(lambda lap: peer.score([[4], [signal.SIGSEGV]]), lambda _: 0.0, 1.0)
+    baseline = Contestant(lambda lap: time.sleep(0.01), lambda _: 0.0, 1.0)
+    dying = Contestant(lambda lap: peer.score([[4], [signal.SIGSEGV]]), lambda _: 0.0, 1.0)
     case = Case(Part("kind", "work", 1, "unit"), {"bundle": baseline, "dying": dying}, "bundle")
     (timing,) = measure(case, 3, lambda *_: None, 0)
     assert timing.failed == {"dying": "RuntimeError: its process ended with SIGSEGV"}

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from chameleon_deploy.bench import timing as measurement
-from chameleon_deploy.bench.timing import Case, Engine, Part, Timing, measure
+from chameleon_deploy.bench.timing import Case, Contestant, Part, Timing, measure
 
 PART = Part("kind", "work", 10, "unit")
 
@@ -51,16 +51,16 @@ def busy(seconds: float) -> None:
         pass
 
 
-def engine(clock: Clock, first: float, second: float, deviation: float = 0.0) -> Engine:
+def engine(clock: Clock, first: float, second: float, deviation: float = 0.0) -> Contestant:
     def work(lap: Callable[[str], None]) -> None:
         for part, seconds in (("a", first), ("b", second), ("a", first)):
             clock.sleep(seconds)
             lap(part)
 
-    return Engine(work, lambda _: deviation, 0.5)
+    return Contestant(work, lambda _: deviation, 0.5)
 
 
-def measured(engines: dict[str, Engine]) -> list[Timing]:
+def measured(engines: dict[str, Contestant]) -> list[Timing]:
     parts = [replace(PART, name=name, laps=laps) for name, laps in (("a", ("a",)), ("b", ("b",)), ("both", ("a", "b")))]
     return measure(Case(PART, engines, "bundle", parts), 3, silent, 0)
 
@@ -80,8 +80,8 @@ def test_ratios_are_of_adjacent_samples(clock: Clock) -> None:
     """A machine that becomes slower and slower changes the seconds, and hardly the ratios: ten engines run between the
     first sample of a round and the last."""
 
-    def work(seconds: float) -> Engine:
-        return Engine(lambda lap: clock.sleep(seconds * (1 + clock.seconds / 200)), lambda _: 0.0, 0.5)
+    def work(seconds: float) -> Contestant:
+        return Contestant(lambda lap: clock.sleep(seconds * (1 + clock.seconds / 200)), lambda _: 0.0, 0.5)
 
     engines = {"bundle": work(1), "other": work(1)} | {f"slow {i}": work(3) for i in range(8)}
     (timing,) = measure(Case(PART, engines, "bundle"), 5, silent, 0)
@@ -95,7 +95,7 @@ def test_an_engine_without_a_lap_is_left_out_of_its_part(clock: Clock) -> None:
         clock.sleep(1)
         lap("b")
 
-    whole, a, b, both = measured({"bundle": engine(clock, 1, 4), "plain": Engine(work, lambda _: 0.0, 0.5)})
+    whole, a, b, both = measured({"bundle": engine(clock, 1, 4), "plain": Contestant(work, lambda _: 0.0, 0.5)})
     assert set(a.seconds) == {"bundle"}
     assert a.ratios == {}
     assert (b.ratios["plain"], both.ratios["plain"]) == pytest.approx((1 / 4, 1 / 6))
@@ -104,7 +104,7 @@ def test_an_engine_without_a_lap_is_left_out_of_its_part(clock: Clock) -> None:
 
 def test_noise_of_a_short_part_asks_for_no_more_rounds(clock: Clock) -> None:
     seconds = itertools.cycle([1e-3, 4e-3])
-    noisy = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
+    noisy = Contestant(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
     (timing,) = measure(Case(PART, {"bundle": engine(clock, 1e-3, 1e-3), "noisy": noisy}, "bundle"), 4, silent, 2)
     assert timing.rounds == 4
 
@@ -118,7 +118,7 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
             "bundle": engine(clock, 1, 1),
             "wrong": engine(clock, 1, 1, deviation=0.6),
             "not a number": engine(clock, 1, 1, deviation=float("nan")),
-            "broken": Engine(fails, lambda _: 0.0, 0.5),
+            "broken": Contestant(fails, lambda _: 0.0, 0.5),
         }
     )
     for timing in timings:
@@ -126,7 +126,7 @@ def test_a_wrong_answer_and_a_failure_are_told_apart(clock: Clock) -> None:
         assert timing.failed == {"broken": "RuntimeError: no such kernel"}
         assert "broken" not in timing.ratios
     with pytest.raises(RuntimeError):  # without the bundle there is nothing to compare
-        measured({"bundle": Engine(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
+        measured({"bundle": Contestant(fails, lambda _: 0.0, 0.5), "other": engine(clock, 1, 1)})
 
 
 @pytest.mark.parametrize("call", [2, 3, 5])
@@ -139,7 +139,7 @@ def test_an_engine_that_fails_later_has_no_figures(clock: Clock, call: int) -> N
         if next(calls) == call:
             raise RuntimeError("out of memory")
 
-    whole, *_ = measured({"bundle": engine(clock, 1, 1), "broken": Engine(fails_later, lambda _: 0.0, 0.5)})
+    whole, *_ = measured({"bundle": engine(clock, 1, 1), "broken": Contestant(fails_later, lambda _: 0.0, 0.5)})
     assert whole.failed == {"broken": "RuntimeError: out of memory"}
     assert whole.seconds.keys() == whole.deviations.keys() == whole.bounds.keys() == {"bundle"}
     assert whole.rounds == 3
@@ -148,14 +148,14 @@ def test_an_engine_that_fails_later_has_no_figures(clock: Clock, call: int) -> N
 
 def test_noisy_ratios_are_measured_again(clock: Clock) -> None:
     seconds = itertools.cycle([1, 4])
-    scattered = Engine(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
+    scattered = Contestant(lambda lap: clock.sleep(next(seconds)), lambda _: 0.0, 0.5)
     (timing,) = measure(Case(PART, {"scattered": scattered, "bundle": engine(clock, 1, 1)}, "bundle"), 4, silent, 2)
     assert timing.rounds == 12
     assert timing.interquartile_range["scattered"] > measurement.NOISY
 
 
 def test_a_sample_disturbed_by_others_is_noticed_and_taken_again() -> None:
-    work = Engine(lambda lap: busy(0.3), lambda _: 0.0, 0.5)
+    work = Contestant(lambda lap: busy(0.3), lambda _: 0.0, 0.5)
     others = [
         subprocess.Popen(
             [sys.executable, "-c", "print('begun', flush=True)\nwhile True: pass"], stdout=subprocess.PIPE

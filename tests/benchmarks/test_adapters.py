@@ -26,7 +26,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         save_adapter(base, out / name, seed, strength=0.3, r=4, target_modules=LAYERS[request.param])
         for seed, name in enumerate("ab")
     ]
-    export_bundle(load_adapted(str(base), dict(zip("ab", directories, strict=True))), out / "bundle", None)
+    export_bundle(load_adapted(str(base), dict(zip("ab", directories, strict=True))), out / "bundle")
     return out / "bundle", base, directories
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.scaling import Costs, capacity, simulate
+from benchmarks.scaling import Costs, Deployment, capacity, simulate
 
 
 def _tokens(replicas: int, costs: Costs, ingresses: int = 1, load: float = 1.3) -> float:
     rate = load * capacity(replicas, 8, costs)
-    return simulate(replicas, rate, 20, "load", 16, 8, ingresses, costs).tokens_per_second
+    return simulate(Deployment(replicas, "load", 16, 8, ingresses), rate, 20, costs).tokens_per_second
 
 
 def test_linear_up_to_the_limit_of_the_ingress() -> None:
@@ -24,7 +24,7 @@ def test_linear_up_to_the_limit_of_the_ingress() -> None:
 def test_what_is_offered_is_done() -> None:
     costs = Costs()
     rate = 0.5 * capacity(2, 8, costs)
-    found = simulate(2, rate, 60, "cluster", 16, 8, 1, costs)
+    found = simulate(Deployment(2, "cluster", 16, 8, 1), rate, 60, costs)
     assert found.tokens_per_second == pytest.approx(rate * 72, rel=0.15)  # 72 new tokens on average
     assert found.longest_queue <= 16
     assert 1 <= found.sets_per_step <= 8

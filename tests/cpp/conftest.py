@@ -35,6 +35,6 @@ def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
     for name, (size, regime, precision, conditioning_size) in kinds.items():
         checkpoint, bundles[name] = directory / f"checkpoint-{name}", directory / name
         random_checkpoint(checkpoint, size, regime, conditioning_size=conditioning_size)
-        export_bundle(load_checkpoint(checkpoint), bundles[name], None, precision=precision)
+        export_bundle(load_checkpoint(checkpoint), bundles[name], precision=precision)
     yield bundles
     shutil.rmtree(directory)

@@ -44,7 +44,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         "attention": save_adapter(base, directory / "attention", 2, r=2, target_modules=layers[:1]),
     }
     own = load_adapted(str(base), adapters)
-    manifest = export_bundle(own, directory / "bundle", None, precision=precision)
+    manifest = export_bundle(own, directory / "bundle", precision=precision)
     third = {"third": save_adapter(base, directory / "third", 3, r=8, target_modules=layers[1:2])}
     factors = load_adapted(str(base), third, own.trunk).adapters["third"]
     write_adapter(directory / "third.safetensors", factors, manifest.adaptation)
@@ -85,10 +85,10 @@ def test_a_base_without_adapters(size: str, tmp_path: Path) -> None:
     """A plain base in fp32; in int8 one that is told which layers a file may update, and how far."""
     random_checkpoint(tmp_path / "checkpoint", size)
     base = tmp_path / "checkpoint" / "base"
-    export_bundle(load_adapted(str(base), {}), tmp_path / "plain", None)
+    export_bundle(load_adapted(str(base), {}), tmp_path / "plain")
     layers = (GPT2_LAYERS if size == "mini" else LLAMA_LAYERS)[:2]
     later = load_adapted(str(base), {}, adaptable=layers, max_rank=4)
-    export_bundle(later, tmp_path / "empty", None, precision="int8")
+    export_bundle(later, tmp_path / "empty", precision="int8")
     spec = chameleon_deploy.load(tmp_path / "empty").manifest.adaptation
     for name, rank in (("late", 4), ("wide", 5)):
         shapes = {factor: (rank, width) for factor, width in spec.factor_widths.items()}
@@ -117,7 +117,7 @@ def test_a_base_without_adapters(size: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "architecture"), [("mini", "shared"), ("llama-mini", "paper")])
 def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", size, targets=["all"], architecture=architecture)
-    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None)
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle")
     runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
     file = tmp_path / "texts.txt"
     file.write_text("\n\n".join(TEXTS))
@@ -134,7 +134,7 @@ def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path:
 
 def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", targets=["all"])
-    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None, precision="int8")
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", precision="int8")
     python, native = chameleon_deploy.load(tmp_path / "bundle", threads=1), NativeRuntime(tmp_path / "bundle")
     expected, found = (runtime.adapt(TEXTS, mode="request") for runtime in (python, native))
     for name, tensor in expected.factors.sets.tensors.items():

@@ -32,7 +32,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         directory / "checkpoint", size, targets=["attention", "lm_head"], architecture=architecture,
         conditioning_size=SIZE,
     )  # fmt: skip
-    export_bundle(load_checkpoint(directory / "checkpoint"), directory / "bundle", None)
+    export_bundle(load_checkpoint(directory / "checkpoint"), directory / "bundle")
     return directory / "bundle"
 
 

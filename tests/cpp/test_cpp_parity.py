@@ -44,7 +44,7 @@ def test_random_ragged_batches_agree_in_all_modes(mini_bundles: dict[str, Path],
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_bundle_of_16_bits_is_refused(precision: Any, tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini")
-    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", None, precision=precision)
+    export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", precision=precision)
     with pytest.raises(NativeError, match="--precision fp32") as error:
         NativeRuntime(tmp_path / "bundle")
     assert error.value.code == "manifest_invalid"

@@ -21,7 +21,7 @@ from chameleon_deploy import compare
 from chameleon_deploy.errors import ChameleonError, CheckFailedError, InputError, OutputError
 from chameleon_deploy.evaluate import __main__ as evaluate_command
 from chameleon_deploy.evaluate import experiment, variants
-from chameleon_deploy.evaluate.experiment import Scored, run_experiment
+from chameleon_deploy.evaluate.experiment import Design, Scored, run_experiment
 from chameleon_deploy.evaluate.figures import (
     CONTROLS,
     Figures,
@@ -60,7 +60,7 @@ def splits(texts: list[str] = TEXTS) -> Split:
 
 
 def run(mini: Checkpoint, work: Path, seeds: int = SEEDS, texts: list[str] = TEXTS) -> list[Figures]:
-    return figures(run_experiment(mini.trunk, "base", splits(texts), SETTINGS, seeds, work, quiet).scored, 0)
+    return figures(run_experiment(mini.trunk, "base", splits(texts), Design(SETTINGS, seeds), work, quiet).scored, 0)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_every_row_of_the_tables_is_there(finished: tuple[Path, list[Figures]]) 
 def test_one_protocol_gives_the_same_figures_as_both(
     mini: Checkpoint, finished: tuple[Path, list[Figures]], tmp_path: Path
 ) -> None:
-    outcome = run_experiment(mini.trunk, "base", splits(), SETTINGS, SEEDS, tmp_path, quiet, ("masked",))
+    outcome = run_experiment(mini.trunk, "base", splits(), Design(SETTINGS, SEEDS, ("masked",)), tmp_path, quiet)
     both = [f for f in finished[1] if f.scored == "masked" and f.trained in ("", "masked")]
     assert outcome.protocols == ("masked",)
     assert figures(outcome.scored, 0) == both
@@ -109,13 +109,14 @@ def test_one_protocol_gives_the_same_figures_as_both(
     assert "Modes and controls, protocol masked" in written
     assert "Modes and controls, protocol paper" not in written
     with pytest.raises(InputError, match="protocols"):  # its scores lack those of the other protocol
-        run_experiment(mini.trunk, "base", splits(), SETTINGS, SEEDS, tmp_path, quiet)
+        run_experiment(mini.trunk, "base", splits(), Design(SETTINGS, SEEDS), tmp_path, quiet)
 
 
 def test_layers_of_the_trunk_are_compared_with_every_control(mini: Checkpoint, tmp_path: Path) -> None:
     targets = choose_targets(mini.trunk, ["attention"])
     settings = SETTINGS.with_options(targets=targets, architecture="shared", epochs=1, lora_lrs=(1e-6, 2e-2))
-    found = figures(run_experiment(mini.trunk, "base", splits(TEXTS[::2]), settings, 1, tmp_path, quiet).scored, 0)
+    outcome = run_experiment(mini.trunk, "base", splits(TEXTS[::2]), Design(settings, 1), tmp_path, quiet)
+    found = figures(outcome.scored, 0)
     controls = control_sheet(found, "masked")
     assert [row[1] for row in controls.rows] == [control.label for group in CONTROLS.values() for control in group]
     for variant in VARIANTS:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import experiment
-from chameleon_deploy.evaluate.experiment import PROTOCOLS, Outcome, run_experiment
+from chameleon_deploy.evaluate.experiment import PROTOCOLS, Design, Outcome, run_experiment
 from chameleon_deploy.evaluate.variants import VARIANTS, num_parameters
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.corpus import Split
@@ -57,8 +57,8 @@ def start(mini: Checkpoint, mini_path: Path) -> Start:
         **settings: Any,
     ) -> Run:  # fmt: skip
         reported: list[tuple[str, int, int]] = []
-        chosen = SETTINGS.with_options(**settings)
-        outcome = run_experiment(trunk, str(base), texts, chosen, seeds, work, lambda *step: reported.append(step))
+        design = Design(SETTINGS.with_options(**settings), seeds)
+        outcome = run_experiment(trunk, str(base), texts, design, work, lambda *step: reported.append(step))
         return Run(work, outcome, reported)
 
     return run
@@ -156,7 +156,7 @@ def test_what_is_there_is_not_made_again(
     work, trained = copy_of(finished.work), list[Path]()
 
     def counted(*arguments: Any) -> Any:
-        trained.append(arguments[5])
+        trained.append(arguments[3])
         return fit_checkpoint(*arguments)
 
     monkeypatch.setattr(experiment, "fit_checkpoint", counted)

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from chameleon_deploy.reference import tiny, training
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import fit_centroids
 from chameleon_deploy.reference.corpus import Split, split_texts
-from chameleon_deploy.reference.losses import Losses, losses_of
+from chameleon_deploy.reference.losses import Losses, Objective, losses_of
 from chameleon_deploy.reference.presets import PAPER
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import fit_checkpoint
@@ -70,7 +71,7 @@ def test_train_reads_train_and_validation(
     arguments = _captured(monkeypatch, training, "train_checkpoint")
     with pytest.raises(StoppedError):
         train.main(base=str(mini_path / "base"), out=tmp_path / "out", dataset="d")
-    assert arguments[2:4] == [TEXTS["train"], TEXTS["validation"]]
+    assert (arguments[2].train, arguments[2].validation) == (TEXTS["train"], TEXTS["validation"])
     assert asked == ["train", "validation"]
 
 
@@ -105,7 +106,8 @@ def test_compare_trains_under_both_protocols_or_one(
     for chosen, protocols in cases:
         with pytest.raises(StoppedError):
             compare.main(base=str(mini_path / "base"), work=tmp_path / "work", dataset="d", protocol=chosen)
-        assert arguments.pop() == protocols
+        assert arguments[3].protocols == protocols
+        arguments.clear()
 
 
 def test_the_files_of_compare_are_split_in_three(
@@ -135,7 +137,7 @@ def test_the_tiny_model_neither_learns_nor_stops_by_its_test_texts(
     with pytest.raises(StoppedError):
         tiny.main(out=tmp_path)
     test = {text for split in tiny.corpus_splits().values() for text in split.test}
-    train, validation = head[2:4]
+    train, validation = head[2].train, head[2].validation
     assert test.isdisjoint(base[0])
     assert test.isdisjoint(train)
     assert test.isdisjoint(validation)
@@ -149,7 +151,8 @@ def _trained(mini: Checkpoint, test: str, work: Path) -> dict[str, Any]:
     """Parameters, centroids and losses of every epoch, of a short experiment that is scored on some texts."""
     texts = Split(TEXTS["train"], TEXTS["validation"], TEXTS[test])
     settings = PAPER.with_options(num_clusters=3, max_length=24, epochs=2, batch_size=8, lr=2e-2)
-    experiment.run_experiment(mini.trunk, "base", texts, settings, 1, work, lambda what, done, total: None)
+    design = experiment.Design(settings, 1)
+    experiment.run_experiment(mini.trunk, "base", texts, design, work, lambda what, done, total: None)
     found: dict[str, Any] = {}
     for protocol in experiment.PROTOCOLS:
         checkpoint = work / protocol / "seed-0" / "chameleon"
@@ -174,12 +177,10 @@ def _test_losses(patch: pytest.MonkeyPatch) -> dict[str, Losses]:
     """Losses of the test texts by protocol, for a planted fault."""
     losses: dict[str, Losses] = {}
 
-    def remember(
-        trunk: Any, ids: Any, targets: Any, protocol: str, length: int, alpha: float, directory: Path, report: Any
-    ) -> Losses:
-        found = losses_of(trunk, ids, targets, protocol, length, alpha, directory, report)
+    def remember(trunk: Any, ids: Any, objective: Objective, directory: Path, report: Any) -> Losses:
+        found = losses_of(trunk, ids, objective, directory, report)
         if directory.name == "test":
-            losses[protocol] = found
+            losses[objective.protocol] = found
         return found
 
     patch.setattr(experiment, "losses_of", remember)
@@ -198,7 +199,9 @@ def _stopping_by_the_test_texts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         experiment,
         "fit_checkpoint",
-        lambda trunk, config, train, _, *rest: fit_checkpoint(trunk, config, train, losses[config.protocol], *rest),
+        lambda trunk, config, data, *rest: fit_checkpoint(
+            trunk, config, replace(data, validation=losses[config.protocol]), *rest
+        ),
     )
 
 

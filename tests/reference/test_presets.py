@@ -21,20 +21,20 @@ from chameleon_deploy import train as train_command
 from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.evaluate import variants
-from chameleon_deploy.evaluate.experiment import run_experiment
+from chameleon_deploy.evaluate.experiment import Design, run_experiment
 from chameleon_deploy.evaluate.variants import VARIANTS
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.clustering import nearest_centroids
 from chameleon_deploy.reference.corpus import Split, split_texts
-from chameleon_deploy.reference.fit import fit, validation_loss
+from chameleon_deploy.reference.fit import TrainingData, fit, validation_loss
 from chameleon_deploy.reference.head_losses import HeadLosses
 from chameleon_deploy.reference.hidden_states import HiddenStates
 from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, StaticLoRA, num_parameters
 from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, TrainingSettings, default_of
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.residual import add_residual, constant_direction, count, detectors, log_ratio
-from chameleon_deploy.reference.training import train_checkpoint
+from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
 
 CLUSTERS, HIDDEN, VOCAB, RANK = 4, 16, 40, 2
 CENTROIDS = torch.nn.functional.normalize(torch.randn(CLUSTERS, HIDDEN, generator=torch.Generator().manual_seed(9)))
@@ -67,7 +67,7 @@ def losses_of(seed: int, alpha: float = 1.0) -> HeadLosses:
 
 def train(factors: FactorModule, settings: TrainingSettings, work: Path) -> float:
     work.mkdir(exist_ok=True)
-    return fit(factors, losses_of(1), losses_of(2), CENTROIDS, settings, work).best_loss
+    return fit(factors, TrainingData(losses_of(1), losses_of(2), CENTROIDS), settings, work).best_loss
 
 
 def small_lora(seed: int = 0, rank: int = RANK - 1) -> StaticLoRA:
@@ -167,7 +167,8 @@ def test_train_and_compare_resolve_a_preset_alike(
     for command, more in ((train_command, {"out": tmp_path / "out"}), (compare, {"work": tmp_path / "work"})):
         with pytest.raises(KeyboardInterrupt):
             command.main(**options, **more)
-    (_, config, _, _, _, training, *_), (_, _, _, settings, *_) = calls
+    (_, config, _, _, training, *_), (_, _, _, design, *_) = calls
+    settings = design.settings
     assert settings == PRESETS[preset].with_options(lr=0.125)
     assert training == settings.training
     shape = settings.rank, settings.alpha, settings.num_clusters, settings.max_length
@@ -192,15 +193,15 @@ def test_the_preset_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None
     assert record["best_loss"] == min(record["validation_loss_by_pseudo_count"].values())
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     assert checkpoint.config.hidden_sizes == (5, 5)
-    export_bundle(checkpoint, tmp_path / "bundle", None)  # raises where a gate is missed
+    export_bundle(checkpoint, tmp_path / "bundle")  # raises where a gate is missed
 
 
 def test_hidden_sizes_that_are_not_the_clusters(mini: Checkpoint, tmp_path: Path) -> None:
     config = CheckpointConfig(regime="chameleon", base_model="./base", rank=4, hidden_sizes=(5, 4), num_clusters=4)
     with pytest.raises(InputError, match="one unit per cluster"):
         train_checkpoint(
-            mini.trunk, msgspec.structs.replace(config, max_length=48), ["a text"], ["a text"], tmp_path / "out",
-            PRESETS["residual"].training, lambda what, done, total: None,
+            mini.trunk, msgspec.structs.replace(config, max_length=48), TrainingInputs(["a text"], ["a text"]),
+            tmp_path / "out", PRESETS["residual"].training, lambda what, done, total: None,
         )  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def test_the_comparison_takes_the_preset(mini: Checkpoint, tmp_path: Path) -> No
     settings = PRESETS["residual"].with_options(rank=4, num_clusters=3, max_length=40, epochs=1, lr=2e-2)
     train, test = split_texts(texts, 0.2)
     splits = Split(*split_texts(train, 0.2, "validation"), test)
-    run_experiment(mini.trunk, "base", splits, settings, 1, tmp_path, lambda what, done, total: None)
+    run_experiment(mini.trunk, "base", splits, Design(settings, 1), tmp_path, lambda what, done, total: None)
     for variant, units in (("chameleon", 3), ("chameleon-constant", 1)):
         checkpoint = load_checkpoint(tmp_path / "masked" / "seed-0" / variant, trunk=mini.trunk)
         assert checkpoint.config.hidden_sizes == (units, units)

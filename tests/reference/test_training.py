@@ -26,7 +26,7 @@ from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, TrainingSettings
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.targets import choose_targets
-from chameleon_deploy.reference.training import train_checkpoint
+from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
 from chameleon_deploy.terminal.texts import read_conditioned
 from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
@@ -62,7 +62,7 @@ def test_training_lowers_the_held_out_loss(
 ) -> None:
     changes = {"regime": regime, "protocol": protocol, "hidden_sizes": (16, 8) if regime == "chameleon" else ()}
     settings = settings_of(epochs=4 if protocol == "masked" else 30, lr=3e-3)  # paper: one position per text
-    train_checkpoint(mini.trunk, config(**changes), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
+    train_checkpoint(mini.trunk, config(**changes), TrainingInputs(TRAIN, HELD_OUT), tmp_path / "out", settings, quiet)
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     base = evaluate(checkpoint, HELD_OUT, tmp_path / "cache", adapted=False)
     trained = evaluate(checkpoint, HELD_OUT, tmp_path / "cache")
@@ -74,7 +74,12 @@ def test_training_lowers_the_held_out_loss(
 def test_the_seed_decides_everything(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train_checkpoint(
-            mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / name, settings_of(epochs=2, seed=seed), quiet
+            mini.trunk,
+            config(),
+            TrainingInputs(TRAIN, HELD_OUT),
+            tmp_path / name,
+            settings_of(epochs=2, seed=seed),
+            quiet,
         )
     a, b, c = (parameters(tmp_path / name, mini_path / "base") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -100,19 +105,20 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
     assert not (tmp_path / "killed").exists()
 
     train, held_out = corpus.split_texts(TEXTS, 0.1)
+    inputs, fewer = TrainingInputs(train, held_out), TrainingInputs(train[1:], held_out)
     settings = settings_of(epochs=8, patience=200, seed=5)
     changes = config(hidden_sizes=(64, 32), base_model=os.path.relpath(mini_path / "base", tmp_path / "killed"))
     with pytest.raises(InputError, match="other texts or settings"):
-        train_checkpoint(mini.trunk, changes, train[1:], held_out, tmp_path / "killed", settings, quiet, resume=True)
+        train_checkpoint(mini.trunk, changes, fewer, tmp_path / "killed", settings, quiet, resume=True)
     with pytest.raises(OutputExistsError, match="--resume"):
-        train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "killed", settings, quiet)
+        train_checkpoint(mini.trunk, changes, inputs, tmp_path / "killed", settings, quiet)
     epochs: list[int] = []
     resumed = train_checkpoint(
-        mini.trunk, changes, train, held_out, tmp_path / "killed", settings_of(epochs=200, patience=3, seed=5),
+        mini.trunk, changes, inputs, tmp_path / "killed", settings_of(epochs=200, patience=3, seed=5),
         lambda what, done, total: epochs.append(done) if what.startswith("epochs") else None, resume=True,
     )  # fmt: skip
     settings = settings_of(epochs=resumed.epoch, patience=200, seed=5)
-    straight = train_checkpoint(mini.trunk, changes, train, held_out, tmp_path / "straight", settings, quiet)
+    straight = train_checkpoint(mini.trunk, changes, inputs, tmp_path / "straight", settings, quiet)
     assert resumed.history == nearly(straight.history)
     a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
     assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
@@ -125,7 +131,7 @@ def test_layers_of_the_trunk_are_trained_and_resumed(
     targets = choose_targets(mini.trunk, ["mlp", "lm_head"])
     about = config(targets=targets, architecture=architecture)
     straight, texts = settings_of(epochs=3, lr=1e-2, patience=9), (TRAIN[:40], HELD_OUT)
-    state = train_checkpoint(mini.trunk, about, *texts, tmp_path / "straight", straight, quiet)
+    state = train_checkpoint(mini.trunk, about, TrainingInputs(*texts), tmp_path / "straight", straight, quiet)
     base = evaluate(load_checkpoint(tmp_path / "straight", base=str(mini_path / "base")), HELD_OUT, tmp_path, False)
     assert state.best_loss < base.loss - 0.05
 
@@ -137,8 +143,10 @@ def test_layers_of_the_trunk_are_trained_and_resumed(
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_checkpoint(mini.trunk, about, *texts, tmp_path / "killed", straight, kill)
-    resumed = train_checkpoint(mini.trunk, about, *texts, tmp_path / "killed", straight, quiet, resume=True)
+        train_checkpoint(mini.trunk, about, TrainingInputs(*texts), tmp_path / "killed", straight, kill)
+    resumed = train_checkpoint(
+        mini.trunk, about, TrainingInputs(*texts), tmp_path / "killed", straight, quiet, resume=True
+    )
     assert resumed.history == nearly(state.history)
     a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
     assert all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-5) for key in a)
@@ -188,14 +196,18 @@ def test_texts_without_a_vector_each(line: str, message: str, tmp_path: Path) ->
 def test_the_residual_preset_is_of_the_head(mini: Checkpoint, tmp_path: Path) -> None:
     about = config(targets=choose_targets(mini.trunk, ["mlp"]), hidden_sizes=(3, 3))
     with pytest.raises(InputError, match="leave out --targets"):
-        train_checkpoint(mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS["residual"].training, quiet)
+        train_checkpoint(
+            mini.trunk, about, TrainingInputs(TRAIN, HELD_OUT), tmp_path / "out", PRESETS["residual"].training, quiet
+        )
 
 
 def test_dropout_is_of_the_training_alone(mini: Checkpoint, tmp_path: Path) -> None:
     # With a learning rate of zero, the losses of training and validation on the same texts differ by the dropout.
     for dropout in (0.0, 0.5):
         settings = settings_of(epochs=1, lr=0, batch_size=1000, dropout=dropout)
-        state = train_checkpoint(mini.trunk, config(), TRAIN, TRAIN, tmp_path / str(dropout), settings, quiet)
+        state = train_checkpoint(
+            mini.trunk, config(), TrainingInputs(TRAIN, TRAIN), tmp_path / str(dropout), settings, quiet
+        )
         (epoch,) = state.history
         assert (epoch["train_loss"] == pytest.approx(epoch["validation_loss"], rel=1e-6)) == (dropout == 0)
 
@@ -205,7 +217,9 @@ def lora(mini: Checkpoint, mini_path: Path, tmp_path_factory: pytest.TempPathFac
     """A LoRA of the trunk and the head, trained a little."""
     out = tmp_path_factory.mktemp("lora") / "lora"
     about = config(regime="lora", hidden_sizes=(), targets=choose_targets(mini.trunk, ["mlp", "lm_head"]))
-    train_checkpoint(mini.trunk, about, TRAIN[:40], HELD_OUT, out, settings_of(epochs=2, lr=1e-2), quiet)
+    train_checkpoint(
+        mini.trunk, about, TrainingInputs(TRAIN[:40], HELD_OUT), out, settings_of(epochs=2, lr=1e-2), quiet
+    )
     return load_checkpoint(out, base=str(mini_path / "base"))
 
 
@@ -213,7 +227,7 @@ def test_a_hypernetwork_begins_with_a_lora(mini: Checkpoint, mini_path: Path, lo
     about, texts = config(targets=lora.config.targets), (TRAIN[:40], HELD_OUT)
     for name, lr in (("kept", 0), ("trained", 1e-3)):
         settings = settings_of(epochs=1, lr=lr)
-        train_checkpoint(mini.trunk, about, *texts, tmp_path / name, settings, quiet, lora=lora)
+        train_checkpoint(mini.trunk, about, TrainingInputs(*texts, lora=lora), tmp_path / name, settings, quiet)
     kept, trained = (load_checkpoint(tmp_path / name, base=str(mini_path / "base")) for name in ("kept", "trained"))
     for name, factor in lora.factors(kept.centroids).items():
         assert factor.any(), name
@@ -232,10 +246,12 @@ def test_another_lora_does_not_resume_a_training(mini: Checkpoint, lora: Checkpo
 
     about, texts, out = config(targets=lora.config.targets), (TRAIN[:40], HELD_OUT), tmp_path / "out"
     with pytest.raises(KilledError):
-        train_checkpoint(mini.trunk, about, *texts, out, settings_of(epochs=1), kill, lora=lora)
+        train_checkpoint(mini.trunk, about, TrainingInputs(*texts, lora=lora), out, settings_of(epochs=1), kill)
     for other in (None, replace(lora, digest="another")):
         with pytest.raises(InputError, match="other texts or settings"):
-            train_checkpoint(mini.trunk, about, *texts, out, settings_of(epochs=1), quiet, resume=True, lora=other)
+            train_checkpoint(
+                mini.trunk, about, TrainingInputs(*texts, lora=other), out, settings_of(epochs=1), quiet, resume=True
+            )
 
 
 @pytest.mark.parametrize(
@@ -255,7 +271,12 @@ def test_a_lora_that_cannot_be_begun_with(
     about = config(**({"targets": lora.config.targets} | changes))
     with pytest.raises(InputError, match=message):
         train_checkpoint(
-            mini.trunk, about, TRAIN, HELD_OUT, tmp_path / "out", PRESETS[preset].training, quiet, lora=lora
+            mini.trunk,
+            about,
+            TrainingInputs(TRAIN, HELD_OUT, lora=lora),
+            tmp_path / "out",
+            PRESETS[preset].training,
+            quiet,
         )
     assert not list(tmp_path.iterdir())
 
@@ -265,7 +286,9 @@ def test_a_lora_of_another_base_is_not_begun_with(mini: Checkpoint, lora: Checkp
     other.head_weight.data[0, 0] += 1
     about = config(targets=lora.config.targets)
     with pytest.raises(InputError, match="another base model"):
-        train_checkpoint(other, about, TRAIN, HELD_OUT, tmp_path / "out", settings_of(), quiet, lora=lora)
+        train_checkpoint(
+            other, about, TrainingInputs(TRAIN, HELD_OUT, lora=lora), tmp_path / "out", settings_of(), quiet
+        )
 
 
 def test_the_command_begins_with_a_lora(mini_path: Path, tmp_path: Path) -> None:
@@ -283,12 +306,14 @@ def test_the_command_begins_with_a_lora(mini_path: Path, tmp_path: Path) -> None
 
 def test_a_hypernetwork_is_no_lora_to_begin_with(mini: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="train one with --regime lora"):
-        train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings_of(), quiet, lora=mini)
+        train_checkpoint(
+            mini.trunk, config(), TrainingInputs(TRAIN, HELD_OUT, lora=mini), tmp_path / "out", settings_of(), quiet
+        )
 
 
 def test_early_stopping_keeps_the_best_epoch(mini: Checkpoint, tmp_path: Path) -> None:
     settings = settings_of(epochs=60, lr=0.1, patience=2)  # a step size that soon overshoots
-    state = train_checkpoint(mini.trunk, config(), TRAIN, HELD_OUT, tmp_path / "out", settings, quiet)
+    state = train_checkpoint(mini.trunk, config(), TrainingInputs(TRAIN, HELD_OUT), tmp_path / "out", settings, quiet)
     losses = [entry["validation_loss"] for entry in state.history]
     assert len(losses) == state.best_epoch + 2 < 60
     assert min(losses) == state.best_loss == losses[state.best_epoch - 1]

@@ -13,7 +13,7 @@ from chameleon_deploy.reference import head_losses, trunk_losses
 from chameleon_deploy.reference.adapters import adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, SharedHypernetwork, factor_set
-from chameleon_deploy.reference.losses import losses_of
+from chameleon_deploy.reference.losses import Objective, losses_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.targets import choose_targets, target_specs
 from chameleon_deploy.reference.trunk_losses import TrunkLosses
@@ -78,7 +78,7 @@ def test_gradients_are_autograds(
 @pytest.mark.parametrize("protocol", ["masked", "paper"])
 def test_the_head_alone_has_the_losses_of_hidden_states(mini: Checkpoint, tmp_path: Path, protocol: str) -> None:
     factors, u = network(mini.trunk, ["lm_head"]), torch.randn(64)
-    cached = losses_of(mini.trunk, TEXTS, ["lm_head"], protocol, 8, ALPHA, tmp_path)
+    cached = losses_of(mini.trunk, TEXTS, Objective(["lm_head"], ALPHA, protocol, 8), tmp_path)
     assert isinstance(cached, head_losses.HeadLosses)
     found = []
     for texts in (cached, losses(mini.trunk, protocol)):
@@ -91,7 +91,7 @@ def test_the_head_alone_has_the_losses_of_hidden_states(mini: Checkpoint, tmp_pa
 
 
 def test_other_targets_are_read_by_the_trunk(mini: Checkpoint, tmp_path: Path) -> None:
-    made = losses_of(mini.trunk, TEXTS, choose_targets(mini.trunk, ["mlp"]), "masked", 8, ALPHA, tmp_path)
+    made = losses_of(mini.trunk, TEXTS, Objective(choose_targets(mini.trunk, ["mlp"]), ALPHA, "masked", 8), tmp_path)
     assert isinstance(made, TrunkLosses)
     assert not list(tmp_path.iterdir())
 

@@ -43,7 +43,7 @@ def path(llama_path: Path, directories: dict[str, Path], tmp_path_factory: pytes
     """A bundle with the first two adapters."""
     own = {name: directories[name] for name in ("legal", "code")}
     out = tmp_path_factory.mktemp("bundle") / "adapters"
-    export_bundle(load_adapted(str(llama_path / "base"), own), out, None)
+    export_bundle(load_adapted(str(llama_path / "base"), own), out)
     return out
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_meant_is_refused(runtime: Runtime, arguments: Any, error
 def test_a_file_becomes_an_adapter_and_is_forgotten(
     runtime: Runtime, file: Path, llama_path: Path, directories: dict[str, Path], tmp_path: Path
 ) -> None:
-    export_bundle(load_adapted(str(llama_path / "base"), directories), tmp_path / "all", None)
+    export_bundle(load_adapted(str(llama_path / "base"), directories), tmp_path / "all")
     expected = tokens(chameleon_deploy.load(tmp_path / "all", threads=1), "wiki", "legal", None)
     before = tokens(runtime, "legal")
     runtime.load_adapter("wiki", file)

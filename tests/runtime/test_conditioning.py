@@ -35,7 +35,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def path(given: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("conditioning") / "bundle"
-    export_bundle(given, path, None)
+    export_bundle(given, path)
     return path
 
 

@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def int8_bundle(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("int8") / "mini"
-    export_bundle(mini, path, None, precision="int8")
+    export_bundle(mini, path, precision="int8")
     return path
 
 

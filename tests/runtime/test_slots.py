@@ -225,7 +225,7 @@ def test_int8_prompts_in_one_call_are_cached_as_alone(int8_runtime: Runtime) -> 
 
 def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:
     """But for a last chunk of a single token, which the decoder takes for a step: so none is ever read."""
-    export_bundle(llama, tmp_path / "int8", None, precision="int8")
+    export_bundle(llama, tmp_path / "int8", precision="int8")
     alone = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1))
     for prompt in random_rows(8, 60, 100):
         whole = alone.logits(prompt, 0)

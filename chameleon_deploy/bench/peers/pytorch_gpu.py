@@ -44,7 +44,7 @@ class PyTorchGPU:
 
     def score(self, rows: Rows) -> Any:
         ids = self._adapt(rows)
-        logits = self._logits(ids, None)
+        logits = self._logits(ids)
         return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu().numpy()
 
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
@@ -61,7 +61,7 @@ class PyTorchGPU:
         return np.concatenate(chosen, axis=1)
 
     @torch.no_grad()
-    def _logits(self, input_ids: Tensor, cache: Any) -> Tensor:
+    def _logits(self, input_ids: Tensor, cache: Any = None) -> Tensor:
         """Return float32 [batch, sequence, vocab]; after a whole prompt with a cache, of the last position only."""
         output = self._model.base_model(input_ids, past_key_values=cache, use_cache=cache is not None)
         hidden = output.last_hidden_state if cache is None else output.last_hidden_state[:, -1:]

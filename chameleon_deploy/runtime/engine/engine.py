@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.adaptation import Adapt
@@ -51,6 +51,48 @@ class Stats:
     factor_sets: int
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """The limits of an engine.
+
+    rows              places in the batch
+    max_waiting       rows that may wait for a place; a submit of more rows than are free, or of several that are more
+                      than half of those, raises QueueFullError
+    prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
+    max_factor_sets   different factor sets in the batch at a time; None means as many as rows
+    cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenants, waits for others that
+                      join its cohort; with 0 a cohort is the prompts of one submit
+    capacity          tokens per row that the key-value cache holds; None means the model's positions
+
+    Raises InputError.
+    """
+
+    rows: int = 8
+    max_waiting: int = 256
+    prefill_tokens: int = 256
+    max_factor_sets: int | None = None
+    cohort_window_ms: float = 0
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("cohort_window_ms", self.cohort_window_ms, 0)
+        limits = {"rows": (1, MAX_ROWS), "max_waiting": (0,), "prefill_tokens": (MIN_PREFILL_TOKENS,)}
+        limits |= {name: (1,) for name in ("max_factor_sets", "capacity") if getattr(self, name) is not None}
+        for name, limit in limits.items():
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), *limit))
+
+
+class EngineKeywords(TypedDict, total=False):
+    """The fields of EngineOptions as keywords."""
+
+    rows: int
+    max_waiting: int
+    prefill_tokens: int
+    max_factor_sets: int | None
+    cohort_window_ms: float
+    capacity: int | None
+
+
 class Engine:
     """Generate for many callers at once on one runtime. See `submit`.
 
@@ -65,40 +107,26 @@ class Engine:
     def __init__(
         self,
         runtime: Runtime,
+        options: EngineOptions | None = None,
         *,
-        rows: int = 8,
-        max_waiting: int = 256,
-        prefill_tokens: int = 256,
-        max_factor_sets: int | None = None,
-        cohort_window_ms: float = 0,
-        capacity: int | None = None,
         observe: Callable[[Iteration], None] | None = None,
+        **keywords: Unpack[EngineKeywords],
     ) -> None:
         """Start the engine's thread.
 
-        rows              places in the batch
-        max_waiting       rows that may wait for a place; a submit of more rows than are free, or of several that
-                          are more than half of those, raises QueueFullError
-        prefill_tokens    prompt tokens that are prefilled between two steps of the running rows, at least 8
-        max_factor_sets   different factor sets in the batch at a time; None means as many as rows
-        cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenants, waits for others
-                          that join its cohort; with 0 a cohort is the prompts of one submit
-        capacity          tokens per row that the key-value cache holds; None means the model's positions
-        observe           called by the engine's thread after every iteration; must be quick. Its exceptions are logged
+        options, keywords  see EngineOptions
+        observe            called by the engine's thread after every iteration; must be quick. Its exceptions are logged
 
         Raises InputError.
         """
-        rows = check_integer("rows", rows, 1, MAX_ROWS)
-        max_waiting = check_integer("max_waiting", max_waiting, 0)
-        prefill_tokens = check_integer("prefill_tokens", prefill_tokens, MIN_PREFILL_TOKENS)
-        max_factor_sets = rows if max_factor_sets is None else check_integer("max_factor_sets", max_factor_sets, 1)
-        check_number("cohort_window_ms", cohort_window_ms, 0)
+        check_names(keywords, EngineOptions)
+        options = chosen(EngineOptions, options, keywords)
+        self.runtime, self.rows, self.max_waiting = runtime, options.rows, options.max_waiting
         positions = runtime.manifest.model.max_positions
-        self.runtime, self.rows, self.max_waiting = runtime, rows, max_waiting
-        self._capacity = positions if capacity is None else min(check_integer("capacity", capacity, 1), positions)
-        self._window, self._observe = cohort_window_ms / 1000, observe
-        table = FactorTable(max_factor_sets)
-        self._batch = open_batch(runtime.backend, table, rows, self._capacity, Schedule(prefill_tokens))
+        self._capacity = min(options.capacity or positions, positions)
+        self._window, self._observe = options.cohort_window_ms / 1000, observe
+        table = FactorTable(options.max_factor_sets or options.rows)
+        self._batch = open_batch(runtime.backend, table, options.rows, self._capacity, Schedule(options.prefill_tokens))
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
         self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None wakes the thread
