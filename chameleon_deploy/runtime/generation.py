@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers.decoders import DecodeStream
 
 from chameleon_deploy.contract.bundle import IntArray, ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, NumericError
@@ -18,7 +17,7 @@ from chameleon_deploy.runtime.decode.logits import Logits
 from chameleon_deploy.runtime.inputs import MAX_ROWS, check_integer, check_number, integer, is_sequence, per_prompt
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
-from chameleon_deploy.runtime.tokenizer import decode, decode_next
+from chameleon_deploy.runtime.tokenizer import DecodeStream, decode
 
 # "error" where it is asked for (OnError) and in an Engine, "cancelled" in an Engine alone.
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -127,7 +126,7 @@ class Row:
         self.token_ids: list[int] = []
         self._choices: list[Choice] = []
         # Of a row that nobody watches, the text is decoded at its end.
-        self._decode = DecodeStream(skip_special_tokens=True) if is_shown or sampling.stop else None
+        self._decode = DecodeStream() if is_shown or sampling.stop else None
         self._text = ""
         self._shown = 0  # number of characters that the caller was given
         self._begun = [0] * len(sampling.stop)  # where the text may begin each stop string, at the earliest
@@ -142,7 +141,7 @@ class Row:
         if finished:  # include the bytes of an incomplete character
             self._text = decode(tokenizer, self.token_ids[:-1] if stopped else self.token_ids)
         elif self._decode is not None:
-            self._text += decode_next(self._decode, tokenizer, token_id)
+            self._text += self._decode.step(tokenizer, token_id)
         found = map(self._text.find, self.sampling.stop, self._begun)
         cut = min((at for at in found if at >= 0), default=-1)
         if cut >= 0:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.errors import ChameleonError, InputError, LengthError, TokenError
+from chameleon_deploy.runtime.tokenizer import encode_batch
 
 MAX_THREADS = 1024  # ONNX Runtime needs minutes to start a million
 MAX_ROWS = 2**16  # of an engine, and continuations of a prompt
@@ -47,11 +48,7 @@ def _encoded(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
     if any(are_strings) != all(are_strings):
         raise InputError("the batch mixes texts and token id lists: pass one kind")
     if all(are_strings):
-        try:
-            rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        except (TypeError, UnicodeEncodeError) as error:
-            row = next(i for i, text in enumerate(texts) if not _is_unicode(str(text)))
-            raise InputError(f"text {row} holds a lone surrogate and is not valid Unicode") from error
+        rows = encode_batch(tokenizer, [str(text) for text in texts])
     else:
         rows = [_integers(row, ids) for row, ids in enumerate(texts)]
     for row, ids in enumerate(rows):
@@ -163,11 +160,3 @@ def _check_row(row: int, ids: list[int], model: ModelSpec) -> None:
         raise TokenError(f"text {row}: token id {bad} is outside the vocabulary of {model.vocab_size}")
     if len(ids) > model.max_positions:
         raise LengthError(f"text {row} has {len(ids)} tokens, the model has {model.max_positions} positions")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -19,6 +19,7 @@ from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.generation import Generate
 from chameleon_deploy.runtime.runtime import Runtime
 from chameleon_deploy.runtime.sampling_settings import Sampling
+from chameleon_deploy.runtime.tokenizer import encode_batch
 
 PARITY, FIELD = "parity.json", "known_answers"  # the file and its field
 TEXTS = (
@@ -101,7 +102,7 @@ def recorded_answers(bundle: Bundle) -> KnownAnswers:
 
 def encoded(runtime: Runtime, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids that the bundle's tokenizer gives texts."""
-    return [encoding.ids for encoding in runtime.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return encode_batch(runtime.tokenizer, texts)
 
 
 def hidden_states(runtime: Runtime, rows: Sequence[Sequence[int]]) -> list[list[float]] | None:

@@ -9,79 +9,94 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from chameleon_deploy.errors import ManifestError, RequestError
+from chameleon_deploy.errors import ChameleonError, InputError, ManifestError, RequestError
 from chameleon_deploy.runtime.tokenizer_file import file_fault
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no text, or part of a character
+MAX_PENDING = 16  # tokens that are waited for until they complete a character, which has at most 4 bytes
 
 
 def load_tokenizer(file: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a bundle's tokenizer.json: byte-level BPE, as both runtimes read it.
+    """Return the `tokenizers.Tokenizer` of a bundle's tokenizer.json, of the parts that both runtimes have.
 
     Raises ManifestError for a file that `tokenizers` does not read, for one that pads, truncates or has dropout
-    (padding makes a text's ids depend on other rows, dropout makes them random), and for any other kind of tokenizer:
-    some of them cannot decode one token at a time.
+    (padding makes a text's ids depend on other rows, dropout makes them random), and for any part or pattern that
+    `tokenizer_file` does not list.
     """
     try:
-        content = msgspec.json.decode(file.read_bytes())
-        fault = _fault(content) or file_fault(content)
+        fault = file_fault(msgspec.json.decode(file.read_bytes()))
         tokenizer = None if fault else Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises Exception itself; RecursionError, for nested lists, is one too
-        raise ManifestError(f"{file}: {error}") from error
+    except BaseException as error:  # tokenizers raises Exception itself; RecursionError, for nested lists, is one too
+        raise _as(ManifestError, error, f"{file}") from error
     if fault:
         raise ManifestError(f"{file}: {fault}")
     return tokenizer
 
 
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts, without special tokens around them.
+
+    Raises InputError for a text that is no Unicode, or that `tokenizers` gives up: Oniguruma bounds its work.
+    """
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    except (TypeError, UnicodeEncodeError) as error:
+        row = next(i for i, text in enumerate(texts) if not _is_unicode(text))
+        raise InputError(f"text {row} holds a lone surrogate and is not valid Unicode") from error
+    except BaseException as error:
+        raise _as(InputError, error, "the texts cannot be split into words") from error
+
+
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """Return the text of token ids without special tokens. Raises RequestError if `tokenizers` fails or panics."""
+    return _decode(tokenizer, token_ids, True)
+
+
+class DecodeStream:
+    """The text of one row, token by token: a character is shown when all of its tokens are there.
+
+    As `tokenizers.decoders.DecodeStream`, with two differences. Where later tokens change text that was shown (an
+    invalid byte after a valid one, in byte fallback), what was shown stays, and the text goes on behind it. After
+    MAX_PENDING tokens without text, what there is is shown, so that a step takes bounded time.
+    """
+
+    def __init__(self, skip_special_tokens: bool = True) -> None:
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []  # the last tokens that were shown, and those that were not
+        self._num_shown = 0  # how many of them were shown
+        self._shown = ""  # the text of those, when they stand alone
+
+    def step(self, tokenizer: Any, token_id: int) -> str:
+        """Return the text that one more token completes. Raises RequestError as `decode` does."""
+        self._ids.append(token_id)
+        text = _decode(tokenizer, self._ids, self._skip_special_tokens)
+        is_complete = len(text) > len(self._shown) and not text.endswith(REPLACEMENT)
+        if not is_complete and len(self._ids) - self._num_shown < MAX_PENDING:
+            return ""
+        new = text[len(self._shown) :]
+        self._ids = self._ids[self._num_shown :]  # tokens are decoded after those before them
+        self._num_shown = len(self._ids)
+        self._shown = _decode(tokenizer, self._ids, self._skip_special_tokens)
+        return new
+
+
+def _decode(tokenizer: Any, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
     try:
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
     except BaseException as error:
-        raise _as_request_error(error) from error
+        raise _as(RequestError, error, "the tokenizer cannot decode this row") from error
 
 
-def decode_next(stream: Any, tokenizer: Any, token_id: int) -> str:
-    """Return the text of a `DecodeStream` for one more token. Raises RequestError as `decode` does."""
-    try:
-        return stream.step(tokenizer, token_id) or ""
-    except BaseException as error:
-        raise _as_request_error(error) from error
-
-
-def _as_request_error(error: BaseException) -> RequestError:
-    """Return a RequestError for an error or a panic, which is no Exception. Errors that end the process pass."""
+def _as(kind: type[ChameleonError], error: BaseException, doing: str) -> ChameleonError:
+    """Return an error or a panic, which is no Exception, as one of ours. Errors that end the process pass."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
         raise error
-    return RequestError(f"the tokenizer cannot decode this row: {error}")
+    return kind(f"{doing}: {error}")
 
 
-def _fault(content: Any) -> str | None:
-    """Return what a tokenizer.json has that is not supported, or None; the C++ runtime says the same."""
-    model = content.get("model") or {}
-    for part, type_name in (("model", "BPE"), ("decoder", "ByteLevel")):
-        if (content.get(part) or {}).get("type") != type_name:
-            return f"{part} is not of type {type_name}"
-    for name, value in (
-        ("truncation", content.get("truncation")), ("padding", content.get("padding")),
-        ("model.dropout", model.get("dropout") or None),
-    ):  # fmt: skip
-        if value is not None:
-            return f"{name} is not supported: export again, which sets it to null"
-    if content.get("normalizer") is not None:
-        return "normalizer is not supported"
-    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
-        if model.get(name):
-            return f"model.{name} is not supported"
-    return _word_fault(content.get("pre_tokenizer"))
-
-
-def _word_fault(pre_tokenizer: Any) -> str | None:
-    """Words are those of GPT-2, or digits first, as in SmolLM."""
-    byte_level = pre_tokenizer or {}
-    if byte_level.get("type") == "Sequence":
-        steps = byte_level.get("pretokenizers") or []
-        if len(steps) != 2 or steps[0].get("type") != "Digits" or not steps[0].get("individual_digits"):
-            return "pre_tokenizer is a Sequence other than Digits (individual_digits) and ByteLevel"
-        byte_level = steps[1]
-    if byte_level.get("type") != "ByteLevel":
-        return "pre_tokenizer is neither ByteLevel nor Digits and ByteLevel"
-    return None if byte_level.get("use_regex", True) else "use_regex=false is not supported"
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from chameleon_deploy.runtime.sampling import Choice
+from chameleon_deploy.runtime.tokenizer import DecodeStream
 from chameleon_deploy.serve.schemas import Logprobs
 
 LOWEST = -9999.0  # JSON has no minus infinity
@@ -33,7 +32,7 @@ class LogprobsWriter:
             logprobs.token_logprobs.append(None if choice.logprob is None else max(choice.logprob, LOWEST))
             logprobs.top_logprobs.append(None if choice.logprob is None else self._top(choice))
             logprobs.text_offset.append(self.offset)
-            self.offset += len(self._decode.step(self._tokenizer, choice.token_id) or "")
+            self.offset += len(self._decode.step(self._tokenizer, choice.token_id))
         return logprobs
 
     def _top(self, choice: Choice) -> dict[str, float]:

@@ -5,7 +5,6 @@
 #include <numeric>
 
 #include "chameleon/error.h"
-#include "tokenizer/utf8.h"
 
 namespace chameleon {
 
@@ -58,11 +57,7 @@ Token Row::append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_to
   if (finished) {  // with the bytes of a character cut in half
     text = tokenizer.decode(std::span(token_ids).first(token_ids.size() - (stopped ? 1 : 0)));
   } else {
-    pending_ += tokenizer.bytes(token_id);
-    if (const std::string decoded = replace_invalid_utf8(pending_); !decoded.ends_with(kReplacement)) {
-      text += decoded;
-      pending_.clear();
-    }
+    text += stream_.step(tokenizer, token_id);
   }
   std::size_t cut = std::string::npos;
   const auto& stops = sampler_.sampling().stop;

@@ -39,7 +39,7 @@ class Row {
   std::span<const std::int64_t> prompt_;
   std::size_t limit_;
   Sampler sampler_;
-  std::string pending_;             // bytes of a character that is not complete yet
+  DecodeStream stream_;
   std::size_t shown_ = 0;           // bytes of the text that the caller has been given
   std::vector<std::size_t> begun_;  // where the text may begin each stop string, at the earliest
   Generation generation_;

@@ -13,7 +13,7 @@ run(${work}/root/usr/bin/chameleon-run generate ${BUNDLE} --prompt Hello --json)
 
 # It brings its own ONNX Runtime; everything else is a package that it names.
 execute_process(COMMAND dpkg-deb --field ${package} Depends OUTPUT_VARIABLE depends COMMAND_ERROR_IS_FATAL ANY)
-foreach(name libc6 libpcre2-8 libssl3)
+foreach(name libc6 libpcre2-8 libssl3 libutf8proc3)
   if(NOT depends MATCHES ${name})
     message(FATAL_ERROR "the package does not depend on ${name}: ${depends}")
   endif()

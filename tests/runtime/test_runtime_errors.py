@@ -20,15 +20,12 @@ from chameleon_deploy.errors import (
     GraphError,
     InputError,
     LengthError,
-    ManifestError,
     NumericError,
     RequestError,
     TensorError,
 )
-from chameleon_deploy.runtime import generation
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
-from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from tests.damage import reseal
 from tests.shared_data import good_bundle
 
@@ -136,16 +133,6 @@ class _Tokenizer:
         return str(self._tokenizer.decode(token_ids, **options))
 
 
-class _Stream:
-    """A DecodeStream, which takes no tokenizer but the real one, for a `_Tokenizer`."""
-
-    def __init__(self, **_: Any) -> None:
-        pass
-
-    def step(self, tokenizer: _Tokenizer, token_id: int) -> str:
-        return tokenizer.decode([token_id])
-
-
 def test_a_tokenizer_that_panics_ends_its_row_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[1, 2, 3], [7, 8], [9]]
     right = runtime.generate(prompts, max_new_tokens=3, mode="request")
@@ -159,7 +146,6 @@ def test_a_tokenizer_that_panics_ends_its_row_only(runtime: Runtime, monkeypatch
             assert after == before
     with pytest.raises(RequestError, match="cannot decode"):
         runtime.generate(prompts, max_new_tokens=3, mode="request")
-    monkeypatch.setattr(generation, "DecodeStream", _Stream)
     with Engine(runtime, rows=4) as engine:
         streamed = engine.submit(prompts, max_new_tokens=3, mode="request").result(60)
     assert [g.finish_reason for g in streamed] == [g.finish_reason for g in found]
@@ -187,27 +173,3 @@ def test_logits_that_are_not_finite_end_their_row_only(runtime: Runtime, monkeyp
         runtime.generate(prompts, max_new_tokens=4, mode="request")
     with pytest.raises(InputError, match="errors must be"):
         runtime.generate(prompts, errors="ignore")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("model", "type"), "WordPiece", "model is not of type BPE"),
-        (("decoder", "type"), "ByteFallback", "decoder is not of type ByteLevel"),
-        (("normalizer",), {"type": "NFC"}, "normalizer is not supported"),
-        (("model", "byte_fallback"), True, r"model\.byte_fallback is not supported"),
-        (("model", "unk_token"), "?", r"model\.unk_token is not supported"),
-        (("pre_tokenizer",), {"type": "Whitespace"}, "pre_tokenizer is neither"),
-        (("pre_tokenizer", "use_regex"), False, "use_regex=false"),
-    ],
-)
-def test_a_tokenizer_that_the_other_runtime_refuses(path: Any, value: Any, message: str, tmp_path: Path) -> None:
-    content = json.loads((good_bundle("lora_masked") / "tokenizer.json").read_text())
-    *parents, last = path
-    place = content
-    for key in parents:
-        place = place[key]
-    place[last] = value
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ManifestError, match=message):
-        load_tokenizer(tmp_path / "tokenizer.json")

@@ -11,31 +11,46 @@
 
 namespace chameleon {
 
-/// Byte-level BPE as in GPT-2, or as in SmolLM, where each digit is a word. Reads the tokenizer.json of Hugging Face
-/// `tokenizers` and gives the same results. Immutable: one tokenizer serves any number of threads.
+/// Reads the tokenizer.json of Hugging Face `tokenizers` and gives the same results: BPE in bytes or with byte
+/// fallback, and WordPiece; docs/bundle-format.md lists the parts. Immutable: one tokenizer serves any number of
+/// threads.
 class CHAMELEON_EXPORT Tokenizer {
  public:
-  /// Throws ManifestError for JSON that is not a byte-level BPE tokenizer, or that uses an unsupported option.
+  /// Throws ManifestError for JSON that is no such tokenizer, or that has a part or a pattern that is not taken.
   explicit Tokenizer(std::string_view json);
   Tokenizer(Tokenizer&&) noexcept;
   ~Tokenizer();
 
   /// Token ids of a text. Added tokens in the text are recognised; no token is added. Throws InputError for invalid
-  /// UTF-8.
+  /// UTF-8, and for a text that takes too much work to split.
   [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text) const;
 
   /// The text of token ids. Invalid UTF-8 becomes U+FFFD.
   [[nodiscard]] std::string decode(std::span<const std::int64_t> ids, bool skip_special_tokens = true) const;
 
-  /// The bytes of one token, which may be part of a character. Empty for special tokens and unknown ids.
-  [[nodiscard]] std::string_view bytes(std::int64_t id) const;
-
-  /// A token as the vocabulary writes it, in GPT-2's alphabet of bytes. Empty for unknown ids.
+  /// A token as the file writes it. Empty for unknown ids.
   [[nodiscard]] std::string_view token(std::int64_t id) const;
 
  private:
   struct Impl;
   std::unique_ptr<const Impl> impl_;
+};
+
+/// The text of one row, token by token: a character is shown when all of its tokens are there. The text of all tokens
+/// is that of Tokenizer::decode, except where later tokens change text that was shown (an invalid byte after a valid
+/// one, in byte fallback): what was shown stays. As in Python.
+class CHAMELEON_EXPORT DecodeStream {
+ public:
+  explicit DecodeStream(bool skip_special_tokens = true) : skip_special_tokens_(skip_special_tokens) {}
+
+  /// The text that one more token completes.
+  std::string step(const Tokenizer& tokenizer, std::int64_t id);
+
+ private:
+  bool skip_special_tokens_;
+  std::vector<std::int64_t> ids_;  // the last tokens that were shown, and those that were not
+  std::size_t num_shown_ = 0;      // how many of them were shown
+  std::size_t shown_ = 0;          // characters of the text of those, when they stand alone
 };
 
 }  // namespace chameleon

@@ -1,22 +1,22 @@
 #include "tokenizer/bpe.h"
 
+#include <algorithm>
+#include <bit>
 #include <queue>
 #include <tuple>
+
+#include "chameleon/error.h"
+#include "tokenizer/utf8.h"
 
 namespace chameleon {
 
 namespace {
 
-std::uint64_t key(std::int32_t left, std::int32_t right) {
+constexpr std::size_t kDirect = 0x3000;  // code points whose tokens are looked up in a table
+
+std::uint64_t pair_of(std::int32_t left, std::int32_t right) {
   return (static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32) | static_cast<std::uint32_t>(right);
 }
-
-/// A token of the word so far, in a doubly linked list; id is -1 once it has become part of its left neighbour.
-struct Symbol {
-  std::int32_t id;
-  std::int32_t previous;
-  std::int32_t next;
-};
 
 struct Candidate {
   std::int32_t rank;
@@ -29,36 +29,113 @@ struct Candidate {
 
 }  // namespace
 
-Bpe::Bpe(const std::array<std::int32_t, 256>& byte_ids, const std::vector<Merge>& merges) : byte_ids_(byte_ids) {
-  merges_.reserve(merges.size());
+Bpe::Bpe(Vocabulary vocabulary, const std::vector<std::pair<std::string, std::string>>& merges, const Options& options)
+    : vocabulary_(std::move(vocabulary)),
+      characters_(kDirect, -1),
+      fuse_unk_(options.fuse_unk),
+      ignore_merges_(options.ignore_merges) {
+  const auto id_of = [&](std::string_view token) {
+    const auto found = vocabulary_.find(token);
+    return found == vocabulary_.end() ? -1 : found->second;
+  };
+  for (char32_t c = 0; c < kDirect; ++c) {
+    std::string character;
+    append_utf8(character, c);
+    characters_[c] = id_of(character);
+  }
+  if (options.byte_fallback) {
+    constexpr std::string_view digits = "0123456789ABCDEF";
+    for (std::size_t byte = 0; byte < 256; ++byte) {
+      bytes_.push_back(id_of(std::string("<0x") + digits[byte >> 4] + digits[byte & 15] + '>'));
+    }
+  }
+  if (options.unk_token) {
+    unk_ = id_of(*options.unk_token);
+    if (unk_ < 0) {
+      throw ManifestError("tokenizer.json: model.unk_token: '" + *options.unk_token + "' is not in the vocabulary");
+    }
+  }
+  merges_.resize(std::bit_ceil(2 * merges.size() + 1));
   std::int32_t rank = 0;
-  for (const auto& [left, right, merged] : merges) {
-    merges_.insert_or_assign(key(left, right), Target{rank++, merged});
+  for (const auto& [left, right] : merges) {
+    const std::int32_t left_id = id_of(left), right_id = id_of(right), merged = id_of(left + right);
+    if (left_id < 0 || right_id < 0 || merged < 0) {
+      throw ManifestError("tokenizer.json: model.merges: '" + left + " " + right + "' is not in the vocabulary");
+    }
+    add_merge({pair_of(left_id, right_id), rank++, merged});
   }
 }
 
-const Bpe::Target* Bpe::find(std::int32_t left, std::int32_t right) const {
-  const auto found = merges_.find(key(left, right));
-  return found == merges_.end() ? nullptr : &found->second;
+std::size_t Bpe::slot(std::uint64_t pair) const {
+  return static_cast<std::size_t>((pair * 0x9E3779B97F4A7C15) >> 20) & (merges_.size() - 1);
+}
+
+void Bpe::add_merge(const Merge& merge) {
+  std::size_t at = slot(merge.pair);
+  while (merges_[at].pair != kNoPair && merges_[at].pair != merge.pair) at = (at + 1) & (merges_.size() - 1);
+  merges_[at] = merge;
+}
+
+const Bpe::Merge* Bpe::find(std::int32_t left, std::int32_t right) const {
+  const std::uint64_t pair = pair_of(left, right);
+  std::size_t at = slot(pair);
+  while (merges_[at].pair != pair) {
+    if (merges_[at].pair == kNoPair) return nullptr;
+    at = (at + 1) & (merges_.size() - 1);
+  }
+  return &merges_[at];
+}
+
+/// The characters of a word, or what stands for them.
+void Bpe::split(std::string_view word, std::vector<Symbol>& symbols) const {
+  const auto add = [&](std::int32_t id) {
+    const auto here = static_cast<std::int32_t>(symbols.size());
+    symbols.push_back({id, here - 1, here + 1});
+  };
+  bool is_unknown = false;  // an unknown token is added when the next known one is, as in `tokenizers`
+  for (std::size_t at = 0; at < word.size();) {
+    const std::size_t start = at;
+    const char32_t code_point = next_code_point(word, at);
+    const std::string_view character = word.substr(start, at - start);
+    std::int32_t id = -1;
+    if (code_point < kDirect) {
+      id = characters_[code_point];
+    } else if (const auto found = vocabulary_.find(character); found != vocabulary_.end()) {
+      id = found->second;
+    }
+    if (id >= 0) {
+      if (is_unknown) add(unk_);
+      is_unknown = false;
+      add(id);
+      continue;
+    }
+    const auto token_of = [&](char byte) { return bytes_[static_cast<unsigned char>(byte)]; };
+    if (!bytes_.empty() && std::ranges::all_of(character, [&](char byte) { return token_of(byte) >= 0; })) {
+      for (const char byte : character) add(token_of(byte));
+    } else if (unk_ >= 0) {
+      if (is_unknown && !fuse_unk_) add(unk_);
+      is_unknown = true;
+    }
+  }
+  if (is_unknown) add(unk_);
+  if (!symbols.empty()) symbols.back().next = -1;
 }
 
 void Bpe::encode(std::string_view word, std::vector<std::int64_t>& ids) const {
+  if (ignore_merges_) {
+    if (const auto found = vocabulary_.find(word); found != vocabulary_.end()) return ids.push_back(found->second);
+  }
   std::vector<Symbol> symbols;
   symbols.reserve(word.size());
-  for (const char c : word) {
-    const std::int32_t id = byte_ids_[static_cast<unsigned char>(c)];
-    if (id < 0) continue;
-    const auto here = static_cast<std::int32_t>(symbols.size());
-    symbols.push_back({id, here - 1, here + 1});
-  }
-  if (symbols.empty()) return;
-  symbols.back().next = -1;
+  split(word, symbols);
 
-  std::priority_queue<Candidate> queue;
+  std::vector<Candidate> storage;
+  storage.reserve(symbols.size());
+  std::priority_queue<Candidate> queue({}, std::move(storage));
   const auto consider = [&](std::int32_t position) {
     if (position < 0 || symbols[position].next < 0) return;
-    const Target* target = find(symbols[position].id, symbols[symbols[position].next].id);
-    if (target != nullptr) queue.push({target->rank, position, target->id});
+    const Merge* merge = find(symbols[position].id, symbols[symbols[position].next].id);
+    if (merge != nullptr) queue.push({merge->rank, position, merge->merged});
   };
   for (std::int32_t i = 0; i < static_cast<std::int32_t>(symbols.size()); ++i) consider(i);
   while (!queue.empty()) {
@@ -68,8 +145,8 @@ void Bpe::encode(std::string_view word, std::vector<std::int64_t>& ids) const {
     if (left.id < 0 || left.next < 0) continue;
     Symbol& right = symbols[left.next];
     // The pair may have changed since it was queued.
-    const Target* target = find(left.id, right.id);
-    if (target == nullptr || target->rank != best.rank) continue;
+    const Merge* merge = find(left.id, right.id);
+    if (merge == nullptr || merge->merged != best.merged) continue;
     left.id = best.merged;
     left.next = right.next;
     right.id = -1;

@@ -1,19 +1,29 @@
-// The fields of a tokenizer.json: the counterpart of chameleon_deploy/runtime/tokenizer_file.py.
+// A tokenizer.json of the parts that the runtimes have: the counterpart of chameleon_deploy/runtime/tokenizer_file.py.
 #pragma once
 
 #include <string>
+#include <variant>
+#include <vector>
 
 #include "contract/json_fields.h"
 #include "tokenizer/added_tokens.h"
+#include "tokenizer/bpe.h"
+#include "tokenizer/decoders.h"
+#include "tokenizer/normalizers.h"
+#include "tokenizer/pre_tokenizers.h"
+#include "tokenizer/wordpiece.h"
 
 namespace chameleon {
 
-constexpr std::int64_t kMaxTokenId = (1 << 24) - 1;  // bounds the tables of tokens; no vocabulary is that large
+struct TokenizerFile {
+  std::vector<AddedToken> added_tokens;
+  std::vector<Normalizer> normalizers;
+  std::vector<PreTokenizer> pre_tokenizers;
+  std::vector<TokenDecoder> decoders;
+  std::variant<Bpe, WordPiece> model;
+};
 
-/// Check a tokenizer.json of byte-level BPE: every field, its type, and nothing else, as in Python. Throws
-/// ManifestError.
-void check_tokenizer_file(const Json& json);
-
-void read(const Json& json, const std::string& at, AddedToken& token);
+/// Read a tokenizer.json: every field, its type, and nothing else, as in Python. Throws ManifestError.
+TokenizerFile read_tokenizer_file(const Json& json);
 
 }  // namespace chameleon

@@ -3,7 +3,6 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "chameleon/error.h"
@@ -13,10 +12,10 @@ namespace chameleon {
 Regex::Regex(std::string_view pattern) {
   int problem = 0;
   PCRE2_SIZE offset = 0;
-  code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP,
-                            &problem, &offset, nullptr),
+  code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                            PCRE2_UTF | PCRE2_UCP | PCRE2_ALT_EXTENDED_CLASS, &problem, &offset, nullptr),
               pcre2_code_free);
-  if (!code_) throw std::logic_error("pattern does not compile at " + std::to_string(offset));
+  if (!code_) throw ManifestError("tokenizer.json: a pattern does not compile at " + std::to_string(offset));
   pcre2_jit_compile(code_.get(),
                     PCRE2_JIT_COMPLETE);  // if it fails, matching is interpreted: slower, with the same results
 }

@@ -1,5 +1,7 @@
 #include "tokenizer/utf8.h"
 
+#include <algorithm>
+
 namespace chameleon {
 
 namespace {
@@ -25,6 +27,13 @@ Part front_part(std::string_view text) {
     if (!fits) return {i, false};
   }
   return {length, true};
+}
+
+bool is_continuation(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
+
+bool is_white_space(char32_t c) {
+  return c == ' ' || (c >= 0x9 && c <= 0xD) || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 }  // namespace
@@ -58,6 +67,40 @@ void append_utf8(std::string& text, char32_t code_point) {
   const int lead = more == 1 ? 0xC0 : more == 2 ? 0xE0 : 0xF0;
   text += static_cast<char>(lead | (code_point >> (6 * more)));
   for (int i = more - 1; i >= 0; --i) text += static_cast<char>(0x80 | ((code_point >> (6 * i)) & 0x3F));
+}
+
+std::size_t next_offset(std::string_view text, std::size_t offset) {
+  do {
+    ++offset;
+  } while (offset < text.size() && is_continuation(text[offset]));
+  return offset;
+}
+
+std::size_t last_code_point(std::string_view text) {
+  std::size_t offset = text.size() - 1;
+  while (offset > 0 && is_continuation(text[offset])) --offset;
+  return offset;
+}
+
+std::size_t count_code_points(std::string_view text) {
+  return text.size() - static_cast<std::size_t>(std::ranges::count_if(text, is_continuation));
+}
+
+std::size_t spaces_at_start(std::string_view text) {
+  std::size_t end = 0;
+  for (std::size_t next = 0; next < text.size() && is_white_space(next_code_point(text, next));) end = next;
+  return end;
+}
+
+std::size_t spaces_at_end(std::string_view text) {
+  std::size_t start = text.size();
+  while (start > 0) {
+    std::size_t last = last_code_point(text.substr(0, start));
+    const std::size_t before = last;
+    if (!is_white_space(next_code_point(text, last))) break;
+    start = before;
+  }
+  return text.size() - start;
 }
 
 char32_t next_code_point(std::string_view text, std::size_t& offset) {
