@@ -60,6 +60,7 @@ def main(
     from chameleon_deploy.export.exporter import Publication, export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.source import load_source
+    from chameleon_deploy.verify.data_checks import OTHER_TOKENIZER
     from chameleon_deploy.verify.gates import require_passed
     from chameleon_deploy.verify.report import check_sheet
     from chameleon_deploy.verify.run import VerifyOptions, summary, verify_bundle
@@ -78,6 +79,9 @@ def main(
         def gates(directory: Path) -> tuple[ParitySummary, dict[str, Any]]:
             options = VerifyOptions(text, keep_trunk=False, max_kl=max_kl)
             checks, record = verify_bundle(directory, checkpoint, report, options)
+            for check in checks:
+                if check.name == OTHER_TOKENIZER and check.value:
+                    console.stderr.print(f"{check.value:.0f} {check.name} ({check.note})")
             if not record["verified"]:
                 console.show(check_sheet(checks), to=console.stderr)
             require_passed(checks)  # raises, so that the bundle is not published

@@ -31,6 +31,7 @@ from chameleon_deploy.contract.bundle import (
 )
 from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
+from chameleon_deploy.errors import UnsupportedBaseError
 from chameleon_deploy.export.decoder import token_embedding_of
 from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
@@ -41,6 +42,7 @@ from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime import load
 from chameleon_deploy.runtime.known_answers import FIELD, PARITY, known_answers
+from chameleon_deploy.runtime.tokenizer_file import file_fault
 from chameleon_deploy.terminal.progress import Progress, silent
 
 TOOLS = ("chameleon-deploy", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")  # recorded with their versions
@@ -91,6 +93,8 @@ def export_bundle(
     Raises InputError, RecipeError, UnsupportedBaseError, OutputExistsError, OutputError, or what verify raises.
     """
     model = model_spec(checkpoint)
+    if fault := file_fault(msgspec.json.decode(checkpoint.trunk.tokenizer.to_str())):
+        raise UnsupportedBaseError(f"the base model's tokenizer.json: {fault}")
     resolved = limits.resolve(model, adaptation_spec(checkpoint).num_clusters)
     with new_directory(out) as directory:
         manifest = _write_files(checkpoint, directory, model, resolved, precision, calibration, report)

@@ -25,13 +25,15 @@ class Trunk:
     """A pretrained causal language model, frozen.
 
     causal_lm   the Hugging Face model
-    tokenizer   the `tokenizers.Tokenizer` behind its tokenizer
+    tokenizer   the `tokenizers.Tokenizer` of its tokenizer.json
     gguf        the GGUF file that it was converted from
+    transformers_tokenizer  what transformers makes of it, where that is another: it rebuilds some classes
     """
 
     causal_lm: Any
     tokenizer: Any
     gguf: Path | None = None
+    transformers_tokenizer: Any = None
 
     @property
     def config(self) -> Any:
@@ -158,17 +160,41 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     families.require_supported(config, name)
     try:
         causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **source)
+        tokenizer, theirs = _tokenizers(where, source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if tokenizer is None:
         raise CheckpointError(f"{name!r} has no fast tokenizer: save one as tokenizer.json next to it")
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
-    trunk = trunk_from(causal_lm, encoding_whole_texts(backend))
-    trunk.gguf = gguf
+    trunk = trunk_from(causal_lm, tokenizer)
+    trunk.gguf, trunk.transformers_tokenizer = gguf, theirs
     return trunk
+
+
+def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the tokenizer of tokenizer.json, and that of transformers if it is another.
+
+    Without tokenizer.json the first is that of transformers, or None if that has no `tokenizers.Tokenizer`.
+    """
+    import transformers
+    from huggingface_hub import try_to_load_from_cache
+    from tokenizers import Tokenizer
+
+    failure, theirs = None, None
+    try:
+        theirs = getattr(transformers.AutoTokenizer.from_pretrained(where, **source), "backend_tokenizer", None)
+    except Exception as error:
+        failure = error
+    directory = Path(where)
+    file = directory / "tokenizer.json" if directory.is_dir() else try_to_load_from_cache(str(where), "tokenizer.json")
+    theirs = theirs and encoding_whole_texts(theirs)
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        if failure is not None:
+            raise failure
+        return theirs, None
+    tokenizer = encoding_whole_texts(Tokenizer.from_file(str(file)))
+    return tokenizer, theirs if theirs and theirs.to_str() != tokenizer.to_str() else None
 
 
 def encoding_whole_texts(tokenizer: Any) -> Any:

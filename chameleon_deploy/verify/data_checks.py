@@ -7,7 +7,7 @@ compared one by one; the graphs without weights, which only devices run, are run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,13 @@ from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, Bundle, int8_na
 from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.description import adaptation_spec, model_spec, parameter_counts
+from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime.decode.session import open_session, run
 from chameleon_deploy.verify.gates import Check, Gate
 from chameleon_deploy.verify.logit_figures import largest, max_abs
 
+OTHER_TOKENIZER = "texts that transformers' own tokenizer reads otherwise than tokenizer.json"
 ROWS = 4096  # of a matrix that are compared at a time
 
 
@@ -58,6 +60,20 @@ def check_tokenizer(bundle: Bundle, tokenizer: Any) -> Iterator[Check]:
     for name, found, expected in pairs:
         yield Check(f"tokenizer: {name} that differ", _differences(found, expected), 0, note=f"of {len(expected):,}")
     yield _equal("tokenizer: other settings differ", ours, theirs)
+
+
+def check_tokenizers(trunk: Trunk, texts: Sequence[str]) -> Iterator[Check]:
+    """Count texts whose token ids differ between tokenizer.json and transformers, which rebuilds some tokenizers.
+
+    It is information: tokenizer.json decides, in the bundle as in the reference.
+    """
+    if trunk.transformers_tokenizer is not None:
+        ours, theirs = (
+            [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            for tokenizer in (trunk.tokenizer, trunk.transformers_tokenizer)
+        )
+        differ = sum(a != b for a, b in zip(ours, theirs, strict=True))
+        yield Check(OTHER_TOKENIZER, differ, None, note=f"of {len(texts)}; the bundle is verified with tokenizer.json")
 
 
 def check_rows(bundle: Bundle, source: Source, gate: Gate) -> Iterator[Check]:

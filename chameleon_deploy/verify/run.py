@@ -53,10 +53,7 @@ def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: 
 
     Raises InputError if the files have too little text.
     """
-    from chameleon_deploy.reference.python_corpus import KINDS, python_texts
-    from chameleon_deploy.terminal.texts import read_texts
-
-    kinds = [read_texts(text)] if text else [python_texts(kind)[:100] for kind in KINDS]
+    kinds = _kinds_of_text(text)
     texts = _in_turn(kinds)  # so that a batch has several clusters
     tokenizer = checkpoint.trunk.tokenizer
     encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
@@ -73,6 +70,14 @@ def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: 
         joined = tokenizer.encode_batch(["\n\n".join(kind) for kind in kinds], add_special_tokens=False)
         rows += _in_turn([_windows(e.ids, WINDOWS // len(kinds), min(WINDOW_TOKENS, positions)) for e in joined])
     return [*rows, stream[:positions]]
+
+
+def _kinds_of_text(text: list[Path] | None) -> list[list[str]]:
+    """Return the texts to verify on: of files, or of Python's own documentation, in its kinds."""
+    from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+    from chameleon_deploy.terminal.texts import read_texts
+
+    return [read_texts(text)] if text else [python_texts(kind)[:100] for kind in KINDS]
 
 
 def _in_turn(kinds: Sequence[Sequence[Any]]) -> list[Any]:
@@ -116,6 +121,7 @@ def verify_bundle(
     from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checkpoint_checks
     from chameleon_deploy.verify.adapter_checks import verify_adapters
+    from chameleon_deploy.verify.data_checks import check_tokenizers
 
     opened, provider, max_kl = open_bundle(bundle), options.provider, options.max_kl
     rows = verification_rows(checkpoint, options.text, more=opened.manifest.precision != "fp32")
@@ -141,7 +147,8 @@ def verify_bundle(
             if not options.keep_trunk:
                 checkpoint.trunk.drop_layers()
         run = partial(checkpoint_checks.verify_checkpoint, reference=reference, rows=rows, report=report, max_kl=max_kl)
-    checks: list[Check] = []
+    texts = _in_turn(_kinds_of_text(options.text))
+    checks = [replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts)]
     integer_weights: str | None = None
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
@@ -153,7 +160,7 @@ def verify_bundle(
     else:
         runtime = load(bundle, provider, threads=options.threads)
         provider, integer_weights = runtime.provider, runtime.integer_weights
-        checks = run(runtime, whole=True)
+        checks += run(runtime, whole=True)
     record = {
         "provider": provider,
         "verified": all(check.passed for check in checks),

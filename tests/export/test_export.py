@@ -35,8 +35,10 @@ from chameleon_deploy.reference.description import model_spec
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.random import SIZES
 from chameleon_deploy.terminal.progress import silent
+from chameleon_deploy.verify.data_checks import check_tokenizers
 from tests.conftest import REPOSITORY, checkpoint_around
 from tests.logits import row_logits
+from tests.runtime.test_tokenizer import LLAMA_3
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
@@ -366,3 +368,43 @@ def test_options_of_training_in_a_tokenizer_are_cleared(
     export_bundle(load_checkpoint(path), tmp_path / "bundle")
     scores = chameleon_deploy.load(tmp_path / "bundle").score([short, long])
     assert [score.token_ids for score in scores] == alone
+
+
+def test_the_tokenizer_is_that_of_the_directory(
+    mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """transformers rebuilds the class GPT2Tokenizer with GPT-2's own pre-tokenizer, whatever the file has."""
+    path = copy_of(mini_path)
+    file = path / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
+    steps = [split, content["pre_tokenizer"] | {"use_regex": False}]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    del content["model"]["ignore_merges"]  # as older releases wrote it
+    content["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+    file.write_text(json.dumps(content))
+    config = json.loads((path / "base" / "tokenizer_config.json").read_text())
+    (path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    texts = ["def f(x):", "1234567", "don't\n\n  we", "river"]
+    expected = [encoding.ids for encoding in Tokenizer.from_file(str(file)).encode_batch(texts)]
+    checkpoint = load_checkpoint(path)
+    export_bundle(checkpoint, tmp_path / "bundle")
+    scores = chameleon_deploy.load(tmp_path / "bundle").score(texts)
+    assert [score.token_ids for score in scores] == expected
+    (check,) = check_tokenizers(checkpoint.trunk, texts)
+    assert check.passed
+    assert 1 <= check.value < len(texts)
+    assert not list(check_tokenizers(load_trunk(mini_path / "base"), texts))
+
+
+def test_a_tokenizer_that_no_runtime_loads_is_refused_first(
+    mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    path = copy_of(mini_path)
+    file = path / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"pre_tokenizer": {"type": "Whitespace"}}))
+    out = tmp_path / "out" / "bundle"
+    with pytest.raises(UnsupportedBaseError, match=r"tokenizer\.json.*Whitespace"):
+        export_bundle(load_checkpoint(path), out)
+    assert not out.parent.exists()
