@@ -22,7 +22,7 @@ class _LazyCommand(TyperCommand):
     """A command known by its name and help line; its module is imported to parse the arguments."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        return _load(str(self.name)).make_context(info_name, args, parent, **extra)
+        return load(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
 def main() -> NoReturn:
@@ -50,7 +50,8 @@ def _root(
         print(context.get_help())
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """Return a command by its name. Its module is imported."""
     module = importlib.import_module(f"chameleon_deploy.{name.replace('-', '_')}")
     if hasattr(module, "__path__"):  # a package's command is its __main__
         module = importlib.import_module(f"{module.__name__}.__main__")

@@ -1,7 +1,9 @@
-"""Commands as users run them: real processes."""
+"""Commands as users run them: real processes, or without their seconds of imports in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -10,6 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+
+from chameleon_deploy import cli
+from chameleon_deploy.terminal import console
 
 
 def run(
@@ -21,6 +26,22 @@ def run(
     return subprocess.run(
         [*start, *map(str, arguments)], **{"capture_output": True, **options}, env=changed, text=True, check=False
     )
+
+
+def call(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """A module's command in this process: for what does not depend on how a process starts and ends."""
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    command = cli.load(module.removeprefix("chameleon_deploy."))
+    argv, sys.argv = sys.argv, [module, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            console.run_command(command)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+    texts = [stream.buffer.getvalue().decode() for stream in (output, errors)]
+    return subprocess.CompletedProcess(argv, code, *texts)
 
 
 def find_program(*names: str, install: str) -> str:

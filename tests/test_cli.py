@@ -20,7 +20,7 @@ from chameleon_deploy import Runtime, Sampling, __version__, cli
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.commands import COMMANDS
-from tests.commands import run
+from tests.commands import call, run
 
 
 def test_generate_prints_json_lines(bundle: Path, runtime: Runtime) -> None:
@@ -79,7 +79,7 @@ def test_console_script(bundle: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    result = run(f"chameleon_deploy.{command.replace('-', '_')}", "--help")
+    result = call(f"chameleon_deploy.{command}", "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
 
@@ -267,7 +267,7 @@ NAMES = [
 def test_a_mistake_is_one_line_and_exit_code_2(name: str, bundle: Path, mini_path: Path, tmp_path: Path) -> None:
     arguments, expected = bad_calls(bundle, mini_path, tmp_path)[name]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    result = run(*arguments)
+    result = call(*arguments)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ")
@@ -297,7 +297,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(name: str, tmp
         (tmp_path / "missing" / "file", "No such file or directory"),
         (Path("/proc/file"), "cannot write /proc/file"),
     ):
-        result = run(f"chameleon_deploy.{command}", *work, option, target)
+        result = call(f"chameleon_deploy.{command}", *work, option, target)
         assert result.returncode == 2
         assert message in result.stderr
         assert "[output_failed]" in result.stderr

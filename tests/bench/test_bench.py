@@ -32,7 +32,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.terminal import console
-from tests.commands import run
+from tests.commands import call, run
 from tests.conftest import REPOSITORY
 from tests.page import Page
 
@@ -186,7 +186,7 @@ def test_a_base_model_is_exported_for_one_run(mini_path: Path, tmp_path: Path) -
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], message: str) -> None:
-    result = run("chameleon_deploy.bench", *arguments)
+    result = call("chameleon_deploy.bench", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
 

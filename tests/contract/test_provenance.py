@@ -15,7 +15,7 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.contract.provenance import SIGNATURE, check_signature, read_signing_key
 from chameleon_deploy.errors import ChameleonError, DependencyError, InputError, SignatureError
-from tests.commands import find_program, run
+from tests.commands import call, find_program, run
 from tests.shared_data import good_bundle, read, signed_bundle
 
 GOOD = good_bundle("lora_masked")
@@ -77,23 +77,23 @@ def test_signatures_without_cryptography(tmp_path: Path, monkeypatch: pytest.Mon
 def test_export_signs_what_openssl_verifies(mini_path: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     private, public = keys
     bundle = tmp_path / "signed"
-    exported = run("chameleon_deploy.export", mini_path, "--out", bundle, "--no-verify", "--sign", private)
+    exported = call("chameleon_deploy.export", mini_path, "--out", bundle, "--no-verify", "--sign", private)
     assert exported.returncode == 0, exported.stderr
     assert verify_with_openssl(bundle, public)
     chameleon_deploy.load(bundle, trusted_keys=[public])
-    checked = run("chameleon_deploy.verify_signature", bundle, "--trusted-key", public)
+    checked = call("chameleon_deploy.verify_signature", bundle, "--trusted-key", public)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert str(public) in checked.stdout
-    scored = run("chameleon_deploy.generate", bundle, "--prompt", "x", "--max-new-tokens", 1, "--trusted-key", public)
+    scored = call("chameleon_deploy.generate", bundle, "--prompt", "x", "--max-new-tokens", 1, "--trusted-key", public)
     assert scored.returncode == 0, scored.stderr
     (bundle / "bundle.json").write_text(json.dumps(json.loads((bundle / "bundle.json").read_text())))
     assert not verify_with_openssl(bundle, public)
-    checked = run("chameleon_deploy.verify_signature", bundle, "--trusted-key", public)
+    checked = call("chameleon_deploy.verify_signature", bundle, "--trusted-key", public)
     assert (checked.returncode, checked.stderr.count("\n")) == (1, 1)
     assert "[signature_invalid]" in checked.stderr
     for module, *options in (("generate", "--prompt", "x"), ("score", "--text", mini_path / "chameleon_config.json"),
                              ("serve", "--port", 0)):  # fmt: skip
-        refused = run(f"chameleon_deploy.{module}", bundle, *options, "--trusted-key", public)
+        refused = call(f"chameleon_deploy.{module}", bundle, *options, "--trusted-key", public)
         assert refused.returncode == 2
         assert refused.stderr.splitlines()[-1].endswith("[signature_invalid]")
 

@@ -6,10 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +18,11 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+from chameleon_deploy.reference.random import random_checkpoint
+from tests.commands import call
 from tests.logits import row_logits
 
+EVALUATE = "chameleon_deploy.evaluate"
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:12]]
 
 
@@ -102,14 +102,9 @@ def test_bootstrap_interval() -> None:
     assert low < 0 < high
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "chameleon_deploy.evaluate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_command(mini_path: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    result = run(mini_path, "--text", tmp_path / "t.jsonl", "--json")
+    result = call(EVALUATE, mini_path, "--text", tmp_path / "t.jsonl", "--json")
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(r["protocol"], r["regime"]) for r in records] == [
@@ -118,7 +113,7 @@ def test_the_command(mini_path: Path, tmp_path: Path) -> None:
     for record in records:
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
         assert record["parameters"] == (141_056 if record["regime"] == "base" else 82_272)
-    shown = run(mini_path, "--text", tmp_path / "t.jsonl")
+    shown = call(EVALUATE, mini_path, "--text", tmp_path / "t.jsonl")
     assert shown.returncode == 0
     assert "95 % interval" in shown.stdout
 
@@ -126,27 +121,13 @@ def test_the_command(mini_path: Path, tmp_path: Path) -> None:
 def test_bad_input(mini_path: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     other = tmp_path / "other"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "chameleon_deploy.reference.random",
-            "--size",
-            "mini",
-            "--seed",
-            "3",
-            "--out",
-            str(other),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    random_checkpoint(other, "mini", seed=3)
     for arguments, message in (
         ((mini_path,), "--text FILE or --dataset NAME"),
         ((mini_path, "--text", tmp_path / "short.txt"), "at least two tokens"),
         ((mini_path, other, "--text", tmp_path / "short.txt"), "another base model"),
         ((tmp_path / "nope", "--text", tmp_path / "short.txt"), "does not exist"),
     ):
-        result = run(*arguments)
+        result = call(EVALUATE, *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr

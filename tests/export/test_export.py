@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -186,28 +185,6 @@ def test_an_existing_output_is_left_alone(mini_path: Path, tmp_path: Path) -> No
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "exists" in result.stderr
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious"]
-
-
-def test_killed_at_any_moment_the_output_is_absent_or_complete(mini_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [*EXPORT, str(mini_path), "--out", str(out), "--no-verify"]
-    rng = random.Random(0)
-    start = time.monotonic()
-    subprocess.run([*command[:-2], str(tmp_path / "timed"), "--no-verify"], check=True, capture_output=True)
-    whole = time.monotonic() - start
-    for _ in range(6):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        # Most of the time goes into imports: aim at the end, where the writing is.
-        time.sleep(whole * rng.uniform(0.7, 1.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            open_bundle(out)
-            out.rename(tmp_path / f"complete{rng.random()}")
-    # What a killed export left behind does not disturb the next one.
-    subprocess.run(command, check=True, capture_output=True)
-    open_bundle(out)
-    assert not (tmp_path / ".out.partial").exists()
 
 
 @pytest.mark.parametrize("file", ["weights.bin", "decoder.onnx", "hypernetwork.onnx", "tokenizer.json", "bundle.json"])

@@ -66,8 +66,8 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
     assert figures.shared_private <= 60 * 2**20
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
-def test_engines_of_every_precision(small: tuple[Path, Path, int], precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])  # the largest file, and the smallest
+def test_engines(small: tuple[Path, Path, int], precision: str, tmp_path: Path) -> None:
     """TensorRT for RTX builds them without a GPU, inside the memory that the export may take."""
     checkpoint, bundle, _ = small
     if precision != "fp32":

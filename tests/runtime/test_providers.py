@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from chameleon_deploy.runtime import providers
 from chameleon_deploy.runtime.decode.session import open_session
 from chameleon_deploy.runtime.device import cuda, engines
 from chameleon_deploy.store.local_cache import find_or_build
+from tests.commands import call
 from tests.devices import needs_no_gpu
 from tests.fake_cuda import FakeCudart
 
@@ -116,13 +116,13 @@ def test_engines_that_are_missing_or_cannot_be_read(
 @pytest.mark.parametrize("command", ["generate", "score"])
 def test_the_commands_take_a_provider(bundle: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "t.txt").write_text("The river runs.\n")
-    what = ["--prompt", "x"] if command == "generate" else ["--text", str(tmp_path / "t.txt")]
-    run = [sys.executable, "-m", f"chameleon_deploy.{command}", str(bundle), *what, "--json", "--provider"]
-    result = subprocess.run([*run, "tensorrt"], capture_output=True, text=True, check=False)
+    what: list[Any] = ["--prompt", "x"] if command == "generate" else ["--text", str(tmp_path / "t.txt")]
+    arguments = [f"chameleon_deploy.{command}", bundle, *what, "--json", "--provider"]
+    result = call(*arguments, "tensorrt")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no NVIDIA driver")
     assert result.stderr.count("\n") == 1
-    result = subprocess.run([*run, "auto"], capture_output=True, text=True, check=False)
+    result = call(*arguments, "auto")
     assert result.returncode == 0
     assert result.stderr == "provider: cpu\n"
     json.loads(result.stdout)

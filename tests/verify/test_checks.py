@@ -6,9 +6,8 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -28,7 +27,7 @@ from chameleon_deploy.verify.gates import GATES, Check, accept
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
 from chameleon_deploy.verify.promises import check_texts
 from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
-from tests.commands import run
+from tests.commands import call, run
 from tests.damage import change_weights, edit, reseal
 from tests.rows import head_factors
 from tests.verification import CACHE_FAULTS, damage_cache, missed, quiet
@@ -303,12 +302,12 @@ def test_a_larger_kl_is_accepted_and_never_a_smaller() -> None:
 
 
 def test_export_records_the_kl_that_it_was_told_to_accept(mini_path: Path, tmp_path: Path) -> None:
-    done = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "b", "--max-kl", 0.25)
+    done = call("chameleon_deploy.export", mini_path, "--out", tmp_path / "b", "--max-kl", 0.25)
     assert done.returncode == 0, done.stderr
     assert open_bundle(tmp_path / "b").manifest.parity.accepted_kl == 0.25
     assert json.loads((tmp_path / "b/parity.json").read_text())["accepted_kl"] == 0.25
-    assert "accepting a mean KL of 0.25" in run("chameleon_deploy.inspect", tmp_path / "b").stdout
-    refused = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "c", "--max-kl", 0.25, "--no-verify")
+    assert "accepting a mean KL of 0.25" in call("chameleon_deploy.inspect", tmp_path / "b").stdout
+    refused = call("chameleon_deploy.export", mini_path, "--out", tmp_path / "c", "--max-kl", 0.25, "--no-verify")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
@@ -406,36 +405,21 @@ def test_kl_and_top1_are_computed_right() -> None:
 def test_the_command_exits_1_on_a_missed_gate(
     bundle: Path, mini_path: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "chameleon_deploy.verify"]
-    good = subprocess.run(
-        [*command, bundle, "--reference", mini_path, "--json"], capture_output=True, text=True, check=False
-    )
+    good = call("chameleon_deploy.verify", bundle, "--reference", mini_path, "--json")
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["verified"] is True
     wrong = copy_of(bundle)
     change_weights("lm_head.lora_B.bias", lambda b: b * 2)(wrong)
-    bad = subprocess.run(
-        [*command, wrong, "--reference", mini_path, "--out", tmp_path / "record.json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    bad = run("chameleon_deploy.verify", wrong, "--reference", mini_path, "--out", tmp_path / "record.json")
     assert bad.returncode == 1
     assert "MISSED" in bad.stdout
     assert "factors, relative difference" in bad.stderr
     assert json.loads((tmp_path / "record.json").read_text())["verified"] is False
 
 
-def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, chameleon_deploy.verify.gates as p\n"
-        "from dataclasses import replace\n"
-        "p.GATES['fp32'] = replace(p.GATES['fp32'], kl_mean=-1.0)\n"
-        "from chameleon_deploy.terminal import console\n"
-        "from chameleon_deploy.export.__main__ import main\n"
-        "console.run(main)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, mini_path, "--out", tmp_path / "out"], capture_output=True, text=True, check=False
-    )
+def test_a_missed_gate_fails_the_export(mini_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GATES, "fp32", replace(GATES["fp32"], kl_mean=-1.0))
+    result = call("chameleon_deploy.export", mini_path, "--out", tmp_path / "out")
     assert result.returncode == 1
     assert "KL, mean" in result.stderr
     assert not list(tmp_path.iterdir())
