@@ -40,7 +40,7 @@ def main(
         list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to a token's logit; may be given several times.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log-probabilities, and those of 0 to 5 alternatives.")
+        int | None, typer.Option(help="With --json: log-probabilities, and those of 0 to 20 alternatives.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
     prompt_lookup_num_tokens: Annotated[

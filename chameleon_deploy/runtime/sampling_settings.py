@@ -15,7 +15,7 @@ import numpy.typing as npt
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, TokenError
 
-MAX_LOGPROBS = 5
+MAX_LOGPROBS = 20
 # What is looked at for every token is bounded, so that no request slows the steps that it shares with others.
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1024
 MAX_STOP_TOKEN_IDS = MAX_BIASES = 1024
@@ -39,7 +39,7 @@ class Sampling:
     logit_bias          token id -> -100 to 100, added to its logit; of at most 1,024 tokens. Kept as a tuple of pairs
                         in the order of the ids
     ignore_eos          do not stop at the model's end of text
-    logprobs            report the log-probability of every token, and of 0 to 5 alternatives; None reports none
+    logprobs            report the log-probability of every token, and of 0 to 20 alternatives; None reports none
 
     Raises InputError for a value of the wrong type or out of range.
     """

@@ -34,7 +34,7 @@ generate:
   --presence-penalty X    subtracted from the logits of generated tokens (0)
   --frequency-penalty X   the same, as often as each was generated (0)
   --logit-bias ID=VALUE   added to a token's logit; may be given several times
-  --logprobs N            with --json: log-probabilities, and those of 0 to 5 alternatives
+  --logprobs N            with --json: log-probabilities, and those of 0 to 20 alternatives
   --seed N                the same seed gives the same tokens (0)
   --prompt-lookup-num-tokens N  one prompt: draft up to N tokens from the text so far (0)
   --stop TEXT             stop before this string; may be given several times

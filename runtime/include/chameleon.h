@@ -131,7 +131,7 @@ typedef struct {
   size_t num_logit_bias;
   int ignore_eos;
   int logprobs;         /* 1 reports the log-probability of every token */
-  int num_top_logprobs; /* and with it those of 0 to 5 alternatives */
+  int num_top_logprobs; /* and with it those of 0 to 20 alternatives */
 } chameleon_sampling;
 
 typedef struct {

@@ -145,7 +145,7 @@ void check(const Sampling& sampling, std::int64_t vocab_size) {
   require(std::abs(sampling.presence_penalty) <= 2, "presence_penalty", expected);
   require(std::abs(sampling.frequency_penalty) <= 2, "frequency_penalty", expected);
   require(!sampling.logprobs || (*sampling.logprobs >= 0 && *sampling.logprobs <= kMaxLogprobs), "logprobs",
-          "an integer from 0 to 5");
+          "an integer from 0 to 20");
   for (const auto& [id, bias] : sampling.logit_bias) {
     require(id >= 0 && std::abs(bias) <= 100, "logit_bias of token " + std::to_string(id),
             "token ids and numbers from -100 to 100");

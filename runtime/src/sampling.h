@@ -8,7 +8,7 @@
 namespace chameleon {
 
 /// The largest number of alternatives that are reported for a token.
-inline constexpr int kMaxLogprobs = 5;
+inline constexpr int kMaxLogprobs = 20;
 /// What is looked at for every token is bounded, so that no request slows the steps that it shares with others.
 inline constexpr std::size_t kMaxStopStrings = 16, kMaxStopCharacters = 1024;
 inline constexpr std::size_t kMaxStopTokenIds = 1024, kMaxBiases = 1024;

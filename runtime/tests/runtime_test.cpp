@@ -117,7 +117,7 @@ TEST(Inputs, SamplingIsChecked) {
         Sampling{.top_p = 0}, Sampling{.top_p = 1.1}, Sampling{.top_p = NAN}, Sampling{.repetition_penalty = 0},
         Sampling{.repetition_penalty = INFINITY}, Sampling{.repetition_penalty = 1e-38}, Sampling{.stop = {""}},
         Sampling{.presence_penalty = 2.1}, Sampling{.frequency_penalty = NAN}, Sampling{.logit_bias = {{5, 101}}},
-        Sampling{.logit_bias = {{-1, 1}}}, Sampling{.logprobs = 6}, Sampling{.logprobs = -1}}) {
+        Sampling{.logit_bias = {{-1, 1}}}, Sampling{.logprobs = 21}, Sampling{.logprobs = -1}}) {
     GenerateOptions bad = options(Mode::cohort);
     bad.sampling = sampling;
     EXPECT_THROW(runtime().generate(kRows, bad), InputError);
@@ -246,7 +246,7 @@ TEST(PromptLogprobs, AreTheScores) {
       EXPECT_EQ(choices[row][i].top_logprobs.size(), 2U);
     }
   }
-  EXPECT_THROW((void)runtime().prompt_logprobs(rows, runtime().adapt(rows).factors, 6), InputError);
+  EXPECT_THROW((void)runtime().prompt_logprobs(rows, runtime().adapt(rows).factors, 21), InputError);
   EXPECT_THROW((void)runtime().prompt_logprobs(kRows, runtime().adapt(std::span(rows).first(1)).factors, 0),
                InputError);
 }

@@ -368,7 +368,7 @@ FLOAT32 = np.finfo(np.float32)
         ("seed", [0, 2**64 - 1], [-1, 2**64]),
         ("presence_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
         ("frequency_penalty", [-2, 2], [np.nextafter(-2, -3), np.nextafter(2, 3)]),
-        ("logprobs", [None, 0, 5], [-1, 6]),
+        ("logprobs", [None, 0, 20], [-1, 21]),
         ("ignore_eos", [True, False, np.True_], [1, 0, None]),
     ],
 )  # fmt: skip

@@ -54,7 +54,7 @@ class CHAMELEON_EXPORT Runtime {
   [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {},
                                          const std::stop_token& stop = {}) const;
 
-  /// What would have chosen each token of a text after its first, with the `count` most probable tokens (0 to 5) at
+  /// What would have chosen each token of a text after its first, with the `count` most probable tokens (0 to 20) at
   /// each place, as Sampling::logprobs reports them. factors: a row for each text, as `adapt` returns them Throws
   /// InputError, TokenError, LengthError, NumericError or CancelledError.
   [[nodiscard]] std::vector<std::vector<Choice>> prompt_logprobs(Texts texts, const RowFactors& factors, int count,

@@ -22,7 +22,7 @@ struct Sampling {
   double frequency_penalty = 0;                 ///< -2 to 2, subtracted as often as the token was generated
   std::map<std::int64_t, double> logit_bias{};  ///< token id -> -100 to 100, added to its logit; at most 1,024
   bool ignore_eos = false;                      ///< do not stop at the model's end of text
-  std::optional<int> logprobs{};                ///< report log-probabilities, and those of 0 to 5 alternatives
+  std::optional<int> logprobs{};                ///< report log-probabilities, and those of 0 to 20 alternatives
 };
 
 /// A token and the natural logarithm of its probability.

@@ -6,7 +6,7 @@ namespace chameleon {
 
 std::vector<std::vector<Choice>> prompt_logprobs(std::span<const TokenIds> texts, const Decoder& decoder,
                                                  const RowFactors& factors, int count, const std::stop_token& stop) {
-  if (count < 0 || count > kMaxLogprobs) throw InputError("count must be an integer from 0 to 5");
+  if (count < 0 || count > kMaxLogprobs) throw InputError("count must be an integer from 0 to 20");
   if (factors.factor_ids.size() != texts.size()) {
     throw InputError(std::to_string(factors.factor_ids.size()) + " rows of factors for " +
                      std::to_string(texts.size()) + " texts: pass those that adapt returns");
