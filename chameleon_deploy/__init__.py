@@ -9,6 +9,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import (
     Adapt,
     Adaptation,
+    Conversation,
     Engine,
     EngineOptions,
     Generate,
@@ -27,6 +28,7 @@ __all__ = [
     "Adapt",
     "Adaptation",
     "ChameleonError",
+    "Conversation",
     "Engine",
     "EngineOptions",
     "Generate",

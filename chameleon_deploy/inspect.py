@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
 from chameleon_deploy.errors import DependencyError
 from chameleon_deploy.runtime.decode.session import IntegerWeights, integer_weights
 from chameleon_deploy.terminal import console
@@ -82,6 +83,7 @@ def _summary(bundle: Bundle) -> list[list[str]]:
                      else f"none: the caller gives vectors of {adaptation.conditioning_size:,} numbers"],
         ["adapters", ", ".join(adaptation.adapters) or str(_adapters(manifest))],
         ["modes", ", ".join(f"{mode} (default)" if mode == default else mode for mode in adaptation.modes)],
+        ["chat template", f"{_bytes(bundle, CHAT_TEMPLATE)} bytes" if CHAT_TEMPLATE in manifest.files else "none"],
         ["parameters", f"base {parameters.base:,}, hypernetwork {parameters.hypernetwork:,}, "
                        f"one set of factors {parameters.factors:,}"],
         ["engine limits", ", ".join(f"{k} {v:,}" for k, v in msgspec.structs.asdict(manifest.limits).items())],

@@ -13,6 +13,7 @@ import numpy as np
 from chameleon_deploy.errors import ManifestError, PathError, VersionError
 
 MANIFEST = "bundle.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # listed where the model has one
 FORMAT = "chameleon-bundle"
 FORMAT_VERSION = 1
 

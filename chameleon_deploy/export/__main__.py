@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from chameleon_deploy.contract.provenance import read_signing_key
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.terminal.texts import read_file
 
 
 def main(
@@ -43,6 +45,9 @@ def main(
     sign: Annotated[
         Path | None, typer.Option(metavar="KEY", help="Sign the bundle with this Ed25519 private key, PEM.")
     ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Chat template in Jinja; default: the model's own, if it has one.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict), what a recipe names, or a base
@@ -57,6 +62,7 @@ def main(
     if max_kl is not None and not verify:
         raise InputError("--max-kl goes with verification: leave out --no-verify")
     signer = None if sign is None else read_signing_key(sign)
+    template = None if chat_template is None else read_file(chat_template)
     from chameleon_deploy.export.exporter import Publication, export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.source import load_source
@@ -73,6 +79,8 @@ def main(
     if ranks is not None and not layers:
         raise InputError("--max-rank is of adapters that are loaded later: name their layers with --adaptable")
     checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters, layers, ranks)
+    if template is not None:
+        checkpoint.trunk.chat = replace(checkpoint.trunk.chat, template=template)
 
     with console.progress() as report:
 

@@ -29,9 +29,10 @@ from chameleon_deploy.contract.bundle import (
     TensorSpec,
     file_sha256,
 )
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
 from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
-from chameleon_deploy.errors import UnsupportedBaseError
+from chameleon_deploy.errors import InputError, ManifestError, UnsupportedBaseError
 from chameleon_deploy.export.decoder import token_embedding_of
 from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
@@ -41,6 +42,7 @@ from chameleon_deploy.reference.description import adaptation_spec, model_spec, 
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime import load
+from chameleon_deploy.runtime.chat.template import load_chat_template
 from chameleon_deploy.runtime.known_answers import FIELD, PARITY, known_answers
 from chameleon_deploy.runtime.tokenizer_file import file_fault
 from chameleon_deploy.terminal.progress import Progress, silent
@@ -96,7 +98,10 @@ def export_bundle(
     if fault := file_fault(msgspec.json.decode(checkpoint.trunk.tokenizer.to_str())):
         raise UnsupportedBaseError(f"the base model's tokenizer.json: {fault}")
     resolved = limits.resolve(model, adaptation_spec(checkpoint).num_clusters)
+    template = checkpoint.trunk.chat.source()
     with new_directory(out) as directory:
+        if template is not None:
+            _write_chat_template(template, directory / CHAT_TEMPLATE, checkpoint.trunk.tokenizer)
         manifest = _write_files(checkpoint, directory, model, resolved, precision, calibration, report)
         parity: dict[str, Any] = {"verified": False}
         manifest = _write_manifest(directory, manifest, parity)
@@ -130,6 +135,15 @@ def _write_files(
     _save_factors(checkpoint, spec, directory)
     (directory / "tokenizer.json").write_text(checkpoint.trunk.tokenizer.to_str(pretty=True), encoding="utf-8")
     return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)
+
+
+def _write_chat_template(source: str, file: Path, tokenizer: Any) -> None:
+    """Raises InputError for a template that is not valid."""
+    file.write_text(source, encoding="utf-8")
+    try:
+        load_chat_template(file, tokenizer)
+    except ManifestError as error:
+        raise InputError(f"{error}: pass another by --chat-template FILE", "chat_template") from error
 
 
 def _save_factors(source: Source, spec: AdaptationSpec, directory: Path) -> None:

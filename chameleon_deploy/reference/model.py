@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
 from chameleon_deploy.reference import families
+from chameleon_deploy.reference.chat_template import ChatTemplates
 from chameleon_deploy.reference.gguf import converted, gguf_file
 
 
@@ -28,12 +29,14 @@ class Trunk:
     tokenizer   the `tokenizers.Tokenizer` of its tokenizer.json
     gguf        the GGUF file that it was converted from
     transformers_tokenizer  what transformers makes of it, where that is another: it rebuilds some classes
+    chat        its chat template
     """
 
     causal_lm: Any
     tokenizer: Any
     gguf: Path | None = None
     transformers_tokenizer: Any = None
+    chat: ChatTemplates = ChatTemplates()  # noqa: RUF009  (immutable)
 
     @property
     def config(self) -> Any:
@@ -160,7 +163,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     families.require_supported(config, name)
     try:
         causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source)
-        tokenizer, theirs = _tokenizers(where, source)
+        tokenizer, theirs, chat = _tokenizers(where, source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     if tokenizer is None:
@@ -168,12 +171,12 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     if causal_lm.get_output_embeddings().bias is not None:
         raise UnsupportedBaseError(f"{name!r}: a head with a bias cannot be exported")
     trunk = trunk_from(causal_lm, tokenizer)
-    trunk.gguf, trunk.transformers_tokenizer = gguf, theirs
+    trunk.gguf, trunk.transformers_tokenizer, trunk.chat = gguf, theirs, chat
     return trunk
 
 
-def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the tokenizer of tokenizer.json, and that of transformers if it is another.
+def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any, ChatTemplates]:
+    """Return the tokenizer of tokenizer.json, that of transformers if it is another, and its chat template.
 
     Without tokenizer.json the first is that of transformers, or None if that has no `tokenizers.Tokenizer`.
     """
@@ -181,9 +184,11 @@ def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any]:
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    failure, theirs = None, None
+    failure, theirs, chat = None, None, ChatTemplates()
     try:
-        theirs = getattr(transformers.AutoTokenizer.from_pretrained(where, **source), "backend_tokenizer", None)
+        found = transformers.AutoTokenizer.from_pretrained(where, **source)
+        theirs = getattr(found, "backend_tokenizer", None)
+        chat = ChatTemplates(getattr(found, "chat_template", None) or {}, found.special_tokens_map)
     except Exception as error:
         failure = error
     directory = Path(where)
@@ -192,9 +197,9 @@ def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any]:
     if not isinstance(file, str | Path) or not Path(file).is_file():
         if failure is not None:
             raise failure
-        return theirs, None
+        return theirs, None, chat
     tokenizer = encoding_whole_texts(Tokenizer.from_file(str(file)))
-    return tokenizer, theirs if theirs and theirs.to_str() != tokenizer.to_str() else None
+    return tokenizer, theirs if theirs and theirs.to_str() != tokenizer.to_str() else None, chat
 
 
 def encoding_whole_texts(tokenizer: Any) -> Any:

@@ -1,6 +1,7 @@
 """The light runtime: numpy, ONNX Runtime and tokenizers; never torch, transformers or onnx."""
 
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
+from chameleon_deploy.runtime.chat.conversation import Conversation
 from chameleon_deploy.runtime.engine.engine import Engine, EngineOptions
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.generation import Generate, Generation, Token
@@ -11,6 +12,7 @@ from chameleon_deploy.runtime.scoring import Score
 __all__ = [
     "Adapt",
     "Adaptation",
+    "Conversation",
     "Engine",
     "EngineOptions",
     "Generate",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Unpack, get_args
 
 import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, IntArray, Mode, default_mode, start_opening
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
 from chameleon_deploy.contract.provenance import TrustedKeys
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation, AdaptKeywords
 from chameleon_deploy.runtime.backend import Backend
+from chameleon_deploy.runtime.chat.conversation import Messages
+from chameleon_deploy.runtime.chat.template import ChatTemplate, chat_generate, chat_prompt, load_chat_template
 from chameleon_deploy.runtime.engine.loop import generate_rows
 from chameleon_deploy.runtime.factor_sources import FactorSources
 from chameleon_deploy.runtime.generation import (
@@ -161,6 +165,41 @@ class Runtime:
         return self._tokens(
             prompts, chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords), "raise", is_shown=True
         )
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template of conversations.
+
+        Raises InputError in a bundle without one, ManifestError for one that is not valid, DependencyError.
+        """
+        if CHAT_TEMPLATE not in self.manifest.files:
+            message = f"{self.bundle.path} has no chat template: export it again with --chat-template FILE"
+            raise InputError(message, "messages")
+        return load_chat_template(self.bundle.path / CHAT_TEMPLATE, self.tokenizer)
+
+    def chat(
+        self,
+        messages: Messages,
+        generate: Generate | None = None,
+        adapt: Adapt | None = None,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Generation:
+        """Answer a conversation.
+
+        messages  as in OpenAI's API, or a Conversation, which has tools and arguments of the template too
+        generate  how the answer is generated, n = 1, or the fields of Generate as keywords; it has at most 1,024 tokens
+                  unless they say otherwise, and ends where the template ends an assistant's turn
+        adapt     how it is adapted, or the fields of Adapt as keywords
+
+        Raises InputError for messages that make no sense, that the template refuses or that it is not made for, and the
+        errors of `chat_template` and `stream`.
+        """
+        check_names(keywords, Generate, Adapt)
+        generate = chat_generate(generate, keywords)
+        if generate.n != 1:
+            raise InputError("a chat has one answer: leave n out", "n")
+        ids, generate = chat_prompt(self.chat_template, messages, generate)
+        return self.generate([ids], generate, chosen(Adapt, adapt, keywords))[0]
 
     def _tokens(
         self, prompts: Texts, generate: Generate, adapt: Adapt, errors: OnError, is_shown: bool

@@ -15,6 +15,7 @@ COMMANDS = {
     "verify-signature": "Check who signed a bundle.",
     "inspect": "Show what a bundle holds.",
     "generate": "Continue prompts.",
+    "chat": "Talk with a bundle in the terminal.",
     "score": "Compute the log-probability and perplexity of texts.",
     "serve": "Serve a bundle over HTTP: OpenAI-style API, metrics, playground.",
     "bench": "Measure a bundle against the PyTorch reference.",

@@ -70,7 +70,7 @@ def require_one_source(text: Sequence[Path] | None, dataset: str | None, only_wi
 def _read_one(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         return [entry["text"] for entry in _read_entries(path)]
-    texts = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", _read_content(path)) if block.strip()]
+    texts = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", read_file(path)) if block.strip()]
     if not texts:
         raise InputError(f"{path}: holds no text")
     return texts
@@ -78,14 +78,15 @@ def _read_one(path: Path) -> list[str]:
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a `.jsonl` file, each with a text."""
-    lines = enumerate(_read_content(path).split("\n"), 1)
+    lines = enumerate(read_file(path).split("\n"), 1)
     entries = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
     if not entries:
         raise InputError(f"{path}: holds no text")
     return entries
 
 
-def _read_content(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """Return the text of a file. Raises InputError."""
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

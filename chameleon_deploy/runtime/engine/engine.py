@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
 from chameleon_deploy.runtime.adaptation import Adapt
+from chameleon_deploy.runtime.chat.conversation import Messages
+from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
 from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
 from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
@@ -173,6 +175,18 @@ class Engine:
             self._present += rows
             self._commands.put(submission)
         return submission.stream
+
+    def submit_chat(
+        self,
+        messages: Messages,
+        generate: Generate | None = None,
+        adapt: Adapt | None = None,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Stream:
+        """Queue a conversation. Arguments and errors as in `Runtime.chat` and `submit`; n may be more than 1."""
+        check_names(keywords, Generate, Adapt)
+        ids, generate = chat_prompt(self.runtime.chat_template, messages, chat_generate(generate, keywords))
+        return self.submit([ids], generate, chosen(Adapt, adapt, keywords))
 
     @property
     def closed(self) -> bool:

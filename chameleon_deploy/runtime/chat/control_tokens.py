@@ -1,0 +1,75 @@
+"""Token ids of a rendered conversation, whose messages cannot spell control tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from chameleon_deploy.errors import InputError
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, which only the template may write.
+
+    They are the added tokens, special or not, that the tokenizer's model does not give for their text anyway; those it
+    does, such as Gemma's line breaks, are plain text. In a copy of the tokenizer they have spellings that nobody else
+    knows, so that the rest of the tokenizer, whatever it is, reads the text around them as it does in the original.
+
+    first, last  characters that they begin and end with
+    pattern      matches the longest at a place
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        content = json.loads(tokenizer.to_str())
+        added = content["added_tokens"]
+        secret = secrets.token_hex(8)
+        spelled = {token["content"]: f"\ufdd0{secret}{i:x}\ufdd1" for i, token in enumerate(added)}
+        plain = _copy(content, [token | {"content": spelled[token["content"]]} for token in added])
+        texts = [token["content"] for token in added]
+        found = plain.encode_batch(texts, add_special_tokens=False)
+        control = {
+            token["content"]: token["id"]
+            for token, encoding in zip(added, found, strict=True)
+            if token["id"] not in encoding.ids and not token["single_word"]
+        }
+        self._tokenizer = _copy(
+            content, [t | {"content": spelled[t["content"]]} if t["content"] in control else t for t in added]
+        )
+        self._spelled = {text: spelled[text] for text in control}
+        # An added token may get another id in the copy, where its text is in the model's vocabulary too.
+        self._ids = {self._tokenizer.token_to_id(spelled[text]): token_id for text, token_id in control.items()}
+        self.first, self.last = {text[0] for text in control}, {text[-1] for text in control}
+        self.pattern = re.compile(_longest(sorted(control)) if control else "(?!)")
+
+    def encode(self, text: str, marker: str) -> list[int]:
+        """Return the token ids of a rendered conversation, where a marker stands in what is no control token."""
+        spelled = self.pattern.sub(lambda token: self._spelled[token[0]], text)
+        return [self._ids.get(i, i) for i in plain_ids(self._tokenizer, spelled.replace(marker, ""))]
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InputError("a message holds a lone surrogate and is not valid Unicode", "messages") from error
+
+
+def _copy(content: Mapping[str, Any], added_tokens: Sequence[Mapping[str, Any]]) -> Any:
+    return Tokenizer.from_str(json.dumps({**content, "added_tokens": added_tokens, "post_processor": None}))
+
+
+def _longest(words: Sequence[str]) -> str:
+    """Return a regular expression of the longest of some sorted words: a tree, as thousands in a row are slow."""
+    by_first: dict[str, list[str]] = {}
+    for word in words:
+        if word:
+            by_first.setdefault(word[0], []).append(word[1:])
+    branches = "|".join(re.escape(first) + _longest(rest) for first, rest in by_first.items())
+    if not branches:
+        return ""
+    return f"(?:{branches})?" if "" in words else f"(?:{branches})"
