@@ -38,8 +38,10 @@ class Call(Generic[B]):
 
         undo  called with the result where the client has left meanwhile
         """
-        if self.size <= LARGE:
-            return work()
+        return work() if self.size <= LARGE else await self.off_loop(work, undo)
+
+    async def off_loop(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+        """Do what may wait, without holding up other requests. undo: as in `off_loop_if_large`"""
         working = asyncio.get_running_loop().run_in_executor(None, work)
         try:
             return await asyncio.shield(working)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -17,8 +16,9 @@ from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.chat_schemas import ChatRequest
 from chameleon_deploy.serve.errors import ApiError, api_error
-from chameleon_deploy.serve.event_stream import DONE, EventStream, event
+from chameleon_deploy.serve.event_stream import EventStream, events
 from chameleon_deploy.serve.logprobs import LogprobsWriter, by_id, join
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import as_texts, encode
@@ -48,7 +48,7 @@ async def complete(call: Call[CompletionRequest]) -> Completion | Response:
         raise
     writers = [RowWriter(job, row, echoes[row // job.body.n]) for row in range(len(job.ids) * job.body.n)]
     if job.body.stream:
-        return EventStream(_events(job, writers))
+        return EventStream(events(_chunks(job, writers)))
     return await _whole(job, writers)
 
 
@@ -93,13 +93,12 @@ def prepare(call: Call[CompletionRequest]) -> Job:
     meant = served.models.resolve(body.model, body.mode)
     mode = meant.mode
     check(body, mode, served)
-    sampling = _sampling(body, served)
+    sampling = sampling_of(body, served, body.logprobs)
     ids = encode(body.prompt, "prompt", served)
     stream = _submit(call, ids, sampling, meant) if body.max_tokens else None
     cluster_ids = list(stream.cluster_ids) if stream else served.runtime.embed(ids)[1].tolist()
     for cluster_id in cluster_ids:
-        served.metrics.accept(mode, cluster_id)
-        served.cluster_sizes[cluster_id] += 1
+        served.count_prompt(mode, cluster_id)
     return Job(f"cmpl-{call.request_id}", int(time.time()), meant, body, served, ids, cluster_ids, stream)
 
 
@@ -118,7 +117,8 @@ def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
             raise ApiError(400, "input_invalid", message, param)
 
 
-def _sampling(body: CompletionRequest, served: Served) -> Sampling:
+def sampling_of(body: CompletionRequest | ChatRequest, served: Served, logprobs: int | None) -> Sampling:
+    """Return the sampling that a request asks for. Raises ApiError."""
     try:
         sampling = Sampling(
             temperature=body.temperature,
@@ -132,7 +132,7 @@ def _sampling(body: CompletionRequest, served: Served) -> Sampling:
             frequency_penalty=body.frequency_penalty,
             logit_bias=body.logit_bias or {},
             ignore_eos=body.ignore_eos,
-            logprobs=body.logprobs,
+            logprobs=logprobs,
         )
         check_sampling(sampling, served.runtime.manifest.model.vocab_size)
     except TokenError as error:
@@ -260,20 +260,10 @@ async def _whole(job: Job, writers: list[RowWriter]) -> Completion:
         finally:
             job.cancel()
     for generation in generations:
-        _require_success(generation)
+        raise_failure(generation)
     completion = job.completion([writer.whole(generations[row]) for row, writer in enumerate(writers)])
     completion.usage = job.usage(sum(len(generation.token_ids) for generation in generations if generation))
     return completion
-
-
-async def _events(job: Job, writers: list[RowWriter]) -> AsyncGenerator[bytes, None]:
-    try:
-        async with contextlib.aclosing(_chunks(job, writers)) as chunks:
-            async for chunk in chunks:
-                yield event(chunk)
-        yield DONE
-    except Exception as error:
-        yield event(api_error(error).body)
 
 
 async def _chunks(job: Job, writers: list[RowWriter]) -> AsyncGenerator[Completion, None]:
@@ -290,7 +280,7 @@ async def _chunks(job: Job, writers: list[RowWriter]) -> AsyncGenerator[Completi
     if job.stream is not None:
         try:
             async for token in job.stream:
-                _require_success(token.generation)
+                raise_failure(token.generation)
                 choices = [] if token.token_id < 0 else [Choice(token.token_id, token.logprob, token.top_logprobs)]
                 new_tokens += len(choices)
                 reason = token.generation.finish_reason if token.generation else None
@@ -311,7 +301,7 @@ def _echo_chunks(job: Job, writers: list[RowWriter]) -> Iterator[CompletionChoic
             yield choice
 
 
-def _require_success(generation: Generation | None) -> None:
+def raise_failure(generation: Generation | None) -> None:
     """Raises what ended a row, where it did not end by itself."""
     if generation is None or generation.finish_reason in ("stop", "length"):
         return

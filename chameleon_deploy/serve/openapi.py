@@ -9,6 +9,7 @@ import msgspec
 
 from chameleon_deploy import __version__
 from chameleon_deploy.serve import schemas
+from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
 from chameleon_deploy.serve.operations import OPERATIONS, Operation
 
@@ -52,7 +53,7 @@ def _operation(operation: Operation, reference: dict[Any, Any]) -> dict[str, Any
     if operation.body is not None:
         body = {"application/json": {"schema": reference[operation.body]}}
         found["requestBody"] = {"required": True, "content": body}
-    if operation.handler is complete:
+    if operation.handler in (complete, complete_chat):
         found["responses"]["200"]["content"]["text/event-stream"] = {}
     return found
 

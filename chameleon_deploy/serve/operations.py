@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.serve import schemas
+from chameleon_deploy.serve import chat_schemas, schemas
 from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.prompts import encode
@@ -144,6 +145,10 @@ async def _tokenizer_info(call: Call[None]) -> schemas.TokenizerInfo:
 
 OPERATIONS = (
     Operation("/v1/completions", complete, schemas.Completion, "Continue prompts.", schemas.CompletionRequest),
+    Operation(
+        "/v1/chat/completions", complete_chat, chat_schemas.ChatCompletion, "Answer a conversation.",
+        chat_schemas.ChatRequest,
+    ),
     Operation("/v1/models", _models, schemas.ModelList, "The bundle's modes, each as a model."),
     Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
     Operation("/v1/adapt", _adapt, schemas.AdaptResponse, "Embeddings and nearest clusters.", schemas.TextsRequest),

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS
+from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS
 
 MAX_CHOICES = 128  # of one prompt
+MAX_COMPLETION_LOGPROBS = 5  # as in OpenAI's API; chat has more
 
 Count = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -44,7 +45,7 @@ class CompletionRequest(Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: int | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     echo: bool = False
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
     presence_penalty: Penalty = 0.0

@@ -10,6 +10,7 @@ from chameleon_deploy.runtime import Adapt, Adaptation
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.scoring import Score, prompt_logprobs, score_rows
 from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.chat_schemas import ChatRequest
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import encode
 from chameleon_deploy.serve.schemas import CompletionRequest, ScoreItem, ScoreResponse, TextsRequest
@@ -37,7 +38,9 @@ async def score(call: Call[TextsRequest]) -> ScoreResponse:
     return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
 
 
-def adapt_options(call: Call[TextsRequest] | Call[CompletionRequest], meant: Meant, texts: int) -> Adapt:
+def adapt_options(
+    call: Call[TextsRequest] | Call[CompletionRequest] | Call[ChatRequest], meant: Meant, texts: int
+) -> Adapt:
     """Return the adaptation of the texts of one request, which are one cohort in the modes that have cohorts."""
     return Adapt(
         mode=meant.mode,

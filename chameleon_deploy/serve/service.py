@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import chameleon_deploy
-from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.contract.bundle import FloatArray, Mode
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
 from chameleon_deploy.errors import BundleChangedError
 from chameleon_deploy.runtime import Adapt, Engine, Runtime
 from chameleon_deploy.serve.bodies import UnfinishedBodies
@@ -36,6 +37,7 @@ class Served:
     """A loaded bundle and all that is made of it once.
 
     adapter_files  directory of the files that requests may load; None where they may not
+    sanitize_control_tokens  see Conversation
     cluster_sizes  prompts completed per cluster
     scorer         the one thread that scores: many at once would only slow the engine down
     """
@@ -48,8 +50,14 @@ class Served:
     centroids: FloatArray
     cohort_window_ms: float
     adapter_files: Path | None
+    sanitize_control_tokens: bool
     cluster_sizes: Counter[int] = field(default_factory=Counter)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
+
+    def count_prompt(self, mode: Mode, cluster_id: int) -> None:
+        """Count a prompt that was accepted."""
+        self.metrics.accept(mode, cluster_id)
+        self.cluster_sizes[cluster_id] += 1
 
     def fingerprint(self, meant: Meant) -> str:
         """Return what computes a request: bundle, provider, precision, and the adapter's file if it is one's."""
@@ -138,8 +146,13 @@ class Service:
         )  # fmt: skip
         self.metrics.watch(engine)
         centroids = runtime.bundle.centroids()
+        if CHAT_TEMPLATE in runtime.manifest.files:  # what the first conversation would wait for
+            _ = runtime.chat_template.stop_token_ids, runtime.chat_template.takes_tools
         self._watchdog = Watchdog(engine, s.max_step_seconds, self.metrics.slow_step)
-        self._served = Served(runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters)
+        self._served = Served(
+            runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters,
+            s.sanitize_control_tokens,
+        )  # fmt: skip
         products = f", {runtime.integer_weights} weights in integer products" if runtime.integer_weights else ""
         _log.info("serving %s: %s on %s%s", name, runtime.manifest.precision, runtime.provider, products)
 

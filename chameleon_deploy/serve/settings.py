@@ -52,6 +52,13 @@ class Settings:
     cohort_window_ms: Annotated[
         float, Meta(ge=0, description="Milliseconds for which a cohort waits for other requests.")
     ] = 0
+    sanitize_control_tokens: Annotated[
+        bool,
+        Meta(
+            description="Read control tokens that messages spell as text.",
+            extra={"option": "--sanitize-control-tokens/--no-sanitize-control-tokens"},
+        ),
+    ] = True
     max_body_bytes: Annotated[int, Meta(ge=1, description="Bytes of a body; a larger one is refused with 413.")] = (
         4 * 2**20
     )
@@ -104,9 +111,14 @@ def table() -> list[str]:
     for name, _, meta, default in _declared():
         flag = (meta.extra or {}).get("option", f"--{name.replace('_', '-')}")
         bounds = [f"{sign} {bound:,}" for sign, bound in (("from", meta.ge), ("to", meta.le)) if bound is not None]
-        shown = "" if default is None or default is False else f"{default:,}" if isinstance(default, int) else default
-        lines.append(f"| `{flag}` | {shown} | {' '.join(bounds)} | {meta.description} |")
+        lines.append(f"| `{flag}` | {_shown(default)} | {' '.join(bounds)} | {meta.description} |")
     return lines
+
+
+def _shown(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return "on" if default else ""
+    return f"{default:,}" if isinstance(default, int) else str(default)
 
 
 def converted(values: dict[str, Any]) -> Settings:

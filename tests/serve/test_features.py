@@ -66,7 +66,11 @@ def uses() -> dict[str, list[Use]]:
 
 def table() -> dict[str, dict[str, str]]:
     """Return the cells of the page by feature and column."""
-    lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line.strip("|").split("|")
+        for line in PAGE.read_text().partition("## Chat")[0].splitlines()
+        if line.startswith("|")
+    ]
     header, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(header, (cell.strip("`") for cell in row), strict=True)) for row in rows}
 

@@ -5,24 +5,18 @@ CHAMELEON_SCHEMA_CASES=2000 asks as many questions of the schema; a run of the s
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
 from prometheus_client.parser import text_string_to_metric_families
-from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from chameleon_deploy.serve import app
 from tests.rows import random_rows
+from tests.schema_cases import asked, operations_of
 from tests.serving import Running, running
-
-CASES = int(os.environ.get("CHAMELEON_SCHEMA_CASES", "200"))
-ERROR_FIELDS = {"message", "type", "param", "code"}
 
 
 def test_every_mode_is_a_model(client: openai.OpenAI, server: Running) -> None:
@@ -126,48 +120,12 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert {"chameleon_requests_cancelled_total", "chameleon_factor_set_hits_total"} <= set(after)
 
 
-def error_shape(context: Any, response: Any, case: Any) -> None:
-    """Every error has the stated shape."""
-    if response.status_code >= 400:
-        body = response.json()
-        assert set(body) == {"error"} and set(body["error"]) == ERROR_FIELDS, body
-
-
 def test_the_schema_holds(server: Running) -> None:
-    checks = [
-        schemathesis.checks.not_a_server_error,
-        response_schema_conformance,
-        error_shape,
-    ]
-    schema: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 13
-    asked = []
-
-    def ask(case: Any) -> None:
-        if isinstance(case.body, dict) and case.body.get("max_tokens"):  # a longer answer shows nothing more
-            case.body["max_tokens"] = min(case.body["max_tokens"], 3)
-        response = case.call(timeout=60)
-        case.validate_response(response, checks=checks)
-        asked.append(response.status_code)
-
-    for operation in operations:
-        as_test(operation, ask)()
-    assert len(asked) >= CASES // 4 * sum(operation.method == "post" for operation in operations)
-    assert {200, 400} <= set(asked)
-    assert not any(status >= 500 for status in asked)
-
-
-def as_test(operation: Any, ask: Any) -> Any:
-    each = CASES // 4 if operation.method == "post" else CASES // 20
-    limits = settings(
-        max_examples=each,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    return limits(given(case=operation.as_strategy())(lambda case: ask(case)))
+    operations = operations_of(server)
+    assert len(operations) == 14
+    statuses = asked(operations)
+    assert {200, 400} <= set(statuses)
+    assert not any(status >= 500 for status in statuses)
 
 
 def test_other_paths_and_methods_have_the_same_errors(server: Running) -> None:
