@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from chameleon_deploy.errors import CheckpointError, DependencyError, OutputExistsError, UnsupportedBaseError
 from chameleon_deploy.reference.checkpoint import CONFIG_FILE, TENSOR_FILE, load_checkpoint
 from chameleon_deploy.reference.families import require_supported
-from chameleon_deploy.reference.gguf import PACKAGES, gguf_file
+from chameleon_deploy.reference.gguf import PACKAGES, converted, gguf_file
 from chameleon_deploy.reference.model import load_trunk, trunk_from
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.random import base_config, untrained_checkpoint
@@ -88,7 +88,14 @@ def llama_base(llama_path: Path) -> Path:
     return llama_path / "base"
 
 
-def write_gguf(base: Path, file: Path, pre_tokenizer: str = "smollm", extra_tensor: str | None = None) -> None:
+def write_gguf(
+    base: Path,
+    file: Path,
+    pre_tokenizer: str = "smollm",
+    extra: dict[str, np.ndarray] | None = None,
+    keys: dict[str, float] | None = None,
+    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> None:
     """A Hugging Face Llama as llama.cpp converts it: rows of q and k in the order of ggml's rotary embedding."""
     trunk = load_trunk(base)
     config, state = trunk.config, trunk.causal_lm.state_dict()
@@ -118,9 +125,13 @@ def write_gguf(base: Path, file: Path, pre_tokenizer: str = "smollm", extra_tens
         for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if kind in name:
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
-    if extra_tensor:
-        writer.add_tensor(extra_tensor, np.ones(8, np.float32))
+        kind = quantization if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=kind)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    for key, value in (keys or {}).items():
+        writer.add_float32(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -147,6 +158,80 @@ def test_a_gguf_file_is_the_same_base(llama_base: Path, tmp_path: Path, monkeypa
     assert len(list((tmp_path / "cache" / "bases").glob("*/config.json"))) == 1  # converted once
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1", "F16", "BF16"])
+def test_quantised_weights_are_restored_exactly(
+    kind: str, llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    quantization = gguf.GGMLQuantizationType[kind]
+    write_gguf(llama_base, tmp_path / "model.gguf", quantization=quantization)
+    state = load_trunk(tmp_path / "model.gguf").causal_lm.state_dict()
+    for name, tensor in load_trunk(llama_base).causal_lm.state_dict().items():
+        expected = tensor.numpy()
+        if expected.ndim > 1:  # a row's order does not change its blocks
+            expected = gguf.dequantize(gguf.quantize(expected, quantization), quantization)
+        np.testing.assert_array_equal(state[name].numpy(), expected)
+
+
+def test_blocks_of_k_quants_have_the_values_of_their_definition(tmp_path: Path) -> None:
+    """Written from ggml's description of the formats: a block of 256 weights of each of two kinds, at random."""
+    random = np.random.default_rng(0)
+    scale, least = np.float16(0.013), np.float16(0.21)
+    six, mins = random.integers(0, 64, 8), random.integers(0, 64, 8)
+    packed = bytearray(12)
+    for j in range(4):
+        packed[j], packed[j + 4] = int(six[j] | (six[j + 4] >> 4) << 6), int(mins[j] | (mins[j + 4] >> 4) << 6)
+        packed[j + 8] = int((six[j + 4] & 15) | (mins[j + 4] & 15) << 4)
+    nibbles = random.integers(0, 16, (4, 2, 32))  # of 64 weights the first 32 are the low halves of 32 bytes
+    low = (nibbles[:, 0] | nibbles[:, 1] << 4).astype(np.uint8).tobytes()
+    q4 = scale.tobytes() + least.tobytes() + bytes(packed) + low
+    wanted = (np.float32(scale) * six.astype(np.float32))[:, None] * nibbles.reshape(8, 32).astype(np.float32)
+    wanted -= (np.float32(least) * mins.astype(np.float32))[:, None]
+    found = gguf.dequantize(np.frombuffer(q4, np.uint8)[None], gguf.GGMLQuantizationType.Q4_K)
+    np.testing.assert_array_equal(found[0], wanted.ravel())
+    values, scales = random.integers(-32, 32, (2, 4, 32)), random.integers(-128, 128, 16).astype(np.int8)
+    unsigned = values + 32
+    lower = np.concatenate([part for half in unsigned for part in (
+        (half[0] & 15) | (half[2] & 15) << 4, (half[1] & 15) | (half[3] & 15) << 4)])  # fmt: skip
+    upper = np.concatenate([sum((half[i] >> 4) << 2 * i for i in range(4)) for half in unsigned])
+    q6 = lower.astype(np.uint8).tobytes() + upper.astype(np.uint8).tobytes() + scales.tobytes() + scale.tobytes()
+    wanted = (np.float32(scale) * scales.astype(np.float32))[:, None] * values.reshape(16, 16).astype(np.float32)
+    found = gguf.dequantize(np.frombuffer(q6, np.uint8)[None], gguf.GGMLQuantizationType.Q6_K)
+    np.testing.assert_array_equal(found[0], wanted.ravel())
+
+
+def test_the_rotary_frequencies_of_llama_3(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file has them as divisors, which the options of the published models give."""
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    config = transformers.AutoConfig.from_pretrained(llama_base)
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192, "rope_theta": 10000.0}  # fmt: skip
+    config.rope_parameters = scaling
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    plain = 10000.0 ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    write_gguf(llama_base, tmp_path / "m.gguf", extra={"rope_freqs.weight": (plain / rotary.inv_freq).numpy()})
+    found = load_trunk(tmp_path / "m.gguf").causal_lm.model.rotary_emb.inv_freq
+    torch.testing.assert_close(found, rotary.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_the_template_of_a_conversation_is_kept(
+    llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    add_uint32 = gguf.GGUFWriter.add_vocab_size
+
+    def add_template(writer: gguf.GGUFWriter, size: int) -> None:
+        add_uint32(writer, size)
+        writer.add_chat_template(template)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", add_template)
+    write_gguf(llama_base, tmp_path / "m.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(converted(tmp_path / "m.gguf"))
+    assert tokenizer.chat_template == template
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|endoftext|>")
+
+
 def test_a_checkpoint_finds_its_gguf_base(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
     shutil.copytree(llama_base.parent, tmp_path / "checkpoint")
@@ -168,9 +253,26 @@ def test_bad_gguf_files(llama_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
             load_trunk(tmp_path / name)
     with pytest.raises(CheckpointError, match="2 GGUF files"):
         gguf_file(tmp_path)
-    write_gguf(llama_base, tmp_path / "scaled.gguf", extra_tensor="rope_freqs.weight")
-    with pytest.raises(UnsupportedBaseError, match="rotary frequencies"):
-        load_trunk(tmp_path / "scaled.gguf")
+    ones = np.ones(8, np.float32)
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (
+            "scaled.gguf",
+            {"extra": {"rope_freqs.weight": np.tile(np.array([1, 2], np.float32), 4)}},
+            "rotary frequencies",
+        ),
+        ("unknown.gguf", {"extra": {"blk.0.sinks.weight": ones}}, "is named blk.0.sinks.weight"),
+        ("key.gguf", {"keys": {"llama.attention.clamp_kqv": 8.0}}, "llama.attention.clamp_kqv is not known"),
+        ("pre.gguf", {"pre_tokenizer": "of-tomorrow"}, "pre-tokenizer 'of-tomorrow'"),
+    ]
+    for file, options, message in cases:
+        write_gguf(llama_base, tmp_path / file, **options)
+        with pytest.raises(UnsupportedBaseError, match=message):
+            load_trunk(tmp_path / file)
+    whole = (tmp_path / "scaled.gguf").read_bytes()
+    for length in (3, 20, 400, len(whole) // 2, len(whole) - 64):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            load_trunk(tmp_path / "cut.gguf")
     assert not list((tmp_path / "cache" / "bases").glob("*/*"))  # nothing half-made is kept
 
 
