@@ -14,6 +14,12 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 # Variables that change the threads of PyTorch, CTranslate2 and llama.cpp: idle ones that do not spin (OMP_WAIT_POLICY=
 # PASSIVE) make a step of llama.cpp take four times as long.
 THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+# Limit, use and statistics of the memory of the process's control group, in versions 2 and 1.
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+     "/sys/fs/cgroup/memory/memory.stat"),
+)  # fmt: skip
 IDENTITY = ("model name", "CPU part", "flags", "Features")  # fields of a processor; "CPU part" and "Features" on ARM
 
 
@@ -50,6 +56,30 @@ def usable_cores() -> int:
     """Return the number of processors that this process may run on; all of them if the system does not say."""
     affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that this process may still take; None if the system does not say.
+
+    It is what Linux calls available, or less in a control group with a limit: what the limit leaves beside its use, of
+    which file pages that nobody has read for long do not count, as in Kubernetes.
+    """
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+    return min([free, *filter(None, map(_left_in_group, CONTROL_GROUPS))])
+
+
+def _left_in_group(files: tuple[str, str, str]) -> int | None:
+    """Return what a control group leaves, at least one byte; None without a limit."""
+    try:
+        limit, used, statistics = (Path(file).read_text() for file in files)
+        inactive = dict(line.split() for line in statistics.splitlines()).get("inactive_file", "0")
+        return max(1, int(limit) - (int(used) - int(inactive)))
+    except (OSError, ValueError):  # "max" is no number
+        return None
 
 
 def _processor() -> dict[str, str]:

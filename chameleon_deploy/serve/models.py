@@ -26,7 +26,7 @@ class Models:
 
     name        the bundle's directory
     default     mode of the name alone
-    max_length  tokens of a row, prompt and answer
+    max_length  tokens of a row, prompt and answer: the model's positions, unless the engine holds less
     """
 
     def __init__(
@@ -36,12 +36,10 @@ class Models:
         mode: Mode | None,
         has_tenants: bool,
         adapters: Adapters,
-        capacity: int | None = None,
     ) -> None:
         """mode: what the name alone means; None is centroid, or the bundle's default where it has no centroids
 
         adapters  of the runtime, which may change
-        capacity  tokens of a row that the engine holds; None means the model's positions
 
         Raises ModeError.
         """
@@ -52,7 +50,7 @@ class Models:
             raise ModeError(f"mode {self.default!r} cannot be served: choose one of {', '.join(served)}")
         self._modes: dict[str, Mode] = {name: self.default, **{f"{name}:{mode}": mode for mode in served}}
         self._created = int(time.time())
-        self.max_length = min(manifest.model.max_positions, capacity or manifest.model.max_positions)
+        self.max_length = manifest.model.max_positions
 
     def resolve(self, model: str | None, mode: Mode | None = None) -> Meant:
         """Raises ApiError for a name that no model has, or a mode that it does not go with."""

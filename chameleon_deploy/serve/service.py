@@ -132,7 +132,7 @@ class Service:
         if s.self_check:
             require_passed(known_answer_checks(runtime))
         name = runtime.bundle.path.resolve().name
-        models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters, s.capacity)
+        models = Models(name, runtime.manifest, s.mode, bool(self.keys), runtime.adapters)
         runtime.adapters.max_bytes = s.max_adapter_bytes
         size = runtime.manifest.adaptation.conditioning_size
         tenants = [""] if models.default == "tenant" else None
@@ -144,6 +144,7 @@ class Service:
             max_factor_sets=s.max_factor_sets, capacity=s.capacity,
             cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
         )  # fmt: skip
+        models.max_length = engine.capacity
         self.metrics.watch(engine)
         centroids = runtime.bundle.centroids()
         if CHAT_TEMPLATE in runtime.manifest.files:  # what the first conversation would wait for

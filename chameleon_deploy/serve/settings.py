@@ -30,7 +30,9 @@ class Settings:
         int, Meta(ge=MIN_PREFILL_TOKENS, description="Prompt tokens that are read between two steps.")
     ] = 256
     capacity: (
-        Annotated[int, Meta(ge=1, description="Tokens of a row, prompt and answer; default: the model's positions.")]
+        Annotated[
+            int, Meta(ge=1, description="Tokens of a row; default: all positions that half the free memory holds.")
+        ]
         | None
     ) = None
     max_factor_sets: (

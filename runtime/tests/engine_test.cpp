@@ -472,7 +472,7 @@ TEST(Engine, BadSettingsAreRefused) {
   EXPECT_THROW(Engine(runtime(), {.prefill_tokens = 7}), InputError);
   EXPECT_THROW(Engine(runtime(), {.max_factor_sets = 0}), InputError);
   EXPECT_THROW(Engine(runtime(), {.cohort_window = Seconds(-1)}), InputError);
-  EXPECT_THROW(Engine(runtime(), {.rows = SIZE_MAX / 2}), LengthError);
+  EXPECT_THROW(Engine(runtime(), {.rows = SIZE_MAX / 2}), InputError);
 }
 
 TEST(Engine, ManyThreads) {
@@ -530,6 +530,22 @@ TEST(Engine, ManyThreads) {
   until([&] { return engine.stats().running + engine.stats().waiting == 0; });
   const Stats stats = engine.stats();
   EXPECT_EQ(stats.factor_sets + stats.cached_tokens, 0U);
+}
+
+TEST(Engine, KeysAndValuesFitIntoTheFreeMemory) {
+  const Engine few(runtime(), {.rows = 2});
+  EXPECT_EQ(few.stats().cache_capacity, 2U * static_cast<std::size_t>(runtime().manifest().model.max_positions));
+  const Engine small(runtime(), {.rows = 2, .capacity = 5});
+  EXPECT_EQ(small.stats().cache_capacity, 10U);
+  const std::size_t many = std::size_t{1} << 48;  // more than any machine has, whatever a row takes
+  for (const std::optional<std::size_t>& capacity : {std::optional<std::size_t>(), std::optional<std::size_t>(5)}) {
+    try {
+      const Engine engine(runtime(), {.rows = many, .capacity = capacity});
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const InputError& error) {
+      EXPECT_NE(std::string(error.what()).find("pass fewer rows or a smaller capacity"), std::string::npos);
+    }
+  }
 }
 
 }  // namespace chameleon::test

@@ -709,6 +709,37 @@ def test_bad_settings_are_refused(runtime: Runtime, name: str) -> None:
         Engine(runtime, **{name: -1})  # type: ignore[arg-type]
 
 
+def test_keys_and_values_fit_into_half_of_the_free_memory(
+    runtime: Runtime, portable: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chameleon_deploy.runtime.engine import engine as module
+
+    assert isinstance(runtime.decoder, SharedCacheDecoder)
+    model, token_bytes = runtime.manifest.model, runtime.decoder.token_bytes
+    assert token_bytes == 2 * model.num_layers * model.num_key_value_heads * model.head_dim * 4
+
+    def capacity(free: int | None, on: Runtime = runtime, **settings: Any) -> int:
+        monkeypatch.setattr(module, "free_memory", lambda: free)
+        with Engine(on, **settings) as engine:
+            assert engine.stats().cache_capacity == engine.rows * engine.capacity
+            return engine.capacity
+
+    assert capacity(None) == capacity(2**40) == model.max_positions
+    forty = 2 * 4 * 40 * token_bytes  # half of it holds 40 tokens in each of four rows
+    assert capacity(forty, rows=4) == 40
+    assert capacity(forty - 1, rows=4) == 39
+    assert capacity(forty, rows=4, capacity=80) == 80  # all of it, where the caller says so
+    assert capacity(1, portable) == model.max_positions  # which takes memory as texts grow
+    refused: list[tuple[dict[str, Any], str]] = [({"rows": 4, "capacity": 81}, "capacity"), ({"rows": 11}, "rows")]
+    for settings, name in refused:
+        with pytest.raises(InputError, match="GB of memory are free: pass fewer rows") as error:
+            capacity(forty, **settings)
+        assert error.value.argument == name
+    monkeypatch.setattr(module, "free_memory", lambda: forty)
+    with Engine(runtime, rows=4) as engine, pytest.raises(LengthError, match="a row of this engine holds 40"):
+        engine.submit([[1] * 41])
+
+
 def test_64_callers_at_once(runtime: Runtime) -> None:
     """Mixed modes, lengths, sampling, n and stops; a tenth is cancelled. All others are as if alone."""
     rng = random.Random(7)

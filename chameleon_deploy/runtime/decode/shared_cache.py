@@ -37,6 +37,11 @@ class SharedCacheDecoder:
         self.is_exact = past[0].type != "tensor(int8)"
         self._dtype = np.float32 if self.is_exact else np.int8
 
+    @property
+    def token_bytes(self) -> int:
+        """Return the bytes of the keys and values of one token of a row."""
+        return len(self.past) * self.model.num_key_value_heads * self.model.head_dim * np.dtype(self._dtype).itemsize
+
     def slots(self, rows: int, capacity: int) -> Slots:
         """Return the state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""
         return Slots(self, rows, capacity, self._key_values)

@@ -15,10 +15,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
+from chameleon_deploy.machine import free_memory
 from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
 from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # the runtime drives the loop of this folder
     from chameleon_deploy.runtime.runtime import Runtime
 
 MIN_PREFILL_TOKENS = 8
+CACHE_SHARE = 0.5  # of the free memory that keys and values take by default at most
+MIN_CAPACITY = 16  # tokens of a row: with less free memory an engine does not start
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +68,8 @@ class EngineOptions:
     max_factor_sets   different factor sets in the batch at a time; None means as many as rows
     cohort_window_ms  how long a submit in mode cohort, or in mode tenant of the same tenants, waits for others that
                       join its cohort; with 0 a cohort is the prompts of one submit
-    capacity          tokens per row that the key-value cache holds; None means the model's positions
+    capacity          tokens per row that the key-value cache holds; None means the model's positions, or as many as fit
+                      into half of the free memory (`machine.free_memory`)
 
     Raises InputError.
     """
@@ -99,11 +104,13 @@ class Engine:
     """Generate for many callers at once on one runtime. See `submit`.
 
     runtime   the runtime that it drives; other threads may use it too and share the processor
+    capacity  tokens that a row holds
     batching  "continuous": rows join and leave a running batch; "static", for decoders without slots: a batch of
               waiting rows runs to its end
     """
 
     runtime: Runtime
+    capacity: int
     batching: Literal["continuous", "static"]
 
     def __init__(
@@ -119,16 +126,15 @@ class Engine:
         options, keywords  see EngineOptions
         observe            called by the engine's thread after every iteration; must be quick. Its exceptions are logged
 
-        Raises InputError.
+        Raises InputError, also for rows and a capacity that do not fit into the free memory.
         """
         check_names(keywords, EngineOptions)
         options = chosen(EngineOptions, options, keywords)
         self.runtime, self.rows, self.max_waiting = runtime, options.rows, options.max_waiting
-        positions = runtime.manifest.model.max_positions
-        self._capacity = min(options.capacity or positions, positions)
+        self.capacity = _capacity(runtime, options)
         self._window, self._observe = options.cohort_window_ms / 1000, observe
         table = FactorTable(options.max_factor_sets or options.rows)
-        self._batch = open_batch(runtime.backend, table, options.rows, self._capacity, Schedule(options.prefill_tokens))
+        self._batch = open_batch(runtime.backend, table, options.rows, self.capacity, Schedule(options.prefill_tokens))
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
         self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None wakes the thread
@@ -160,7 +166,7 @@ class Engine:
         """
         check_names(keywords, Generate, Adapt)
         generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
-        submission = prepare(self.runtime, prompts, generate, adapt, self._capacity)
+        submission = prepare(self.runtime, prompts, generate, adapt, self.capacity)
         rows, places = len(submission.members), self.rows + self.max_waiting
         if rows > (most := most_rows(places)):
             name = "n" if generate.n > 1 else "prompts"
@@ -200,7 +206,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return the current state. Safe to call from any thread."""
-        running, capacity = len(self._batch.members), self.rows * self._capacity
+        running, capacity = len(self._batch.members), self.rows * self.capacity
         waiting = max(0, self._present - running)
         return Stats(running, waiting, self.rows, self._batch.cached_tokens, capacity, len(self._loop.table))
 
@@ -303,3 +309,28 @@ class Engine:
         failure = RequestError(f"the engine failed: {error!r}")
         failure.__cause__ = error
         self._hand_out(*self._loop.fail(failure))
+
+
+def _capacity(runtime: Runtime, options: EngineOptions) -> int:
+    """Return the tokens of a row: those given, the model's positions, or what half of the free memory holds.
+
+    The decoder of a device manages its own memory.
+
+    Raises InputError, which names what does not fit.
+    """
+    positions, decoder = runtime.manifest.model.max_positions, runtime.decoder
+    wanted = min(options.capacity or positions, positions)
+    free = free_memory()
+    if free is None or not isinstance(decoder, SharedCacheDecoder):
+        return wanted
+    row_bytes = options.rows * decoder.token_bytes  # of one token in every row
+    least = wanted
+    if options.capacity is None:
+        wanted, least = min(wanted, int(CACHE_SHARE * free) // row_bytes), min(MIN_CAPACITY, positions)
+    if wanted < least or wanted * row_bytes > free:
+        raise InputError(
+            f"keys and values of {options.rows} rows of {least:,} tokens take {least * row_bytes / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free: pass fewer rows or a smaller capacity",
+            "rows" if options.capacity is None else "capacity",
+        )
+    return wanted

@@ -24,7 +24,9 @@ struct EngineOptions {
   /// How long a submit in mode cohort, or in mode tenant of the same tenant, waits for others that join its cohort;
   /// with 0 a cohort is the prompts of one submit.
   Seconds cohort_window{0};
-  std::optional<std::size_t> capacity{};  ///< tokens per row that the key-value cache holds: by default, the positions
+  /// Tokens per row that the key-value cache holds: by default, the model's positions, or as many as fit into half of
+  /// the free memory. InputError for what does not fit into the free memory.
+  std::optional<std::size_t> capacity{};
   /// Called by the engine's thread after every iteration; must be quick. Its exceptions are ignored.
   std::function<void(const Iteration&)> observe{};
 };

@@ -78,6 +78,9 @@ class Decoder {
   /// The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens; null for a decoder
   /// that has none. It must not outlive the decoder.
   [[nodiscard]] virtual std::unique_ptr<Slots> slots(std::size_t rows, std::size_t capacity) const;
+
+  /// The bytes of the keys and values of one token of a row in main memory; 0 where they are elsewhere.
+  [[nodiscard]] virtual std::size_t token_bytes() const { return 0; }
 };
 
 /// The tokens of each row that a decoder reads for scoring: all but the last, which predicts nothing.

@@ -50,6 +50,7 @@ class SharedCacheDecoder final : public Decoder {
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override;
   [[nodiscard]] std::unique_ptr<Slots> slots(std::size_t rows, std::size_t capacity) const override;
+  [[nodiscard]] std::size_t token_bytes() const override { return graph_.cache_bytes(1, 1); }
 
  private:
   struct SharedCache;

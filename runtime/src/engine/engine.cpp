@@ -12,12 +12,15 @@
 #include "decode/schedule.h"
 #include "engine/loop.h"
 #include "engine/submission.h"
+#include "machine.h"
 
 namespace chameleon {
 
 namespace {
 
 constexpr std::size_t kMinPrefillTokens = 8;
+constexpr std::size_t kCacheShare = 2;    // keys and values take at most half of the free memory by default
+constexpr std::size_t kMinCapacity = 16;  // tokens of a row: with less free memory an engine does not start
 
 /// Throws InputError. The comparison is false for NaN.
 template <class T>
@@ -33,6 +36,26 @@ EngineOptions checked(EngineOptions options) {
   require_at_least("cohort_window", options.cohort_window.count(), 0.0);
   options.max_waiting = std::min(options.max_waiting, SIZE_MAX / 2);  // so that sums of it do not overflow
   return options;
+}
+
+/// The tokens of a row: those given, the model's positions, or what a share of the free memory holds. The decoder of a
+/// device manages its own memory. Throws InputError, which names what does not fit.
+std::size_t row_capacity(const Runtime::Impl& runtime, const EngineOptions& options) {
+  const auto positions = static_cast<std::size_t>(runtime.bundle.manifest.model.max_positions);
+  std::size_t wanted = std::min(options.capacity.value_or(positions), positions);
+  const std::size_t token_bytes = runtime.decoder->token_bytes();
+  const auto free = free_memory();
+  if (!free || token_bytes == 0) return wanted;
+  // Divisions, since a product of the caller's numbers may overflow.
+  const std::size_t most = *free / token_bytes / options.rows;
+  if (!options.capacity) wanted = std::min(wanted, most / kCacheShare);
+  const std::size_t least = options.capacity ? wanted : std::min(kMinCapacity, positions);
+  if (wanted < least || wanted > most) {
+    throw InputError("keys and values of " + std::to_string(options.rows) + " rows of " + std::to_string(least) +
+                     " tokens do not fit: a token takes " + std::to_string(token_bytes) + " bytes, and " +
+                     std::to_string(*free) + " bytes of memory are free: pass fewer rows or a smaller capacity");
+  }
+  return wanted;
 }
 
 }  // namespace
@@ -88,8 +111,7 @@ struct Engine::Impl {
 Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
     : runtime(driven),
       options(checked(std::move(given))),
-      capacity(std::min(options.capacity.value_or(SIZE_MAX),
-                        static_cast<std::size_t>(driven.bundle.manifest.model.max_positions))),
+      capacity(row_capacity(driven, options)),
       table(options.max_factor_sets.value_or(options.rows)),
       batch(open_batch(*driven.decoder, table, options.rows, capacity, options.prefill_tokens)),
       loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id) {
