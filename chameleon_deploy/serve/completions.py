@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 from starlette.responses import Response
@@ -36,6 +37,7 @@ from chameleon_deploy.serve.service import Served
 
 _SEED_MASK = 2**64 - 1
 _FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
+_REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline": "deadline"}
 
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
@@ -146,7 +148,13 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
     body = call.body
     try:
         # Each prompt is as if it were alone.
-        generate = Generate(max_new_tokens=body.max_tokens, sampling=[sampling] * len(ids), n=body.n)
+        generate = Generate(
+            max_new_tokens=body.max_tokens,
+            sampling=[sampling] * len(ids),
+            n=body.n,
+            deadline=body.deadline,
+            prompt_lookup_num_tokens=body.prompt_lookup_num_tokens,
+        )
         stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
         raise api_error(error, _field(error)) from error
@@ -236,7 +244,7 @@ class RowWriter:
             index=self._row,
             text=text,
             logprobs=logprobs,
-            finish_reason="stop" if reason == "stop" else "length" if reason else None,
+            finish_reason=None if reason is None else _REASONS.get(reason, "length"),
             chameleon=ChoiceAdaptation(
                 job.meant.mode, job.cluster_ids[self._prompt], CohortInfo(cohort.id, cohort.size) if cohort else None
             ),
@@ -303,7 +311,7 @@ def _echo_chunks(job: Job, writers: list[RowWriter]) -> Iterator[CompletionChoic
 
 def raise_failure(generation: Generation | None) -> None:
     """Raises what ended a row, where it did not end by itself."""
-    if generation is None or generation.finish_reason in ("stop", "length"):
+    if generation is None or generation.finish_reason in ("stop", "length", "deadline"):
         return
     if isinstance(generation.error, ChameleonError):
         raise generation.error

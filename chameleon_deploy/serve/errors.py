@@ -17,6 +17,7 @@ from chameleon_deploy.errors import (
     InputError,
     LengthError,
     ModeError,
+    ProviderError,
     QueueFullError,
     TensorError,
     TokenError,
@@ -29,6 +30,7 @@ _STATUS: Mapping[type[ChameleonError], int] = {
     InputError: 400,
     LengthError: 400,
     ModeError: 400,
+    ProviderError: 400,  # of a request: prompt lookup on a device
     TensorError: 400,
     TokenError: 422,
     QueueFullError: 429,

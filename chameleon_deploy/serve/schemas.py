@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from chameleon_deploy.contract.bundle import Mode
+from chameleon_deploy.runtime.generation import MAX_DRAFT_TOKENS
 from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS
 
 MAX_CHOICES = 128  # of one prompt
@@ -61,6 +62,12 @@ class CompletionRequest(Struct, kw_only=True):
     mode: Mode | None = None
     adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
     conditioning: Conditioning | None = None
+    deadline: (
+        Annotated[float, Meta(gt=0, description="Seconds after which rows that have not ended finish with it.")] | None
+    ) = None
+    prompt_lookup_num_tokens: Annotated[
+        int, Meta(ge=0, le=MAX_DRAFT_TOKENS, description="Tokens that are drafted for a call while a row is alone.")
+    ] = 0
 
 
 class CohortInfo(Struct):
@@ -89,7 +96,7 @@ class CompletionChoice(Struct, kw_only=True):
     index: int
     text: str
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "deadline"] | None
     chameleon: ChoiceAdaptation
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
