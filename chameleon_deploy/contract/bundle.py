@@ -277,9 +277,9 @@ def _load(file: Path) -> dict[str, npt.NDArray[Any]]:
 
 def _check_blocks(file: Path, name: str, blocks: npt.NDArray[Any], channels: int) -> None:
     """Check the sizes of a rotation's blocks, one for each of equal parts of the channels. Raises TensorError."""
-    is_list = blocks.dtype == np.int64 and blocks.ndim == 1 and 1 <= len(blocks) <= 3
+    is_list = blocks.dtype == np.int64 and blocks.ndim == 1 and len(blocks) > 0
     if not is_list or channels % len(blocks) or not np.isin(blocks, (1, 4, 16, 64)).all():
-        raise TensorError(f"{file}: {name} is not one to three of the block sizes 1, 4, 16 and 64")
+        raise TensorError(f"{file}: {name} is no list of the block sizes 1, 4, 16 and 64 for equal parts of {channels}")
     if (channels // len(blocks) % blocks).any():
         raise TensorError(f"{file}: {name} does not divide {channels} channels")
 

@@ -59,7 +59,7 @@ def with_basis(path: Path, tensors: Tensors) -> Path:
 @pytest.mark.parametrize("blocks", [[1], [4], [16], [64], [16, 64], [4, 4]])
 def test_blocks_that_divide_their_channels(name: str, blocks: list[int], int8_trunk: Path) -> None:
     if name == "h.out_blocks" and blocks == [16, 64]:
-        blocks = [64, 16, 1]  # of 64 channels each
+        blocks = [1, 16, 1, 4, 1, 16]  # of 32 channels each
     basis = open_bundle(with_basis(int8_trunk, BASIS | {name: np.array(blocks)})).basis()
     assert basis.keys() == BASIS.keys()
     assert basis[name].tolist() == blocks
@@ -74,7 +74,7 @@ WRONG_BASIS: dict[str, Callable[[Tensors], Tensors]] = {
     "blocks of another type": lambda basis: basis | {"h.in_block": np.array([4], np.int32)},
     "a table of blocks": lambda basis: basis | {"h.in_block": np.array([[4]])},
     "no block": lambda basis: basis | {"h.out_blocks": np.array([], np.int64)},
-    "four blocks": lambda basis: basis | {"h.out_blocks": np.array([1, 1, 1, 1])},
+    "five blocks": lambda basis: basis | {"h.out_blocks": np.array([1] * 5)},
     "unequal parts": lambda basis: basis | {"h.in_block": np.array([1, 1, 1])},
     "a block that does not divide": lambda basis: basis | {"h.out_blocks": np.array([64, 64])},
 } | {

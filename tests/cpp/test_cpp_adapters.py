@@ -224,7 +224,7 @@ BASIS_FAULTS: dict[str, Any] = {
     "float64": lambda basis: basis.update({f"{LAYER}.in_before": np.ones(64)}),
     "another block": lambda basis: basis.update({f"{LAYER}.in_block": np.array([2])}),
     "no block": lambda basis: basis.update({f"{LAYER}.out_blocks": np.array([], np.int64)}),
-    "four blocks": lambda basis: basis.update({f"{LAYER}.out_blocks": np.ones(4, np.int64)}),
+    "five blocks": lambda basis: basis.update({f"{LAYER}.out_blocks": np.ones(5, np.int64)}),
     "a block that does not divide": lambda basis: basis.update({f"{LAYER}.out_blocks": np.array([64, 64])}),
     "blocks of another type": lambda basis: basis.update({f"{LAYER}.in_block": np.array([4], np.int32)}),
 }

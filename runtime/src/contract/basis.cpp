@@ -18,8 +18,8 @@ namespace {
 std::vector<std::int64_t> blocks_of(const SafeTensor& tensor, std::int64_t channels, const std::string& what) {
   constexpr std::array<std::int64_t, 4> sizes = {1, 4, 16, 64};
   const std::size_t count = tensor.shape.size() == 1 ? static_cast<std::size_t>(tensor.shape[0]) : 0;
-  if (tensor.dtype != "I64" || count < 1 || count > 3 || channels % static_cast<std::int64_t>(count) != 0) {
-    throw TensorError(what + " is not one to three of the block sizes 1, 4, 16 and 64");
+  if (tensor.dtype != "I64" || count < 1 || channels % static_cast<std::int64_t>(count) != 0) {
+    throw TensorError(what + " is no list of the block sizes 1, 4, 16 and 64 for equal parts of the channels");
   }
   std::vector<std::int64_t> blocks(count);
   std::memcpy(blocks.data(), tensor.bytes.data(), tensor.bytes.size());
