@@ -142,7 +142,7 @@ def test_a_small_module_has_several_importers() -> None:
     # module, however small.
     exempt = tuple(
         f"chameleon_deploy.{name}" for name in (
-            "export.families.", "export.passes.", "export.int8.gptq", "export.readout", "bench.peers.",
+            "reference.families.", "export.passes.", "export.int8.gptq", "export.readout", "bench.peers.",
         )
     )  # fmt: skip
     found = {name for name in small_modules_of_one(parsed(PACKAGE)) if not name.startswith(exempt)}
@@ -152,8 +152,9 @@ def test_a_small_module_has_several_importers() -> None:
 
 # Names of families, of their modules and of their matrices.
 FAMILY_NAMES = re.compile(
-    r"""["']gpt2["']|["']llama["']|c_attn|c_fc|c_proj|\bwte\b|\bwpe\b|\bln_[12f]\b|qkv_proj|gate_up_proj|down_proj|\bo_proj\b"""
-    r"""|embed_tokens|input_layernorm|rotary_emb\b|\.h\.|transformer\.h|model\.layers"""
+    r"""["'](gpt2|llama|mistral|qwen[23]|granite|smollm3|gpt_neox|olmo2|phi3|gemma2|gemma3_text)["']"""
+    r"""|c_attn|c_fc|c_proj|\bwte\b|\bwpe\b|\bln_[12f]\b|qkv_proj|gate_up_proj|down_proj|\bo_proj\b|query_key_value"""
+    r"""|dense_|[qk]_norm|embed_(tokens|in)\b|layernorm|layer_norm\b|rotary_emb\b|\.h\.|transformer\.h|(model|neox)\.layers\."""
 )
 
 
@@ -165,9 +166,10 @@ def family_names(module: Path) -> list[str]:
 
 def test_families_are_known_in_one_place() -> None:
     package = REPOSITORY / "chameleon_deploy"
-    known = {package / "reference" / "families.py", *(package / "export" / "families").glob("*.py")}
+    families = package / "reference" / "families"
+    known = set(families.glob("*.py")) - {families / f"{name}.py" for name in ("__init__", "__main__", "spec")}
     known |= {package / "reference" / f"{name}.py" for name in ("gguf", "gguf_tokenizer")}  # names of that format
-    assert all(map(family_names, known - {package / "export" / "families" / f"{n}.py" for n in ("__init__", "family")}))
+    assert all(map(family_names, known))
     assert {module: found for module in set(package.rglob("*.py")) - known if (found := family_names(module))} == {}
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from chameleon_deploy.errors import GraphError
 
-STANDARD = """Abs Add And ArgMax Cast Concat Constant DequantizeLinear Div Equal Expand Gather GatherElements GatherND
-    Gelu Gemm Greater If IsInf IsNaN LayerNormalization LessOrEqual LogSoftmax MatMul Max Min Mod Mul Or Pow
-    QuantizeLinear Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Split
-    Sqrt Squeeze Sub Transpose Unsqueeze Where"""
+STANDARD = """Abs Add And ArgMax Cast Concat Constant CumSum DequantizeLinear Div Equal Expand Gather GatherElements
+    GatherND Gelu Gemm Greater If IsInf IsNaN LayerNormalization LessOrEqual LogSoftmax MatMul Max Min Mod Mul Or Pow
+    QuantizeLinear Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean Relu Reshape Shape Sigmoid Slice Softmax
+    Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"""
 CONTRIB = "GroupQueryAttention MatMulIntegerToFloat RotaryEmbedding"
 # By domain, exactly the operators that `export` writes, which a test compares.
 OPERATORS = {"": frozenset(STANDARD.split()), "com.microsoft": frozenset(CONTRIB.split())}

@@ -19,24 +19,22 @@ from chameleon_deploy.contract.bundle import (
     HEAD,
     LM_HEAD,
     FloatArray,
-    ModelSpec,
     StoredTensor,
     TargetSpec,
     factor_names,
     int8_names,
 )
-from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import TrunkInputs
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.hadamard import block_of
 from chameleon_deploy.export.head import build_head
 from chameleon_deploy.export.low_rank import Updates
+from chameleon_deploy.export.trunk import TrunkInputs, build_trunk
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.model import Trunk
 
 
 def build_decoder(
-    model: ModelSpec,
     trunk: Trunk,
     targets: Sequence[TargetSpec],
     weights_file: WeightsFile,
@@ -44,7 +42,6 @@ def build_decoder(
 ) -> ir.Model:
     """Write the weights and build the graph around them.
 
-    model    dimensions of the trunk
     targets  the linear layers that get low-rank updates
     shifts   see `Updates`
 
@@ -63,7 +60,8 @@ def build_decoder(
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="decoder")
     builder = GraphBuilder(graph)
     op = builder.op
-    B, H, D = "batch", model.num_key_value_heads, model.head_dim
+    spec = trunk.spec
+    B, H, D = "batch", spec.num_key_value_heads, spec.head_dim
 
     input_ids = builder.input("input_ids", INT64, [B, "sequence"])
     attention_mask = builder.input("attention_mask", INT64, [B, "total"])
@@ -75,11 +73,10 @@ def build_decoder(
     def cached(i: int, kind: str) -> ir.Value:
         return builder.input(f"past_key_values.{i}.{kind}", FLOAT, [B, H, "past", D])
 
-    past = [(cached(i, "key"), cached(i, "value")) for i in range(model.num_layers)]
+    past = [(cached(i, "key"), cached(i, "value")) for i in range(spec.num_layers)]
 
-    family = family_of(model.architecture)
     weights = GraphWeights(builder, weights_file, trunk.causal_lm.state_dict())
-    token_embedding = weights(family.token_embedding)
+    token_embedding = weights(f"{spec.names.embedding}.weight")
     updates = Updates(
         op,
         factor_ids,
@@ -87,17 +84,16 @@ def build_decoder(
         factors,
         {name: weights.add(f"{name}.shift", shift) for name, shift in shifts.items()},
     )
-    hidden, present = family.build_trunk(
+    hidden, present = build_trunk(
         op,
         weights,
         token_embedding,
         TrunkInputs(input_ids, position_ids, attention_mask, logits_positions, past, updates),
-        model,
         trunk,
     )
     head = _tied_head(builder, token_embedding) if trunk.is_tied else weights(HEAD)
-    builder.add_output(build_head(op, hidden, head, factor_ids, factors.get(LM_HEAD), model), "logits")
-    declare(graph.outputs[-1], [B, "positions", model.vocab_size])
+    builder.add_output(build_head(op, hidden, head, factor_ids, factors.get(LM_HEAD), spec), "logits")
+    declare(graph.outputs[-1], [B, "positions", spec.vocab_size])
     for i, key_value in enumerate(present):
         for kind, value in zip(("key", "value"), key_value, strict=True):
             builder.add_output(value, f"present.{i}.{kind}")
@@ -113,9 +109,9 @@ def _factor_inputs(builder: Any, target: TargetSpec) -> tuple[ir.Value, ir.Value
     return lora_A, lora_B
 
 
-def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
+def token_embedding_of(decoder: ir.Model, spec: DecoderSpec) -> StoredTensor:
     """Return where a decoder's token embedding is stored."""
-    tensors, name = decoder.graph.initializers, family_of(model.architecture).token_embedding
+    tensors, name = decoder.graph.initializers, f"{spec.names.embedding}.weight"
     if name in tensors:
         return stored_tensor(tensors[name])
     rows, scales, channels = (stored_tensor(tensors[part]) for part in (*int8_names(name), channel_scales(name)))
@@ -123,7 +119,7 @@ def token_embedding_of(decoder: ir.Model, model: ModelSpec) -> StoredTensor:
         rows,
         row_scales_offset=scales.offset,
         channel_scales_offset=channels.offset,
-        rotation=block_of(model.hidden_size),
+        rotation=block_of(spec.hidden_size),
     )
 
 

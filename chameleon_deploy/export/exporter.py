@@ -129,9 +129,9 @@ def _write_files(
     """Write everything but bundle.json and parity.json; the manifest does not list files yet."""
     spec = adaptation_spec(checkpoint)
     with WeightsFile(directory / "weights.bin") as weights_file:
-        graphs = build_graphs(checkpoint, model, spec, precision, weights_file, calibration, report)
+        graphs = build_graphs(checkpoint, spec, precision, weights_file, calibration, report)
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
-        token_embedding = token_embedding_of(graphs["decoder"].model, model)
+        token_embedding = token_embedding_of(graphs["decoder"].model, checkpoint.trunk.spec)
     _save_factors(checkpoint, spec, directory)
     (directory / "tokenizer.json").write_text(checkpoint.trunk.tokenizer.to_str(pretty=True), encoding="utf-8")
     return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)

@@ -25,6 +25,13 @@ def real(op: Any, value: float) -> Any:
     return op.Constant(value_float=value)
 
 
+def soft_cap(op: Any, x: Any, cap: float | None) -> Any:
+    """Return cap * tanh(x / cap), as Gemma 2 bounds scores and logits (https://arxiv.org/abs/2408.00118); x without a
+    cap.
+    """
+    return x if cap is None else op.Mul(op.Tanh(op.Mul(x, real(op, 1 / cap))), real(op, cap))
+
+
 def declare(value: ir.Value, shape: list[int | str]) -> None:
     """Give a float32 output its shape."""
     value.shape, value.type = ir.Shape(shape), ir.TensorType(FLOAT)

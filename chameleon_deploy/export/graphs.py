@@ -13,7 +13,7 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec, Precision, Role
+from chameleon_deploy.contract.bundle import AdaptationSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
@@ -34,6 +34,7 @@ from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
 from chameleon_deploy.export.tiled_scorer import build_tiled_scorer, give_hidden_states
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.terminal.progress import Progress, silent
@@ -42,7 +43,7 @@ CPU = ("cpu",)
 DEVICES = ("cuda", "tensorrt")  # providers where logits stay on the device
 PROVIDERS = (*CPU, *DEVICES)  # the portable graphs run everywhere
 
-Pass = Callable[[ir.Model, ModelSpec], object]
+Pass = Callable[[ir.Model, DecoderSpec], object]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ Graphs = dict[str, Graph]
 
 def build_graphs(
     source: Source,
-    model: ModelSpec,
     spec: AdaptationSpec,
     precision: Precision,
     weights_file: WeightsFile,
@@ -75,12 +75,13 @@ def build_graphs(
     Raises TensorError for a weight that float16 cannot represent; in int8 InputError for too little text, or for
     factors of the trunk that cannot be known.
     """
+    model = source.trunk.spec
     if precision == "int8":
-        graphs = _int8(source, model, spec, weights_file, calibration_texts(source.trunk, calibration), report)
+        graphs = _int8(source, spec, weights_file, calibration_texts(source.trunk, calibration), report)
     elif precision == "fp32":
-        graphs = _fp32(source, model, spec, weights_file)
+        graphs = _fp32(source, spec, weights_file)
     else:
-        graphs = _half(precision, source, model, spec, weights_file)
+        graphs = _half(precision, source, spec, weights_file)
     if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork):
         size = spec.conditioning_size or model.hidden_size
         float16 = precision == "int8"
@@ -91,35 +92,34 @@ def build_graphs(
     return graphs
 
 
-def _fp32(source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
-    decoder = build_decoder(model, source.trunk, spec.targets, weights_file)
+def _fp32(source: Source, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
+    decoder = build_decoder(source.trunk, spec.targets, weights_file)
     return {
         "decoder": Graph(decoder, "decoder", PROVIDERS, "growing"),
-        **_cpu_graphs(decoder, model),
+        **_cpu_graphs(decoder, source.trunk.spec),
     }
 
 
 def _int8(
     source: Source,
-    model: ModelSpec,
     spec: AdaptationSpec,
     weights_file: WeightsFile,
     texts: Sequence[Tensor],
     report: Progress,
 ) -> Graphs:
     trunk, known = source.trunk, known_sets(source)
-    rotated = rotate_trunk(trunk, model)
-    statistics = calibrate_with_factors(trunk, rotated, model, spec, known, texts, report)
-    balances = balance_trunk(rotated, model, statistics)
-    tensors, shifts = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances).of(
+    model, rotated = trunk.spec, rotate_trunk(trunk)
+    statistics = calibrate_with_factors(trunk, rotated, spec, known, texts, report)
+    balances = balance_trunk(rotated, statistics)
+    tensors, shifts = basis_of(trunk, statistics.layers, statistics.first_tokens, balances).of(
         [target.name for target in spec.targets]
     )
     if tensors:
         save_file(tensors, weights_file.path.with_name("basis.safetensors"))
-    scale_trunk(rotated, model, statistics)
-    two_digits = choose_two(rotated, model, texts, report)
+    scale_trunk(rotated, statistics)
+    two_digits = choose_two(rotated, texts, report)
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, rotated, spec.targets, floats, shifts)
+        decoder = build_decoder(rotated, spec.targets, floats, shifts)
         rotate_residual(decoder, model)
         quantize_weights(decoder, model, statistics, weights_file, report)
         quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
@@ -134,14 +134,12 @@ def _int8(
     }
 
 
-def _half(
-    precision: Precision, source: Source, model: ModelSpec, spec: AdaptationSpec, weights_file: WeightsFile
-) -> Graphs:
+def _half(precision: Precision, source: Source, spec: AdaptationSpec, weights_file: WeightsFile) -> Graphs:
     """Return the 16-bit graphs. The CPU has no 16-bit kernels: it runs the portable decoder with the same rounding
     in float32.
     """
     with _float32_weights(weights_file) as floats:
-        decoder = build_decoder(model, source.trunk, spec.targets, floats)
+        decoder = build_decoder(source.trunk, spec.targets, floats)
         halve_products(decoder, HALVES[precision], weights_file)
         weights_file.take(decoder.graph)
     decoder_cpu = copy_of(decoder)
@@ -161,7 +159,7 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
     path.unlink()
 
 
-def _cpu_graphs(portable: ir.Model, model: ModelSpec, quantization: tuple[Pass, ...] = ()) -> Graphs:
+def _cpu_graphs(portable: ir.Model, model: DecoderSpec, quantization: tuple[Pass, ...] = ()) -> Graphs:
     """Return the decoder and the scorer of the CPU. The order of all passes is stated here.
 
     quantization  the passes of int8

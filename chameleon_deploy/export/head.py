@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from chameleon_deploy.contract.bundle import ModelSpec
-from chameleon_deploy.export.graph import integer, integers, real
+from chameleon_deploy.export.graph import integer, integers, real, soft_cap
 from chameleon_deploy.export.low_rank import Factors
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 # The inputs by which passes find a head: its hidden states [batch, positions, hidden], and the factor set of each
 # position.
@@ -26,17 +26,19 @@ def build_head(
     weight: ir.Value,
     factor_ids: ir.Value,
     factors: Factors | None,
-    model: ModelSpec,
+    spec: DecoderSpec,
 ) -> Any:
-    """Return h W^T + (h A^T) B, each row with its own factor set.  [batch, positions, hidden] -> [.., vocab]
+    """Return h W^T + (h A^T) B, each row with its own factor set, with the model's soft cap.  [batch, positions,
+    hidden] -> [.., vocab]
 
     factors  A and B; None for a head without an update
     """
-    hidden_size, vocab_size = model.hidden_size, model.vocab_size
+    hidden_size, vocab_size = spec.hidden_size, spec.vocab_size
     hidden.name = HIDDEN_STATES
     h = op.Reshape(hidden, [-1, hidden_size])  # one row per position: [n, hidden]
     base = op.Gemm(h, weight, transB=1)
     if factors is None:
+        base = soft_cap(op, base, spec.logits_cap)
         return op.Reshape(base, op.Concat(op.Shape(hidden, start=0, end=2), integers(op, [vocab_size]), axis=0))
     lora_A, lora_B = factors
     products = op.Gemm(h, op.Reshape(lora_A, [-1, hidden_size]), transB=1)  # [n, factor_sets*rank]
@@ -48,5 +50,5 @@ def build_head(
     rows.name = FACTOR_IDS
     own = op.Equal(op.Reshape(rows, [-1, 1]), columns)  # [n, factor_sets*rank]
     products = op.Where(own, products, real(op, 0.0))
-    logits = op.Gemm(products, op.Reshape(lora_B, [-1, vocab_size]), base)
+    logits = soft_cap(op, op.Gemm(products, op.Reshape(lora_B, [-1, vocab_size]), base), spec.logits_cap)
     return op.Reshape(logits, op.Concat(positions, integers(op, [vocab_size]), axis=0))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 
-def build_chooser(model: ModelSpec) -> ir.Model:
+def build_chooser(model: DecoderSpec) -> ir.Model:
     """Build the graph logits float32 [batch, positions, vocab] -> token_ids int64 [batch, positions].
 
     It returns the highest logit, ties to the lowest id; -1 if a logit is not finite, which the runtime reports.
@@ -28,7 +28,7 @@ def build_chooser(model: ModelSpec) -> ir.Model:
     return _model(graph, INT64)
 
 
-def build_logits_scorer(model: ModelSpec) -> ir.Model:
+def build_logits_scorer(model: DecoderSpec) -> ir.Model:
     """Build the graph logits float32 [batch, positions, vocab], targets int64 [batch, positions] -> logprobs float32
     [batch, positions].
 

@@ -15,15 +15,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder
 
-from chameleon_deploy.contract.bundle import LM_HEAD, ModelSpec, factor_names
-from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, subgraph, take_nodes
+from chameleon_deploy.contract.bundle import LM_HEAD, factor_names
+from chameleon_deploy.export.graph import FLOAT, INT64, integer, integers, soft_cap, subgraph, take_nodes
 from chameleon_deploy.export.head import FACTOR_IDS, HIDDEN_STATES
 from chameleon_deploy.export.weights import rows_of
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 TILE = 2048  # tokens: the logits of 512 positions take 4 MB
 
 
-def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
+def give_hidden_states(decoder: ir.Model, model: DecoderSpec) -> None:
     """Rewrite a decoder in place: hidden states are an output, and logits are computed for some of them.
 
     hidden_states  float32 [batch, positions, hidden], of logits_positions
@@ -45,7 +46,7 @@ def give_hidden_states(decoder: ir.Model, model: ModelSpec) -> None:
     graph.outputs.append(hidden)
 
 
-def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
+def build_tiled_scorer(decoder: ir.Model, model: DecoderSpec) -> ir.Model:
     """Return the scorer that belongs to a decoder.
 
     Inputs:
@@ -58,11 +59,14 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
         logprobs        float32 [positions], log softmax(logits)[target]
 
     Raises ValueError if the decoder's logits are not Gemm(products, lora_B, base) or base alone, in a Reshape, where
-    base is a product, or one with a scale for each row.
+    base is a product, or one with a scale for each row. The model's soft cap may be between.
     """
     reshape = next(value for value in decoder.graph.outputs if value.name == "logits").producer()
     if reshape is None or (logits := reshape.inputs[0]) is None:
         raise ValueError("the decoder's logits do not come from a Reshape")
+    if model.logits_cap is not None:  # of each tile
+        for _ in range(3):  # the operators of soft_cap
+            logits = _first_input(logits)
     names = factor_names(LM_HEAD)
     is_target = names[0] in {value.name for value in decoder.graph.inputs}
     inputs = [_value(decoder.graph, n) for n in (HIDDEN_STATES, *((FACTOR_IDS, *names) if is_target else ()))]
@@ -75,16 +79,16 @@ def build_tiled_scorer(decoder: ir.Model, model: ModelSpec) -> ir.Model:
         _declare(graph.inputs[1], "factor_ids", INT64, ["positions"])
     builder = GraphBuilder(graph)
     targets = builder.input("targets", INT64, ["positions"])
-    graph.outputs[0] = _logprobs(builder, targets, model.vocab_size)
+    graph.outputs[0] = _logprobs(builder, targets, model)
     _declare(graph.outputs[0], "logprobs", FLOAT, ["positions"])
     scorer = ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")
     RemoveUnusedNodesPass()(scorer)
     return scorer
 
 
-def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
-    """Return log-probabilities in place of a graph's logits [positions, vocab]."""
-    op = builder.op
+def _logprobs(builder: Any, targets: ir.Value, model: DecoderSpec) -> Any:
+    """Return log-probabilities in place of a graph's logits [positions, vocab] before their cap."""
+    op, vocab_size = builder.op, model.vocab_size
     product, (products, lora_B), row_scale = builder.graph.outputs[0].producer(), (None, None), None
     if product and product.op_type == "Gemm" and len(product.inputs) == 3:
         products, lora_B, base = product.inputs
@@ -110,6 +114,7 @@ def _logprobs(builder: Any, targets: ir.Value, vocab_size: int) -> Any:
         base = getattr(op, product.op_type)(*inputs, _domain=product.domain, **attributes)
         base = base if row_scale is None else op.Mul(base, row_scale)
         logits = base if products is None else op.Gemm(products, parts_of_B[i], base)
+        logits = soft_cap(op, logits, model.logits_cap)
         if size < TILE:
             place = op.Min(place, integer(op, size - 1))  # a target of another tile may be beyond the end of this one
         logits_there.append(op.GatherElements(logits, place, axis=1))
@@ -131,6 +136,12 @@ def _tile(builder: Any, value: ir.Value | None, tokens: slice) -> Any:
         return value
     name = f"{value.name}.{tokens.start}"
     return builder.initializer(rows_of(value, name, tokens), name)
+
+
+def _first_input(value: ir.Value) -> ir.Value:
+    if (first := _producer(value).inputs[0]) is None:
+        raise ValueError(f"{value.name} is computed from nothing")
+    return first
 
 
 def _producer(value: ir.Value) -> ir.Node:

@@ -73,21 +73,26 @@ class GraphWeights:
     def __init__(self, builder: Any, file: WeightsFile, state: Mapping[str, Tensor]) -> None:
         self._builder, self._file, self._state = builder, file, state
 
-    def __call__(self, name: str) -> ir.Value:
-        """Return the tensor unchanged."""
-        value = self.add(name, self._state[name].detach().numpy())
+    def __call__(self, name: str, offset: float = 0.0, factor: float = 1.0) -> ir.Value:
+        """Return (tensor + offset) * factor: by default the tensor unchanged."""
+        array: FloatArray = self._state[name].detach().numpy()
+        if offset != 0 or factor != 1:
+            array = (array + np.float32(offset)) * np.float32(factor)
+        value = self.add(name, array)
         page_out(self._state[name])
         return value
 
     def __contains__(self, name: str) -> bool:
         return name in self._state
 
-    def side_by_side(self, name: str, parts: Sequence[str] = ()) -> ir.Value:
-        """Return linear weights [out, in] as MatMul takes them, [in, out]; several are concatenated under a new
-        name.
+    def side_by_side(self, name: str, parts: Sequence[str], transposed: bool = False) -> ir.Value:
+        """Return linear weights as MatMul takes them, [in, out], concatenated under a name; biases too.
+
+        transposed  whether they are stored like that, and not as [out, in]
         """
-        tensors = [self._state[part].detach() for part in parts or [name]]
-        value = self.add(name, np.concatenate([tensor.numpy() for tensor in tensors]).T)
+        tensors = [self._state[part].detach() for part in parts]
+        whole = np.concatenate([tensor.numpy() for tensor in tensors], axis=-1 if transposed else 0)
+        value = self.add(name, whole if transposed else whole.T)
         for tensor in tensors:
             page_out(tensor)
         return value

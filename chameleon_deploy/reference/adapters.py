@@ -143,5 +143,4 @@ class AdapterLogits:
             with adapted(self.base.trunk, factors):
                 self.hidden[key], _ = self.base.trunk.hidden_states(torch.tensor([list(ids)]))
         with adapted(self.base.trunk, factors):
-            logits: Tensor = self.base.trunk.causal_lm.get_output_embeddings()(self.hidden[key][0, positions])
-        return logits
+            return self.base.trunk.logits(self.hidden[key][0, positions])

@@ -16,15 +16,16 @@ def model_spec(checkpoint: Source) -> ModelSpec:
     """
     trunk, config = checkpoint.trunk, checkpoint.trunk.config
     require_supported(config, checkpoint.name if isinstance(checkpoint, AdaptedBase) else checkpoint.config.base_model)
+    spec = trunk.spec
     return ModelSpec(
-        architecture=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=trunk.num_key_value_heads,
-        head_dim=trunk.head_dim,
-        max_positions=trunk.max_positions,
+        architecture=spec.architecture,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        max_positions=spec.max_positions,
         eos_token_id=trunk.eos_token_id,
     )
 

@@ -103,8 +103,7 @@ class RowLogits:
                 if key not in adaptation.hidden:
                     adaptation.hidden[key], _ = trunk.hidden_states(torch.tensor([list(ids)]))
                 hidden = adaptation.hidden[key]
-            logits: Tensor = trunk.causal_lm.get_output_embeddings()(hidden[0, positions])
-        return logits
+            return trunk.logits(hidden[0, positions])
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:

@@ -70,7 +70,7 @@ def losses_of(
     vectors            [texts, conditioning_size], given with the texts and taken in place of their embeddings
     """
     protocol, max_length, alpha = objective.protocol, objective.max_length, objective.alpha
-    if in_head_alone(objective.targets):
+    if in_head_alone(objective.targets) and trunk.spec.logits_cap is None:  # whose gradient HeadLosses writes down
         states = cache_hidden_states(trunk, texts, protocol, max_length, directory, report)
         if vectors is not None:
             states = replace(states, embeddings=vectors)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from chameleon_deploy.errors import CheckpointError, UnsupportedBaseError
 from chameleon_deploy.reference import families
 from chameleon_deploy.reference.chat_template import ChatTemplates
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.gguf import converted, gguf_file
 
 
@@ -63,18 +64,23 @@ class Trunk:
         return int(eos[0] if isinstance(eos, list) else eos)
 
     @property
+    def spec(self) -> DecoderSpec:
+        """Return the switches that make it a member of its family."""
+        return families.decoder_spec(self.config)
+
+    @property
     def max_positions(self) -> int:
-        return int(self.config.max_position_embeddings)
+        return self.spec.max_positions
 
     @property
     def num_key_value_heads(self) -> int:
         """Return the number of key-value heads, each of which several query heads may share."""
-        return families.num_key_value_heads(self.config)
+        return self.spec.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
         """Return the number of channels of a head."""
-        return families.head_dim(self.config)
+        return self.spec.head_dim
 
     def num_parameters(self) -> int:
         """Return the number of parameters with tied weights counted once: 124,439,808 for GPT-2 small."""
@@ -118,7 +124,8 @@ class Trunk:
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
-        """Return final hidden states [batch, sequence, hidden] (after the last norm) and the key-value cache.
+        """Return final hidden states [batch, sequence, hidden] (after the last norm, times a constant multiplier of the
+        logits) and the key-value cache.
 
         The weights are frozen, so that gradients flow only to factors of an update (reference/adapters.py).
 
@@ -135,7 +142,15 @@ class Trunk:
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
         )
-        return output.last_hidden_state, output.past_key_values
+        multiplier = self.spec.logits_multiplier
+        hidden = output.last_hidden_state if multiplier == 1 else output.last_hidden_state * multiplier
+        return hidden, output.past_key_values
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., vocab] of final hidden states [..., hidden]."""
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
+        cap = self.spec.logits_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def load_trunk(name_or_path: str | Path) -> Trunk:

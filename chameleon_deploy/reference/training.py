@@ -128,6 +128,8 @@ def fit_checkpoint(
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     counted = _is_counted(config, settings)
+    if counted and trunk.spec.logits_cap is not None:
+        raise InputError("the preset residual counts what logits lack, and this base model caps them: choose another")
     factors = (
         StaticLoRA(target_specs(trunk, config.targets), config.rank - 1) if counted else build_factors(config, trunk)
     )

@@ -109,9 +109,8 @@ class TrunkLosses:
         return torch.cat(states), torch.from_numpy(np.concatenate(targets))
 
     def _of_chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        head = self._trunk.causal_lm.get_output_embeddings()
         for h, t in zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True):
-            yield nn.functional.cross_entropy(head(h), t, reduction="none")
+            yield nn.functional.cross_entropy(self._trunk.logits(h), t, reduction="none")
 
 
 @contextmanager

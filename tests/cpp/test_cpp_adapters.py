@@ -22,6 +22,7 @@ from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
 from tests.cpp.c_interface import BUILD, NativeError, NativeRuntime
 from tests.damage import edit, reseal
+from tests.families import small_config
 from tests.shared_data import adapter_case, read
 
 TEXTS = ["The river runs to the sea.", "def main():", "A list of numbers", "one two three four"]
@@ -29,16 +30,22 @@ NAMES = ["all", "", "attention", "all"]
 
 
 KINDS = [("mini", "fp32"), ("llama-mini", "fp32"), ("mini", "int8"), ("llama-mini", "int8")]
+# Families with operators, and parts of a basis, that no other has.
+FAMILIES = [("gemma2", "fp32"), ("phi3", "int8"), ("gpt_neox", "int8")]
+LAYERS = {
+    "mini": GPT2_LAYERS, "gemma2": LLAMA_LAYERS, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"],
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
+@pytest.fixture(scope="module", params=[*KINDS, *FAMILIES], ids=lambda kind: "-".join(kind))
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with two adapters of different layers and ranks, and the file of a third."""
     directory = tmp_path_factory.mktemp("adapters")
     size, precision = request.param
-    random_checkpoint(directory / "checkpoint", size)
+    random_checkpoint(directory / "checkpoint", small_config(size) if (size, precision) in FAMILIES else size)
     base = directory / "checkpoint" / "base"
-    layers = GPT2_LAYERS if size == "mini" else LLAMA_LAYERS
+    layers = LAYERS.get(size, LLAMA_LAYERS)
     adapters = {
         "all": save_adapter(base, directory / "all", 1, r=4, lora_alpha=8, target_modules=layers),
         "attention": save_adapter(base, directory / "attention", 2, r=2, target_modules=layers[:1]),

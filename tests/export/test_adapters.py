@@ -14,12 +14,12 @@ from torch import Tensor
 
 from chameleon_deploy.contract.bundle import FloatArray, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
+from chameleon_deploy.export.int8.layers import layers_of
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk
 from chameleon_deploy.reference.adapters import AdaptedBase, load_adapted
-from chameleon_deploy.reference.description import adaptation_spec, model_spec
+from chameleon_deploy.reference.description import adaptation_spec
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
@@ -162,14 +162,13 @@ def test_columns_of_the_wrong_set_are_caught(bundles: Bundles, monkeypatch: pyte
 def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bundles: Bundles) -> None:
     """A layer whose matrix is A^T B is rotated and scaled to A'^T B'."""
     _, adapted, _ = bundles[family]
-    trunk, model, spec = adapted.trunk, model_spec(adapted), adaptation_spec(adapted)
-    kind = family_of(model.architecture)
-    rotated = rotate_trunk(trunk, model)
-    statistics = calibrate(rotated, model, calibration_texts(trunk, None)[:2], silent)
-    balances = balance_trunk(rotated, model, statistics)
-    basis = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances)
+    trunk, spec = adapted.trunk, adaptation_spec(adapted)
+    rotated = rotate_trunk(trunk)
+    statistics = calibrate(rotated, calibration_texts(trunk, None)[:2], silent)
+    balances = balance_trunk(rotated, statistics)
+    basis = basis_of(trunk, statistics.layers, statistics.first_tokens, balances)
     tensors, _ = basis.of([target.name for target in spec.targets])
-    rank = min(model.hidden_size, 64)
+    rank = min(trunk.spec.hidden_size, 64)
     generator = np.random.default_rng(0)
     plain: dict[str, FloatArray] = {
         name: np.asarray(generator.normal(0, 1 / 8, (rank, width)), np.float32)
@@ -181,16 +180,16 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
             product = torch.from_numpy(plain[f"{target.name}.lora_A"].T @ plain[f"{target.name}.lora_B"])
             weight = low_rank.causal_lm.get_submodule(target.name).weight
             weight.data.copy_(product if family == "gpt2" else product.T)
-    scaled = rotate_trunk(low_rank, model)
+    scaled = rotate_trunk(low_rank)
     with torch.no_grad():
-        for layer, balance in zip(kind.layers(scaled), balances, strict=True):
+        for layer, balance in zip(layers_of(scaled), balances, strict=True):
             if balance is not None:
                 layer.ups[1].matrix.mul_(balance)
                 layer.down.matrix.div_(balance[:, None])
-    scale_trunk(scaled, model, statistics)
+    scale_trunk(scaled, statistics)
     entered = enter_basis(plain, spec, tensors)
-    for i, layer in enumerate(kind.layers(scaled)):
-        names = kind.layer_targets(i)
+    for layer in layers_of(scaled):
+        names = layer.targets
         qkv = [layer.q.matrix, layer.k.matrix, layer.v.matrix]
         matrices = [torch.cat(qkv, 1)] if len(names.qkv) == 1 else qkv
         matrices += [layer.o.matrix, *(up.matrix for up in layer.ups), layer.down.matrix]
@@ -202,13 +201,13 @@ def test_factors_in_the_int8_basis_follow_their_layers_matrices(family: str, bun
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_updates_read_what_their_layers_read_before_centres_were_taken(family: str, bundles: Bundles) -> None:
     _, adapted, _ = bundles[family]
-    trunk, model, spec = adapted.trunk, model_spec(adapted), adaptation_spec(adapted)
-    scaled = rotate_trunk(trunk, model)
-    statistics = calibrate(scaled, model, calibration_texts(trunk, None)[:2], silent)
-    balances = balance_trunk(scaled, model, statistics)
-    scale_trunk(scaled, model, statistics)
+    trunk, spec = adapted.trunk, adaptation_spec(adapted)
+    scaled = rotate_trunk(trunk)
+    statistics = calibrate(scaled, calibration_texts(trunk, None)[:2], silent)
+    balances = balance_trunk(scaled, statistics)
+    scale_trunk(scaled, statistics)
     targets = [target.name for target in spec.targets if target.name != "lm_head"]
-    basis = basis_of(trunk, model, statistics.layers, statistics.first_tokens, balances)
+    basis = basis_of(trunk, statistics.layers, statistics.first_tokens, balances)
     tensors, shifts = basis.of([target.name for target in spec.targets])
     assert {name for name in targets if np.abs(shifts.get(name, 0)).max() > 0.1} >= {
         name for name in targets if name.endswith(("o_proj", "attn.c_proj", "up_proj", "gate_proj", "c_fc"))

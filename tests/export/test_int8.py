@@ -15,22 +15,23 @@ from onnxscript import GraphBuilder
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.contract.bundle import FloatArray, ModelSpec, TargetSpec, open_bundle
+from chameleon_deploy.contract.bundle import FloatArray, TargetSpec, open_bundle
 from chameleon_deploy.errors import TensorError
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.export.families.gpt2 import GPT2
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.adapters import calibrate_with_factors
 from chameleon_deploy.export.int8.calibration import calibrate, calibration_texts
 from chameleon_deploy.export.int8.digits import costs, take_two
 from chameleon_deploy.export.int8.gptq import round_weights
+from chameleon_deploy.export.int8.layers import layers_of
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
-from chameleon_deploy.reference.description import model_spec
+from chameleon_deploy.reference.families import decoder_spec
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
+from chameleon_deploy.reference.random import base_config
 from chameleon_deploy.runtime.decode.logits import HostLogits
 from chameleon_deploy.runtime.decode.session import _convert_weights, exact_weights
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
@@ -63,10 +64,7 @@ def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-LLAMA = ModelSpec(
-    architecture="llama", vocab_size=8, hidden_size=8, num_layers=2, num_attention_heads=1, num_key_value_heads=1,
-    head_dim=8, max_positions=8, eos_token_id=0,
-)  # fmt: skip
+LLAMA = decoder_spec(base_config("llama-mini"))
 KINDS = {  # of products: the name of a matrix
     "rows": "model.layers.1.mlp.down_proj.weight.int8",
     "rows, two values": "model.layers.0.mlp.down_proj.weight.int8",
@@ -393,11 +391,10 @@ def test_second_values_go_where_they_save_most_for_their_time() -> None:
 
 def test_the_cost_of_rounding_a_matrix_is_what_it_is_measured_to_be(tiny: Checkpoint) -> None:
     """Of the inputs of one matrix after a norm: the KL divergence of a model that rounds them."""
-    model = model_spec(tiny)
-    trunk, texts = rotate_trunk(tiny.trunk, model), calibration_texts(tiny.trunk, None)
-    scale_trunk(trunk, model, calibrate(trunk, model, texts, silent))
-    layer = list(GPT2.layers(trunk))[1]
-    predicted = costs(trunk, model, texts, silent)[layer.names.up]
+    trunk, texts = rotate_trunk(tiny.trunk), calibration_texts(tiny.trunk, None)
+    scale_trunk(trunk, calibrate(trunk, texts, silent))
+    layer = list(layers_of(trunk))[1]
+    predicted = costs(trunk, texts, silent)[layer.names.up]
 
     def logprobs(rows: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(trunk.hidden_states(rows)[0] @ trunk.head_weight.T, -1)

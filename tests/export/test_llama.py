@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from chameleon_deploy.contract.bundle import open_bundle
-from chameleon_deploy.export import attention
+from chameleon_deploy.export import attention, trunk
 from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.export.families import llama as llama_graph
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -83,7 +82,7 @@ def greedy(checkpoint: Checkpoint, prompt: list[int], row: int, steps: int) -> l
     return ids[len(prompt) :]
 
 
-def _without_rotation(op: Any, x: Any, dim: int, cos: Any, sin: Any) -> Any:
+def _without_rotation(op: Any, x: Any, rotary_dim: int, dim: int, cos: Any, sin: Any) -> Any:
     return op.Mul(x, op.Constant(value_float=1.0))
 
 
@@ -93,11 +92,11 @@ def _interleaved(op: Any, x: Any, times: int, heads: int, dim: int) -> Any:
 
 
 def _one_late(tables: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda trunk: tuple(np.roll(table, 1, axis=0) for table in tables(trunk))
+    return lambda *of: tuple(np.roll(table, 1, axis=0) for table in tables(*of))
 
 
 def _swapped(tables: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda trunk: tables(trunk)[::-1]
+    return lambda *of: tables(*of)[::-1]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +104,9 @@ def _swapped(tables: Callable[..., Any]) -> Callable[..., Any]:
     [
         (attention, "_rotate", lambda _: _without_rotation, ["decoder"]),
         (attention, "_repeat", lambda _: _interleaved, ["decoder"]),
-        (llama_graph, "rotary_tables", _swapped, ["decoder", "decoder_cpu"]),
+        (trunk, "rotary_tables", _swapped, ["decoder", "decoder_cpu"]),
         # Turning all positions by the same angle changes nothing: only the first differs, whose table came last.
-        (llama_graph, "rotary_tables", _one_late, ["decoder", "decoder_cpu"]),
+        (trunk, "rotary_tables", _one_late, ["decoder", "decoder_cpu"]),
     ],
     ids=["no rotation", "heads in another order", "sine for cosine", "positions one late"],
 )

@@ -9,20 +9,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.tiled_scorer import give_hidden_states
+from chameleon_deploy.reference.checkpoint import Checkpoint
 
 
-def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> None:
+def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path, mini: Checkpoint) -> None:
     decoder = ir.load(bundle / "decoder.onnx")
     before = Counter(node.op_type for node in decoder.graph)
     weights = {name for name, value in decoder.graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
-    model = open_bundle(bundle).manifest.model
+    model = mini.trunk.spec
     assert share_cache(decoder, model) == model.num_layers
     after = Counter(node.op_type for node in decoder.graph)
     assert after["GroupQueryAttention"] == model.num_layers
@@ -38,13 +38,13 @@ def test_share_cache_rewrites_every_attention_and_nothing_else(bundle: Path) -> 
     assert {"seqlens_k", "total_sequence_length"} <= names
 
 
-def test_passes_on_a_copy_leave_the_original(bundle: Path) -> None:
+def test_passes_on_a_copy_leave_the_original(bundle: Path, mini: Checkpoint) -> None:
     """A copy shares tensors with its original, and no type: passes change those in place."""
-    decoder, model = ir.load(bundle / "decoder.onnx"), open_bundle(bundle).manifest.model
+    decoder, model = ir.load(bundle / "decoder.onnx"), mini.trunk.spec
     before = ir.to_proto(decoder).SerializeToString(deterministic=True)
     rewritten = copy_of(decoder)
     share_cache(rewritten, model)
-    quantize_cache(rewritten, model, None)
+    quantize_cache(rewritten, model, [None] * model.num_layers)
     give_hidden_states(rewritten, model)
     other = copy_of(decoder)
     for value in other.graph.inputs:
@@ -53,9 +53,9 @@ def test_passes_on_a_copy_leave_the_original(bundle: Path) -> None:
     assert ir.to_proto(rewritten).SerializeToString(deterministic=True) != before
 
 
-def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path) -> None:
+def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path, llama: Checkpoint) -> None:
     decoder = ir.load(llama_bundle / "decoder.onnx")
-    assert share_cache(decoder, open_bundle(llama_bundle).manifest.model) == 2
+    assert share_cache(decoder, llama.trunk.spec) == 2
     attentions = [node for node in decoder.graph if node.op_type == "GroupQueryAttention"]
     for node in attentions:
         assert {name: node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads", "do_rotary")} == {
@@ -68,15 +68,15 @@ def test_share_cache_keeps_groups_and_rotary_embedding(llama_bundle: Path) -> No
     assert counts["Expand"] == 2
 
 
-@pytest.mark.parametrize("name", ["bundle", "llama_bundle"])
-def test_quantize_cache_gives_every_attention_two_branches(name: str, request: pytest.FixtureRequest) -> None:
-    path = request.getfixturevalue(name)
-    decoder, model = ir.load(path / "decoder.onnx"), open_bundle(path).manifest.model
+@pytest.mark.parametrize(("name", "of"), [("bundle", "mini"), ("llama_bundle", "llama")])
+def test_quantize_cache_gives_every_attention_two_branches(name: str, of: str, request: pytest.FixtureRequest) -> None:
+    decoder = ir.load(request.getfixturevalue(name) / "decoder.onnx")
+    model = request.getfixturevalue(of).trunk.spec
     share_cache(decoder, model)
     before = Counter(node.op_type for node in decoder.graph)
     width = model.num_key_value_heads * model.head_dim
-    keys = [(np.ones(width, np.float32),) * 2] * model.num_layers if name == "llama_bundle" else None
-    assert quantize_cache(decoder, model, keys) == model.num_layers
+    keys = (np.ones(width, np.float32),) * 2 if name == "llama_bundle" else None
+    assert quantize_cache(decoder, model, [keys] * model.num_layers) == model.num_layers
     after = Counter(node.op_type for node in decoder.graph)
     assert after - before == Counter(
         If=model.num_layers, Shape=1, Cast=1, Constant=2, Reshape=1, Sub=1, Squeeze=1, Equal=1
@@ -110,8 +110,8 @@ def test_every_variant_uses_the_one_weights_file(bundle: Path) -> None:
     assert places["decoder"] == places["decoder_cpu"]
 
 
-def test_the_update_is_summed_and_the_logits_are_flat(bundle: Path) -> None:
-    model = open_bundle(bundle).manifest.model
+def test_the_update_is_summed_and_the_logits_are_flat(bundle: Path, mini: Checkpoint) -> None:
+    model = mini.trunk.spec
     decoder = ir.load(bundle / "decoder.onnx")
     reshapes = sum(node.op_type == "Reshape" for node in decoder.graph)
     assert sum_update(decoder) == 1

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from chameleon_deploy.contract.bundle import FloatArray
-from chameleon_deploy.export.families.llama import LLAMA
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.calibration import (
     INT8_MAX,
@@ -26,9 +25,9 @@ from chameleon_deploy.export.int8.calibration import (
     steps_of,
 )
 from chameleon_deploy.export.int8.gptq import round_weights
+from chameleon_deploy.export.int8.layers import layers_of
 from chameleon_deploy.export.int8.rotation import balance_trunk, rotate_trunk, scale_trunk, turned_keys
 from chameleon_deploy.reference.checkpoint import Checkpoint
-from chameleon_deploy.reference.description import model_spec
 from chameleon_deploy.terminal.progress import silent
 from tests.rounding import nearest
 
@@ -80,23 +79,23 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
     norms and keys around zero; a Llama's keys are scaled in the graph. The first token's key and value are whole.
     """
     checkpoint: Checkpoint = request.getfixturevalue(name)
-    trunk, model = copy.deepcopy(checkpoint.trunk), model_spec(checkpoint)
+    trunk = copy.deepcopy(checkpoint.trunk)
     with torch.no_grad():
         for weights in trunk.causal_lm.parameters():  # norms of new models have no weights to speak of
             if weights.dim() == 1:
                 weights.add_(torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.5)
-    ids = torch.from_numpy(np.random.default_rng(6).integers(0, model.vocab_size, (3, 40)))
+    ids = torch.from_numpy(np.random.default_rng(6).integers(0, trunk.spec.vocab_size, (3, 40)))
     expected, _ = trunk.hidden_states(ids)
-    rotated = rotate_trunk(trunk, model)
+    rotated = rotate_trunk(trunk)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
     texts = calibration_texts(trunk, None)
-    statistics = calibrate(rotated, model, texts, silent)
-    balance_trunk(rotated, model, statistics)
-    scale_trunk(rotated, model, statistics)
+    statistics = calibrate(rotated, texts, silent)
+    balance_trunk(rotated, statistics)
+    scale_trunk(rotated, statistics)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
     assert torch.equal(rotated.token_embedding, trunk.token_embedding)
-    again = calibrate(rotated, model, texts, silent)
-    turned = turned_keys(model, statistics)
+    again = calibrate(rotated, texts, silent)
+    turned = turned_keys(trunk.spec, statistics)
     for i, (seen, first) in enumerate(zip(again.layers, again.first_tokens, strict=True)):
         for extremes in (seen.norm_1, seen.norm_2):
             centre, steps = centre_and_steps(extremes)
@@ -105,12 +104,13 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
         assert torch.allclose(steps_of(seen.values), torch.tensor(1.0), rtol=0.6 / INT8_MAX)
         assert _is_whole(first.value)
         high, low = seen.keys
-        if turned is None:
+        found = turned[i]
+        if found is None:
             assert (high - low).abs().max() / 2 < 0.6  # the centre is moved by at most half a step
             assert torch.allclose(key_steps(seen), torch.tensor(1.0), rtol=1e-3)
             assert _is_whole(first.key)
         else:
-            centre, steps = (torch.from_numpy(part) for part in turned[i])
+            centre, steps = (torch.from_numpy(part) for part in found)
             assert _is_whole(first.key.flatten() / steps - centre)
             assert ((high - low).flatten() / 2 / steps - centre).abs().max() < 0.6
     # The statistics have followed what the trunk has become.
@@ -164,14 +164,13 @@ def test_products_follow_a_centre() -> None:
 
 def test_balanced_channels_cost_less_to_round(llama: Checkpoint) -> None:
     """With one channel of large activations and small weights, and one the reverse, as real models have."""
-    model = model_spec(llama)
-    rotated = rotate_trunk(llama.trunk, model)
-    layer = next(LLAMA.layers(rotated))
+    rotated = rotate_trunk(llama.trunk)
+    layer = next(layers_of(rotated))
     with torch.no_grad():
         for channel, factor in ((3, 300.0), (5, 1 / 300)):
             layer.ups[1].matrix[:, channel] *= factor
             layer.down.matrix[channel] /= factor
-    statistics = calibrate(rotated, model, calibration_texts(llama.trunk, None)[:2], silent)
+    statistics = calibrate(rotated, calibration_texts(llama.trunk, None)[:2], silent)
     name = layer.names.down
 
     def cost() -> float:
@@ -180,7 +179,7 @@ def test_balanced_channels_cost_less_to_round(llama: Checkpoint) -> None:
     before = cost()
     ids = torch.arange(40)[None]
     expected, _ = rotated.hidden_states(ids)
-    balance_trunk(rotated, model, statistics)
+    balance_trunk(rotated, statistics)
     assert cost() < before / 100
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.export.tensorrt import build_engine, build_engines
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.runtime.device import engines
 from chameleon_deploy.runtime.device.engines import Device, engine_graphs
 from chameleon_deploy.runtime.device.profiles import Profile, Range, profiles
 from chameleon_deploy.store import local_cache
 from tests.adapters import save_adapter
 from tests.commands import run
+from tests.families import small_model
 
 TENSORRT = engines.import_tensorrt()
 
@@ -72,6 +75,15 @@ def test_every_precision_of_both_families(
     export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", precision=precision)
     path, _ = build_engines(tmp_path / "b", ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "gemma2"])
+def test_decoders_of_families_with_other_operators(
+    family: str, llama: Checkpoint, device: Device, tmp_path: Path
+) -> None:
+    checkpoint = replace(llama, trunk=trunk_from(small_model(family), llama.trunk.tokenizer))
+    export_bundle(checkpoint, tmp_path / "b")
+    assert _build(tmp_path / "b" / "decoder.onnx", tmp_path / "b", "decoder", device)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

@@ -17,12 +17,14 @@ from tokenizers import pre_tokenizers
 
 from chameleon_deploy.errors import CheckpointError, DependencyError, OutputExistsError, UnsupportedBaseError
 from chameleon_deploy.reference.checkpoint import CONFIG_FILE, TENSOR_FILE, load_checkpoint
-from chameleon_deploy.reference.families import require_supported
+from chameleon_deploy.reference.families import FAMILIES, decoder_spec, require_supported
+from chameleon_deploy.reference.families.__main__ import table
 from chameleon_deploy.reference.gguf import PACKAGES, converted, gguf_file
 from chameleon_deploy.reference.model import load_trunk, trunk_from
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.random import base_config, untrained_checkpoint
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+from tests.conftest import REPOSITORY
 
 
 def llama(**changes: Any) -> Any:
@@ -56,17 +58,20 @@ def test_logits_are_the_head_of_the_hidden_states(size: str, tied: bool) -> None
 @pytest.mark.parametrize(
     ("config", "missing"),
     [
-        (transformers.Gemma2Config(), "'gemma2' .*final_logit_softcapping=30.0, attn_logit_softcapping=50.0"),
-        (transformers.CohereConfig(), "'cohere' .*logit_scale=0.0625"),
-        (transformers.GraniteConfig(logits_scaling=8.0), "'granite' .*logits_scaling=8.0"),
-        (transformers.MistralConfig(), "'mistral' .*sliding_window=4096"),
-        (transformers.OPTConfig(), "'opt', which cannot be exported; supported families: gpt2, llama"),
+        (transformers.OPTConfig(), "is of the family 'opt', which cannot be exported; supported families: gpt2, llama"),
+        (transformers.MixtralConfig(), "a mixture of experts of the family 'mixtral', which"),
+        (transformers.Qwen3MoeConfig(), "a mixture of experts of the family 'qwen3_moe'"),
+        (transformers.OlmoeConfig(), "a mixture of experts of the family 'olmoe'"),
+        (transformers.MambaConfig(), "a recurrent model of the family 'mamba'"),
+        (transformers.RwkvConfig(), "a recurrent model of the family 'rwkv'"),
+        (transformers.RecurrentGemmaConfig(), "a recurrent model of the family 'recurrent_gemma'"),
+        (transformers.Gemma3Config(), "a model of several modalities of the family 'gemma3'"),
+        (transformers.T5Config(), "an encoder-decoder of the family 't5'"),
+        (transformers.Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         (llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope_type='dynamic'"),
-        (llama(attention_bias=True), "attention_bias=True"),
-        (llama(mlp_bias=True), "mlp_bias=True"),
-        (llama(hidden_act="gelu"), "hidden_act='gelu'"),
+        (llama(hidden_act="relu"), "hidden_act='relu'"),
         (llama(eos_token_id=None), "no eos_token_id"),
-        (llama(head_dim=24), "head_dim=24, no multiple of 16"),
+        (llama(head_dim=24), "a rotary embedding of 24 channels, no multiple of 16"),
         (transformers.GPT2Config(scale_attn_weights=False), "gpt2 with scale_attn_weights=False"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -74,6 +79,47 @@ def test_logits_are_the_head_of_the_hidden_states(size: str, tied: bool) -> None
 def test_an_unsupported_base_is_told_what_is_missing(config: Any, missing: str) -> None:
     with pytest.raises(UnsupportedBaseError, match=missing):
         require_supported(config, "some/base")
+
+
+def test_readme_has_the_table_of_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPOSITORY / "README.md").read_text()
+    assert table() in page
+    monkeypatch.delitem(FAMILIES, "qwen3")
+    assert table() not in page
+
+
+def published(family: str, **options: Any) -> Any:
+    """The switches of a published model, of which only the options that matter here are given."""
+    config = transformers.AutoConfig.for_model(family, **{"eos_token_id": 0} | options)
+    require_supported(config, "published")
+    return decoder_spec(config)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+
+
+def test_switches_of_published_models() -> None:
+    """Windows and positions, which configurations give in several ways."""
+    mistral = published("mistral", max_position_embeddings=32768, sliding_window=4096)
+    assert {layer.window for layer in mistral.layers} == {4096}
+    mistral = published("mistral", max_position_embeddings=32768, sliding_window=None)
+    assert {layer.window for layer in mistral.layers} == {None}
+    qwen = published("qwen2", max_position_embeddings=32768, sliding_window=32768, max_window_layers=21)
+    assert {layer.window for layer in qwen.layers} == {None}
+    smollm3 = published("smollm3", num_hidden_layers=8)
+    assert [i for i, layer in enumerate(smollm3.layers) if layer.rotary is None] == [3, 7]
+    gemma3 = published("gemma3_text", num_hidden_layers=6, sliding_window=512, max_position_embeddings=32768)
+    assert [layer.window for layer in gemma3.layers] == [512] * 5 + [None]
+    assert len({layer.rotary for layer in gemma3.layers}) == 2
+    phi4 = published(
+        "phi3", hidden_size=3072, num_attention_heads=24, num_key_value_heads=8, max_position_embeddings=131072,
+        original_max_position_embeddings=4096, sliding_window=262144, partial_rotary_factor=0.75, rope_scaling=LONGROPE,
+    )  # fmt: skip
+    assert (phi4.rotary_dim, phi4.head_dim, phi4.max_positions, phi4.layers[0].window) == (96, 128, 4096, None)
+    pythia = published("gpt_neox", hidden_size=768, num_attention_heads=12)
+    assert (pythia.rotary_dim, pythia.parallel) == (16, True)
+    with pytest.raises(UnsupportedBaseError, match="a rotary embedding of 20 channels"):
+        published("gpt_neox", hidden_size=2560, num_attention_heads=32)
 
 
 @pytest.mark.parametrize("scaling", [None, "linear", "llama3"])

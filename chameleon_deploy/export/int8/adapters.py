@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec
+from chameleon_deploy.contract.bundle import AdaptationSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import INT8_MAX, KEY_MARGIN, MARGIN, Extremes, Statistics, calibrate
@@ -24,7 +24,6 @@ from chameleon_deploy.terminal.progress import Progress
 def calibrate_with_factors(
     trunk: Trunk,
     rotated: Trunk,
-    model: ModelSpec,
     spec: AdaptationSpec,
     sets: Sequence[Factors],
     texts: Sequence[Tensor],
@@ -34,12 +33,12 @@ def calibrate_with_factors(
 
     trunk, rotated  the base model, and its rotated form
     """
-    statistics = calibrate(rotated, model, texts, report)
+    statistics = calibrate(rotated, texts, report)
     unscaled = [_of_steps_of_one(seen) for seen in statistics.layers]
-    tensors, shifts = basis_of(trunk, model, unscaled).of([target.name for target in spec.targets])
+    tensors, shifts = basis_of(trunk, unscaled).of([target.name for target in spec.targets])
     for factors in sets:
         with adapted(rotated, enter_basis(factors, spec, tensors), shifts):
-            other = calibrate(rotated, model, texts, report)
+            other = calibrate(rotated, texts, report)
         pairs: list[tuple[Tensor, Tensor]] = []
         for seen, larger in zip(statistics.layers, other.layers, strict=True):
             pairs += zip(_values(seen), _values(larger), strict=True)

@@ -10,16 +10,15 @@ next layers, are missing from what A reads. They are added back as a shift of A'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray
 from chameleon_deploy.contract.manifest import basis_names
-from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import bias_of
 from chameleon_deploy.export.hadamard import block_of, rotate
 from chameleon_deploy.export.int8.calibration import (
     Extremes,
@@ -29,6 +28,8 @@ from chameleon_deploy.export.int8.calibration import (
     steps_of,
     value_centre_and_steps,
 )
+from chameleon_deploy.export.int8.layers import layers_of
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.model import Trunk
 
 SMALLEST = 1e-6  # of a norm's weight, as a share of the largest: its bias is divided by it
@@ -61,7 +62,6 @@ class Basis:
 @torch.no_grad()
 def basis_of(
     trunk: Trunk,
-    model: ModelSpec,
     extremes: Sequence[Extremes],
     first_tokens: Sequence[FirstToken] = (),
     balances: Sequence[Tensor | None] = (),
@@ -73,42 +73,66 @@ def basis_of(
     first_tokens  of every layer, of the same; none if it has not been called
     balances      of every layer, from `balance_trunk`; none if it has not been called
     """
-    family, basis = family_of(model.architecture), Basis()
-    residual, head = block_of(model.hidden_size), block_of(model.head_dim)
-    groups = model.num_attention_heads // model.num_key_value_heads
-    balances = balances or [None] * model.num_layers
-    for i, (layer, seen, balance) in enumerate(zip(family.layers(trunk), extremes, balances, strict=True)):
-        names = family.layer_targets(i)
+    spec, basis = trunk.spec, Basis()
+    residual, head, hidden = block_of(spec.hidden_size), block_of(spec.head_dim), torch.ones(spec.hidden_size)
+    groups = spec.num_attention_heads // spec.num_key_value_heads
+    balances = balances or [None] * spec.num_layers
+    for i, (layer, seen, balance) in enumerate(zip(layers_of(trunk), extremes, balances, strict=True)):
+        targets = layer.targets
         key, value = key_steps(seen), steps_of(seen.values)
-        if family.rotary_tables is not None:  # scaled in the graph
+        if not spec.scales_keys(i):  # scaled in the graph
             key = torch.ones_like(key)
-        of_queries = value.repeat_interleave(groups, 0).flatten()
-        outputs = [(1, key.repeat_interleave(groups, 0).flatten()), (1, 1 / key.flatten()), (head, 1 / value.flatten())]
-        if len(names.qkv) == 1:  # one layer has all three
-            joined = [([block for block, _ in outputs], torch.cat([scale for _, scale in outputs]))]
-        else:
-            joined = [([block], scale) for block, scale in outputs]
+        of_queries = value.repeat_interleave(groups, 0)
         inner = torch.ones(len(layer.down.matrix))
-        ups = [([1], inner) for _ in layer.ups]
-        if balance is not None:
-            ups[1] = [1], balance
-        for norm, seen_norm, targets, outs in (
-            (layer.norm_1, seen.norm_1, names.qkv, joined),
-            (layer.norm_2, seen.norm_2, names.up, ups),
+        outputs = (
+            _of_heads(spec, targets.qkv, key.repeat_interleave(groups, 0), 1 / key, 1 / value),
+            _joined(targets.up, [([1], inner), ([1], inner if balance is None else balance)][-len(layer.ups) :]),
+        )
+        seen_norms = seen.norm_1, seen.norm_2
+        for names, (norm, *_), seen_norm, outs in zip(
+            (targets.qkv, targets.up), layer.after_norms, seen_norms, outputs, strict=True
         ):
-            weight, bias = norm.weight, bias_of(norm)
-            shift, steps = centre_and_steps(seen_norm)
-            if bias is not None:
-                least = SMALLEST * weight.abs().max()
-                weight = torch.where(weight.abs() < least, least, weight)
-                shift = shift + rotate(bias / weight)
-            for target, (blocks, out) in zip(targets, outs, strict=True):
-                basis.add(target, weight, residual, steps, blocks, out)
-                basis.shifts[target] = (shift / steps).numpy()
-        hidden = torch.ones(model.hidden_size)
-        basis.add(names.o[0], torch.ones_like(of_queries), head, of_queries, [residual], hidden)
+            before, after, shift = hidden, hidden, None
+            if norm is not None:
+                before, bias = norm.weight, norm.bias
+                shift, after = centre_and_steps(seen_norm)
+                if bias is not None:
+                    least = SMALLEST * before.abs().max()
+                    before = torch.where(before.abs() < least, least, before)
+                    shift = shift + rotate(bias / before)
+            for name, (blocks, out) in zip(names, outs, strict=True):
+                basis.add(name, before, residual, after, blocks, out)
+                if shift is not None:
+                    basis.shifts[name] = (shift / after).numpy()
+        # What a norm takes is not rotated.
+        of_o, of_down = ([residual] if norm is None else [1] for norm in layer.post_norms)
+        basis.add(targets.o[0], torch.ones(of_queries.numel()), head, of_queries.flatten(), of_o, hidden)
         if first_tokens:
             centre, _ = value_centre_and_steps(seen, first_tokens[i])
-            basis.shifts[names.o[0]] = (centre / value).repeat_interleave(groups, 0).flatten().numpy()
-        basis.add(names.down[0], inner, 1, 1 / (inner if balance is None else balance), [residual], hidden)
+            basis.shifts[targets.o[0]] = (centre / value).repeat_interleave(groups, 0).flatten().numpy()
+        basis.add(targets.down[0], inner, 1, 1 / (inner if balance is None else balance), of_down, hidden)
     return basis
+
+
+# How many channels of a linear layer's outputs are rotated together, in each of parts of equal width, and the factors
+# of all channels.
+Outputs = tuple[list[int], Tensor]
+
+
+def _of_heads(spec: DecoderSpec, targets: Sequence[str], q: Tensor, k: Tensor, v: Tensor) -> list[Outputs]:
+    """Return the outputs of the projections to queries, keys and values, whose factors are q, k and v [heads,
+    head_dim].
+    """
+    head = block_of(spec.head_dim)
+    if len(targets) == 1 and spec.interleaved:
+        return [([1, 1, head] * len(q), torch.stack([q, k, v], 1).flatten())]
+    return _joined(targets, [([1], q.flatten()), ([1], k.flatten()), ([head], v.flatten())])
+
+
+def _joined(targets: Sequence[str], parts: list[Outputs]) -> list[Outputs]:
+    """Return the outputs of each linear layer: one of the parts, or if there is only one layer all of them."""
+    if len(targets) == len(parts):
+        return parts
+    width = math.gcd(*(len(factors) for _, factors in parts))
+    blocks = [block for (block,), factors in parts for _ in range(len(factors) // width)]
+    return [(blocks, torch.cat([factors for _, factors in parts]))]

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from chameleon_deploy.contract.bundle import FloatArray, ModelSpec
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.export.graph import FLOAT, constant, integer, integers, subgraph, take_nodes
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 MICROSOFT = "com.microsoft"
 
@@ -49,7 +50,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Parameters that round the keys of a layer behind a rotary embedding.
+    """Parameters that round the keys of a layer whose matrices do not scale them.
 
     scales  of queries and keys [(heads + key-value heads) * head_dim]: the keys' steps, and their reciprocals
     centre  of the keys, in steps, [key-value heads * head_dim]
@@ -59,10 +60,10 @@ class _Keys:
     centre: ir.Value
 
 
-def quantize_cache(decoder: ir.Model, model: ModelSpec, keys: Sequence[tuple[FloatArray, FloatArray]] | None) -> int:
+def quantize_cache(decoder: ir.Model, model: DecoderSpec, keys: Sequence[tuple[FloatArray, FloatArray] | None]) -> int:
     """Rewrite a decoder with a shared float32 buffer in place. Returns how many attentions were rewritten.
 
-    keys  of every layer, see `rotation.turned_keys`; None without a rotary embedding
+    keys  of every layer, see `rotation.turned_keys`
     """
     graph = decoder.graph
     for value in [*graph.inputs, *graph.outputs]:
@@ -72,7 +73,8 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec, keys: Sequence[tuple[Flo
     shared = _shared(graph)
     for layer, attention in enumerate(attentions):
         name = f"int8_cache.{layer}"
-        rounding = None if keys is None else _keys(graph, name, model, *keys[layer])
+        scaling = keys[layer]
+        rounding = None if scaling is None else _keys(graph, name, model, *scaling)
         branches = {
             "then_branch": subgraph(graph, f"{name}.step", partial(_step, attention, model, shared, rounding)),
             "else_branch": subgraph(graph, f"{name}.prompt", partial(_prompt, attention, model, shared, rounding)),
@@ -84,7 +86,7 @@ def quantize_cache(decoder: ir.Model, model: ModelSpec, keys: Sequence[tuple[Flo
     return len(attentions)
 
 
-def _keys(graph: ir.Graph, name: str, model: ModelSpec, centre: FloatArray, steps: FloatArray) -> _Keys:
+def _keys(graph: ir.Graph, name: str, model: DecoderSpec, centre: FloatArray, steps: FloatArray) -> _Keys:
     of_queries = steps.reshape(model.num_key_value_heads, 1, model.head_dim)
     of_queries = of_queries.repeat(model.num_attention_heads // model.num_key_value_heads, 1)
     scales = np.concatenate([of_queries.ravel(), 1 / steps])
@@ -107,43 +109,50 @@ def _shared(graph: ir.Graph) -> _Shared:
     return _Shared(named["position_ids"], start, end, is_step, one, zero_point)
 
 
-def _step(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
+def _step(attention: ir.Node, model: DecoderSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
     inputs = list(attention.inputs)
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
     if keys is not None:
         inputs[:3] = _turned(attention, model, shared, keys, op)
         inputs[7:9] = None, None
-        del attributes["do_rotary"]
+        attributes.pop("do_rotary")
     quantised = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
     return op.GroupQueryAttention(
         *inputs, shared.one, shared.one, **attributes, **quantised, _domain=MICROSOFT, _outputs=3
     )
 
 
-def _turned(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
-    """Return queries, keys and values; with a rotary embedding apply it, and scale and centre the keys."""
-    qkv, *_, cos, sin, _, _, _ = attention.inputs
+def _turned(attention: ir.Node, model: DecoderSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
+    """Return queries, keys and values, with a rotary embedding applied, and keys scaled and centred."""
+    first, key, value, *_, cos, sin, _, _, _ = attention.inputs
     heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     sizes = [heads * dim, key_heads * dim, key_heads * dim]
     if keys is None:
-        return op.Split(qkv, integers(op, sizes), axis=2, _outputs=3)
-    qk, v = op.Split(qkv, integers(op, [sizes[0] + sizes[1], sizes[2]]), axis=2, _outputs=2)
-    qk = op.Mul(op.RotaryEmbedding(qk, shared.position_ids, cos, sin, _domain=MICROSOFT), keys.scales)
-    q, k = op.Split(qk, integers(op, sizes[:2]), axis=2, _outputs=2)
-    return q, op.Sub(k, keys.centre), v
+        return op.Split(first, integers(op, sizes), axis=2, _outputs=3)
+    if key is None:
+        qk, value = op.Split(first, integers(op, [sizes[0] + sizes[1], sizes[2]]), axis=2, _outputs=2)
+    else:
+        qk = op.Concat(first, key, axis=2)
+    if cos is not None:
+        partial = {"num_heads": heads + key_heads, "rotary_embedding_dim": model.rotary_dim}
+        partial = partial if model.rotary_dim < dim else {}
+        qk = op.RotaryEmbedding(qk, shared.position_ids, cos, sin, _domain=MICROSOFT, **partial)
+    q, k = op.Split(op.Mul(qk, keys.scales), integers(op, sizes[:2]), axis=2, _outputs=2)
+    return q, op.Sub(k, keys.centre), value
 
 
-def _prompt(attention: ir.Node, model: ModelSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
+def _prompt(attention: ir.Node, model: DecoderSpec, shared: _Shared, keys: _Keys | None, op: Any) -> Any:
     _, _, _, *buffers, lengths, total_length, _, _, _, _, sink = attention.inputs
-    heads, key_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    key_heads, dim = model.num_key_value_heads, model.head_dim
+    attributes = {name: attribute.value for name, attribute in attention.attributes.items() if name != "do_rotary"}
     q, k, v = _turned(attention, model, shared, keys, op)
     new = [op.QuantizeLinear(x, shared.one, shared.zero_point) for x in (k, v)]
     zero, tokens = integers(op, [0]), integers(op, [2])  # the axis of a buffer
     before = [op.Slice(x, zero, shared.start, tokens) for x in buffers]
     k, v, *past = (op.Cast(x, to=FLOAT) for x in (*new, *before))
     context = op.GroupQueryAttention(
-        q, k, v, *past, lengths, total_length, None, None, None, None, sink,
-        num_heads=heads, kv_num_heads=key_heads, _domain=MICROSOFT, _outputs=3,
+        q, k, v, *past, lengths, total_length, None, None, None, None, sink, **attributes,
+        _domain=MICROSOFT, _outputs=3,
     )[0]  # fmt: skip
     by_head = [op.Transpose(op.Reshape(x, integers(op, [0, 0, key_heads, dim])), perm=[0, 2, 1, 3]) for x in new]
     capacity = op.Shape(buffers[0], start=2, end=3)

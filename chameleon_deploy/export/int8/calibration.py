@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import HEAD, ModelSpec
+from chameleon_deploy.contract.bundle import HEAD
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import Layer, bias_of
 from chameleon_deploy.export.hadamard import rotate
+from chameleon_deploy.export.int8.layers import layers_of
+from chameleon_deploy.export.trunk import rotary_angles
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.terminal.progress import Progress
@@ -130,16 +131,20 @@ class Statistics:
 
 
 @torch.no_grad()
-def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progress) -> Statistics:
+def calibrate(trunk: Trunk, texts: Sequence[Tensor], report: Progress) -> Statistics:
     """Return the statistics of a rotated trunk over texts, int64 [texts, tokens] each."""
     from transformers import DynamicCache
 
-    family = family_of(model.architecture)
-    hidden, heads = (2, model.hidden_size), (model.num_key_value_heads, model.head_dim)
-    centred = {name for layer in family.layers(trunk) for name in _centred(layer)}
+    spec = trunk.spec
+    hidden, heads = (2, spec.hidden_size), (spec.num_key_value_heads, spec.head_dim)
+    # The matrices after norms that have a bias, from which a centre can be subtracted.
+    centred = {
+        name for layer in layers_of(trunk) for norm, name, _ in layer.after_norms if norm and norm.bias is not None
+    }
     shapes = hidden, hidden, (2, *heads), heads
-    layers = [Extremes(*map(_unseen, shapes)) for _ in range(model.num_layers)]
-    angles = torch.from_numpy(family.rotary_angles(trunk)) if family.rotary_angles else None
+    layers = [Extremes(*map(_unseen, shapes)) for _ in range(spec.num_layers)]
+    kinds = {layer.rotary for layer in spec.layers}
+    angles = {kind: torch.from_numpy(rotary_angles(trunk, kind)) for kind in kinds if kind is not None}
     seen, hooks = Statistics(layers, [], {}), []
     firsts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
 
@@ -148,18 +153,19 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
         if extremes is not None:
             _update(extremes, torch.stack([x, -x]) if name in centred else x.abs()[None])
 
-    for layer, extremes in zip(family.layers(trunk), layers, strict=True):
+    for layer, extremes in zip(layers_of(trunk), layers, strict=True):
         fixed = extremes.norm_1, None, extremes.norm_2, None
         for name, module, taken in zip(layer.names, layer.readers, fixed, strict=True):
             before = lambda module, inputs, name=name, taken=taken: see(name, inputs[0], taken)  # noqa: E731
             hooks.append(module.register_forward_pre_hook(before))
-    last_norm = family.last_norm_of(trunk)
+    last_norm = trunk.causal_lm.get_submodule(spec.names.last_norm)
     hooks.append(last_norm.register_forward_hook(lambda module, inputs, output: see(HEAD, output)))
     for done, rows in enumerate(texts):
         report("calibrate", done, len(texts))
         _, cache = trunk.hidden_states(rows, past_key_values=DynamicCache())
-        for extremes, first, (key, value, *_) in zip(layers, firsts, cache, strict=True):
-            _update(extremes.keys, _both_sides(key, angles).transpose(1, 2))
+        for extremes, first, switches, (key, value, *_) in zip(layers, firsts, spec.layers, cache, strict=True):
+            turns = angles[switches.rotary] if switches.rotary else None
+            _update(extremes.keys, _both_sides(key, turns).transpose(1, 2))
             _update(extremes.values, value.abs().transpose(0, 1))
             first.append((key[:, :, 0], value[:, :, 0]))
     report("calibrate", len(texts), len(texts))
@@ -169,12 +175,6 @@ def calibrate(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: P
         keys, values = (torch.cat(parts).median(0).values for parts in zip(*first, strict=True))
         seen.first_tokens.append(FirstToken(keys, values))
     return seen
-
-
-def _centred(layer: Layer) -> list[str]:
-    """Return the matrices after norms that have a bias, from which a centre can be subtracted."""
-    pairs = (layer.norm_1, layer.names.qkv), (layer.norm_2, layer.names.up)
-    return [name for norm, name in pairs if bias_of(norm) is not None]
 
 
 def _unseen(shape: tuple[int, ...]) -> Tensor:
@@ -190,12 +190,13 @@ def _both_sides(keys: Tensor, angles: Tensor | None) -> Tensor:
     """Return the largest values that coordinates of keys [..., tokens, head_dim] and of their negatives take at any
     position, [2, ..., tokens, head_dim].
 
-    angles  see `Family.rotary_angles`. Slow pairs of coordinates do not reach a full turn at the last position, so that
-            a constant part of all keys stays on one side.
+    angles  see `rotary_angles`; None without a rotary embedding. Slow pairs of coordinates do not reach a full turn at
+            the last position, so that a constant part of all keys stays on one side.
     """
     if angles is None:
         return torch.stack([keys, -keys])
-    x, y = keys.chunk(2, -1)
+    half = angles.shape[-1]
+    x, y, still = keys.split([half, half, keys.shape[-1] - 2 * half], -1)
     radius, start, turn = torch.hypot(x, y), torch.atan2(y, x) - angles[: keys.shape[-2]], angles[-1]
 
     def largest(axis: float) -> Tensor:
@@ -205,7 +206,7 @@ def _both_sides(keys: Tensor, angles: Tensor | None) -> Tensor:
         return radius * torch.where(reached, 1.0, torch.maximum(first.cos(), (first + turn).cos()))
 
     quarters = [largest(quarter * math.pi / 2) for quarter in range(4)]  # x, y, -x, -y
-    return torch.stack([torch.cat(quarters[:2], -1), torch.cat(quarters[2:], -1)])
+    return torch.stack([torch.cat([*quarters[:2], still], -1), torch.cat([*quarters[2:], -still], -1)])
 
 
 def steps_of(absmax: Tensor) -> Tensor:
@@ -222,14 +223,16 @@ def centre_and_steps(extremes: Tensor) -> tuple[Tensor, Tensor]:
     return (high - low) / 2, steps_of((high + low) / 2 * MARGIN)
 
 
-def key_centre_and_steps(seen: Extremes, first: FirstToken) -> tuple[Tensor, Tensor]:
+def key_centre_and_steps(spec: DecoderSpec, seen: Extremes, first: FirstToken) -> tuple[Tensor, Tensor]:
     """Return the centre of each coordinate of the keys as they are cached, and the steps of int8 values around it,
     [key-value heads, head_dim] each. The first token's key is a whole number of steps from it.
 
     A vector that is subtracted from all keys of a head changes the scores of a query by the same number, and no weight
-    of the softmax.
+    of the softmax; where scores are capped it would, and the centre is zero.
     """
     high, low = seen.keys
+    if spec.attention_cap is not None:
+        return torch.zeros_like(high), steps_of(torch.maximum(high, low) * KEY_MARGIN)
     steps = key_steps(seen)
     return _whole_steps_from(first.key, (high - low) / 2, steps), steps
 

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import ModelSpec
-from chameleon_deploy.export.families import family_of
-from chameleon_deploy.export.families.family import Linear
 from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.export.int8.calibration import INT8_MAX
+from chameleon_deploy.export.int8.layers import Linear, layers_of
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.terminal.progress import Progress
 
@@ -28,7 +26,7 @@ TEXTS, TOKENS = 8, 256  # at most, of each
 SHARE = 0.2  # of all multiplications with weights that may be done twice
 
 
-def choose_two(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progress) -> frozenset[str]:
+def choose_two(trunk: Trunk, texts: Sequence[Tensor], report: Progress) -> frozenset[str]:
     """Return the graph's names of the matrices that take two int8 values per activation.
 
     trunk  rotated and scaled
@@ -36,25 +34,25 @@ def choose_two(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: 
     """
     sizes = {
         name: size
-        for layer in family_of(model.architecture).layers(trunk)
+        for layer in layers_of(trunk)
         for name, size in zip(
             layer.names, map(_size, ([layer.q, layer.k, layer.v], [layer.o], layer.ups, [layer.down])), strict=True
         )
     }
     budget = SHARE * (sum(sizes.values()) + trunk.head_weight.numel())
-    return take_two(costs(trunk, model, texts, report), sizes, budget)
+    return take_two(costs(trunk, texts, report), sizes, budget)
 
 
 def _size(linears: Sequence[Linear]) -> int:
     return sum(linear.matrix.numel() for linear in linears)
 
 
-def costs(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progress) -> dict[str, float]:
+def costs(trunk: Trunk, texts: Sequence[Tensor], report: Progress) -> dict[str, float]:
     """Return the KL divergence per token that one int8 value per activation costs, by the graph's name of a matrix.
 
     trunk  rotated and scaled
     """
-    family, kl, hooks = family_of(model.architecture), dict[str, float](), []
+    kl, hooks = dict[str, float](), []
 
     def watch(module: Any, inputs: Any, name: str, variance: Any) -> None:
         inputs[0].register_hook(partial(add, name, variance(inputs[0].detach())))
@@ -62,9 +60,10 @@ def costs(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progr
     def add(name: str, variance: Any, gradient: Tensor) -> None:
         kl[name] = kl.get(name, 0.0) + float((gradient.square() * variance).sum()) / 2
 
-    for layer in family.layers(trunk):
-        fixed, by_row = (lambda x: 1 / 12), partial(_variance_of_rows, turn=False)
-        variances = fixed, by_row, fixed, partial(_variance_of_rows, turn=True)
+    fixed, by_row = (lambda x: 1 / 12), partial(_variance_of_rows, turn=False)
+    for layer in layers_of(trunk):
+        first, second = (by_row if norm is None else fixed for norm in (layer.norm_1, layer.norm_2))
+        variances = first, by_row, second, partial(_variance_of_rows, turn=True)
         for name, module, variance in zip(layer.names, layer.readers, variances, strict=True):
             hooks.append(module.register_forward_pre_hook(partial(watch, name=name, variance=variance)))
     embedding = trunk.causal_lm.get_input_embeddings()
@@ -73,8 +72,8 @@ def costs(trunk: Trunk, model: ModelSpec, texts: Sequence[Tensor], report: Progr
     with torch.enable_grad():
         for done, rows in enumerate(texts[:TEXTS]):
             report("weigh roundings", done, len(texts[:TEXTS]))
-            hidden = trunk.causal_lm.base_model(input_ids=rows[:1, :TOKENS], use_cache=False).last_hidden_state[0]
-            logprobs = torch.log_softmax(hidden @ trunk.head_weight.T, -1)
+            hidden, _ = trunk.hidden_states(rows[:1, :TOKENS])
+            logprobs = torch.log_softmax(trunk.logits(hidden[0]), -1)
             drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
             logprobs.gather(1, drawn).sum().backward()
             tokens += len(drawn)

@@ -5,8 +5,8 @@ other rows. Here activations are rounded to int8, multiplied by int8 weights in 
 
     after a norm     centres and scales were fixed at export (rotation.py): nothing is searched, divided or scaled back,
                      and the bias is added by the operator
-    everything else  one scale per row, from its absmax: outputs of attention and activation functions, and the inputs
-                     of the head, vary too much from row to row for fixed scales
+    everything else  one scale per row, from its absmax: outputs of attention and activation functions, the residual
+                     stream, and the inputs of the head, vary too much from row to row for fixed scales
 
 One int8 value per activation is enough for most matrices, since rotated activations have no outliers (rotation.py). For
 those that digits.py chose, a second, residual int8 value holds the rounding error with a scale 254 times finer, and the
@@ -26,24 +26,24 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
-from chameleon_deploy.contract.bundle import ModelSpec
-from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import FLOAT, constant, integers
 from chameleon_deploy.export.int8.calibration import INT8_MAX
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 ZERO_POINT = 128
 RESIDUAL = 254  # the range of the second value is half a step of the first on either side
 WIDE = 2  # steps after a norm, of the first of two values: what would saturate has room, and the second is fine enough
 
 
-def quantize_rows(decoder: ir.Model, model: ModelSpec, two_digits: Container[str]) -> int:
+def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Container[str]) -> int:
     """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten.
 
     two_digits  names of the matrices that take two int8 values per activation (digits.py)
     """
     graph = decoder.graph
-    layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
-    after_norm = {name for names in layers for name in (names.qkv, names.up)}
+    layers, norms = [model.matrices(i) for i in range(model.num_layers)], model.names
+    after_norm = {names.qkv for names in layers if norms.attention_norm}
+    after_norm |= {names.up for names in layers if norms.mlp_norm}
     last_axis = constant(graph, "int8_rows.last_axis", np.array([-1]))
     smallest = constant(graph, "int8_rows.smallest", np.float32(1e-30))  # for a row of zeros
     one, wide, of_row, wide_finer, of_row_finer, parts = (

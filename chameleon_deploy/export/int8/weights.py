@@ -23,27 +23,27 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, ModelSpec, int8_names
+from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, int8_names
 from chameleon_deploy.export.decoder import channel_scales
-from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
 from chameleon_deploy.export.int8.calibration import Statistics
 from chameleon_deploy.export.int8.gptq import column_scales, round_weights
 from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
+from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.terminal.progress import Progress
 
 ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
 def quantize_weights(
-    decoder: ir.Model, model: ModelSpec, statistics: Statistics, weights_file: WeightsFile, report: Progress
+    decoder: ir.Model, model: DecoderSpec, statistics: Statistics, weights_file: WeightsFile, report: Progress
 ) -> int:
     """Rewrite a portable decoder of a rotated trunk in place, with its int8 matrices in weights_file. Returns their
     number.
     """
-    layers = [family_of(model.architecture).matrix_names(i) for i in range(model.num_layers)]
+    layers = [model.matrices(i) for i in range(model.num_layers)]
     after_activation, done = {names.down for names in layers}, itertools.count()
 
     def product(op: Any, x: Any, weight: Any) -> Any:
@@ -84,14 +84,14 @@ def quantize_weights(
 
 
 def quantize_embedding(
-    decoder: ir.Model, model: ModelSpec, statistics: Statistics, tied: bool, weights_file: WeightsFile
+    decoder: ir.Model, model: DecoderSpec, statistics: Statistics, tied: bool, weights_file: WeightsFile
 ) -> None:
     """Give the lookup of a decoder with int8 weights rotated int8 rows, in place.
 
     tied  take the rows of the head, which are rotated already, and undo the balance of their channels
     """
     graph = decoder.graph
-    table = graph.initializers[family_of(model.architecture).token_embedding]
+    table = graph.initializers[f"{model.names.embedding}.weight"]
     stored: Any = table.const_value
     names, matrix = int8_names(str(table.name)), rotate(torch.tensor(stored.numpy()))
     if tied:
@@ -126,15 +126,26 @@ def head_balance(matrix: Tensor, statistics: Statistics) -> Tensor:
     return (balance(squares, matrix.square().sum(0)) * balance(squares, 1 / squares)).sqrt()
 
 
-def rotate_residual(decoder: ir.Model, model: ModelSpec) -> None:
-    """Rotate the residual stream back before the last norm, in place. The lookup rotates it."""
-    graph, family = decoder.graph, family_of(model.architecture)
-    (norm,) = graph.initializers[f"{family.last_norm}.weight"].consumers()
-    last: Any = norm.inputs[0]
-    part = subgraph(graph, "last_norm", lambda op: [rotated(op, last, model.hidden_size, graph)])
-    nodes, (turned,) = take_nodes(part)
-    graph.insert_after(last.producer(), nodes)
-    norm.replace_input_with(0, turned)
+def rotate_residual(decoder: ir.Model, model: DecoderSpec) -> None:
+    """Rotate the residual stream back before the last norm, in place, and rotate what norms add to it. The lookup
+    rotates it.
+    """
+    graph = decoder.graph
+
+    def turn(value: Any, name: str) -> ir.Value:
+        nodes, (turned,) = take_nodes(subgraph(graph, name, lambda op: [rotated(op, value, model.hidden_size, graph)]))
+        graph.insert_after(value.producer(), nodes)
+        return turned
+
+    (norm,) = graph.initializers[f"{model.names.last_norm}.weight"].consumers()
+    norm.replace_input_with(0, turn(norm.inputs[0], "last_norm"))
+    for name in model.post_norms():
+        (norm,) = graph.initializers[f"{name}.weight"].consumers()
+        added = norm.outputs[0]
+        takers = list(added.uses())
+        turned = turn(added, name)
+        for node, index in takers:
+            node.replace_input_with(index, turned)
 
 
 def rotated(op: Any, x: Any, channels: int, graph: ir.Graph) -> Any:

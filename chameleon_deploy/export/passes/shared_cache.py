@@ -15,47 +15,62 @@ multiplies whole matrices instead of tiles, which takes half the time at every l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxscript.rewriter.pattern import RewriteRule
+from onnxscript.rewriter.pattern import ANY_VALUE, RewriteRule, RewriteRuleSet
 
-from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.export.attention import attention
-from chameleon_deploy.export.families import family_of
 from chameleon_deploy.export.graph import constant
+from chameleon_deploy.export.trunk import table_names
+from chameleon_deploy.reference.families.spec import DecoderSpec
 
 
-def share_cache(decoder: ir.Model, model: ModelSpec) -> int:
+def share_cache(decoder: ir.Model, model: DecoderSpec) -> int:
     """Rewrite a portable decoder in place. Returns the number of rewritten attentions: one per layer."""
     graph = decoder.graph
     lengths = ir.Value(name="seqlens_k", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT32))
     total = ir.Value(name="total_sequence_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
-    # With a rotary embedding the operator rotates queries and keys itself, by the positions that follow from the
-    # lengths.
-    names = family_of(model.architecture).rotary_tables
-    tables = [graph.initializers[name] for name in names] if names else [None, None]
-    rotary = names is not None
-
     lowest = np.full(model.num_attention_heads, np.finfo(np.float32).min, np.float32)
     sink = constant(graph, "shared_cache.head_sink", lowest)
+    layers = {f"past_key_values.{i}.key": layer for i, layer in enumerate(model.layers)}
+    common: dict[str, int | float] = {"num_heads": model.num_attention_heads, "kv_num_heads": model.num_key_value_heads}
+    if model.scale != model.head_dim**-0.5:
+        common["scale"] = model.scale
+    if model.attention_cap is not None:
+        common["softcap"] = model.attention_cap
 
-    def portable(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any) -> Any:
-        return attention(op, model, qkv, past_key, past_value, bias)
-
-    def portable_rotary(op: Any, qkv: Any, past_key: Any, past_value: Any, bias: Any, cos: Any, sin: Any) -> Any:
-        return attention(op, model, qkv, past_key, past_value, bias, (cos, sin))
-
-    def shared(op: Any, qkv: Any, past_key: Any, past_value: Any, **_: Any) -> Any:
+    def shared(op: Any, past_key: Any, past_value: Any, **heads: Any) -> Any:
+        layer = layers[past_key.name]
+        # With a rotary embedding the operator rotates queries and keys itself, by the positions that follow from the
+        # lengths.
+        names = table_names(layer.rotary) if layer.rotary else None
+        tables = [graph.initializers[name] for name in names] if names else [None, None]
+        attributes = common | {"do_rotary": int(names is not None)}
+        if layer.window is not None:
+            attributes["local_window_size"] = layer.window
+        qkv = heads["qkv"] if "qkv" in heads else heads["q"]
         return op.GroupQueryAttention(
-            qkv, None, None, past_key, past_value, lengths, total, *tables, None, None, sink,
-            num_heads=model.num_attention_heads, kv_num_heads=model.num_key_value_heads, do_rotary=int(rotary),
-            _domain="com.microsoft", _outputs=3,
+            qkv, heads.get("k"), heads.get("v"), past_key, past_value, lengths, total, *tables, None, None, sink,
+            **attributes, _domain="com.microsoft", _outputs=3,
         )  # fmt: skip
 
-    count = RewriteRule(portable_rotary if rotary else portable, shared).apply_to_model(decoder)
+    def built(rotary: tuple[Any, Any] | None) -> Callable[..., Any]:
+        """Return attention as attention.py builds it, with any bias and any rotary tables."""
+
+        def joined(op: Any, qkv: Any, past_key: Any, past_value: Any) -> Any:
+            return attention(op, model, [qkv], past_key, past_value, ANY_VALUE, rotary)
+
+        def apart(op: Any, q: Any, k: Any, v: Any, past_key: Any, past_value: Any) -> Any:
+            return attention(op, model, [q, k, v], past_key, past_value, ANY_VALUE, rotary)
+
+        return apart if model.splits_heads else joined
+
+    rules = [RewriteRule(built(rotary), shared) for rotary in (None, (ANY_VALUE, ANY_VALUE))]
+    count = RewriteRuleSet(rules).apply_to_model(decoder)
     graph.inputs.extend([lengths, total])
     RemoveUnusedNodesPass()(decoder)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "attention_mask"))
