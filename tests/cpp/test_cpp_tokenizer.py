@@ -32,7 +32,8 @@ from tests.cpp.tokenizers import (
     texts_that_differ,
 )
 from tests.damage import changed
-from tests.runtime.test_tokenizer import (
+from tests.shared_data import good_bundle
+from tests.tokenizer_files import (
     BLOOM,
     CL100K,
     DEEPSEEK,
@@ -45,7 +46,6 @@ from tests.runtime.test_tokenizer import (
     SPLIT,
     TAKEN,
 )
-from tests.shared_data import good_bundle
 
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "1000"))
 

@@ -37,7 +37,7 @@ from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify.data_checks import check_tokenizers
 from tests.conftest import REPOSITORY, checkpoint_around
 from tests.logits import row_logits
-from tests.runtime.test_tokenizer import LLAMA_3
+from tests.tokenizer_files import LLAMA_3
 
 EXPORT = [sys.executable, "-m", "chameleon_deploy.export"]
 
