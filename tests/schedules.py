@@ -14,9 +14,8 @@ import numpy as np
 from chameleon_deploy import Adapt, Generate, Runtime, Sampling, Stream
 from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.runtime.decode.schedule import Schedule
-from chameleon_deploy.runtime.engine.batch import open_batch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
-from chameleon_deploy.runtime.engine.loop import Loop
+from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
 from tests.shared_data import caller_factors

@@ -35,10 +35,10 @@ from chameleon_deploy.errors import (
 from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
-from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
-from chameleon_deploy.runtime.engine.loop import Loop
+from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
 from tests.rows import head_factors, random_rows

@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from chameleon_deploy.contract.bundle import FloatArray
-from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
 from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
 from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
-from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
-from chameleon_deploy.runtime.device.static_batch import StaticBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
@@ -271,10 +268,3 @@ class ContinuousBatch:
         for place in range(len(stepped), self.ready):
             logits[place] = self.members[place].prompt.logits
         return HostLogits(logits)
-
-
-def open_batch(backend: Backend, table: FactorTable, rows: int, capacity: int, schedule: Schedule) -> Batch:
-    """Return a continuous batch if the decoder has slots, else a static one."""
-    if isinstance(backend.decoder, SharedCacheDecoder):
-        return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule)
-    return StaticBatch(backend, backend.decoder, table, rows)

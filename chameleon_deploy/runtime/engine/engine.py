@@ -21,10 +21,10 @@ from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
 from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.engine.batch import ContinuousBatch, open_batch
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
-from chameleon_deploy.runtime.engine.loop import Loop
+from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import Stream, deliver
 from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare
 from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token

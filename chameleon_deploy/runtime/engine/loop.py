@@ -19,7 +19,8 @@ from chameleon_deploy.runtime.decode.logits import HostLogits
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
-from chameleon_deploy.runtime.engine.batch import Batch, Member, members_of, open_batch
+from chameleon_deploy.runtime.device.static_batch import StaticBatch
+from chameleon_deploy.runtime.engine.batch import Batch, ContinuousBatch, Member, members_of
 from chameleon_deploy.runtime.engine.factor_table import FactorTable, MadeFactors
 from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.runtime.engine.stream import Stream
@@ -186,6 +187,13 @@ class Loop:
         row, seconds = member.row, time.monotonic() - member.submitted
         finished = FinishedRow(member.stream.mode, row.cluster_id, reason, len(row.prompt), len(row.token_ids), seconds)
         self._report.finished.append(finished)
+
+
+def open_batch(backend: Backend, table: FactorTable, rows: int, capacity: int, schedule: Schedule) -> Batch:
+    """Return a continuous batch if the decoder has slots, else a static one."""
+    if isinstance(backend.decoder, SharedCacheDecoder):
+        return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule)
+    return StaticBatch(backend, backend.decoder, table, rows)
 
 
 def generate_rows(
