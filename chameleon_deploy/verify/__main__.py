@@ -34,6 +34,10 @@ def main(
     max_kl: Annotated[
         float | None, typer.Option(min=0, help="Accept a mean KL up to this value and record it; default: the gate.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Read fewer texts, begin no check after a minute, and say what is left out."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
@@ -42,7 +46,7 @@ def main(
     """
     console.check_output(out)
     if here:
-        _refuse(reference=reference, base=base, adapter=adapter, text=text, max_kl=max_kl)
+        _refuse(reference=reference, base=base, adapter=adapter, text=text, max_kl=max_kl, quick=quick)
         checks, record = verify_here(console.bundle_path(bundle), provider, threads)
     else:
         if reference is None:
@@ -51,7 +55,7 @@ def main(
 
         checkpoint = load_source(reference, base, named_directories(adapter))
         path = console.bundle_path(bundle)
-        options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl)
+        options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl, quick=quick)
         with console.progress() as report:
             checks, record = verify_bundle(path, checkpoint, report, options)
     console.tell_provider(provider, record["provider"])

@@ -7,7 +7,7 @@ adapters later, random ones are written to files and loaded as a service loads t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.runtime.known_answers import adapt_rows, recorded_answers
 from chameleon_deploy.terminal.progress import Progress
-from chameleon_deploy.verify.checkpoint_checks import UPDATES, check_greedy, ragged_and_typical, run_steps
+from chameleon_deploy.verify.checkpoint_checks import UPDATES, Steps, check_greedy, ragged_and_typical, run_steps
 from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.gates import Check, Gate, accept, gate_of
 from chameleon_deploy.verify.here import known_answer_checks
@@ -45,7 +45,13 @@ FEW = 4  # texts that every single adapter, and none, is checked on
 
 
 def verify_adapters(
-    runtime: Runtime, base: AdaptedBase, rows: Rows, whole: bool, report: Progress, max_kl: float | None = None
+    runtime: Runtime,
+    base: AdaptedBase,
+    rows: Rows,
+    whole: bool,
+    report: Progress,
+    max_kl: float | None = None,
+    until: float = math.inf,
 ) -> list[Check]:
     """The checks of one decoder graph on real text. Arguments as in `verify_checkpoint`."""
     gate = gate_of(runtime.manifest.precision, runtime.provider, updates_trunk=True)
@@ -66,8 +72,8 @@ def verify_adapters(
     def factors(names: Sequence[str | None], texts: Rows) -> RowFactors:
         return runtime.adapt(texts, on_device=True, **given(names)).factors
 
-    steps: list[Callable[[], Iterator[Check]]] = [
-        lambda: gate_checks(
+    steps: Steps = {
+        "logits": lambda: gate_checks(
             "mixed adapters:" if base.adapters else "base model:",
             runtime,
             reference,
@@ -76,28 +82,31 @@ def verify_adapters(
             of_all,
             gate,
         ),
-        lambda: cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
-        lambda: check_batching(runtime, rows, gate, **given(of_rows)),
-        lambda: check_scores(runtime, few, gate, **given(of_few)),
-        lambda: check_rerun(runtime, few, **given(of_few)),
-        lambda: check_neighbours(runtime, few, **given(of_few[:1])),
-    ]
+        "cached decoding": lambda: cache_checks(runtime, reference, long, factors(of_long, long), of_long, gate),
+        "batching": lambda: check_batching(runtime, rows, gate, **given(of_rows)),
+        "scores": lambda: check_scores(runtime, few, gate, **given(of_few)),
+        "reruns": lambda: check_rerun(runtime, few, **given(of_few)),
+        "neighbours": lambda: check_neighbours(runtime, few, **given(of_few[:1])),
+    }
     if base.adapters:
-        steps += [
-            lambda: check_none(runtime, reference, typical, gate),
-            *(partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters),
-            lambda: check_wrong_factors(runtime, reference, few, of_few),
-        ]
+        alone = {
+            f"adapter {name}": partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters
+        }
+        steps |= {
+            "mode none": lambda: check_none(runtime, reference, typical, gate),
+            **alone,
+            "wrong factors": lambda: check_wrong_factors(runtime, reference, few, of_few),
+        }
     if whole:
-        steps += [
-            lambda: check_data(runtime.bundle, own, gate),
-            lambda: check_known_answers(runtime, reference, gate),
-        ]
+        steps |= {
+            "data": lambda: check_data(runtime.bundle, own, gate),
+            "known answers": lambda: check_known_answers(runtime, reference, gate),
+        }
     if whole and own.adapters:
-        steps.append(lambda: check_factors(runtime, own))
+        steps["factors"] = lambda: check_factors(runtime, own)
     if whole and base.adapters:
-        steps.append(lambda: check_alone(runtime, few, of_few))
-    return run_steps(runtime, steps, report)
+        steps["factors alone"] = lambda: check_alone(runtime, few, of_few)
+    return run_steps(runtime, steps, report, until)
 
 
 def with_random_adapters(runtime: Runtime, base: AdaptedBase) -> AdaptedBase:

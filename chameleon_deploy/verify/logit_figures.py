@@ -75,6 +75,25 @@ def _scale(variances: Tensor) -> float:
     return max(1.0, float(variances.mean().sqrt()) / 4)
 
 
+def percentile_interval(values: Tensor, share: float, confidence: float = 0.95) -> tuple[float, float | None]:
+    """Return two of the values between which the quantile of the population lies; None where none is large enough.
+
+    Of n independent values the number below the quantile is binomial, whatever their distribution, so that order
+    statistics bound it (David and Nagaraja, Order Statistics, section 7.1). Positions of one text are not quite
+    independent, so that the interval is rather too narrow. NaN sorts last.
+
+    share  of the population below the quantile
+    """
+    count, tail = len(values), (1 - confidence) / 2
+    below = torch.arange(count + 1, dtype=torch.float64)
+    pmf = torch.distributions.Binomial(count, torch.tensor(share, dtype=torch.float64)).log_prob(below).exp()
+    cdf = pmf.cumsum(0)
+    first = int((cdf <= tail).sum())  # the largest index, from 1, that is at most the quantile but for the tail
+    last = int((cdf < 1 - tail).sum()) + 1
+    ordered = values.sort().values
+    return float(ordered[max(first, 1) - 1]), float(ordered[last - 1]) if last <= count else None
+
+
 def max_abs(a: Any, b: Any) -> float:
     """The largest difference, 0 of nothing, NaN where one is NaN."""
     return float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +25,8 @@ LONGEST = 2048  # tokens of the one long text; a model with more positions is ch
 # A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate, so it is measured on
 # more: windows of the length that its gate was measured on.
 WINDOWS, WINDOW_TOKENS = 24, 256
+QUICK_SECONDS = 60  # after which a quick verification begins no step
+QUICK_WINDOWS = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class VerifyOptions:
     keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
                 hidden states depend on factors: those of adapters, or of targets beyond the head
     max_kl      accept a mean KL up to this value; None keeps the gates
+    quick       read fewer and shorter texts, and begin no step after QUICK_SECONDS; checks name what is left out
     """
 
     text: list[Path] | None = None
@@ -42,6 +47,7 @@ class VerifyOptions:
     provider: str = "cpu"
     keep_trunk: bool = True
     max_kl: float | None = None
+    quick: bool = False
 
 
 def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: bool = False) -> list[list[int]]:
@@ -91,6 +97,20 @@ def _windows(stream: list[int], count: int, width: int) -> list[list[int]]:
     return [stream[start : start + width] for start in (len(stream) * i // count for i in range(count))]
 
 
+def _fewer(rows: list[list[int]]) -> list[list[int]]:
+    """Return the ragged rows, a few windows, and the beginning of the long row."""
+    *others, longest = rows
+    return [*others[: NUM_ROWS + QUICK_WINDOWS], longest[:WINDOW_TOKENS]]
+
+
+def _texts_left_out(rows: list[list[int]], read: list[list[int]]) -> Check:
+    """Return how many tokens a quick verification does not read."""
+    from chameleon_deploy.verify.gates import Check
+
+    note = f"not read: {len(rows) - len(read)} of {len(rows)} texts, and all after {WINDOW_TOKENS} tokens of a text"
+    return Check("left out: tokens of texts", sum(map(len, rows)) - sum(map(len, read)), limit=None, note=note)
+
+
 def rows_within(rows: list[list[int]], limits: LimitsSpec) -> list[list[int]]:
     """Select as many rows as engines take in one batch with a factor set for each, cut to the longest that they take.
 
@@ -126,6 +146,10 @@ def verify_bundle(
     opened, provider, max_kl = open_bundle(bundle), options.provider, options.max_kl
     rows = verification_rows(checkpoint, options.text, more=opened.manifest.precision != "fp32")
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
+    until, left_out = math.inf, []
+    if options.quick:
+        until, every, rows = time.monotonic() + QUICK_SECONDS, rows, _fewer(rows)
+        left_out = [_texts_left_out(every, rows)]
     if provider != "cpu":
         rows = rows_within(rows, manifest.limits)
     if isinstance(checkpoint, AdaptedBase):
@@ -134,7 +158,7 @@ def verify_bundle(
             targets = tuple(target.name for target in manifest.adaptation.targets)
             checkpoint = replace(checkpoint, adaptable=targets, max_rank=manifest.adaptation.rank)
         run: Callable[..., list[Check]] = partial(
-            verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl
+            verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl, until=until
         )
     else:
         reference = RowLogits(checkpoint)
@@ -146,9 +170,16 @@ def verify_bundle(
                 reference.read(ids)
             if not options.keep_trunk:
                 checkpoint.trunk.drop_layers()
-        run = partial(checkpoint_checks.verify_checkpoint, reference=reference, rows=rows, report=report, max_kl=max_kl)
+        run = partial(
+            checkpoint_checks.verify_checkpoint,
+            reference=reference,
+            rows=rows,
+            report=report,
+            max_kl=max_kl,
+            until=until,
+        )
     texts = _in_turn(_kinds_of_text(options.text))
-    checks = [replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts)]
+    checks = [*left_out, *(replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts))]
     integer_weights: str | None = None
     if provider == "cpu":
         for name, graph in manifest.graphs.items():
@@ -168,6 +199,7 @@ def verify_bundle(
         "precision": manifest.precision,
         "integer_weights": integer_weights,
         "accepted_kl": max_kl,
+        "quick": options.quick,
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],

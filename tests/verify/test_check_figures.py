@@ -137,13 +137,20 @@ def test_each_step_has_its_rows_and_its_gate(
 
 def test_steps_report_and_name_their_graph() -> None:
     reported: list[Any] = []
-    steps = [lambda: iter([Check("a", 1, 2)]), lambda: iter([Check("b", 3, None), Check("c", 4, 5)])]
+    steps: checkpoint_checks.Steps = {
+        "one": lambda: iter([Check("a", 1, 2)]),
+        "two": lambda: iter([Check("b", 3, None), Check("c", 4, 5)]),
+    }
     runtime: Any = SimpleNamespace(graph="decoder")
     checks = checkpoint_checks.run_steps(runtime, steps, lambda *progress: reported.append(progress))
     assert [(check.name, check.value, check.graph) for check in checks] == [
         ("a", 1, "decoder"), ("b", 3, "decoder"), ("c", 4, "decoder")
     ]  # fmt: skip
     assert reported == [("verify decoder", done, 2) for done in (0, 1, 2)]
+    left_out = checkpoint_checks.run_steps(runtime, steps, lambda *_: None, until=0.0)
+    assert [(check.name, check.limit, check.passed) for check in left_out] == [
+        ("left out: one", None, True), ("left out: two", None, True)
+    ]  # fmt: skip
 
 
 def test_ragged_and_typical_rows() -> None:

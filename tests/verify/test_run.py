@@ -85,7 +85,9 @@ def test_each_graph_is_verified(
     dropped, reported, called = list[int](), list[Any](), list[tuple[str, bool, float | None]]()
     monkeypatch.setattr(type(mini.trunk), "drop_layers", lambda trunk: dropped.append(1))
 
-    def verify(runtime: Any, reference: Any, rows: Any, whole: bool, report: Any, max_kl: float | None) -> list[Check]:
+    def verify(
+        runtime: Any, reference: Any, rows: Any, whole: bool, report: Any, max_kl: float | None, **_: Any
+    ) -> list[Check]:
         texts = [*rows, *known]
         assert set(map(tuple, texts)) == reference.hidden.keys()  # read before layers are dropped
         called.append((runtime.graph, whole, max_kl))
@@ -120,3 +122,19 @@ def test_a_provider_has_one_graph(bundle: Path, mini: Checkpoint, monkeypatch: p
     assert called == [("decoder_cpu", True, 5)]
     assert [check.passed for check in checks] == [record["verified"]] == [False]
     assert (record["provider"], record["texts"]) == ("cpu", 5)
+
+
+def test_a_quick_verification_says_what_it_leaves_out(
+    bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[1] * 300 for _ in range(60)]
+    assert [len(ids) for ids in run._fewer(rows)] == [300] * 35 + [256]
+    assert run._fewer(rows[:33]) == [*rows[:32], rows[32][:256]]
+    checks, record = verify_bundle(bundle, mini, lambda *_: None, VerifyOptions(threads=1, quick=True))
+    assert (record["quick"], record["verified"]) == (True, True)
+    assert [check.name for check in checks if "left out" in check.name] == ["left out: tokens of texts"]
+    monkeypatch.setattr(run, "QUICK_SECONDS", 0)
+    checks, record = verify_bundle(bundle, mini, lambda *_: None, VerifyOptions(threads=1, quick=True))
+    assert {"left out: logits", "left out: mode cohort, all of it", "left out: data"} <= {c.name for c in checks}
+    assert all(check.limit is None for check in checks)
+    assert "KL" not in " ".join(check.name for check in checks)
