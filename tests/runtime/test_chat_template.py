@@ -50,7 +50,7 @@ def test_text_and_token_ids_are_those_of_transformers(model: ChatModel) -> None:
         if expected is not None and not spells_control_token:
             assert found(model.template.encode, fields) == model.expected(fields, tokenize=True), seed
             compared += 1
-    assert compared >= EXAMPLES / 5  # templates refuse some conversations, not most
+    assert compared >= EXAMPLES / 10  # Gemma takes turns in order alone, and reads <b> as a token
 
 
 def planted(text: str) -> dict[str, Conversation]:
