@@ -36,7 +36,7 @@ generate:
   --logit-bias ID=VALUE   added to a token's logit; may be given several times
   --logprobs N            with --json: log-probabilities, and those of 0 to 20 alternatives
   --seed N                the same seed gives the same tokens (0)
-  --prompt-lookup-num-tokens N  one prompt: draft up to N tokens from the text so far (0)
+  --prompt-lookup-num-tokens N  fp32: draft up to N tokens of a single row from its text (0)
   --stop TEXT             stop before this string; may be given several times
 score:
   --text FILE             texts from a file; may be given several times
@@ -141,11 +141,11 @@ void add_logprobs(Json& record, const chameleon::Generation& generation) {
 }
 
 void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
-  chameleon::GenerateOptions options{{.tenants = arguments.tenants, .adapters = arguments.adapters}};
-  options.max_new_tokens = arguments.max_new_tokens;
-  options.prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens;
-  options.sampling = arguments.sampling;
-  for (const chameleon::Generation& generation : runtime.generate(arguments.texts, options)) {
+  const chameleon::Generate how{.max_new_tokens = arguments.max_new_tokens,
+                                .sampling = arguments.sampling,
+                                .prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens};
+  const chameleon::Adapt adapt{.tenants = arguments.tenants, .adapters = arguments.adapters};
+  for (const chameleon::Generation& generation : runtime.generate(arguments.texts, how, adapt)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);
     if (arguments.json) {
       Json record = {{"token_ids", generation.token_ids},
@@ -165,18 +165,18 @@ void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   const std::span<const std::string> texts = arguments.texts;
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
     const std::size_t count = std::min(batch_size, texts.size() - start);
-    chameleon::AdaptOptions options;
+    chameleon::Adapt adapt;
     if (arguments.adapters) {
       const auto first = arguments.adapters->begin() + static_cast<std::ptrdiff_t>(start);
-      options.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
+      adapt.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
     }
     if (arguments.tenants) {
       const auto first = std::min(start, arguments.tenants->size());
       const auto last = std::min(start + count, arguments.tenants->size());
-      options.tenants.emplace(arguments.tenants->begin() + static_cast<std::ptrdiff_t>(first),
-                              arguments.tenants->begin() + static_cast<std::ptrdiff_t>(last));
+      adapt.tenants.emplace(arguments.tenants->begin() + static_cast<std::ptrdiff_t>(first),
+                            arguments.tenants->begin() + static_cast<std::ptrdiff_t>(last));
     }
-    for (const chameleon::Score& row : runtime.score(texts.subspan(start, count), options)) {
+    for (const chameleon::Score& row : runtime.score(texts.subspan(start, count), adapt)) {
       if (arguments.json) {
         const Json record = {
             {"token_ids", row.token_ids},

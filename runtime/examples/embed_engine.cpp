@@ -23,14 +23,15 @@ void print(const chameleon::Stream& stream) {
 void serve(const char* bundle) {
   const chameleon::Runtime runtime(bundle);
   chameleon::Engine engine(runtime, {.rows = 8, .max_waiting = 64});
-  chameleon::SubmitOptions options{.max_new_tokens = std::int64_t{20}, .mode = chameleon::Mode::centroid};
-  options.sampling = chameleon::Sampling{.temperature = 0.8, .top_p = 0.95, .seed = 7};
+  const chameleon::Generate generate{.max_new_tokens = 20,
+                                     .sampling = chameleon::Sampling{.temperature = 0.8, .top_p = 0.95, .seed = 7}};
+  const chameleon::Adapt adapt{.mode = chameleon::Mode::centroid};
 
   std::deque<chameleon::Stream> streams;
   for (std::string line; std::getline(std::cin, line);) {
     while (true) {
       try {
-        streams.push_back(engine.submit(std::span<const std::string>(&line, 1), options));  // returns at once
+        streams.push_back(engine.submit(std::span<const std::string>(&line, 1), generate, adapt));  // returns at once
         break;
       } catch (const chameleon::QueueFullError&) {  // finish the oldest request, then there is room
         print(streams.front());

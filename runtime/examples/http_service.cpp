@@ -20,7 +20,7 @@ constexpr const char* kJson = "application/json";
 
 struct Asked {
   std::vector<std::string> prompts;
-  chameleon::SubmitOptions options{};
+  chameleon::Generate generate{};
   bool stream = false;
 };
 
@@ -33,10 +33,10 @@ Asked parse(const std::string& body) {
   const Json prompt = json.at("prompt").is_string() ? Json::array({json.at("prompt")}) : json.at("prompt");
   Asked asked{.prompts = prompt};
   asked.stream = json.value("stream", asked.stream);
-  asked.options.max_new_tokens = json.value("max_tokens", std::int64_t{16});
+  asked.generate.max_new_tokens = json.value("max_tokens", std::int64_t{16});
   const std::uint64_t seed = json.value("seed", std::uint64_t{std::random_device{}()});
   const chameleon::Sampling sampling{.temperature = json.value("temperature", 1.0), .seed = seed};
-  asked.options.sampling = std::vector(asked.prompts.size(), sampling);  // each prompt as if it were alone
+  asked.generate.sampling = std::vector(asked.prompts.size(), sampling);  // each prompt as if it were alone
   return asked;
 }
 
@@ -121,7 +121,7 @@ void serve(const char* bundle, int port, const sigset_t& ends) {
   });
   server.Post("/v1/completions", [&](const auto& request, auto& response) {
     const Asked asked = parse(request.body);
-    const chameleon::Stream stream = engine.submit(asked.prompts, asked.options);
+    const chameleon::Stream stream = engine.submit(asked.prompts, asked.generate);
     asked.stream ? answer_in_parts(stream, request, response) : answer_whole(stream, request, response);
   });
   if (port != 0 && !server.bind_to_port("127.0.0.1", port)) throw chameleon::InputError("choose another port");

@@ -27,15 +27,25 @@ Sampling any_sampling(FuzzedDataProvider& data) {
           .ignore_eos = data.ConsumeBool()};
 }
 
-SubmitOptions any_options(FuzzedDataProvider& data) {
-  SubmitOptions options{.mode = data.PickValueInArray(
-                            {Mode::none, Mode::static_, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant})};
-  options.max_new_tokens = data.ConsumeIntegralInRange<std::int64_t>(0, 12);
-  options.sampling = any_sampling(data);
-  options.n = data.ConsumeIntegralInRange<std::size_t>(0, 4);
-  if (data.ConsumeBool()) options.tenant = data.ConsumeRandomLengthString(2);
-  if (data.ConsumeBool()) options.deadline = Seconds(data.ConsumeIntegralInRange(-1, 1) * 1e-9);
-  if (data.ConsumeBool()) options.adapt_tokens = data.ConsumeIntegralInRange<std::size_t>(0, 3);
+/// How a submit is adapted and generated.
+struct Options {
+  Adapt adapt{};
+  Generate generate{};
+};
+
+Options any_options(FuzzedDataProvider& data, std::size_t prompts) {
+  Options options;
+  auto& [adapt, generate] = options;
+  adapt.mode =
+      data.PickValueInArray({Mode::none, Mode::static_, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant});
+  generate.max_new_tokens = data.ConsumeIntegralInRange<std::int64_t>(0, 12);
+  generate.sampling = any_sampling(data);
+  generate.n = data.ConsumeIntegralInRange<std::size_t>(0, 4);
+  if (data.ConsumeBool()) adapt.tenants.emplace(prompts, data.ConsumeRandomLengthString(2));
+  if (data.ConsumeBool()) generate.deadline = Seconds(data.ConsumeIntegralInRange(-1, 1) * 1e-9);
+  if (data.ConsumeBool()) adapt.adapt_tokens = data.ConsumeIntegralInRange<std::size_t>(0, 3);
+  // It takes no bytes of its own, so that the corpus keeps its meaning.
+  generate.prompt_lookup_num_tokens = static_cast<std::int64_t>(generate.n) * 4;
   return options;
 }
 
@@ -72,14 +82,17 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* bytes, std::size_t si
   const auto rows = data.ConsumeIntegralInRange<std::size_t>(1, 4);
   const auto capacity = data.ConsumeIntegralInRange<std::size_t>(8, 48);
   FactorTable table(data.ConsumeIntegralInRange<std::size_t>(1, rows));
-  const auto batch = open_batch(*runtime.impl().decoder, table, rows, capacity, data.ConsumeIntegralInRange(8, 17));
+  const auto batch = open_batch(*runtime.impl().backend.decoder, table, rows, capacity,
+                                {data.ConsumeIntegralInRange<std::size_t>(8, 17)});
   Loop loop(*batch, table, runtime.tokenizer(), runtime.manifest().model.eos_token_id);
   std::vector<Stream> streams;
   while (data.remaining_bytes() > 0) {
     switch (data.ConsumeIntegralInRange(0, 3)) {
       case 0:
         try {
-          const Submission submission = prepare(runtime.impl(), capacity, any_prompts(data), any_options(data));
+          const auto prompts = any_prompts(data);
+          const auto [adapt, generate] = any_options(data, prompts.size());
+          const Submission submission = prepare(runtime.impl(), prompts, generate, adapt, capacity);
           form_cohort(runtime.impl(), std::span(&submission, 1), 0);
           loop.wait(submission.members);
           streams.emplace_back(submission.stream);

@@ -87,6 +87,7 @@ typedef struct {
    * conditioning_size numbers, row-major; else NULL */
   const float* conditioning;
   size_t conditioning_size;
+  size_t adapt_tokens; /* embed only this many leading tokens of every text; 0: all */
 } chameleon_batch;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,
@@ -145,25 +146,30 @@ typedef struct {
   size_t num_top_logprobs;
 } chameleon_token;
 
-/* Called for every token. Return 0 to cancel this row; the other rows continue. */
+/* Called for every token, after each step in the order of the rows. Return 0 to cancel this row, which then ends before
+ * the next step; the other rows continue. */
 typedef int (*chameleon_on_token)(const chameleon_token* token, void* user);
 
-/* How to continue the prompts of one chameleon_generate. Zero is the default in every field. */
+/* How to continue the prompts of one call. Zero is the default in every field. */
 typedef struct {
   int64_t max_new_tokens; /* 20 by default */
-  /* One for all prompts (num_samplings 1), where row i draws from random stream i, or one per prompt, where each row
-   * draws from stream 0. NULL with num_samplings 0 samples greedily. */
+  /* One for all prompts (num_samplings 1), where row i draws from random stream i, or one per prompt, where its
+   * continuation k draws from stream k. NULL with num_samplings 0 samples greedily. */
   const chameleon_sampling* sampling;
   size_t num_samplings;
-  int64_t prompt_lookup_num_tokens; /* one prompt on the CPU: draft up to this many tokens, at most 16, from the text so
-                                       far; 0 is off */
+  size_t n;                         /* continuations per prompt; 1 by default */
+  double deadline_seconds;          /* after which rows that have not ended finish as "deadline"; none by default */
+  int64_t prompt_lookup_num_tokens; /* on the CPU, in fp32, while a single row is generated: draft up to this many
+                                       tokens, at most 16, from the text so far; 0 is off */
   const char* errors; /* of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" (default)
-                         fails the call, "row" ends that row alone, with finish reason "error" */
-  chameleon_on_token on_token;
-  void* user; /* passed to on_token */
+                         fails the call, "row" ends that row alone, with finish reason "error", as an engine does */
+  chameleon_on_token on_token; /* of chameleon_engine_submit: called by the engine's thread, in place of
+                                  chameleon_stream_next; must be quick */
+  void* user;                  /* passed to on_token */
 } chameleon_generate_options;
 
-/* options: NULL for the defaults */
+/* Row i * n + k is continuation k of prompt i.
+ * options: NULL for the defaults */
 CHAMELEON_EXPORT chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const chameleon_batch* batch,
                                                      const chameleon_generate_options* options,
                                                      chameleon_generations** generations);
@@ -172,7 +178,7 @@ CHAMELEON_EXPORT const int64_t* chameleon_generation_token_ids(const chameleon_g
 CHAMELEON_EXPORT const char* chameleon_generation_text(const chameleon_generations* generations, size_t row,
                                                        size_t* size);
 CHAMELEON_EXPORT int64_t chameleon_generation_cluster_id(const chameleon_generations* generations, size_t row);
-/* "stop", "length" or "cancelled"; with errors "row" also "error"; of an engine also "error" or "deadline". */
+/* "stop", "length", "cancelled", "deadline" or "error". */
 CHAMELEON_EXPORT const char* chameleon_generation_finish_reason(const chameleon_generations* generations, size_t row);
 /* One for each token id; none without chameleon_sampling.logprobs. */
 CHAMELEON_EXPORT const float* chameleon_generation_token_logprobs(const chameleon_generations* generations, size_t row,
@@ -213,22 +219,11 @@ CHAMELEON_EXPORT chameleon_stats chameleon_engine_stats(const chameleon_engine* 
 CHAMELEON_EXPORT chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_seconds);
 CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
 
-/* How to continue the prompts of one submit. Zero is the default in every field. */
-typedef struct {
-  int64_t max_new_tokens;             /* 20 by default */
-  const chameleon_sampling* sampling; /* one, or one per prompt; continuation k of a prompt draws from stream k */
-  size_t num_samplings;
-  const char* tenant;      /* mode tenant: the tenant of the prompts; the batch's tenants must be NULL */
-  const char* adapter;     /* mode static: the adapter of the prompts; the batch's adapters must be NULL */
-  size_t n;                /* continuations per prompt; 1 by default */
-  double deadline_seconds; /* after which rows that have not ended finish as "deadline"; none by default */
-  size_t adapt_tokens;     /* embed only this many leading tokens of every prompt; all by default */
-} chameleon_submit_options;
-
-/* Queue every prompt and return at once. The arguments are copied. Row i * n + k is continuation k of prompt i.
+/* Queue every prompt and return at once. The arguments are copied; `errors` must be NULL.
+ * options: NULL for the defaults
  * Errors besides those of chameleon_generate: "queue_full" and "closed". */
 CHAMELEON_EXPORT chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chameleon_batch* batch,
-                                                          const chameleon_submit_options* options,
+                                                          const chameleon_generate_options* options,
                                                           chameleon_stream** stream);
 /* Wait for the next token, at most timeout_seconds (negative: without limit). Returns 1 with a token, 0 after the last
  * token of the last row, and -1 after the timeout. One thread at a time reads a stream. */

@@ -74,13 +74,15 @@ std::span<const float> row_of(std::span<const float> matrix, std::size_t row, st
 
 }  // namespace
 
-std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle) {
+std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle,
+                         std::optional<std::size_t> adapt_tokens) {
   const AdaptationSpec& spec = bundle.manifest.adaptation;
   const auto hidden_size = static_cast<std::size_t>(bundle.manifest.model.hidden_size);
   std::vector<float> embeddings;
   embeddings.reserve(rows.size() * hidden_size);
   std::vector<double> pooled(hidden_size), squares(hidden_size);
-  for (const std::vector<std::int64_t>& ids : rows) {
+  for (const std::vector<std::int64_t>& row : rows) {
+    const auto ids = std::span(row).first(std::min(row.size(), adapt_tokens.value_or(row.size())));
     std::ranges::fill(pooled, 0.0);
     for (const std::int64_t id : ids) add_embedding(bundle, id, 1, pooled);
     auto count = static_cast<std::int64_t>(ids.size());

@@ -11,7 +11,9 @@ namespace chameleon {
 
 /// Text embeddings [batch, hidden]: e = p / (||p|| + 1e-8), where p is the mean token embedding of a row.
 /// Protocol `paper` also pools the EOS padding up to max_length.
-std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle);
+/// adapt_tokens: how many leading tokens of a row are embedded; nothing for all
+std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle,
+                         std::optional<std::size_t> adapt_tokens = {});
 
 /// The nearest centroid of each row, [batch]: argmin_k ||e - mu_k||^2, ties to the lowest k; -1 without centroids.
 std::vector<std::int64_t> assign(std::span<const float> embeddings, std::span<const float> centroids,

@@ -6,7 +6,6 @@
 #include "chameleon/error.h"
 #include "contract/adapter_file.h"
 #include "contract/basis.h"
-#include "factors.h"
 
 namespace chameleon {
 
@@ -86,21 +85,6 @@ FactorSource Adapters::source(const std::string& name) {
   const auto found = adapters_.find(name);
   if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
   return source_of(number, set);
-}
-
-RowFactors Adapters::of_rows(const AdapterNames& names) {
-  AdapterNames chosen;
-  std::vector<FactorSets> sets;
-  RowFactors factors;
-  for (const std::optional<std::string>& name : names) {
-    const auto found = std::ranges::find(chosen, name);
-    factors.factor_ids.push_back(found - chosen.begin());
-    if (found != chosen.end()) continue;
-    chosen.push_back(name);
-    sets.push_back(name ? source(*name).make() : no_factors(bundle_.manifest.adaptation));
-  }
-  factors.sets = stack_sets(sets);
-  return factors;
 }
 
 std::pair<FactorSets, Adapters::File> Adapters::read(const std::filesystem::path& file) const {

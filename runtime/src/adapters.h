@@ -10,7 +10,7 @@
 
 #include "chameleon/adaptation.h"
 #include "chameleon/bundle.h"
-#include "engine/factor_table.h"
+#include "factors.h"
 
 namespace chameleon {
 
@@ -32,8 +32,6 @@ class Adapters {
   /// The factors of an adapter, which the result holds, whatever is unloaded or leaves the memory.
   /// Throws AdapterError for a name that no adapter has, or a file that has changed.
   [[nodiscard]] FactorSource source(const std::string& name);
-  /// A stack of the sets that rows use, in order of first appearance; a row without an adapter uses a set of zeros.
-  [[nodiscard]] RowFactors of_rows(const AdapterNames& names);
 
  private:
   /// Where factors are read again when they have left the memory, and the SHA-256 of what was loaded.

@@ -62,7 +62,7 @@ chameleon_error* guarded(const Work& work) noexcept {
 struct Batch {
   std::vector<std::string> strings;
   std::vector<TokenIds> ids;
-  AdaptOptions options;
+  Adapt adapt;
 
   explicit Batch(const chameleon_batch& batch) {
     for (std::size_t i = 0; i < batch.num_texts; ++i) {
@@ -74,23 +74,24 @@ struct Batch {
       }
     }
     if (!strings.empty() && !ids.empty()) throw InputError("the batch mixes texts and token id lists: pass one kind");
-    if (batch.mode != nullptr) options.mode = parse_mode(batch.mode);
-    if (batch.tenants != nullptr) options.tenants.emplace(batch.tenants, batch.tenants + batch.num_texts);
+    if (batch.mode != nullptr) adapt.mode = parse_mode(batch.mode);
+    if (batch.tenants != nullptr) adapt.tenants.emplace(batch.tenants, batch.tenants + batch.num_texts);
     if (batch.adapters != nullptr) {
-      options.adapters.emplace();
+      adapt.adapters.emplace();
       for (const char* name : std::span(batch.adapters, batch.num_texts)) {
-        options.adapters->push_back(name == nullptr ? std::nullopt : std::optional<std::string>(name));
+        adapt.adapters->push_back(name == nullptr ? std::nullopt : std::optional<std::string>(name));
       }
     }
     if (batch.conditioning != nullptr) {
       const std::span values(batch.conditioning, batch.num_texts * batch.conditioning_size);
-      options.conditioning = Matrix{batch.num_texts, batch.conditioning_size, values};
+      adapt.conditioning = Matrix{batch.num_texts, batch.conditioning_size, values};
     }
+    if (batch.adapt_tokens != 0) adapt.adapt_tokens = batch.adapt_tokens;
     if (batch.factors == nullptr) return;
-    options.factors.emplace();
+    adapt.factors.emplace();
     for (const chameleon_factor& factor : std::span(batch.factors, batch.num_factors)) {
       const std::span values(factor.data, factor.rows * factor.columns);
-      if (!options.factors->emplace(factor.name, Matrix{factor.rows, factor.columns, values}).second) {
+      if (!adapt.factors->emplace(factor.name, Matrix{factor.rows, factor.columns, values}).second) {
         throw FactorsError(std::string("factors have '") + factor.name + "' twice");
       }
     }
@@ -127,7 +128,8 @@ PerPrompt<Sampling> read_all(const chameleon_sampling* sampling, size_t num_samp
   return samplings;
 }
 
-OnError read_errors(std::string_view word) {
+OnError read_errors(const char* given) {
+  const std::string_view word = given == nullptr ? "raise" : given;
   if (word == "raise") return OnError::raise;
   if (word == "row") return OnError::row;
   throw InputError("errors must be one of raise, row, got '" + std::string(word.substr(0, 40)) + "'");
@@ -146,6 +148,23 @@ chameleon_token as_c(const Token& token) {
           token.logprob.value_or(0),
           as_c(token.top_logprobs),
           token.top_logprobs.size()};
+}
+
+Generate read(const chameleon_generate_options& given) {
+  Generate generate{.sampling = read_all(given.sampling, given.num_samplings),
+                    .prompt_lookup_num_tokens = given.prompt_lookup_num_tokens};
+  if (given.max_new_tokens != 0) generate.max_new_tokens = given.max_new_tokens;
+  if (given.n != 0) generate.n = given.n;
+  if (given.deadline_seconds != 0) generate.deadline = Seconds(given.deadline_seconds);
+  return generate;
+}
+
+OnToken callback_of(const chameleon_generate_options& given) {
+  if (given.on_token == nullptr) return {};
+  return [call = given.on_token, user = given.user](const Token& token) {
+    const chameleon_token seen = as_c(token);
+    return call(&seen, user) != 0;
+  };
 }
 
 /// A copy that C can free.
@@ -198,7 +217,7 @@ chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chamele
                                  chameleon_adaptation** adaptation) {
   return guarded([&] {
     const Batch given(*batch);
-    *adaptation = new chameleon_adaptation{runtime->value.adapt(given.texts(), given.options)};
+    *adaptation = new chameleon_adaptation{runtime->value.adapt(given.texts(), given.adapt)};
   });
 }
 size_t chameleon_adaptation_num_factor_sets(const chameleon_adaptation* adaptation) {
@@ -228,7 +247,7 @@ chameleon_error* chameleon_score(const chameleon_runtime* runtime, const chamele
                                  chameleon_scores** scores) {
   return guarded([&] {
     const Batch given(*batch);
-    *scores = new chameleon_scores{runtime->value.score(given.texts(), given.options)};
+    *scores = new chameleon_scores{runtime->value.score(given.texts(), given.adapt)};
   });
 }
 const int64_t* chameleon_score_token_ids(const chameleon_scores* scores, size_t row, size_t* count) {
@@ -246,20 +265,9 @@ chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const cham
                                     const chameleon_generate_options* options, chameleon_generations** generations) {
   return guarded([&] {
     const Batch given(*batch);
-    GenerateOptions chosen{given.options};
-    if (options != nullptr) {
-      if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
-      chosen.sampling = read_all(options->sampling, options->num_samplings);
-      chosen.prompt_lookup_num_tokens = options->prompt_lookup_num_tokens;
-      if (options->errors != nullptr) chosen.errors = read_errors(options->errors);
-      if (options->on_token != nullptr) {
-        chosen.on_token = [options](const Token& token) {
-          const chameleon_token seen = as_c(token);
-          return options->on_token(&seen, options->user) != 0;
-        };
-      }
-    }
-    *generations = new chameleon_generations{runtime->value.generate(given.texts(), chosen)};
+    const chameleon_generate_options chosen = options != nullptr ? *options : chameleon_generate_options{};
+    *generations = new chameleon_generations{runtime->value.stream(given.texts(), callback_of(chosen), read(chosen),
+                                                                   given.adapt, read_errors(chosen.errors))};
   });
 }
 const int64_t* chameleon_generation_token_ids(const chameleon_generations* generations, size_t row, size_t* count) {
@@ -321,23 +329,12 @@ chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_s
 void chameleon_engine_free(chameleon_engine* engine) { delete engine; }
 
 chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chameleon_batch* batch,
-                                         const chameleon_submit_options* options, chameleon_stream** stream) {
+                                         const chameleon_generate_options* options, chameleon_stream** stream) {
   return guarded([&] {
     const Batch given(*batch);
-    if (given.options.tenants) throw InputError("the batch of a submit has no tenants: pass one in its options");
-    if (given.options.adapters) throw InputError("the batch of a submit has no adapters: pass one in its options");
-    SubmitOptions chosen{
-        .mode = given.options.mode, .factors = given.options.factors, .conditioning = given.options.conditioning};
-    if (options != nullptr) {
-      if (options->max_new_tokens != 0) chosen.max_new_tokens = options->max_new_tokens;
-      chosen.sampling = read_all(options->sampling, options->num_samplings);
-      if (options->tenant != nullptr) chosen.tenant = options->tenant;
-      if (options->adapter != nullptr) chosen.adapter = options->adapter;
-      if (options->n != 0) chosen.n = options->n;
-      if (options->deadline_seconds != 0) chosen.deadline = Seconds(options->deadline_seconds);
-      if (options->adapt_tokens != 0) chosen.adapt_tokens = options->adapt_tokens;
-    }
-    *stream = new chameleon_stream{engine->value.submit(given.texts(), std::move(chosen))};
+    const chameleon_generate_options chosen = options != nullptr ? *options : chameleon_generate_options{};
+    if (chosen.errors != nullptr) throw InputError("errors is for chameleon_generate: leave it out");
+    *stream = new chameleon_stream{engine->value.submit(given.texts(), read(chosen), given.adapt, callback_of(chosen))};
   });
 }
 int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, chameleon_token* token) {

@@ -110,25 +110,13 @@ FactorSets stack_sets(std::span<const FactorSets> stacks) {
   return make_factor_sets(count, rank, std::move(tensors));
 }
 
-RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids) {
-  std::vector<std::int64_t> present(set_ids.begin(), set_ids.end());
-  std::ranges::sort(present);
-  present.erase(std::ranges::unique(present).begin(), present.end());
-  RowFactors selected;
-  for (const std::int64_t id : set_ids) {
-    selected.factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
-  }
-  const auto count = static_cast<std::int64_t>(present.size());
-  if (count == all.count) {
-    selected.sets = all;
-    return selected;
-  }
+FactorSets pick(const FactorSets& all, std::span<const std::int64_t> set_ids) {
+  if (std::ssize(set_ids) == all.count) return all;
   Tensors tensors;
   for (const auto& [name, values] : all.tensors) {
-    tensors[name] = copy_sets(values, values.size() / static_cast<std::size_t>(all.count), present);
+    tensors[name] = copy_sets(values, values.size() / static_cast<std::size_t>(all.count), set_ids);
   }
-  selected.sets = make_factor_sets(count, all.rank, std::move(tensors));
-  return selected;
+  return make_factor_sets(std::ssize(set_ids), all.rank, std::move(tensors));
 }
 
 }  // namespace chameleon

@@ -1,6 +1,8 @@
 // Making, checking and selecting factor sets.
 #pragma once
 
+#include <functional>
+
 #include "chameleon/factors.h"
 #include "chameleon/manifest.h"
 
@@ -27,7 +29,13 @@ FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);
 /// All sets of some stacks as one stack; smaller ranks are padded with zeros.
 FactorSets stack_sets(std::span<const FactorSets> stacks);
 
-/// The sets that `set_ids` name, in ascending order, and which of them each row uses.
-RowFactors select(const FactorSets& all, std::span<const std::int64_t> set_ids);
+/// The sets that `set_ids` name, each once and in ascending order.
+FactorSets pick(const FactorSets& all, std::span<const std::int64_t> set_ids);
+
+/// The source of a row's factor set. Nothing is generated before it is made.
+struct FactorSource {
+  std::string key;                   ///< equal for rows that share a set
+  std::function<FactorSets()> make;  ///< a stack of that set only
+};
 
 }  // namespace chameleon

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <numeric>
 
 #include "chameleon/error.h"
 
@@ -14,6 +13,17 @@ std::string_view to_string(FinishReason reason) {
 }
 
 namespace {
+
+constexpr std::size_t kMaxContinuations = 65536;
+constexpr std::int64_t kMaxDraftTokens = 16;  // of one call; logits of each take vocab * 4 bytes
+
+/// Throws InputError for an argument that is not an integer from `least` to `most`.
+template <class T>
+void check_integer(const char* name, T value, T least, T most) {
+  if (value >= least && value <= most) return;
+  throw InputError(std::string(name) + " must be an integer from " + std::to_string(least) + " to " +
+                   std::to_string(most) + ", got " + std::to_string(value));
+}
 
 /// One value for all rows, or one for each.
 template <class T>
@@ -106,9 +116,17 @@ std::size_t Row::held_back() {
   return text.size() - first;
 }
 
+void check(const Generate& generate) {
+  check_integer<std::size_t>("n", generate.n, 1, kMaxContinuations);
+  if (generate.deadline && !(*generate.deadline > Seconds::zero())) {  // false for NaN
+    throw InputError("deadline must be a number of seconds above 0");
+  }
+  check_integer<std::int64_t>("prompt_lookup_num_tokens", generate.prompt_lookup_num_tokens, 0, kMaxDraftTokens);
+}
+
 std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,
-                            const PerPrompt<std::int64_t>& max_new_tokens, const PerPrompt<Sampling>& sampling,
-                            std::size_t n, std::int64_t capacity, std::int64_t vocab_size) {
+                            const Generate& generate, std::size_t capacity, std::int64_t vocab_size) {
+  const auto& [max_new_tokens, sampling, n, deadline, draft_tokens] = generate;
   check_count(max_new_tokens, prompts.size(), "max_new_tokens");
   check_count(sampling, prompts.size(), "sampling");
   const bool single = std::holds_alternative<Sampling>(sampling);
@@ -116,69 +134,16 @@ std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const s
   rows.reserve(prompts.size() * n);
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     check(value_of(sampling, i), vocab_size);
-    if (value_of(max_new_tokens, i) < 1) throw InputError("max_new_tokens must be at least 1");
+    const std::int64_t limit = value_of(max_new_tokens, i);
+    if (limit < 1) throw InputError("max_new_tokens must be at least 1, got " + std::to_string(limit));
     // The last new token is never fed back, so it needs no position.
-    const std::int64_t room = capacity - std::ssize(prompts[i]) + 1;
+    const std::int64_t room = static_cast<std::int64_t>(capacity) - std::ssize(prompts[i]) + 1;
     for (std::size_t k = 0; k < n; ++k) {
-      rows.emplace_back(i * n + k, prompts[i], std::min(value_of(max_new_tokens, i), room), value_of(sampling, i),
-                        (single ? i * n : 0) + k, cluster_ids[i]);
+      rows.emplace_back(i * n + k, prompts[i], std::min(limit, room), value_of(sampling, i), (single ? i * n : 0) + k,
+                        cluster_ids[i]);
     }
   }
   return rows;
-}
-
-Token append_choice(Row& row, std::span<float> logits, const Tokenizer& tokenizer, std::int64_t eos_token_id,
-                    OnError errors) {
-  try {
-    return row.append(row.sampler().choose(logits), tokenizer, eos_token_id);
-  } catch (const Error& error) {
-    if (errors == OnError::raise) throw;
-    return row.end(FinishReason::error, error);
-  }
-}
-
-std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
-                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, OnError errors,
-                                      const OnToken& on_token, const std::stop_token& stop) {
-  std::vector<Generation> generations(rows.size());
-  std::vector<std::size_t> active(rows.size());  // rows by their place in the cache
-  std::iota(active.begin(), active.end(), 0);
-  const auto finish = [&](const Token& token) { generations[token.row] = *token.generation; };
-  std::vector<std::span<const std::int64_t>> prompts;
-  for (const Row& row : rows) prompts.push_back(row.prompt());
-  try {
-    const std::size_t capacity = std::ranges::max_element(rows, {}, &Row::capacity)->capacity();
-    auto [logits, cache] = decoder.prefill(prompts, factors, capacity, stop);
-    while (!stop.stop_requested()) {
-      std::vector<std::size_t> going;
-      std::vector<std::int64_t> chosen;
-      for (std::size_t i = 0; i < active.size(); ++i) {
-        Row& row = rows[active[i]];
-        const Token token = append_choice(row, logits.at(i), tokenizer, eos_token_id, errors);
-        const bool wanted = !on_token || on_token(token);
-        if (token.generation != nullptr) {
-          finish(token);
-        } else if (wanted) {
-          going.push_back(i);
-          chosen.push_back(token.token_id);
-        } else {
-          finish(row.end(FinishReason::cancelled));
-        }
-      }
-      if (going.empty()) return generations;
-      if (going.size() < active.size()) {
-        decoder.select(*cache, going);
-        factors = factors.rows(going);
-        for (std::size_t i = 0; i < going.size(); ++i) active[i] = active[going[i]];
-        active.resize(going.size());
-      }
-      logits = decoder.step(chosen, factors, *cache, stop);
-    }
-  } catch (const GraphError&) {
-    if (!stop.stop_requested()) throw;  // else it is how ONNX Runtime reports that it was told to stop
-  }
-  for (const std::size_t row : active) finish(rows[row].end(FinishReason::cancelled));
-  return generations;
 }
 
 }  // namespace chameleon

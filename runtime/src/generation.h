@@ -1,7 +1,6 @@
 #pragma once
 
 #include "chameleon/runtime.h"
-#include "decode/decoder.h"
 #include "sampling.h"
 
 namespace chameleon {
@@ -45,21 +44,15 @@ class Row {
   Generation generation_;
 };
 
-/// n rows for each prompt; rows of one prompt are adjacent. With one Sampling for all, row i draws from random stream
-/// i; with one per prompt, its k-th row draws from stream k. prompts: must outlive the rows capacity: tokens that a row
-/// can hold Throws InputError or TokenError.
+/// Throws InputError for fields that are wrong for any prompts.
+void check(const Generate& generate);
+
+/// Rows for each prompt, in order; those of one prompt are adjacent.
+/// prompts: must outlive the rows
+/// generate: checked
+/// capacity: tokens that a row can hold
+/// Throws InputError or TokenError.
 std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,
-                            const PerPrompt<std::int64_t>& max_new_tokens, const PerPrompt<Sampling>& sampling,
-                            std::size_t n, std::int64_t capacity, std::int64_t vocab_size);
-
-/// Append the next token to a row, or end the row with the error that choosing or decoding it threw.
-/// logits: of the row, [vocab]
-Token append_choice(Row& row, std::span<float> logits, const Tokenizer& tokenizer, std::int64_t eos_token_id,
-                    OnError errors);
-
-/// Sample, stop, drop finished rows, decode one step, again. Returns the generations in the order of the rows.
-std::vector<Generation> generate_rows(std::vector<Row> rows, const Decoder& decoder, RowFactors factors,
-                                      const Tokenizer& tokenizer, std::int64_t eos_token_id, OnError errors,
-                                      const OnToken& on_token, const std::stop_token& stop);
+                            const Generate& generate, std::size_t capacity, std::int64_t vocab_size);
 
 }  // namespace chameleon

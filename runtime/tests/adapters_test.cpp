@@ -15,6 +15,8 @@ namespace {
 
 const std::vector<TokenIds> kPrompts = {{5, 9, 301}, {17, 44}, {7}};
 
+const Adapt kLegal{.adapters = AdapterNames(kPrompts.size(), "legal")};
+
 Json case_named(const std::string& name) {
   for (const Json& each : read_data("adapters.json")) {
     if (each.at("name") == name) return each;
@@ -35,7 +37,7 @@ struct AdapterCase {
 
 std::vector<TokenIds> tokens(const Runtime& runtime, const AdapterNames& adapters) {
   std::vector<TokenIds> rows;
-  for (const Generation& row : runtime.generate(kPrompts, {{.adapters = adapters}})) rows.push_back(row.token_ids);
+  for (const Generation& row : runtime.generate(kPrompts, {}, {.adapters = adapters})) rows.push_back(row.token_ids);
   return rows;
 }
 
@@ -109,11 +111,11 @@ TEST(Adapters, AnEngineTakesThemByName) {
   runtime.load_adapter("legal", given.file);
   const auto expected = tokens(runtime, {"legal", "legal", "legal"});
   Engine engine(runtime);
-  const Stream stream = engine.submit(kPrompts, {.adapter = "legal"});
+  const Stream stream = engine.submit(kPrompts, {}, kLegal);
   runtime.unload_adapter("legal");  // its rows keep it
   const auto found = stream.result();
   for (std::size_t row = 0; row < found.size(); ++row) EXPECT_EQ(found[row].token_ids, expected[row]);
-  EXPECT_THROW((void)engine.submit(kPrompts, {.adapter = "legal"}), AdapterError);
+  EXPECT_THROW((void)engine.submit(kPrompts, {}, kLegal), AdapterError);
 }
 
 TEST(Concurrency, AdaptersComeAndGo) {
@@ -125,7 +127,7 @@ TEST(Concurrency, AdaptersComeAndGo) {
   Engine engine(runtime, {.rows = 4});
   const auto through_the_engine = [&] {
     std::vector<TokenIds> rows;
-    for (const Generation& row : engine.submit(kPrompts, {.adapter = "legal"}).result()) rows.push_back(row.token_ids);
+    for (const Generation& row : engine.submit(kPrompts, {}, kLegal).result()) rows.push_back(row.token_ids);
     return rows;
   };
   std::atomic<std::size_t> running = 4, wrong = 0;
@@ -151,12 +153,11 @@ TEST(Errors, OfOneRowEndItAlone) {
   Runtime runtime(given.bundle.path());
   runtime.load_adapter("legal", given.file);
   const auto expected = tokens(runtime, {{}, {}, "own"});
-  GenerateOptions options{{.adapters = AdapterNames{{}, "legal", "own"}}};
-  EXPECT_THROW(runtime.generate(kPrompts, options), NumericError);
-  options.errors = OnError::row;
+  const Adapt adapt{.adapters = AdapterNames{{}, "legal", "own"}};
+  EXPECT_THROW(runtime.generate(kPrompts, {}, adapt), NumericError);
   std::size_t ends = 0;
-  options.on_token = [&](const Token& token) { return ends += token.generation != nullptr ? 1 : 0, true; };
-  const auto found = runtime.generate(kPrompts, options);
+  const auto on_token = [&](const Token& token) { return ends += token.generation != nullptr ? 1 : 0, true; };
+  const auto found = runtime.stream(kPrompts, on_token, {}, adapt, OnError::row);
   EXPECT_EQ(ends, 3U);
   EXPECT_EQ(found[0].token_ids, expected[0]);
   EXPECT_EQ(found[2].token_ids, expected[2]);
@@ -169,11 +170,11 @@ TEST(Errors, OfARowThatDraftsEndIt) {
   const AdapterCase given(case_named("its_logits_overflow"));
   Runtime runtime(given.bundle.path());
   runtime.load_adapter("legal", given.file);
-  GenerateOptions options{{.adapters = AdapterNames{"legal"}}};
-  options.prompt_lookup_num_tokens = 4;
-  EXPECT_THROW(runtime.generate(std::span(kPrompts).first(1), options), NumericError);
-  options.errors = OnError::row;
-  EXPECT_EQ(runtime.generate(std::span(kPrompts).first(1), options)[0].finish_reason, FinishReason::error);
+  const Generate generate{.prompt_lookup_num_tokens = 4};
+  const Adapt adapt{.adapters = AdapterNames{"legal"}};
+  const auto prompt = std::span(kPrompts).first(1);
+  EXPECT_THROW(runtime.generate(prompt, generate, adapt), NumericError);
+  EXPECT_EQ(runtime.generate(prompt, generate, adapt, OnError::row)[0].finish_reason, FinishReason::error);
 }
 
 }  // namespace chameleon::test

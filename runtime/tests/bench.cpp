@@ -82,9 +82,7 @@ void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
   const auto rows = prompts(batch, runtime.manifest().model.vocab_size);
   std::vector<double> steps, outside;
   Clock::time_point last;
-  chameleon::GenerateOptions options;
-  options.max_new_tokens = tokens;
-  options.on_token = [&](const chameleon::Token& token) {
+  const auto on_token = [&](const chameleon::Token& token) {
     if (token.row + 1 < batch) return true;
     const auto now = Clock::now();
     if (last != Clock::time_point()) {
@@ -95,7 +93,7 @@ void decode(const std::string& bundle, std::size_t batch, std::int64_t tokens) {
     last = now;
     return true;
   };
-  runtime.generate(rows, options);
+  runtime.stream(rows, on_token, {.max_new_tokens = tokens});
   std::cout << Json({{"batch", batch},
                      {"ms_per_step", median(steps)},
                      {"microseconds_outside_run", median(outside) * 1e3},
@@ -126,10 +124,7 @@ void engine(const std::string& bundle, std::size_t rounds) {
     work();
     return static_cast<double>(tokens) * 1e3 / milliseconds(Clock::now() - start);
   };
-  chameleon::GenerateOptions generate;
-  chameleon::SubmitOptions submit;
-  generate.max_new_tokens = submit.max_new_tokens = kTokens;
-  generate.sampling = submit.sampling = chameleon::Sampling{.ignore_eos = true};
+  const chameleon::Generate generate{.max_new_tokens = kTokens, .sampling = chameleon::Sampling{.ignore_eos = true}};
   for (std::size_t round = 0; round < rounds; ++round) {
     offline.push_back(per_second(kCallers * kTokens, [&] { runtime.generate(rows, generate); }));
     closed.push_back(per_second(kCallers * kRequests * kTokens, [&] {
@@ -137,7 +132,7 @@ void engine(const std::string& bundle, std::size_t rounds) {
       for (const TokenIds& row : rows) {
         callers.emplace_back([&] {
           for (std::size_t request = 0; request < kRequests; ++request) {
-            const chameleon::Stream stream = engine.submit(std::span(&row, 1), submit);
+            const chameleon::Stream stream = engine.submit(std::span(&row, 1), generate);
             while (stream.next()) {
             }
           }
@@ -161,9 +156,7 @@ void load(const std::string& bundle, bool share_weights) {
   double weights = 0;
   for (const auto& [name, file] : runtime.manifest().files) weights += static_cast<double>(file.size) / (1 << 20);
   const double loaded = resident_mib();
-  chameleon::GenerateOptions options;
-  options.max_new_tokens = std::int64_t{32};
-  runtime.generate(prompts(1, runtime.manifest().model.vocab_size), options);
+  runtime.generate(prompts(1, runtime.manifest().model.vocab_size), {.max_new_tokens = 32});
   std::cout << Json({{"weights_mib", weights},
                      {"program_mib", before},
                      {"loaded_mib", loaded},

@@ -12,10 +12,7 @@
     }                                                         \
   } while (0)
 
-static int cancel_after_two(const chameleon_token* token, void* user) {
-  (void)token;
-  return ++*(int*)user < 2;
-}
+static int cancel_after_two(const chameleon_token* token, void* user) { return token->finished || ++*(int*)user < 2; }
 
 int main(int argc, char** argv) {
   chameleon_runtime* runtime = NULL;
@@ -42,7 +39,7 @@ int main(int argc, char** argv) {
 
   const int64_t ids[] = {5, 6, 7};
   chameleon_text texts[] = {{"The river", 9, NULL, 0}, {NULL, 0, ids, 3}};
-  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0, NULL, NULL, 0};
+  chameleon_batch batch = {texts, 2, NULL, NULL, NULL, 0, NULL, NULL, 0, 0};
   chameleon_generations* generations = NULL;
   const chameleon_generate_options four = {.max_new_tokens = 4};
   error = chameleon_generate(runtime, &batch, &four, &generations);
@@ -113,7 +110,7 @@ int main(int argc, char** argv) {
   CHECK(chameleon_engine_start(runtime, NULL, &engine) == NULL);
   CHECK(chameleon_engine_stats(engine).rows == 8 && chameleon_engine_stats(engine).running == 0);
   chameleon_stream* stream = NULL;
-  const chameleon_submit_options twice = {.max_new_tokens = 4, .n = 2};
+  const chameleon_generate_options twice = {.max_new_tokens = 4, .n = 2};
   CHECK(chameleon_engine_submit(engine, &batch, &twice, &stream) == NULL);
   chameleon_token token;
   int tokens = 0, ends = 0, found = 0;
@@ -128,7 +125,20 @@ int main(int argc, char** argv) {
   chameleon_generations_free(generations);
   chameleon_stream_free(stream);
 
-  const chameleon_submit_options hurried = {.max_new_tokens = 4, .deadline_seconds = 1e-9};
+  const chameleon_generate_options hurried = {.max_new_tokens = 4, .deadline_seconds = 1e-9};
+  CHECK(chameleon_generate(runtime, &batch, &twice, &generations) == NULL);
+  CHECK(chameleon_generation_token_ids(generations, 1, &count)[3] == token.token_id && count == 4);
+  chameleon_generations_free(generations);
+  error = chameleon_engine_submit(engine, &batch, &ignoring, &stream);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
+  chameleon_error_free(error);
+  calls = 0;
+  CHECK(chameleon_engine_submit(engine, &batch, &cancelled, &stream) == NULL);
+  CHECK(chameleon_stream_next(stream, -1, &token) == 0);
+  CHECK(chameleon_stream_result(stream, &generations) == NULL && calls == 2);
+  CHECK(strcmp(chameleon_generation_finish_reason(generations, 0), "cancelled") == 0);
+  chameleon_generations_free(generations);
+  chameleon_stream_free(stream);
   CHECK(chameleon_engine_submit(engine, &batch, &hurried, &stream) == NULL);
   CHECK(chameleon_stream_next(stream, 60, &token) == 1 && token.token_id == -1 && token.finished);
   chameleon_stream_cancel(stream);

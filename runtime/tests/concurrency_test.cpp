@@ -12,32 +12,26 @@ namespace chameleon::test {
 
 namespace {
 
-struct Work {
-  std::vector<TokenIds> rows;
-  GenerateOptions options;
-};
-
 /// Ragged batches in every mode, greedy and sampled.
-std::vector<Work> make_work(const ModelSpec& model) {
-  std::vector<Work> work;
+std::vector<Call> make_work(const ModelSpec& model) {
+  std::vector<Call> work;
   for (const Json& golden : read_data("golden.json")) {
     if (golden.at("bundle") != "chameleon_masked" || !golden.at("rank").is_null()) continue;
-    const GoldenCase given(golden, model);
-    GenerateOptions options{given.options};
-    options.max_new_tokens = std::int64_t{4};
-    work.push_back({given.rows, options});
-    options.sampling = read_sampling(golden.at("sampling"));
-    work.push_back({given.rows, options});
+    Call call(golden, model);
+    call.generate.max_new_tokens = 4;
+    work.push_back(call);
+    work.back().generate.sampling = Sampling{};
+    work.push_back(call);
   }
   return work;
 }
 
-std::string run(const Runtime& runtime, const Work& work) {
+std::string run(const Runtime& runtime, const Call& call) {
   Json result;
-  for (const Generation& generation : runtime.generate(work.rows, work.options)) {
+  for (const Generation& generation : runtime.generate(call.prompts, call.generate, call.adapt)) {
     result.push_back({generation.token_ids, generation.text, generation.cluster_id});
   }
-  for (const Score& score : runtime.score(work.rows, work.options)) result.push_back(score.token_logprobs);
+  for (const Score& score : runtime.score(call.prompts, call.adapt)) result.push_back(score.token_logprobs);
   return result.dump();
 }
 
@@ -50,9 +44,9 @@ std::size_t env(const char* name, std::size_t otherwise) {
 
 TEST(Concurrency, ResultsEqualTheSerialOnes) {
   const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
-  const std::vector<Work> work = make_work(runtime.manifest().model);
+  const std::vector<Call> work = make_work(runtime.manifest().model);
   std::vector<std::string> serial;
-  for (const Work& one : work) serial.push_back(run(runtime, one));
+  for (const Call& one : work) serial.push_back(run(runtime, one));
   const std::size_t threads = env("CHAMELEON_THREADS", 16), requests = env("CHAMELEON_REQUESTS", 800);
   std::atomic<std::size_t> next = 0, wrong = 0;
   {
@@ -91,28 +85,25 @@ TEST(Concurrency, TheFirstUseOfCentroidFactorsFromManyThreads) {
 
 TEST(Concurrency, CancelledAndFailingRequestsLeaveOthersAlone) {
   const Runtime runtime(good_bundle("chameleon_masked"), {.threads = 1});
-  const std::vector<Work> work = make_work(runtime.manifest().model);
+  const std::vector<Call> work = make_work(runtime.manifest().model);
   std::vector<std::string> serial;
-  for (const Work& one : work) serial.push_back(run(runtime, one));
+  for (const Call& one : work) serial.push_back(run(runtime, one));
   std::atomic<bool> done = false;
   std::atomic<std::size_t> disturbed = 0;
   {
     std::jthread cancelling([&] {
       while (!done) {
         std::stop_source source;
-        GenerateOptions options = work[0].options;
-        options.stop = source.get_token();
-        options.max_new_tokens = std::int64_t{40};
         std::jthread killer([&] { source.request_stop(); });
-        runtime.generate(work[0].rows, options);
+        runtime.generate(work[0].prompts, {.max_new_tokens = 40}, work[0].adapt, OnError::raise, source.get_token());
         ++disturbed;
       }
     });
     std::jthread failing([&] {
       const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
-      GenerateOptions options{{.mode = Mode::static_, .factors = head_factors(1, lora_A, lora_B)}};
+      const Adapt adapt{.mode = Mode::static_, .factors = head_factors(1, lora_A, lora_B)};
       while (!done) {
-        EXPECT_THROW(runtime.generate(work[0].rows, options), NumericError);
+        EXPECT_THROW(runtime.generate(work[0].prompts, {}, adapt), NumericError);
         ++disturbed;
       }
     });

@@ -10,8 +10,6 @@
 #include <random>
 #include <thread>
 
-#include "engine/loop.h"
-#include "runtime_impl.h"
 #include "shared_data.h"
 
 namespace chameleon::test {
@@ -55,27 +53,15 @@ const std::vector<Kind> kMixed = {
     {Mode::request, {.frequency_penalty = 1}, 7},
 };
 
-SubmitOptions submit_options(const Kind& kind) {
-  SubmitOptions options{.mode = kind.mode};
-  options.max_new_tokens = kind.max_new_tokens;
-  options.sampling = std::vector{kind.sampling};
-  return options;
-}
-
-SubmitOptions endless(std::int64_t max_new_tokens = kLong) {
-  SubmitOptions options{.mode = Mode::none};
-  options.max_new_tokens = max_new_tokens;
-  options.sampling = kEndless;
-  return options;
+Generate endless(std::int64_t max_new_tokens = kLong, std::size_t n = 1) {
+  return {.max_new_tokens = max_new_tokens, .sampling = kEndless, .n = n};
 }
 
 /// n rows of one prompt as `generate` makes them.
 std::vector<Generation> alone(const TokenIds& prompt, const Kind& kind, std::size_t n = 1) {
   const std::vector<TokenIds> rows(n, prompt);
-  GenerateOptions options{{.mode = kind.mode}};
-  options.max_new_tokens = kind.max_new_tokens;
-  options.sampling = kind.sampling;
-  return runtime().generate(rows, options);
+  const Generate generate{.max_new_tokens = kind.max_new_tokens, .sampling = kind.sampling};
+  return runtime().generate(rows, generate, {.mode = kind.mode});
 }
 
 void expect_same(const std::vector<Generation>& found, const std::vector<Generation>& expected) {
@@ -93,8 +79,14 @@ void expect_same(const std::vector<Generation>& found, const std::vector<Generat
   }
 }
 
-Stream submit(Engine& engine, const TokenIds& prompt, SubmitOptions options) {
-  return engine.submit(std::span(&prompt, 1), std::move(options));
+Stream submit(Engine& engine, const TokenIds& prompt, const Generate& generate,
+              const Adapt& adapt = {.mode = Mode::none}) {
+  return engine.submit(std::span(&prompt, 1), generate, adapt);
+}
+
+Stream submit(Engine& engine, const TokenIds& prompt, const Kind& kind, std::size_t n = 1) {
+  const Generate generate{.max_new_tokens = kind.max_new_tokens, .sampling = std::vector{kind.sampling}, .n = n};
+  return submit(engine, prompt, generate, {.mode = kind.mode});
 }
 
 void until(const std::function<bool()>& condition) {
@@ -120,17 +112,17 @@ TEST(Engine, EachPromptHasTheCallersVector) {
   const auto prompts = prompts_of({5, 12, 5, 3});
   std::vector<float> values(prompts.size() * 5);  // two tasks
   for (std::size_t row = 0; row < prompts.size(); ++row) values[row * 5 + row % 2] = 1;
-  GenerateOptions options{{.mode = Mode::request, .conditioning = Matrix{prompts.size(), 5, values}}};
-  const auto expected = of_tasks.generate(prompts, options);
+  const Adapt adapt{.mode = Mode::request, .conditioning = Matrix{prompts.size(), 5, values}};
+  const auto expected = of_tasks.generate(prompts, {}, adapt);
   Engine engine(of_tasks, {.rows = 3, .prefill_tokens = 8});
-  Stream stream = engine.submit(prompts, {.mode = Mode::request, .conditioning = options.conditioning});
-  EXPECT_THROW(engine.submit(prompts, {.mode = Mode::request}), ModeError);
-  EXPECT_THROW(engine.submit(prompts, {.mode = Mode::none, .conditioning = options.conditioning}), ModeError);
-  EXPECT_THROW(engine.submit(std::span(prompts).first(2), {.conditioning = options.conditioning}), InputError);
+  Stream stream = engine.submit(prompts, {}, adapt);
+  EXPECT_THROW(engine.submit(prompts, {}, {.mode = Mode::request}), ModeError);
+  EXPECT_THROW(engine.submit(prompts, {}, {.mode = Mode::none, .conditioning = adapt.conditioning}), ModeError);
+  EXPECT_THROW(engine.submit(std::span(prompts).first(2), {}, adapt), InputError);
   std::vector<Stream> others;  // one prompt each, among those that wait
   for (std::size_t row = 0; row < prompts.size(); ++row) {
     const Matrix own{1, 5, std::span(values).subspan(row * 5, 5)};
-    others.push_back(submit(engine, prompts[row], {.mode = Mode::request, .conditioning = own}));
+    others.push_back(submit(engine, prompts[row], Generate{}, {.mode = Mode::request, .conditioning = own}));
   }
   std::ranges::fill(values, 9.F);  // they were copied
   expect_same(stream.result(), expected);
@@ -140,7 +132,7 @@ TEST(Engine, EachPromptHasTheCallersVector) {
     std::ranges::fill(std::span(values).subspan(row * 5, 5), 0.F);
     values[row * 5 + (row + 1) % 2] = 1;  // of the next row
   }
-  const auto swapped = of_tasks.generate(prompts, options);
+  const auto swapped = of_tasks.generate(prompts, {}, adapt);
   for (std::size_t row = 0; row < prompts.size(); ++row) EXPECT_NE(swapped[row].token_ids, expected[row].token_ids);
 }
 
@@ -149,7 +141,7 @@ TEST(Engine, ARequestAmongOthersIsAsIfAlone) {
   const auto prompts = prompts_of({5, 28, 1, 17, 20, 2, 9, 25, 8});
   std::vector<Stream> streams;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    streams.push_back(submit(engine, prompts[i], submit_options(kMixed[i])));
+    streams.push_back(submit(engine, prompts[i], kMixed[i]));
   }
   for (std::size_t i = 0; i < prompts.size(); ++i) expect_same(streams[i].result(), alone(prompts[i], kMixed[i]));
 }
@@ -158,15 +150,10 @@ TEST(Engine, ASubmitOfManyPromptsIsWhatGenerateMakesOfThem) {
   Engine engine(runtime(), {.rows = 4});
   const auto prompts = prompts_of({5, 18, 1, 17, 20, 2, 9, 3, 8});
   for (const Mode mode : {Mode::cohort, Mode::request, Mode::tenant}) {
-    GenerateOptions generate{{.mode = mode}};
-    SubmitOptions options{.mode = mode};
-    generate.sampling = options.sampling = kHot;
-    if (mode == Mode::tenant) {
-      generate.tenants.emplace(prompts.size(), "a");
-      options.tenant = "a";
-    }
-    const Stream stream = engine.submit(prompts, options);
-    const auto expected = runtime().generate(prompts, generate);
+    Adapt adapt{.mode = mode};
+    if (mode == Mode::tenant) adapt.tenants = {"a", "b", "a", "a", "b", "b", "a", "c", "a"};
+    const Stream stream = engine.submit(prompts, {.sampling = kHot}, adapt);
+    const auto expected = runtime().generate(prompts, {.sampling = kHot}, adapt);
     expect_same(stream.result(), expected);
     for (std::size_t row = 0; row < prompts.size(); ++row) {
       EXPECT_EQ(stream.cluster_ids()[row], expected[row].cluster_id);
@@ -179,9 +166,8 @@ TEST(Engine, ContinuationsDrawFromStreamsOfTheirOwn) {
   Engine engine(runtime(), {.rows = 3});
   const auto prompt = prompts_of({20})[0];
   for (const Mode mode : {Mode::none, Mode::centroid}) {
-    SubmitOptions options = submit_options({mode, kHot, 12});
-    options.n = 7;  // more than rows
-    expect_same(submit(engine, prompt, options).result(), alone(prompt, {mode, kHot, 12}, 7));
+    const Kind kind{mode, kHot, 12};
+    expect_same(submit(engine, prompt, kind, 7).result(), alone(prompt, kind, 7));  // more than rows
   }
 }
 
@@ -208,9 +194,7 @@ TEST(Engine, ACancelledStreamKeepsWhatItHas) {
 
 TEST(Engine, ACancelledSubmitLeavesTheQueueToo) {
   Engine engine(runtime(), {.rows = 1, .max_waiting = 4096});
-  SubmitOptions options = endless();
-  options.n = 128;
-  const Stream stream = engine.submit(std::vector<TokenIds>(16, {1}), options);
+  const Stream stream = engine.submit(std::vector<TokenIds>(16, {1}), endless(kLong, 128), {.mode = Mode::none});
   until([&] { return engine.stats().running == 1; });
   stream.cancel();
   until([&] { return engine.stats().running + engine.stats().waiting == 0; });
@@ -232,7 +216,7 @@ TEST(Engine, AStreamThatNobodyReadsHoldsNobodyUp) {
     unread.push_back(submit(engine, prompt, endless()));
     (void)submit(engine, prompt, endless());  // and forgotten at once
   }
-  expect_same(submit(engine, prompt, submit_options(kMixed[4])).result(), alone(prompt, kMixed[4]));
+  expect_same(submit(engine, prompt, kMixed[4]).result(), alone(prompt, kMixed[4]));
   until([&] { return engine.stats().running + engine.stats().waiting == 0; });
   for (const Stream& stream : unread) {
     ASSERT_TRUE(stream.done());
@@ -247,13 +231,12 @@ TEST(Engine, ACallbackGetsTheTokensAndMayEndItsRow) {
   Engine engine(runtime());
   const auto prompts = prompts_of({5, 9, 3});
   std::vector<TokenIds> seen(3);
-  SubmitOptions options = endless(12);
-  options.on_token = [&](const Token& token) {
+  const auto on_token = [&](const Token& token) {
     if (token.token_id >= 0) seen[token.row].push_back(token.token_id);
     if (token.row == 2 && seen[2].size() == 2) throw std::domain_error("mine");
     return token.row != 1 || seen[1].size() < 3;
   };
-  const Stream stream = engine.submit(prompts, options);
+  const Stream stream = engine.submit(prompts, endless(12), {.mode = Mode::none}, on_token);
   const auto generations = stream.result();
   EXPECT_FALSE(stream.next().has_value());
   for (std::size_t row = 0; row < 3; ++row) EXPECT_EQ(generations[row].token_ids, seen[row]);
@@ -270,9 +253,9 @@ TEST(Engine, ADeadlineEndsRowsThatRunAndRowsThatWait) {
   const auto prompts = prompts_of({5, 5, 5, 5, 5, 5, 5, 5, 5});
   for (const auto& [deadline, reason] :
        {std::pair(Seconds(1e-6), FinishReason::deadline), std::pair(Seconds(1e300), FinishReason::length)}) {
-    SubmitOptions options = endless();
-    options.deadline = deadline;
-    for (const Generation& generation : engine.submit(prompts, options).result()) {
+    Generate generate = endless();
+    generate.deadline = deadline;
+    for (const Generation& generation : engine.submit(prompts, generate).result()) {
       EXPECT_EQ(generation.finish_reason, reason);
     }
   }
@@ -285,9 +268,7 @@ TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
   EXPECT_THROW(while (kept.size() < 10'000) kept.push_back(submit(engine, prompts_of({5})[0], endless())),
                QueueFullError);
   EXPECT_GE(kept.size(), 5U);
-  SubmitOptions continuations = endless();
-  continuations.n = 2;  // of which one would fit soon
-  EXPECT_THROW(submit(engine, prompts_of({5})[0], continuations), QueueFullError);
+  EXPECT_THROW(submit(engine, prompts_of({5})[0], endless(kLong, 2)), QueueFullError);  // one would fit soon
   EXPECT_FALSE(kept.back().wait(Seconds(0)));
   EXPECT_TRUE(kept.back().wait(Seconds(60)));
   EXPECT_TRUE(kept.back().next().has_value());
@@ -299,9 +280,7 @@ TEST(Engine, AFullQueueRefusesAndAcceptsAgain) {
 TEST(Engine, CloseFinishesWhatWasAccepted) {
   Engine engine(runtime(), {.rows = 2});
   std::vector<Stream> streams;
-  SubmitOptions options = submit_options(kMixed[4]);
-  options.n = 4;
-  for (int i = 0; i < 20; ++i) streams.push_back(submit(engine, prompts_of({5})[0], options));
+  for (int i = 0; i < 20; ++i) streams.push_back(submit(engine, prompts_of({5})[0], kMixed[4], 4));
   EXPECT_FALSE(engine.closed());
   std::size_t read = 0;
   std::jthread reader([&] {
@@ -319,7 +298,7 @@ TEST(Engine, CloseFinishesWhatWasAccepted) {
   }
   const Stats stats = engine.stats();
   EXPECT_EQ(stats.running + stats.waiting + stats.factor_sets + stats.cached_tokens, 0U);
-  EXPECT_THROW(submit(engine, prompts_of({5})[0], {}), ClosedError);
+  EXPECT_THROW(submit(engine, prompts_of({5})[0], Generate{}), ClosedError);
   engine.close();
 }
 
@@ -351,9 +330,9 @@ TEST(Engine, ARowThatIsNotFiniteEndsAlone) {
   CallerFactors overflowing(2, runtime().manifest().model);
   std::ranges::fill(overflowing.values, 3e38F);
   std::vector<Stream> good;
-  for (std::size_t i = 0; i < 2; ++i) good.push_back(submit(engine, prompts[i], submit_options(kMixed[4])));
-  const Stream bad = submit(engine, prompts[0], {.mode = Mode::static_, .factors = overflowing.factors()});
-  for (std::size_t i = 2; i < 4; ++i) good.push_back(submit(engine, prompts[i], submit_options(kMixed[4])));
+  for (std::size_t i = 0; i < 2; ++i) good.push_back(submit(engine, prompts[i], kMixed[4]));
+  const Stream bad = submit(engine, prompts[0], Generate{}, {.mode = Mode::static_, .factors = overflowing.factors()});
+  for (std::size_t i = 2; i < 4; ++i) good.push_back(submit(engine, prompts[i], kMixed[4]));
   const Generation generation = bad.result()[0];
   EXPECT_EQ(generation.finish_reason, FinishReason::error);
   ASSERT_TRUE(generation.error.has_value());
@@ -363,14 +342,11 @@ TEST(Engine, ARowThatIsNotFiniteEndsAlone) {
 
 TEST(Engine, ACohortWindowJoinsCallersAndSaysSo) {
   const auto prompts = prompts_of({5, 9, 12, 3});
-  GenerateOptions together{{.mode = Mode::cohort}};
-  together.sampling = std::vector(4, kHot);
-  const auto expected = runtime().generate(prompts, together);
+  const auto expected = runtime().generate(prompts, {.sampling = std::vector(4, kHot)}, {.mode = Mode::cohort});
   Engine engine(runtime(), {.cohort_window = Seconds(0.5)});
   std::vector<Stream> streams;
-  for (const TokenIds& prompt : prompts)
-    streams.push_back(submit(engine, prompt, submit_options({Mode::cohort, kHot, 20})));
-  const Stream other = submit(engine, prompts[0], submit_options({Mode::centroid, kHot, 20}));
+  for (const TokenIds& prompt : prompts) streams.push_back(submit(engine, prompt, {Mode::cohort, kHot, 20}));
+  const Stream other = submit(engine, prompts[0], {Mode::centroid, kHot, 20});
   for (std::size_t i = 0; i < 4; ++i) {
     expect_same(streams[i].result(), {expected[i]});
     ASSERT_TRUE(streams[i].cohort().has_value());
@@ -380,9 +356,8 @@ TEST(Engine, ACohortWindowJoinsCallersAndSaysSo) {
   EXPECT_FALSE(other.cohort().has_value());
   std::vector<Stream> apart;
   for (const char* tenant : {"a", "b"}) {
-    SubmitOptions options = submit_options({Mode::tenant, kHot, 20});
-    options.tenant = tenant;
-    apart.push_back(submit(engine, prompts[0], options));
+    const Adapt adapt{.mode = Mode::tenant, .tenants = {{tenant}}};
+    apart.push_back(submit(engine, prompts[0], {.sampling = std::vector{kHot}}, adapt));
   }
   for (const Stream& stream : apart) EXPECT_EQ(stream.cohort().has_value() ? 1U : stream.result().size(), 1U);
   expect_same(apart[0].result(), apart[1].result());
@@ -393,10 +368,11 @@ TEST(Engine, ACohortWindowJoinsCallersAndSaysSo) {
 TEST(Engine, OnlyTheFirstTokensAdapt) {
   Engine engine(runtime());
   const auto prompt = prompts_of({30})[0];
-  SubmitOptions options{.mode = Mode::request};
-  options.adapt_tokens = 3;
-  const std::vector<TokenIds> first = {{prompt.begin(), prompt.begin() + 3}};
-  EXPECT_EQ(submit(engine, prompt, options).cluster_ids(), runtime().adapt(first).cluster_ids);
+  const Adapt adapt{.mode = Mode::request, .adapt_tokens = 3};
+  const std::vector<TokenIds> first = {{prompt.begin(), prompt.begin() + 3}}, whole = {prompt};
+  const auto expected = runtime().adapt(first, {.mode = Mode::request});
+  EXPECT_EQ(submit(engine, prompt, Generate{}, adapt).cluster_ids(), expected.cluster_ids);
+  EXPECT_EQ(runtime().adapt(whole, adapt).embeddings, expected.embeddings);
 }
 
 TEST(Engine, WhatItSaysOfItself) {
@@ -407,10 +383,7 @@ TEST(Engine, WhatItSaysOfItself) {
                                 throw std::runtime_error("an observer's fault ends nobody");
                               }});
     EXPECT_EQ(engine.stats().cache_capacity, 2U * 48U);
-    SubmitOptions options{.mode = Mode::centroid, .n = 2};
-    options.max_new_tokens = std::int64_t{4};
-    options.sampling = kEndless;
-    EXPECT_EQ(engine.submit(prompts_of({20, 5, 3}), options).result().size(), 6U);
+    EXPECT_EQ(engine.submit(prompts_of({20, 5, 3}), endless(4, 2), {.mode = Mode::centroid}).result().size(), 6U);
   }
   std::size_t finished = 0, first = 0, later = 0, queued = 0, rows = 0, chunks = 0;
   for (const Iteration& iteration : iterations) {
@@ -438,31 +411,28 @@ TEST(Engine, WhatItSaysOfItself) {
 
 TEST(Engine, BadArgumentsAreRefusedAtOnce) {
   Engine engine(runtime(), {.rows = 2, .capacity = 40});
-  const auto refused = [&](std::vector<TokenIds> prompts, const auto& change) {
-    SubmitOptions options;
-    change(options);
-    (void)engine.submit(prompts, options);
+  const auto refused = [&](const Generate& generate, const Adapt& adapt = {}, std::vector<TokenIds> prompts = {{1}}) {
+    (void)engine.submit(prompts, generate, adapt);
   };
-  const auto nothing = [](SubmitOptions&) {};
-  EXPECT_THROW(refused({}, nothing), InputError);
-  EXPECT_THROW(refused({{}}, nothing), InputError);
-  EXPECT_THROW(refused({{320}}, nothing), TokenError);
-  EXPECT_THROW(refused({TokenIds(41, 1)}, nothing), LengthError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::static_; }), ModeError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.factors.emplace(); }), ModeError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::static_, options.factors.emplace(); }),
-               FactorsError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.mode = Mode::tenant; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.tenant = "a"; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = 0; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.n = SIZE_MAX; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = std::int64_t{0}; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.max_new_tokens = TokenIds{1, 2}; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.sampling = std::vector<Sampling>(2); }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.sampling = Sampling{.top_p = 2}; }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.deadline = Seconds(0); }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.deadline = Seconds(NAN); }), InputError);
-  EXPECT_THROW(refused({{1}}, [](auto& options) { options.adapt_tokens = 0; }), InputError);
+  EXPECT_THROW(refused({}, {}, {}), InputError);
+  EXPECT_THROW(refused({}, {}, {{}}), InputError);
+  EXPECT_THROW(refused({}, {}, {{320}}), TokenError);
+  EXPECT_THROW(refused({}, {}, {TokenIds(41, 1)}), LengthError);
+  EXPECT_THROW(refused({}, {.mode = Mode::static_}), ModeError);
+  EXPECT_THROW(refused({}, {.factors = Factors{}}), ModeError);
+  EXPECT_THROW(refused({}, {.mode = Mode::static_, .factors = Factors{}}), FactorsError);
+  EXPECT_THROW(refused({}, {.mode = Mode::tenant}), InputError);
+  EXPECT_THROW(refused({}, {.tenants = {{"a"}}}), InputError);
+  EXPECT_THROW(refused({}, {.adapt_tokens = 0}), InputError);
+  EXPECT_THROW(refused({.n = 0}), InputError);
+  EXPECT_THROW(refused({.n = SIZE_MAX}), InputError);
+  EXPECT_THROW(refused({.max_new_tokens = 0}), InputError);
+  EXPECT_THROW(refused({.max_new_tokens = TokenIds{1, 2}}), InputError);
+  EXPECT_THROW(refused({.sampling = std::vector<Sampling>(2)}), InputError);
+  EXPECT_THROW(refused({.sampling = Sampling{.top_p = 2}}), InputError);
+  EXPECT_THROW(refused({.deadline = Seconds(0)}), InputError);
+  EXPECT_THROW(refused({.deadline = Seconds(NAN)}), InputError);
+  EXPECT_THROW(refused({.prompt_lookup_num_tokens = 17}), InputError);
   EXPECT_EQ(engine.stats().waiting, 0U);
   EXPECT_EQ(submit(engine, TokenIds(40, 1), endless()).result()[0].token_ids.size(), 1U);
 }
@@ -507,10 +477,9 @@ TEST(Engine, ManyThreads) {
             const auto found = logprobs_of(one.prompt, one.kind.mode);
             for (std::size_t j = 0; j < found.size(); ++j) EXPECT_EQ(found[j].logprob, one.logprobs[j].logprob);
           }
-          SubmitOptions options{.mode = one.kind.mode, .n = one.n};
-          options.max_new_tokens = one.kind.max_new_tokens;
-          options.sampling = one.kind.sampling;
-          const Stream stream = submit(engine, one.prompt, options);
+          Generate generate{.max_new_tokens = one.kind.max_new_tokens, .sampling = one.kind.sampling, .n = one.n};
+          generate.prompt_lookup_num_tokens = number % 3 == 0 ? 4 : 0;
+          const Stream stream = submit(engine, one.prompt, generate, {.mode = one.kind.mode});
           if (number % 10 == 7) continue;  // nobody reads it
           if (number % 10 == 0) {
             if (number % 20 == 0) (void)stream.next();

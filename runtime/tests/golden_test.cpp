@@ -43,9 +43,9 @@ class Golden : public testing::TestWithParam<Json> {};
 TEST_P(Golden, Agrees) {
   const Json& expected = GetParam();
   const Runtime& runtime = runtime_of(expected.at("bundle"));
-  const GoldenCase given(expected, runtime.manifest().model);
+  const Call given(expected, runtime.manifest().model);
 
-  const Adaptation adaptation = runtime.adapt(given.rows, given.options);
+  const Adaptation adaptation = runtime.adapt(given.prompts, given.adapt);
   EXPECT_EQ(adaptation.cluster_ids, expected.at("cluster_ids").get<TokenIds>());
   EXPECT_EQ(adaptation.factors.factor_ids, expected.at("factor_ids").get<TokenIds>());
   std::vector<float> embeddings;
@@ -63,7 +63,7 @@ TEST_P(Golden, Agrees) {
     }
   }
 
-  const std::vector<Score> scores = runtime.score(given.rows, given.options);
+  const std::vector<Score> scores = runtime.score(given.prompts, given.adapt);
   for (std::size_t row = 0; row < scores.size(); ++row) {
     const auto logprobs = expected.at("token_logprobs")[row].get<std::vector<float>>();
     // Of a row with log-probabilities down to -1000, any one is a difference of numbers as large.
@@ -75,16 +75,15 @@ TEST_P(Golden, Agrees) {
     }
   }
 
-  GenerateOptions options{given.options};
-  options.max_new_tokens = expected.at("max_new_tokens").get<std::int64_t>();
-  expect_generations(runtime.generate(given.rows, options), expected.at("greedy"));
-  options.sampling = read_sampling(expected.at("sampling"));
+  Generate greedy = given.generate;
+  greedy.sampling = Sampling{};
+  expect_generations(runtime.generate(given.prompts, greedy, given.adapt), expected.at("greedy"));
   Json stream = Json::array();
-  options.on_token = [&](const Token& token) {
+  const auto on_token = [&](const Token& token) {
     stream.push_back({token.row, token.token_id, token.text, token.generation != nullptr});
     return true;
   };
-  expect_generations(runtime.generate(given.rows, options), expected.at("sampled"));
+  expect_generations(runtime.stream(given.prompts, on_token, given.generate, given.adapt), expected.at("sampled"));
   EXPECT_EQ(stream, expected.at("stream"));
 }
 

@@ -4,9 +4,8 @@
 
 #include <gtest/gtest.h>
 
-#include "decode/schedule.h"
-#include "engine/submission.h"
-#include "runtime_impl.h"
+#include "decode/shared_cache.h"
+#include "device/static_batch.h"
 #include "shared_data.h"
 
 namespace chameleon::test {
@@ -20,46 +19,58 @@ const Runtime& runtime() {
   return runtime;
 }
 
-/// The runtime's decoder without its slots, one of whose calls may fail.
-class StaticDecoder final : public Decoder {
+const SharedCacheDecoder& shared_decoder() {
+  return dynamic_cast<const SharedCacheDecoder&>(*runtime().impl().backend.decoder);
+}
+
+/// The runtime's decoder as a device's, whose rows begin together; one of its calls may fail.
+class Device final : public StaticDecoder {
  public:
-  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
-                                                    const std::stop_token& stop) const override {
-    return decoder().prefill(rows, factors, capacity, stop);
+  struct SlotsCache final : Cache {
+    std::unique_ptr<Slots> slots;
+  };
+
+  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors,
+                                                    std::size_t capacity) const override {
+    auto cache = std::make_unique<SlotsCache>();
+    cache->slots = shared_decoder().slots(rows.size(), capacity);
+    const auto values = std::make_shared<std::vector<float>>(cache->slots->prefill(0, rows, factors, true));
+    return {Logits(values->data(), 1, values->size() / rows.size(), values), std::move(cache)};
   }
-  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
-              const std::stop_token& stop) const override {
+  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache) const override {
     if (fails) throw GraphError("out of memory");
-    return decoder().step(token_ids, factors, cache, stop);
+    Slots& slots = *dynamic_cast<SlotsCache&>(cache).slots;
+    slots.step(token_ids, factors);
+    return slots.logits();
   }
-  void select(Cache& cache, std::span<const std::size_t> rows) const override { decoder().select(cache, rows); }
+  void select(Cache& cache, std::span<const std::size_t> rows) const override {
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      if (i != rows[i]) dynamic_cast<SlotsCache&>(cache).slots->move(rows[i], i);
+    }
+  }
   void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
                   const std::stop_token& stop) const override {
-    decoder().all_logits(rows, factors, take, stop);
+    shared_decoder().all_logits(rows, factors, take, stop);
   }
   [[nodiscard]] std::vector<std::vector<float>> token_logprobs(Rows rows, const RowFactors& factors,
                                                                const std::stop_token& stop) const override {
-    return decoder().token_logprobs(rows, factors, stop);
+    return shared_decoder().token_logprobs(rows, factors, stop);
   }
   bool fails = false;
-
- private:
-  static const Decoder& decoder() { return *runtime().impl().decoder; }
 };
 
 /// The engine without its thread: every iteration is asked for.
 class Bench {
  public:
-  explicit Bench(const Decoder& decoder, std::size_t rows = 3, std::size_t max_factor_sets = 3)
+  explicit Bench(const Decoder& decoder = shared_decoder(), std::size_t rows = 3, std::size_t max_factor_sets = 3)
       : table(max_factor_sets),
-        batch(open_batch(decoder, table, rows, kCapacity, 8)),
+        batch(open_batch(decoder, table, rows, kCapacity, {8})),
         loop(*batch, table, runtime().tokenizer(), runtime().manifest().model.eos_token_id) {}
 
   Stream submit(TokenIds prompt, Mode mode = Mode::none, std::int64_t max_new_tokens = 20, std::size_t n = 1) {
-    SubmitOptions options{.mode = mode, .n = n};
-    options.max_new_tokens = max_new_tokens;
-    options.sampling = Sampling{.ignore_eos = true};
-    const Submission submission = prepare(runtime().impl(), kCapacity, std::span(&prompt, 1), options);
+    Generate generate{.max_new_tokens = max_new_tokens, .sampling = Sampling{.ignore_eos = true}, .n = n};
+    generate.prompt_lookup_num_tokens = draft_tokens;
+    const Submission submission = prepare(runtime().impl(), std::span(&prompt, 1), generate, {.mode = mode}, kCapacity);
     form_cohort(runtime().impl(), std::span(&submission, 1), 0);
     loop.wait(submission.members);
     return Stream(submission.stream);
@@ -75,6 +86,7 @@ class Bench {
     while (!loop.empty()) iterate();
   }
 
+  std::int64_t draft_tokens = 0;  // of the submits that follow
   FactorTable table;
   std::unique_ptr<Batch> batch;
   Loop loop;
@@ -87,17 +99,15 @@ TokenIds prompt_of(std::size_t length) {
 }
 
 TokenIds alone(const TokenIds& prompt, Mode mode, std::int64_t max_new_tokens) {
-  GenerateOptions options{{.mode = mode}};
-  options.max_new_tokens = max_new_tokens;
-  options.sampling = Sampling{.ignore_eos = true};
-  return runtime().generate(std::span(&prompt, 1), options)[0].token_ids;
+  const Generate generate{.max_new_tokens = max_new_tokens, .sampling = Sampling{.ignore_eos = true}};
+  return runtime().generate(std::span(&prompt, 1), generate, {.mode = mode})[0].token_ids;
 }
 
 }  // namespace
 
 TEST(Loop, ACancelledRowIsGoneWithinOneIteration) {
   for (std::size_t place = 0; place < 4; ++place) {  // running, being read, or waiting; whoever follows takes the place
-    Bench bench(*runtime().impl().decoder);
+    Bench bench;
     std::vector<Stream> streams;
     for (const std::size_t length : {3, 5, 28, 4}) streams.push_back(bench.submit(prompt_of(length)));
     for (int i = 0; i < 3; ++i) bench.iterate();
@@ -118,7 +128,7 @@ TEST(Loop, ACancelledRowIsGoneWithinOneIteration) {
 }
 
 TEST(Loop, TheGapBetweenTwoTokensIsOneChunkAndOneStep) {
-  Bench bench(*runtime().impl().decoder);
+  Bench bench;
   const Stream running = bench.submit(prompt_of(4), Mode::none, 40);
   bench.iterate();
   std::size_t read = 0;
@@ -147,7 +157,7 @@ TEST(Loop, PromptsAreReadTogetherWhereThatSavesTime) {
 }
 
 TEST(Loop, PromptsThatAreReadTogetherAreAsIfAlone) {
-  Bench bench(*runtime().impl().decoder);
+  Bench bench;
   const std::vector<Mode> modes = {Mode::request, Mode::none, Mode::centroid};
   std::vector<Stream> streams;
   for (std::size_t i = 0; i < modes.size(); ++i) streams.push_back(bench.submit(prompt_of(5 - i), modes[i]));
@@ -160,7 +170,7 @@ TEST(Loop, PromptsThatAreReadTogetherAreAsIfAlone) {
 }
 
 TEST(Loop, APrefillThatFailsEndsTheRowsInIt) {
-  Bench bench(*runtime().impl().decoder);
+  Bench bench;
   const std::vector<Stream> inside = {bench.submit(prompt_of(5)), bench.submit(prompt_of(4))};
   static const TokenIds outside_the_vocabulary(4, 1'000'000);
   bench.loop.waiting().back()->prompt->ids = outside_the_vocabulary;
@@ -173,9 +183,29 @@ TEST(Loop, APrefillThatFailsEndsTheRowsInIt) {
   EXPECT_EQ(outside.result()[0].token_ids, alone(outside.prompts()[0], Mode::none, 20));
 }
 
+TEST(Loop, DraftsSaveStepsOfASingleRowAndChangeNoToken) {
+  const TokenIds repeating = {7, 8, 9, 10, 7, 8, 9, 10, 7, 8};
+  std::vector<std::size_t> steps;
+  for (const std::int64_t draft_tokens : {0, 4}) {
+    Bench bench;
+    bench.draft_tokens = draft_tokens;
+    const Stream row = bench.submit(repeating, Mode::centroid, 36);
+    Stream other = row;
+    std::size_t& count = steps.emplace_back(0);
+    for (; !bench.loop.empty(); ++count) {
+      if (count == 5) other = bench.submit(prompt_of(9), Mode::request, 6);  // plain steps while there are two
+      bench.iterate();
+    }
+    EXPECT_EQ(row.result()[0].token_ids, alone(repeating, Mode::centroid, 36));
+    EXPECT_EQ(other.result()[0].token_ids, alone(other.prompts()[0], Mode::request, 6));
+    EXPECT_EQ(bench.batch->cached_tokens(), 0U);
+  }
+  EXPECT_LT(steps[1], steps[0]);
+}
+
 TEST(Loop, NobodyStarves) {
   // One factor set at a time, and requests of the resident one keep coming.
-  Bench bench(*runtime().impl().decoder, 2, 1);
+  Bench bench(shared_decoder(), 2, 1);
   bench.submit(prompt_of(3), Mode::none, 10);
   bench.iterate();
   const Stream waiting = bench.submit(prompt_of(4), Mode::request, 2);
@@ -187,7 +217,7 @@ TEST(Loop, NobodyStarves) {
 }
 
 TEST(Loop, ADecoderWithoutSlotsRunsStaticBatches) {
-  const StaticDecoder decoder;
+  const Device decoder;
   Bench bench(decoder);
   std::vector<Stream> streams;
   const std::vector<Mode> modes = {Mode::request, Mode::none, Mode::centroid, Mode::request, Mode::none};
@@ -205,7 +235,7 @@ TEST(Loop, ADecoderWithoutSlotsRunsStaticBatches) {
 }
 
 TEST(Loop, AStepThatFailsEndsTheRowsInIt) {
-  StaticDecoder decoder;
+  Device decoder;
   Bench bench(decoder, 2);
   const std::vector<Stream> inside = {bench.submit(prompt_of(3)), bench.submit(prompt_of(5))};
   const Stream outside = bench.submit(prompt_of(4));
@@ -226,7 +256,7 @@ TEST(Loop, AStepThatFailsEndsTheRowsInIt) {
 }
 
 TEST(Loop, FactorsThatCannotBeMadeEndTheirOwnRow) {
-  Bench bench(*runtime().impl().decoder);
+  Bench bench;
   const Stream good = bench.submit(prompt_of(3), Mode::request, 5);
   const Stream bad = bench.submit(prompt_of(4), Mode::request, 5);
   const auto& member = bench.loop.waiting().back();
@@ -242,7 +272,7 @@ TEST(Loop, FactorsThatCannotBeMadeEndTheirOwnRow) {
 }
 
 TEST(Loop, AFaultOfTheEngineItselfLeavesNobodyWaiting) {
-  Bench bench(*runtime().impl().decoder, 2);
+  Bench bench(shared_decoder(), 2);
   std::vector<Stream> streams;
   for (int i = 0; i < 5; ++i) streams.push_back(bench.submit(prompt_of(5)));
   bench.iterate();

@@ -11,13 +11,12 @@ namespace {
 std::string outcome(const std::string& path) try {
   const chameleon::Runtime runtime(path, {.threads = 1});
   const std::vector<std::string> prompts = {"The river", "x"};
-  chameleon::GenerateOptions options;
-  options.max_new_tokens = std::int64_t{3};
+  chameleon::Adapt adapt;
   const auto size = static_cast<std::size_t>(runtime.manifest().adaptation.conditioning_size);
   const std::vector<float> ones(prompts.size() * size, 1);
-  if (size > 0) options.conditioning = chameleon::Matrix{prompts.size(), size, ones};
-  runtime.generate(prompts, options);
-  (void)runtime.score(prompts, options);
+  if (size > 0) adapt.conditioning = chameleon::Matrix{prompts.size(), size, ones};
+  runtime.generate(prompts, {.max_new_tokens = 3}, adapt);
+  (void)runtime.score(prompts, adapt);
   return "ok";
 } catch (const chameleon::Error& error) {
   return error.code();

@@ -51,9 +51,7 @@ TEST(Program, GenerateWritesJsonLines) {
   ASSERT_EQ(result.exit_code, 0) << result.output;
   const Runtime runtime(bundle());
   const std::vector<std::string> prompts = {"The river", "def"};
-  GenerateOptions options;
-  options.max_new_tokens = std::int64_t{5};
-  const auto expected = runtime.generate(prompts, options);
+  const auto expected = runtime.generate(prompts, {.max_new_tokens = 5});
   const auto records = lines(result.output);
   ASSERT_EQ(records.size(), 2U);
   for (std::size_t i = 0; i < records.size(); ++i) {
@@ -70,17 +68,16 @@ TEST(Program, GenerateReportsLogProbabilities) {
                             "--frequency-penalty 0.5 --logit-bias 7=2.5 --logit-bias 8=-100");
   ASSERT_EQ(result.exit_code, 0) << result.output;
   const std::vector<std::string> prompts = {"The river"};
-  GenerateOptions options;
-  options.max_new_tokens = std::int64_t{5};
-  options.sampling =
-      Sampling{.presence_penalty = 1.5, .frequency_penalty = 0.5, .logit_bias = {{7, 2.5}, {8, -100}}, .logprobs = 2};
+  const Sampling sampling{
+      .presence_penalty = 1.5, .frequency_penalty = 0.5, .logit_bias = {{7, 2.5}, {8, -100}}, .logprobs = 2};
   std::vector<float> told;
-  options.on_token = [&](const Token& token) {
+  const auto on_token = [&](const Token& token) {
     told.push_back(token.logprob.value());
     EXPECT_EQ(token.top_logprobs.size(), 2U);
     return true;
   };
-  const Generation expected = Runtime(bundle()).generate(prompts, options).front();
+  const Generation expected =
+      Runtime(bundle()).stream(prompts, on_token, {.max_new_tokens = 5, .sampling = sampling}).front();
   EXPECT_EQ(told, expected.token_logprobs);
   const Json record = lines(result.output).front();
   EXPECT_EQ(record.at("token_ids").get<TokenIds>(), expected.token_ids);

@@ -22,10 +22,13 @@ const Runtime& runtime() {
 
 const std::vector<TokenIds> kRows = {{5, 6, 7}, {8, 9}, {10, 11, 12, 13}};
 
-GenerateOptions options(Mode mode, std::int64_t max_new_tokens = 16) {
-  GenerateOptions options{{.mode = mode}};
-  options.max_new_tokens = max_new_tokens;
-  return options;
+const Generate kSixteen{.max_new_tokens = 16};
+const Adapt kCohort{.mode = Mode::cohort};
+
+/// A caller's factors that are finite, and whose rows' logits are not.
+Adapt overflowing() {
+  static const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
+  return {.mode = Mode::static_, .factors = head_factors(1, lora_A, lora_B)};
 }
 
 std::vector<TokenIds> token_ids(const std::vector<Generation>& generations) {
@@ -37,7 +40,7 @@ std::vector<TokenIds> token_ids(const std::vector<Generation>& generations) {
 }  // namespace
 
 TEST(Inputs, AreChecked) {
-  const auto adapt = [](std::vector<TokenIds> rows, const AdaptOptions& how = {}) { (void)runtime().adapt(rows, how); };
+  const auto adapt = [](std::vector<TokenIds> rows, const Adapt& how = {}) { (void)runtime().adapt(rows, how); };
   EXPECT_THROW(adapt({}), InputError);
   EXPECT_THROW(adapt({{}}), InputError);
   EXPECT_THROW(adapt({{320}}), TokenError);
@@ -118,50 +121,79 @@ TEST(Inputs, SamplingIsChecked) {
         Sampling{.repetition_penalty = INFINITY}, Sampling{.repetition_penalty = 1e-38}, Sampling{.stop = {""}},
         Sampling{.presence_penalty = 2.1}, Sampling{.frequency_penalty = NAN}, Sampling{.logit_bias = {{5, 101}}},
         Sampling{.logit_bias = {{-1, 1}}}, Sampling{.logprobs = 21}, Sampling{.logprobs = -1}}) {
-    GenerateOptions bad = options(Mode::cohort);
-    bad.sampling = sampling;
-    EXPECT_THROW(runtime().generate(kRows, bad), InputError);
+    EXPECT_THROW(runtime().generate(kRows, {.sampling = sampling}), InputError);
   }
-  EXPECT_THROW(runtime().generate(kRows, options(Mode::cohort, 0)), InputError);
-  GenerateOptions bad = options(Mode::cohort);
-  bad.sampling = Sampling{.logit_bias = {{320, 1}}};
-  EXPECT_THROW(runtime().generate(kRows, bad), TokenError);
-  bad.sampling = std::vector<Sampling>(2);
-  EXPECT_THROW(runtime().generate(kRows, bad), InputError);
-  bad = options(Mode::cohort);
-  bad.max_new_tokens = std::vector<std::int64_t>{1, 2};
-  EXPECT_THROW(runtime().generate(kRows, bad), InputError);
+  EXPECT_THROW(runtime().generate(kRows, {.sampling = Sampling{.logit_bias = {{320, 1}}}}), TokenError);
+}
+
+TEST(Inputs, GenerateIsChecked) {
+  for (const Generate& wrong :
+       {Generate{.max_new_tokens = 0}, Generate{.max_new_tokens = TokenIds{1, 2}},
+        Generate{.sampling = std::vector<Sampling>(2)}, Generate{.n = 0}, Generate{.n = SIZE_MAX},
+        Generate{.deadline = Seconds(0)}, Generate{.deadline = Seconds(NAN)}, Generate{.prompt_lookup_num_tokens = -1},
+        Generate{.prompt_lookup_num_tokens = 17}}) {
+    EXPECT_THROW(runtime().generate(kRows, wrong), InputError);
+  }
 }
 
 TEST(Generation, EndsAtTheModelsPositions) {
   const std::vector<TokenIds> rows = {TokenIds(48, 3), TokenIds(46, 3)};
-  const auto generations = runtime().generate(rows, options(Mode::none, 100));
+  const auto generations = runtime().generate(rows, {.max_new_tokens = 100}, {.mode = Mode::none});
   EXPECT_EQ(generations[0].token_ids.size(), 1U);
   EXPECT_EQ(generations[1].token_ids.size(), 3U);
   EXPECT_EQ(generations[0].finish_reason, FinishReason::length);
 }
 
 TEST(Generation, CachedStepsEqualReadingAllAtOnce) {
-  const auto generations = runtime().generate(kRows, options(Mode::centroid, 6));
+  const auto generations = runtime().generate(kRows, {.max_new_tokens = 6}, {.mode = Mode::centroid});
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     TokenIds longer = kRows[row];
     longer.insert(longer.end(), generations[row].token_ids.begin(), generations[row].token_ids.end() - 1);
     // The factors of a row depend on its prompt alone, so the second call gets the same ones.
     const std::vector<TokenIds> prompt = {kRows[row]}, all = {longer};
     const FactorSets sets = runtime().adapt(prompt, {.mode = Mode::centroid}).factors.sets;
-    GenerateOptions next = options(Mode::static_, 1);
-    next.factors = head_factors(static_cast<std::size_t>(sets.rank), sets.tensors.at("lm_head.lora_A"),
-                                sets.tensors.at("lm_head.lora_B"));
-    EXPECT_EQ(runtime().generate(all, next)[0].token_ids[0], generations[row].token_ids.back());
+    const Factors factors = head_factors(static_cast<std::size_t>(sets.rank), sets.tensors.at("lm_head.lora_A"),
+                                         sets.tensors.at("lm_head.lora_B"));
+    const auto next = runtime().generate(all, {.max_new_tokens = 1}, {.mode = Mode::static_, .factors = factors});
+    EXPECT_EQ(next[0].token_ids[0], generations[row].token_ids.back());
+  }
+}
+
+TEST(Generation, ContinuationsAreThoseOfAsManyPrompts) {
+  const Sampling hot{.temperature = 1.5, .seed = 4};
+  std::vector<TokenIds> repeated;
+  for (const TokenIds& row : kRows) repeated.insert(repeated.end(), 3, row);
+  const auto expected = runtime().generate(repeated, {.sampling = hot}, {.mode = Mode::request});
+  const auto found = runtime().generate(kRows, {.sampling = hot, .n = 3}, {.mode = Mode::request});
+  EXPECT_EQ(token_ids(found), token_ids(expected));
+  EXPECT_NE(found[0].token_ids, found[1].token_ids);
+}
+
+TEST(Generation, ADeadlineEndsRows) {
+  for (const Generation& generation : runtime().generate(kRows, {.deadline = Seconds(1e-9)})) {
+    EXPECT_EQ(generation.finish_reason, FinishReason::deadline);
+    EXPECT_TRUE(generation.token_ids.empty());
+  }
+  EXPECT_EQ(runtime().generate(kRows, {.max_new_tokens = 2, .deadline = Seconds(1e300)})[0].token_ids.size(), 2U);
+}
+
+TEST(Generation, LongPromptsAreReadInPiecesAsTheyAreWhole) {
+  // Together they are more than one call takes; the positions allow no longer ones.
+  std::vector<TokenIds> rows;
+  for (std::int64_t i = 0; i < 50; ++i) rows.emplace_back(45, 1 + i);
+  const auto together = runtime().generate(rows, {.max_new_tokens = 3}, {.mode = Mode::centroid});
+  for (std::size_t row = 0; row < rows.size(); row += 7) {
+    const auto alone =
+        runtime().generate(std::span(rows).subspan(row, 1), {.max_new_tokens = 3}, {.mode = Mode::centroid});
+    EXPECT_EQ(together[row].token_ids, alone[0].token_ids);
   }
 }
 
 TEST(Cancellation, OfOneRowLeavesTheOthersAlone) {
-  const auto alone = runtime().generate(kRows, options(Mode::cohort));
-  GenerateOptions cancelling = options(Mode::cohort);
+  const auto alone = runtime().generate(kRows, kSixteen, kCohort);
   std::size_t seen = 0;
-  cancelling.on_token = [&](const Token& token) { return token.row != 1 || ++seen < 4; };
-  const auto cancelled = runtime().generate(kRows, cancelling);
+  const auto on_token = [&](const Token& token) { return token.row != 1 || ++seen < 4; };
+  const auto cancelled = runtime().stream(kRows, on_token, kSixteen, kCohort);
   EXPECT_EQ(cancelled[1].finish_reason, FinishReason::cancelled);
   EXPECT_EQ(cancelled[1].token_ids, TokenIds(alone[1].token_ids.begin(), alone[1].token_ids.begin() + 4));
   EXPECT_EQ(cancelled[0].token_ids, alone[0].token_ids);
@@ -170,22 +202,37 @@ TEST(Cancellation, OfOneRowLeavesTheOthersAlone) {
 
 TEST(Cancellation, BeforeAndDuringACall) {
   std::stop_source source;
-  GenerateOptions stoppable = options(Mode::cohort);
-  stoppable.stop = source.get_token();
   std::size_t tokens = 0;
-  stoppable.on_token = [&](const Token&) {
+  const auto on_token = [&](const Token&) {
     if (++tokens == 5) source.request_stop();
     return true;
   };
-  const auto alone = runtime().generate(kRows, options(Mode::cohort));
-  const auto generations = runtime().generate(kRows, stoppable);
+  const auto alone = runtime().generate(kRows, kSixteen, kCohort);
+  const auto generations = runtime().stream(kRows, on_token, kSixteen, kCohort, OnError::raise, source.get_token());
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     EXPECT_EQ(generations[row].finish_reason, FinishReason::cancelled);
     EXPECT_EQ(generations[row].token_ids, TokenIds(alone[row].token_ids.begin(), alone[row].token_ids.begin() + 2));
   }
-  for (const Generation& generation : runtime().generate(kRows, stoppable)) {  // stopped before it began
+  for (const Generation& generation :  // stopped before it began
+       runtime().generate(kRows, kSixteen, kCohort, OnError::raise, source.get_token())) {
     EXPECT_TRUE(generation.token_ids.empty());
     EXPECT_EQ(generation.finish_reason, FinishReason::cancelled);
+  }
+}
+
+TEST(Cancellation, EndsACallThatReadsPrompts) {
+  const std::vector<TokenIds> many(20'000, TokenIds(40, 1));  // seconds of work before the first token
+  for (const OnError errors : {OnError::raise, OnError::row}) {
+    std::stop_source source;
+    std::jthread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      source.request_stop();
+    });
+    const auto start = std::chrono::steady_clock::now();
+    const auto generations = runtime().generate(many, {.max_new_tokens = 1}, kCohort, errors, source.get_token());
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+    EXPECT_EQ(generations.back().finish_reason, FinishReason::cancelled);
+    EXPECT_TRUE(generations.back().token_ids.empty());
   }
 }
 
@@ -205,36 +252,29 @@ TEST(Cancellation, OfScoringIsAnErrorOfItsOwn) {
 }
 
 TEST(Callbacks, AnExceptionReachesTheCallerAndHarmsNothing) {
-  const auto before = token_ids(runtime().generate(kRows, options(Mode::cohort)));
-  GenerateOptions throwing = options(Mode::cohort);
-  throwing.on_token = [](const Token& token) -> bool {
+  const auto before = token_ids(runtime().generate(kRows, kSixteen, kCohort));
+  const auto throwing = [](const Token& token) -> bool {
     if (token.row == 2) throw std::domain_error("mine");
     return true;
   };
-  EXPECT_THROW(runtime().generate(kRows, throwing), std::domain_error);
-  EXPECT_EQ(token_ids(runtime().generate(kRows, options(Mode::cohort))), before);
+  EXPECT_THROW(runtime().stream(kRows, throwing, kSixteen, kCohort), std::domain_error);
+  EXPECT_EQ(token_ids(runtime().generate(kRows, kSixteen, kCohort)), before);
 }
 
 TEST(Numbers, FactorsThatOverflowAreReported) {
-  const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
-  GenerateOptions overflowing = options(Mode::static_);
-  overflowing.factors = head_factors(1, lora_A, lora_B);
-  EXPECT_THROW(runtime().generate(kRows, overflowing), NumericError);
-  EXPECT_THROW((void)runtime().score(kRows, overflowing), NumericError);
+  EXPECT_THROW(runtime().generate(kRows, kSixteen, overflowing()), NumericError);
+  EXPECT_THROW((void)runtime().score(kRows, overflowing()), NumericError);
 }
 
 TEST(Numbers, WhatACallLeavesInMemoryIsNotReadByTheNext) {
-  const auto before = token_ids(runtime().generate(kRows, options(Mode::cohort)));
-  const std::vector<float> lora_A(16, 3e38F), lora_B(320, 3e38F);
-  GenerateOptions overflowing = options(Mode::static_);
-  overflowing.factors = head_factors(1, lora_A, lora_B);
+  const auto before = token_ids(runtime().generate(kRows, kSixteen, kCohort));
   const std::vector<TokenIds> longer(8, TokenIds(40, 3));
-  EXPECT_THROW(runtime().generate(longer, overflowing), NumericError);  // its cache is larger
-  EXPECT_EQ(token_ids(runtime().generate(kRows, options(Mode::cohort))), before);
+  EXPECT_THROW(runtime().generate(longer, kSixteen, overflowing()), NumericError);  // its cache is larger
+  EXPECT_EQ(token_ids(runtime().generate(kRows, kSixteen, kCohort)), before);
 }
 
 TEST(PromptLogprobs, AreTheScores) {
-  const AdaptOptions request{.mode = Mode::request};
+  const Adapt request{.mode = Mode::request};
   const std::vector<TokenIds> rows = {{5, 6, 7, 300, 2, 9}, {8}, {10, 11, 12, 13}};
   const auto choices = runtime().prompt_logprobs(rows, runtime().adapt(rows, request).factors, 2);
   const auto scores = runtime().score(rows, request);
@@ -252,10 +292,9 @@ TEST(PromptLogprobs, AreTheScores) {
 }
 
 TEST(PromptLogprobs, AGreedyTokenIsTheFirstAlternativeByTheSameFloat) {
-  GenerateOptions greedy = options(Mode::none);
-  greedy.sampling = Sampling{.ignore_eos = true, .logprobs = 1};
+  const Generate greedy{.max_new_tokens = 16, .sampling = Sampling{.ignore_eos = true, .logprobs = 1}};
   const std::vector<TokenIds> prompt = {{5, 6, 7}};
-  const Generation generation = runtime().generate(prompt, greedy)[0];
+  const Generation generation = runtime().generate(prompt, greedy, {.mode = Mode::none})[0];
   std::vector<TokenIds> whole = prompt;
   whole[0].insert(whole[0].end(), generation.token_ids.begin(), generation.token_ids.end());
   const auto choices = runtime().prompt_logprobs(whole, runtime().adapt(whole, {.mode = Mode::none}).factors, 1)[0];
@@ -294,7 +333,7 @@ TEST(Score, OfABatchThatTakesSeveralCallsIsThatOfEachText) {
     TokenIds& ids = rows.emplace_back();
     for (std::int64_t i = 0; i < 29 + row % 20; ++i) ids.push_back((row * 37 + i * 101) % 320);
   }
-  const AdaptOptions request{.mode = Mode::request};  // a text's factors do not depend on the others
+  const Adapt request{.mode = Mode::request};  // a text's factors do not depend on the others
   const auto together = runtime().score(rows, request);
   for (std::size_t row = 0; row < rows.size(); ++row) {
     const std::vector<TokenIds> one = {rows[row]};

@@ -1,38 +1,14 @@
 #include "schedules.h"
 
 #include "engine/loop.h"
-#include "engine/submission.h"
 
 namespace chameleon::test {
 
 namespace {
 
-constexpr Seconds kExpired{1e-9};   // a deadline that is over at once
-constexpr float kOverflow = 3e38F;  // factors of this value are finite, and the logits of their rows are not
-
 Stream submit_to(Loop& loop, const Runtime& runtime, const Json& submit, std::size_t capacity) {
-  SubmitOptions options{.mode = parse_mode(submit.at("mode").get<std::string>()), .n = submit.at("n")};
-  options.max_new_tokens = submit.at("max_new_tokens").get<std::int64_t>();
-  if (const Json& sampling = submit.at("sampling"); sampling.is_array()) {
-    std::vector<Sampling> each;
-    for (const Json& settings : sampling) each.push_back(read_sampling(settings));
-    options.sampling = each;
-  } else {
-    options.sampling = read_sampling(sampling);
-  }
-  if (!submit.at("tenant").is_null()) options.tenant = submit.at("tenant").get<std::string>();
-  if (!submit.at("adapt_tokens").is_null()) options.adapt_tokens = submit.at("adapt_tokens").get<std::size_t>();
-  if (submit.at("expires").get<bool>()) options.deadline = kExpired;
-  std::optional<CallerFactors> factors;
-  if (!submit.at("rank").is_null()) {
-    factors.emplace(submit.at("rank"), runtime.manifest().model);
-    if (submit.at("overflows").get<bool>()) std::ranges::fill(factors->values, kOverflow);
-    options.factors = factors->factors();
-  }
-  std::optional<CallerVectors> vectors;
-  if (submit.contains("conditioning")) options.conditioning = vectors.emplace(submit["conditioning"]).matrix();
-  const auto prompts = submit.at("prompts").get<std::vector<TokenIds>>();
-  const Submission submission = prepare(runtime.impl(), capacity, prompts, std::move(options));
+  const Call call(submit, runtime.manifest().model);
+  const Submission submission = prepare(runtime.impl(), call.prompts, call.generate, call.adapt, capacity);
   form_cohort(runtime.impl(), std::span(&submission, 1), 0);
   loop.wait(submission.members);
   return Stream(submission.stream);
@@ -62,8 +38,8 @@ Json tokens_of(const Stream& stream) {
 Json run_schedule(const Runtime& runtime, const Json& schedule) {
   const std::size_t capacity = schedule.at("capacity");
   FactorTable table(schedule.at("max_factor_sets"));
-  const auto batch =
-      open_batch(*runtime.impl().decoder, table, schedule.at("rows"), capacity, schedule.at("prefill_tokens"));
+  const auto batch = open_batch(*runtime.impl().backend.decoder, table, schedule.at("rows"), capacity,
+                                {schedule.at("prefill_tokens").get<std::size_t>()});
   Loop loop(*batch, table, runtime.tokenizer(), runtime.manifest().model.eos_token_id);
   const Json& submits = schedule.at("submits");
   std::vector<Stream> streams;

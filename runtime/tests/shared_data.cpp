@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "contract/mapped_file.h"
@@ -94,15 +95,52 @@ HostileBundle::HostileBundle(const Json& hostile_case) {
 
 HostileBundle::~HostileBundle() { fs::remove_all(path_); }
 
-GoldenCase::GoldenCase(const Json& golden_case, const ModelSpec& model)
-    : rows(golden_case.at("rows").get<std::vector<TokenIds>>()) {
-  options.mode = parse_mode(golden_case.at("mode").get<std::string>());
-  if (!golden_case.at("tenants").is_null()) options.tenants = golden_case.at("tenants").get<std::vector<std::string>>();
-  if (golden_case.contains("conditioning"))
-    options.conditioning = vectors.emplace(golden_case["conditioning"]).matrix();
-  if (golden_case.at("rank").is_null()) return;
-  factors.emplace(golden_case.at("rank"), model);
-  options.factors = factors->factors();
+Call::Call(const Json& record, const ModelSpec& model)
+    : prompts(record.at(record.contains("rows") ? "rows" : "prompts").get<std::vector<TokenIds>>()) {
+  constexpr float overflow = 3e38F;  // factors of this value are finite, and the logits of their rows are not
+  constexpr Seconds expired{1e-9};   // a deadline that is over at once
+  const auto given = [&](const char* name) { return record.contains(name) && !record.at(name).is_null(); };
+  if (given("mode")) adapt.mode = parse_mode(record.at("mode").get<std::string>());
+  if (given("tenant")) adapt.tenants.emplace(prompts.size(), record.at("tenant").get<std::string>());
+  if (given("tenants")) adapt.tenants = record.at("tenants").get<std::vector<std::string>>();
+  if (given("rank")) {
+    factors_ = std::make_shared<CallerFactors>(record.at("rank"), model);
+    if (record.value("overflows", false)) std::ranges::fill(factors_->values, overflow);
+    adapt.factors = factors_->factors();
+  }
+  if (given("adapters")) {
+    adapt.adapters.emplace();
+    for (const Json& name : record.at("adapters")) {
+      adapt.adapters->push_back(name.is_null() ? std::nullopt : std::optional(name.get<std::string>()));
+    }
+  }
+  if (given("conditioning")) {
+    vectors_ = std::make_shared<CallerVectors>(record.at("conditioning"));
+    adapt.conditioning = vectors_->matrix();
+  }
+  if (given("adapt_tokens")) adapt.adapt_tokens = record.at("adapt_tokens").get<std::size_t>();
+  if (given("max_new_tokens")) {
+    const Json& limit = record.at("max_new_tokens");
+    if (limit.is_array()) {
+      generate.max_new_tokens = limit.get<std::vector<std::int64_t>>();
+    } else {
+      generate.max_new_tokens = limit.get<std::int64_t>();
+    }
+  }
+  if (given("sampling")) {
+    const Json& sampling = record.at("sampling");
+    if (sampling.is_array()) {
+      std::vector<Sampling> each;
+      for (const Json& settings : sampling) each.push_back(read_sampling(settings));
+      generate.sampling = each;
+    } else {
+      generate.sampling = read_sampling(sampling);
+    }
+  }
+  generate.n = record.value("n", generate.n);
+  if (record.value("expires", false)) generate.deadline = expired;
+  if (given("deadline")) generate.deadline = Seconds(record.at("deadline").get<double>());
+  generate.prompt_lookup_num_tokens = record.value("prompt_lookup_num_tokens", std::int64_t{0});
 }
 
 CallerFactors::CallerFactors(std::int64_t given, const ModelSpec& model)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -45,13 +46,17 @@ struct CallerVectors {
   std::vector<float> values;
 };
 
-/// The batch of a golden case, and how it is adapted.
-struct GoldenCase {
-  explicit GoldenCase(const Json& golden_case, const ModelSpec& model);
-  std::vector<TokenIds> rows;
-  std::optional<CallerFactors> factors;
-  std::optional<CallerVectors> vectors;
-  AdaptOptions options;
+/// The prompts of a golden case, of a submit of a schedule or of another call, and how they are adapted and continued.
+/// A field that the record does not name, or whose value is null, is the default.
+struct Call {
+  Call(const Json& record, const ModelSpec& model);
+  std::vector<TokenIds> prompts;
+  Adapt adapt;
+  Generate generate;
+
+ private:
+  std::shared_ptr<CallerFactors> factors_;  // where `adapt` points to
+  std::shared_ptr<CallerVectors> vectors_;  // likewise
 };
 
 /// A caller's factor set for lm_head.

@@ -8,8 +8,9 @@
 #include <cmath>
 #include <random>
 
-#include "decode/decoder.h"
 #include "decode/schedule.h"
+#include "decode/shared_cache.h"
+#include "engine/factor_table.h"
 #include "runtime_impl.h"
 #include "shared_data.h"
 
@@ -25,11 +26,14 @@ const Runtime& runtime() {
   return runtime;
 }
 
+const SharedCacheDecoder& decoder() {
+  return dynamic_cast<const SharedCacheDecoder&>(*runtime().impl().backend.decoder);
+}
+
 struct Rows {
-  explicit Rows(const Decoder& given) : decoder(given), slots(given.slots(kRows, kCapacity)) {
-    const std::vector<TokenIds> one(3, TokenIds{1});
-    const std::vector<std::int64_t> clusters = {0, 1, 2};
-    for (const FactorSource& source : runtime().impl().factor_sources(Mode::centroid, {{}, clusters}, {}, {}, {})) {
+  Rows() {
+    const Embedded clusters{{}, {0, 1, 2}};
+    for (const FactorSource& source : runtime().impl().sources.of_rows({.mode = Mode::centroid}, clusters).sources) {
       table.acquire(source);
       keys.push_back(source.key);
     }
@@ -38,9 +42,13 @@ struct Rows {
   /// The logits after a row's tokens, read whole by the decoder.
   [[nodiscard]] std::vector<float> alone(std::size_t row) const {
     const std::span<const std::int64_t> ids(tokens[row]);
-    auto [logits, cache] = decoder.prefill(chameleon::Rows(&ids, 1), table.set_of(keys[sets[row]]), kCapacity, {});
-    const auto values = logits.at(0);
-    return {values.begin(), values.end()};
+    std::vector<float> last;
+    const auto take = [&](std::size_t, Logits logits) {
+      const auto values = logits.at(0, logits.positions() - 1);
+      last.assign(values.begin(), values.end());
+    };
+    decoder().all_logits(chameleon::Rows(&ids, 1), table.set_of(keys[sets[row]]), take, {});
+    return last;
   }
 
   /// Append tokens to one row. Returns the logits after them.
@@ -48,8 +56,7 @@ struct Rows {
     return slots->prefill(row, chameleon::Rows(&ids, 1), factors, true);
   }
 
-  const Decoder& decoder;
-  std::unique_ptr<Slots> slots;
+  std::unique_ptr<Slots> slots = decoder().slots(kRows, kCapacity);
   FactorTable table{3};
   std::vector<std::string> keys;
   std::vector<TokenIds> tokens;   // of each row in use
@@ -68,11 +75,11 @@ float largest_difference(std::span<const float> found, std::span<const float> ex
 
 void run_sequence(unsigned int seed) {
   std::mt19937 random(seed);
-  Rows rows(*runtime().impl().decoder);
+  Rows rows;
   const auto token = [&] { return static_cast<std::int64_t>(random() % 320); };
   for (int operation = 0; operation < 24; ++operation) {
     const std::size_t used = rows.tokens.size(), row = used > 0 ? random() % used : 0;
-    switch (random() % 6) {
+    switch (random() % 7) {
       case 0: {  // admit, with a prompt
         if (used == kRows) break;
         rows.slots->admit(used);
@@ -119,7 +126,7 @@ void run_sequence(unsigned int seed) {
         }
         rows.slots->step(next, factors);
         for (std::size_t i = 0; i < used; ++i)
-          ASSERT_LT(largest_difference(rows.slots->logits(i), rows.alone(i)), kTolerance);
+          ASSERT_LT(largest_difference(rows.slots->logits().at(i), rows.alone(i)), kTolerance);
         break;
       }
       case 4: {  // fork
@@ -129,6 +136,22 @@ void run_sequence(unsigned int seed) {
         rows.tokens.emplace_back(rows.tokens[row].begin(),
                                  rows.tokens[row].begin() + static_cast<std::ptrdiff_t>(length));
         rows.sets.push_back(rows.sets[row]);
+        break;
+      }
+      case 5: {  // draft, of which some tokens are cut off again
+        if (used == 0) break;
+        TokenIds& ids = rows.tokens[row];
+        const std::size_t count = 1 + random() % 5, past = ids.size();
+        if (past + count > kCapacity) break;
+        for (std::size_t i = 0; i < count; ++i) ids.push_back(token());
+        const auto drafted = std::span<const std::int64_t>(ids).subspan(past);
+        Logits logits = rows.slots->draft(row, drafted, rows.table.set_of(rows.keys[rows.sets[row]]));
+        for (std::size_t kept = count; kept > 0; --kept) {
+          ids.resize(past + kept);
+          ASSERT_LT(largest_difference(logits.at(0, kept - 1), rows.alone(row)), kTolerance);
+          if (random() % 2 == 0) break;
+        }
+        rows.slots->cut(row, std::ssize(ids));
         break;
       }
       default:  // drop
@@ -155,7 +178,7 @@ TEST(Slots, EveryRowIsAsIfAlone) {
 }
 
 TEST(Slots, AFaultWouldBeSeen) {
-  Rows rows(*runtime().impl().decoder);
+  Rows rows;
   rows.tokens = {{5, 6, 7, 8}, {5, 6, 7, 8}};
   rows.sets = {0, 1};
   const auto factors = [&](std::size_t set) { return rows.table.set_of(rows.keys[set]); };
@@ -170,8 +193,8 @@ TEST(Slots, AFaultWouldBeSeen) {
 }
 
 TEST(Slots, MoreMemoryThanThereIsIsAnError) {
-  EXPECT_THROW((void)runtime().impl().decoder->slots(std::size_t{1} << 50, 48), LengthError);
-  EXPECT_THROW((void)runtime().impl().decoder->slots(SIZE_MAX, 48), LengthError);
+  EXPECT_THROW((void)decoder().slots(std::size_t{1} << 50, 48), LengthError);
+  EXPECT_THROW((void)decoder().slots(SIZE_MAX, 48), LengthError);
 }
 
 TEST(Slots, AChunkNeverLeavesASingleToken) {

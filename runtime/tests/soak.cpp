@@ -85,17 +85,19 @@ std::size_t wrong_answers(const Service& service, const std::vector<std::string>
 
 struct Request {
   std::vector<TokenIds> rows;
-  Mode mode;
-  std::int64_t max_new_tokens;
-  Sampling sampling;
+  Generate generate;
+  Adapt adapt;
+  std::size_t number;
 };
 
 Request tiny_request(std::size_t number, std::int64_t vocab_size) {
   static constexpr Mode kModes[] = {Mode::none, Mode::centroid, Mode::request, Mode::cohort, Mode::tenant};
   Request request{.rows = std::vector<TokenIds>(number % 10 == 9 ? 2 : 1),
-                  .mode = kModes[number % 5],
-                  .max_new_tokens = 1 + static_cast<std::int64_t>(number % 3),
-                  .sampling = {.temperature = number % 2 == 0 ? 0.0 : 1.0, .seed = number}};
+                  .generate = {.max_new_tokens = 1 + static_cast<std::int64_t>(number % 3),
+                               .sampling = Sampling{.temperature = number % 2 == 0 ? 0.0 : 1.0, .seed = number}},
+                  .adapt = {.mode = kModes[number % 5]},
+                  .number = number};
+  if (request.adapt.mode == Mode::tenant) request.adapt.tenants.emplace(request.rows.size(), "a");
   for (std::size_t row = 0; row < request.rows.size(); ++row) {
     for (std::size_t i = 0; i < 1 + number % 7; ++i) {
       const std::size_t id = number * 31 + row * 17 + i * (5 + number % 11);
@@ -112,21 +114,14 @@ std::string texts(const std::vector<Generation>& generations) {
 }
 
 std::string generate(const Runtime& runtime, const Request& request) {
-  GenerateOptions options{{.mode = request.mode}};
-  options.max_new_tokens = request.max_new_tokens;
-  options.sampling = request.sampling;
-  if (request.mode == Mode::tenant) options.tenants.emplace(request.rows.size(), "a");
-  return texts(runtime.generate(request.rows, options));
+  return texts(runtime.generate(request.rows, request.generate, request.adapt));
 }
 
 std::string submit(Engine& engine, const Request& request) {
-  SubmitOptions options{.mode = request.mode};
-  options.max_new_tokens = request.max_new_tokens;
-  options.sampling = request.sampling;
-  if (request.mode == Mode::tenant) options.tenant = "a";
-  if (request.sampling.seed % 10 == 4) (void)engine.submit(request.rows, options);  // nobody reads it
-  if (request.sampling.seed % 10 == 5) engine.submit(request.rows, options).cancel();
-  return texts(engine.submit(request.rows, options).result());
+  const auto& [rows, generate, adapt, number] = request;
+  if (number % 10 == 4) (void)engine.submit(rows, generate, adapt);  // nobody reads it
+  if (number % 10 == 5) engine.submit(rows, generate, adapt).cancel();
+  return texts(engine.submit(rows, generate, adapt).result());
 }
 
 }  // namespace

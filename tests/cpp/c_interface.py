@@ -36,7 +36,8 @@ class CFactor(c.Structure):
 class CBatch(c.Structure):
     _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
                 ("factors", c.POINTER(CFactor)), ("num_factors", Z),
-                ("adapters", c.POINTER(c.c_char_p)), ("conditioning", P), ("conditioning_size", Z))  # fmt: skip
+                ("adapters", c.POINTER(c.c_char_p)), ("conditioning", P), ("conditioning_size", Z),
+                ("adapt_tokens", Z))  # fmt: skip
 
 
 class CSampling(c.Structure):
@@ -63,8 +64,8 @@ OnToken = c.CFUNCTYPE(c.c_int, c.POINTER(CToken), P)
 
 class GenerateOptions(c.Structure):
     _fields_ = (("max_new_tokens", I64), ("sampling", c.POINTER(CSampling)), ("num_samplings", Z),
-                ("prompt_lookup_num_tokens", I64), ("errors", c.c_char_p), ("on_token", OnToken),
-                ("user", P))  # fmt: skip
+                ("n", Z), ("deadline_seconds", c.c_double), ("prompt_lookup_num_tokens", I64), ("errors", c.c_char_p),
+                ("on_token", OnToken), ("user", P))  # fmt: skip
 
 
 class NativeError(Exception):
@@ -175,8 +176,8 @@ class NativeRuntime:
             return on_token(t.row, t.token_id, c.string_at(t.text, t.text_size).decode(), bool(t.finished))
 
         options = GenerateOptions(
-            max_new_tokens, native, len(samplings), prompt_lookup_num_tokens, errors.encode() if errors else None,
-            OnToken(forward) if on_token else OnToken(), None,
+            max_new_tokens, native, len(samplings), 0, 0.0, prompt_lookup_num_tokens,
+            errors.encode() if errors else None, OnToken(forward) if on_token else OnToken(), None,
         )  # fmt: skip
         handle = P()
         self._check(self._c.chameleon_generate(self._handle, c.byref(batch), c.byref(options), c.byref(handle)))
@@ -242,7 +243,7 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None, None, 0)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None, None, 0, 0)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if adapters is not None:

@@ -20,8 +20,9 @@ struct Adaptation {
 /// The name of each text's adapter, nothing for the base model.
 using AdapterNames = std::vector<std::optional<std::string>>;
 
-/// How to adapt a batch.
-struct AdaptOptions {
+/// Options of one call: its adaptation mode, and the arguments that this mode needs. Matrices need to be valid during
+/// the call only.
+struct Adapt {
   std::optional<Mode> mode{};                         ///< the runtime's mode by default
   std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: the owner of each text, one per text
   std::optional<Factors> factors{};                   ///< mode static: the caller's factor set
@@ -29,6 +30,7 @@ struct AdaptOptions {
   /// Mode request of a bundle whose hypernetwork reads vectors of the caller: [texts, conditioning_size], such as the
   /// embedding of each text's task.
   std::optional<Matrix> conditioning{};
+  std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every text
 };
 
 }  // namespace chameleon

@@ -31,26 +31,6 @@ struct EngineOptions {
   std::function<void(const Iteration&)> observe{};
 };
 
-/// How to continue the prompts of one submit.
-struct SubmitOptions {
-  /// At least 1. The capacity of a row is a limit too.
-  PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
-  /// One Sampling for all, where row i draws from random stream i, or one per prompt, where its continuation k draws
-  /// from stream k.
-  PerPrompt<Sampling> sampling = Sampling{};
-  std::optional<Mode> mode{};                 ///< the runtime's mode by default
-  std::optional<std::string> tenant{};        ///< mode tenant: the tenant of the prompts
-  std::optional<Factors> factors{};           ///< mode static: the caller's factor set, which is copied
-  std::optional<std::string> adapter{};       ///< mode static, which it implies: the name of the prompts' adapter
-  std::optional<Matrix> conditioning{};       ///< as of AdaptOptions, a vector per prompt, which is copied
-  std::size_t n = 1;                          ///< continuations per prompt
-  std::optional<Seconds> deadline{};          ///< from now, after which rows that have not ended finish as deadline
-  std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every prompt
-  /// Called by the engine's thread for every token, in place of Stream::next; must be quick. Return false to cancel
-  /// this row; the others continue. An exception cancels the row too.
-  OnToken on_token{};
-};
-
 /// The state of an engine at one moment.
 struct Stats {
   std::size_t running, waiting;  ///< rows in the batch, and rows that wait for a place
@@ -72,9 +52,11 @@ class CHAMELEON_EXPORT Engine {
   ~Engine();
 
   /// Queue every prompt and return at once. Every argument is checked before this returns.
+  /// on_token: called by the engine's thread for every token, in place of Stream::next; must be quick. An exception
+  /// cancels the row too
   /// Throws InputError, TokenError, LengthError (a prompt that no row can hold), ModeError, FactorsError, AdapterError,
-  /// QueueFullError, or ClosedError after `close`.
-  Stream submit(Texts prompts, SubmitOptions options = {});
+  /// ProviderError (drafts on a GPU), QueueFullError, or ClosedError after `close`.
+  Stream submit(Texts prompts, const Generate& generate = {}, const Adapt& adapt = {}, OnToken on_token = {});
 
   /// Whether no request is accepted any more: after `close`, or a fault of the thread.
   [[nodiscard]] bool closed() const;

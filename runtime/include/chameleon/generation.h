@@ -1,22 +1,23 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
-#include <stop_token>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
-#include "chameleon/adaptation.h"
 #include "chameleon/error.h"
 #include "chameleon/sampling.h"
 
 namespace chameleon {
 
-/// Why a row ended. An Engine gives every reason; Runtime::generate the first three, and `error` where it is asked to.
+using Seconds = std::chrono::duration<double>;
+
+/// Why a row ended. An Engine gives every reason, Runtime::generate `error` only where it is asked to.
 enum class FinishReason { stop, length, cancelled, deadline, error };
 
 CHAMELEON_EXPORT std::string_view to_string(FinishReason reason);
@@ -44,8 +45,8 @@ struct Token {
   std::vector<TokenLogprob> top_logprobs{};      ///< of the most probable tokens, highest first
 };
 
-/// Called for every token, within a step in the order of the rows. Return false to cancel this row; the others
-/// continue.
+/// Called for every token, after each step in the order of the rows. Return false to cancel this row, which then ends
+/// before the next step; the others continue.
 using OnToken = std::function<bool(const Token&)>;
 
 /// One value for all prompts, or one for each.
@@ -58,19 +59,20 @@ enum class OnError {
   row,    ///< it ends that row alone, with finish reason `error` and its Generation::error
 };
 
-struct GenerateOptions : AdaptOptions {
-  /// At least 1. The model's positions are a limit too.
+/// Options of one call: they say how its prompts are continued.
+struct Generate {
+  /// At least 1, one number or one per prompt. The tokens that a row can hold are a limit too.
   PerPrompt<std::int64_t> max_new_tokens = std::int64_t{20};
-  /// One Sampling for all, where row i draws from random stream i, or one per prompt, each drawing from stream 0, so
-  /// that a row does not depend on its place in the batch.
+  /// One Sampling for all, where row i draws from random stream i, or one per prompt, where its continuation k draws
+  /// from stream k, so that a row does not depend on its place in the batch.
   PerPrompt<Sampling> sampling = Sampling{};
-  /// For a single prompt on the CPU: up to this many tokens, at most 16, are drafted from the text so far and read in
-  /// one call. The tokens are those of plain decoding in fp32; in int8 they can differ, since a call of several tokens
-  /// rounds differently. 0 is off.
+  std::size_t n = 1;                  ///< continuations per prompt, at most 65,536; row i * n + k is continuation k of
+                                      ///< prompt i
+  std::optional<Seconds> deadline{};  ///< from now, after which rows that have not ended finish as deadline
+  /// On the CPU, in fp32: while a single row is generated, up to this many tokens, at most 16, are drafted by prompt
+  /// lookup and read in one call, which is faster where the text repeats itself, and slower elsewhere. The tokens are
+  /// those of plain decoding. 0 is off.
   std::int64_t prompt_lookup_num_tokens = 0;
-  OnError errors = OnError::raise;
-  OnToken on_token{};
-  std::stop_token stop{};  ///< cancels all rows, even within a long prompt
 };
 
 }  // namespace chameleon

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -9,8 +8,6 @@
 #include "chameleon/manifest.h"
 
 namespace chameleon {
-
-using Seconds = std::chrono::duration<double>;
 
 /// A row that ended.
 struct FinishedRow {

@@ -47,12 +47,11 @@ class CHAMELEON_EXPORT Runtime {
 
   /// Embed and cluster a batch and generate its factors.
   /// Throws InputError, TokenError, LengthError, ModeError, FactorsError or AdapterError.
-  [[nodiscard]] Adaptation adapt(Texts texts, const AdaptOptions& options = {}) const;
+  [[nodiscard]] Adaptation adapt(Texts texts, const Adapt& adapt = {}) const;
 
   /// Log-probability of every token of every text, given the tokens before it.
   /// stop: ends the call without results. Throws CancelledError.
-  [[nodiscard]] std::vector<Score> score(Texts texts, const AdaptOptions& options = {},
-                                         const std::stop_token& stop = {}) const;
+  [[nodiscard]] std::vector<Score> score(Texts texts, const Adapt& adapt = {}, const std::stop_token& stop = {}) const;
 
   /// What would have chosen each token of a text after its first, with the `count` most probable tokens (0 to 20) at
   /// each place, as Sampling::logprobs reports them. factors: a row for each text, as `adapt` returns them Throws
@@ -60,8 +59,15 @@ class CHAMELEON_EXPORT Runtime {
   [[nodiscard]] std::vector<std::vector<Choice>> prompt_logprobs(Texts texts, const RowFactors& factors, int count,
                                                                  const std::stop_token& stop = {}) const;
 
-  /// Continue every prompt. The factors of a row depend on its prompt alone. A callback's exception ends the call.
-  std::vector<Generation> generate(Texts prompts, const GenerateOptions& options = {}) const;
+  /// Continue every prompt. The factors of a row are made from its prompt and do not change.
+  /// stop: cancels all rows, even within a long prompt
+  /// Throws what `adapt` throws, InputError and ProviderError for drafts that this decoder would read to other tokens.
+  std::vector<Generation> generate(Texts prompts, const Generate& generate = {}, const Adapt& adapt = {},
+                                   OnError errors = OnError::raise, const std::stop_token& stop = {}) const;
+  /// The same, token by token. A callback's exception ends the call.
+  std::vector<Generation> stream(Texts prompts, const OnToken& on_token, const Generate& generate = {},
+                                 const Adapt& adapt = {}, OnError errors = OnError::raise,
+                                 const std::stop_token& stop = {}) const;
 
   /// Add an adapter from a file that `adapter` wrote for this base model. The file is read whole and
   /// checked; calls that run are not affected. From any thread.

@@ -26,8 +26,8 @@ struct Cohort {
 /// The last Token of every row has its Generation. If that Token has token_id -1, the row ended without a new token.
 class CHAMELEON_EXPORT Stream {
  public:
-  /// The next token, for which it waits; none after the last token of the last row. With SubmitOptions::on_token the
-  /// callback gets the tokens, and this returns none at the end.
+  /// The next token, for which it waits; none after the last token of the last row. With a callback that gets
+  /// the tokens this returns none at the end.
   [[nodiscard]] std::optional<Token> next() const;
   /// Wait until `next` returns at once. False after `timeout`.
   [[nodiscard]] bool wait(Seconds timeout) const;

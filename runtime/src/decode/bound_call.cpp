@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <new>
+#include <numeric>
 
-#include "chameleon/error.h"
 #include "factors.h"
 
 namespace chameleon {
@@ -32,10 +33,7 @@ std::size_t SharedCacheGraph::row_bytes(std::size_t capacity) const {
 
 std::size_t SharedCacheGraph::cache_bytes(std::size_t rows, std::size_t capacity) const {
   const std::size_t row = past.size() * row_bytes(capacity);
-  if (rows > std::numeric_limits<std::ptrdiff_t>::max() / std::max<std::size_t>(row, 1)) {
-    throw LengthError("no memory for a cache of " + std::to_string(rows) + " rows of " + std::to_string(capacity) +
-                      " tokens: pass less");
-  }
+  if (rows > std::numeric_limits<std::ptrdiff_t>::max() / std::max<std::size_t>(row, 1)) throw std::bad_alloc();
   return rows * row;
 }
 
@@ -104,10 +102,18 @@ BoundCall::BoundCall(const SharedCacheGraph& graph, const CacheBuffers& cache, s
   }
 }
 
-void BoundCall::append_to(std::span<const std::int64_t> lengths) {
-  std::ranges::copy(lengths, position_ids.begin());
-  std::ranges::transform(lengths, seqlens_k.begin(), [](std::int64_t n) { return static_cast<std::int32_t>(n); });
-  total_sequence_length = static_cast<std::int32_t>(std::ranges::max(lengths)) + 1;
+void BoundCall::append(Rows rows, std::span<const std::int64_t> lengths) {
+  const std::size_t width = input_ids.size() / rows.size(), positions = logits_positions.size() / rows.size();
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const std::int64_t added = std::ssize(rows[row]);
+    std::ranges::copy(rows[row], std::span(input_ids).subspan(row * width).begin());
+    const auto places = std::span(position_ids).subspan(row * width, width);
+    std::iota(places.begin(), places.end(), lengths[row]);
+    const auto outputs = std::span(logits_positions).subspan(row * positions, positions);
+    std::iota(outputs.begin(), outputs.end(), positions == 1 ? added - 1 : 0);
+    seqlens_k[row] = static_cast<std::int32_t>(lengths[row] + added - 1);
+  }
+  total_sequence_length = static_cast<std::int32_t>(std::ranges::max(lengths) + static_cast<std::int64_t>(width));
 }
 
 std::span<float> BoundCall::run(const RowFactors& factors, const std::stop_token& stop) {

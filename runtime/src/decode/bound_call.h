@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chameleon/factors.h"
+#include "decode/decoder.h"
 #include "decode/session.h"
 
 namespace chameleon {
@@ -12,8 +13,11 @@ struct SharedCacheGraph {
 
   /// Bytes of one row in the buffer of one layer's keys or values.
   [[nodiscard]] std::size_t row_bytes(std::size_t capacity) const;
-  /// Bytes of a whole cache. Throws LengthError for more than the address space.
+  /// Bytes of a whole cache. Throws std::bad_alloc for more than the address space.
   [[nodiscard]] std::size_t cache_bytes(std::size_t rows, std::size_t capacity) const;
+
+  /// Whether a call of several tokens gives what as many of one token give, up to the order of sums.
+  [[nodiscard]] bool is_exact() const { return cache_type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
   Ort::Session session;
   ModelSpec model;
@@ -53,8 +57,9 @@ class BoundCall {
   std::vector<std::int32_t> seqlens_k;                ///< [batch], real tokens of each row after the call, minus one
   std::int32_t total_sequence_length = 0;             ///< the longest row's tokens after the call
 
-  /// Fill in what a step takes that appends one token to rows of these lengths, besides the token ids.
-  void append_to(std::span<const std::int64_t> lengths);
+  /// Fill in a call that appends tokens to rows of these lengths. Outputs are of each row's last position where a row
+  /// has one output, else of the first positions.
+  void append(Rows rows, std::span<const std::int64_t> lengths);
 
   /// Returns the output, which the next run overwrites. Throws GraphError.
   std::span<float> run(const RowFactors& factors, const std::stop_token& stop = {});

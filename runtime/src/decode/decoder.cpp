@@ -3,17 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "chameleon/error.h"
-#include "decode/slots.h"
-
 namespace chameleon {
-
-Logits Decoder::extend(std::span<const std::int64_t> /*token_ids*/, std::size_t /*past*/, const RowFactors& /*factors*/,
-                       Cache& /*cache*/, const std::stop_token& /*stop*/) const {
-  throw ProviderError("prompt_lookup_num_tokens works on provider 'cpu' only: leave it out");
-}
-
-std::unique_ptr<Slots> Decoder::slots(std::size_t /*rows*/, std::size_t /*capacity*/) const { return nullptr; }
 
 std::vector<std::span<const std::int64_t>> without_last(Rows rows) {
   std::vector<std::span<const std::int64_t>> inputs;

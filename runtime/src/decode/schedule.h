@@ -18,6 +18,12 @@ inline constexpr int kMaxOvertakes = 16;
 /// A call of the decoder takes as long as so many tokens more: it reads all weights.
 inline constexpr std::size_t kCallTokens = 32;
 
+/// A rule for how many prompt tokens are prefilled between two steps.
+struct Schedule {
+  std::size_t chunk_tokens;  ///< prompt tokens of one call of the decoder
+  bool reads_all = false;    ///< every prompt that is not read yet, else one call
+};
+
 /// How many rows a request may have of the places that are free: half, so that it never takes all of them. A single row
 /// may take the last.
 inline std::size_t most_rows(std::size_t places) { return std::max(places / 2, std::min<std::size_t>(places, 1)); }

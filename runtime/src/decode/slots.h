@@ -1,26 +1,54 @@
-// A batch whose rows join, prefill, step and leave independently, on one key-value cache that is allocated once.
+// A batch whose rows join, prefill, step and leave independently, on one shared key-value buffer.
 #pragma once
 
 #include <map>
+#include <mutex>
 
-#include "decode/shared_cache.h"
+#include "decode/bound_call.h"
 
 namespace chameleon {
+
+/// Key-value memory that one user leaves to the next. The first write to new memory costs time: 2 to 4 % of a prefill
+/// in int8.
+struct SpareMemory {
+  std::mutex mutex;
+  std::unique_ptr<std::byte[]> bytes{};  ///< of the user that ended last
+  std::size_t size = 0;
+};
+
+/// The keys and values of some rows. Their memory comes from `spare` if that is large enough, and returns to it.
+class KeyValues {
+ public:
+  /// Throws LengthError where there is not enough memory.
+  KeyValues(const SharedCacheGraph& graph, SpareMemory& spare, std::size_t rows, std::size_t capacity);
+  ~KeyValues();
+  KeyValues(const KeyValues&) = delete;
+  KeyValues& operator=(const KeyValues&) = delete;
+  [[nodiscard]] const CacheBuffers& buffers() const { return buffers_; }
+
+ private:
+  SpareMemory& spare_;
+  std::unique_ptr<std::byte[]> bytes_;  // becomes resident only where it is written
+  std::size_t size_ = 0;
+  CacheBuffers buffers_;
+};
 
 /// The slots of a batch. Rows 0..n-1 are in use, counted by the caller; nothing is computed for the others. For one
 /// thread.
 class Slots {
  public:
-  /// Throws LengthError where there is no memory for the cache.
   /// graph, spare: must outlive this
-  Slots(const SharedCacheGraph& graph, SpareMemory& spare, std::size_t rows, std::size_t capacity);
+  /// stop: ends a call that runs, which throws GraphError then
+  /// Throws LengthError where there is no memory for the cache.
+  Slots(const SharedCacheGraph& graph, SpareMemory& spare, std::size_t rows, std::size_t capacity,
+        std::stop_token stop = {});
 
   /// Tokens of each row in the cache, [rows].
   [[nodiscard]] std::span<const std::int64_t> lengths() const { return lengths_; }
   /// Whether a step gives what reading its token gives, up to the order of sums; in int8 it rounds otherwise.
-  [[nodiscard]] bool is_exact() const { return graph_.cache_type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  /// The logits [vocab] of a row, where `step` writes them.
-  [[nodiscard]] std::span<float> logits(std::size_t row);
+  [[nodiscard]] bool is_exact() const { return graph_.is_exact(); }
+  /// [rows, 1, vocab], where `step` writes them.
+  [[nodiscard]] Logits logits();
 
   /// Begin a new, empty row.
   void admit(std::size_t row) { lengths_[row] = 0; }
@@ -35,19 +63,30 @@ class Slots {
   /// factors: of these rows
   void step(std::span<const std::int64_t> token_ids, const RowFactors& factors);
 
+  /// Append several tokens to a row, of which some may be cut off again. Returns the logits [1, n, vocab] after each,
+  /// valid until the next draft.
+  /// factors: of this row
+  Logits draft(std::size_t row, std::span<const std::int64_t> token_ids, const RowFactors& factors);
+  /// Forget the tokens of a row after the first `length`.
+  void cut(std::size_t row, std::int64_t length) { lengths_[row] = length; }
+
   /// Copy row `source` to row `target`.
   void move(std::size_t source, std::size_t target) { fork(source, target, lengths_[source]); }
   /// Copy the first `length` tokens of row `source` to row `target`.
   void fork(std::size_t source, std::size_t target, std::int64_t length);
 
  private:
+  [[nodiscard]] std::size_t vocab() const { return static_cast<std::size_t>(graph_.model.vocab_size); }
+
   const SharedCacheGraph& graph_;
   SpareMemory& spare_;
+  std::stop_token stop_;
+  KeyValues memory_;
+  const CacheBuffers& cache_ = memory_.buffers();
   std::vector<std::int64_t> lengths_;
-  std::unique_ptr<std::byte[]> memory_;  // becomes resident only where it is written
-  CacheBuffers cache_;
-  std::vector<float> logits_;               // [rows, vocab]
-  std::map<std::size_t, BoundCall> steps_;  // by number of rows
+  std::vector<float> logits_;                                        // [rows, vocab]
+  std::map<std::size_t, BoundCall> steps_;                           // by number of rows
+  std::map<std::pair<std::size_t, std::size_t>, BoundCall> drafts_;  // by row and number of tokens
 };
 
 }  // namespace chameleon

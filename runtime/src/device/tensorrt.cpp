@@ -42,16 +42,15 @@ struct TwoBuffers final : Cache {
   }
 };
 
-class TensorRTDecoder final : public Decoder {
+class TensorRTDecoder final : public StaticDecoder {
  public:
   TensorRTDecoder(const Bundle& bundle, const std::filesystem::path& file);
   ~TensorRTDecoder() override { cudaStreamDestroy(stream_); }
   TensorRTDecoder(TensorRTDecoder&&) = delete;
 
-  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors, std::size_t capacity,
-                                                    const std::stop_token& stop) const override;
-  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache,
-              const std::stop_token& stop) const override;
+  std::pair<Logits, std::unique_ptr<Cache>> prefill(Rows rows, const RowFactors& factors,
+                                                    std::size_t capacity) const override;
+  Logits step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& cache) const override;
   void select(Cache& cache, std::span<const std::size_t> rows) const override;
   void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
                   const std::stop_token& stop) const override;
@@ -142,8 +141,7 @@ TwoBuffers TensorRTDecoder::empty_cache(Rows rows, const FactorSets& sets, std::
 }
 
 std::pair<Logits, std::unique_ptr<Cache>> TensorRTDecoder::prefill(Rows rows, const RowFactors& factors,
-                                                                   std::size_t capacity,
-                                                                   const std::stop_token& /*stop*/) const {
+                                                                   std::size_t capacity) const {
   const auto size = &std::span<const std::int64_t>::size;
   const auto longest = std::ranges::max(rows, {}, size).size(), shortest = std::ranges::min(rows, {}, size).size();
   // Rows share the columns of the cache: the shortest row continues after the end of the longest.
@@ -154,8 +152,8 @@ std::pair<Logits, std::unique_ptr<Cache>> TensorRTDecoder::prefill(Rows rows, co
   return {std::move(logits), std::move(cache)};
 }
 
-Logits TensorRTDecoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors, Cache& any_cache,
-                             const std::stop_token& /*stop*/) const {
+Logits TensorRTDecoder::step(std::span<const std::int64_t> token_ids, const RowFactors& factors,
+                             Cache& any_cache) const {
   auto& cache = dynamic_cast<TwoBuffers&>(any_cache);
   if (cache.width >= cache.capacity) throw LengthError("the cache is full: pass a larger capacity to prefill");
   const std::lock_guard lock(mutex_);

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "decode/schedule.h"
-#include "factors.h"
+#include "decode/shared_cache.h"
+#include "device/static_batch.h"
 
 namespace chameleon {
 
@@ -13,7 +13,32 @@ namespace {
 // Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
 constexpr std::size_t kForkedPerPrefill = 8;
 
-/// The factors of some members, in the table's stack.
+}  // namespace
+
+std::vector<std::int64_t> Member::draft() {
+  // The last new token is never read, so a draft ends before it.
+  const std::size_t left = row.capacity() - row.prompt().size() - row.token_ids().size();
+  const std::size_t limit = std::min(draft_tokens, left);
+  if (limit == 0) return {};
+  if (!lookup) lookup.emplace(row.prompt());
+  lookup->extend(row.token_ids());
+  return lookup->draft(limit);
+}
+
+Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate) {
+  const Clock::time_point now = Clock::now();
+  const auto end = generate.deadline ? now + std::chrono::duration_cast<Clock::duration>(bounded(*generate.deadline))
+                                     : Clock::time_point::max();
+  const auto draft_tokens = static_cast<std::size_t>(generate.prompt_lookup_num_tokens);
+  Members members;
+  std::shared_ptr<Prompt> prompt;
+  for (Row& row : rows) {
+    if (row.index() % generate.n == 0) prompt = std::make_shared<Prompt>(Prompt{row.prompt()});
+    members.push_back(std::make_shared<Member>(Member{stream, prompt, std::move(row), now, end, now, draft_tokens}));
+  }
+  return members;
+}
+
 RowFactors row_factors(const FactorTable& table, std::span<const std::shared_ptr<Member>> members) {
   RowFactors factors{table.sets(), {}};
   for (const auto& member : members)
@@ -21,14 +46,11 @@ RowFactors row_factors(const FactorTable& table, std::span<const std::shared_ptr
   return factors;
 }
 
-std::size_t cached_tokens_of(const Member& member) {
-  return member.row.prompt().size() + member.row.token_ids().size() - (member.row.token_ids().empty() ? 0 : 1);
-}
-
-}  // namespace
-
-ContinuousBatch::ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, std::size_t chunk_tokens)
-    : slots_(std::move(slots)), table_(table), chunk_tokens_(chunk_tokens), left_to_step_(slots_->is_exact() ? 1 : 0) {}
+ContinuousBatch::ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule)
+    : slots_(std::move(slots)),
+      table_(table),
+      schedule_(schedule),
+      left_to_step_(slots_->is_exact() && !schedule.reads_all ? 1 : 0) {}
 
 std::size_t ContinuousBatch::cached_tokens() const {
   const auto used = slots_->lengths().first(members_.size());
@@ -73,13 +95,22 @@ std::size_t ContinuousBatch::to_prefill() const {
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
   if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
   std::vector<std::size_t> lengths;
-  for (std::size_t place = ready_; place < members_.size() && !sibling(place); ++place) {
+  std::size_t tokens = 0;
+  for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.chunk_tokens; ++place) {
+    if (sibling(place)) break;  // it is forked later
     lengths.push_back(length_to_prefill(*members_[place]));
+    tokens += lengths.back();
   }
-  return joined(lengths, chunk_tokens_);
+  return joined(lengths, schedule_.chunk_tokens);
 }
 
 std::size_t ContinuousBatch::prefill() {
+  std::size_t tokens = prefill_once();
+  while (schedule_.reads_all && ready_ < members_.size()) tokens += prefill_once();
+  return tokens;
+}
+
+std::size_t ContinuousBatch::prefill_once() {
   std::size_t forked = 0, tokens = 0;
   while (ready_ < members_.size()) {
     const auto start = static_cast<std::size_t>(slots_->lengths()[ready_]);
@@ -87,7 +118,7 @@ std::size_t ContinuousBatch::prefill() {
     const auto read_already = start == 0 ? sibling(ready_) : std::nullopt;
     if (start == stop) {
       ++ready_;
-    } else if (read_already && forked < chunk_tokens_ * kForkedPerPrefill) {
+    } else if (read_already && forked < schedule_.chunk_tokens * kForkedPerPrefill) {
       slots_->fork(*read_already, ready_, static_cast<std::int64_t>(stop));
       forked += stop;
     } else if (!read_already && tokens == 0) {
@@ -101,8 +132,10 @@ std::size_t ContinuousBatch::prefill() {
 
 /// A member before this one with the same prompt.
 std::optional<std::size_t> ContinuousBatch::sibling(std::size_t place) const {
-  for (std::size_t other = 0; other < place; ++other) {
-    if (members_[other]->prompt == members_[place]->prompt) return other;
+  const auto& prompt = members_[place]->prompt;
+  if (prompt.use_count() == 1) return std::nullopt;
+  while (place-- > 0) {
+    if (members_[place]->prompt == prompt) return place;
   }
   return std::nullopt;
 }
@@ -112,7 +145,7 @@ std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
   std::vector<std::span<const std::int64_t>> chunks;
   std::size_t tokens = 0;
   for (const auto& member : members) {
-    const std::size_t length = chunk_length(length_to_prefill(*member) - start, chunk_tokens_);
+    const std::size_t length = chunk_length(length_to_prefill(*member) - start, schedule_.chunk_tokens);
     chunks.push_back(member->prompt->ids.subspan(start, length));
     tokens += length;
   }
@@ -133,72 +166,38 @@ std::size_t ContinuousBatch::to_step() const {
   return std::min(ready_, static_cast<std::size_t>(first - members_.begin()));
 }
 
-void ContinuousBatch::step() {
+std::vector<std::int64_t> ContinuousBatch::draft() {
+  const bool is_worth_it = ready_ == 1 && !members_[0]->row.token_ids().empty();
+  return is_worth_it ? members_[0]->draft() : std::vector<std::int64_t>();
+}
+
+Logits ContinuousBatch::step(std::span<const std::int64_t> draft) {
   const auto stepped = std::span(members_).first(to_step());
-  if (!stepped.empty()) {
-    std::vector<std::int64_t> last;
-    for (const auto& member : stepped) last.push_back(member->row.last_token_id());
-    slots_->step(last, row_factors(table_, stepped));
+  std::vector<std::int64_t> last;
+  for (const auto& member : stepped) last.push_back(member->row.last_token_id());
+  if (!draft.empty()) {
+    last.insert(last.end(), draft.begin(), draft.end());
+    return slots_->draft(0, last, table_.set_of(stepped[0]->key()));
   }
+  if (!stepped.empty()) slots_->step(last, row_factors(table_, stepped));
+  Logits logits = slots_->logits();
   for (std::size_t place = stepped.size(); place < ready_; ++place) {
-    std::ranges::copy(members_[place]->prompt->logits, slots_->logits(place).begin());
+    std::ranges::copy(members_[place]->prompt->logits, logits.at(place).begin());
   }
+  return logits;
 }
 
-StaticBatch::StaticBatch(const Decoder& decoder, const FactorTable& table, std::size_t rows)
-    : decoder_(decoder), table_(table), rows_(rows) {}
-
-std::size_t StaticBatch::cached_tokens() const {
-  if (cache_ == nullptr) return 0;
-  return std::transform_reduce(members_.begin(), members_.end(), std::size_t{0}, std::plus<>(),
-                               [](const auto& member) { return cached_tokens_of(*member); });
-}
-
-void StaticBatch::drop_ended() {
-  std::vector<std::size_t> kept;
-  Members staying;
-  for (std::size_t place = 0; place < members_.size(); ++place) {
-    if (members_[place]->has_ended) continue;
-    kept.push_back(place);
-    staying.push_back(members_[place]);
-  }
-  if (kept.size() == members_.size()) return;
-  members_ = std::move(staying);
-  if (members_.empty()) {
-    cache_.reset();
-    logits_.reset();
-  } else if (cache_ != nullptr) {
-    decoder_.select(*cache_, kept);
-    factors_ = factors_.rows(kept);
-  }
-}
-
-void StaticBatch::step() {
-  if (cache_ != nullptr) {
-    std::vector<std::int64_t> last;
-    for (const auto& member : members_) last.push_back(member->row.last_token_id());
-    logits_ = decoder_.step(last, factors_, *cache_, {});
-    return;
-  }
-  factors_ = row_factors(table_, members_);
-  factors_.sets = copied(factors_.sets);  // since the table changes when the first member leaves
-  std::vector<std::span<const std::int64_t>> prompts;
-  std::size_t capacity = 0;
-  for (const auto& member : members_) {
-    prompts.push_back(member->row.prompt());
-    capacity = std::max(capacity, member->row.capacity());
-  }
-  auto [logits, cache] = decoder_.prefill(prompts, factors_, capacity, {});
-  logits_ = std::move(logits);
-  cache_ = std::move(cache);
+void ContinuousBatch::cut() {
+  const Row& row = members_[0]->row;
+  slots_->cut(0, std::ssize(row.prompt()) + std::ssize(row.token_ids()) - 1);
 }
 
 std::unique_ptr<Batch> open_batch(const Decoder& decoder, const FactorTable& table, std::size_t rows,
-                                  std::size_t capacity, std::size_t chunk_tokens) {
-  if (auto slots = decoder.slots(rows, capacity)) {
-    return std::make_unique<ContinuousBatch>(std::move(slots), table, chunk_tokens);
+                                  std::size_t capacity, Schedule schedule, std::stop_token stop) {
+  if (const auto* shared = dynamic_cast<const SharedCacheDecoder*>(&decoder)) {
+    return std::make_unique<ContinuousBatch>(shared->slots(rows, capacity, std::move(stop)), table, schedule);
   }
-  return std::make_unique<StaticBatch>(decoder, table, rows);
+  return std::make_unique<StaticBatch>(dynamic_cast<const StaticDecoder&>(decoder), table, rows);
 }
 
 }  // namespace chameleon

@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "decode/decoder.h"
+#include "decode/prompt_lookup.h"
+#include "decode/schedule.h"
 #include "decode/slots.h"
 #include "engine/factor_table.h"
 #include "engine/stream.h"
@@ -30,14 +31,25 @@ struct Member {
   Clock::time_point submitted;
   Clock::time_point deadline;    ///< latest time of the end
   Clock::time_point last_token;  ///< time of the last token, or of the submit
+  std::size_t draft_tokens = 0;  ///< how many tokens may be drafted for a call, at most; 0 drafts none
   int overtaken = 0;             ///< see schedule.h
   bool has_ended = false;        ///< and leaves the batch with the next iteration
   FactorSource source{};         ///< of its factors, set when its cohort is complete
+  std::optional<PromptLookup> lookup{};
 
   [[nodiscard]] const std::string& key() const { return source.key; }
+  [[nodiscard]] bool is_cancelled() const { return stream->is_cancelled(row.index()); }
+  /// Tokens that may follow the row's last.
+  [[nodiscard]] std::vector<std::int64_t> draft();
 };
 
 using Members = std::vector<std::shared_ptr<Member>>;
+
+/// The members of rows that are submitted now; n adjacent rows share a prompt.
+Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate);
+
+/// The factors of some members, in the table's stack.
+RowFactors row_factors(const FactorTable& table, std::span<const std::shared_ptr<Member>> members);
 
 /// The rows in the decoder.
 class Batch {
@@ -64,11 +76,14 @@ class Batch {
   virtual std::size_t prefill() = 0;
   /// The members in the decoder's next step: those that are ready, without those that have logits already.
   [[nodiscard]] virtual std::size_t to_step() const = 0;
-  /// Compute the logits of the next token of each ready member. An exception of the decoder concerns the members
-  /// 0..to_step() only.
-  virtual void step() = 0;
-  /// The logits [vocab] that `step` has computed for a member.
-  [[nodiscard]] virtual std::span<float> logits(std::size_t place) = 0;
+  /// Tokens that may follow in a step that is worth a draft: of a single row.
+  [[nodiscard]] virtual std::vector<std::int64_t> draft() { return {}; }
+  /// Compute the logits of the next token of each ready member, [ready, 1, vocab]; with a draft of the only one those
+  /// after each of its tokens too, [1, 1 + draft, vocab]. They are valid until the next step. An exception of the
+  /// decoder concerns the members 0..to_step() only.
+  virtual Logits step(std::span<const std::int64_t> draft) = 0;
+  /// Forget the tokens of a draft that the only ready member was not given.
+  virtual void cut() {}
 
  protected:
   Members members_;
@@ -76,13 +91,13 @@ class Batch {
 
 /// A batch whose members join and leave at any time. See Batch.
 ///
-/// Where a step is as exact, the last token of a prompt is left to the step, which reads the head's weights for all
-/// members in any case: several percent of the time of a prompt. Elsewhere the first new token follows from the last
-/// chunk, as in Runtime::generate.
+/// Where a step is as exact and follows every call that prefills, the last token of a prompt is left to the step, which
+/// reads the head's weights for all members in any case: several percent of the time of a prompt. Elsewhere the first
+/// new token follows from the last chunk.
 class ContinuousBatch final : public Batch {
  public:
   /// slots, table: of `rows` rows and for one thread; the table must outlive this
-  ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, std::size_t chunk_tokens);
+  ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule);
 
   [[nodiscard]] std::size_t ready() const override { return ready_; }
   [[nodiscard]] std::size_t cached_tokens() const override;
@@ -92,50 +107,28 @@ class ContinuousBatch final : public Batch {
   [[nodiscard]] std::size_t to_prefill() const override;
   std::size_t prefill() override;
   [[nodiscard]] std::size_t to_step() const override;
-  void step() override;
-  [[nodiscard]] std::span<float> logits(std::size_t place) override { return slots_->logits(place); }
+  [[nodiscard]] std::vector<std::int64_t> draft() override;
+  Logits step(std::span<const std::int64_t> draft) override;
+  void cut() override;
 
  private:
   void drop(std::size_t place);
   void move(std::size_t source, std::size_t target);
   [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
   [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
+  std::size_t prefill_once();
   std::size_t prefill_chunks(std::size_t start);
 
   std::unique_ptr<Slots> slots_;
   const FactorTable& table_;
-  std::size_t chunk_tokens_, left_to_step_, ready_ = 0;
-};
-
-/// A batch that runs to its end; members join only while nothing runs. See Batch.
-class StaticBatch final : public Batch {
- public:
-  /// decoder, table: must outlive this
-  StaticBatch(const Decoder& decoder, const FactorTable& table, std::size_t rows);
-
-  [[nodiscard]] std::size_t ready() const override { return members_.size(); }
-  [[nodiscard]] std::size_t cached_tokens() const override;
-  [[nodiscard]] std::size_t room() const override { return cache_ == nullptr ? rows_ - members_.size() : 0; }
-  void admit(std::shared_ptr<Member> member) override { members_.push_back(std::move(member)); }
-  void drop_ended() override;
-  [[nodiscard]] std::size_t to_prefill() const override { return 0; }
-  std::size_t prefill() override { return 0; }
-  [[nodiscard]] std::size_t to_step() const override { return members_.size(); }
-  void step() override;
-  [[nodiscard]] std::span<float> logits(std::size_t place) override { return logits_->at(place); }
-
- private:
-  const Decoder& decoder_;
-  const FactorTable& table_;
-  std::size_t rows_;
-  std::unique_ptr<Cache> cache_;  // of the members that run; null while none do
-  RowFactors factors_;            // likewise
-  std::optional<Logits> logits_;
+  Schedule schedule_;
+  std::size_t left_to_step_, ready_ = 0;
 };
 
 /// A continuous batch if the decoder has slots, else a static one. See Batch.
 /// decoder, table: must outlive it
+/// stop: ends a call of the decoder that runs
 std::unique_ptr<Batch> open_batch(const Decoder& decoder, const FactorTable& table, std::size_t rows,
-                                  std::size_t capacity, std::size_t chunk_tokens);
+                                  std::size_t capacity, Schedule schedule, std::stop_token stop = {});
 
 }  // namespace chameleon

@@ -9,9 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "decode/schedule.h"
 #include "engine/loop.h"
-#include "engine/submission.h"
 #include "machine.h"
 
 namespace chameleon {
@@ -43,7 +41,7 @@ EngineOptions checked(EngineOptions options) {
 std::size_t row_capacity(const Runtime::Impl& runtime, const EngineOptions& options) {
   const auto positions = static_cast<std::size_t>(runtime.bundle.manifest.model.max_positions);
   std::size_t wanted = std::min(options.capacity.value_or(positions), positions);
-  const std::size_t token_bytes = runtime.decoder->token_bytes();
+  const std::size_t token_bytes = runtime.backend.decoder->token_bytes();
   const auto free = free_memory();
   if (!free || token_bytes == 0) return wanted;
   // Divisions, since a product of the caller's numbers may overflow.
@@ -64,7 +62,7 @@ struct Engine::Impl {
   Impl(const Runtime::Impl& driven, EngineOptions given);
   ~Impl() { close(Seconds{30}); }
 
-  Stream submit(Texts prompts, SubmitOptions submit_options);
+  Stream submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token);
   [[nodiscard]] Stats stats() const;
   void close(Seconds drain);
 
@@ -113,21 +111,21 @@ Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
       options(checked(std::move(given))),
       capacity(row_capacity(driven, options)),
       table(options.max_factor_sets.value_or(options.rows)),
-      batch(open_batch(*driven.decoder, table, options.rows, capacity, options.prefill_tokens)),
+      batch(open_batch(*driven.backend.decoder, table, options.rows, capacity, {options.prefill_tokens})),
       loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id) {
   current.rows = options.rows;
   current.cache_capacity = options.rows * capacity;
   thread = std::thread([this] { run(); });
 }
 
-Stream Engine::Impl::submit(Texts prompts, SubmitOptions submit_options) {
+Stream Engine::Impl::submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token) {
   const std::size_t places = options.rows + options.max_waiting;
   const auto check_rows = [most = most_rows(places)](std::size_t rows) {
     if (rows <= most) return;
     throw InputError(std::to_string(rows) + " rows in one submit: this engine takes at most " + std::to_string(most));
   };
-  check_rows(submit_options.n);  // before there are so many
-  Submission submission = prepare(runtime, capacity, prompts, std::move(submit_options));
+  check_rows(generate.n);  // before there are so many
+  Submission submission = prepare(runtime, prompts, generate, adapt, capacity, std::move(on_token));
   const std::size_t rows = submission.members.size();
   check_rows(rows);
   if (options.cohort_window == Seconds::zero() || !submission.cohort_key()) {
@@ -246,7 +244,9 @@ Engine::Engine(const Runtime& runtime, EngineOptions options)
 Engine::Engine(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
-Stream Engine::submit(Texts prompts, SubmitOptions options) { return impl_->submit(prompts, std::move(options)); }
+Stream Engine::submit(Texts prompts, const Generate& generate, const Adapt& adapt, OnToken on_token) {
+  return impl_->submit(prompts, generate, adapt, std::move(on_token));
+}
 
 bool Engine::closed() const {
   const std::lock_guard lock(impl_->mutex);

@@ -7,21 +7,31 @@
 
 namespace chameleon {
 
-std::size_t FactorTable::index(const std::string& key) const {
-  return static_cast<std::size_t>(std::ranges::find(keys_, key) - keys_.begin());
+FactorTable::FactorTable(const FactorSets& made) : max_sets_(static_cast<std::size_t>(made.count)), made_(made) {
+  for (std::size_t place = 0; place < max_sets_; ++place) {
+    keys_.push_back(std::to_string(place));
+    entries_[keys_.back()] = {place, 1};  // of this table, so that none is removed
+  }
+}
+
+RowFactors FactorTable::set_of(const std::string& key) const {
+  const std::size_t place = index(key);
+  // A set among others costs the decoder next to nothing.
+  if (made_) return {*made_, {static_cast<std::int64_t>(place)}};
+  return {some_sets(place, 1), {0}};
 }
 
 void FactorTable::acquire(const FactorSource& source) {
   if (!contains(source.key)) append(source.key, source.make());
-  ++references_[source.key];
+  ++entries_.at(source.key).references;
 }
 
 void FactorTable::release(const std::string& key) {
-  const auto references = references_.find(key);
-  if (--references->second > 0) return;
-  const std::size_t i = index(key);
-  references_.erase(references);
-  remove(i);
+  Entry& entry = entries_.at(key);
+  if (--entry.references > 0) return;
+  const std::size_t place = entry.place;
+  entries_.erase(key);
+  remove(place);
 }
 
 FactorSets FactorTable::some_sets(std::size_t first, std::size_t count) const {
@@ -44,6 +54,7 @@ void FactorTable::append(const std::string& key, const FactorSets& made) {
     rank_ = made.rank;
     for (const auto& [name, values] : made.tensors) (*tensors_)[name].resize(max_sets_ * values.size());
   }
+  entries_[key] = {keys_.size(), 0};
   keys_.push_back(key);
   ranks_.push_back(made.rank);
   set_rank();
@@ -62,6 +73,7 @@ void FactorTable::remove(std::size_t i) {
     const auto set = [&](std::size_t place) { return stack.begin() + static_cast<std::ptrdiff_t>(place * size); };
     if (i + 1 < keys_.size()) std::copy_n(set(keys_.size() - 1), size, set(i));
   }
+  if (i + 1 < keys_.size()) entries_.at(keys_.back()).place = i;
   std::swap(keys_[i], keys_.back());
   std::swap(ranks_[i], ranks_.back());
   keys_.pop_back();

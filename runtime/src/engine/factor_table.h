@@ -1,20 +1,13 @@
 // The factor sets of a batch, stacked for the decoder and counted by reference.
 #pragma once
 
-#include <functional>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "chameleon/factors.h"
+#include "factors.h"
 
 namespace chameleon {
-
-/// The source of a row's factor set.
-struct FactorSource {
-  std::string key;                   ///< equal for rows that share a set
-  std::function<FactorSets()> make;  ///< a stack of that set only
-};
 
 /// A stack of immutable factor sets. A set is made for its first row and removed with its last.
 ///
@@ -22,16 +15,18 @@ struct FactorSource {
 class FactorTable {
  public:
   explicit FactorTable(std::size_t max_sets) : max_sets_(max_sets) {}
+  /// The sets of rows that are known from the start, all made and kept. The key of a set is its place in the stack.
+  explicit FactorTable(const FactorSets& made);
 
   [[nodiscard]] std::size_t size() const { return keys_.size(); }
   [[nodiscard]] bool is_full() const { return size() >= max_sets_; }
-  [[nodiscard]] bool contains(const std::string& key) const { return references_.contains(key); }
+  [[nodiscard]] bool contains(const std::string& key) const { return entries_.contains(key); }
   /// The place of a set in the stack.
-  [[nodiscard]] std::size_t index(const std::string& key) const;
+  [[nodiscard]] std::size_t index(const std::string& key) const { return entries_.at(key).place; }
   /// The stack. It is valid until a set is added or removed.
-  [[nodiscard]] FactorSets sets() const { return some_sets(0, size()); }
-  /// A stack of a single set, likewise.
-  [[nodiscard]] RowFactors set_of(const std::string& key) const { return {some_sets(index(key), 1), {0}}; }
+  [[nodiscard]] FactorSets sets() const { return made_ ? *made_ : some_sets(0, size()); }
+  /// The single set of a key, likewise.
+  [[nodiscard]] RowFactors set_of(const std::string& key) const;
 
   /// Count one more row of a set, which is made first if it is not resident. `is_full` must be false then.
   /// Throws NumericError for a set that is not finite, and whatever making it throws.
@@ -41,6 +36,9 @@ class FactorTable {
 
  private:
   using Tensors = std::map<std::string, std::vector<float>>;  // [max_sets, rank, in_features or out_features]
+  struct Entry {
+    std::size_t place, references;
+  };
 
   [[nodiscard]] FactorSets some_sets(std::size_t first, std::size_t count) const;
   void append(const std::string& key, const FactorSets& made);
@@ -48,9 +46,10 @@ class FactorTable {
   void set_rank();
 
   std::size_t max_sets_;
+  std::optional<FactorSets> made_{};
   std::vector<std::string> keys_;  // in the order of the stack
   std::vector<std::int64_t> ranks_;
-  std::map<std::string, std::size_t> references_;
+  std::map<std::string, Entry> entries_;
   std::int64_t rank_ = 0;  // of the stack: the largest of its sets'; a larger one would waste computation
   std::shared_ptr<Tensors> tensors_ = std::make_shared<Tensors>();
 };

@@ -1,10 +1,11 @@
 #include "engine/loop.h"
 
+#include <algorithm>
 #include <map>
 #include <utility>
 
 #include "chameleon/error.h"
-#include "decode/schedule.h"
+#include "decode/shared_cache.h"
 
 namespace chameleon {
 
@@ -20,8 +21,8 @@ Error as_error(const std::exception& error) {
 
 }  // namespace
 
-Loop::Loop(Batch& batch, FactorTable& table, const Tokenizer& tokenizer, std::int64_t eos_token_id)
-    : batch_(batch), table_(table), tokenizer_(tokenizer), eos_token_id_(eos_token_id) {}
+Loop::Loop(Batch& batch, FactorTable& table, const Tokenizer& tokenizer, std::int64_t eos_token_id, OnError errors)
+    : batch_(batch), table_(table), tokenizer_(tokenizer), eos_token_id_(eos_token_id), errors_(errors) {}
 
 void Loop::cancel() {
   for (const auto& member : waiting_) member->stream->cancelled = true;
@@ -31,7 +32,7 @@ void Loop::cancel() {
 Loop::Result Loop::iterate() {
   end_expired();
   drop_ended();
-  admit();
+  admit_waiting();
   prefill();
   step();
   return std::exchange(result_, {});
@@ -52,7 +53,7 @@ void Loop::end_expired() {
   for (const Members* members : {&std::as_const(waiting_), &batch_.members()}) {
     for (const auto& member : *members) {
       if (member->has_ended) continue;
-      if (member->stream->is_cancelled(member->row.index())) {
+      if (member->is_cancelled()) {
         end(*member, FinishReason::cancelled);
       } else if (now >= member->deadline) {
         end(*member, FinishReason::deadline);
@@ -69,7 +70,7 @@ void Loop::drop_ended() {
   batch_.drop_ended();
 }
 
-void Loop::admit() {
+void Loop::admit_waiting() {
   std::map<const Stream::State*, std::size_t> of_request;
   for (const auto& member : batch_.members()) ++of_request[member->stream.get()];
   const auto running = [&](const Member& member) { return of_request[member.stream.get()]; };
@@ -77,18 +78,21 @@ void Loop::admit() {
   while (batch_.room() > 0) {
     auto member = take_next(waiting_, running, is_resident, table_.is_full());
     if (member == nullptr) return;
-    const bool hit = is_resident(*member);
     try {
-      table_.acquire(member->source);
+      admit(member);
+      ++of_request[member->stream.get()];
     } catch (const std::exception& error) {  // also errors of the hypernetwork's session
-      end(*member, FinishReason::error, as_error(error));
-      continue;
+      end_failed(*member, error);
     }
-    result_.iteration.factor_set_hits += hit ? 1 : 0;
-    result_.iteration.queued.push_back(Clock::now() - member->submitted);
-    ++of_request[member->stream.get()];
-    batch_.admit(std::move(member));
   }
+}
+
+void Loop::admit(std::shared_ptr<Member> member) {
+  const bool hit = table_.contains(member->key());
+  table_.acquire(member->source);
+  result_.iteration.factor_set_hits += hit ? 1 : 0;
+  result_.iteration.queued.push_back(Clock::now() - member->submitted);
+  batch_.admit(std::move(member));
 }
 
 void Loop::prefill() {
@@ -96,9 +100,7 @@ void Loop::prefill() {
   try {
     result_.iteration.chunk_tokens = batch_.prefill();
   } catch (const std::exception& error) {
-    for (const auto& member : std::span(batch_.members()).subspan(batch_.ready(), batch_.to_prefill())) {
-      end(*member, FinishReason::error, as_error(error));
-    }
+    end_failed(std::span(batch_.members()).subspan(batch_.ready(), batch_.to_prefill()), error);
   }
   result_.iteration.chunk = Clock::now() - started;
 }
@@ -109,25 +111,34 @@ void Loop::step() {
   result_.iteration.rows = ready.size();
   result_.iteration.factor_sets = table_.size();
   const Clock::time_point started = Clock::now();
+  const std::vector<std::int64_t> draft = batch_.draft();
+  std::optional<Logits> logits;
   try {
-    batch_.step();
+    logits = batch_.step(draft);
   } catch (const std::exception& error) {
-    for (const auto& member : ready.first(batch_.to_step())) end(*member, FinishReason::error, as_error(error));
-    return;
+    return end_failed(ready.first(batch_.to_step()), error);
   }
   result_.iteration.step = Clock::now() - started;
-  for (std::size_t place = 0; place < ready.size(); ++place) {
-    Member& member = *ready[place];
-    try {
-      append(member, member.row.sampler().choose(batch_.logits(place)));
-    } catch (const std::exception& error) {
-      end(member, FinishReason::error, as_error(error));
-    }
-  }
+  if (!draft.empty()) return accept(*ready[0], draft, *logits);
+  for (std::size_t place = 0; place < ready.size(); ++place) append(*ready[place], logits->at(place));
 }
 
-void Loop::append(Member& member, Choice choice) {
-  Token token = member.row.append(std::move(choice), tokenizer_, eos_token_id_);
+/// Append tokens to the only row until one differs from its draft.
+void Loop::accept(Member& member, std::span<const std::int64_t> draft, Logits logits) {
+  for (std::size_t i = 0; i <= draft.size(); ++i) {
+    append(member, logits.at(0, i));
+    if (member.has_ended || (i < draft.size() && member.row.last_token_id() != draft[i])) break;
+  }
+  batch_.cut();
+}
+
+void Loop::append(Member& member, std::span<float> logits) {
+  Token token;
+  try {
+    token = member.row.append(member.row.sampler().choose(logits), tokenizer_, eos_token_id_);
+  } catch (const std::exception& error) {
+    return end_failed(member, error);
+  }
   const Clock::time_point now = Clock::now();
   Iteration& iteration = result_.iteration;
   auto& times = member.row.token_ids().size() == 1 ? iteration.first_tokens : iteration.later_tokens;
@@ -140,6 +151,18 @@ void Loop::end(Member& member, FinishReason reason, std::optional<Error> error) 
   give_out(member, member.row.end(reason, std::move(error)));
 }
 
+/// In a handler of the error: end the rows that it concerns, or let it out. A cancelled row ends as such, since
+/// cancelling may end a call too.
+void Loop::end_failed(std::span<const std::shared_ptr<Member>> members, const std::exception& error) {
+  for (const auto& member : members) end_failed(*member, error);
+}
+
+void Loop::end_failed(Member& member, const std::exception& error) {
+  if (member.is_cancelled()) return end(member, FinishReason::cancelled);
+  if (errors_ == OnError::raise) throw;
+  end(member, FinishReason::error, as_error(error));
+}
+
 /// Give out a token, which may be the row's last.
 void Loop::give_out(Member& member, Token token) {
   if (token.generation != nullptr) {
@@ -150,6 +173,34 @@ void Loop::give_out(Member& member, Token token) {
                                           Clock::now() - member.submitted});
   }
   result_.tokens.emplace_back(member.stream, std::move(token));
+}
+
+std::vector<Generation> generate_rows(const Runtime::Impl& runtime, const Submission& submission, OnError errors) {
+  const Members& members = submission.members;
+  const Decoder& decoder = *runtime.backend.decoder;
+  Stream::State& stream = *submission.stream;
+  const RowSources sources = runtime.sources.of_rows(submission.adapt, submission.embedded);
+  FactorTable table(sources.make_all());
+  std::size_t capacity = 0;
+  for (const auto& member : members) {
+    member->source.key = std::to_string(sources.factor_ids[member->row.index() / stream.n]);
+    capacity = std::max(capacity, member->row.capacity());
+  }
+  const auto* shared = dynamic_cast<const SharedCacheDecoder*>(&decoder);
+  const Schedule schedule{shared != nullptr ? shared->prefill_tokens() : 0, true};
+  const auto batch = open_batch(decoder, table, members.size(), capacity, schedule, stream.stop);
+  Loop loop(*batch, table, runtime.tokenizer, runtime.bundle.manifest.model.eos_token_id, errors);
+  for (const auto& member : members) loop.admit(member);
+  std::vector<Generation> generations(members.size());
+  while (!loop.empty()) {
+    Loop::Result result = loop.iterate();
+    std::ranges::stable_sort(result.tokens, {}, [](const auto& given) { return given.second.row; });
+    for (const auto& [own, token] : result.tokens) {
+      stream.call_back(token);
+      if (token.generation != nullptr) generations[token.row] = *token.generation;
+    }
+  }
+  return generations;
 }
 
 }  // namespace chameleon

@@ -1,23 +1,29 @@
-// The work of the engine's thread: iterations, each with a prefill chunk and a step of all ready rows.
+// The generation loop: iterations, each with calls that prefill and a step of all ready rows. Engine drives it in its
+// own thread, generate_rows in the caller's.
 #pragma once
 
 #include "chameleon/iteration.h"
-#include "engine/batch.h"
+#include "engine/submission.h"
 
 namespace chameleon {
 
 /// Rows that wait, are admitted to the batch, and end. For one thread.
 class Loop {
  public:
-  /// What an iteration gave: tokens in the order of the rows' streams, and its record.
+  /// What an iteration gave: tokens in the order of the batch, and its record.
   struct Result {
     std::vector<std::pair<std::shared_ptr<Stream::State>, Token>> tokens;
     Iteration iteration;
   };
 
   /// batch, table, tokenizer: must outlive this
-  Loop(Batch& batch, FactorTable& table, const Tokenizer& tokenizer, std::int64_t eos_token_id);
+  /// eos_token_id: ends a row; -1 ends none
+  /// errors: `row` ends the rows that an error concerns; `raise` lets the first one out of `iterate`
+  Loop(Batch& batch, FactorTable& table, const Tokenizer& tokenizer, std::int64_t eos_token_id,
+       OnError errors = OnError::row);
 
+  /// Admit a member, for which the batch and the table have room.
+  void admit(std::shared_ptr<Member> member);
   /// Let members wait for a place.
   void wait(const Members& members) { waiting_.insert(waiting_.end(), members.begin(), members.end()); }
   [[nodiscard]] const Members& waiting() const { return waiting_; }
@@ -34,19 +40,27 @@ class Loop {
  private:
   void end_expired();
   void drop_ended();
-  void admit();
+  void admit_waiting();
   void prefill();
   void step();
+  void accept(Member& member, std::span<const std::int64_t> draft, Logits logits);
+  void append(Member& member, std::span<float> logits);
   void end(Member& member, FinishReason reason, std::optional<Error> error = {});
-  void append(Member& member, Choice choice);
+  void end_failed(std::span<const std::shared_ptr<Member>> members, const std::exception& error);
+  void end_failed(Member& member, const std::exception& error);
   void give_out(Member& member, Token token);
 
   Batch& batch_;
   FactorTable& table_;
   const Tokenizer& tokenizer_;
   std::int64_t eos_token_id_;
+  OnError errors_;
   Members waiting_;  // in order of arrival
   Result result_;
 };
+
+/// The generations of rows that begin at once, in the caller's thread; their tokens go to the stream's callback, after
+/// each step in the order of the rows. Every prompt is read before the first step, in calls as large as pays.
+std::vector<Generation> generate_rows(const Runtime::Impl& runtime, const Submission& submission, OnError errors);
 
 }  // namespace chameleon

@@ -3,11 +3,12 @@
 namespace chameleon {
 
 Stream::State::State(std::vector<TokenIds> prompt_ids, std::vector<std::int64_t> clusters, Mode used,
-                     std::size_t continuations, OnToken callback)
+                     std::size_t continuations, OnToken callback, std::stop_token stopping)
     : prompts(std::move(prompt_ids)),
       cluster_ids(std::move(clusters)),
       mode(used),
       n(continuations),
+      stop(std::move(stopping)),
       on_token_(std::move(callback)),
       unwanted_(prompts.size() * n),
       generations_(prompts.size() * n),
@@ -18,13 +19,15 @@ void Stream::State::set_cohort(Cohort joined) {
   cohort_ = joined;
 }
 
+void Stream::State::call_back(const Token& token) {
+  if (on_token_ && !on_token_(token)) unwanted_[token.row] = true;
+}
+
 void Stream::State::deliver(const Token& token) {
-  if (on_token_) {  // before the generation is known to a waiting thread, which may then destroy what the callback uses
-    try {
-      if (!on_token_(token)) unwanted_[token.row] = true;
-    } catch (...) {
-      unwanted_[token.row] = true;
-    }
+  try {  // before the generation is known to a waiting thread, which may then destroy what the callback uses
+    call_back(token);
+  } catch (...) {
+    unwanted_[token.row] = true;
   }
   const std::lock_guard lock(mutex_);
   if (!on_token_) tokens_.push_back(token);

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <stop_token>
 
 #include "chameleon/runtime.h"
 #include "chameleon/stream.h"
@@ -16,21 +17,29 @@ namespace chameleon {
 inline Seconds bounded(Seconds time) { return time > Seconds::zero() ? std::min(time, Seconds{1e9}) : Seconds::zero(); }
 
 struct Stream::State {
+  /// callback: gets the tokens in place of Stream::next
+  /// stopping: ends every row, as `cancelled` does
   State(std::vector<TokenIds> prompt_ids, std::vector<std::int64_t> clusters, Mode used, std::size_t continuations,
-        OnToken callback);
+        OnToken callback = {}, std::stop_token stopping = {});
 
   const std::vector<TokenIds> prompts;
   const std::vector<std::int64_t> cluster_ids;
   const Mode mode;
   const std::size_t n;
+  const std::stop_token stop;
   std::atomic<bool> cancelled = false;
 
   void set_cohort(Cohort joined);
 
-  // For the engine's thread.
+  // For the thread that generates.
 
   /// Whether a row is to end: all rows of this stream were cancelled, or the callback does not want more of this one.
-  [[nodiscard]] bool is_cancelled(std::size_t row) const { return cancelled || unwanted_[row]; }
+  [[nodiscard]] bool is_cancelled(std::size_t row) const {
+    return cancelled || stop.stop_requested() || unwanted_[row];
+  }
+  /// Call the callback, whose exceptions pass.
+  void call_back(const Token& token);
+  /// Hand a token to the callback or the reader. An exception of the callback cancels the row.
   void deliver(const Token& token);
 
  private:

@@ -1,0 +1,183 @@
+#include "factor_sources.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "contract/basis.h"
+#include "factors.h"
+
+namespace chameleon {
+
+namespace {
+
+bool is_available(Mode mode, const AdaptationSpec& spec) {
+  const std::vector<Mode> modes = available_modes(spec);
+  return std::ranges::find(modes, mode) != modes.end();
+}
+
+Mode default_mode(const AdaptationSpec& spec) {
+  if (!spec.adapters.empty() || spec.regime == "base") return Mode::none;  // rows without an adapter
+  for (const Mode mode : {Mode::cohort, Mode::request}) {
+    if (is_available(mode, spec)) return mode;
+  }
+  return Mode::static_;
+}
+
+void check_mode(Mode mode, const AdaptationSpec& spec) {
+  if (is_available(mode, spec)) return;
+  std::string available;
+  for (const Mode choice : available_modes(spec))
+    available += (available.empty() ? "" : ", ") + std::string(to_string(choice));
+  throw ModeError("mode '" + std::string(to_string(mode)) + "' cannot be served by this bundle of regime '" +
+                  spec.regime + "' with " + std::to_string(spec.num_clusters) + " clusters: choose one of " +
+                  available);
+}
+
+}  // namespace
+
+FactorSources::FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::optional<Mode> mode,
+                             std::optional<std::size_t> max_adapter_bytes)
+    : bundle_(bundle),
+      spec_(bundle.manifest.adaptation),
+      hypernetwork_(std::move(hypernetwork)),
+      mode_(mode.value_or(default_mode(spec_))),
+      adapters_(bundle, max_adapter_bytes),
+      no_factors_(no_factors(spec_)) {
+  check_mode(mode_, spec_);
+  if (mode_ == Mode::centroid) (void)factors_of_centroids();
+}
+
+Adapt FactorSources::resolve(const Adapt& adapt, std::size_t batch) const {
+  Adapt resolved = adapt;
+  const Mode mode = adapt.mode.value_or(adapt.adapters ? Mode::static_ : mode_);
+  resolved.mode = mode;
+  if (adapt.adapters && adapt.adapters->size() != batch) {
+    throw InputError(std::to_string(adapt.adapters->size()) + " adapters for " + std::to_string(batch) +
+                     " texts: pass one per text, nothing for none");
+  }
+  if (adapt.adapters && (mode != Mode::static_ || adapt.factors)) {
+    throw ModeError("adapters go with mode 'static' and without factors: pass nothing else with them");
+  }
+  if (adapt.adapt_tokens == 0) throw InputError("adapt_tokens must be at least 1, got 0");
+  check_mode(mode, spec_);
+  check_tenants(mode, adapt.tenants, batch);
+  if (adapt.factors && mode != Mode::static_) {
+    throw ModeError("factors were passed in mode '" + std::string(to_string(mode)) + "': pass mode static with them");
+  }
+  check_conditioning(mode, adapt.conditioning, spec_.conditioning_size, batch);
+  return resolved;
+}
+
+Embedded FactorSources::embed(std::span<const TokenIds> rows, const Adapt& adapt) const {
+  std::vector<float> embeddings = chameleon::embed(rows, bundle_, adapt.adapt_tokens);
+  const auto hidden_size = static_cast<std::size_t>(bundle_.manifest.model.hidden_size);
+  std::vector<std::int64_t> cluster_ids = assign(embeddings, bundle_.centroids, hidden_size);
+  return {std::move(embeddings), std::move(cluster_ids)};
+}
+
+Adaptation FactorSources::adapt(std::span<const TokenIds> rows, const Adapt& adapt) const {
+  const Adapt resolved = resolve(adapt, rows.size());
+  Embedded embedded = embed(rows, resolved);
+  RowSources found = of_rows(resolved, embedded);
+  return {
+      std::move(embedded.embeddings), std::move(embedded.cluster_ids), {found.make_all(), std::move(found.factor_ids)}};
+}
+
+RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) const {
+  const Mode mode = adapt.mode.value();
+  const std::size_t batch = embedded.cluster_ids.size();
+  const auto one = [batch](std::string key, FactorSets sets) {
+    const auto make = [sets = std::move(sets)] { return sets; };
+    return RowSources{{{std::move(key), make}}, std::vector<std::int64_t>(batch, 0), make};
+  };
+  if (mode == Mode::none) return one("none", no_factors_);
+  if (adapt.adapters) {
+    RowSources found;
+    AdapterNames names;  // in order of first appearance
+    std::vector<FactorSets> stacks;
+    for (const auto& name : *adapt.adapters) {
+      const auto known = std::ranges::find(names, name);
+      found.factor_ids.push_back(known - names.begin());
+      if (known != names.end()) continue;
+      names.push_back(name);
+      found.sources.push_back(name ? adapters_.source(*name) : one("none", no_factors_).sources[0]);
+      stacks.push_back(found.sources.back().make());
+    }
+    found.make_all = [stacks] { return stack_sets(stacks); };
+    return found;
+  }
+  if (mode == Mode::static_) {
+    static std::atomic<std::uint64_t> number = 0;  // a caller's set is shared by the rows of its call alone
+    return one(adapt.factors ? "static " + std::to_string(number++) : "static", static_factors(adapt.factors));
+  }
+  RowSources found;
+  if (mode == Mode::centroid) {
+    std::vector<std::int64_t> present = embedded.cluster_ids;
+    std::ranges::sort(present);
+    present.erase(std::ranges::unique(present).begin(), present.end());
+    for (const std::int64_t id : embedded.cluster_ids) {
+      found.factor_ids.push_back(std::ranges::lower_bound(present, id) - present.begin());
+    }
+    for (const std::int64_t id : present) {
+      found.sources.push_back(
+          {"centroid " + std::to_string(id), [this, id] { return pick(factors_of_centroids(), std::span(&id, 1)); }});
+    }
+    found.make_all = [this, present] { return pick(factors_of_centroids(), present); };
+    return found;
+  }
+  Conditioning given = adapt.conditioning
+                           ? distinct(*adapt.conditioning)
+                           : conditioning(mode, embedded.embeddings, embedded.cluster_ids, adapt.tenants);
+  const auto width = static_cast<std::size_t>(bundle_.manifest.hypernetwork_width());
+  for (std::size_t start = 0; start < given.vectors.size(); start += width) {
+    const auto own = std::span(given.vectors).subspan(start, width);
+    // Equal vectors have equal factors, for any tenant.
+    found.sources.push_back({"vector " + std::string(reinterpret_cast<const char*>(own.data()), own.size_bytes()),
+                             [this, vector = std::vector(own.begin(), own.end())] { return generate(vector); }});
+  }
+  found.factor_ids = std::move(given.factor_ids);
+  found.make_all = [this, vectors = std::move(given.vectors)] { return generate(vectors); };
+  return found;
+}
+
+FactorSets FactorSources::static_factors(const std::optional<Factors>& factors) const {
+  if (factors) return enter_basis(check_factors(*factors, spec_), bundle_.basis);
+  if (!spec_.adapters.empty()) {
+    throw ModeError("mode 'static' of a bundle with adapters: pass adapters, a name or nothing per text");
+  }
+  if (bundle_.lora.count == 0) {
+    throw ModeError("mode 'static' needs factors: this bundle has no trained LoRA");
+  }
+  return bundle_.basis.empty() ? bundle_.lora : enter_basis(bundle_.lora, bundle_.basis);
+}
+
+const FactorSets& FactorSources::factors_of_centroids() const {
+  std::call_once(centroid_factors_once_, [this] { centroid_factors_ = generate(bundle_.centroids); });
+  return centroid_factors_;
+}
+
+/// The factor sets of conditioning vectors [factor_sets, hypernetwork_width], in the memory that ONNX Runtime wrote
+/// them to.
+FactorSets FactorSources::generate(std::span<const float> vectors) const {
+  const std::int64_t size = bundle_.manifest.hypernetwork_width();
+  const std::int64_t count = std::ssize(vectors) / size;
+  const auto widths = spec_.factor_widths();
+  const char* input_names[] = {"conditioning"};
+  const Ort::Value inputs[] = {tensor_over(vectors, {count, size})};
+  std::vector<const char*> output_names;
+  const auto outputs = std::make_shared<std::vector<Ort::Value>>();
+  for (const auto& [name, width] : widths) {
+    output_names.push_back(name.c_str());
+    outputs->emplace_back(nullptr);
+  }
+  run_session(hypernetwork_, {}, input_names, inputs, output_names, *outputs);
+  FactorSets sets{count, spec_.rank, {}, outputs};
+  for (std::size_t i = 0; i < outputs->size(); ++i) {
+    const Ort::Value& output = outputs->at(i);
+    sets.tensors[output_names[i]] = {output.GetTensorData<float>(),
+                                     output.GetTensorTypeAndShapeInfo().GetElementCount()};
+  }
+  return bundle_.basis.empty() ? sets : enter_basis(sets, bundle_.basis);
+}
+
+}  // namespace chameleon
