@@ -1,7 +1,6 @@
 #include "chameleon/runtime.h"
 
 #include "contract/mapped_file.h"
-#include "decode/prompt_logprobs.h"
 #include "decode/scoring.h"
 #include "decode/shared_cache.h"
 #include "engine/loop.h"

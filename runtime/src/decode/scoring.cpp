@@ -5,7 +5,23 @@
 #include <limits>
 #include <numeric>
 
+#include "sampling.h"
+
 namespace chameleon {
+
+namespace {
+
+/// Run a call of the decoder, whose failure is no fault where it was told to stop: ONNX Runtime reports that so.
+void run_until(const std::stop_token& stop, const auto& work) {
+  try {
+    if (!stop.stop_requested()) return work();
+  } catch (const GraphError&) {
+    if (!stop.stop_requested()) throw;
+  }
+  throw CancelledError("scoring was cancelled");
+}
+
+}  // namespace
 
 double Score::logprob() const {
   // The 64-bit mantissa of a long double holds the sum of one text's float32 values, so their order does not matter.
@@ -30,12 +46,7 @@ std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& dec
   std::vector<std::span<const std::int64_t>> inputs;
   for (const std::size_t row : members) inputs.emplace_back(rows[row]);
   std::vector<std::vector<float>> logprobs;
-  try {
-    logprobs = decoder.token_logprobs(inputs, adaptation.factors.rows(members), stop);
-  } catch (const GraphError&) {
-    if (stop.stop_requested()) throw CancelledError("scoring was cancelled");  // ONNX Runtime reports it as a failure
-    throw;
-  }
+  run_until(stop, [&] { logprobs = decoder.token_logprobs(inputs, adaptation.factors.rows(members), stop); });
   for (std::size_t i = 0; i < members.size(); ++i) {
     if (!std::ranges::all_of(logprobs[i], [](float value) { return std::isfinite(value); })) {
       throw NumericError("text " + std::to_string(members[i]) +
@@ -44,6 +55,27 @@ std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& dec
     scores[members[i]].token_logprobs = std::move(logprobs[i]);
   }
   return scores;
+}
+
+std::vector<std::vector<Choice>> prompt_logprobs(std::span<const TokenIds> texts, const Decoder& decoder,
+                                                 const RowFactors& factors, int count, const std::stop_token& stop) {
+  if (count < 0 || count > kMaxLogprobs) throw InputError("count must be an integer from 0 to 20");
+  if (factors.factor_ids.size() != texts.size()) {
+    throw InputError(std::to_string(factors.factor_ids.size()) + " rows of factors for " +
+                     std::to_string(texts.size()) + " texts: pass those that adapt returns");
+  }
+  std::vector<std::vector<Choice>> choices(texts.size());
+  for (std::size_t row = 0; row < texts.size(); ++row) {
+    if (texts[row].size() == 1) continue;
+    const std::span<const std::int64_t> ids(texts[row]), input = ids.first(ids.size() - 1);
+    const auto take = [&](std::size_t start, Logits logits) {
+      for (std::size_t i = 0; i < logits.positions(); ++i) {
+        choices[row].push_back(log_probabilities(logits.at(0, i), ids[start + i + 1], count));
+      }
+    };
+    run_until(stop, [&] { decoder.all_logits(Rows(&input, 1), factors.rows(std::span(&row, 1)), take, stop); });
+  }
+  return choices;
 }
 
 }  // namespace chameleon

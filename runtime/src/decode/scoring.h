@@ -1,3 +1,4 @@
+// Log-probabilities of texts, and of the tokens of a prompt, each with its most probable alternatives.
 #pragma once
 
 #include "chameleon/runtime.h"
@@ -9,5 +10,9 @@ namespace chameleon {
 /// Throws NumericError, or CancelledError when the stop is requested.
 std::vector<Score> score_rows(std::span<const TokenIds> rows, const Decoder& decoder, const Adaptation& adaptation,
                               const std::stop_token& stop);
+
+/// See Runtime::prompt_logprobs.
+std::vector<std::vector<Choice>> prompt_logprobs(std::span<const TokenIds> texts, const Decoder& decoder,
+                                                 const RowFactors& factors, int count, const std::stop_token& stop);
 
 }  // namespace chameleon
