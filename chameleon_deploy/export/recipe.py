@@ -56,7 +56,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint: str
     base: str | None = None
     adaptable: list[str] = []
-    max_rank: Annotated[Int64, msgspec.Meta(ge=1)] | None = None
+    max_rank: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] | None = None
     precision: Precision = "fp32"
     limits: Limits = Limits()
 
