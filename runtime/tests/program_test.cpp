@@ -136,7 +136,7 @@ TEST(Program, AMistakeIsOneLineAndExitCodeTwo) {
       {"generate " + bundle() + " --prompt x --temperature -1", "input_invalid"},
       {"generate " + bundle() + " --prompt x --logit-bias 7", "usage"},
       {"generate " + bundle() + " --prompt x --logit-bias 320=1", "token_invalid"},
-      {"generate " + bundle() + " --prompt x --logprobs 6", "input_invalid"},
+      {"generate " + bundle() + " --prompt x --logprobs 21", "input_invalid"},
       {"generate " + bundle() + " --prompt x --provider cuda", "provider_unavailable"},
       {"generate " + bundle() + " --prompt \"$(printf '\\377')\"", "input_invalid"},
       {"score " + bundle() + " --text /nowhere", "input_invalid"},
