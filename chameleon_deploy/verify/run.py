@@ -182,12 +182,15 @@ def verify_bundle(
     checks = [*left_out, *(replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts))]
     integer_weights: str | None = None
     if provider == "cpu":
-        for name, graph in manifest.graphs.items():
-            if graph.role == "decoder" and "cpu" in graph.providers:
-                runtime = Runtime(opened, open_cpu(opened, options.threads, graph=name))
-                checks += run(runtime, whole=name == own)
-                integer_weights = integer_weights or runtime.integer_weights
-                del runtime  # one session's weights at a time
+        decoders = [
+            name for name, graph in manifest.graphs.items() if graph.role == "decoder" and "cpu" in graph.providers
+        ]
+        # The one that this processor uses comes first: a quick verification may not reach another.
+        for name in sorted(decoders, key=lambda name: name != own):
+            runtime = Runtime(opened, open_cpu(opened, options.threads, graph=name))
+            checks += run(runtime, whole=name == own)
+            integer_weights = integer_weights or runtime.integer_weights
+            del runtime  # one session's weights at a time
     else:
         runtime = load(bundle, provider, threads=options.threads)
         provider, integer_weights = runtime.provider, runtime.integer_weights

@@ -101,7 +101,7 @@ def test_each_graph_is_verified(
     checks, record = verify_bundle(
         bundle, mini, lambda *step: reported.append(step), VerifyOptions(threads=1, max_kl=0.5, **named)
     )
-    assert called == [("decoder", False, 0.5), ("decoder_cpu", True, 0.5)]
+    assert called == [("decoder_cpu", True, 0.5), ("decoder", False, 0.5)]
     assert len(checks) == len(record["checks"]) == 2
     assert (record["provider"], record["texts"], record["verified"]) == ("cpu", 33, True)
     assert reported == [("verify: reference", done, 41) for done in range(41)]
