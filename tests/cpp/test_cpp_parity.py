@@ -117,7 +117,7 @@ def test_a_cancelled_row_leaves_the_others_alone(mini_bundles: dict[str, Path]) 
         (["a"], {"sampling": {"top_k": -1}}),
         (["a"], {"sampling": {"presence_penalty": 3.0}}),
         (["a"], {"sampling": {"logit_bias": ((5, 101.0),)}}),
-        (["a"], {"sampling": {"logprobs": 6}}),
+        (["a"], {"sampling": {"logprobs": 21}}),
         (["a"], {"max_new_tokens": -1}),
     ],
 )
