@@ -228,9 +228,7 @@ TEST(Cancellation, EndsACallThatReadsPrompts) {
       std::this_thread::sleep_for(std::chrono::milliseconds(100));
       source.request_stop();
     });
-    const auto start = std::chrono::steady_clock::now();
     const auto generations = runtime().generate(many, {.max_new_tokens = 1}, kCohort, errors, source.get_token());
-    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
     EXPECT_EQ(generations.back().finish_reason, FinishReason::cancelled);
     EXPECT_TRUE(generations.back().token_ids.empty());
   }
