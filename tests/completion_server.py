@@ -1,13 +1,13 @@
 """A stub of the server in a thread: completions as server-sent events, models, clusters, adapt, metrics and a page.
 
-It invents its tokens, takes its time between them, and fails when it is told to.
+It invents its tokens, and waits in the middle of them and fails when it is told to.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +26,7 @@ class CompletionServer(ThreadingHTTPServer):
 
     bodies    of all completions that were asked for
     gone      how many streams their readers left
-    pause     seconds between two tokens
+    hold_at   tokens after which each stream waits for go_on; 0 never
     fail      every so manieth completion is refused; 0 refuses none
     break_at  tokens after which a stream ends without its end; 0 never
     api_key   asked for in every request; "" asks for none
@@ -39,7 +39,8 @@ class CompletionServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[dict[str, Any]] = []
         self.gone = 0
-        self.pause, self.fail, self.break_at, self.api_key = 0.0, 0, 0, ""
+        self.hold_at, self.fail, self.break_at, self.api_key = 0, 0, 0, ""
+        self.go_on = threading.Event()
         self.files: Path | None = None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -115,15 +116,22 @@ class _Handler(BaseHTTPRequestHandler):
             for i in range(body["max_tokens"]):
                 if i == self.server.break_at > 0:
                     return
+                if i == self.server.hold_at > 0:
+                    self._hold()
                 finish = "length" if i == body["max_tokens"] - 1 else None
                 self._event({"choices": [_choice(f" word{i}", finish, body, i)]})
-                time.sleep(self.server.pause)
             if (body.get("stream_options") or {}).get("include_usage"):
                 self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
         except OSError:
             self.server.gone += 1
+
+    def _hold(self) -> None:
+        """Wait until the stream may go on. Raises ConnectionError where its reader leaves, who sends nothing else."""
+        while not self.server.go_on.wait(0.02):
+            if select.select([self.connection], [], [], 0)[0]:
+                raise ConnectionError
 
     def _event(self, event: dict[str, Any]) -> None:
         self._chunk(b"data: " + json.dumps({"object": "text_completion", "model": "stub", **event}).encode() + b"\n\n")

@@ -13,7 +13,7 @@ import chameleon_deploy
 from chameleon_deploy import Adapt, Generate, Sampling
 from chameleon_deploy.errors import ChameleonError
 from tests.cpp.c_interface import BUILD
-from tests.serve.test_features import PLAIN, PROMPTS, Use, table, uses
+from tests.features import PLAIN, PROMPTS, Use, table, uses
 from tests.shared_data import adapter_case, good_bundle, read
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,9 @@ def test_a_bundle_with_a_template_that_is_not_valid_generates_and_does_not_chat(
 def command(runtime: Runtime, *arguments: str) -> Any:
     module = [sys.executable, "-m", "chameleon_deploy.chat", str(runtime.bundle.path), "--threads", "1"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*module, "--mode", "none", "--temperature", "0", *arguments], **pipes)
+    # A shell that runs the tests in the background has them ignore the signal, which a child inherits.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*module, "--mode", "none", "--temperature", "0", *arguments], preexec_fn=listen, **pipes)
 
 
 def test_the_terminal_hears_all_turns(speaking: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,7 @@ def test_a_token_of_no_probability_is_not_listed() -> None:
         {"logit_bias": {5: None}},
         {"logit_bias": 5},
         {"ignore_eos": 1},
-        {"logprobs": 6},
+        {"logprobs": 21},
         {"logprobs": -1},
         {"logprobs": True},
     ],
