@@ -44,7 +44,7 @@ def main(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be given several times.")] = None,
     prompt_lookup_num_tokens: Annotated[
-        int, typer.Option(min=0, help="One prompt on the CPU: draft up to this many tokens from the text so far.")
+        int, typer.Option(min=0, help="Draft up to this many tokens from the text so far; in fp32, on the CPU.")
     ] = 0,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,

@@ -122,7 +122,7 @@ class ToolCallDelta(Struct, kw_only=True):
 
 
 class Answer(Struct, kw_only=True):
-    """content: null beside tool calls"""
+    """The message of the assistant, whose content is null beside tool calls."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
