@@ -68,7 +68,7 @@ def test_a_disconnect_cancels(server: Running, stream: bool) -> None:
     with server.connect() as client:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content)
         client.sendall(head + content)
-        wait_for(lambda: rows(server.url) > 450)
+        wait_for(lambda: rows(server.url) > 0)
     started = time.monotonic()
     wait_for(lambda: rows(server.url) == 0)
     assert time.monotonic() - started < whole / 2
@@ -99,19 +99,19 @@ def test_a_mistake_is_told(server: Running, body: str, status: int, code: str) -
 
 
 def test_a_full_queue_is_a_429(server: Running) -> None:
-    with ThreadPoolExecutor(1) as clients:
-        kept = clients.submit(server.post, "/v1/completions", **MANY)
-        wait_for(lambda: rows(server.url) > 450)
-        with pytest.raises(openai.RateLimitError) as refused:
-            server.openai().completions.create(model="any", prompt=["a"] * 500)
-        assert refused.value.code == "queue_full"
-        assert len(kept.result().json()["choices"]) == 500
+    with ThreadPoolExecutor(8) as clients:  # 4,000 rows at once, and 1,032 places
+        answers = list(clients.map(lambda _: server.post("/v1/completions", **MANY), range(8)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.json()["error"]["code"] for answer in refused} == {"queue_full"}
+    kept = [answer for answer in answers if answer.status_code == 200]
+    assert len(kept) + len(refused) == 8
+    assert {len(answer.json()["choices"]) for answer in kept} == {500}
 
 
 def test_sigterm_ends_it_when_its_answers_are_given() -> None:
     with listening([PROGRAM, str(BUNDLE), "0"]) as (started, url), ThreadPoolExecutor(1) as clients:
         kept = clients.submit(httpx.post, f"{url}/v1/completions", json=MANY, timeout=60)
-        wait_for(lambda: rows(url) > 450)
+        wait_for(lambda: rows(url) > 0)
         started.send_signal(signal.SIGTERM)
         assert len(kept.result().json()["choices"]) == 500
         assert started.wait(60) == 0
