@@ -31,7 +31,7 @@ from chameleon_deploy.serve.chat_schemas import (
     ToolCallDelta,
     TopLogprob,
 )
-from chameleon_deploy.serve.completions import raise_failure, sampling_of
+from chameleon_deploy.serve.completions import REASONS, raise_failure, sampling_of
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream, events
 from chameleon_deploy.serve.logprobs import LOWEST
@@ -101,7 +101,8 @@ def prepare(call: Call[ChatRequest]) -> Job:
             body.chat_template_kwargs or {},
             served.sanitize_control_tokens,
         )
-        ids, generate = chat_prompt(template, conversation, Generate(limit, [sampling], body.n))
+        generate = Generate(limit, [sampling], body.n, body.deadline, body.prompt_lookup_num_tokens)
+        ids, generate = chat_prompt(template, conversation, generate)
         stream = served.engine.submit([ids], generate, adapt_options(call, meant, 1))
     except ChameleonError as error:
         raise api_error(error, _FIELDS.get(error.argument, error.argument) if error.argument else None) from error
@@ -157,8 +158,9 @@ class RowWriter:
             chameleon=self._job.adaptation,
         )
         if token.generation is not None:
-            stopped = token.generation.finish_reason == "stop"
-            choice.finish_reason = "length" if not stopped else "tool_calls" if self._calls else "stop"
+            choice.finish_reason = REASONS.get(token.generation.finish_reason, "length")
+            if choice.finish_reason == "stop" and self._calls:
+                choice.finish_reason = "tool_calls"
         if self._job.body.return_token_ids:
             choice.token_ids = [token.token_id] if token.token_id >= 0 else []
         return choice

@@ -6,18 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from chameleon_deploy.serve.schemas import (
-    MAX_CHOICES,
-    ChoiceAdaptation,
-    Conditioning,
-    Penalty,
-    StopString,
-    StreamOptions,
-    TokenId,
-    Usage,
-)
+from chameleon_deploy.runtime.sampling_settings import MAX_LOGPROBS
+from chameleon_deploy.serve.schemas import ChoiceAdaptation, GenerationRequest, Usage
 
 FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 
@@ -76,40 +66,18 @@ class ResponseFormat(Struct, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class ChatRequest(Struct, kw_only=True):
-    """Unknown fields are ignored, and null means that a field is left out."""
-
+class ChatRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    model: str | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, description="Default: as many as a row holds.")] | None = None
     max_tokens: Annotated[int, Meta(ge=1, description="The older name of max_completion_tokens.")] | None = None
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
-    seed: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")] | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
     parallel_tool_calls: Annotated[bool, Meta(description="False returns the first call only.")] = True
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
-    user: str | None = None
-    top_k: Annotated[int, Meta(ge=-1, description="0 and -1 keep all.")] = 0
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    ignore_eos: bool = False
-    return_token_ids: bool = False
-    mode: Mode | None = None
-    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
-    conditioning: Conditioning | None = None
 
 
 class ToolCallDelta(Struct, kw_only=True):
@@ -162,7 +130,7 @@ class ChatChoice(Struct, kw_only=True):
     index: int
     message: Answer
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "deadline"]
     chameleon: ChoiceAdaptation
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -197,7 +165,7 @@ class ChunkChoice(Struct, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    finish_reason: Literal["stop", "length", "tool_calls", "deadline"] | None
     chameleon: ChoiceAdaptation
     token_ids: list[int] | UnsetType = UNSET
 

@@ -17,7 +17,6 @@ from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.call import Call
-from chameleon_deploy.serve.chat_schemas import ChatRequest
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream, events
 from chameleon_deploy.serve.logprobs import LogprobsWriter, by_id, join
@@ -29,6 +28,7 @@ from chameleon_deploy.serve.schemas import (
     Completion,
     CompletionChoice,
     CompletionRequest,
+    GenerationRequest,
     Logprobs,
     Usage,
 )
@@ -37,7 +37,7 @@ from chameleon_deploy.serve.service import Served
 
 _SEED_MASK = 2**64 - 1
 _FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
-_REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline": "deadline"}
+REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline": "deadline"}
 
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
@@ -119,7 +119,7 @@ def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
             raise ApiError(400, "input_invalid", message, param)
 
 
-def sampling_of(body: CompletionRequest | ChatRequest, served: Served, logprobs: int | None) -> Sampling:
+def sampling_of(body: GenerationRequest, served: Served, logprobs: int | None) -> Sampling:
     """Return the sampling that a request asks for. Raises ApiError."""
     try:
         sampling = Sampling(
@@ -244,7 +244,7 @@ class RowWriter:
             index=self._row,
             text=text,
             logprobs=logprobs,
-            finish_reason=None if reason is None else _REASONS.get(reason, "length"),
+            finish_reason=None if reason is None else REASONS.get(reason, "length"),
             chameleon=ChoiceAdaptation(
                 job.meant.mode, job.cluster_ids[self._prompt], CohortInfo(cohort.id, cohort.size) if cohort else None
             ),

@@ -32,42 +32,50 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool = False
 
 
-class CompletionRequest(Struct, kw_only=True):
-    """Unknown fields are ignored, and null means that a field is left out."""
+class AdaptedRequest(Struct, kw_only=True):
+    """What names the model that reads texts. Unknown fields are ignored, and null means that a field is left out."""
 
-    prompt: Prompt
     model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=0, description="0 only with echo.")] = 16
+    mode: Mode | None = None
+    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
+    conditioning: Conditioning | None = None
+
+
+class GenerationRequest(AdaptedRequest, kw_only=True):
+    """What completions and conversations have in common."""
+
     temperature: Annotated[float, Meta(ge=0)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
-    best_of: Annotated[int, Meta(ge=1, description="1, or the value of n.")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: int | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
-    echo: bool = False
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    suffix: str | None = None
     user: str | None = None
     top_k: Annotated[int, Meta(ge=-1, description="0 and -1 keep all.")] = 0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
-    mode: Mode | None = None
-    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
-    conditioning: Conditioning | None = None
     deadline: (
         Annotated[float, Meta(gt=0, description="Seconds after which rows that have not ended finish with it.")] | None
     ) = None
     prompt_lookup_num_tokens: Annotated[
         int, Meta(ge=0, le=MAX_DRAFT_TOKENS, description="Tokens that are drafted for a call while a row is alone.")
     ] = 0
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    prompt: Prompt
+    max_tokens: Annotated[int, Meta(ge=0, description="0 only with echo.")] = 16
+    best_of: Annotated[int, Meta(ge=1, description="1, or the value of n.")] = 1
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    echo: bool = False
+    suffix: str | None = None
+    return_tokens_as_token_ids: bool = False
 
 
 class CohortInfo(Struct):
@@ -196,14 +204,10 @@ class TokenizerInfo(Struct, kw_only=True):
     pad_token: str | None = None
 
 
-class TextsRequest(Struct, kw_only=True):
+class TextsRequest(AdaptedRequest, kw_only=True):
     """Texts to score or to adapt to; one cohort in the modes cohort and tenant."""
 
     input: Prompt
-    model: str | None = None
-    mode: Mode | None = None
-    adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
-    conditioning: Conditioning | None = None
 
 
 class ScoreItem(Struct, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,11 +11,12 @@ from chameleon_deploy.runtime import Adapt, Adaptation
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.scoring import Score, prompt_logprobs, score_rows
 from chameleon_deploy.serve.call import Call
-from chameleon_deploy.serve.chat_schemas import ChatRequest
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import encode
-from chameleon_deploy.serve.schemas import CompletionRequest, ScoreItem, ScoreResponse, TextsRequest
+from chameleon_deploy.serve.schemas import AdaptedRequest, ScoreItem, ScoreResponse, TextsRequest
 from chameleon_deploy.serve.service import Served
+
+Body = TypeVar("Body", bound=AdaptedRequest)
 
 
 async def score_prompts(served: Served, ids: list[list[int]], adapt: Adapt, count: int) -> list[list[Choice]]:
@@ -38,9 +40,7 @@ async def score(call: Call[TextsRequest]) -> ScoreResponse:
     return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
 
 
-def adapt_options(
-    call: Call[TextsRequest] | Call[CompletionRequest] | Call[ChatRequest], meant: Meant, texts: int
-) -> Adapt:
+def adapt_options(call: Call[Body], meant: Meant, texts: int) -> Adapt:
     """Return the adaptation of the texts of one request, which are one cohort in the modes that have cohorts."""
     return Adapt(
         mode=meant.mode,
