@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/demo
-	$(BIN)/python -m chameleon_deploy.demo
+	$(BIN)/python -m benchmarks.demo
 
 serve: models/demo/chameleon/bundle.json
 	$(BIN)/python -m chameleon_deploy.serve models/demo/chameleon

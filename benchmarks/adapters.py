@@ -31,10 +31,10 @@ from chameleon_deploy.bench.timing import Case, Contestant, Lap, Part, Timing, m
 from chameleon_deploy.bench.workloads import BOUNDS, continued, deviation, regrets, stretches
 from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.errors import CheckFailedError, InputError
-from chameleon_deploy.machine import describe_machine
 from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, load_adapted
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.machine import describe_machine
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
 from chameleon_deploy.terminal.progress import Progress

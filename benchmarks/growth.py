@@ -27,7 +27,7 @@ import typer
 
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.machine import describe_machine
+from chameleon_deploy.runtime.machine import describe_machine
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.terminal.table import Sheet

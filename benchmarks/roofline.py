@@ -8,7 +8,7 @@ products are computed, whichever is longer. Attention scores are left out: at th
 
 For `bench --json` this measures the bandwidth of reading memory and the rate of a large matrix product. The bandwidth
 of a virtual machine moves, on some by a factor of two within seconds, so shares over 100 % are possible. For
-`gpu_check --json` it takes the bandwidth that was measured there, and counts reading alone.
+`gpu-check --json` it takes the bandwidth that was measured there, and counts reading alone.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def share_sheet(weights: Weights, timings: list[dict[str, Any]], roofline: Roofl
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
-    file: Annotated[Path, typer.Argument(help="What `bench --json` or `gpu_check --json` wrote on this machine.")],
+    file: Annotated[Path, typer.Argument(help="What `bench --json` or `gpu-check --json` wrote on this machine.")],
 ) -> None:
     """Compare the times of a benchmark with the machine's roofline."""
     opened, record = open_bundle(bundle), json.loads(file.read_text())

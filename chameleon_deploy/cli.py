@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 from chameleon_deploy import __version__
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.commands import COMMANDS
+from chameleon_deploy.terminal.commands import COMMANDS, module_of
 
 # console says what to install if typer is missing
 import typer  # isort: skip
@@ -52,7 +52,7 @@ def _root(
 
 def load(name: str) -> Any:
     """Return a command by its name. Its module is imported."""
-    module = importlib.import_module(f"chameleon_deploy.{name.replace('-', '_')}")
+    module = importlib.import_module(module_of(name))
     if hasattr(module, "__path__"):  # a package's command is its __main__
         module = importlib.import_module(f"{module.__name__}.__main__")
     return console.make_command(getattr(module, "app", None) or module.main)

@@ -19,7 +19,7 @@ import typer
 from chameleon_deploy import Runtime, Sampling, __version__, cli
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.commands import COMMANDS
+from chameleon_deploy.terminal.commands import COMMANDS, module_of
 from tests.commands import call, run
 
 
@@ -79,7 +79,7 @@ def test_console_script(bundle: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    result = call(f"chameleon_deploy.{command}", "--help")
+    result = call(module_of(command), "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
 
@@ -113,8 +113,8 @@ def test_the_program_lists_its_commands_without_importing_them() -> None:
     code = (
         "import sys; sys.argv = ['chameleon-deploy', sys.argv[1]]\nfrom chameleon_deploy import cli\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "from chameleon_deploy.terminal.commands import COMMANDS\n"
-        "modules = {f'chameleon_deploy.{name}'.replace('-', '_') for name in COMMANDS}\n"
+        "from chameleon_deploy.terminal.commands import COMMANDS, module_of\n"
+        "modules = set(map(module_of, COMMANDS))\n"
         "print(sorted(modules & sys.modules.keys()), 'torch' in sys.modules)"
     )
     for option, shown in (("--help", COMMANDS), ("--version", [__version__])):
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(name: str, bundle: Path, mini_pat
 OUTPUTS = {
     "bench --json": ("bench", "--json"), "bench --html": ("bench", "--html"),
     "verify --out": ("verify", "--out"),
-    "gpu_check --json": ("gpu_check", "--json"),
+    "gpu-check --json": ("bench.gpu_check", "--json"),
     "compare --html": ("compare", "--html"),
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ def run(bundle: Path, checkpoint: Checkpoint, plan: Plan, report: Progress) -> B
     from chameleon_deploy.bench import workloads
     from chameleon_deploy.bench.peers import open_peers
     from chameleon_deploy.bench.quality import Quality, measure_quality
-    from chameleon_deploy.machine import describe_machine
+    from chameleon_deploy.runtime.machine import describe_machine
 
     positions = open_bundle(bundle).manifest.model.max_positions
     threads, num_tokens, rounds, windows = plan.threads, plan.num_tokens, plan.rounds, plan.windows

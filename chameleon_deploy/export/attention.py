@@ -7,7 +7,7 @@ built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,24 +15,24 @@ import onnx_ir as ir
 from chameleon_deploy.export.graph import FLOAT, integer, real, soft_cap
 from chameleon_deploy.reference.families.spec import DecoderSpec
 
-if TYPE_CHECKING:
-    from chameleon_deploy.export.trunk import TrunkInputs
 
-
-def attention_bias(op: Any, inputs: TrunkInputs, window: int | None) -> Any:
+def attention_bias(op: Any, past_key: ir.Value, mask: ir.Value, position_ids: ir.Value, window: int | None) -> Any:
     """Return 0 where a query may attend, the lowest float elsewhere: causal, real tokens only, and none `window`
     tokens or more before it. [batch, 1, sequence, total]
+
+    past_key      [batch, key-value heads, past, head_dim]
+    mask          int64 [batch, total], 1 where a token is real
+    position_ids  int64 [batch, sequence]
     """
-    past_key, mask = inputs.past[0][0], inputs.attention_mask
     past = op.Squeeze(op.Shape(past_key, start=2, end=3))
-    total = op.Add(past, op.Squeeze(op.Shape(inputs.input_ids, start=1, end=2)))
+    total = op.Add(past, op.Squeeze(op.Shape(position_ids, start=1, end=2)))
     queries = op.Unsqueeze(op.Range(past, total, integer(op, 1)), [1])  # [sequence, 1]
     keys = op.Unsqueeze(op.Range(integer(op, 0), total, integer(op, 1)), [0])  # [1, total]
     allowed = op.And(op.LessOrEqual(keys, queries), op.Cast(op.Unsqueeze(mask, [1, 2]), to=ir.DataType.BOOL))
     if window is not None:
         # Padding may stand between tokens, so a key's position is the number of tokens before it.
         count = op.CumSum(op.Cast(mask, to=FLOAT), integer(op, 1))  # [batch, total], one more than the position
-        first = op.Sub(op.Cast(inputs.position_ids, to=FLOAT), real(op, window - 2.0))
+        first = op.Sub(op.Cast(position_ids, to=FLOAT), real(op, window - 2.0))
         near = op.LessOrEqual(op.Unsqueeze(first, [1, 3]), op.Unsqueeze(count, [1, 2]))
         allowed = op.And(allowed, near)
     return op.Where(allowed, real(op, 0.0), real(op, float(np.finfo(np.float32).min)))

@@ -136,7 +136,8 @@ def build_trunk(
     if positions is not None:
         x = op.Add(x, positions)
     biases = {
-        window: attention_bias(op, inputs, window) for window in dict.fromkeys(layer.window for layer in spec.layers)
+        window: attention_bias(op, inputs.past[0][0], inputs.attention_mask, inputs.position_ids, window)
+        for window in dict.fromkeys(layer.window for layer in spec.layers)
     }
     turns = {
         name: [

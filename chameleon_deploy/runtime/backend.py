@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, LimitsSpec, Role
-from chameleon_deploy.machine import usable_cores
 from chameleon_deploy.runtime.decode.decoder import StaticDecoder
 from chameleon_deploy.runtime.decode.growing_cache import GrowingCacheDecoder
 from chameleon_deploy.runtime.decode.session import IntegerWeights, import_onnxruntime, integer_weights, run
@@ -18,6 +17,7 @@ from chameleon_deploy.runtime.device.cuda import CudaDevice, DeviceArray
 from chameleon_deploy.runtime.device.graph import DeviceGraph
 from chameleon_deploy.runtime.device.slot_cache import SlotCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets
+from chameleon_deploy.runtime.machine import usable_cores
 
 
 class Backend(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# A command has the name of its module in chameleon_deploy, with hyphens.
 COMMANDS = {
     "train": "Train the factors of a frozen base model into a checkpoint.",
     "evaluate": "Compare the held-out perplexity of checkpoints with their base.",
@@ -22,6 +21,12 @@ COMMANDS = {
     "gpu-check": "Verify and measure bundles on this machine's GPU.",
     "cache": "List or delete this machine's cached files.",
 }
+
+
+def module_of(command: str) -> str:
+    """Return the name of a command's module, or of the package whose __main__ it is."""
+    return "chameleon_deploy." + ("bench.gpu_check" if command == "gpu-check" else command.replace("-", "_"))
+
 
 OPTION_GROUPS = {
     "Texts": (

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.errors import NumericError
-from chameleon_deploy.machine import describe_machine
 from chameleon_deploy.runtime import Runtime, load
 from chameleon_deploy.runtime.known_answers import (
     KnownAnswers,
@@ -23,6 +22,7 @@ from chameleon_deploy.runtime.known_answers import (
     recorded_answers,
     token_logprobs,
 )
+from chameleon_deploy.runtime.machine import describe_machine
 from chameleon_deploy.verify.gates import KNOWN_ANSWERS, OTHER_GRAPH, Check, KnownAnswerGate
 
 

@@ -37,7 +37,7 @@ print(runtime.generate([[1, 2, 3]], max_new_tokens=3)[0].token_ids, runtime.scor
 
 def test_the_portable_graph_counts_the_processors_without_affinity() -> None:
     code = """
-from chameleon_deploy.machine import describe_processor, usable_cores
+from chameleon_deploy.runtime.machine import describe_processor, usable_cores
 print(usable_cores() == os.cpu_count(), bool(describe_processor()))
 """
     assert _run(code).split() == ["True", "True"]

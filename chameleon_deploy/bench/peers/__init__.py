@@ -6,7 +6,7 @@ Only in a clone, not in the wheel:
 
 without_lora.py  the bundle with LoRA removed from its graphs
 pytorch.py       the reference, eager and compiled; in int8 by torchao
-pytorch_gpu.py   the same on a GPU, for `gpu_check`
+pytorch_gpu.py   the same on a GPU, for `gpu-check`
 adapted.py       the layers of both that a checkpoint adapts
 ctranslate2.py   the frozen base model only: it does not adapt
 openvino.py      the frozen base model only: it does not adapt

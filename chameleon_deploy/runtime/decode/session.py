@@ -18,8 +18,8 @@ import numpy as np
 
 from chameleon_deploy.contract.bundle import Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
-from chameleon_deploy.machine import describe_processor
 from chameleon_deploy.runtime.inputs import check_threads
+from chameleon_deploy.runtime.machine import describe_processor
 from chameleon_deploy.store.local_cache import find_or_build
 
 ExecutionProvider = tuple[str, dict[str, str]]

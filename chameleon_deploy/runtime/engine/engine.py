@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, RequestError
-from chameleon_deploy.machine import free_memory
 from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
@@ -29,6 +28,7 @@ from chameleon_deploy.runtime.engine.stream import Stream, deliver
 from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare
 from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token
 from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_names, check_number, chosen
+from chameleon_deploy.runtime.machine import free_memory
 
 if TYPE_CHECKING:  # the runtime drives the loop of this folder
     from chameleon_deploy.runtime.runtime import Runtime

@@ -1,4 +1,4 @@
-"""`python -m chameleon_deploy.gpu_check`: verify and measure every provider and precision on a GPU.
+"""`python -m chameleon_deploy.bench.gpu_check`: verify and measure every provider and precision on a GPU.
 
 Continuous integration has no GPU. This command takes minutes and compares with PyTorch on the same device in one
 interleaved run.

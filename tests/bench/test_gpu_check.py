@@ -14,8 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from chameleon_deploy import gpu_check
-from chameleon_deploy.bench import workloads
+from chameleon_deploy.bench import gpu_check, workloads
 from chameleon_deploy.bench.peers.pytorch_gpu import PyTorchGPU
 from chameleon_deploy.contract.bundle import Mode, open_bundle
 from chameleon_deploy.errors import ProviderError
@@ -35,7 +34,7 @@ from tests.logits import row_logits
 @needs_no_gpu
 def test_without_a_gpu_it_is_one_line(bundle: Path, mini_path: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "chameleon_deploy.gpu_check", bundle, "--reference", mini_path, "--json",
+        [sys.executable, "-m", "chameleon_deploy.bench.gpu_check", bundle, "--reference", mini_path, "--json",
          tmp_path / "figures.json"], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 2

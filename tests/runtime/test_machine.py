@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy import machine
+from chameleon_deploy.runtime import machine
 
 
 def test_free_memory_is_that_of_the_system_and_of_its_control_group(
