@@ -32,7 +32,7 @@ from chameleon_deploy.errors import (
     RequestError,
     TokenError,
 )
-from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
+from chameleon_deploy.runtime.decode.schedule import Schedule
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.batch import ContinuousBatch
@@ -370,10 +370,10 @@ def test_a_request_of_many_rows_lets_others_in(runtime: Runtime) -> None:
 
 
 def test_a_request_that_lets_nobody_in_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_come(queue: Any, running: Any, is_resident: Any, is_full: bool) -> Any:
-        return take_next(queue, lambda member: 0, is_resident, is_full)
+    def first_come(queue: Any, running: Any, is_resident: Any, is_full: Any) -> Any:
+        return iter(queue)
 
-    monkeypatch.setattr("chameleon_deploy.runtime.engine.loop.take_next", first_come)
+    monkeypatch.setattr("chameleon_deploy.runtime.engine.loop.admissible", first_come)
     with pytest.raises(AssertionError):
         test_a_request_of_many_rows_lets_others_in(runtime)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -17,6 +18,7 @@ from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError, TokenError
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.generation import Generate, Generation, Row, Token, begin_rows
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
@@ -372,3 +374,30 @@ def test_streams_of_random_numbers(one_for_all: bool, streams: list[int]) -> Non
     expected = [Sampler(sampling, [], stream).choose(logits) for stream in streams]
     assert [row.sampler.choose(logits) for row in rows] == expected
     assert len(set(expected)) == len(set(streams))
+
+
+def lines_of(runtime: Runtime, count: int) -> int:
+    """Return how many lines of the package `generate` runs for so many prompts."""
+    lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace if "chameleon_deploy" in frame.f_code.co_filename else None
+
+    prompts = [[i % 200 + 2, 7] * 30 for i in range(count)]  # about 34 in a call
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        runtime.generate(prompts, max_new_tokens=1, mode="none")
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_the_work_for_a_row_does_not_grow_with_the_rows(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines_of(runtime, 2)  # what the first call prepares
+    assert lines_of(runtime, 800) < 2.05 * lines_of(runtime, 400)
+    unread = ContinuousBatch._unread
+    monkeypatch.setattr(ContinuousBatch, "_unread", lambda batch: iter(list(unread(batch))))
+    assert lines_of(runtime, 800) > 2.05 * lines_of(runtime, 400)

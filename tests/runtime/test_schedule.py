@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from chameleon_deploy.errors import NumericError
-from chameleon_deploy.runtime.decode.schedule import MAX_OVERTAKES, chunk_length, joined, most_rows, take_next
+from chameleon_deploy.runtime.decode.schedule import MAX_OVERTAKES, admissible, chunk_length, joined, most_rows
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import FactorSets
@@ -21,32 +21,26 @@ from chameleon_deploy.runtime.factors import FactorSets
 @dataclass(eq=False)
 class Row:
     key: str
-    request: str = ""
+    stream: str = ""
     overtaken: int = 0
 
 
-def taken(
-    queue: list[Row], resident: set[str], is_full: bool, running: Mapping[str, int] = MappingProxyType({})
-) -> str | None:
-    row = take_next(queue, lambda row: running.get(row.request, 0), resident.__contains__, is_full)
-    return None if row is None else row.key
+def admitted(
+    queue: list[Row], resident: set[str], is_full: bool, running: Mapping[Hashable, int] = MappingProxyType({})
+) -> list[str]:
+    return [row.key for row in admissible(queue, running, resident.__contains__, lambda: is_full)]
 
 
 def test_rows_go_to_the_request_that_has_the_fewest() -> None:
     queue = [Row("a1", "a"), Row("a2", "a"), Row("b1", "b"), Row("b2", "b"), Row("c1", "c")]
-    running = Counter({"a": 3})
-    order = list[str]()
-    while (key := taken(queue, set(), False, running)) is not None:
-        running[key[0]] += 1
-        order.append(key)
-    assert order == ["b1", "c1", "b2", "a1", "a2"]
+    assert admitted(queue, set(), False, {"a": 3}) == ["b1", "c1", "b2", "a1", "a2"]
 
 
 def test_a_request_keeps_its_turn_behind_others_that_come_and_go() -> None:
     """Requests of a single row come for ever; whoever has none in the batch and came first is next."""
     queue = [Row("a", "a"), *(Row(f"b{i}", f"b{i}") for i in range(100))]
-    assert taken(queue, set(), False, {"a": 1}) == "b0"
-    assert taken(queue, set(), False, {}) == "a"
+    assert admitted(queue, set(), False, {"a": 1})[0] == "b0"
+    assert admitted(queue, set(), False)[0] == "a"
 
 
 @pytest.mark.parametrize(("free", "most"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (264, 132)])
@@ -55,24 +49,33 @@ def test_no_request_takes_all_places(free: int, most: int) -> None:
 
 
 def test_first_come_first_served_while_there_is_room() -> None:
-    queue = [Row("a"), Row("b"), Row("c")]
-    assert [taken(queue, {"c"}, is_full=False) for _ in range(4)] == ["a", "b", "c", None]
+    assert admitted([Row("a"), Row("b"), Row("c")], {"c"}, is_full=False) == ["a", "b", "c"]
 
 
 def test_a_resident_set_overtakes_where_the_table_is_full() -> None:
     queue = [Row("a"), Row("b"), Row("c"), Row("c")]
-    assert taken(queue, {"c"}, is_full=True) == "c"
-    assert [row.overtaken for row in queue] == [1, 1, 0]
-    assert taken(queue, {"x"}, is_full=True) is None
+    assert next(admissible(queue, {}, {"c"}.__contains__, lambda: True)).key == "c"
+    assert [row.overtaken for row in queue] == [1, 1, 0, 0]
+    assert admitted(queue, {"x"}, is_full=True) == []
+
+
+def test_a_table_that_fills_up_holds_up_the_next() -> None:
+    resident = set[Hashable]()
+    found = []
+    for row in admissible([Row(key) for key in "abca"], {}, resident.__contains__, lambda: len(resident) == 2):
+        found.append(row.key)
+        resident.add(row.key)
+    assert found == ["a", "b", "a"]
 
 
 def test_nobody_is_overtaken_for_ever() -> None:
+    """Not within an iteration, and not over several."""
     queue = [Row("a"), *(Row("c") for _ in range(3 * MAX_OVERTAKES))]
-    passed = 0
-    while taken(queue, {"c"}, is_full=True) is not None:
-        passed += 1
-    assert passed == MAX_OVERTAKES
-    assert taken(queue, {"c"}, is_full=False) == "a"
+    few = list(islice(admissible(queue, {}, {"c"}.__contains__, lambda: True), 5))
+    queue = [row for row in queue if row not in few]
+    assert admitted(queue, {"c"}, is_full=True) == ["c"] * (MAX_OVERTAKES - 5)
+    assert admitted(queue, {"c"}, is_full=True) == []
+    assert admitted(queue, {"c"}, is_full=False)[0] == "a"
 
 
 @pytest.mark.parametrize("tokens", range(1, 40))

@@ -7,8 +7,11 @@ have no room cause a bounded number of exceptions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableSequence, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol, TypeVar
 
 # How often rows with a resident factor set may overtake a row whose set has no room.
@@ -33,12 +36,16 @@ class Waiting(Protocol):
     """A waiting row.
 
     overtaken  counted here
+    stream     of its request
     """
 
     overtaken: int
 
     @property
     def key(self) -> Hashable: ...
+
+    @property
+    def stream(self) -> Hashable: ...
 
 
 W = TypeVar("W", bound=Waiting)
@@ -52,26 +59,36 @@ def most_rows(places: int) -> int:
     return max(places // 2, min(places, 1))
 
 
-def take_next(
-    queue: MutableSequence[W], running: Callable[[W], int], is_resident: Callable[[Hashable], bool], is_full: bool
-) -> W | None:
-    """Remove and return the row that may be admitted next, or None.
+def admissible(
+    queue: Sequence[W],
+    running: Mapping[Hashable, int],
+    is_resident: Callable[[Hashable], bool],
+    is_full: Callable[[], bool],
+) -> Iterator[W]:
+    """Yield the rows that may be admitted, in turn. Each is admitted before the next is asked for.
 
     queue        in order of arrival
-    running      returns how many rows of a row's request are in the batch
+    running      number of rows in the batch, by stream
     is_resident  returns whether a factor set is in the table
-    is_full      whether the table has no room for another
+    is_full      returns whether the table has no room for another
     """
-    in_turn = sorted(queue, key=running)
-    for place, row in enumerate(in_turn):
-        if not is_full or is_resident(row.key):
-            for overtaken in in_turn[:place]:
+    # A row's turn comes when its request has so many rows in the batch.
+    turns, of_stream = list[int](), Counter(running)
+    for row in queue:
+        turns.append(of_stream[row.stream])
+        of_stream[row.stream] += 1
+    passed, overtakes_left = list[W](), MAX_OVERTAKES
+    for _, row in sorted(zip(turns, queue, strict=True), key=itemgetter(0)):
+        if is_full() and not is_resident(row.key):
+            passed.append(row)
+            overtakes_left = min(overtakes_left, MAX_OVERTAKES - row.overtaken)
+        else:
+            for overtaken in passed:
                 overtaken.overtaken += 1
-            queue.remove(row)
-            return row
-        if row.overtaken >= MAX_OVERTAKES:
-            return None
-    return None
+            overtakes_left -= bool(passed)
+            yield row
+        if overtakes_left <= 0:
+            return
 
 
 def chunk_length(remaining: int, chunk_tokens: int) -> int:
@@ -83,21 +100,21 @@ def chunk_length(remaining: int, chunk_tokens: int) -> int:
     return chunk_tokens - 1 if remaining == chunk_tokens + 1 else min(remaining, chunk_tokens)
 
 
-def joined(lengths: Sequence[int], chunk_tokens: int) -> int:
-    """Return how many of the first prompts to prefill in one call, at least 1.
+def joined(lengths: Iterable[int], chunk_tokens: int) -> int:
+    """Return how many of the first prompts to prefill in one call, at least 1 if there is one.
 
     The call pads them to the longest: to chunk_tokens in all, and by no more than the calls that it saves are worth.
     Prompts of less than two tokens are alone: the decoder would run one token as a step, which rounds differently in
     int8.
 
-    lengths  of whole prompts
+    lengths  of whole prompts, of which no more are read than it takes
     """
-    longest = tokens = 0
-    for count, length in enumerate(lengths):
-        longest, tokens = max(longest, length), tokens + length
+    count = longest = tokens = 0
+    shortest = math.inf
+    for length in lengths:
+        shortest, longest, tokens = min(shortest, length), max(longest, length), tokens + length
         padded = (count + 1) * longest
-        if count and (
-            min(length, lengths[0]) < 2 or padded > chunk_tokens or padded - tokens > count * CALL_TOKENS
-        ):  # fmt: skip
+        if count and (shortest < 2 or padded > chunk_tokens or padded - tokens > count * CALL_TOKENS):
             return count
-    return len(lengths)
+        count += 1
+    return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,12 +27,14 @@ FORKED_PER_PREFILL = 8
 class Prompt:
     """The prompt of one or more members.
 
-    ids     token ids
-    logits  float32 [vocab] after the last token, set by the prefill
+    ids      token ids
+    logits   float32 [vocab] after the last token, set by the prefill
+    readers  number of members in the batch that have read it
     """
 
     ids: Sequence[int]
     logits: FloatArray | None = None
+    readers: int = 0
 
 
 @dataclass(eq=False)
@@ -168,6 +170,7 @@ class ContinuousBatch:
 
     def _drop(self, place: int) -> None:
         if place < self.ready:  # the last ready member moves into the gap and leaves one itself
+            self.members[place].prompt.readers -= 1
             self.ready -= 1
             self._move(self.ready, place)
             place = self.ready
@@ -194,6 +197,7 @@ class ContinuousBatch:
             sibling = self._sibling(prompt) if start == 0 else None
             if start == stop:
                 self.ready += 1
+                prompt.readers += 1
             elif sibling is not None and forked < self._schedule.chunk_tokens * FORKED_PER_PREFILL:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
@@ -209,20 +213,26 @@ class ContinuousBatch:
 
     def _sibling(self, prompt: Prompt) -> int | None:
         """Return a member with the same, already prefilled prompt."""
-        return next((i for i in reversed(range(self.ready)) if self.members[i].prompt is prompt), None)
+        if not prompt.readers:
+            return None
+        return next(i for i in reversed(range(self.ready)) if self.members[i].prompt is prompt)
 
     def to_prefill(self) -> list[Member]:
         # The decoder appends tokens to a cache that is not empty for a single row only.
         if self._slots.lengths[self.ready]:
             return [self.members[self.ready]]
-        seen = {id(member.prompt) for member in self.members[: self.ready]}
-        unread: list[Member] = []
-        for member in self.members[self.ready :]:
-            if id(member.prompt) in seen:  # it is forked later
-                break
-            seen.add(id(member.prompt))
-            unread.append(member)
-        return unread[: joined([self._prefilled(m.prompt) for m in unread], self._schedule.chunk_tokens)]
+        count = joined(map(self._prefilled, self._unread()), self._schedule.chunk_tokens)
+        return self.members[self.ready : self.ready + count]
+
+    def _unread(self) -> Iterator[Prompt]:
+        """Yield the next prompts up to the first that is forked later."""
+        seen = set[int]()
+        for place in range(self.ready, len(self.members)):
+            prompt = self.members[place].prompt
+            if prompt.readers or id(prompt) in seen:
+                return
+            seen.add(id(prompt))
+            yield prompt
 
     def _prefill_chunks(self, start: int) -> int:
         """Prefill the next tokens of `to_prefill`, of which all have `start` tokens already."""

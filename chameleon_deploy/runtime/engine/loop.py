@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.decode.logits import HostLogits
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
-from chameleon_deploy.runtime.decode.schedule import Schedule, take_next
+from chameleon_deploy.runtime.decode.schedule import Schedule, admissible
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.device.static_batch import StaticBatch
 from chameleon_deploy.runtime.engine.batch import Batch, ContinuousBatch, Member, members_of
@@ -103,23 +103,27 @@ class Loop:
         self._ended.clear()
 
     def _admit(self) -> None:
-        running = Counter(member.stream for member in self.batch.members)
-        while self.batch.room() and (
-            member := take_next(
-                self.waiting, lambda member: running[member.stream], self.table.__contains__, self.table.is_full
-            )
-        ):
-            hit = member.key in self.table
-            try:
-                self.table.acquire(member.source)
-            except Exception as error:  # also errors of the hypernetwork's session
-                self._end_all([member], error)
-                self._ended.discard(member)  # it never was in the batch
-                continue
-            self.batch.admit(member)
-            running[member.stream] += 1
-            self._report.factor_set_hits += hit
-            self._report.queued.append(time.monotonic() - member.submitted)
+        running = Counter[Hashable](member.stream for member in self.batch.members)
+        in_turn = admissible(self.waiting, running, self.table.__contains__, lambda: self.table.is_full)
+        taken = set[Member]()
+        try:
+            while self.batch.room() and (member := next(in_turn, None)):
+                taken.add(member)
+                self._admit_one(member)
+        finally:
+            self.waiting = [member for member in self.waiting if member not in taken]
+
+    def _admit_one(self, member: Member) -> None:
+        hit = member.key in self.table
+        try:
+            self.table.acquire(member.source)
+        except Exception as error:  # also errors of the hypernetwork's session
+            self._end_all([member], error)
+            self._ended.discard(member)  # it never was in the batch
+            return
+        self.batch.admit(member)
+        self._report.factor_set_hits += hit
+        self._report.queued.append(time.monotonic() - member.submitted)
 
     def _read(self) -> None:
         started = time.perf_counter()
