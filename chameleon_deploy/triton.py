@@ -34,11 +34,15 @@ input [
   {{ name: "top_k" data_type: TYPE_INT32 dims: [ 1 ] optional: true }},
   {{ name: "seed" data_type: TYPE_UINT64 dims: [ 1 ] optional: true }},
   {{ name: "stop" data_type: TYPE_STRING dims: [ -1 ] optional: true }},
-  {{ name: "mode" data_type: TYPE_STRING dims: [ 1 ] optional: true }}
+  {{ name: "mode" data_type: TYPE_STRING dims: [ 1 ] optional: true }},
+  {{ name: "sampling_parameters" data_type: TYPE_STRING dims: [ 1 ] optional: true }}
 ]
 output [
+  {{ name: "index" data_type: TYPE_INT32 dims: [ 1 ] }},
   {{ name: "text_output" data_type: TYPE_STRING dims: [ 1 ] }},
   {{ name: "token_id" data_type: TYPE_INT32 dims: [ 1 ] }},
+  {{ name: "logprob" data_type: TYPE_FP32 dims: [ 1 ] }},
+  {{ name: "top_logprobs" data_type: TYPE_STRING dims: [ 1 ] }},
   {{ name: "finish_reason" data_type: TYPE_STRING dims: [ 1 ] }},
   {{ name: "cluster_id" data_type: TYPE_INT32 dims: [ 1 ] }}
 ]

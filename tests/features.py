@@ -46,6 +46,7 @@ def uses() -> dict[str, list[Use]]:
         "several continuations": [Use(generate={"n": 3}, body={"n": 3})],
         "a deadline": [Use(generate={"deadline": 1e-9})],
         "prompt lookup": [Use(generate={"prompt_lookup_num_tokens": 4})],
+        "prompt lookup in int8": [Use(generate={"prompt_lookup_num_tokens": 4}, bundle="int8")],
     }
     settings = {
         "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.4, "presence_penalty": 1.5,

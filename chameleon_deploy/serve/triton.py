@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as triton  # part of tritonserver
@@ -78,16 +80,24 @@ class Model:
 
     def _submit(self, request: Any) -> Stream:
         values = {tensor.name(): tensor.as_numpy().ravel().tolist() for tensor in request.inputs()}
-        texts = {name: [_text(value) for value in values.get(name, ())] for name in ("text_input", "mode", "stop")}
-        if len(texts["text_input"]) != 1:
-            raise InputError(f"text_input holds {len(texts['text_input'])} prompts: pass one per request")
-        numbers = {name: values[name][0] for name in ("temperature", "top_p", "top_k", "seed") if values.get(name)}
-        sampling = Sampling(**{"seed": secrets.randbits(64), **numbers}, stop=texts["stop"])
-        return self._engine.submit(
-            texts["text_input"],
-            Generate(values["max_tokens"][0] if values.get("max_tokens") else 16, sampling),
-            Adapt(cast(Mode, texts["mode"][0]) if texts["mode"] else self._mode),  # which checks it
-        )
+        fields = _parameters(values.pop("sampling_parameters", ()))
+        for name, value in values.items():
+            given = [_text(one) if isinstance(one, bytes) else one for one in value]
+            if name == "stop":
+                fields["stop"] = given
+            elif len(given) != 1:
+                raise InputError(f"{name} holds {len(given)} values: pass one per request", name)
+            else:
+                fields[name] = given[0]
+        text, adapter = fields.pop("text_input"), fields.pop("lora_name", None)
+        adapt = _take(fields, "mode", "adapt_tokens", "conditioning")
+        adapt |= {"adapters": [adapter]} if adapter is not None else {"mode": adapt.get("mode", self._mode)}
+        generate = _take(fields, "n", "deadline", "prompt_lookup_num_tokens")
+        limit = fields.pop("max_tokens", 16)
+        if unknown := fields.keys() - Sampling.__dataclass_fields__:
+            raise InputError(f"sampling_parameters has the unknown field {min(unknown)!r:.60}", "sampling_parameters")
+        sampling = Sampling(**{"seed": secrets.randbits(64), **fields})
+        return self._engine.submit([text], Generate(limit, sampling, **generate), Adapt(**adapt))
 
     async def _respond(self, stream: Stream, sender: Any) -> None:
         try:
@@ -115,11 +125,34 @@ class Model:
             await asyncio.sleep(0.01)
 
 
+def _parameters(values: Sequence[bytes]) -> dict[str, Any]:
+    """Return the fields of sampling_parameters, a JSON object. Raises InputError."""
+    if not values:
+        return {}
+    try:
+        fields: dict[str, Any] = json.loads(values[0])
+        # Keys of JSON are strings.
+        return fields | {"logit_bias": {int(token_id): bias for token_id, bias in fields.get("logit_bias", {}).items()}}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            "sampling_parameters is not a JSON object, or its logit_bias no map of token ids", "sampling_parameters"
+        ) from None
+
+
+def _take(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Remove and return the fields of these names."""
+    return {name: fields.pop(name) for name in names if name in fields}
+
+
 def _response(token: Token, cluster_id: int) -> Any:
     reason = token.generation.finish_reason if token.generation else ""
+    top = "" if token.top_logprobs is None else json.dumps(token.top_logprobs)
     return triton.InferenceResponse([
+        triton.Tensor("index", np.array([token.row], np.int32)),
         triton.Tensor("text_output", np.array([token.text.encode()], np.object_)),
         triton.Tensor("token_id", np.array([token.token_id], np.int32)),
+        triton.Tensor("logprob", np.array([math.nan if token.logprob is None else token.logprob], np.float32)),
+        triton.Tensor("top_logprobs", np.array([top.encode()], np.object_)),
         triton.Tensor("finish_reason", np.array([reason.encode()], np.object_)),
         triton.Tensor("cluster_id", np.array([cluster_id], np.int32)),
     ])  # fmt: skip

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy import Adapt, Engine, Generate, Runtime, Sampling
+from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling
 from chameleon_deploy.errors import ChameleonError
 from tests.features import PLAIN, PROMPTS, Use, table, uses
-from tests.serving import Running, running
+from tests.serving import SECONDS, Running, running, wait_for
 from tests.shared_data import adapter_case, good_bundle, read
+from tests.triton_server import Reader, inputs, serving
+from tests.triton_server import Server as TritonServer
 
-INTERFACES = ("generate", "stream", "engine", "server")
+LIBRARY = ("generate", "stream", "engine")
+INTERFACES = (*LIBRARY, "server", "Ray", "Triton")
+
+
+class Servers:
+    """Servers of each bundle that a feature needs, which start where one is asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest, directory: Path, stack: ExitStack) -> None:
+        self._request, self._directory, self._stack = request, directory, stack
+        self._on_ray = ""
+        self.bundle, self.runtime = cache(self._bundle), cache(self._runtime)
+        self.http, self.triton = cache(self._http), cache(self._triton)
+
+    def _bundle(self, name: str) -> Path:
+        if name == "adapters":
+            return adapter_case(read("adapters.json")[0], self._directory)[0]
+        if name == "int8":
+            return Path(self._request.getfixturevalue("int8_runtime").bundle.path)
+        return good_bundle(name)
+
+    def _runtime(self, name: str) -> Runtime:
+        return chameleon_deploy.load(self.bundle(name), threads=1)
+
+    def _http(self, name: str) -> Running:
+        return self._stack.enter_context(running(self.bundle(name), rows=4))
+
+    def _triton(self, name: str) -> TritonServer:
+        work = self._directory / f"triton-{name}"
+        work.mkdir()
+        return self._stack.enter_context(serving(self.bundle(name), work))
+
+    def ray(self, name: str) -> Running:
+        """Return the application, on another bundle than before where it must be."""
+        cluster, path = self._request.getfixturevalue("ray_cluster"), self.bundle(name)
+        server = Running(cluster.url, path.name, self.runtime(name))
+        if self._on_ray != name:
+            cluster.deploy(path, rows=4, threads=1)
+            wait_for(lambda: path.name in server.http().get("/v1/models").text, 2 * SECONDS)
+            self._on_ray = name
+        return server
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with ExitStack() as stack:
-
-        @cache
-        def server(bundle: str) -> Running:
-            path = good_bundle(bundle)
-            if bundle == "adapters":
-                path, _ = adapter_case(read("adapters.json")[0], tmp_path_factory.mktemp("adapters"))
-            return stack.enter_context(running(path, rows=4))
-
-        yield server
+        yield Servers(request, tmp_path_factory.mktemp("servers"), stack)
 
 
-def found_by_library(call: str, runtime: Runtime, generate: Generate, adapt: Adapt) -> list[list[int]]:
+def by_library(call: str, runtime: Runtime, generate: Generate, adapt: Adapt) -> list[list[int]]:
     if call == "generate":
         return [generation.token_ids for generation in runtime.generate(PROMPTS, generate, adapt)]
     if call == "stream":
@@ -54,41 +89,102 @@ def body_of(use: Use, name: str) -> dict[str, Any]:
     return {"model": name, "prompt": PROMPTS, "max_tokens": 8, "return_token_ids": True, **sampling, **own}
 
 
-CELLS = [(feature, interface) for feature in table() for interface in INTERFACES]
+def by_http(server: Running, use: Use, expected: list[Generation]) -> str:
+    """Return the error code of a request; "" where it gives what the library gives."""
+    answer = server.post("/v1/completions", **body_of(use, server.name)).json()
+    if "error" in answer:
+        return str(answer["error"]["code"])
+    choices = answer["choices"]
+    assert [choice["token_ids"] for choice in choices] == [generation.token_ids for generation in expected]
+    assert [choice["finish_reason"] for choice in choices] == [generation.finish_reason for generation in expected]
+    for choice, generation in zip(choices, expected, strict=True):
+        if generation.token_logprobs is not None:
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-3)
+    return ""
+
+
+def by_triton(server: TritonServer, runtime: Runtime, use: Use) -> str:
+    """Return the error code of requests of one prompt each; "" where they give what the library gives."""
+    reader, client = Reader(), server.client()
+    client.start_stream(reader)
+    try:
+        for i, text in enumerate(runtime.tokenizer.decode_batch(PROMPTS, skip_special_tokens=False)):
+            own = use._replace(generate=of_prompt(use.generate, i), adapt=of_prompt(use.adapt, i))
+            tensors = inputs(text_input=text, sampling_parameters=json.dumps(parameters(own), default=repr))
+            client.async_stream_infer(server.model, tensors, request_id=str(i))
+            ended = reader.ended.get(timeout=60)
+            if ended != str(i):
+                return str(ended.message()).rpartition("[")[2].rstrip("]")
+            expected = runtime.generate([text], *options(own, 1))
+            for _ in expected[1:]:
+                assert reader.ended.get(timeout=60) == str(i)
+            assert [reader.tokens[str(i)][k] for k in range(len(expected))] == [one.token_ids for one in expected]
+            assert reader.reasons[str(i)] == [one.finish_reason for one in expected]
+            if (logprobs := expected[0].token_logprobs) is not None:
+                assert reader.logprobs[str(i)] == pytest.approx(logprobs, abs=1e-3)
+    finally:
+        client.stop_stream()
+    return ""
+
+
+def of_prompt(fields: dict[str, Any], i: int) -> dict[str, Any]:
+    """Return the fields of one prompt."""
+    own = {"tenants", "adapters", "conditioning"} & fields.keys()
+    limit = fields.get("max_new_tokens")
+    return {
+        **fields,
+        **{name: fields[name][i : i + 1] for name in own},
+        **({"max_new_tokens": limit[i]} if isinstance(limit, list) else {}),
+    }
+
+
+def parameters(use: Use) -> dict[str, Any]:
+    """Return the sampling_parameters of a request that means the same."""
+    mode = {"mode": "centroid"} if use.bundle == "chameleon_masked" else {}
+    found = {"max_new_tokens": 8, **mode, **use.generate, **use.adapt, **PLAIN, **use.sampling}
+    adapters = {"lora_name": found.pop("adapters")[0]} if "adapters" in found else {}
+    return {"max_tokens": found.pop("max_new_tokens"), **adapters, **found}
+
+
+def options(use: Use, prompts: int) -> tuple[Generate, Adapt]:
+    """Return the library's options of a use."""
+    sampling = [Sampling(**{**PLAIN, **use.sampling})] * prompts
+    mode = "centroid" if use.bundle == "chameleon_masked" else None
+    return (
+        Generate(**{"max_new_tokens": 8, "sampling": sampling, **use.generate}),
+        Adapt(**{"mode": mode, **use.adapt}),
+    )
+
+
+MARKS = {"Ray": [pytest.mark.ray, pytest.mark.timeout(900)], "Triton": [pytest.mark.triton, pytest.mark.timeout(300)]}
+CELLS = [
+    pytest.param(feature, interface, marks=MARKS.get(interface, ())) for interface in INTERFACES for feature in table()
+]
 
 
 @pytest.mark.parametrize(("feature", "interface"), CELLS)
-def test_a_cell(feature: str, interface: str, servers: Any, int8_runtime: Runtime) -> None:
+def test_a_cell(feature: str, interface: str, servers: Servers) -> None:
     cell = table()[feature][interface]
-    if feature == "prompt lookup in int8" and interface == "server":
-        with running(int8_runtime.bundle.path) as int8:
-            answer = int8.post("/v1/completions", prompt="The river", prompt_lookup_num_tokens=4)
-        assert answer.json()["error"]["code"] == cell
-        assert answer.json()["error"]["param"] == "prompt_lookup_num_tokens"
-        return
-    if feature == "prompt lookup in int8":
-        with pytest.raises(ChameleonError) as refused:
-            found_by_library(interface, int8_runtime, Generate(prompt_lookup_num_tokens=4), Adapt())
-        assert refused.value.code == cell
-        return
+    code = match[1] if (match := re.match(r"`?(\w+_\w+)", cell)) else ""
+    assert code or cell.startswith("yes"), cell
     for use in uses()[feature]:
-        server: Running = servers(use.bundle)
-        sampling = [Sampling(**{**PLAIN, **use.sampling})] * len(PROMPTS)
-        generate = Generate(**{"max_new_tokens": 8, "sampling": sampling, **use.generate})
-        adapt = Adapt(**{"mode": None if use.bundle != "chameleon_masked" else "centroid", **use.adapt})
-        expected = [generation.token_ids for generation in server.runtime.generate(PROMPTS, generate, adapt)]
-        if interface != "server":
-            assert cell == "yes"
-            assert found_by_library(interface, server.runtime, generate, adapt) == expected
+        runtime = servers.runtime(use.bundle)
+        generate, adapt = options(use, len(PROMPTS))
+        if interface in LIBRARY and code:
+            with pytest.raises(ChameleonError) as refused:
+                by_library(interface, runtime, generate, adapt)
+            assert refused.value.code == code
             continue
-        answer = server.post("/v1/completions", **body_of(use, server.name))
-        if code := re.match(r"`?(\w+_\w+)", cell):
-            assert answer.json()["error"]["code"] == code[1]
+        if interface == "Triton":
+            assert by_triton(servers.triton(use.bundle), runtime, use) == code
+            continue
+        expected = [] if code else runtime.generate(PROMPTS, generate, adapt)
+        if interface in LIBRARY:
+            found = by_library(interface, runtime, generate, adapt)
+            assert found == [generation.token_ids for generation in expected]
         else:
-            assert cell.startswith("yes"), cell
-            choices = answer.json()["choices"]
-            assert [choice["token_ids"] for choice in choices] == expected
-            assert (choices[0]["finish_reason"] == "deadline") == (feature == "a deadline")
+            server = servers.ray(use.bundle) if interface == "Ray" else servers.http(use.bundle)
+            assert by_http(server, use, expected) == code
 
 
 def test_the_plain_request_differs_from_each_feature() -> None:
@@ -99,6 +195,4 @@ def test_the_plain_request_differs_from_each_feature() -> None:
     for feature, (use, *_) in uses().items():
         if use.bundle != "chameleon_masked" or feature in ("prompt lookup", "no stop at the end of text"):
             continue
-        how = {"max_new_tokens": 8, "sampling": [Sampling(**{**PLAIN, **use.sampling})] * 3, **use.generate}
-        adapt = Adapt(**{"mode": "centroid", **use.adapt})
-        assert runtime.generate(PROMPTS, Generate(**how), adapt) != plain, feature
+        assert runtime.generate(PROMPTS, *options(use, len(PROMPTS))) != plain, feature
