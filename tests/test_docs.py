@@ -173,7 +173,7 @@ def test_a_page_names_what_exists(page: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "planted", "fault"),
     [
-        ("chameleon_deploy.inspect ", "chameleon_deploy.inspekt ", "chameleon_deploy.inspekt"),
+        ("chameleon_deploy.evaluate ", "chameleon_deploy.evaluete ", "chameleon_deploy.evaluete"),
         ("--precision int8", "--precission int8", "chameleon_deploy.export --precission"),
         ("--reference models/wiki --html", "--reference models/wiki --htm", "chameleon_deploy.bench --htm"),
         ("`compare` answers", "`chameleon-deploy compar` answers", "chameleon-deploy compar"),
