@@ -24,12 +24,15 @@ from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import AdapterError, TensorError
 
+# One set: "<target>.lora_A" [rank, in_features] and "<target>.lora_B" [rank, out_features], by these names.
+Factors = Mapping[str, FloatArray]
+
 FORMAT, FORMAT_VERSION = "chameleon-adapter", "1"
 MAX_RANK = 1024  # every layer is padded to the largest rank of a call
 MAX_HEADER_BYTES = 2**20
 
 
-def write_adapter(file: Path, factors: Mapping[str, FloatArray], spec: AdaptationSpec) -> None:
+def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec) -> None:
     """Write the factors of an adapter for bundles of the same base. Raises OutputError."""
     targets = [target.name for target in spec.targets if factor_names(target.name)[0] in factors]
     metadata = {

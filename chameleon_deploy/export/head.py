@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from chameleon_deploy.export.graph import integer, integers, real, soft_cap
-from chameleon_deploy.export.low_rank import Factors
+from chameleon_deploy.export.low_rank import FactorInputs
 from chameleon_deploy.reference.families.spec import DecoderSpec
 
 # The inputs by which passes find a head: its hidden states [batch, positions, hidden], and the factor set of each
@@ -25,7 +25,7 @@ def build_head(
     hidden: Any,
     weight: ir.Value,
     factor_ids: ir.Value,
-    factors: Factors | None,
+    factors: FactorInputs | None,
     spec: DecoderSpec,
 ) -> Any:
     """Return h W^T + (h A^T) B, each row with its own factor set, with the model's soft cap.  [batch, positions,

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
-Factors = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]
+FactorInputs = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]
 # Names by which passes find the second operand of an update's products, and the factor set of each of their columns.
 STACKED, COLUMN_IDS = ".stacked", "updates.column_ids"
 Part = tuple[str, int]  # a linear layer by its PEFT name, and its number of output channels
@@ -31,7 +31,7 @@ class Updates:
         op: Any,
         factor_ids: ir.Value,
         targets: Sequence[TargetSpec],
-        factors: Mapping[str, Factors],
+        factors: Mapping[str, FactorInputs],
         shifts: Mapping[str, ir.Value],
     ) -> None:
         """Take the inputs of the graph.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import FloatArray, TargetSpec, factor_names
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, is_adapter_name
 from chameleon_deploy.errors import InputError
@@ -21,7 +22,6 @@ from chameleon_deploy.reference.model import Trunk, load_trunk
 from chameleon_deploy.reference.targets import choose_targets
 
 DEFAULT_MAX_RANK = 64  # of an adapter that is loaded later
-Factors = Mapping[str, FloatArray]  # of one adapter, as `read_peft` returns them: B [rank, out] with the scaling
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from chameleon_deploy.contract.bundle import TargetSpec, factor_names
 
 DROPOUT = 0.5
-Factors = dict[str, Tensor]
+FactorTensors = dict[str, Tensor]
 
 
 class FactorModule(nn.Module, ABC):
@@ -28,7 +28,7 @@ class FactorModule(nn.Module, ABC):
         self.targets, self.rank = tuple(targets), rank
 
     @abstractmethod
-    def forward(self, conditioning: Tensor) -> Factors:
+    def forward(self, conditioning: Tensor) -> FactorTensors:
         """Return the factors of every target for conditioning [sets, conditioning_size]."""
 
     def stored_name(self, parameter: str) -> str:
@@ -64,7 +64,7 @@ class Hypernetwork(FactorModule):
     def linears(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
-    def forward(self, conditioning: Tensor) -> Factors:
+    def forward(self, conditioning: Tensor) -> FactorTensors:
         """See `FactorModule`."""
         x = conditioning
         *inner, last = self.layers
@@ -84,7 +84,7 @@ class Hypernetwork(FactorModule):
         _zero_B(last, self.targets, self.rank)
 
     @torch.no_grad()
-    def begin_with(self, lora: Factors) -> None:
+    def begin_with(self, lora: FactorTensors) -> None:
         """Give every conditioning the same factors, of one set [1, ...]: those of a trained LoRA."""
         last = self.linears()[-1]
         last.weight.zero_()
@@ -129,12 +129,12 @@ class SharedHypernetwork(FactorModule):
         placed: Tensor = self.layer.weight[list(layers)] + self.module.weight[list(modules)]
         return placed
 
-    def forward(self, conditioning: Tensor) -> Factors:
+    def forward(self, conditioning: Tensor) -> FactorTensors:
         """See `FactorModule`."""
         x = self.dropout(torch.relu(self.conditioning(conditioning)[:, None] + self.place_embeddings()))
         for layer in self.inner:
             x = self.dropout(torch.relu(layer(x)))  # [sets, targets, hidden]
-        factors: Factors = {}
+        factors: FactorTensors = {}
         for target, own, (_, module) in zip(self.targets, x.unbind(1), self.places, strict=True):
             factors |= split_factors(self.heads[module](own), [target], self.rank)
         return factors
@@ -160,7 +160,7 @@ class StaticLoRA(FactorModule):
         self.lora_A = nn.ParameterList(A for A, _ in pairs)
         self.lora_B = nn.ParameterList(B for _, B in pairs)
 
-    def forward(self, conditioning: Tensor) -> Factors:
+    def forward(self, conditioning: Tensor) -> FactorTensors:
         """See `FactorModule`."""
         n = len(conditioning)
         return {self.stored_name(name): value.expand(n, -1, -1) for name, value in self.named_parameters()}
@@ -177,7 +177,7 @@ class StaticLoRA(FactorModule):
             lora_B.zero_()
 
 
-def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> Factors:
+def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> FactorTensors:
     """Return the factors in vectors [sets, num_factors]: of one target after the other A, then B; views of them."""
     shapes: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -187,14 +187,14 @@ def split_factors(flat: Tensor, targets: Sequence[TargetSpec], rank: int) -> Fac
     return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def factor_stacks(factors: Factors, alpha: float) -> Factors:
+def factor_stacks(factors: FactorTensors, alpha: float) -> FactorTensors:
     """Return sets as the runtime has them: lora_A [sets, rank, in_features], and lora_B [sets, rank, out_features] with
     alpha multiplied in.
     """
     return {name: alpha * stack.mT if name.endswith(".lora_B") else stack for name, stack in factors.items()}
 
 
-def factor_set(factors: Factors, index: int, alpha: float) -> Factors:
+def factor_set(factors: FactorTensors, index: int, alpha: float) -> FactorTensors:
     """Return one set as the runtime and adapters have it, see `factor_stacks`."""
     return factor_stacks({name: stack[index] for name, stack in factors.items()}, alpha)
 

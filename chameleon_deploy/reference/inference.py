@@ -15,7 +15,7 @@ from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.reference.adapters import adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.clustering import embed_texts, nearest_centroids
-from chameleon_deploy.reference.hypernetwork import Factors, factor_set
+from chameleon_deploy.reference.hypernetwork import FactorTensors, factor_set
 from chameleon_deploy.reference.targets import in_head_alone
 
 
@@ -33,7 +33,7 @@ class ReferenceAdaptation:
 
     embeddings: Tensor
     cluster_ids: Tensor
-    factors: Factors
+    factors: FactorTensors
     factor_ids: Tensor
     hidden: dict[tuple[int, tuple[int, ...]], Tensor] = field(init=False, default_factory=dict, repr=False)
 

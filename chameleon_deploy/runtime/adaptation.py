@@ -13,10 +13,11 @@ from typing import Any, TypedDict, get_args
 import numpy as np
 import numpy.typing as npt
 
+from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray, Mode
 from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.errors import InputError, ModeError
-from chameleon_deploy.runtime.factors import Factors, RowFactors
+from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import check_integer, is_sequence
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from chameleon_deploy.contract.adapter_file import read_adapter
+from chameleon_deploy.contract.adapter_file import Factors, read_adapter
 from chameleon_deploy.contract.bundle import Bundle, FloatArray
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
 from chameleon_deploy.errors import AdapterError, InputError
-from chameleon_deploy.runtime.factors import Factors, FactorSets
+from chameleon_deploy.runtime.factors import FactorSets
 from chameleon_deploy.runtime.inputs import checked_path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, IntArray, Mode
 from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime import adaptation as adapting
@@ -16,7 +17,7 @@ from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
 from chameleon_deploy.runtime.adapters import Adapters, check_adapters
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.basis import enter_basis
-from chameleon_deploy.runtime.factors import Factors, FactorSets, RowFactors, check_factors, no_factors, stack_sets
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors, check_factors, no_factors, stack_sets
 
 
 @dataclass(frozen=True)

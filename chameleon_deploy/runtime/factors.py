@@ -9,12 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray
+from chameleon_deploy.contract.adapter_file import Factors
+from chameleon_deploy.contract.bundle import AdaptationSpec, IntArray
 from chameleon_deploy.errors import FactorsError
-
-# One set of a caller: "<target>.lora_A" [rank, in_features] and "<target>.lora_B" [rank, out_features] of every
-# target.
-Factors = Mapping[str, FloatArray]
 
 
 class FactorArray(Protocol):

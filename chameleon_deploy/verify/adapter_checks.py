@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.adapter_file import write_adapter
+from chameleon_deploy.contract.adapter_file import Factors, write_adapter
 from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, Mode, factor_names
-from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, Factors
+from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors

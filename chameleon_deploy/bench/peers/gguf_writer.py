@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType as TensorType
 from gguf.quants import quantize
 from transformers.pytorch_utils import Conv1D
 
+from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import factor_names
-from chameleon_deploy.reference.adapters import Factors
 from chameleon_deploy.reference.model import Trunk
 
 

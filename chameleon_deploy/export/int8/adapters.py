@@ -8,11 +8,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import AdaptationSpec
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.basis import basis_of
 from chameleon_deploy.export.int8.calibration import INT8_MAX, KEY_MARGIN, MARGIN, Extremes, Statistics, calibrate
-from chameleon_deploy.reference.adapters import AdaptedBase, Factors, adapted
+from chameleon_deploy.reference.adapters import AdaptedBase, adapted
 from chameleon_deploy.reference.hypernetwork import factor_set
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.source import Source
