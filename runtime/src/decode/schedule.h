@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <map>
 #include <span>
 #include <utility>
 #include <vector>
@@ -28,26 +29,47 @@ struct Schedule {
 /// may take the last.
 inline std::size_t most_rows(std::size_t places) { return std::max(places / 2, std::min<std::size_t>(places, 1)); }
 
-/// Remove and return the row that may be admitted next; null if there is none.
+/// The rows that may be admitted, in turn. Each is admitted before the next is asked for.
 ///
-/// queue        pointers to rows with a key() and a counter `overtaken`, in order of arrival
-/// running      how many rows of a row's request are in the batch
-/// is_resident  whether a row's factor set is in the table
-/// is_full      whether the table has no room for another
-template <class Pointer, class Running, class IsResident>
-Pointer take_next(std::vector<Pointer>& queue, const Running& running, const IsResident& is_resident, bool is_full) {
-  std::vector<Pointer> in_turn = queue;
-  std::ranges::stable_sort(in_turn, {}, [&](const Pointer& row) { return running(*row); });
-  for (auto row = in_turn.begin(); row != in_turn.end(); ++row) {
-    if (!is_full || is_resident(**row)) {
-      std::for_each(in_turn.begin(), row, [](const Pointer& overtaken) { ++overtaken->overtaken; });
-      std::erase(queue, *row);
-      return *row;
-    }
-    if ((*row)->overtaken >= kMaxOvertakes) return nullptr;
+/// Pointer: to a row with a key(), its `stream`, and a counter `overtaken`
+template <class Pointer>
+class Admissible {
+ public:
+  /// queue    in order of arrival
+  /// running  how many rows of each stream are in the batch
+  template <class Stream>
+  Admissible(const std::vector<Pointer>& queue, std::map<Stream, std::size_t> running) {
+    // A row's turn comes when its request has so many rows in the batch.
+    for (const Pointer& row : queue) in_turn_.emplace_back(running[row->stream.get()]++, row);
+    std::ranges::stable_sort(in_turn_, {}, [](const auto& row) { return row.first; });
   }
-  return nullptr;
-}
+
+  /// The next row; null if there is none.
+  ///
+  /// is_resident  whether a row's factor set is in the table
+  /// is_full      whether the table has no room for another
+  template <class IsResident>
+  Pointer next(const IsResident& is_resident, bool is_full) {
+    while (place_ < in_turn_.size() && overtakes_left_ > 0) {
+      const Pointer& row = in_turn_[place_++].second;
+      if (is_full && !is_resident(*row)) {
+        passed_.push_back(row);
+        overtakes_left_ = std::min(overtakes_left_, kMaxOvertakes - row->overtaken);
+        continue;
+      }
+      for (const Pointer& overtaken : passed_) ++overtaken->overtaken;
+      if (!passed_.empty()) --overtakes_left_;
+      return row;
+    }
+    return nullptr;
+  }
+
+ private:
+  std::vector<std::pair<std::size_t, Pointer>> in_turn_;
+  std::size_t place_ = 0;
+  std::vector<Pointer> passed_;
+  int overtakes_left_ = kMaxOvertakes;
+};
 
 /// How many tokens of a prompt to prefill next, at most chunk_tokens. A single token is never left for the last chunk:
 /// the decoder would run it as a step, which rounds differently in int8.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "chameleon/error.h"
@@ -71,20 +72,23 @@ void Loop::drop_ended() {
 }
 
 void Loop::admit_waiting() {
-  std::map<const Stream::State*, std::size_t> of_request;
-  for (const auto& member : batch_.members()) ++of_request[member->stream.get()];
-  const auto running = [&](const Member& member) { return of_request[member.stream.get()]; };
+  if (waiting_.empty()) return;
+  std::map<const Stream::State*, std::size_t> running;
+  for (const auto& member : batch_.members()) ++running[member->stream.get()];
   const auto is_resident = [&](const Member& member) { return table_.contains(member.key()); };
+  Admissible in_turn(waiting_, std::move(running));
+  std::set<std::shared_ptr<Member>> taken;
   while (batch_.room() > 0) {
-    auto member = take_next(waiting_, running, is_resident, table_.is_full());
-    if (member == nullptr) return;
+    auto member = in_turn.next(is_resident, table_.is_full());
+    if (member == nullptr) break;
+    taken.insert(member);
     try {
       admit(member);
-      ++of_request[member->stream.get()];
     } catch (const std::exception& error) {  // also errors of the hypernetwork's session
       end_failed(*member, error);
     }
   }
+  std::erase_if(waiting_, [&](const auto& member) { return taken.contains(member); });
 }
 
 void Loop::admit(std::shared_ptr<Member> member) {
