@@ -33,7 +33,7 @@ typedef struct {
   const char* provider; /* "cpu", "tensorrt" in a build that has it, or "auto"; NULL is "cpu" */
   const char* mode;     /* default mode of the calls; NULL is "cohort", or "static" for a bundle of regime lora */
   int threads;          /* of ONNX Runtime, within one operator; 0 lets it choose */
-  int share_weights;    /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
+  int map_weights;      /* 1 maps the weights instead of packing a copy: about half of the memory, shared between
                            processes; slower in batches, and last bits differ */
   const char* const* trusted_keys; /* PEM files of Ed25519 public keys: a bundle that none of them signed is refused
                                       with "signature_invalid"; NULL accepts any */

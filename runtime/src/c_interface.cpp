@@ -191,7 +191,7 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       if (options->provider != nullptr) load.provider = options->provider;
       if (options->mode != nullptr) load.mode = parse_mode(options->mode);
       if (options->threads != 0) load.threads = options->threads;
-      load.share_weights = options->share_weights != 0;
+      load.map_weights = options->map_weights != 0;
       if (options->trusted_keys != nullptr) {
         load.trusted_keys.emplace(options->trusted_keys, options->trusted_keys + options->num_trusted_keys);
       }

@@ -150,9 +150,9 @@ void engine(const std::string& bundle, std::size_t rounds) {
             << std::endl;
 }
 
-void load(const std::string& bundle, bool share_weights) {
+void load(const std::string& bundle, bool map_weights) {
   const double before = resident_mib();
-  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .share_weights = share_weights});
+  const chameleon::Runtime runtime(bundle, {.mode = chameleon::Mode::centroid, .map_weights = map_weights});
   double weights = 0;
   for (const auto& [name, file] : runtime.manifest().files) weights += static_cast<double>(file.size) / (1 << 20);
   const double loaded = resident_mib();

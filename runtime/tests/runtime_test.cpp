@@ -316,7 +316,7 @@ TEST(Isolation, FactorsDoNotDependOnNeighbours) {
 }
 
 TEST(SharedWeights, ChangeNoResultBeyondTheLastBits) {
-  const Runtime mapped(good_bundle("chameleon_masked"), {.share_weights = true});
+  const Runtime mapped(good_bundle("chameleon_masked"), {.map_weights = true});
   const auto packed_scores = runtime().score(kRows), mapped_scores = mapped.score(kRows);
   for (std::size_t row = 0; row < kRows.size(); ++row) {
     for (std::size_t i = 0; i < packed_scores[row].token_logprobs.size(); ++i) {

@@ -21,7 +21,7 @@ P, Z, I64 = c.c_void_p, c.c_size_t, c.c_int64
 
 
 class LoadOptions(c.Structure):
-    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("share_weights", c.c_int),
+    _fields_ = (("provider", c.c_char_p), ("mode", c.c_char_p), ("threads", c.c_int), ("map_weights", c.c_int),
                 ("trusted_keys", c.POINTER(c.c_char_p)), ("num_trusted_keys", Z), ("max_adapter_bytes", Z))  # fmt: skip
 
 

@@ -29,7 +29,7 @@ struct LoadOptions {
   std::string provider = "cpu";  ///< cpu, tensorrt in a build that has it, or auto for the best of them
   std::optional<Mode> mode{};    ///< default mode of the calls: by default cohort, or static in regime lora
   std::optional<int> threads{};  ///< of ONNX Runtime, within one operator; by default it chooses
-  bool share_weights = false;    ///< true maps the weights instead of packing a copy of them: about half of the memory,
+  bool map_weights = false;      ///< true maps the weights instead of packing a copy of them: about half of the memory,
                                  ///< shared between processes; slower in batches, and last bits differ; no effect where
                                  ///< integer_weights is uint8
   TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any

@@ -142,7 +142,7 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   const bool is_scorer = graph.role == "hidden_scorer";
   if (integer_weights(env, bundle, graph) == "uint8") {
     convert_weights(session_options);  // into a copy, in whose place packed ones take no more memory
-  } else if (options.share_weights || is_scorer) {
+  } else if (options.map_weights || is_scorer) {
     // Packed or transposed while the session opens, the scorer's weights would be a second copy of the head's matrix.
     // Done in every call, they stay in the mapped file. In int8 transposing costs a call 6 ms of processor time (GPT-2
     // small).
