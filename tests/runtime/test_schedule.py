@@ -34,6 +34,7 @@ def admitted(
 def test_rows_go_to_the_request_that_has_the_fewest() -> None:
     queue = [Row("a1", "a"), Row("a2", "a"), Row("b1", "b"), Row("b2", "b"), Row("c1", "c")]
     assert admitted(queue, set(), False, {"a": 3}) == ["b1", "c1", "b2", "a1", "a2"]
+    assert admitted(queue[:3], set(), False, {"b": 1}) == ["a1", "a2", "b1"]
 
 
 def test_a_request_keeps_its_turn_behind_others_that_come_and_go() -> None:
@@ -88,12 +89,13 @@ def test_a_prompt_is_read_in_chunks_of_which_the_last_is_no_single_token(tokens:
     assert len(chunks) == -(-tokens // 8)
     assert all(1 <= chunk <= 8 for chunk in chunks)
     assert chunks[-1] > 1 or tokens == 1
+    assert chunks[:-1] == [8] * (len(chunks) - 1) or (tokens % 8 == 1 and chunks[-2:] == [7, 2])
 
 
 @pytest.mark.parametrize(
     ("lengths", "together"),
     [
-        ([64], 1), ([64, 64], 2), ([64, 64, 1, 64], 2), ([128, 128], 1), ([300], 1), ([300, 2], 1), ([1, 1], 1),
+        ([64], 1), ([64, 64], 2), ([64, 64, 1, 64], 2), ([128, 128], 1), ([300], 1), ([300, 2], 1), ([1, 1], 1), ([2, 5, 2], 3),
         ([0, 5], 1), ([16] * 8, 8), ([16] * 9, 8), ([40, 8], 2), ([41, 8], 1), ([42, 42, 10, 10], 3), ([10, 60], 1),
     ],
 )  # fmt: skip
