@@ -1,4 +1,4 @@
-"""A stub of the server in a thread: completions as server-sent events, models, clusters, adapt, metrics and a page.
+"""A stub of the server in a thread: completions, chat, models, clusters, adapt, metrics and a page.
 
 It invents its tokens, and waits in the middle of them and fails when it is told to.
 """
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._is_allowed():
             self._error(401, "the API key is missing or wrong")
-        elif self.path == "/v1/completions":
+        elif self.path in ("/v1/completions", "/v1/chat/completions"):
             self.server.bodies.append(body)
             failed = self.server.fail and len(self.server.bodies) % self.server.fail == 0
             self._error(429, "the queue is full") if failed else self._complete(body)
@@ -103,9 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         return not self.server.api_key or self.headers.get("Authorization") == f"Bearer {self.server.api_key}"
 
     def _complete(self, body: dict[str, Any]) -> None:
+        choices = _chat_choices(body) if "messages" in body else _choices(body)
         if not body.get("stream"):
-            text = " word" * body["max_tokens"]
-            self._json(200, {"object": "text_completion", "choices": [_choice(text, "length", body)]})
+            self._json(200, _whole(choices))
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -113,15 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         try:
-            for i in range(body["max_tokens"]):
+            for i, choice in enumerate(choices):
                 if i == self.server.break_at > 0:
                     return
                 if i == self.server.hold_at > 0:
                     self._hold()
-                finish = "length" if i == body["max_tokens"] - 1 else None
-                self._event({"choices": [_choice(f" word{i}", finish, body, i)]})
+                self._event({"choices": [choice]})
             if (body.get("stream_options") or {}).get("include_usage"):
-                self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+                self._event({"choices": [], "usage": {"completion_tokens": len(choices)}})
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
         except OSError:
@@ -134,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise ConnectionError
 
     def _event(self, event: dict[str, Any]) -> None:
-        self._chunk(b"data: " + json.dumps({"object": "text_completion", "model": "stub", **event}).encode() + b"\n\n")
+        self._chunk(b"data: " + json.dumps({"model": "stub", **event}).encode() + b"\n\n")
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -175,15 +174,61 @@ chameleon_prefill_seconds_sum 0.5
 """
 
 
-def _choice(text: str, finish_reason: str | None, body: dict[str, Any], place: int = 0) -> dict[str, Any]:
-    choice = {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None,
-              "chameleon": {"mode": "centroid", "cluster_id": len(body["prompt"]) % 4, "cohort": None}}  # fmt: skip
-    if body.get("logprobs") is not None:
-        logprob = -0.1 - place % 7
-        alternatives = {text: logprob} | {f" other{k}": -2.0 - k for k in range(4)}
-        choice["logprobs"] = {"tokens": [text], "token_logprobs": [logprob], "top_logprobs": [alternatives],
-                              "text_offset": [0]}  # fmt: skip
-    return choice
+def _choices(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one choice per token of a completion."""
+    choices = []
+    for i in range(body["max_tokens"]):
+        text = f" word{i}"
+        choice = _choice(i == body["max_tokens"] - 1 and "length", len(body["prompt"]))
+        choice |= {"text": text, "logprobs": None}
+        if body.get("logprobs") is not None:
+            alternatives = dict(_alternatives(text, i))
+            choice["logprobs"] = {"tokens": [text], "token_logprobs": [alternatives[text]],
+                                  "top_logprobs": [alternatives], "text_offset": [0]}  # fmt: skip
+        choices.append(choice)
+    return choices
+
+
+def _chat_choices(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one choice per token of an answer, which begins with the model's name.
+
+    With tools it ends with a call, of which two tokens are written, unless it follows a result.
+    """
+    messages = body["messages"]
+    texts = [body["model"], *(f" word{i}" for i in range(1, body.get("max_tokens", 4)))]
+    is_call = bool(body.get("tools")) and messages[-1]["role"] == "user"
+    choices = [{**_choice(False, len(messages)), "delta": {"role": "assistant", "content": ""}, "logprobs": None}]
+    for i, text in enumerate([*texts, "{call", "}"] if is_call else texts):
+        choice = _choice(False, len(messages)) | {"delta": {"content": text} if i < len(texts) else {}}
+        (_, logprob), *others = _alternatives(text, i)
+        top = [{"token": name, "logprob": value, "bytes": None} for name, value in [(text, logprob), *others]]
+        entry = {"token": text, "logprob": logprob, "bytes": None, "top_logprobs": top}
+        choices.append({**choice, "logprobs": {"content": [entry], "refusal": None}})
+    if is_call:
+        function = {"name": body["tools"][0]["function"]["name"], "arguments": '{"place": "Rome"}'}
+        call = {"index": 0, "id": f"call{len(messages)}", "type": "function", "function": function}
+        choices[-1]["delta"] = {"tool_calls": [call]}
+    choices[-1]["finish_reason"] = "tool_calls" if is_call else "stop"
+    return choices
+
+
+def _choice(finish_reason: Any, length: int) -> dict[str, Any]:
+    adaptation = {"mode": "centroid", "cluster_id": length % 4, "cohort": None}
+    return {"index": 0, "finish_reason": finish_reason or None, "chameleon": adaptation}
+
+
+def _alternatives(text: str, place: int) -> list[tuple[str, float]]:
+    return [(text, -0.1 - place % 7), *((f" other{k}", -2.0 - k) for k in range(4))]
+
+
+def _whole(choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the answer that is no stream."""
+    last = choices[-1]
+    if "text" in last:
+        return {"object": "text_completion", "choices": [last | {"text": "".join(each["text"] for each in choices)}]}
+    content = "".join(each["delta"].get("content", "") for each in choices)
+    message = {"role": "assistant", "content": content, "tool_calls": last["delta"].get("tool_calls")}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
 
 def _adapted(text: str) -> dict[str, Any]:

@@ -10,8 +10,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from chameleon_deploy import Conversation
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.chat_template import ChatTemplates
+from chameleon_deploy.runtime.chat.conversation import Message
+from chameleon_deploy.runtime.chat.template import ChatTemplate
 from tests.conftest import checkpoint_around
 
 ROOM = 384  # tokens of a prompt with its answer
@@ -80,3 +83,13 @@ def prompt_for(answer: int, length: Any) -> str:
         text += "\x01" * missing  # no token has two of them
     assert length(text) == wanted
     return text
+
+
+def system_for(answer: int, template: ChatTemplate, messages: Sequence[Message], tools: Any = None) -> str:
+    """Return a system prompt before some messages, to which the model gives one of its answers."""
+
+    def length(text: str) -> int:
+        given = template.normalized([{"role": "system", "content": text}, *messages])
+        return len(template.encode(Conversation(given, tools)))
+
+    return prompt_for(answer, length)

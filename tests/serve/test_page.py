@@ -1,12 +1,14 @@
 """The playground in a real browser, driven by keys and pointer: on a stub that fails as it is told, and on the server.
 
 CHAMELEON_SCREENSHOTS=1 writes docs/serving/*.png; CHAMELEON_BUNDLE names the bundle that they show.
+CHAMELEON_CHAT_BUNDLE names that of docs/serving/chat.png, and writes it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,13 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser import Tab, launched, open_tab
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from tests.browser import SECONDS, Tab, launched, open_tab
 from tests.commands import find_program
 from tests.completion_server import CompletionServer, centroids, serve
 from tests.conftest import REPOSITORY
 from tests.serving import Running, running, wait_for
+from tests.speaking_model import chat_source, speaking_bundle, system_for
 
 FILES = REPOSITORY / "chameleon_deploy" / "serve" / "page"
 SCREENSHOTS = REPOSITORY / "docs" / "serving"
@@ -31,6 +35,8 @@ PHONE = {"width": 360, "height": 740}
 VIEWS: dict[str, dict[str, Any]] = {
     "desktop": {}, "dark": {"color_scheme": "dark"}, "phone": {"viewport": PHONE, "is_mobile": True},
 }  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "properties": {"place": {"type": "string"}}}}}]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,41 @@ def finished(page: Page, status: str = "Done.") -> None:
 
 def tokens(page: Page, panel: str = "first") -> Locator:
     return page.locator(f"#{panel} [role=option]")
+
+
+def open_chat(page: Page) -> None:
+    page.click("nav a[href='#chat']")
+    for seen in ("#message", "#system"):
+        expect(page.locator(seen)).to_be_visible()
+    for unseen in ("#outputs", "#prompt", "#clusters"):
+        expect(page.locator(unseen)).to_be_hidden()
+
+
+def open_completion(page: Page) -> None:
+    page.click("nav a[href='#completion']")
+    expect(page.locator("#chat")).to_be_hidden()
+    expect(page.locator("#prompt")).to_be_visible()
+
+
+def send(page: Page, message: str, status: str = "") -> None:
+    """Send a message, or results, and wait until all have answered.
+
+    status  what the page says then
+    """
+    page.fill("#message", message)
+    page.press("#message", "Control+Enter")
+    expect(page.locator("#status")).to_have_text(status or re.compile("Done|Stopped|Failed|results"))
+
+
+def answers(page: Page, column: int = 0) -> list[str]:
+    """The texts of the answers of one model."""
+    found = page.locator(f".answers > article:nth-child({column + 1}) > .text > .tokens")
+    return [text.removesuffix("∎") for text in found.all_text_contents()]
+
+
+def written(page: Page) -> Locator:
+    """The tokens of calls."""
+    return page.locator(".written [role=option]")
 
 
 def cells(page: Page, selector: str) -> list[list[str]]:
@@ -172,23 +213,22 @@ def test_the_whole_page_by_keyboard(page: Page) -> None:
     for _ in range(25):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert reached >= {"prompt", "model", "max_tokens", "temperature", "top_p", "seed", "SUMMARY", "compare",
+    assert reached >= {"prompt", "model", "beside", "max_tokens", "temperature", "top_p", "seed", "SUMMARY",
                        "generate", "curl", "python"}  # fmt: skip
 
 
 def test_switch_mode(stub: CompletionServer, page: Page) -> None:
     page.press("#model", "ArrowDown")
     expect(page.locator("#model")).to_have_value("stub:none")
-    expect(page.locator("#compare-label")).to_have_text("stub beside it")
     generate(page)
     finished(page)
     assert stub.bodies[-1]["model"] == "stub:none"
     assert page.inner_text("#first-title") == "stub:none"
 
 
-def test_compare_with_the_base(stub: CompletionServer, page: Page) -> None:
+def test_two_models_beside_each_other(stub: CompletionServer, page: Page) -> None:
     stub.hold_at = 1
-    page.click("#compare")
+    page.select_option("#beside", "stub:none")
     generate(page)
     for panel in ("first", "second"):  # both at the same time
         tokens(page, panel).first.wait_for()
@@ -198,7 +238,7 @@ def test_compare_with_the_base(stub: CompletionServer, page: Page) -> None:
     first, second = ({**body, "model": ""} for body in stub.bodies)
     assert first == second
     assert tokens(page).count() == tokens(page, "second").count() == 8
-    page.click("#compare")
+    page.select_option("#beside", "")
     generate(page)
     finished(page)
     expect(page.locator("#second")).to_be_hidden()
@@ -216,6 +256,12 @@ def test_copy_as_curl_runs(stub: CompletionServer, page: Page) -> None:
     assert json.loads(answer.stdout)["object"] == "text_completion"
     assert stub.bodies[-1]["prompt"] == "It's \"5 o'clock\"\n$HOME `x` \\ é"
     assert stub.bodies[-1]["stop"] == ["a", " b"]
+    open_chat(page)
+    page.fill("#message", "It's")
+    page.click("#curl")
+    answer = subprocess.run(["sh", "-c", page.input_value("#command")], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout)["object"] == "chat.completion"
+    assert stub.bodies[-1]["messages"] == [{"role": "user", "content": "It's"}]
 
 
 def test_copy_as_python_runs(stub: CompletionServer, page: Page, tmp_path: Path) -> None:
@@ -225,7 +271,8 @@ def test_copy_as_python_runs(stub: CompletionServer, page: Page, tmp_path: Path)
         "class OpenAI:\n"
         "    def __init__(self, **settings):\n"
         "        self.completions = types.SimpleNamespace(create=lambda **call: types.SimpleNamespace(\n"
-        "            choices=[types.SimpleNamespace(text=json.dumps([settings, call]))]))\n"
+        "            choices=[types.SimpleNamespace(text=json.dumps([settings, call]), message=json.dumps(call))]))\n"
+        "        self.chat = self\n"
     )
     page.click("summary")
     page.fill("#key", "secret")
@@ -234,12 +281,26 @@ def test_copy_as_python_runs(stub: CompletionServer, page: Page, tmp_path: Path)
     page.click("#python")
     program = page.input_value("#command")
     assert "secret" not in program
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OPENAI_API_KEY": "mine"}
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30,
-                            env={**os.environ, "PYTHONPATH": str(tmp_path), "OPENAI_API_KEY": "mine"})  # fmt: skip
+                            env=environment)  # fmt: skip
     settings, call = json.loads(answer.stdout)
     assert settings == {"base_url": f"{stub.url}/v1", "api_key": "mine"}
     assert call == {"model": "stub", "prompt": "It's \"5 o'clock\"\n\\ é", "max_tokens": 64, "temperature": 0.8,
                     "top_p": 1, "seed": 0, "logprobs": 5, "extra_body": {"top_k": 7}}  # fmt: skip
+    page.fill("#top_k", "")
+    open_chat(page)
+    page.fill("#message", "It's")
+    page.click("#forms summary")
+    page.fill("#tools", json.dumps([{**TOOLS[0], "strict": True, "extra": None}]))
+    page.click("#python")
+    answer = subprocess.run([sys.executable, "-c", page.input_value("#command")], capture_output=True, text=True,
+                            check=True, timeout=30, env=environment)  # fmt: skip
+    assert json.loads(answer.stdout) == {
+        "model": "stub", "messages": [{"role": "user", "content": "It's"}], "temperature": 0.8, "top_p": 1, "seed": 0,
+        "logprobs": True, "top_logprobs": 5, "tools": [{**TOOLS[0], "strict": True, "extra": None}],
+        "tool_choice": "auto",
+    }  # fmt: skip
 
 
 def test_the_map_and_the_distances(page: Page) -> None:
@@ -256,7 +317,7 @@ def test_the_map_and_the_distances(page: Page) -> None:
 
 
 def test_the_map_is_a_principal_component_analysis(page: Page) -> None:
-    project = "(points) => import('/app.js').then((app) => app.project(points))"
+    project = "(points) => import('/clusters.js').then((map) => map.project(points))"
     points = np.random.default_rng(0).normal(size=(9, 12)) * np.geomspace(5, 0.1, 12)
     u, s, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
     found = page.evaluate(project, points.tolist())
@@ -304,6 +365,160 @@ def test_a_server_that_is_gone(stub: CompletionServer, page: Page) -> None:
     expect(page.locator("#live-rows")).to_have_text("-")
 
 
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def test_a_conversation(stub: CompletionServer, tab: Tab) -> None:
+    stub.hold_at, page = 3, tab.page
+    open_chat(page)
+    page.fill("#message", "one")
+    page.press("#message", "Control+Enter")
+    page.locator(".answers [role=option]").nth(1).wait_for()
+    assert answers(page) == ["stub word1"]  # shown as it comes
+    expect(page.locator("#send")).to_be_disabled()
+    stub.go_on.set()
+    finished(page)
+    page.fill("#system", "Be short.")
+    send(page, "two")
+    said = "stub word1 word2 word3"
+    assert answers(page) == [said, said]
+    assert page.locator(".user .text").all_text_contents() == ["one", "two"]
+    first, second = (body.pop("messages") for body in stub.bodies)
+    assert first == [user("one")]
+    assert second == [{"role": "system", "content": "Be short."}, user("one"), assistant(said), user("two")]
+    assert stub.bodies == [{"model": "stub", "temperature": 0.8, "top_p": 1, "seed": 0, "logprobs": True,
+                            "top_logprobs": 5, "stream": True}] * 2  # fmt: skip
+    shown = page.locator(".answers [role=option]")
+    assert [token.get_attribute("data-level") for token in shown.all()] == ["0", "2", "3", "4"] * 2
+    shown.nth(1).hover()
+    assert cells(page, "#alternatives tr") == [["␣word1", "33 %"], ["␣other0", "14 %"], ["␣other1", "5.0 %"],
+                                               ["␣other2", "1.8 %"], ["␣other3", "0.67 %"]]  # fmt: skip
+    assert "4 tokens" in page.locator(".answers .about").first.inner_text()
+    page.click("#clear")
+    assert page.locator("#turns > *").count() == 0
+    send(page, "", "Write a message.")
+    assert len(stub.bodies) == 2
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("by", ["button", "key"])
+def test_stop_an_answer(stub: CompletionServer, page: Page, by: str) -> None:
+    stub.hold_at = 3
+    open_chat(page)
+    page.fill("#message", "one")
+    page.click("#send")
+    page.locator(".answers [role=option]").nth(1).wait_for()
+    page.click("#stop-answer") if by == "button" else page.keyboard.press("Escape")
+    finished(page, "Stopped.")
+    wait_for(lambda: stub.gone)
+    stub.go_on.set()
+    send(page, "two")
+    assert stub.bodies[-1]["messages"] == [user("one"), assistant("stub word1"), user("two")]
+
+
+def test_regenerate(stub: CompletionServer, page: Page) -> None:
+    open_chat(page)
+    send(page, "one")
+    page.click("#regenerate")
+    wait_for(lambda: len(stub.bodies) == 2)
+    finished(page)
+    assert [body["seed"] for body in stub.bodies] == [0, 1]
+    assert stub.bodies[1]["messages"] == [user("one")]
+    assert len(answers(page)) == 1
+
+
+def test_edit(stub: CompletionServer, page: Page) -> None:
+    open_chat(page)
+    for message in ("one", "two", "three"):
+        send(page, message)
+    edit = page.locator(".edit").nth(1)
+    edit.click()
+    expect(page.locator("#message")).to_have_value("two")
+    assert page.locator(".replaced").count() == 4  # both later messages, with their answers
+    edit.click()
+    expect(page.locator("#message")).to_have_value("")
+    assert page.locator(".replaced").count() == 0
+    edit.click()
+    send(page, "2")
+    assert page.locator(".user .text").all_text_contents() == ["one", "2"]
+    assert page.locator(".replaced").count() == 0
+    assert stub.bodies[-1]["messages"] == [user("one"), assistant("stub word1 word2 word3"), user("2")]
+
+
+def test_one_conversation_with_two_models(stub: CompletionServer, page: Page) -> None:
+    open_chat(page)
+    send(page, "one")
+    page.select_option("#beside", "stub:none")
+    stub.hold_at = 2
+    page.fill("#message", "two")
+    page.press("#message", "Control+Enter")
+    for column in (1, 2):  # both at the same time
+        page.locator(f".answers >> nth=1 >> article:nth-child({column}) [role=option]").wait_for()
+    stub.go_on.set()
+    finished(page)
+    send(page, "three")
+    assert answers(page)[1:] == ["stub word1 word2 word3"] * 2
+    assert answers(page, 1) == ["stub:none word1 word2 word3"] * 2
+    second, first = sorted(stub.bodies[-2:], key=lambda body: body["model"], reverse=True)
+    before = [user("one"), assistant("stub word1 word2 word3"), user("two")]
+    assert first["messages"] == [*before, assistant("stub word1 word2 word3"), user("three")]
+    assert second["messages"] == [*before, assistant("stub:none word1 word2 word3"), user("three")]
+
+
+def test_tools_and_their_results(stub: CompletionServer, page: Page) -> None:
+    open_chat(page)
+    page.select_option("#beside", "stub:none")
+    page.click("#forms summary")
+    page.fill("#tools", "[{")
+    page.fill("#message", "Weather?")
+    page.click("#send")
+    expect(page.locator("#error")).to_contain_text("The tools field is not JSON")
+    assert stub.bodies == []
+    expect(page.locator("#message")).to_have_value("Weather?")
+    page.fill("#tools", json.dumps(TOOLS))
+    page.fill("#schema", '{"type": "object"}')
+    send(page, "Weather?")
+    assert all(body["tools"] == TOOLS and body["tool_choice"] == "auto" for body in stub.bodies)
+    schema = {"name": "answer", "schema": {"type": "object"}, "strict": True}
+    assert stub.bodies[0]["response_format"] == {"type": "json_schema", "json_schema": schema}
+    assert page.locator(".called").all_text_contents() == ['weather({"place": "Rome"})'] * 2
+    assert written(page).all_text_contents() == ["{call", "}"] * 2
+    written(page).first.hover()
+    assert len(cells(page, "#alternatives tr")) == 5
+    page.get_by_label("Its result").nth(1).fill("Rain")
+    send(page, "")
+    for body in stub.bodies[-2:]:
+        answer, result = body["messages"][1:]
+        function = {"name": "weather", "arguments": '{"place": "Rome"}'}
+        assert answer["tool_calls"] == [{"id": "call1", "type": "function", "function": function}]
+        content = "Rain" if body["model"] == "stub:none" else ""
+        assert result == {"role": "tool", "tool_call_id": "call1", "content": content}
+    assert answers(page, 1)[-1] == "stub:none word1 word2 word3"
+
+
+def test_an_answer_that_failed_is_no_part_of_the_conversation(stub: CompletionServer, page: Page) -> None:
+    open_chat(page)
+    stub.fail = 1
+    send(page, "one", "Failed.")
+    expect(page.locator("#error")).to_have_text("429: code_429: the queue is full")
+    stub.fail = 0
+    page.click("#regenerate")
+    finished(page)
+    assert len(answers(page)) == 1
+    stub.fail = 1
+    send(page, "two", "Failed.")
+    stub.fail = 0
+    send(page, "three")
+    assert stub.bodies[-1]["messages"] == [
+        user("one"), assistant("stub word1 word2 word3"), user("two"), user("three")
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The source of axe-core, installed by npm."""
@@ -329,24 +544,36 @@ def faults(page: Page, axe: str) -> list[str]:
 def test_accessibility(page: Page, axe: str) -> None:
     assert faults(page, axe) == []
     page.click("summary")
-    page.click("#compare")
+    page.select_option("#beside", "stub:none")
     generate(page)
     finished(page)
     page.click("#curl")
     tokens(page).nth(1).hover()
     assert faults(page, axe) == []
+    open_chat(page)
+    page.click("#forms summary")
+    page.fill("#tools", json.dumps(TOOLS))
+    send(page, "Hello")
+    written(page).nth(1).hover()
+    assert faults(page, axe) == []
+    open_completion(page)
     page.evaluate("document.querySelector('label[for=prompt]').remove()")
     assert [fault.partition(":")[0] for fault in faults(page, axe)] == ["label"]  # it would have seen one
 
 
 @pytest.mark.parametrize("tab", ["phone"], indirect=True)
 def test_phone_width(page: Page) -> None:
-    page.click("#compare")
+    page.select_option("#beside", "stub:none")
     generate(page, "word" * 60, 40)
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     boxes = [page.locator(f"#{panel}").bounding_box() for panel in ("first", "second")]
     assert boxes[0] and boxes[1] and boxes[0]["x"] == boxes[1]["x"]  # one below the other
+    open_chat(page)
+    page.click("#forms summary")
+    page.fill("#tools", json.dumps(TOOLS))
+    send(page, "word" * 60)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
 def test_dark_mode(tab: Tab) -> None:
@@ -371,7 +598,7 @@ def test_on_the_server(browser: Browser, server: Running) -> None:
         tokens(page).first.hover()
         assert len(cells(page, "#alternatives tr")) >= 5
 
-        page.click("#compare")
+        page.select_option("#beside", f"{server.name}:none")
         generate(page, "The river", 12)
         finished(page)
         assert page.inner_text("#second-title") == f"{server.name}:none"
@@ -399,6 +626,34 @@ def test_on_the_server(browser: Browser, server: Running) -> None:
         assert "400: text_too_long" in page.inner_text("#error")
 
 
+def test_a_conversation_on_the_server(browser: Browser, mini: Checkpoint, tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n</tool_call>'
+    says = ["The river.", f"I look.\n{call}", "It is sunny."]
+    speaking_bundle(says, mini.trunk.tokenizer, tmp_path / "bundle", chat_source())
+    with running(tmp_path / "bundle", rows=4, mode="none") as server, open_tab(browser, f"{server.url}/#chat") as tab:
+        page, template = tab.page, server.runtime.chat_template
+        expect(page.locator("#model option")).not_to_have_count(0)
+        page.fill("#temperature", "0")
+        page.select_option("#beside", f"{server.name}:none")
+        page.click("#forms summary")
+        page.fill("#tools", json.dumps(TOOLS))
+        page.fill("#system", system_for(1, template, [user("Hello")], TOOLS))
+        send(page, "Hello")
+        assert page.locator(".called").all_text_contents() == ['weather({"place": "Rome"})'] * 2
+        assert "".join(written(page).all_text_contents()).count("<tool_call>") == 2
+        function = {"name": "weather", "arguments": '{"place": "Rome"}'}
+        called = {**assistant("I look."), "tool_calls": [{"id": "x", "type": "function", "function": function}]}
+        result = {"role": "tool", "tool_call_id": "x", "content": "Sun"}
+        page.fill("#system", system_for(2, template, [user("Hello"), called, result], TOOLS))
+        for field in page.get_by_label("Its result").all():
+            field.fill("Sun")
+        send(page, "", "Done.")
+        assert answers(page)[-1] == answers(page, 1)[-1] == "It is sunny."
+        page.locator(".answers [role=option]").last.hover()
+        assert cells(page, "#alternatives tr")
+        assert tab.complaints == []
+
+
 @pytest.mark.skipif(not os.environ.get("CHAMELEON_SCREENSHOTS"), reason="CHAMELEON_SCREENSHOTS=1 writes them")
 @pytest.mark.parametrize("view", VIEWS)
 def test_screenshots(browser: Browser, bundle: Path, view: str) -> None:
@@ -412,9 +667,28 @@ def test_screenshots(browser: Browser, bundle: Path, view: str) -> None:
         for prompt in ("def read(path):", "The museum is open", "import os, sys", "A list of"):
             generate(page, prompt, 1)
             finished(page)
-        page.click("#compare")
+        page.select_option("#beside", f"{server.name}:none")
         generate(page, "The river", 32)
         finished(page)
         tokens(page).nth(4).hover()
+        page.screenshot(path=file, full_page=True)
+        assert file.stat().st_size < MAX_SCREENSHOT
+
+
+@pytest.mark.skipif(not os.environ.get("CHAMELEON_CHAT_BUNDLE"), reason="CHAMELEON_CHAT_BUNDLE names a bundle")
+def test_screenshot_of_a_conversation(browser: Browser) -> None:
+    with (
+        running(Path(os.environ["CHAMELEON_CHAT_BUNDLE"]), rows=1, capacity=1024) as server,
+        open_tab(browser, f"{server.url}/#chat", viewport={"width": 1280, "height": 720}) as tab,
+    ):
+        page, file = tab.page, SCREENSHOTS / "chat.png"
+        expect(page.locator("#model option")).not_to_have_count(0)
+        expect.set_options(timeout=300_000)
+        page.fill("#system", "Answer in one line, without explanation.")
+        send(page, "Write one line of Python that reverses a list.")
+        send(page, "And a text?")
+        expect.set_options(timeout=SECONDS * 1000)
+        written = page.locator(".answers [role=option]")
+        written.nth(written.count() - 4).hover()
         page.screenshot(path=file, full_page=True)
         assert file.stat().st_size < MAX_SCREENSHOT
