@@ -66,7 +66,7 @@ ARCHITECTURES = {
     "olmo2": Architecture("olmo2"),
     "phi3": Architecture("phi3", {"rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "gemma2": Architecture("gemma2", _CAPS, norm_offset=1.0),
-    "gemma3": Architecture("gemma3_text", _CAPS, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", _CAPS | {"rope.freq_base_swa": "rope_local_base_freq"}, norm_offset=1.0),
 }
 COMMON = {
     "context_length": "max_position_embeddings",
@@ -217,6 +217,8 @@ def _config(file: Path, name: str, keys: Mapping[str, Any], weights: _Weights) -
     head_dim = config.get("head_dim") or width // heads
     if name in ("llama", "granite") and "blk.0.attn_q.bias" in weights:
         config["attention_bias"] = True
+    if name in ("llama", "granite") and "blk.0.ffn_down.bias" in weights:
+        config["mlp_bias"] = True
     if name.startswith("gemma"):  # 27B of both generations scales by the hidden size over the heads
         is_27b = config["num_hidden_layers"] in (46, 62)
         config["query_pre_attn_scalar"] = width // heads if is_27b else head_dim

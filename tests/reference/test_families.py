@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
 from chameleon_deploy.errors import CheckpointError, DependencyError, OutputExistsError, UnsupportedBaseError
@@ -24,6 +25,7 @@ from chameleon_deploy.reference.model import load_trunk, trunk_from
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.random import base_config, untrained_checkpoint
 from chameleon_deploy.reference.tiny import save_base, train_tokenizer
+from tests import gguf_files
 from tests.conftest import REPOSITORY
 
 
@@ -202,6 +204,18 @@ def test_a_gguf_file_is_the_same_base(llama_base: Path, tmp_path: Path, monkeypa
     texts = ["a  12", "def f(x):  1", "\u0661\u0662 \u00bd", "<|endoftext|>3 4"]
     assert [trunk.tokenizer.encode(t).ids for t in texts] == [tokenizer.encode(t).ids for t in texts]
     assert len(list((tmp_path / "cache" / "bases").glob("*/config.json"))) == 1  # converted once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_of_llama_cpp_s_converter_is_the_same_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    trunk = load_trunk(gguf_files.FILES / f"{family}.gguf")
+    assert trunk.config.model_type == {"mistral": "llama"}.get(family, family)  # a file calls both llama
+    expected = load_file(gguf_files.FILES / f"{family}.safetensors")["logits"]
+    found = trunk.causal_lm(gguf_files.IDS).logits[0, -gguf_files.SHOWN :]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1", "F16", "BF16"])
