@@ -95,8 +95,9 @@ def test_a_prompt_is_read_in_chunks_of_which_the_last_is_no_single_token(tokens:
 @pytest.mark.parametrize(
     ("lengths", "together"),
     [
-        ([64], 1), ([64, 64], 2), ([64, 64, 1, 64], 2), ([128, 128], 1), ([300], 1), ([300, 2], 1), ([1, 1], 1), ([2, 5, 2], 3),
-        ([0, 5], 1), ([16] * 8, 8), ([16] * 9, 8), ([40, 8], 2), ([41, 8], 1), ([42, 42, 10, 10], 3), ([10, 60], 1),
+        ([64], 1), ([64, 64], 2), ([64, 64, 1, 64], 2), ([128, 128], 1), ([300], 1), ([300, 2], 1), ([1, 1], 1),
+        ([2, 5, 2], 3), ([0, 5], 1), ([16] * 8, 8), ([16] * 9, 8), ([40, 8], 2), ([41, 8], 1),
+        ([42, 42, 10, 10], 3), ([10, 60], 1),
     ],
 )  # fmt: skip
 def test_prompts_are_read_together_while_padding_costs_less_than_calls(lengths: list[int], together: int) -> None:
