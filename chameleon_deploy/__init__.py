@@ -18,6 +18,7 @@ from chameleon_deploy.runtime import (
     Sampling,
     Score,
     Stream,
+    StructuredOutputs,
     Token,
     load,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Stream",
+    "StructuredOutputs",
     "Token",
     "__version__",
     "load",

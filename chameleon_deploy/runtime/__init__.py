@@ -8,6 +8,7 @@ from chameleon_deploy.runtime.generation import Generate, Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
 from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score
+from chameleon_deploy.runtime.structured_outputs import StructuredOutputs
 
 __all__ = [
     "Adapt",
@@ -21,6 +22,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Stream",
+    "StructuredOutputs",
     "Token",
     "load",
 ]

@@ -17,6 +17,7 @@ from chameleon_deploy.runtime.decode.logits import Logits
 from chameleon_deploy.runtime.inputs import MAX_ROWS, check_integer, check_number, integer, is_sequence, per_prompt
 from chameleon_deploy.runtime.sampling import Choice, Sampler
 from chameleon_deploy.runtime.sampling_settings import Sampling, check_sampling
+from chameleon_deploy.runtime.structured_outputs import TokenMask
 from chameleon_deploy.runtime.tokenizer import DecodeStream, decode
 
 # "error" where it is asked for (OnError) and in an Engine, "cancelled" in an Engine alone.
@@ -116,13 +117,13 @@ class Row:
     """
 
     def __init__(
-        self, index: int, ids: Sequence[int], limit: int, sampling: Sampling, stream: int, cluster_id: int,
-        is_shown: bool = True,
-    ) -> None:  # fmt: skip
+        self, index: int, ids: Sequence[int], limit: int, sampler: Sampler, cluster_id: int, is_shown: bool = True
+    ) -> None:
         """is_shown: whether the tokens' text is wanted as they come"""
+        sampling = sampler.sampling
         self.index = index
         self.prompt, self.limit, self.sampling, self.cluster_id = ids, limit, sampling, cluster_id
-        self.sampler = Sampler(sampling, ids, stream)
+        self.sampler = sampler
         self.token_ids: list[int] = []
         self._choices: list[Choice] = []
         # Of a row that nobody watches, the text is decoded at its end.
@@ -153,8 +154,9 @@ class Row:
         return Token(self.index, token_id, shown, generation, choice.logprob, choice.top_logprobs)
 
     def _is_stop_token(self, token_id: int, eos_token_id: int) -> bool:
-        is_eos = token_id == eos_token_id and not self.sampling.ignore_eos
-        return is_eos or token_id in self.sampling.stop_ids
+        s = self.sampling
+        ends = not s.ignore_eos or s.structured_outputs is not None  # whose mask allows the end only where it is due
+        return (token_id == eos_token_id and ends) or token_id in s.stop_ids
 
     def _generation(self, reason: FinishReason) -> Generation:
         generation = Generation(self.token_ids, self._text, self.cluster_id, reason)
@@ -187,11 +189,13 @@ def begin_rows(
     cluster_ids: IntArray,
     generate: Generate,
     model: ModelSpec,
+    new_mask: Callable[[Sampling], TokenMask | None],
     capacity: int | None = None,
     is_shown: bool = True,
 ) -> list[Row]:
     """Return n rows for each prompt; rows of one prompt are adjacent.
 
+    new_mask  returns the mask of a new row; None where its text is free
     capacity  tokens that a row can hold; None means the model's positions
     is_shown  whether the tokens' text is wanted as they come
 
@@ -205,7 +209,14 @@ def begin_rows(
     # The last new token is never fed back, so it needs no position.
     room = [(capacity or model.max_positions) - len(ids) + 1 for ids in prompts]
     return [
-        Row(i * n + k, ids, min(int(limits[i]), room[i]), samplings[i], i * first + k, int(cluster_ids[i]), is_shown)
+        Row(
+            i * n + k,
+            ids,
+            min(int(limits[i]), room[i]),
+            Sampler(samplings[i], ids, i * first + k, new_mask(samplings[i])),
+            int(cluster_ids[i]),
+            is_shown,
+        )
         for i, ids in enumerate(prompts)
         for k in range(n)
     ]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Unpack, get_args
+from typing import Unpack, cast, get_args
 
 import numpy as np
 
@@ -30,7 +30,9 @@ from chameleon_deploy.runtime.generation import (
 )
 from chameleon_deploy.runtime.inputs import Texts, check_names, check_threads, checked_path, chosen, encode
 from chameleon_deploy.runtime.providers import check_provider, open_backend
+from chameleon_deploy.runtime.sampling_settings import Sampling
 from chameleon_deploy.runtime.scoring import Score, score_rows
+from chameleon_deploy.runtime.structured_outputs import Grammars, StructuredOutputs, TokenMask
 from chameleon_deploy.runtime.tokenizer import load_tokenizer
 from chameleon_deploy.store import remote
 
@@ -177,6 +179,21 @@ class Runtime:
             raise InputError(message, "messages")
         return load_chat_template(self.bundle.path / CHAT_TEMPLATE, self.tokenizer)
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        model = self.manifest.model
+        return Grammars(self.tokenizer, model.vocab_size, model.eos_token_id)
+
+    def new_mask(self, sampling: Sampling) -> TokenMask | None:
+        """Return the state of a new row's structured outputs; None where its text is free.
+
+        Raises InputError for structured outputs that cannot be compiled, DependencyError without llguidance.
+        """
+        outputs = cast(StructuredOutputs | None, sampling.structured_outputs)  # which converted its fields
+        if outputs is None:
+            return None
+        return self._grammars.mask(outputs, sampling.stop_token_ids, sampling.ignore_eos)
+
     def chat(
         self,
         messages: Messages,
@@ -206,7 +223,7 @@ class Runtime:
     ) -> Iterator[Token]:
         rows, model = self.encode(prompts, "prompts"), self.manifest.model
         adaptation = self.sources.adapt(rows, adapt)
-        active = begin_rows(rows, adaptation.cluster_ids, generate, model, is_shown=is_shown)
+        active = begin_rows(rows, adaptation.cluster_ids, generate, model, self.new_mask, is_shown=is_shown)
         factors = adaptation.factors.rows(np.repeat(np.arange(len(rows)), generate.n))
         return generate_rows(active, factors, self.backend, self.tokenizer, model.eos_token_id, generate, errors)
 

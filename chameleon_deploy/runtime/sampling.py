@@ -8,7 +8,7 @@ Check. A raw logit that is NaN or +inf, or a row of nothing but -inf, is a Numer
 Logits. Float32; each step applies to the result of the one before it.
 
     1. logit + bias for every token of logit_bias.
-    2. -inf for every token that the mask `allowed` excludes. Nothing in this package passes a mask yet.
+    2. -inf for every token that the mask `allowed` excludes (structured_outputs.py).
     3. Repetition penalty (arXiv 1909.05858): the logit of every token of the prompt or of the generated tokens is
        divided by the penalty where positive and multiplied by it otherwise.
     4. logit - float32(presence_penalty + frequency_penalty * count) for every generated token, where count is how
@@ -61,6 +61,7 @@ import numpy.typing as npt
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, NumericError
 from chameleon_deploy.runtime.sampling_settings import Sampling
+from chameleon_deploy.runtime.structured_outputs import TokenMask
 
 BoolArray = npt.NDArray[np.bool_]
 WeightArray = npt.NDArray[np.float64]  # integers
@@ -114,10 +115,11 @@ class Sampler:
 
     prompt  its token ids
     stream  number of the random stream, of those of the seed
+    mask    where the row's text is constrained
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int], stream: int) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, prompt: Iterable[int], stream: int, mask: TokenMask | None = None) -> None:
+        self.sampling, self._mask = sampling, mask
         self._stream, self._step = stream, 0
         self._counts = TokenCounts(prompt)
 
@@ -125,11 +127,11 @@ class Sampler:
     def is_argmax(self) -> bool:
         """Return whether `choose` always returns the highest raw logit, for any row."""
         s = self.sampling
-        return s.temperature == 0.0 and s.logprobs is None and not _changes_logits(s)
+        return s.temperature == 0.0 and s.logprobs is None and self._mask is None and not _changes_logits(s)
 
-    def choose(self, logits: FloatArray, allowed: BoolArray | None = None) -> Choice:
+    def choose(self, logits: FloatArray) -> Choice:
         """Return the next token, by the row's random number. It is not counted until `append`. See `choose` below."""
-        s = self.sampling
+        s, allowed = self.sampling, None if self._mask is None else self._mask.allowed()
         token_id = choose(logits, self._counts, s, uniform(s.seed, self._stream, self._step), allowed)
         return Choice(token_id) if s.logprobs is None else log_probabilities(logits, token_id, s.logprobs)
 
@@ -137,6 +139,8 @@ class Sampler:
         """Append a token to the row."""
         self._step += 1
         self._counts.append(token_id)
+        if self._mask is not None:
+            self._mask.append(token_id)
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

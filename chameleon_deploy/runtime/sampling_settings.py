@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import InputError, TokenError
+from chameleon_deploy.runtime.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 # What is looked at for every token is bounded, so that no request slows the steps that it shares with others.
@@ -38,8 +39,10 @@ class Sampling:
     frequency_penalty   -2 to 2, subtracted as often as the token was generated
     logit_bias          token id -> -100 to 100, added to its logit; of at most 1,024 tokens. Kept as a tuple of pairs
                         in the order of the ids
-    ignore_eos          do not stop at the model's end of text
+    ignore_eos          do not stop at the model's end of text; with structured_outputs, only where nothing else can
+                        follow
     logprobs            report the log-probability of every token, and of 0 to 20 alternatives; None reports none
+    structured_outputs  what the text must be, a StructuredOutputs or a mapping of its fields; None leaves it free
 
     Raises InputError for a value of the wrong type or out of range.
     """
@@ -56,6 +59,7 @@ class Sampling:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, (convert, expected) in _FIELDS.items():
@@ -113,6 +117,10 @@ def _flag(value: Any) -> bool:
     return bool(value)
 
 
+def _structured_outputs(value: Any) -> StructuredOutputs | None:
+    return value if value is None or isinstance(value, StructuredOutputs) else StructuredOutputs(**value)
+
+
 def _stop(value: Any) -> tuple[str, ...]:
     strings = tuple(value)
     if isinstance(value, str) or not all(isinstance(string, str) for string in strings):
@@ -157,6 +165,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda value: None if value is None else _integer(0, MAX_LOGPROBS)(value),
         f"None, or an integer from 0 to {MAX_LOGPROBS}",
     ),
+    "structured_outputs": (_structured_outputs, "a chameleon_deploy.StructuredOutputs, or its fields"),
 }
 
 

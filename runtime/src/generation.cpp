@@ -53,6 +53,17 @@ Row::Row(std::size_t index, std::span<const std::int64_t> prompt, std::int64_t l
   generation_.cluster_id = cluster_id;
 }
 
+Choice Row::choose(std::span<const float> logits) const {
+  const AllowedTokens& allowed_tokens = sampler_.sampling().allowed_tokens;
+  if (!allowed_tokens) return sampler_.choose(logits);
+  const std::span<const bool> allowed = allowed_tokens(token_ids());
+  if (allowed.size() != logits.size()) {
+    throw InputError("allowed_tokens gave " + std::to_string(allowed.size()) + " flags for a vocabulary of " +
+                     std::to_string(logits.size()) + " tokens");
+  }
+  return sampler_.choose(logits, allowed);
+}
+
 Token Row::append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_token_id) {
   const std::int64_t token_id = choice.token_id;
   auto& [token_ids, text, cluster_id, reason, token_logprobs, top_logprobs, error] = generation_;
@@ -91,7 +102,9 @@ Token Row::end(FinishReason reason, std::optional<Error> error) {
 }
 
 bool Row::is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const {
-  return (token_id == eos_token_id && !sampler_.sampling().ignore_eos) || sampler_.is_stop_token(token_id);
+  const Sampling& sampling = sampler_.sampling();
+  return (token_id == eos_token_id && (!sampling.ignore_eos || sampling.allowed_tokens)) ||
+         sampler_.is_stop_token(token_id);
 }
 
 std::string Row::take_text(bool finished) {

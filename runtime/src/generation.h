@@ -13,7 +13,6 @@ class Row {
   Row(std::size_t index, std::span<const std::int64_t> prompt, std::int64_t limit, const Sampling& sampling,
       std::uint64_t stream, std::int64_t cluster_id);
 
-  [[nodiscard]] const Sampler& sampler() const { return sampler_; }
   [[nodiscard]] std::size_t index() const { return index_; }
   [[nodiscard]] std::span<const std::int64_t> prompt() const { return prompt_; }
   [[nodiscard]] std::span<const std::int64_t> token_ids() const { return generation_.token_ids; }
@@ -23,6 +22,8 @@ class Row {
   /// How many of its tokens a cache must hold: the last new one is never fed back.
   [[nodiscard]] std::size_t capacity() const { return prompt_.size() + limit_ - 1; }
 
+  /// The next token. Throws NumericError, InputError, or what Sampling::allowed_tokens throws.
+  [[nodiscard]] Choice choose(std::span<const float> logits) const;
   /// Append the chosen token. The row has ended if the returned Token has a Generation.
   Token append(Choice choice, const Tokenizer& tokenizer, std::int64_t eos_token_id);
   /// End the row without another token.

@@ -68,6 +68,21 @@ void apply_change(const Json& change, const fs::path& bundle) {
   }
 }
 
+/// Masks by the tokens of the row before them; others than were recorded are an error.
+AllowedTokens recorded_masks(const Json& json) {
+  const auto vocab_size = json.at("vocab_size").get<std::size_t>();
+  const auto masks = std::make_shared<std::map<TokenIds, std::unique_ptr<bool[]>>>();
+  for (const auto& [after, allowed] : json.at("masks").get<std::vector<std::pair<TokenIds, TokenIds>>>()) {
+    auto& mask = (*masks)[after] = std::make_unique<bool[]>(vocab_size);
+    for (const std::int64_t token_id : allowed) mask[static_cast<std::size_t>(token_id)] = true;
+  }
+  return [masks, vocab_size](std::span<const std::int64_t> token_ids) {
+    const auto found = masks->find(TokenIds(token_ids.begin(), token_ids.end()));
+    if (found == masks->end()) throw InputError("no mask was recorded here");
+    return std::span<const bool>(found->second.get(), vocab_size);
+  };
+}
+
 }  // namespace
 
 Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
@@ -186,6 +201,7 @@ Sampling read_sampling(const Json& json) {
   sampling.seed = json.value("seed", sampling.seed);
   sampling.stop_token_ids = json.value("stop_token_ids", std::vector<std::int64_t>());
   sampling.stop = json.value("stop", std::vector<std::string>());
+  if (json.contains("masks")) sampling.allowed_tokens = recorded_masks(json.at("masks"));
   return sampling;
 }
 

@@ -395,7 +395,7 @@ def test_token_ids_and_biases_at_their_limits() -> None:
 
 
 def test_the_default_is_the_highest_logit_and_nothing_else() -> None:
-    assert dataclasses.astuple(Sampling()) == (0.0, 0, 1.0, 1.0, 0, (), (), 0.0, 0.0, (), False, None)
+    assert dataclasses.astuple(Sampling()) == (0.0, 0, 1.0, 1.0, 0, (), (), 0.0, 0.0, (), False, None, None)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -13,6 +13,7 @@ from chameleon_deploy.runtime import Runtime, Sampling
 from chameleon_deploy.runtime.engine.loop import generate_rows
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import Row
+from chameleon_deploy.runtime.sampling import Sampler
 
 
 class Bundle:
@@ -57,7 +58,7 @@ class Bundle:
 
     def generate_with(self, rows: Rows, factors: RowFactors, num_tokens: int, lap: Lap) -> Any:
         """Generate with given factors, as `Runtime.stream` does, but no token ends a row: all have the same length."""
-        active = [Row(i, ids, num_tokens, Sampling(), i, -1) for i, ids in enumerate(rows)]
+        active = [Row(i, ids, num_tokens, Sampler(Sampling(), ids, i), -1) for i, ids in enumerate(rows)]
         tokens = generate_rows(active, factors, self._runtime.backend, self._runtime.tokenizer, eos_token_id=-1)
         for _ in rows:
             next(tokens)

@@ -59,7 +59,7 @@ def prepare(runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, 
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}", "prompts")
     adapt = runtime.sources.resolve(adapt, len(ids))
     embeddings, cluster_ids = runtime.sources.embed(ids, adapt.adapt_tokens)
-    rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, capacity)
+    rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, runtime.new_mask, capacity)
     stream = Stream(ids, cluster_ids.tolist(), adapt.mode or runtime.mode, generate.n)
     return Submission(stream, adapt, members_of(rows, stream, generate), embeddings, cluster_ids)
 

@@ -1,12 +1,20 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 namespace chameleon {
+
+/// Returns which tokens may come next in a row whose text is constrained, one flag for each of the vocabulary, valid
+/// until the next call. Called before each token is chosen, with the row's new tokens so far, by the thread that
+/// generates; what it throws ends the row as its error. Allow the end of text where the text may end: where the row
+/// ignores that token, allow it only where nothing else may follow.
+using AllowedTokens = std::function<std::span<const bool>(std::span<const std::int64_t> token_ids)>;
 
 /// How the tokens of a row are chosen, when it stops, and what is reported of them.
 /// chameleon_deploy/runtime/sampling.py is the specification.
@@ -21,8 +29,10 @@ struct Sampling {
   double presence_penalty = 0;                  ///< -2 to 2, subtracted from the logit of every generated token
   double frequency_penalty = 0;                 ///< -2 to 2, subtracted as often as the token was generated
   std::map<std::int64_t, double> logit_bias{};  ///< token id -> -100 to 100, added to its logit; at most 1,024
-  bool ignore_eos = false;                      ///< do not stop at the model's end of text
+  bool ignore_eos = false;                      ///< do not stop at the model's end of text, unless allowed_tokens
+                                                ///< allows it
   std::optional<int> logprobs{};                ///< report log-probabilities, and those of 0 to 20 alternatives
+  AllowedTokens allowed_tokens{};               ///< empty allows all
 };
 
 /// A token and the natural logarithm of its probability.

@@ -139,7 +139,7 @@ void Loop::accept(Member& member, std::span<const std::int64_t> draft, Logits lo
 void Loop::append(Member& member, std::span<float> logits) {
   Token token;
   try {
-    token = member.row.append(member.row.sampler().choose(logits), tokenizer_, eos_token_id_);
+    token = member.row.append(member.row.choose(logits), tokenizer_, eos_token_id_);
   } catch (const std::exception& error) {
     return end_failed(member, error);
   }
