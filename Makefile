@@ -32,7 +32,7 @@ scale: .venv/scale
 .venv/scale: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[ray]' 'tritonclient[grpc]>=2.50'
 	$(PYTHON) -m venv .venv/triton
-	.venv/triton/bin/pip install --quiet --editable '.[cpu]' 'nvidia-pytriton>=0.7'
+	.venv/triton/bin/pip install --quiet --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
 	$(PYTHON) -m venv .venv/lm-eval
 	.venv/lm-eval/bin/pip install --quiet 'lm-eval[api]>=0.4.13'
 	touch $@

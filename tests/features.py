@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import chameleon_deploy
-from chameleon_deploy import Generate, Sampling
+from chameleon_deploy import Generate, Sampling, StructuredOutputs
 from tests.conftest import REPOSITORY
 from tests.shared_data import caller_factors, good_bundle
 
@@ -52,6 +52,7 @@ def uses() -> dict[str, list[Use]]:
         "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.4, "presence_penalty": 1.5,
         "frequency_penalty": -1.5, "logit_bias": {plain.token_ids[1]: -100.0, 9: 4.0}, "stop": [plain.text[1], "in"],
         "stop_token_ids": list(range(40)), "ignore_eos": True, "logprobs": 2,
+        "structured_outputs": StructuredOutputs(regex="[a-z]{2,3}"),
     }  # fmt: skip
     fields = {row["field"]: name for name, row in table().items()}
     return found | {fields[name]: [Use(sampling={name: value})] for name, value in settings.items()}

@@ -12,9 +12,16 @@ import msgspec
 from starlette.responses import Response
 
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime import Conversation, Generate, Stream, Token
+from chameleon_deploy.runtime import Conversation, Generate, Stream, StructuredOutputs, Token
 from chameleon_deploy.runtime.chat.template import chat_prompt
-from chameleon_deploy.runtime.chat.tool_calls import Family, ToolCall, ToolCallParser, family_of, hidden_marks
+from chameleon_deploy.runtime.chat.tool_calls import (
+    Family,
+    ToolCall,
+    ToolCallParser,
+    calls_grammar,
+    family_of,
+    hidden_marks,
+)
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.chat_schemas import (
     Answer,
@@ -27,11 +34,12 @@ from chameleon_deploy.serve.chat_schemas import (
     ChatUsage,
     ChunkChoice,
     Delta,
+    FunctionChoice,
     TokenLogprob,
     ToolCallDelta,
     TopLogprob,
 )
-from chameleon_deploy.serve.completions import REASONS, raise_failure, sampling_of
+from chameleon_deploy.serve.completions import REASONS, outputs_field, outputs_of, raise_failure, sampling_of
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream, events
 from chameleon_deploy.serve.logprobs import LOWEST
@@ -89,11 +97,12 @@ def prepare(call: Call[ChatRequest]) -> Job:
     body, served = call.body, call.served
     meant = served.models.resolve(body.model, body.mode)
     check(body)
-    sampling = sampling_of(body, served, (body.top_logprobs or 0) if body.logprobs else None)
     tools = [msgspec.to_builtins(tool) for tool in body.tools or ()] if body.tool_choice != "none" else []
     limit = body.max_completion_tokens or body.max_tokens or served.models.max_length
     try:
         template = served.runtime.chat_template
+        outputs = _forced_calls(body, served) if _forces_calls(body) else outputs_of(body)
+        sampling = sampling_of(body, served, (body.top_logprobs or 0) if body.logprobs else None, outputs)
         conversation = Conversation(
             msgspec.to_builtins(body.messages),
             tools or None,
@@ -105,7 +114,8 @@ def prepare(call: Call[ChatRequest]) -> Job:
         ids, generate = chat_prompt(template, conversation, generate)
         stream = served.engine.submit([ids], generate, adapt_options(call, meant, 1))
     except ChameleonError as error:
-        raise api_error(error, _FIELDS.get(error.argument, error.argument) if error.argument else None) from error
+        fields = {**_FIELDS, "structured_outputs": "tools" if _forces_calls(body) else outputs_field(body)}
+        raise api_error(error, fields.get(error.argument or "", error.argument)) from error
     try:
         served.models.check_loaded(meant)
     except ApiError:
@@ -119,17 +129,37 @@ def prepare(call: Call[ChatRequest]) -> Job:
 
 def check(body: ChatRequest) -> None:
     """Check what a field's own range cannot say. Raises ApiError."""
-    is_forced = body.tool_choice not in ("none", "auto")
-    is_format = body.response_format is not None and body.response_format.type != "text"
+    forced, names = _forces_calls(body), [tool.function.name for tool in body.tools or ()]
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, FunctionChoice) else None
     for param, fault, message in (
         ("stream_options", body.stream_options is not None and not body.stream, "stream_options needs stream"),
         ("top_logprobs", body.top_logprobs is not None and not body.logprobs, "top_logprobs needs logprobs"),
-        ("tool_choice", is_forced and not body.tools, "tool_choice needs tools"),
-        ("tool_choice", is_forced, "no call can be forced here: pass none or auto"),
-        ("response_format", is_format, "no format can be forced here: pass text, or leave it out"),
+        ("tool_choice", forced and not names, "tool_choice needs tools"),
+        ("tool_choice", named is not None and named not in names, f"no tool has the name {named!r}"),
+        (
+            "structured_outputs",
+            forced and body.structured_outputs is not None,
+            "structured_outputs and a forced call exclude each other",
+        ),
     ):
         if fault:
             raise ApiError(400, "input_invalid", message, param)
+
+
+def _forces_calls(body: ChatRequest) -> bool:
+    return body.tool_choice not in ("none", "auto")
+
+
+def _forced_calls(body: ChatRequest, served: Served) -> StructuredOutputs:
+    """Return the grammar of the calls that tool_choice asks for."""
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, FunctionChoice) else None
+    functions = {
+        tool.function.name: tool.function.parameters for tool in body.tools or () if named in (None, tool.function.name)
+    }
+    runtime = served.runtime
+    several = body.parallel_tool_calls and named is None
+    grammar = calls_grammar(family_of(runtime.chat_template.source), functions, several, runtime.tokenizer)
+    return StructuredOutputs(grammar=grammar)
 
 
 class RowWriter:

@@ -62,17 +62,12 @@ class FunctionChoice(Struct, kw_only=True):
     function: FunctionChoiceName
 
 
-class ResponseFormat(Struct, kw_only=True):
-    type: Literal["text", "json_object", "json_schema"]
-
-
 class ChatRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1, description="Default: as many as a row holds.")] | None = None
     max_tokens: Annotated[int, Meta(ge=1, description="The older name of max_completion_tokens.")] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Needs logprobs.")] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
     parallel_tool_calls: Annotated[bool, Meta(description="False returns the first call only.")] = True

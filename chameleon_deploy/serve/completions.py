@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import ChameleonError, InputError, TokenError
-from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream
+from chameleon_deploy.runtime import Generate, Generation, Sampling, Stream, StructuredOutputs
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.sampling_settings import check_sampling
 from chameleon_deploy.serve.call import Call
@@ -42,7 +42,9 @@ REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline"
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
     """Answer one request; where it is cancelled, its rows are."""
-    job = await call.off_loop_if_large(lambda: prepare(call), undo=Job.cancel)
+    compiles = call.body.response_format is not None or call.body.structured_outputs is not None
+    elsewhere = call.off_loop if compiles else call.off_loop_if_large
+    job = await elsewhere(lambda: prepare(call), undo=Job.cancel)
     try:
         echoes = await _echoed(job, call)
     except BaseException:
@@ -95,7 +97,7 @@ def prepare(call: Call[CompletionRequest]) -> Job:
     meant = served.models.resolve(body.model, body.mode)
     mode = meant.mode
     check(body, mode, served)
-    sampling = sampling_of(body, served, body.logprobs)
+    sampling = sampling_of(body, served, body.logprobs, outputs_of(body))
     ids = encode(body.prompt, "prompt", served)
     stream = _submit(call, ids, sampling, meant) if body.max_tokens else None
     cluster_ids = list(stream.cluster_ids) if stream else served.runtime.embed(ids)[1].tolist()
@@ -119,7 +121,32 @@ def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
             raise ApiError(400, "input_invalid", message, param)
 
 
-def sampling_of(body: GenerationRequest, served: Served, logprobs: int | None) -> Sampling:
+def outputs_of(body: GenerationRequest) -> StructuredOutputs | None:
+    """Return what the text must be. Raises ApiError."""
+    format_, constraint, param = body.response_format, body.structured_outputs, outputs_field(body)
+    try:
+        if format_ is None or format_.type == "text":
+            return StructuredOutputs(**msgspec.structs.asdict(constraint)) if constraint is not None else None
+        if constraint is not None:
+            raise InputError("response_format and structured_outputs exclude each other: pass one")
+        if format_.type == "json_object":
+            return StructuredOutputs(json={"type": "object"})
+        if format_.json_schema is None or format_.json_schema.schema is None:
+            raise InputError("the type json_schema needs json_schema with a schema")
+        return StructuredOutputs(json=format_.json_schema.schema)
+    except InputError as error:
+        raise api_error(error, param) from error
+
+
+def outputs_field(body: GenerationRequest) -> str:
+    """Return the field that says what the text must be."""
+    format_ = body.response_format
+    return "structured_outputs" if format_ is None or format_.type == "text" else "response_format"
+
+
+def sampling_of(
+    body: GenerationRequest, served: Served, logprobs: int | None, outputs: StructuredOutputs | None
+) -> Sampling:
     """Return the sampling that a request asks for. Raises ApiError."""
     try:
         sampling = Sampling(
@@ -135,6 +162,7 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int | None) -
             logit_bias=body.logit_bias or {},
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
+            structured_outputs=outputs,
         )
         check_sampling(sampling, served.runtime.manifest.model.vocab_size)
     except TokenError as error:
@@ -157,18 +185,14 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
         )
         stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
-        raise api_error(error, _field(error)) from error
+        fields = {**_FIELDS, "structured_outputs": outputs_field(body)}
+        raise api_error(error, fields.get(error.argument or "", error.argument)) from error
     try:
         call.served.models.check_loaded(meant)
     except ApiError:
         stream.cancel()
         raise
     return stream
-
-
-def _field(error: ChameleonError) -> str | None:
-    """Return the field of the request that an error of the runtime is about."""
-    return _FIELDS.get(error.argument, error.argument) if error.argument else None
 
 
 async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -32,6 +32,33 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool = False
 
 
+class JsonSchema(Struct, kw_only=True):
+    """The text follows the schema, whatever `strict` says."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """json_schema: needed where it is the type"""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class OutputConstraint(Struct, kw_only=True):
+    """What the text must be, by exactly one field: a JSON schema, a regular expression, one of some texts, or a grammar
+    in Lark or GBNF.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class AdaptedRequest(Struct, kw_only=True):
     """What names the model that reads texts. Unknown fields are ignored, and null means that a field is left out."""
 
@@ -54,6 +81,8 @@ class GenerationRequest(AdaptedRequest, kw_only=True):
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    response_format: ResponseFormat | None = None
+    structured_outputs: OutputConstraint | None = None
     user: str | None = None
     top_k: Annotated[int, Meta(ge=-1, description="0 and -1 keep all.")] = 0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from chameleon_deploy import Conversation, Engine, Runtime, Sampling
+from chameleon_deploy import Conversation, Engine, Runtime, Sampling, StructuredOutputs
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from tests.conftest import REPOSITORY
@@ -180,9 +180,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "5"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [
         {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]}, "messages"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+     "response_format"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {"json": {"$ref": "http://127.0.0.1:9/"}}}, "structured_outputs"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+      "tool_choice": "required"}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function", "function": {"name": "<|x|>"}}]}, "tools"),
     ({"top_logprobs": 1}, "top_logprobs"),
@@ -222,7 +231,10 @@ USES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "images": ({"messages": IMAGE}, {}, {"messages": IMAGE}),
     "a forced call": ({}, {}, {"tools": TOOLS, "tool_choice": "required"}),
-    "a forced format": ({}, {}, {"response_format": {"type": "json_object"}}),
+    "a forced format": (
+        {}, {"sampling": Sampling(ignore_eos=True, structured_outputs=StructuredOutputs(json={"type": "object"}))},
+        {"response_format": {"type": "json_object"}},
+    ),
 }  # fmt: skip
 
 
@@ -231,15 +243,16 @@ def test_the_table_of_features(speaking: Running) -> None:
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
     assert set(rows) == set(USES)
-    plain = speaking.runtime.chat_template.encode(Conversation(HELLO))
+    how: dict[str, Any] = {"max_new_tokens": 3, "mode": "none", "sampling": Sampling(ignore_eos=True)}
+    plain = speaking.runtime.chat_template.encode(Conversation(HELLO)), answered(speaking.runtime, {}, how)
     with Engine(speaking.runtime, rows=2) as engine:
         for feature, (fields, options, own) in USES.items():
             _, *library, server = rows[feature]
-            options = {"max_new_tokens": 3, "mode": "none", "sampling": Sampling(ignore_eos=True), **options}
+            options = {**how, **options}
             answers = []
             interfaces: list[Runtime | Engine] = [speaking.runtime, engine]
             for cell, interface in zip(library, interfaces, strict=True):
-                if cell == "yes":
+                if cell.startswith("yes"):
                     answers.append(answered(interface, fields, options))
                 elif cell != "no field":
                     with pytest.raises(ChameleonError) as refused:
@@ -254,7 +267,7 @@ def test_the_table_of_features(speaking: Running) -> None:
             if server.startswith("yes"):
                 answers.append([choice["token_ids"] for choice in choices])
                 # Else a field that is ignored everywhere would pass.
-                assert choices[0]["prompt_token_ids"] != plain or len(choices) > 1, feature
+                assert (choices[0]["prompt_token_ids"], [choices[0]["token_ids"]]) != plain or len(choices) > 1, feature
             assert all(found == answers[0] for found in answers), feature
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import chameleon_deploy
-from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling
+from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling, StructuredOutputs
 from chameleon_deploy.errors import ChameleonError
 from tests.features import PLAIN, PROMPTS, Use, table, uses
 from tests.serving import SECONDS, Running, running, wait_for
@@ -86,6 +87,8 @@ def body_of(use: Use, name: str) -> dict[str, Any]:
     own = use.body if use.body is not None else {**use.adapt, **use.generate}
     bias = {str(token_id): value for token_id, value in use.sampling.get("logit_bias", {}).items()}
     sampling = {**PLAIN, **use.sampling, **({"logit_bias": bias} if bias else {})}
+    if "structured_outputs" in sampling:
+        sampling["structured_outputs"] = asdict(sampling["structured_outputs"])
     return {"model": name, "prompt": PROMPTS, "max_tokens": 8, "return_token_ids": True, **sampling, **own}
 
 
@@ -110,7 +113,7 @@ def by_triton(server: TritonServer, runtime: Runtime, use: Use) -> str:
     try:
         for i, text in enumerate(runtime.tokenizer.decode_batch(PROMPTS, skip_special_tokens=False)):
             own = use._replace(generate=of_prompt(use.generate, i), adapt=of_prompt(use.adapt, i))
-            tensors = inputs(text_input=text, sampling_parameters=json.dumps(parameters(own), default=repr))
+            tensors = inputs(text_input=text, sampling_parameters=json.dumps(parameters(own), default=as_json))
             client.async_stream_infer(server.model, tensors, request_id=str(i))
             ended = reader.ended.get(timeout=60)
             if ended != str(i):
@@ -125,6 +128,10 @@ def by_triton(server: TritonServer, runtime: Runtime, use: Use) -> str:
     finally:
         client.stop_stream()
     return ""
+
+
+def as_json(value: Any) -> Any:
+    return asdict(value) if isinstance(value, StructuredOutputs) else repr(value)
 
 
 def of_prompt(fields: dict[str, Any], i: int) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+from chameleon_deploy.runtime.structured_outputs import json_rule
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -30,6 +32,13 @@ class ToolCall:
     id: str = field(default_factory=_new_id)
 
 
+class Form(NamedTuple):
+    one: str = "function"
+    between: str = ""
+    before: str = ""
+    after: str = ""
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family of models writes tool calls.
@@ -37,11 +46,15 @@ class Family:
     read        from the text of some calls to them; raises ValueError, KeyError or TypeError for text that is none
     begin, end  around that text; without an end it reaches to the end of the answer, and without a beginning it begins
                 the answer, with a brace
+    form        of one call, of what is between two and around all, in Lark with the rules of `calls_grammar`
+    key         of the arguments in the object of a call; None where a call is no object
     """
 
     read: Callable[[str], list[ToolCall]]
+    form: Form
     begin: str | None = None
     end: str | None = None
+    key: str | None = "arguments"
 
 
 def _json(text: str) -> Any:
@@ -88,14 +101,49 @@ def _list_or_named(text: str) -> list[ToolCall]:
 
 
 PYTHON_TAG, TOOL_CALLS, ARGUMENTS = "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"
-HERMES = Family(_one, "<tool_call>", "</tool_call>")  # and Qwen
-LLAMA = Family(_in_a_row)
-MISTRAL = Family(_list_or_named, TOOL_CALLS)
+HERMES = Family(_one, Form(r'begin "\n" function "\n" end', r'"\n"'), "<tool_call>", "</tool_call>")  # and Qwen
+LLAMA = Family(_in_a_row, Form(between='"; "'), key="parameters")
+MISTRAL = Family(_list_or_named, Form(between='", "', before='begin " "? "["', after='"]"'), TOOL_CALLS)
+NAMED_MISTRAL = Family(_list_or_named, Form("begin function"), TOOL_CALLS, key=None)
 
 
 def family_of(template: str) -> Family:
     """Return the family whose calls a template writes in the history; where it shows none, that of plain JSON."""
+    if ARGUMENTS in template:
+        return NAMED_MISTRAL
     return next((family for family in (HERMES, MISTRAL) if family.begin and family.begin in template), LLAMA)
+
+
+def calls_grammar(family: Family, functions: Mapping[str, Any], several: bool, tokenizer: Any) -> str:
+    """Return a grammar, in Lark, of answers that are calls of these functions.
+
+    functions  names with the JSON schemas of their arguments; None takes none
+    several    allow more than one call
+
+    Raises InputError for a schema that is no object.
+    """
+    one, between, before, after = family.form
+    marks = {"begin": family.begin, "end": family.end, "args": ARGUMENTS}
+    rules = [f"start: {before} {one} {f'({between} {one})*' if several else ''} {after}"]
+    rules += [f"{name}: {_mark(text, tokenizer)}" for name, text in marks.items() if text]
+    rules.append("function: " + " | ".join(f"function{i}" for i in range(len(functions))))
+    for i, (name, schema) in enumerate(functions.items()):
+        if family.key is None:
+            rules.append(f"function{i}: {json.dumps(name)} args arguments{i}")
+        else:
+            opening = f'{{"name": {json.dumps(name)}, "{family.key}": '
+            rules.append(f'function{i}: {json.dumps(opening)} arguments{i} "}}"')
+        rules.append(f"arguments{i}: {json_rule(_NOTHING if schema is None else {'type': 'object', **schema})}")
+    return "\n".join(["%llguidance {}", *rules])
+
+
+_NOTHING = {"type": "object", "additionalProperties": False}
+
+
+def _mark(text: str, tokenizer: Any) -> str:
+    """Return a mark in Lark: as one token where the tokenizer has it."""
+    token_id = tokenizer.token_to_id(text)
+    return json.dumps(text) if token_id is None else f"<[{token_id}]>"
 
 
 def hidden_marks(tokenizer: Any) -> dict[int, str]:
