@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import shutil
@@ -31,7 +32,11 @@ def run(
 def call(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """A module's command in this process: for what does not depend on how a process starts and ends."""
     output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    command = cli.load(module.removeprefix("chameleon_deploy."))
+    command = (
+        cli.load(module.removeprefix("chameleon_deploy."))
+        if module.startswith("chameleon_deploy.")
+        else console.make_command(importlib.import_module(module).main)
+    )
     argv, sys.argv = sys.argv, [module, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
