@@ -132,7 +132,9 @@ def test_every_row_is_transformers_float64_model(made: Made, tmp_path: Path) -> 
         assert share_of_greedy(rows, made.expected(rows)) == 1
 
 
-@pytest.mark.parametrize(("precision", "graphs", "limit"), [("bf16", GRAPHS[1:], 1e-3), ("int8", GRAPHS, 5e-3)])
+@pytest.mark.parametrize(
+    ("precision", "graphs", "limit"), [("fp16", GRAPHS[1:], 1e-4), ("bf16", GRAPHS[1:], 1e-3), ("int8", GRAPHS, 5e-3)]
+)
 def test_other_precisions(precision: Any, graphs: Sequence[str], limit: float, made: Made, tmp_path: Path) -> None:
     """Near the same model, and decoding token by token sees what reading whole sees."""
     export_bundle(made.adapted, tmp_path / "bundle", precision=precision)
