@@ -187,8 +187,9 @@ class Comparison:
         self._shuffle = random.Random(plan.seed)
         self._steps = self._step_rows = 0
         self._engine = Engine(
-            runtime, rows=plan.rows, prefill_tokens=plan.prefill_tokens, max_waiting=100_000, observe=self._observe
-        )
+            runtime, rows=plan.rows, prefill_tokens=plan.prefill_tokens, max_waiting=100_000, observe=self._observe,
+            prefix_cache_bytes=0,  # each pair of runs has the same prompts
+        )  # fmt: skip
         self.mode: Mode | None = "centroid" if runtime.manifest.adaptation.regime == "chameleon" else None
 
     def _observe(self, iteration: Iteration) -> None:

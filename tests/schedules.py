@@ -7,13 +7,16 @@ batches, and what the rows get can be compared exactly.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from chameleon_deploy import Adapt, Generate, Runtime, Sampling, Stream
 from chameleon_deploy.contract.bundle import ModelSpec
+from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS
 from chameleon_deploy.runtime.decode.schedule import Schedule
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import deliver
@@ -21,6 +24,7 @@ from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
 from tests.shared_data import caller_factors
 
 EXPIRED = 1e-9  # a deadline that is over at once
+MOST_CONTINUED = 80  # tokens of a text that another continues
 OVERFLOW = 3e38  # factors of this value are finite, and the logits of their rows are not
 
 
@@ -69,6 +73,35 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
     return submit
 
 
+def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dict[str, Any]:
+    """Texts that begin alike or continue one another, and a prefix cache that is too small for them."""
+    model, modes = runtime.manifest.model, ["none", "none", "centroid", "request", "cohort"]
+    beginnings = [random.integers(0, model.vocab_size, length).tolist() for length in (20, 48, 70)]
+    schedule: dict[str, Any] = {
+        "rows": 3, "prefill_tokens": 16, "max_factor_sets": 3, "capacity": model.max_positions,
+        "prefix_cache_blocks": int(random.choice([6, 12, 40])), "submits": [],
+    }  # fmt: skip
+    arrival = 0
+    for number in range(12):
+        beginning = beginnings[random.integers(3)]
+        own = random.integers(0, model.vocab_size, random.integers(1, 30)).tolist()
+        schedule["submits"].append({
+            "at": arrival,
+            "prompts": [beginning[: random.integers(len(beginning) + 1)] + own],
+            "continues": int(random.integers(number)) if number and random.random() < 0.4 else None,
+            "mode": str(random.choice(modes)), "tenant": None, "rank": None, "overflows": False, "expires": False,
+            "max_new_tokens": int(random.integers(1, 20)),
+            "sampling": random_settings(random, model),
+            "n": int(random.choice([1, 1, 3])),
+            "adapt_tokens": None,
+            "cancel_at": arrival + int(random.integers(12)) if random.random() < 0.1 else None,
+            "cache_salt": str(random.choice(["", "a"])),
+            "cache_generated": bool(random.random() < 0.7),
+        })  # fmt: skip
+        arrival += int(random.choice([0, 1, 10, 30]))
+    return schedule
+
+
 def task_vectors(random: np.random.Generator, count: int, size: int) -> list[list[float]]:
     """A vector of the caller for each text, of one of three tasks."""
     return [[float(i % 3 == task) for i in range(size)] for task in random.integers(0, 3, count)]
@@ -97,16 +130,23 @@ def random_settings(random: np.random.Generator, model: ModelSpec) -> dict[str, 
 
 
 def run_schedule(runtime: Runtime, schedule: dict[str, Any]) -> dict[str, Any]:
-    """What a schedule gives: the rows of every submit, the tokens that they were streamed, and the iterations."""
+    """What a schedule gives: the rows of every submit, the tokens that they were streamed, the iterations, and the
+    prompt tokens that were found in the prefix cache.
+    """
+    prefixes, decoder = None, runtime.decoder
+    if blocks := schedule.get("prefix_cache_blocks"):
+        assert isinstance(decoder, SharedCacheDecoder)
+        prefixes = decoder.prefix_cache(runtime.bundle.digest, blocks * BLOCK_TOKENS * decoder.token_bytes)
     table, submits = FactorTable(schedule["max_factor_sets"]), schedule["submits"]
     reading = Schedule(schedule["prefill_tokens"])
-    batch = open_batch(runtime.backend, table, schedule["rows"], schedule["capacity"], reading)
+    batch = open_batch(runtime.backend, table, schedule["rows"], schedule["capacity"], reading, prefixes)
     loop = Loop(batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
     streams: list[Stream] = []
     iterations: list[list[int]] = []
     while len(streams) < len(submits) or loop:
         while len(streams) < len(submits) and submits[len(streams)]["at"] <= len(iterations):
-            streams.append(_submit(runtime, loop, submits[len(streams)], schedule["capacity"]))
+            submit = submits[len(streams)]
+            streams.append(_submit(runtime, loop, submit, _prompts(submit, streams), schedule["capacity"]))
         for stream, submit in zip(streams, submits, strict=False):
             if submit["cancel_at"] == len(iterations):
                 stream.cancel()
@@ -116,14 +156,27 @@ def run_schedule(runtime: Runtime, schedule: dict[str, Any]) -> dict[str, Any]:
             record.rows, record.factor_sets, record.factor_set_hits, record.chunk_tokens, len(record.queued),
             len(record.first_tokens), len(record.later_tokens), len(record.finished), batch.cached_tokens,
         ])  # fmt: skip
-    return {
+    result: dict[str, Any] = {
         "rows": [[_row(generation) for generation in stream.result(0)] for stream in streams],
         "tokens": [[[token.row, token.token_id, token.text] for token in stream] for stream in streams],
         "iterations": iterations,
     }
+    if prefixes is not None:
+        result["cached_tokens"] = [stream.cached_tokens for stream in streams]
+        result["prefix_cache"] = list(dataclasses.astuple(prefixes.stats()))
+    return result
 
 
-def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int) -> Stream:
+def _prompts(submit: dict[str, Any], streams: list[Stream]) -> list[list[int]]:
+    """Return the prompts of a submit, after the text of one that has ended and that it continues."""
+    number = submit.get("continues")
+    if number is None or not streams[number].done:
+        return list(submit["prompts"])
+    text = [*streams[number].prompts[0], *streams[number].result(0)[0].token_ids]
+    return [text[:MOST_CONTINUED] + prompt for prompt in submit["prompts"]]
+
+
+def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], prompts: list[list[int]], capacity: int) -> Stream:
     given = submit["sampling"]
     sampling = Sampling(**given) if isinstance(given, dict) else [Sampling(**settings) for settings in given]
     factors = None if submit["rank"] is None else caller_factors(submit["rank"], runtime.manifest.model)
@@ -137,9 +190,11 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], capacity: int)
         conditioning=submit.get("conditioning"),
         adapt_tokens=submit["adapt_tokens"],
     )
-    submission = prepare(
-        runtime, submit["prompts"], Generate(submit["max_new_tokens"], sampling, submit["n"], deadline), adapt, capacity
-    )
+    generate = Generate(
+        submit["max_new_tokens"], sampling, submit["n"], deadline,
+        cache_salt=submit.get("cache_salt", ""), cache_generated=submit.get("cache_generated", True),
+    )  # fmt: skip
+    submission = prepare(runtime, prompts, generate, adapt, capacity)
     form_cohort(runtime, [submission], 0)
     loop.waiting.extend(submission.members)
     return submission.stream

@@ -39,6 +39,9 @@ class Generate:
     prompt_lookup_num_tokens  on the CPU, in fp32: while a single row is generated, up to this many tokens, at most 16,
                     are drafted by prompt lookup and read in one call, which is faster where the text repeats itself,
                     and slower elsewhere. The tokens are those of plain decoding. 0 is off
+    cache_salt      an Engine's prefix cache shares keys and values only among requests of equal salts
+    cache_generated  whether an Engine's prefix cache may give this request keys and values that steps wrote, and keep
+                    its own: near those of a prompt that is read, but not bitwise equal. False takes what is equal
 
     Raises InputError for fields that are wrong for any prompts; a call checks the rest.
     """
@@ -48,6 +51,8 @@ class Generate:
     n: int = 1
     deadline: float | None = None
     prompt_lookup_num_tokens: int = 0
+    cache_salt: str = ""
+    cache_generated: bool = True
 
     def __post_init__(self) -> None:
         for value in self.max_new_tokens if is_sequence(self.max_new_tokens) else [self.max_new_tokens]:
@@ -58,6 +63,9 @@ class Generate:
             raise InputError("deadline must be a number of seconds above 0", "deadline")
         name = "prompt_lookup_num_tokens"
         object.__setattr__(self, name, check_integer(name, self.prompt_lookup_num_tokens, 0, MAX_DRAFT_TOKENS))
+        if not isinstance(self.cache_salt, str):
+            kind = type(self.cache_salt).__name__
+            raise InputError(f"cache_salt must be a string, got a {kind}", "cache_salt")
 
 
 class GenerateKeywords(AdaptKeywords, total=False):
@@ -68,6 +76,8 @@ class GenerateKeywords(AdaptKeywords, total=False):
     n: int
     deadline: float | None
     prompt_lookup_num_tokens: int
+    cache_salt: str
+    cache_generated: bool
 
 
 @dataclass(frozen=True)

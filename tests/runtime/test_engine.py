@@ -720,7 +720,7 @@ def test_keys_and_values_fit_into_half_of_the_free_memory(
 
     def capacity(free: int | None, on: Runtime = runtime, **settings: Any) -> int:
         monkeypatch.setattr(module, "free_memory", lambda: free)
-        with Engine(on, **settings) as engine:
+        with Engine(on, prefix_cache_bytes=0, **settings) as engine:
             assert engine.stats().cache_capacity == engine.rows * engine.capacity
             return engine.capacity
 

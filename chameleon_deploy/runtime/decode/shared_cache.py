@@ -11,6 +11,7 @@ from chameleon_deploy.contract.bundle import FloatArray, Manifest
 from chameleon_deploy.runtime.decode.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decode.decoder import pad, parts
 from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache
 from chameleon_deploy.runtime.decode.schedule import chunk_length
 from chameleon_deploy.runtime.decode.slots import KeyValues, Slots
 from chameleon_deploy.runtime.decode.tiled_scorer import Piece, TiledScorer
@@ -41,6 +42,11 @@ class SharedCacheDecoder:
     def token_bytes(self) -> int:
         """Return the bytes of the keys and values of one token of a row."""
         return len(self.past) * self.model.num_key_value_heads * self.model.head_dim * np.dtype(self._dtype).itemsize
+
+    def prefix_cache(self, bundle_digest: str, max_bytes: int) -> PrefixCache:
+        """Return an empty cache of blocks of these keys and values."""
+        shape = len(self.past), self.model.num_key_value_heads, self.model.head_dim
+        return PrefixCache(bundle_digest, shape, self._dtype, max_bytes)
 
     def slots(self, rows: int, capacity: int) -> Slots:
         """Return the state of a batch whose rows join and leave one by one, each of up to `capacity` tokens."""

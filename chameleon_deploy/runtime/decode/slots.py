@@ -155,6 +155,16 @@ class Slots:
         """Forget the tokens of a row after the first `length`."""
         self.lengths[row] = length
 
+    def copy_out(self, row: int, start: int, block: Array) -> None:
+        """Copy the keys and values of a row from token `start` on.  -> block [layers * 2, heads, tokens, head_dim]"""
+        block[...] = self._cache[:, row, :, start : start + block.shape[2]]
+
+    def copy_in(self, row: int, block: Array) -> None:
+        """Append the keys and values of tokens to a row, [layers * 2, heads, tokens, head_dim]."""
+        start, stop = int(self.lengths[row]), int(self.lengths[row]) + block.shape[2]
+        self._cache[:, row, :, start:stop] = block
+        self.lengths[row] = stop
+
     def move(self, source: int, target: int) -> None:
         """Copy row `source` to row `target`."""
         self.fork(source, target, int(self.lengths[source]))

@@ -10,10 +10,12 @@ from typing import Protocol
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
+from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache
 from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
 from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.engine.prefixes import Prefixes
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import RowFactors
@@ -30,11 +32,15 @@ class Prompt:
     ids      token ids
     logits   float32 [vocab] after the last token, set by the prefill
     readers  number of members in the batch that have read it
+    exact    how many tokens at the beginning have the keys and values of every run, see prefix_cache.py
+    begun    whether it was looked for in the prefix cache
     """
 
     ids: Sequence[int]
     logits: FloatArray | None = None
     readers: int = 0
+    exact: int = 0
+    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -47,6 +53,7 @@ class Member:
     last_token     time of the last token, or of the submit
     draft_tokens   how many tokens may be drafted for a call, at most; 0 drafts none
     overtaken      see schedule.py
+    cache_salt, cache_generated  see Generate
     source         the source of its factors, set when its cohort is complete
     """
 
@@ -58,6 +65,8 @@ class Member:
     last_token: float
     draft_tokens: int = 0
     overtaken: int = 0
+    cache_salt: str = ""
+    cache_generated: bool = True
     source: FactorSource = field(init=False)
     _lookup: PromptLookup | None = None
 
@@ -83,8 +92,12 @@ def members_of(rows: Sequence[Row], stream: Stream, generate: Generate) -> list[
     end = math.inf if generate.deadline is None else now + generate.deadline
     prompts = {id(row.prompt): Prompt(row.prompt) for row in rows}
     return [
-        Member(stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens) for row in rows
-    ]
+        Member(
+            stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens,
+            cache_salt=generate.cache_salt, cache_generated=generate.cache_generated,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 class Batch(Protocol):
@@ -145,11 +158,14 @@ class ContinuousBatch:
     new token follows from the last chunk.
     """
 
-    def __init__(self, slots: Slots, table: FactorTable, schedule: Schedule) -> None:
+    def __init__(self, slots: Slots, table: FactorTable, schedule: Schedule, cache: PrefixCache | None = None) -> None:
+        """cache: of this batch alone; None keeps nothing"""
         self._slots, self._table, self._schedule = slots, table, schedule
         self.members: list[Member] = []
         self.ready = 0
         self._left_to_step = int(slots.is_exact and not schedule.reads_all)
+        self._prefixes = None if cache is None else Prefixes(cache, slots, table, schedule.chunk_tokens)
+        self._reading: list[Member] = []  # in the last call that prefilled
         self._stepped: tuple[list[Member], RowFactors] | None = None  # of the last step
 
     @property
@@ -166,6 +182,8 @@ class ContinuousBatch:
     def drop(self, gone: Collection[Member]) -> None:
         for place in reversed(range(len(self.members))):
             if self.members[place] in gone:
+                if self._prefixes is not None:
+                    self._prefixes.keep(self.members[place], place)
                 self._drop(place)
 
     def _drop(self, place: int) -> None:
@@ -195,17 +213,26 @@ class ContinuousBatch:
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
             stop = self._prefilled(prompt)
             sibling = self._sibling(prompt) if start == 0 else None
+            self._reading = [self.members[self.ready]]
             if start == stop:
+                if self._prefixes is not None:
+                    self._prefixes.keep(self.members[self.ready], self.ready)
                 self.ready += 1
                 prompt.readers += 1
             elif sibling is not None and forked < self._schedule.chunk_tokens * FORKED_PER_PREFILL:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
+            elif sibling is None and start == 0 and self._restored():
+                continue
             elif sibling is None and not tokens:
                 tokens = self._prefill_chunks(start)
             else:
                 break
         return tokens
+
+    def _restored(self) -> bool:
+        """Return whether the next prompt now begins with what the prefix cache has of it."""
+        return self._prefixes is not None and self._prefixes.restore(self.members[self.ready], self.ready)
 
     def _prefilled(self, prompt: Prompt) -> int:
         """Return how many tokens of a prompt the prefill reads."""
@@ -218,6 +245,9 @@ class ContinuousBatch:
         return next(i for i in reversed(range(self.ready)) if self.members[i].prompt is prompt)
 
     def to_prefill(self) -> list[Member]:
+        return self._reading
+
+    def _next_to_prefill(self) -> list[Member]:
         # The decoder appends tokens to a cache that is not empty for a single row only.
         if self._slots.lengths[self.ready]:
             return [self.members[self.ready]]
@@ -225,18 +255,25 @@ class ContinuousBatch:
         return self.members[self.ready : self.ready + count]
 
     def _unread(self) -> Iterator[Prompt]:
-        """Yield the next prompts up to the first that is forked later."""
-        seen = set[int]()
-        for place in range(self.ready, len(self.members)):
-            prompt = self.members[place].prompt
+        """Yield the next prompts up to the first that is copied later, from a member or from the prefix cache."""
+        seen, beginnings = set[int](), set[Hashable]()
+        for member in self.members[self.ready :]:
+            prompt = member.prompt
             if prompt.readers or id(prompt) in seen:
                 return
+            if self._prefixes is not None:
+                if seen and self._prefixes.will_have(member, beginnings):
+                    return
+                beginnings.add(self._prefixes.beginning(member))
             seen.add(id(prompt))
             yield prompt
 
     def _prefill_chunks(self, start: int) -> int:
-        """Prefill the next tokens of `to_prefill`, of which all have `start` tokens already."""
-        members = self.to_prefill()
+        """Prefill the next tokens of members that all have `start` tokens already."""
+        members = self._reading = self._next_to_prefill()
+        if self._prefixes is not None and start == 0:
+            for member in members:
+                self._prefixes.begin(member, cached=0, exact=0)
         stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._schedule.chunk_tokens) for m in members]
         chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
         num_logits = int(stops[0] == len(members[0].prompt.ids))
@@ -249,6 +286,8 @@ class ContinuousBatch:
         if num_logits:
             for member, after_last in zip(members, logits[:, 0], strict=True):
                 member.prompt.logits = after_last
+        if start == members[0].prompt.exact and list(map(len, chunks)) == [self._schedule.chunk_tokens]:
+            members[0].prompt.exact = stops[0]
         return sum(map(len, chunks))
 
     def to_step(self) -> list[Member]:

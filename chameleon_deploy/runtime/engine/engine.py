@@ -18,6 +18,7 @@ from chameleon_deploy.errors import ClosedError, InputError, QueueFullError, Req
 from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
+from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache, PrefixCacheStats
 from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.engine.batch import ContinuousBatch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # the runtime drives the loop of this folder
 
 MIN_PREFILL_TOKENS = 8
 CACHE_SHARE = 0.5  # of the free memory that keys and values take by default at most
+PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
 MIN_CAPACITY = 16  # tokens of a row: with less free memory an engine does not start
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class EngineOptions:
                       join its cohort; with 0 a cohort is the prompts of one submit
     capacity          tokens per row that the key-value cache holds; None means the model's positions, or as many as fit
                       into half of the free memory (`machine.free_memory`)
+    prefix_cache_bytes  of keys and values that later prompts may begin with; None means a tenth of the free memory, 0
+                      keeps none. Decoders without slots keep none
 
     Raises InputError.
     """
@@ -80,11 +84,13 @@ class EngineOptions:
     max_factor_sets: int | None = None
     cohort_window_ms: float = 0
     capacity: int | None = None
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_number("cohort_window_ms", self.cohort_window_ms, 0)
         limits = {"rows": (1, MAX_ROWS), "max_waiting": (0,), "prefill_tokens": (MIN_PREFILL_TOKENS,)}
-        limits |= {name: (1,) for name in ("max_factor_sets", "capacity") if getattr(self, name) is not None}
+        optional = {"max_factor_sets": (1,), "capacity": (1,), "prefix_cache_bytes": (0,)}
+        limits |= {name: limit for name, limit in optional.items() if getattr(self, name) is not None}
         for name, limit in limits.items():
             object.__setattr__(self, name, check_integer(name, getattr(self, name), *limit))
 
@@ -98,6 +104,7 @@ class EngineKeywords(TypedDict, total=False):
     max_factor_sets: int | None
     cohort_window_ms: float
     capacity: int | None
+    prefix_cache_bytes: int | None
 
 
 class Engine:
@@ -134,7 +141,9 @@ class Engine:
         self.capacity = _capacity(runtime, options)
         self._window, self._observe = options.cohort_window_ms / 1000, observe
         table = FactorTable(options.max_factor_sets or options.rows)
-        self._batch = open_batch(runtime.backend, table, options.rows, self.capacity, Schedule(options.prefill_tokens))
+        self._prefixes = _prefix_cache(runtime, options)
+        schedule = Schedule(options.prefill_tokens)
+        self._batch = open_batch(runtime.backend, table, options.rows, self.capacity, schedule, self._prefixes)
         self.batching = "continuous" if isinstance(self._batch, ContinuousBatch) else "static"
         self._loop = Loop(self._batch, table, runtime.tokenizer, runtime.manifest.model.eos_token_id)
         self._commands: SimpleQueue[Submission | None] = SimpleQueue()  # None wakes the thread
@@ -209,6 +218,18 @@ class Engine:
         running, capacity = len(self._batch.members), self.rows * self.capacity
         waiting = max(0, self._present - running)
         return Stats(running, waiting, self.rows, self._batch.cached_tokens, capacity, len(self._loop.table))
+
+    def prefix_cache_stats(self, salt: str = "") -> PrefixCacheStats:
+        """Return the state of the prefix cache, with the tokens and bytes of salts that begin with `salt`.
+
+        Safe to call from any thread, like `clear_prefix_cache`.
+        """
+        return PrefixCacheStats() if self._prefixes is None else self._prefixes.stats(salt)
+
+    def clear_prefix_cache(self, salt: str = "") -> None:
+        """Forget the keys and values of requests whose `cache_salt` begins with `salt`; their rows are not affected."""
+        if self._prefixes is not None:
+            self._prefixes.clear(salt)
 
     def close(self, drain_seconds: float = 30) -> None:
         """Accept no new request, finish the accepted ones, and end the thread. A second call does nothing.
@@ -309,6 +330,22 @@ class Engine:
         failure = RequestError(f"the engine failed: {error!r}")
         failure.__cause__ = error
         self._hand_out(*self._loop.fail(failure))
+
+
+def _prefix_cache(runtime: Runtime, options: EngineOptions) -> PrefixCache | None:
+    """Return an empty prefix cache, or None if there is to be none.
+
+    Raises InputError.
+    """
+    max_bytes, decoder = options.prefix_cache_bytes, runtime.decoder
+    if not isinstance(decoder, SharedCacheDecoder):
+        if max_bytes:
+            message = f"the decoder of provider {runtime.provider!r} has no prefix cache: leave prefix_cache_bytes out"
+            raise InputError(message, "prefix_cache_bytes")
+        return None
+    if max_bytes is None:
+        max_bytes = int(PREFIX_SHARE * (free_memory() or 0))
+    return decoder.prefix_cache(runtime.bundle.digest, max_bytes) if max_bytes else None
 
 
 def _capacity(runtime: Runtime, options: EngineOptions) -> int:

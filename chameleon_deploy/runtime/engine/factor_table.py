@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.contract.manifest import in_head
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
@@ -25,6 +27,7 @@ class FactorTable:
         self._keys: list[Hashable] = []  # in the order of the stack
         self._ranks: list[int] = []
         self._references: dict[Hashable, int] = {}
+        self._trunk_digests: dict[Hashable, bytes] = {}
         self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features]
         self.sets = FactorSets({})
 
@@ -46,10 +49,21 @@ class FactorTable:
         return RowFactors(self.sets, np.array([self.index(key) for key in keys], np.int64))
 
     def set_of(self, key: Hashable) -> RowFactors:
-        """Return the single set of a key."""
+        """Return the single set of a key, in its own rank: the same array whatever else the table holds."""
         i = self.index(key)
-        alone = {name: tensor[i : i + 1] for name, tensor in self._tensors.items()}
+        alone = {name: tensor[i : i + 1, : self._ranks[i]] for name, tensor in self._tensors.items()}
         return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
+
+    def trunk_digest(self, key: Hashable) -> bytes:
+        """Return the SHA-256 of a set's values that reach the trunk: of none where only the head is updated."""
+        if key not in self._trunk_digests:
+            digest = hashlib.sha256()
+            for name, values in sorted(self.set_of(key).sets.tensors.items()):
+                if not in_head(name):
+                    array = np.ascontiguousarray(values)
+                    digest.update(np.array(array.shape, np.int64).tobytes() + array.tobytes())
+            self._trunk_digests[key] = digest.digest()
+        return self._trunk_digests[key]
 
     def stack(self) -> FactorSets:
         """Return the stack as it is now, which later changes of the table leave alone."""
@@ -69,6 +83,7 @@ class FactorTable:
         self._references[key] -= 1
         if not self._references[key]:
             del self._references[key]
+            self._trunk_digests.pop(key, None)
             self._remove(self.index(key))
 
     def _append(self, key: Hashable, made: FactorSets) -> None:

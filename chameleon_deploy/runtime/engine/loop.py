@@ -16,6 +16,7 @@ from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import ChameleonError, GraphError, RequestError
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.decode.logits import HostLogits
+from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.decode.schedule import Schedule, admissible
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
@@ -193,10 +194,17 @@ class Loop:
         self._report.finished.append(finished)
 
 
-def open_batch(backend: Backend, table: FactorTable, rows: int, capacity: int, schedule: Schedule) -> Batch:
-    """Return a continuous batch if the decoder has slots, else a static one."""
+def open_batch(
+    backend: Backend,
+    table: FactorTable,
+    rows: int,
+    capacity: int,
+    schedule: Schedule,
+    prefixes: PrefixCache | None = None,
+) -> Batch:
+    """Return a continuous batch if the decoder has slots, else a static one, which has no prefix cache."""
     if isinstance(backend.decoder, SharedCacheDecoder):
-        return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule)
+        return ContinuousBatch(backend.decoder.slots(rows, capacity), table, schedule, prefixes)
     return StaticBatch(backend, backend.decoder, table, rows)
 
 

@@ -37,12 +37,14 @@ class Stream:
     mode         adaptation mode
     n            continuations per prompt
     cohort       set before the first token in the modes cohort and tenant, else None
+    cached_tokens  of each prompt, tokens that were found in the prefix cache; set before the first token
     cancelled    whether `cancel` was called
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], cluster_ids: Sequence[int], mode: Mode, n: int) -> None:
         self.prompts, self.cluster_ids, self.mode, self.n = prompts, cluster_ids, mode, n
         self.cohort: Cohort | None = None
+        self.cached_tokens = [0] * len(prompts)
         self.cancelled = False
         self._tokens: SimpleQueue[Token | None] = SimpleQueue()  # None ends it
         self._generations: dict[int, Generation] = {}

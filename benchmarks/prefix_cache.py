@@ -1,0 +1,154 @@
+"""Time the engine's prefix cache: first tokens, copies, look-ups, and what it costs where nothing is found.
+
+    python -m benchmarks.prefix_cache BUNDLE --rounds 5
+
+Requests with and without what is compared alternate; each figure is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+import chameleon_deploy
+from chameleon_deploy import Engine, Generate, Runtime, Sampling
+from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.terminal import console
+
+PREFIX_TOKENS = 1024
+NEW_PROMPT_TOKENS = 16  # after the prefix
+CACHE_BYTES = 2**30
+LOOKED_UP_BLOCKS = 10_000
+GREEDY = Sampling(ignore_eos=True)
+
+
+class Prompts:
+    """Random token ids, different each time."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._random, self._vocab_size = np.random.default_rng(0), vocab_size
+
+    def __call__(self, length: int) -> list[int]:
+        found: list[int] = self._random.integers(1, self._vocab_size, length).tolist()
+        return found
+
+
+def first_token(engine: Engine, prompt: list[int]) -> tuple[float, int]:
+    """Return the seconds from submit to the first token, and the cached tokens."""
+    start = time.perf_counter()
+    stream = engine.submit([prompt], Generate(1, GREEDY), mode="none")
+    next(stream)
+    return time.perf_counter() - start, stream.cached_tokens[0]
+
+
+def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
+    cold, hit, new, second = list[float](), list[float](), list[float](), list[float]()
+    with Engine(runtime, rows=1, prefix_cache_bytes=CACHE_BYTES) as engine:
+        for _ in range(rounds):
+            prefix = prompts(PREFIX_TOKENS)
+            for times, expected in ((cold, 0), (hit, PREFIX_TOKENS)):
+                seconds, cached = first_token(engine, [*prefix, *prompts(NEW_PROMPT_TOKENS)])
+                times.append(seconds)
+                if cached != expected:
+                    raise RuntimeError(f"{cached} tokens were cached, not {expected}")
+            new.append(first_token(engine, prompts(NEW_PROMPT_TOKENS))[0])
+            turn = [*prefix, *prompts(NEW_PROMPT_TOKENS)]
+            answer = engine.submit([turn], Generate(48, GREEDY), mode="none").result()[0].token_ids
+            second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
+    copy = time_copies(runtime)
+    at = statistics.median(cold)
+    print(f"first token of {PREFIX_TOKENS} + {NEW_PROMPT_TOKENS} tokens, cold  {at * 1000:8.1f} ms")
+    others = {"with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second}
+    for name, times in others.items():
+        seconds = statistics.median(times)
+        print(f"{name:38s} {seconds * 1000:8.1f} ms  {seconds / at:.1%}")
+    print(f"copy of the prefix into a row          {copy * 1000:8.1f} ms  {copy / at:.1%}")
+
+
+def time_copies(runtime: Runtime) -> float:
+    """Return the seconds in which the blocks of the prefix are copied into a row."""
+    cache, slots = opened(runtime, PREFIX_TOKENS // BLOCK_TOKENS), runtime.decoder.slots(1, PREFIX_TOKENS)  # type: ignore[union-attr]
+    ids = list(range(PREFIX_TOKENS))
+    root = cache.root(b"", "")
+    cache.offer(root, ids, 0, lambda start, block: block.fill(0))
+    times = []
+    for _ in range(5):
+        slots.admit(0)
+        start = time.perf_counter()
+        for block in cache.find(root, ids):
+            slots.copy_in(0, cache.memory_of(block))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def opened(runtime: Runtime, blocks: int) -> PrefixCache:
+    decoder = runtime.decoder
+    assert isinstance(decoder, SharedCacheDecoder)  # noqa: S101  (of provider cpu)
+    return decoder.prefix_cache(runtime.bundle.digest, blocks * BLOCK_TOKENS * decoder.token_bytes)
+
+
+def time_lookups(runtime: Runtime, prompts: Prompts) -> None:
+    cache, texts = opened(runtime, LOOKED_UP_BLOCKS), []
+    root = cache.root(b"", "")
+    for _ in range(LOOKED_UP_BLOCKS * BLOCK_TOKENS // PREFIX_TOKENS):
+        texts.append(prompts(PREFIX_TOKENS))
+        cache.offer(root, texts[-1], 0, lambda start, block: None)
+    times = []
+    for text in texts:
+        start = time.perf_counter()
+        found = cache.find(cache.root(b"", ""), text)
+        times.append(time.perf_counter() - start)
+        if len(found) != PREFIX_TOKENS // BLOCK_TOKENS:
+            raise RuntimeError("a text was not found")
+    blocks = cache.stats().tokens // BLOCK_TOKENS
+    print(f"look-up of {PREFIX_TOKENS} tokens at {blocks:,} blocks  {statistics.median(times) * 1000:8.3f} ms")
+
+
+def time_misses(runtime: Runtime, prompts: Prompts, rounds: int, prompt_tokens: int, new_tokens: int) -> None:
+    ratios = []
+    with (
+        Engine(runtime, prefix_cache_bytes=CACHE_BYTES) as with_cache,
+        Engine(runtime, prefix_cache_bytes=0) as without,
+    ):
+        for number in range(rounds + 1):
+            seconds = {}
+            for engine in (with_cache, without) if number % 2 else (without, with_cache):
+                requests = [prompts(prompt_tokens) for _ in range(16)]
+                start = time.perf_counter()
+                streams = [engine.submit([ids], Generate(new_tokens, GREEDY), mode="none") for ids in requests]
+                for stream in streams:
+                    stream.result()
+                seconds[engine] = time.perf_counter() - start
+            if number:  # the first warms up
+                ratios.append(seconds[without] / seconds[with_cache])
+        hits = with_cache.prefix_cache_stats().hits
+    print(
+        f"throughput without hits, {prompt_tokens} + {new_tokens} tokens, 8 rows, of that without the cache  "
+        f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f}; {hits} hits)"
+    )
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of prompts that find nothing.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of their answers.")] = 64,
+) -> None:
+    """Time the prefix cache of an engine."""
+    runtime = chameleon_deploy.load(bundle, threads=threads, mode="none")
+    prompts = Prompts(runtime.manifest.model.vocab_size)
+    time_lookups(runtime, prompts)
+    time_misses(runtime, prompts, rounds, prompt_tokens, new_tokens)
+    if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + 48:
+        time_first_tokens(runtime, prompts, rounds)
+
+
+if __name__ == "__main__":
+    console.run(main)
