@@ -33,6 +33,11 @@ class Call(Generic[B]):
     rights: frozenset[Right]
     request_id: str
 
+    @property
+    def salt(self) -> str:
+        """Return what the prefix cache's salts of this tenant begin with, and no other's."""
+        return "" if self.tenant is None else f"{len(self.tenant)}:{self.tenant}:"
+
     async def off_loop_if_large(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
         """Do what takes the longer the larger the body is, without holding up other requests.
 

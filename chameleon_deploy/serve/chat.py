@@ -12,7 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.runtime import Conversation, Generate, Stream, StructuredOutputs, Token
+from chameleon_deploy.runtime import Conversation, Stream, StructuredOutputs, Token
 from chameleon_deploy.runtime.chat.template import chat_prompt
 from chameleon_deploy.runtime.chat.tool_calls import (
     Family,
@@ -39,12 +39,19 @@ from chameleon_deploy.serve.chat_schemas import (
     ToolCallDelta,
     TopLogprob,
 )
-from chameleon_deploy.serve.completions import REASONS, outputs_field, outputs_of, raise_failure, sampling_of
+from chameleon_deploy.serve.completions import (
+    REASONS,
+    generate_options,
+    outputs_field,
+    outputs_of,
+    raise_failure,
+    sampling_of,
+)
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream, events
 from chameleon_deploy.serve.logprobs import LOWEST
 from chameleon_deploy.serve.models import Meant
-from chameleon_deploy.serve.schemas import ChoiceAdaptation, CohortInfo
+from chameleon_deploy.serve.schemas import ChoiceAdaptation, CohortInfo, PromptDetails
 from chameleon_deploy.serve.scoring import adapt_options
 from chameleon_deploy.serve.service import Served
 
@@ -89,7 +96,8 @@ class Job:
         return ChoiceAdaptation(self.meant.mode, self.stream.cluster_ids[0], info)
 
     def usage(self, new_tokens: int) -> ChatUsage:
-        return ChatUsage(len(self.ids), new_tokens, len(self.ids) + new_tokens)
+        cached = PromptDetails(self.stream.cached_tokens[0])
+        return ChatUsage(len(self.ids), new_tokens, len(self.ids) + new_tokens, cached)
 
 
 def prepare(call: Call[ChatRequest]) -> Job:
@@ -110,8 +118,7 @@ def prepare(call: Call[ChatRequest]) -> Job:
             body.chat_template_kwargs or {},
             served.sanitize_control_tokens,
         )
-        generate = Generate(limit, [sampling], body.n, body.deadline, body.prompt_lookup_num_tokens)
-        ids, generate = chat_prompt(template, conversation, generate)
+        ids, generate = chat_prompt(template, conversation, generate_options(call, limit, [sampling]))
         stream = served.engine.submit([ids], generate, adapt_options(call, meant, 1))
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": "tools" if _forces_calls(body) else outputs_field(body)}

@@ -131,18 +131,13 @@ class ChatChoice(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class PromptDetails(Struct, frozen=True):
-    cached_tokens: int = 0
-
-
 class AnswerDetails(Struct, frozen=True):
     reasoning_tokens: int = 0
 
 
 class ChatUsage(Usage):
-    """The details are 0: no prompt is taken from a cache, and what a model reasons is part of its answer."""
+    """The details of an answer are 0: what a model reasons is part of it."""
 
-    prompt_tokens_details: PromptDetails = PromptDetails()
     completion_tokens_details: AnswerDetails = AnswerDetails()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -30,10 +30,13 @@ from chameleon_deploy.serve.schemas import (
     CompletionRequest,
     GenerationRequest,
     Logprobs,
+    PromptDetails,
     Usage,
 )
 from chameleon_deploy.serve.scoring import adapt_options, score_prompts
 from chameleon_deploy.serve.service import Served
+
+Request = TypeVar("Request", bound=GenerationRequest)
 
 _SEED_MASK = 2**64 - 1
 _FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
@@ -84,7 +87,8 @@ class Job:
 
     def usage(self, new_tokens: int) -> Usage:
         prompt_tokens = sum(map(len, self.ids))
-        return Usage(prompt_tokens, new_tokens, prompt_tokens + new_tokens)
+        cached = PromptDetails(sum(self.stream.cached_tokens) if self.stream else 0)
+        return Usage(prompt_tokens, new_tokens, prompt_tokens + new_tokens, cached)
 
     def cancel(self) -> None:
         if self.stream is not None:
@@ -172,17 +176,25 @@ def sampling_of(
     return sampling
 
 
+def generate_options(call: Call[Request], limit: int, sampling: Sequence[Sampling]) -> Generate:
+    """Return how the prompts of a request are continued."""
+    body = call.body
+    return Generate(
+        max_new_tokens=limit,
+        sampling=sampling,
+        n=body.n,
+        deadline=body.deadline,
+        prompt_lookup_num_tokens=body.prompt_lookup_num_tokens,
+        cache_salt=call.salt + body.cache_salt,
+        cache_generated=body.cache_generated,
+    )
+
+
 def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampling, meant: Meant) -> Stream:
     body = call.body
     try:
         # Each prompt is as if it were alone.
-        generate = Generate(
-            max_new_tokens=body.max_tokens,
-            sampling=[sampling] * len(ids),
-            n=body.n,
-            deadline=body.deadline,
-            prompt_lookup_num_tokens=body.prompt_lookup_num_tokens,
-        )
+        generate = generate_options(call, body.max_tokens, [sampling] * len(ids))
         stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": outputs_field(body)}

@@ -5,10 +5,12 @@ Names are vLLM's where the meaning is the same. A row is one continuation of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime.engine.engine import Engine, Stats
@@ -56,6 +58,8 @@ class Metrics:
         self._gauge("num_requests_waiting", "Rows that wait for a place.", engine, lambda stats: stats.waiting)
         self._gauge("kv_cache_usage_perc", "Part of the key-value cache in use, 0 to 1.", engine, _cache_usage)
         self._gauge("factor_sets_resident", "Factor sets in the table.", engine, lambda stats: stats.factor_sets)
+
+        self._registry.register(PrefixCacheCollector(engine))
 
     def observe(self, iteration: Iteration) -> None:
         """Called by the engine after every iteration."""
@@ -107,6 +111,27 @@ class Metrics:
     def _gauge(self, name: str, text: str, engine: Engine, value: Callable[[Stats], float]) -> None:
         gauge = Gauge(f"chameleon_{name}", text, registry=self._registry)
         gauge.set_function(lambda: value(engine.stats()))
+
+
+class PrefixCacheCollector(Collector):
+    """What an engine's prefix cache has counted, read whenever it is asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.prefix_cache_stats()
+        for name, text, value in (
+            ("queries", "Prompt tokens that were looked for in the prefix cache.", stats.queries),
+            ("hits", "Prompt tokens that were found in the prefix cache.", stats.hits),
+            ("evictions", "Tokens that left the prefix cache to make room for others.", stats.evictions),
+        ):
+            yield CounterMetricFamily(f"chameleon_prefix_cache_{name}", text, value)
+        for name, text, value in (
+            ("tokens", "Tokens in the prefix cache.", stats.tokens),
+            ("bytes", "Bytes of keys and values in the prefix cache.", stats.bytes),
+        ):
+            yield GaugeMetricFamily(f"chameleon_prefix_cache_{name}", text, value)
 
 
 def _cache_usage(stats: Stats) -> float:

@@ -27,11 +27,13 @@ _ERRORS = {
 
 def document(operations: Sequence[Operation] = OPERATIONS) -> dict[str, Any]:
     """The document of a server that has these operations."""
-    types = (*(t for o in operations for t in (o.body, o.response) if t), schemas.Model, schemas.Health,
-             schemas.Version, schemas.ErrorBody)  # fmt: skip
+    bodies = dict.fromkeys(t for o in operations for t in (o.body, o.response) if t)
+    types = (*bodies, schemas.Model, schemas.Health, schemas.Version, schemas.ErrorBody)  # fmt: skip
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     reference = dict(zip(types, references, strict=True))
-    paths: dict[str, Any] = {o.path: {o.method.lower(): _operation(o, reference)} for o in operations}
+    paths: dict[str, Any] = {}
+    for o in operations:
+        paths.setdefault(o.path, {})[o.method.lower()] = _operation(o, reference)
     paths["/v1/models/{model}"] = {"get": _answer("One model.", reference[schemas.Model], reference, _MODEL)}
     paths["/health"] = {"get": _answer("Whether requests can be taken.", reference[schemas.Health], reference)}
     paths["/version"] = {"get": _answer("Versions and the bundle.", reference[schemas.Version], reference)}

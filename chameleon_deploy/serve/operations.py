@@ -27,17 +27,18 @@ from chameleon_deploy.serve.scoring import score
 
 @dataclass(frozen=True)
 class Operation:
-    """body: type of the JSON body of a POST; None for a GET"""
+    """body: type of the JSON body of a POST; None for other methods"""
 
     path: str
     handler: Callable[[Call[Any]], Awaitable[Any]]
     response: type[msgspec.Struct]
     summary: str
     body: type[msgspec.Struct] | None = None
+    is_deletion: bool = False
 
     @property
     def method(self) -> str:
-        return "GET" if self.body is None else "POST"
+        return "POST" if self.body is not None else "DELETE" if self.is_deletion else "GET"
 
 
 async def _models(call: Call[None]) -> schemas.ModelList:
@@ -72,6 +73,16 @@ async def _clusters(call: Call[None]) -> schemas.ClusterList:
     return schemas.ClusterList(
         data=[schemas.Cluster(id=i, size=sizes[i], centroid=centroid) for i, centroid in enumerate(centroids)]
     )
+
+
+async def _prefix_cache(call: Call[None]) -> schemas.PrefixCache:
+    stats = call.served.engine.prefix_cache_stats(call.salt)
+    return schemas.PrefixCache(tokens=stats.tokens, bytes=stats.bytes, max_bytes=stats.max_bytes)
+
+
+async def _clear_prefix_cache(call: Call[None]) -> schemas.PrefixCache:
+    call.served.engine.clear_prefix_cache(call.salt)
+    return await _prefix_cache(call)
 
 
 async def _load_adapter(call: Call[schemas.LoadAdapterRequest]) -> schemas.Model:
@@ -153,6 +164,11 @@ OPERATIONS = (
     Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
     Operation("/v1/adapt", _adapt, schemas.AdaptResponse, "Embeddings and nearest clusters.", schemas.TextsRequest),
     Operation("/v1/clusters", _clusters, schemas.ClusterList, "Centroids, and prompts seen of each."),
+    Operation("/v1/cache", _prefix_cache, schemas.PrefixCache, "The tenant's part of the prefix cache."),
+    Operation(
+        "/v1/cache", _clear_prefix_cache, schemas.PrefixCache, "Empty the tenant's part of the prefix cache.",
+        is_deletion=True,
+    ),
     Operation(
         "/v1/load_lora_adapter", _load_adapter, schemas.Model, "Load an adapter file.", schemas.LoadAdapterRequest
     ),

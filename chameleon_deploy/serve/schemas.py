@@ -11,6 +11,7 @@ from chameleon_deploy.runtime.generation import MAX_DRAFT_TOKENS
 from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_TOKEN_IDS
 
 MAX_CHOICES = 128  # of one prompt
+MAX_SALT = 1024
 MAX_COMPLETION_LOGPROBS = 5  # as in OpenAI's API; chat has more
 
 Count = Annotated[int, Meta(ge=1)]
@@ -95,6 +96,13 @@ class GenerationRequest(AdaptedRequest, kw_only=True):
     prompt_lookup_num_tokens: Annotated[
         int, Meta(ge=0, le=MAX_DRAFT_TOKENS, description="Tokens that are drafted for a call while a row is alone.")
     ] = 0
+    cache_salt: Annotated[
+        str, Meta(max_length=MAX_SALT, description="The prefix cache shares only among requests of equal salts.")
+    ] = ""
+    cache_generated: Annotated[
+        bool,
+        Meta(description="Whether the prefix cache may give and keep what steps wrote, which is not bitwise equal."),
+    ] = True
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -139,10 +147,17 @@ class CompletionChoice(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class PromptDetails(Struct):
+    """cached_tokens were found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class Completion(Struct, kw_only=True):
@@ -285,6 +300,14 @@ class Cluster(Struct, kw_only=True):
 class ClusterList(Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[Cluster]
+
+
+class PrefixCache(Struct, kw_only=True):
+    """The prefix cache: tokens and bytes of this key's tenant, and the most bytes of all tenants together."""
+
+    tokens: int
+    bytes: int
+    max_bytes: int
 
 
 class Health(Struct):

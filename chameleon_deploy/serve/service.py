@@ -141,7 +141,7 @@ class Service:
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
         engine = Engine(
             runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
-            max_factor_sets=s.max_factor_sets, capacity=s.capacity,
+            max_factor_sets=s.max_factor_sets, capacity=s.capacity, prefix_cache_bytes=s.prefix_cache_bytes,
             cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
         )  # fmt: skip
         models.max_length = engine.capacity

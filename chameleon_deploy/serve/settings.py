@@ -35,6 +35,17 @@ class Settings:
         ]
         | None
     ) = None
+    prefix_cache_bytes: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                description="Bytes of keys and values that later prompts may begin with, 0 for none; default: a tenth "
+                "of the free memory.",
+            ),
+        ]
+        | None
+    ) = None
     max_factor_sets: (
         Annotated[int, Meta(ge=1, description="Factor sets of the running rows; default: as many as --rows.")] | None
     ) = None

@@ -34,6 +34,7 @@ from chameleon_deploy.runtime import Adapt, Engine, Generate, Sampling, Stream, 
 
 BUNDLE = "bundle"  # directory of it beside model.py
 CANCEL_SECONDS = 0.2  # between two looks for requests that their clients have cancelled
+GENERATE_FIELDS = ("n", "deadline", "prompt_lookup_num_tokens", "cache_salt", "cache_generated")
 # By name: Triton adds its error type to the module after this one is imported.
 _CODES: dict[type[Exception], str] = {
     **dict.fromkeys((InputError, TokenError, LengthError, ModeError), "INVALID_ARG"),
@@ -92,7 +93,7 @@ class Model:
         text, adapter = fields.pop("text_input"), fields.pop("lora_name", None)
         adapt = _take(fields, "mode", "adapt_tokens", "conditioning")
         adapt |= {"adapters": [adapter]} if adapter is not None else {"mode": adapt.get("mode", self._mode)}
-        generate = _take(fields, "n", "deadline", "prompt_lookup_num_tokens")
+        generate = _take(fields, *GENERATE_FIELDS)
         limit = fields.pop("max_tokens", 16)
         if unknown := fields.keys() - Sampling.__dataclass_fields__:
             raise InputError(f"sampling_parameters has the unknown field {min(unknown)!r:.60}", "sampling_parameters")
