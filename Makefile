@@ -2,7 +2,7 @@
 # `make bench` measures a pretrained model beside other engines.
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
 # `make processors` emulates other processors (AVX2 alone, SSE4 alone, aarch64) and runs on each what they may differ in.
-# `make scale` runs what needs Ray Serve, tritonserver or lm-evaluation-harness, and installs them; CHAMELEON_DEPLOY_RAY_KILLS=10 is the long form.
+# `make scale` runs what needs Ray Serve, tritonserver, lm-evaluation-harness, LangChain or guidellm, and installs them; CHAMELEON_DEPLOY_RAY_KILLS=10 is the long form.
 # `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
@@ -26,7 +26,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
 
 scale: .venv/scale
-	LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton $(BIN)/python -m pytest -m 'ray or triton' tests/serve
+	CLIENTS=$(CURDIR)/.venv/clients LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton \
+	$(BIN)/python -m pytest -m 'clients or ray or triton' tests/serve
 
 # In environments of their own: tritonserver wants numpy below 2.
 .venv/scale: .venv/ready
@@ -35,6 +36,8 @@ scale: .venv/scale
 	.venv/triton/bin/pip install --quiet --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
 	$(PYTHON) -m venv .venv/lm-eval
 	.venv/lm-eval/bin/pip install --quiet 'lm-eval[api]>=0.4.13'
+	$(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/pip install --quiet 'guidellm>=0.8' 'langchain-openai>=1'
 	touch $@
 
 mutants: .venv/ready

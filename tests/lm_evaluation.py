@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
 """
 
+GENERATION = """\
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: ""
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false, temperature: 0}
+metric_list: [{metric: bypass}]
+"""
+
 
 def write_tasks(directory: Path, runtime: Runtime, documents: int) -> Path:
     """So many questions, whose choices are greedy, nearly greedy and any text, and texts of up to four windows."""
@@ -57,21 +66,32 @@ def write_tasks(directory: Path, runtime: Runtime, documents: int) -> Path:
     return directory
 
 
-def evaluate(tasks: Path, out: Path, model: str, arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def write_questions(directory: Path, texts: Sequence[str]) -> Path:
+    """The task `generation`: texts to answer."""
+    directory.mkdir(exist_ok=True)
+    file = directory / "generation.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (directory / "generation.yaml").write_text(TASK.format(name="generation", file=file) + GENERATION)
+    return directory
+
+
+def evaluate(
+    tasks: Path, out: Path, model: str, arguments: str, names: Sequence[str] = ("choice", "rolling"), *options: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What lm-eval reports: its metrics, and its samples in order."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "cache")}
     subprocess.run(
-        [os.environ["LM_EVAL"], "run", "--model", model, "--model_args", arguments, "--tasks", "choice,rolling",
-         "--include_path", tasks, "--output_path", out, "--log_samples", "--device", "cpu"],
+        [os.environ["LM_EVAL"], "run", "--model", model, "--model_args", arguments, "--tasks", ",".join(names),
+         "--include_path", tasks, "--output_path", out, "--log_samples", "--device", "cpu", *options],
         check=True, env=os.environ | offline,
     )  # fmt: skip
     results = json.loads(next(out.rglob("results_*.json")).read_text())["results"]
     samples = [
         json.loads(line)
-        for name in ("choice", "rolling")
+        for name in names
         for line in next(out.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines()
     ]
-    return results, sorted(samples, key=lambda sample: ("text" in sample["doc"], sample["doc_id"]))
+    return results, sorted(samples, key=lambda sample: ("question" not in sample["doc"], sample["doc_id"]))
 
 
 def evaluate_server(tasks: Path, out: Path, url: str, model: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -81,6 +101,13 @@ def evaluate_server(tasks: Path, out: Path, url: str, model: str) -> tuple[dict[
         f"model={model},base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent=4,"
         f"tokenized_requests=True,max_length={POSITIONS}",
     )  # fmt: skip
+
+
+def answers_of_server(tasks: Path, out: Path, url: str, model: str) -> list[str]:
+    """What a server answers to the questions, each as a conversation."""
+    arguments = f"model={model},base_url={url}/v1/chat/completions,num_concurrent=4,max_length={POSITIONS}"
+    _, samples = evaluate(tasks, out, "local-chat-completions", arguments, ["generation"], "--apply_chat_template")
+    return [sample["resps"][0][0] for sample in samples]
 
 
 def likelihoods(sample: dict[str, Any]) -> list[tuple[float, bool | None]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from chameleon_deploy import Conversation, Engine, Runtime, Sampling, StructuredOutputs
@@ -130,6 +132,22 @@ def test_tool_calls_are_found_and_their_results_go_back(speaking: Running) -> No
     assert (without.message.content, without.finish_reason) == (ANSWERS[1], "stop")
     no_tools = ask(speaking, asking(speaking, 1), tools=TOOLS, tool_choice="none").choices[0]
     assert no_tools.message == without.message
+
+
+def test_the_client_parses_answers_and_arguments(speaking: Running) -> None:
+    class Trip(pydantic.BaseModel):
+        place: Literal["Rome", "Oslo"]
+        days: int = pydantic.Field(ge=1, le=9)
+
+    completions: Any = speaking.openai().chat.completions
+    parse = functools.partial(
+        completions.parse, model=speaking.name, messages=HELLO, temperature=1, max_tokens=150
+    )  # fmt: skip
+    for seed in range(3):
+        assert isinstance(parse(response_format=Trip, seed=seed).choices[0].message.parsed, Trip)
+    tools = [openai.pydantic_function_tool(Trip, name="trip")]
+    (call,) = parse(tools=tools, tool_choice="required", parallel_tool_calls=False).choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Trip)
 
 
 def test_a_call_that_is_no_json_is_text(speaking: Running) -> None:
