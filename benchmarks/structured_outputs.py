@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,7 @@ def _array(chance: random.Random, depth: int, names: Sequence[str]) -> dict[str,
     schema = {"type": "array", "items": _schema(chance, depth, names), "minItems": least}
     if chance.random() < 0.8:
         schema["maxItems"] = least + chance.randint(0, 3)
-    if chance.random() < 0.2:
+    if least and chance.random() < 0.2:
         schema["prefixItems"] = [_schema(chance, 0, names) for _ in range(least)]
     return schema
 
@@ -158,10 +159,15 @@ def fault(schema: dict[str, Any], generation: Generation) -> str | None:
     if generation.finish_reason != "stop":
         return None
     try:
-        jsonschema_rs.validate(schema, json.loads(generation.text))
+        jsonschema_rs.validate(schema, json.loads(generation.text, parse_float=_finite))
     except ValueError as error:  # of either library
         return f"{error}"
     return None
+
+
+def _finite(text: str) -> float:
+    """Return a number of JSON, where it is too large the largest float, since infinity is none."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def mask_seconds(runtime: Runtime, found: Sequence[Outcome]) -> tuple[list[float], list[float]]:

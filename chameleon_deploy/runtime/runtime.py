@@ -184,6 +184,10 @@ class Runtime:
         model = self.manifest.model
         return Grammars(self.tokenizer, model.vocab_size, model.eos_token_id)
 
+    def has_compiled(self, outputs: StructuredOutputs) -> bool:
+        """Return whether a call with these structured outputs takes no time to compile them."""
+        return "_grammars" in self.__dict__ and outputs in self._grammars
+
     def new_mask(self, sampling: Sampling) -> TokenMask | None:
         """Return the state of a new row's structured outputs; None where its text is free.
 

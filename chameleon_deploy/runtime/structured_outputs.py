@@ -7,25 +7,30 @@ guided generation for large language models, arXiv 2307.09702). llguidance finds
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from chameleon_deploy.errors import DependencyError, InputError
+from chameleon_deploy.runtime.bounded_process import BoundedProcess
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_CHARACTERS = 2**16  # of a schema, an expression, all choices or a grammar
 KEPT = 64  # compiled grammars that are kept
-_MAX_MESSAGE = 300  # characters of what llguidance says
+CPU_SECONDS = 1.0  # of compiling one
+MEMORY = 128 * 2**20  # bytes
 # What Python's json.dumps writes, and models that read it. Where whitespace is free, a weak model writes nothing else.
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False,
-              "coerce_one_of": False, "whitespace_pattern": None}  # fmt: skip
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False,
+             "coerce_one_of": False, "whitespace_pattern": None}  # fmt: skip
+_MAX_MESSAGE = 300  # characters of what llguidance says
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class StructuredOutputs:
 
 
 class Grammars:
-    """Compiles structured outputs for one tokenizer. Safe to use from any thread."""
+    """Compiles structured outputs for one tokenizer, each within bounds. Safe to use from any thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_id: int) -> None:
         """
@@ -81,22 +86,20 @@ class Grammars:
         Raises DependencyError without llguidance, InputError for a tokenizer that it cannot read.
         """
         try:
-            import llguidance
+            from chameleon_deploy.runtime import compile_process
         except ImportError as error:
             message = "structured_outputs need llguidance: pip install 'chameleon-deploy[structured]'"
             raise DependencyError(message, "structured_outputs") from error
-        self._llguidance = llguidance
-        size = max(vocab_size, tokenizer.get_vocab_size())
         self._vocab_size, self._eos_token_id = vocab_size, eos_token_id
+        about = tokenizer.to_str(), max(vocab_size, tokenizer.get_vocab_size()), eos_token_id
         try:
-            self._tokenizer = llguidance.LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=eos_token_id)
+            self._tokenizer = compile_process.read_tokenizer(*about)
         except ValueError as error:
             raise _error(f"the tokenizer of this model cannot be followed: {error}") from error
-        self._limits = llguidance.LLParserLimits(
-            max_lexer_states=20_000,  # of 1 to 2 kB each
-            verbose_errors=False,
-        )
-        self._compiled = lru_cache(KEPT)(self._compile)
+        self._matcher_of = compile_process.matcher_of
+        self._process = BoundedProcess(Path(compile_process.__file__), CPU_SECONDS, MEMORY, [about, JSON_FORM])
+        self._kept: OrderedDict[StructuredOutputs, LLMatcher | str] = OrderedDict()  # or what is wrong with them
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
 
     def mask(self, outputs: StructuredOutputs, stop_ids: Sequence[int], ignore_eos: bool) -> TokenMask:
         """Return the state of a new row.
@@ -106,43 +109,39 @@ class Grammars:
 
         Raises InputError for structured outputs that cannot be compiled.
         """
+        compiled = self._find(outputs) or self._compile(outputs)
+        if isinstance(compiled, str):
+            raise _error(compiled)
         ends = [token_id for token_id in stop_ids if token_id < self._vocab_size]
-        return TokenMask(self._compiled(outputs).deep_copy(), self._vocab_size, self._eos_token_id, ends, ignore_eos)
+        return TokenMask(compiled.deep_copy(), self._vocab_size, self._eos_token_id, ends, ignore_eos)
 
-    def _compile(self, outputs: StructuredOutputs) -> LLMatcher:
+    def __contains__(self, outputs: StructuredOutputs) -> bool:
+        """Return whether a mask takes no time to compile."""
+        return outputs in self._kept
+
+    def _find(self, outputs: StructuredOutputs) -> LLMatcher | str | None:
+        with self._lock:
+            if outputs in self._kept:
+                self._kept.move_to_end(outputs)
+            return self._kept.get(outputs)
+
+    def _compile(self, outputs: StructuredOutputs) -> LLMatcher | str:
         (name,) = [field.name for field in fields(outputs) if getattr(outputs, field.name) is not None]
-        try:
-            grammar = getattr(self, f"_{name}")(getattr(outputs, name))
-        except (ValueError, RecursionError) as error:
-            raise _error(f"{name}: {error}") from error
-        matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        matcher.compute_bitmask()  # the first one finds more, and copies share what it computes
-        if matcher.is_error():
-            raise _error(f"{name}: {_first_line(matcher)}")
-        return matcher
-
-    def _json(self, text: str) -> str:
-        schema = json.loads(text)
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
-        if not isinstance(schema, dict):
-            raise ValueError("a schema must be an object")
-        return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON_FORM}}]})
-
-    def _regex(self, text: str) -> str:
-        return self._llguidance.LLMatcher.grammar_from_regex(text)
-
-    def _choice(self, texts: Sequence[str]) -> str:
-        literals = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-        return _lark(f"start: CHOICE\nCHOICE: {literals}\n")
-
-    def _grammar(self, text: str) -> str:
-        from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
-
-        try:
-            return _lark(any_to_lark(text))
-        except GbnfToLarkError as error:
-            raise ValueError(str(error)) from error
+        with self._compiling:
+            if (compiled := self._find(outputs)) is not None:  # by another thread
+                return compiled
+            answer = self._process.ask([name, getattr(outputs, name)])
+            compiled = f"{name}: {answer.get('error')}"
+            if "text" in answer:
+                try:
+                    compiled = self._matcher_of(self._tokenizer, answer["text"])
+                except ValueError as error:
+                    compiled = f"{name}: {_shortened(str(error))}"
+        with self._lock:
+            self._kept[outputs] = compiled
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return compiled
 
 
 class TokenMask:
@@ -172,12 +171,12 @@ class TokenMask:
         """Append the row's next token. Raises InputError for one that was not allowed."""
         self._allowed = None
         if token_id not in self._ends and not self._matcher.consume_token(token_id):
-            raise _error(f"token {token_id} does not continue the text: {_first_line(self._matcher)}")
+            raise _error(f"token {token_id} does not continue the text: {_shortened(self._matcher.get_error())}")
 
     def _next(self) -> npt.NDArray[np.bool_]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise _error(_first_line(self._matcher))
+            raise _error(_shortened(self._matcher.get_error()))
         allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         if allowed[self._eos_token_id]:
             if self._ignore_eos:
@@ -187,18 +186,9 @@ class TokenMask:
         return allowed[: self._vocab_size]
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """Return the body of a rule in Lark whose texts follow a JSON schema."""
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORM})}"
-
-
-def _lark(text: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": text}]})
-
-
-def _first_line(matcher: LLMatcher) -> str:
-    text = matcher.get_error().partition("\n")[0]
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
+def _shortened(message: str) -> str:
+    message = message.partition("\n")[0]
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
 
 
 def _error(message: str) -> InputError:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from chameleon_deploy.runtime import StructuredOutputs
 from chameleon_deploy.serve.keys import Right
 from chameleon_deploy.serve.service import Served
 
@@ -45,9 +46,18 @@ class Call(Generic[B]):
         """
         return work() if self.size <= LARGE else await self.off_loop(work, undo)
 
-    async def off_loop(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
-        """Do what may wait, without holding up other requests. undo: as in `off_loop_if_large`"""
-        working = asyncio.get_running_loop().run_in_executor(None, work)
+    async def off_loop(
+        self, work: Callable[[], T], undo: Callable[[T], None] | None = None, outputs: StructuredOutputs | None = None
+    ) -> T:
+        """Do what may wait, without holding up other requests.
+
+        undo     as in `off_loop_if_large`
+        outputs  structured outputs that the work compiles
+        """
+        # Those that are new are compiled one after the other, so that nobody waits for them who has none.
+        compiles = outputs is not None and not self.served.runtime.has_compiled(outputs)
+        executor = self.served.compiler if compiles else None
+        working = asyncio.get_running_loop().run_in_executor(executor, work)
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:

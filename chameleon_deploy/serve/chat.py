@@ -61,7 +61,9 @@ _FIELDS = {"prompts": "messages", "max_new_tokens": "max_completion_tokens", "ad
 
 async def complete_chat(call: Call[ChatRequest]) -> ChatCompletion | Response:
     """Answer one conversation; where the request is cancelled, its rows are."""
-    job = await call.off_loop(lambda: prepare(call), undo=lambda job: job.stream.cancel())
+    check(call.body)
+    outputs = _forced_calls(call) if _forces_calls(call.body) else outputs_of(call.body)
+    job = await call.off_loop(lambda: prepare(call, outputs), lambda job: job.stream.cancel(), outputs)
     return EventStream(events(_chunks(job))) if job.body.stream else await _whole(job)
 
 
@@ -100,16 +102,14 @@ class Job:
         return ChatUsage(len(self.ids), new_tokens, len(self.ids) + new_tokens, cached)
 
 
-def prepare(call: Call[ChatRequest]) -> Job:
+def prepare(call: Call[ChatRequest], outputs: StructuredOutputs | None) -> Job:
     """Check a request and submit it. Raises ApiError or a ChameleonError."""
     body, served = call.body, call.served
     meant = served.models.resolve(body.model, body.mode)
-    check(body)
     tools = [msgspec.to_builtins(tool) for tool in body.tools or ()] if body.tool_choice != "none" else []
     limit = body.max_completion_tokens or body.max_tokens or served.models.max_length
     try:
         template = served.runtime.chat_template
-        outputs = _forced_calls(body, served) if _forces_calls(body) else outputs_of(body)
         sampling = sampling_of(body, served, (body.top_logprobs or 0) if body.logprobs else None, outputs)
         conversation = Conversation(
             msgspec.to_builtins(body.messages),
@@ -157,16 +157,19 @@ def _forces_calls(body: ChatRequest) -> bool:
     return body.tool_choice not in ("none", "auto")
 
 
-def _forced_calls(body: ChatRequest, served: Served) -> StructuredOutputs:
-    """Return the grammar of the calls that tool_choice asks for."""
+def _forced_calls(call: Call[ChatRequest]) -> StructuredOutputs:
+    """Return the grammar of the calls that tool_choice asks for. Raises ApiError."""
+    body, runtime = call.body, call.served.runtime
     named = body.tool_choice.function.name if isinstance(body.tool_choice, FunctionChoice) else None
     functions = {
         tool.function.name: tool.function.parameters for tool in body.tools or () if named in (None, tool.function.name)
     }
-    runtime = served.runtime
     several = body.parallel_tool_calls and named is None
-    grammar = calls_grammar(family_of(runtime.chat_template.source), functions, several, runtime.tokenizer)
-    return StructuredOutputs(grammar=grammar)
+    try:
+        family = family_of(runtime.chat_template.source)
+        return StructuredOutputs(grammar=calls_grammar(family, functions, several, runtime.tokenizer))
+    except ChameleonError as error:
+        raise api_error(error, "tools" if error.argument == "structured_outputs" else error.argument) from error
 
 
 class RowWriter:

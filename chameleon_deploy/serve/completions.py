@@ -45,9 +45,11 @@ REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline"
 
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
     """Answer one request; where it is cancelled, its rows are."""
-    compiles = call.body.response_format is not None or call.body.structured_outputs is not None
-    elsewhere = call.off_loop if compiles else call.off_loop_if_large
-    job = await elsewhere(lambda: prepare(call), undo=Job.cancel)
+    outputs = outputs_of(call.body)
+    if outputs is None:
+        job = await call.off_loop_if_large(lambda: prepare(call), undo=Job.cancel)
+    else:
+        job = await call.off_loop(lambda: prepare(call, outputs), Job.cancel, outputs)
     try:
         echoes = await _echoed(job, call)
     except BaseException:
@@ -95,13 +97,13 @@ class Job:
             self.stream.cancel()
 
 
-def prepare(call: Call[CompletionRequest]) -> Job:
+def prepare(call: Call[CompletionRequest], outputs: StructuredOutputs | None = None) -> Job:
     """Check a request and submit it. Raises ApiError or a ChameleonError."""
     body, served = call.body, call.served
     meant = served.models.resolve(body.model, body.mode)
     mode = meant.mode
     check(body, mode, served)
-    sampling = sampling_of(body, served, body.logprobs, outputs_of(body))
+    sampling = sampling_of(body, served, body.logprobs, outputs)
     ids = encode(body.prompt, "prompt", served)
     stream = _submit(call, ids, sampling, meant) if body.max_tokens else None
     cluster_ids = list(stream.cluster_ids) if stream else served.runtime.embed(ids)[1].tolist()

@@ -40,6 +40,7 @@ class Served:
     sanitize_control_tokens  see Conversation
     cluster_sizes  prompts completed per cluster
     scorer         the one thread that scores: many at once would only slow the engine down
+    compiler       the one thread that compiles structured outputs
     """
 
     runtime: Runtime
@@ -53,6 +54,7 @@ class Served:
     sanitize_control_tokens: bool
     cluster_sizes: Counter[int] = field(default_factory=Counter)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
+    compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-compiler"))
 
     def count_prompt(self, mode: Mode, cluster_id: int) -> None:
         """Count a prompt that was accepted."""
@@ -213,7 +215,8 @@ class Service:
         while self._requests and time.monotonic() < end and not self._aborted:  # those that score
             time.sleep(0.02)
         self._ended = True
-        self._served.scorer.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._served.scorer, self._served.compiler):
+            executor.shutdown(wait=False, cancel_futures=True)
         if self._watchdog is not None:
             self._watchdog.stop()
 

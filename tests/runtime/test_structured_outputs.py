@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import chameleon_deploy
 from chameleon_deploy import Engine, Generation, Runtime, Sampling, StructuredOutputs
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.errors import DependencyError, InputError
@@ -324,13 +326,77 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
 
 def test_without_llguidance(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "chameleon_deploy.runtime.compile_process", raising=False)
+    monkeypatch.delattr(chameleon_deploy.runtime, "compile_process", raising=False)
     with pytest.raises(DependencyError, match=r"chameleon-deploy\[structured\]"):
         Grammars(runtime.tokenizer, 512, 0)
 
 
-def test_compiled_grammars_are_kept_and_bounded(runtime: Runtime) -> None:
-    grammars = Grammars(runtime.tokenizer, 512, 0)
-    for i in range(KEPT + 5):
-        grammars.mask(StructuredOutputs(choice=[str(i)]), (), ignore_eos=False)
-        grammars.mask(StructuredOutputs(choice=[str(i)]), (), ignore_eos=False)
-    assert grammars._compiled.cache_info() == (KEPT + 5, KEPT + 5, KEPT, KEPT)
+def test_what_was_compiled_is_kept_and_bounded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, asked = Grammars(runtime.tokenizer, 512, 0), list[Any]()
+    ask = grammars._process.ask
+
+    def counted(question: Any) -> dict[str, str]:
+        asked.append(question)
+        return ask(question)
+
+    monkeypatch.setattr(grammars._process, "ask", counted)
+    outputs = [StructuredOutputs(choice=[str(i)]) for i in range(KEPT + 5)]
+    threads = [threading.Thread(target=grammars.mask, args=(outputs[0], (), False)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1  # the others wait for the first
+    for each in outputs[1:]:
+        grammars.mask(each, (), ignore_eos=False)
+        grammars.mask(outputs[0], (), ignore_eos=False)
+    assert len(asked) == len(grammars._kept) + 5 == KEPT + 5
+    assert outputs[0] in grammars and outputs[1] not in grammars and outputs[-1] in grammars
+    wrong = StructuredOutputs(regex="(")
+    for _ in range(2):
+        with pytest.raises(InputError):
+            grammars.mask(wrong, (), ignore_eos=False)
+    assert len(asked) == KEPT + 6
+
+
+def chain(length: int) -> dict[str, Any]:
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "null"}}}
+
+
+# Each took seconds, hundreds of megabytes or the process where nothing bounded it.
+HOSTILE = {
+    "deep references": StructuredOutputs(json=chain(1800)),
+    "deep rules": StructuredOutputs(
+        grammar="start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4500)) + 'r4500: "a"'
+    ),
+    "terminals that double": StructuredOutputs(
+        grammar="start: R0\n" + "".join(f"R{i}: R{i + 1} R{i + 1}\n" for i in range(2500)) + 'R2500: "a"'
+    ),
+    "nested repetitions": StructuredOutputs(regex="(((a{1000}){1000}){1000})"),
+    "pairs of patterns": StructuredOutputs(
+        json={"type": "object", "patternProperties": {f"^{i}.*z{i}$": {} for i in range(2500)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("outputs", HOSTILE.values(), ids=HOSTILE)
+def test_what_takes_too_much_is_an_error_and_harms_nobody(outputs: StructuredOutputs, runtime: Runtime) -> None:
+    with Engine(runtime, rows=2) as engine:
+        other = engine.submit([ROWS[0]], max_new_tokens=LIMIT)
+        with pytest.raises(InputError, match="it takes more than 1 seconds, 128 MB, or the stack") as found:
+            engine.submit([ROWS[0]], sampling=Sampling(structured_outputs=outputs))
+        assert found.value.argument == "structured_outputs"
+        assert other.result(60) == runtime.generate([ROWS[0]], max_new_tokens=LIMIT)
+        new = StructuredOutputs(choice=[f"n{list(HOSTILE.values()).index(outputs)}"])
+        (generation,) = engine.submit([ROWS[0]], sampling=Sampling(structured_outputs=new)).result(60)
+        assert generation.finish_reason == "stop"
+
+
+def test_a_step_that_takes_too_much_ends_its_row_alone(runtime: Runtime) -> None:
+    sampling = [Sampling(structured_outputs=StructuredOutputs(grammar='start: ("a"{1000}){1000}')), Sampling()]
+    failed, other = runtime.generate([ROWS[0]] * 2, max_new_tokens=5, sampling=sampling, errors="row")
+    assert failed.finish_reason == "error" and isinstance(failed.error, InputError)
+    assert failed.error.argument == "structured_outputs"
+    assert other == runtime.generate([ROWS[0]] * 2, max_new_tokens=5, sampling=[Sampling()] * 2)[1]

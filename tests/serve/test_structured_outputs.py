@@ -153,15 +153,15 @@ def test_a_schema_that_compiles_slowly_holds_up_nobody(speaking: Running, monkey
     compiling, go_on = threading.Event(), threading.Event()
     compile_ = structured_outputs.Grammars._compile
 
-    def slowly(self: Any, outputs: StructuredOutputs) -> Any:
+    def slowly(self: structured_outputs.Grammars, outputs: StructuredOutputs) -> Any:
         if outputs.regex == "slow":
             compiling.set()
             assert go_on.wait(60)
         return compile_(self, outputs)
 
-    monkeypatch.setattr(
-        speaking.runtime._grammars, "_compiled", lambda outputs: slowly(speaking.runtime._grammars, outputs)
-    )
+    monkeypatch.setattr(structured_outputs.Grammars, "_compile", slowly)
+    known = {"structured_outputs": {"choice": ["known"]}}
+    assert complete(speaking, extra_body=known).choices[0].text == "known"
     answers: list[Any] = []
     body = {"structured_outputs": {"regex": "slow"}}
     asking = [
@@ -173,6 +173,9 @@ def test_a_schema_that_compiles_slowly_holds_up_nobody(speaking: Running, monkey
     assert compiling.wait(60)
     assert complete(speaking, max_tokens=2).choices[0].text is not None
     assert ask(speaking, max_tokens=2).choices[0].message.content is not None
+    for _ in range(20):  # more than there are threads, had they to wait
+        assert complete(speaking, extra_body=known).choices[0].text == "known"
+    assert ask(speaking, extra_body=known).choices[0].message.content == "known"
     assert not answers
     go_on.set()
     for thread in asking:

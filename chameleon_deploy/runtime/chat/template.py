@@ -7,6 +7,7 @@ a message ends it and opens another.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -14,18 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from chameleon_deploy.errors import InputError, ManifestError
+from chameleon_deploy.errors import DependencyError, InputError, ManifestError
+from chameleon_deploy.runtime.bounded_process import BoundedProcess
 from chameleon_deploy.runtime.chat.control_tokens import ControlTokens, plain_ids
 from chameleon_deploy.runtime.chat.conversation import Conversation, Message, Messages
-from chameleon_deploy.runtime.chat.renderer import Renderer
 from chameleon_deploy.runtime.generation import Generate
 from chameleon_deploy.runtime.inputs import chosen, is_sequence
 from chameleon_deploy.runtime.sampling_settings import Sampling
 
 Mark = Callable[[str], Any]
 
+CPU_SECONDS = 2.0  # of one rendering, or of reading the template
+MEMORY = 512 * 2**20  # bytes of address space
 MAX_NEW_TOKENS = 1024  # of an answer, where nothing else is said
 MAX_TEMPLATE = 2**20  # bytes of a template
+_PROGRAM = Path(__file__).with_name("render_process.py")
 _MAX_DEPTH = 100  # of lists and mappings in one another
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what an assistant thought; the first is standard
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"
@@ -42,8 +46,12 @@ class ChatTemplate:
 
         Raises ManifestError for a template that is not valid, DependencyError without jinja2.
         """
+        if importlib.util.find_spec("jinja2") is None:
+            raise DependencyError("a chat template needs jinja2: pip install 'chameleon-deploy[serve]'")
         self.source, self._tokenizer = source, tokenizer
-        self._renderer = Renderer(source)
+        self._process = BoundedProcess(_PROGRAM, CPU_SECONDS, MEMORY, source)
+        if "error" in self._process.first_answer:
+            raise ManifestError(f"the chat template is not valid: {self._process.first_answer['error']}")
 
     def render(self, conversation: Conversation, add_generation_prompt: bool | None = None) -> str:
         """Return the prompt's text, as apply_chat_template gives it.
@@ -158,7 +166,13 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             **_marked(dict(conversation.template_arguments), mark),
         }
-        text = self._renderer.render(variables)
+        try:
+            answer = self._process.ask(variables)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the conversation cannot be written as JSON: {error}", "messages") from error
+        if "text" not in answer:
+            raise InputError(f"the chat template fails: {answer['error']}", "messages")
+        text = answer["text"]
         return _cut(text, final) if continues else text
 
 

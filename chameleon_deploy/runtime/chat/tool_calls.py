@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from chameleon_deploy.runtime.structured_outputs import json_rule
+from chameleon_deploy.runtime.structured_outputs import JSON_FORM
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -133,7 +133,8 @@ def calls_grammar(family: Family, functions: Mapping[str, Any], several: bool, t
         else:
             opening = f'{{"name": {json.dumps(name)}, "{family.key}": '
             rules.append(f'function{i}: {json.dumps(opening)} arguments{i} "}}"')
-        rules.append(f"arguments{i}: {json_rule(_NOTHING if schema is None else {'type': 'object', **schema})}")
+        schema = _NOTHING if schema is None else {"type": "object", **schema}
+        rules.append(f"arguments{i}: %json {json.dumps({**schema, 'x-guidance': JSON_FORM})}")
     return "\n".join(["%llguidance {}", *rules])
 
 
