@@ -17,8 +17,10 @@ from chameleon_deploy.reference.presets import PRESETS, Preset
 from chameleon_deploy.reference.training_options import (
     Alpha,
     ArchitectureOption,
+    Base,
     BatchSize,
     Clusters,
+    Dataset,
     Dropout,
     Epochs,
     LearningRate,
@@ -28,6 +30,8 @@ from chameleon_deploy.reference.training_options import (
     PresetOption,
     Rank,
     Targets,
+    TrainingText,
+    ValidationText,
 )
 from chameleon_deploy.terminal import console
 
@@ -38,26 +42,15 @@ if TYPE_CHECKING:
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
+    base: Base,
     work: Annotated[Path, typer.Option(help="Directory of finished parts: repeat the command to continue.")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
-    ] = None,
-    validation_text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Validation text for early stopping; default: a tenth of the training text."),
-    ] = None,
+    text: TrainingText = None,
+    validation_text: ValidationText = None,
     test_text: Annotated[
         list[Path] | None,
         typer.Option(help="Test text; default: a fifth of --text, never trained on."),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Named dataset instead, such as wikitext: its splits train, validation and test.",
-        ),
-    ] = None,
+    dataset: Dataset = None,
     train_texts: Annotated[int | None, typer.Option(min=1, help="Number of training texts, sampled.")] = None,
     validation_texts: Annotated[int | None, typer.Option(min=1, help="Number of validation texts, sampled.")] = None,
     test_texts: Annotated[int | None, typer.Option(min=1, help="Number of test texts, sampled.")] = None,

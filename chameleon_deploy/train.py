@@ -14,8 +14,10 @@ from chameleon_deploy.reference.presets import PRESETS
 from chameleon_deploy.reference.training_options import (
     Alpha,
     ArchitectureOption,
+    Base,
     BatchSize,
     Clusters,
+    Dataset,
     Dropout,
     Epochs,
     LearningRate,
@@ -25,12 +27,14 @@ from chameleon_deploy.reference.training_options import (
     PresetOption,
     Rank,
     Targets,
+    TrainingText,
+    ValidationText,
 )
 from chameleon_deploy.terminal import console
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")],
+    base: Base,
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     regime: Annotated[
         Literal["chameleon", "lora"], typer.Option(help="Train a hypernetwork or a plain LoRA.")
@@ -56,20 +60,9 @@ def main(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
-    ] = None,
-    validation_text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Validation text for early stopping; default: a tenth of --text."),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Named dataset instead, such as wikitext: its splits train and validation.",
-        ),
-    ] = None,
+    text: TrainingText = None,
+    validation_text: ValidationText = None,
+    dataset: Dataset = None,
     preset: PresetOption = "paper",
     rank: Rank = None,
     alpha: Alpha = None,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from chameleon_deploy.reference.presets import Architecture, MatmulPrecision, PresetName, default_of
 
+Base = Annotated[str, typer.Option(help="Base model: a Hugging Face directory or hub id, or a GGUF file.")]
+TrainingText = Annotated[
+    list[Path] | None,
+    typer.Option(help='Training text: UTF-8 files, or .jsonl with a "text" field.'),
+]
+ValidationText = Annotated[
+    list[Path] | None,
+    typer.Option(help="Validation text for early stopping; default: a tenth of the training text."),
+]
+Dataset = Annotated[str | None, typer.Option(help="Named dataset instead, such as wikitext, with its splits.")]
 PresetOption = Annotated[
     PresetName,
     typer.Option(help="Preset: default values of the options below and the form of the hypernetwork."),

@@ -34,7 +34,6 @@ from tests.conftest import REPOSITORY, nearly
 TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
 TRAIN, HELD_OUT = corpus.split_texts(TEXTS, 0.2)
 TASKS = (("a", 1), ("b", -1))
-TASKS = (("a", 1), ("b", -1))
 
 
 def quiet(what: str, done: int, total: int) -> None:
