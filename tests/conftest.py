@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
-from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.bundle import Precision, open_bundle
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, build_factors, load_checkpoint
 from chameleon_deploy.reference.hypernetwork import StaticLoRA
@@ -27,6 +28,7 @@ from chameleon_deploy.reference.random import random_checkpoint
 from tests.devices import on_cpu
 
 REPOSITORY = Path(__file__).parent.parent
+Exported = Callable[[str, Precision], Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,24 +94,37 @@ def llama(llama_path: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def llama_bundle(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle") / "llama"
-    export_bundle(llama, path)
-    return path
+def tiny() -> Checkpoint:
+    """The trained checkpoint of the demo."""
+    return load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
 
 
 @pytest.fixture(scope="session")
-def bundle(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle") / "mini"
-    export_bundle(mini, path)
-    return path
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return the bundle of one of these checkpoints, by its fixture's name, in a precision. Not to be changed."""
+
+    @cache
+    def made(checkpoint: str, precision: Precision) -> Path:
+        path = tmp_path_factory.mktemp("bundle") / checkpoint
+        export_bundle(request.getfixturevalue(checkpoint), path, precision=precision)
+        return path
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def lora_bundle(mini_lora: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle") / "lora"
-    export_bundle(mini_lora, path)
-    return path
+def llama_bundle(exported: Exported) -> Path:
+    return exported("llama", "fp32")
+
+
+@pytest.fixture(scope="session")
+def bundle(exported: Exported) -> Path:
+    return exported("mini", "fp32")
+
+
+@pytest.fixture(scope="session")
+def lora_bundle(exported: Exported) -> Path:
+    return exported("mini_lora", "fp32")
 
 
 @pytest.fixture(scope="session")
@@ -118,10 +133,8 @@ def runtime(bundle: Path) -> Runtime:
 
 
 @pytest.fixture(scope="session")
-def int8_runtime(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    path = tmp_path_factory.mktemp("int8_bundle") / "mini"
-    export_bundle(mini, path, precision="int8")
-    return chameleon_deploy.load(path, threads=1)
+def int8_runtime(exported: Exported) -> Runtime:
+    return chameleon_deploy.load(exported("mini", "int8"), threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -24,22 +24,17 @@ from chameleon_deploy.runtime.decode.session import import_onnxruntime
 from chameleon_deploy.verify.checkpoint_checks import check_logits
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows
-from tests.conftest import REPOSITORY
+from tests.conftest import Exported
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("mini", "llama")
 CASES = [(family, precision) for family in FAMILIES for precision in PRECISIONS]
 
 
 @pytest.fixture(scope="module")
-def halves(mini: Checkpoint, llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+def halves(exported: Exported) -> dict[Any, Path]:
     """Bundles of both families in both precisions."""
-    paths = {}
-    for family, checkpoint in (("gpt2", mini), ("llama", llama)):
-        for precision in PRECISIONS:
-            path = paths[family, precision] = tmp_path_factory.mktemp(family) / precision
-            export_bundle(checkpoint, path, precision=precision)
-    return paths
+    return {case: exported(*case) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +62,7 @@ def test_matrices_are_stored_in_16_bits_and_embeddings_in_32(
     halves: dict[Any, Path], case: Any, mini: Checkpoint, llama: Checkpoint
 ) -> None:
     bundle = open_bundle(halves[case])
-    checkpoint = {"gpt2": mini, "llama": llama}[case[0]]
+    checkpoint = {"mini": mini, "llama": llama}[case[0]]
     np.testing.assert_array_equal(bundle.token_embedding().stored, checkpoint.trunk.token_embedding.numpy())
     decoder = ir.load(bundle.path / "decoder.onnx")
     products = [node.inputs[1] for node in decoder.graph if node.op_type == "MatMul"]
@@ -131,11 +126,6 @@ def test_the_variant_for_the_cpu_rounds_where_the_decoder_does(halves: dict[Any,
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return load_checkpoint(REPOSITORY / "models" / "tiny" / "chameleon")
-
-
-@pytest.fixture(scope="module")
 def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
     """The figures of a bundle of the tiny model that lie outside of a precision's gate."""
     reference, rows = RowLogits(tiny), verification_rows(tiny)[:32:2]
@@ -150,10 +140,9 @@ def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_tiny_model_passes_its_gates(
-    precision: Precision, tiny: Checkpoint, misses: Callable[[Path, Precision], list[str]], tmp_path: Path
+    precision: Precision, exported: Exported, misses: Callable[[Path, Precision], list[str]]
 ) -> None:
-    export_bundle(tiny, tmp_path / "b", precision=precision)
-    assert not misses(tmp_path / "b", precision)
+    assert not misses(exported("tiny", precision), precision)
 
 
 def test_the_gates_notice_coarser_numbers(

@@ -27,7 +27,7 @@ from chameleon_deploy.export.int8.layers import layers_of
 from chameleon_deploy.export.int8.rotation import rotate_trunk, scale_trunk
 from chameleon_deploy.export.int8.rows import quantize_rows
 from chameleon_deploy.export.weights import WeightsFile
-from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import decoder_spec
 from chameleon_deploy.reference.hypernetwork import Hypernetwork
 from chameleon_deploy.reference.inference import RowLogits
@@ -40,28 +40,19 @@ from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checkpoint_checks, promises
 from chameleon_deploy.verify.gates import GATES, gate_of
 from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
-from tests.conftest import REPOSITORY
+from tests.conftest import Exported
 from tests.rounding import nearest
 from tests.verification import CACHE_FAULTS, damage_cache
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return load_checkpoint(REPOSITORY / "models/tiny/chameleon")
+@pytest.fixture
+def int8_bundle(exported: Exported) -> Path:
+    return exported("tiny", "int8")
 
 
-@pytest.fixture(scope="module")
-def int8_bundle(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("int8") / "tiny"
-    export_bundle(tiny, path, precision="int8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama_int8(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("int8") / "llama"
-    export_bundle(llama, path, precision="int8")
-    return path
+@pytest.fixture
+def llama_int8(exported: Exported) -> Path:
+    return exported("llama", "int8")
 
 
 LLAMA = decoder_spec(base_config("llama-mini"))
@@ -184,18 +175,14 @@ def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Pat
     assert {check.graph for check in checks} == {"decoder", "decoder_cpu"}
 
 
-def test_clusters_and_factors_come_from_int8_rows(tiny: Checkpoint, int8_bundle: Path, tmp_path: Path) -> None:
+def test_clusters_and_factors_come_from_int8_rows(tiny: Checkpoint, exported: Exported) -> None:
     """The head's: clusters are those of float32, factors nearly."""
-    export_bundle(tiny, tmp_path / "fp32")
     rows = verification_rows(tiny)
-    exact, reduced = (
-        chameleon_deploy.load(path).adapt(rows, mode="centroid") for path in (tmp_path / "fp32", int8_bundle)
-    )
+    runtimes = [chameleon_deploy.load(path) for path in (exported("tiny", "fp32"), exported("tiny", "int8"))]
+    exact, reduced = (runtime.adapt(rows, mode="centroid") for runtime in runtimes)
     assert exact.cluster_ids.tolist() == reduced.cluster_ids.tolist()
     assert 0 < np.abs(exact.embeddings - reduced.embeddings).max() < 5e-3
-    exact, reduced = (
-        chameleon_deploy.load(path).adapt(rows, mode="request") for path in (tmp_path / "fp32", int8_bundle)
-    )
+    exact, reduced = (runtime.adapt(rows, mode="request") for runtime in runtimes)
     for name, array in exact.factors.sets.tensors.items():
         difference = np.asarray(reduced.factors.sets.tensors[name]) - np.asarray(array)
         assert np.linalg.norm(difference) < 0.02 * np.linalg.norm(np.asarray(array))

@@ -30,6 +30,7 @@ from chameleon_deploy.runtime.device.profiles import Profile, Range, profiles
 from chameleon_deploy.store import local_cache
 from tests.adapters import save_adapter
 from tests.commands import run
+from tests.conftest import Exported
 from tests.families import small_model
 
 TENSORRT = engines.import_tensorrt()
@@ -67,13 +68,10 @@ def test_every_graph_of_a_bundle_becomes_an_engine_once(bundle: Path, device: De
     assert {file: file.stat().st_mtime_ns for file in path.glob("*.engine")} == before
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["mini", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
-def test_every_precision_of_both_families(
-    family: str, precision: Precision, mini: Checkpoint, llama: Checkpoint, tmp_path: Path
-) -> None:
-    export_bundle({"gpt2": mini, "llama": llama}[family], tmp_path / "b", precision=precision)
-    path, _ = build_engines(tmp_path / "b", ignore)
+def test_every_precision_of_both_families(family: str, precision: Precision, exported: Exported) -> None:
+    path, _ = build_engines(exported(family, precision), ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}
 
 

@@ -23,6 +23,7 @@ from chameleon_deploy.runtime.backend import DeviceBackend
 from chameleon_deploy.runtime.device import slot_cache
 from chameleon_deploy.runtime.device.cuda import CudaDevice
 from chameleon_deploy.verify import checkpoint_checks
+from tests.conftest import Exported
 from tests.devices import needs_no_gpu, on_cpu, with_engines, with_sessions
 from tests.fake_cuda import FakeCudart
 from tests.rows import head_factors, random_rows
@@ -100,10 +101,9 @@ def test_a_lora_bundle(lora_bundle: Path, lora_runtime: Runtime) -> None:
     assert ours.generate(rows) == lora_runtime.generate(rows)
 
 
-def test_a_cache_of_half_precision(mini: Checkpoint, tmp_path: Path) -> None:
+def test_a_cache_of_half_precision(exported: Exported) -> None:
     """Slots are counted in bytes; logits differ from the CPU's by what float16 rounds."""
-    export_bundle(mini, tmp_path / "fp16", precision="fp16")
-    opened = open_bundle(tmp_path / "fp16")
+    opened = open_bundle(exported("mini", "fp16"))
     ours, theirs, rows = with_engines(opened, FakeCudart()), on_cpu(opened), random_rows(1, 5, 60)
     for a, b in zip(ours.score(rows), theirs.score(rows), strict=True):
         np.testing.assert_allclose(a.token_logprobs, b.token_logprobs, atol=5e-3)

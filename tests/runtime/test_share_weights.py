@@ -15,10 +15,9 @@ import chameleon_deploy
 from chameleon_deploy.contract import bundle as bundle_module
 from chameleon_deploy.contract.bundle import FileSpec, file_sha256
 from chameleon_deploy.errors import DigestError, GraphError, OutputError, ProviderError
-from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.decode import session
 from chameleon_deploy.store.local_cache import ENTRY
+from tests.conftest import Exported
 
 TEXTS = ["the cache", "is shared by", "several processes"]
 
@@ -30,10 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int8_bundle(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("int8") / "mini"
-    export_bundle(mini, path, precision="int8")
-    return path
+def int8_bundle(exported: Exported) -> Path:
+    return exported("mini", "int8")
 
 
 def _entry(cache: Path, graph: str) -> Path:

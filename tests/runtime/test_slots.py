@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 import chameleon_deploy
 from chameleon_deploy import Adapt, Runtime
-from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.decode.schedule import chunk_length
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factors import RowFactors
+from tests.conftest import Exported
 from tests.rows import random_rows
 
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40"))
@@ -223,10 +222,9 @@ def test_int8_prompts_in_one_call_are_cached_as_alone(int8_runtime: Runtime) -> 
     assert len({len(ids) for ids in prompts}) > 1
 
 
-def test_int8_chunks_give_what_the_whole_prompt_gives(llama: Checkpoint, tmp_path: Path) -> None:
+def test_int8_chunks_give_what_the_whole_prompt_gives(exported: Exported) -> None:
     """But for a last chunk of a single token, which the decoder takes for a step: so none is ever read."""
-    export_bundle(llama, tmp_path / "int8", precision="int8")
-    alone = Alone(chameleon_deploy.load(tmp_path / "int8", threads=1))
+    alone = Alone(chameleon_deploy.load(exported("llama", "int8"), threads=1))
     for prompt in random_rows(8, 60, 100):
         whole = alone.logits(prompt, 0)
         chunks, unread = list[int](), len(prompt)

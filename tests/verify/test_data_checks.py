@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.bundle import Precision, open_bundle
-from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
@@ -24,6 +23,7 @@ from chameleon_deploy.runtime.known_answers import recorded_answers
 from chameleon_deploy.verify import checkpoint_checks
 from chameleon_deploy.verify.data_checks import check_data
 from chameleon_deploy.verify.gates import GATES
+from tests.conftest import Exported
 from tests.damage import Damage, change_weights, edit, reseal
 
 Copy = Callable[[Path], Path]
@@ -124,22 +124,6 @@ def test_a_fault_that_few_texts_show_is_caught(fault: str, bundle: Path, mini: C
     assert missed(path, mini) == {name}
 
 
-@pytest.fixture(scope="module")
-def by_precision(
-    mini: Checkpoint, llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Precision], tuple[Path, Checkpoint]]:
-    made: dict[tuple[str, Precision], Path] = {}
-
-    def bundle(family: str, precision: Precision) -> tuple[Path, Checkpoint]:
-        checkpoint = {"mini": mini, "llama": llama}[family]
-        if (family, precision) not in made:
-            made[family, precision] = tmp_path_factory.mktemp("rows") / "bundle"
-            export_bundle(checkpoint, made[family, precision], precision=precision)
-        return made[family, precision], checkpoint
-
-    return bundle
-
-
 def _row_of(matrix: str, row: int, factor: float) -> Damage:
     """Multiply a row, or its scale, of an initializer of decoder.onnx."""
 
@@ -171,10 +155,10 @@ ROWS: dict[str, tuple[str, Precision, str, float]] = {
 
 
 @pytest.mark.parametrize("fault", ROWS)
-def test_a_wrong_row_is_caught(fault: str, by_precision: Any, copy_of: Copy) -> None:
+def test_a_wrong_row_is_caught(fault: str, exported: Exported, copy_of: Copy, request: pytest.FixtureRequest) -> None:
     """Whatever token it is of: texts may not have it."""
     family, precision, matrix, factor = ROWS[fault]
-    right, checkpoint = by_precision(family, precision)
+    right, checkpoint = exported(family, precision), request.getfixturevalue(family)
     assert missed(right, checkpoint) == set()
     path = copy_of(right)
     _row_of(matrix, 511, factor)(path)

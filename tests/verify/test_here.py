@@ -19,13 +19,13 @@ from chameleon_deploy.contract.bundle import Precision, open_bundle
 from chameleon_deploy.errors import ManifestError, NumericError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
-from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.runtime.decode.logits import HostLogits
 from chameleon_deploy.runtime.known_answers import FIELD, PARITY, adapt_rows, known_answers, recorded_answers
 from chameleon_deploy.verify import here
 from chameleon_deploy.verify.here import known_answer_checks
 from tests.adapters import LLAMA_LAYERS, save_adapter
 from tests.commands import run
+from tests.conftest import Exported
 from tests.damage import reseal
 from tests.devices import on_cpu, with_sessions
 from tests.fake_cuda import FakeCudart
@@ -42,18 +42,15 @@ def missed(runtime: Runtime) -> set[str]:
     return {check.name.removeprefix("known answers: ") for check in checks if not check.passed}
 
 
-@pytest.fixture(scope="module")
-def int8_bundle(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("int8") / "llama"
-    export_bundle(llama, out, precision="int8")
-    return out
+@pytest.fixture
+def int8_bundle(exported: Exported) -> Path:
+    return exported("llama", "int8")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_this_machine_gives_its_own_answers(precision: Precision, llama: Checkpoint, tmp_path: Path) -> None:
+def test_this_machine_gives_its_own_answers(precision: Precision, exported: Exported) -> None:
     """In every mode that needs no factors of a caller, on the graph that recorded them and on the portable one."""
-    export_bundle(llama, tmp_path / "b", precision=precision)
-    bundle = open_bundle(tmp_path / "b")
+    bundle = open_bundle(exported("llama", precision))
     answers = recorded_answers(bundle)
     assert list(answers.modes) == ["none", "centroid", "request", "cohort", "tenant"]
     assert bool(answers.hidden_states) == (precision != "bf16")  # whose decoder returns none

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -13,22 +12,16 @@ import pytest
 import chameleon_deploy
 from chameleon_deploy import Adapt, Runtime
 from chameleon_deploy.contract.bundle import Mode, Precision
-from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.verify.checkpoint_checks import check_mode
 from chameleon_deploy.verify.gates import GATES
 from chameleon_deploy.verify.run import verification_rows
-from tests.conftest import REPOSITORY
+from tests.conftest import Exported
 
 Missed = Callable[[Runtime, Mode], set[str]]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return load_checkpoint(REPOSITORY / "models/tiny/chameleon")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +36,8 @@ def missed(tiny: Checkpoint) -> Missed:
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def runtime(tiny: Checkpoint, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    path: Path = tmp_path_factory.mktemp("modes") / request.param
-    export_bundle(tiny, path, precision=request.param)
-    return chameleon_deploy.load(path, threads=1)
+def runtime(request: pytest.FixtureRequest, exported: Exported) -> Runtime:
+    return chameleon_deploy.load(exported("tiny", request.param), threads=1)
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
