@@ -120,7 +120,7 @@ def characters(runtime: Runtime, text: str) -> list[int]:
 
 def shown_of(runtime: Runtime, ids: list[int], limit: int, **settings: Any) -> list[str]:
     """What a row shows with each of these tokens; the last of them ends it."""
-    row = Row(0, [1], limit, Sampling(**settings), 0, 0)
+    row = Row(0, [1], limit, Sampler(Sampling(**settings), [1], 0), 0)
     eos = runtime.manifest.model.eos_token_id
     tokens = [row.append(Choice(token_id), runtime.tokenizer, eos) for token_id in ids]
     assert [token.generation is not None for token in tokens] == [False] * (len(ids) - 1) + [True]
@@ -275,7 +275,7 @@ def appended(row: Row, ids: list[int]) -> list[Token]:
 
 
 def row_of(sampling: Sampling, limit: int = len(IDS), is_shown: bool = True) -> Row:
-    return Row(3, [5], limit, sampling, 0, 7, is_shown)
+    return Row(3, [5], limit, Sampler(sampling, [5], 0), 7, is_shown)
 
 
 @pytest.mark.parametrize("is_shown", [True, False])
@@ -355,14 +355,18 @@ def test_special_tokens_have_no_text() -> None:
     assert [token.text for token in appended(row, [IDS[0], MODEL.eos_token_id, IDS[1]])] == ["a", "", "X"]
 
 
+def free(sampling: Sampling) -> None:
+    """The mask of a row whose text is free: none."""
+
+
 def test_rows_of_prompts() -> None:
     prompts, cluster_ids, room = [[1], [2, 3]], np.array([4, 5]), MODEL.max_positions
-    rows = begin_rows(prompts, cluster_ids, Generate([3, 999], n=2), MODEL)
+    rows = begin_rows(prompts, cluster_ids, Generate([3, 999], n=2), MODEL, free)
     assert [(row.index, row.prompt, row.limit, row.cluster_id) for row in rows] == [
         (0, [1], 3, 4), (1, [1], 3, 4), (2, [2, 3], room - 1, 5), (3, [2, 3], room - 1, 5),
     ]  # fmt: skip
-    assert [row.limit for row in begin_rows(prompts, cluster_ids, Generate(999), MODEL, capacity=10)] == [10, 9]
-    tokens = appended(begin_rows(prompts, cluster_ids, Generate(9), MODEL)[0], IDS[:2])
+    assert [row.limit for row in begin_rows(prompts, cluster_ids, Generate(999), MODEL, free, capacity=10)] == [10, 9]
+    tokens = appended(begin_rows(prompts, cluster_ids, Generate(9), MODEL, free)[0], IDS[:2])
     assert [token.text for token in tokens] == ["a", "X"]
 
 
@@ -370,7 +374,7 @@ def test_rows_of_prompts() -> None:
 def test_streams_of_random_numbers(one_for_all: bool, streams: list[int]) -> None:
     sampling, logits = Sampling(9.0, seed=5), np.zeros(MODEL.vocab_size, np.float32)
     generate = Generate(9, sampling if one_for_all else [sampling] * 2, n=3)
-    rows = begin_rows([[1], [2]], np.zeros(2, np.int64), generate, MODEL)
+    rows = begin_rows([[1], [2]], np.zeros(2, np.int64), generate, MODEL, free)
     expected = [Sampler(sampling, [], stream).choose(logits) for stream in streams]
     assert [row.sampler.choose(logits) for row in rows] == expected
     assert len(set(expected)) == len(set(streams))
