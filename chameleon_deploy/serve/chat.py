@@ -61,10 +61,15 @@ _FIELDS = {"prompts": "messages", "max_new_tokens": "max_completion_tokens", "ad
 
 async def complete_chat(call: Call[ChatRequest]) -> ChatCompletion | Response:
     """Answer one conversation; where the request is cancelled, its rows are."""
+    job = await submit(call)
+    return EventStream(events(_chunks(job))) if job.body.stream else await _whole(job)
+
+
+async def submit(call: Call[ChatRequest]) -> Job:
+    """Check and submit a conversation. Raises ApiError."""
     check(call.body)
     outputs = _forced_calls(call) if _forces_calls(call.body) else outputs_of(call.body)
-    job = await call.off_loop(lambda: prepare(call, outputs), lambda job: job.stream.cancel(), outputs)
-    return EventStream(events(_chunks(job))) if job.body.stream else await _whole(job)
+    return await call.off_loop(lambda: prepare(call, outputs), lambda job: job.stream.cancel(), outputs)
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ class RowWriter:
 async def _whole(job: Job) -> ChatCompletion:
     parts: list[list[ChunkChoice]] = [[] for _ in range(job.body.n)]
     new_tokens = 0
-    async with contextlib.aclosing(_parts(job)) as choices:
+    async with contextlib.aclosing(row_parts(job)) as choices:
         async for count, choice in choices:
             parts[choice.index].append(choice)
             new_tokens += count
@@ -265,7 +270,7 @@ async def _chunks(job: Job) -> AsyncGenerator[ChatChunk, None]:
         found.usage = job.usage(new_tokens) if with_usage else None
         return found
 
-    async with contextlib.aclosing(_parts(job)) as choices:
+    async with contextlib.aclosing(row_parts(job)) as choices:
         for row in range(job.body.n):
             delta = Delta(role="assistant", content="")
             begin = ChunkChoice(
@@ -281,7 +286,7 @@ async def _chunks(job: Job) -> AsyncGenerator[ChatChunk, None]:
         yield chunk([], with_usage=True)
 
 
-async def _parts(job: Job) -> AsyncGenerator[tuple[int, ChunkChoice], None]:
+async def row_parts(job: Job) -> AsyncGenerator[tuple[int, ChunkChoice], None]:
     """Every token of the engine, as 1, or as 0 where a row ends without one, and what is written of it."""
     writers = [RowWriter(job, row) for row in range(job.body.n)]
     try:

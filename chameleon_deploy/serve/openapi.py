@@ -12,6 +12,7 @@ from chameleon_deploy.serve import schemas
 from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
 from chameleon_deploy.serve.operations import OPERATIONS, Operation
+from chameleon_deploy.serve.responses import respond
 
 _ERRORS = {
     "400": "A field is not valid or cannot be honoured.",
@@ -55,7 +56,7 @@ def _operation(operation: Operation, reference: dict[Any, Any]) -> dict[str, Any
     if operation.body is not None:
         body = {"application/json": {"schema": reference[operation.body]}}
         found["requestBody"] = {"required": True, "content": body}
-    if operation.handler in (complete, complete_chat):
+    if operation.handler in (complete, complete_chat, respond):
         found["responses"]["200"]["content"]["text/event-stream"] = {}
     return found
 

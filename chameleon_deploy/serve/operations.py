@@ -22,6 +22,7 @@ from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.prompts import encode
+from chameleon_deploy.serve.responses import ResponseObject, ResponsesRequest, respond
 from chameleon_deploy.serve.scoring import score
 
 
@@ -160,6 +161,7 @@ OPERATIONS = (
         "/v1/chat/completions", complete_chat, chat_schemas.ChatCompletion, "Answer a conversation.",
         chat_schemas.ChatRequest,
     ),
+    Operation("/v1/responses", respond, ResponseObject, "Answer a conversation, statelessly.", ResponsesRequest),
     Operation("/v1/models", _models, schemas.ModelList, "The bundle's modes, each as a model."),
     Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
     Operation("/v1/adapt", _adapt, schemas.AdaptResponse, "Embeddings and nearest clusters.", schemas.TextsRequest),
