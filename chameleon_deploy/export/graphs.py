@@ -120,9 +120,10 @@ def _int8(
     two_digits = choose_two(rotated, texts, report)
     with _float32_weights(weights_file) as floats:
         decoder = build_decoder(rotated, spec.targets, floats, shifts)
+        del rotated  # its weights are in the file
         rotate_residual(decoder, model)
         quantize_weights(decoder, model, statistics, weights_file, report)
-        quantize_embedding(decoder, model, statistics, rotated.is_tied, weights_file)
+        quantize_embedding(decoder, model, statistics, trunk.is_tied, weights_file)
         weights_file.take(decoder.graph)
     quantization: tuple[Pass, ...] = (
         partial(quantize_cache, keys=turned_keys(model, statistics)),

@@ -34,14 +34,20 @@ from chameleon_deploy.export.int8.calibration import (
     value_centre_and_steps,
 )
 from chameleon_deploy.export.int8.layers import Linear, Norm, add_biases, layers_of
+from chameleon_deploy.export.weights import page_out
 from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.model import Trunk
 
 
 @torch.no_grad()
 def rotate_trunk(trunk: Trunk) -> Trunk:
-    """Return a copy with the residual stream and the values rotated. Its token embedding is the same."""
-    rotated = Trunk(copy.deepcopy(trunk.causal_lm), trunk.tokenizer)
+    """Return a copy with the residual stream and the values rotated. It shares the token embedding and the head, which
+    are as they were.
+    """
+    shared = {id(weight): weight for weight in (trunk.token_embedding, trunk.head_weight)}
+    rotated = Trunk(copy.deepcopy(trunk.causal_lm, shared), trunk.tokenizer)
+    for parameter in trunk.causal_lm.parameters():
+        page_out(parameter)
     spec, head = trunk.spec, block_of(trunk.spec.head_dim)
     add_biases(rotated)
     for layer in layers_of(rotated):

@@ -48,7 +48,7 @@ def quantize_weights(
 
     def product(op: Any, x: Any, weight: Any) -> Any:
         report("round weights", next(done), 4 * len(layers) + 1)
-        matrix, products = torch.tensor(weight.const_value.numpy()), statistics.inputs[weight.name]
+        matrix, products = taken(weight), statistics.inputs[weight.name]
         groups = products.groups
         if weight.name in after_activation:
             matrix, groups = rotate(matrix.T).T, products.rotated().groups
@@ -58,7 +58,7 @@ def quantize_weights(
     def head(op: Any, x: Any, weight: Any) -> Any:
         """Rotate and balance the inputs here, since the update shares the last norm."""
         report("round weights", next(done), 4 * len(layers) + 1)
-        matrix = rotate(torch.tensor(weight.const_value.numpy()))
+        matrix = rotate(taken(weight))
         x = rotated(op, x, matrix.shape[1], decoder.graph)
         factors, products = head_balance(matrix, statistics), statistics.inputs[HEAD].rotated()
         x = op.Mul(x, constant(decoder.graph, HEAD_BALANCE, factors.numpy()))
@@ -66,6 +66,12 @@ def quantize_weights(
         int8, scale = round_weights((matrix / factors).T, products.groups)
         int8, scale = store(op, HEAD, int8.T, scale)
         return op.Gemm(x, op.DequantizeLinear(int8, scale, axis=0), transB=1)
+
+    def taken(weight: Any) -> Tensor:
+        """Return a copy of a matrix, whose pages of the file are released."""
+        matrix = torch.tensor(weight.const_value.numpy())
+        weight.const_value.release()
+        return matrix
 
     def store(op: Any, name: str, int8: Tensor, scale: Tensor) -> list[Any]:
         arrays = zip(int8_names(name), (int8, scale), strict=True)
