@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
+from chameleon_deploy.export.int8 import gptq
 from chameleon_deploy.export.int8.calibration import (
     INT8_MAX,
     MARGIN,
@@ -63,6 +64,22 @@ def test_errors_of_weights_cancel_on_activations_that_go_together() -> None:
     assert error(int8) < error(nearest) / 4
 
 
+def test_channels_are_rounded_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the paper, which rounds one channel after another, whatever columns are rounded together."""
+    monkeypatch.setattr(gptq, "COLUMNS", 5)
+    generator = torch.Generator().manual_seed(7)
+    x, matrix = (torch.randn(*shape, generator=generator) for shape in ((60, 21), (21, 12)))
+    int8, scale = round_weights(matrix, [x.T @ x])
+    damped = (x.T @ x).double()
+    damped.diagonal().add_(gptq.DAMPING * damped.diagonal().mean())
+    follow = torch.linalg.cholesky(damped.inverse(), upper=True)
+    left = matrix.double()
+    for i in range(21):
+        rounded = (left[i] / scale).round()
+        assert torch.equal(int8[i], rounded.to(torch.int8))
+        left[i + 1 :] -= torch.outer(follow[i, i + 1 :] / follow[i, i], left[i] - rounded * scale)
+
+
 @pytest.mark.parametrize(("channels", "block"), [(768, 64), (3072, 64), (64, 64), (48, 16), (32, 16), (100, 4), (7, 1)])
 def test_a_rotation_is_its_own_inverse_and_leaves_a_layer_norm_what_it_is(channels: int, block: int) -> None:
     x = 3 + torch.randn(5, channels, generator=torch.Generator().manual_seed(2))
@@ -86,14 +103,17 @@ def test_a_rotated_and_scaled_trunk_computes_the_same(name: str, request: pytest
                 weights.add_(torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.5)
     ids = torch.from_numpy(np.random.default_rng(6).integers(0, trunk.spec.vocab_size, (3, 40)))
     expected, _ = trunk.hidden_states(ids)
+    embedding = trunk.token_embedding.clone()
     rotated = rotate_trunk(trunk)
+    assert rotated.token_embedding is trunk.token_embedding  # it is as large as many layers
+    assert rotated.is_tied == trunk.is_tied
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-4
     texts = calibration_texts(trunk, None)
     statistics = calibrate(rotated, texts, silent)
     balance_trunk(rotated, statistics)
     scale_trunk(rotated, statistics)
     assert (rotated.hidden_states(ids)[0] - expected).abs().max() < 1e-3
-    assert torch.equal(rotated.token_embedding, trunk.token_embedding)
+    assert torch.equal(trunk.token_embedding, embedding)
     again = calibrate(rotated, texts, silent)
     turned = turned_keys(trunk.spec, statistics)
     for i, (seen, first) in enumerate(zip(again.layers, again.first_tokens, strict=True)):

@@ -7,26 +7,45 @@ et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 LARGEST = 127  # -128 is not used: the scale is the same on both sides of zero
 DAMPING = 0.02  # share of the activations' mean square that is added to each, so that rare channels do not change
-LAZY = 32  # channels after which the rest of a group is updated
+COLUMNS = 4096  # of the matrix that are rounded together, so that they stay in the processor's cache
 
 
 @torch.no_grad()
 def round_weights(matrix: Tensor, products: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return int8 [in, out] and float32 scale [out] of a float32 [in, out] matrix, which is nearly int8 * scale.
 
-    products  of the activations with each other (calibration.Activations)
+    products  of the activations with each other (calibration.Products)
     """
-    scale = column_scales(matrix)
-    groups = matrix.split([len(product) for product in products])
-    rounded = [_round_group(group.clone(), product, scale) for group, product in zip(groups, products, strict=True)]
-    return torch.cat(rounded), scale
+    scale, int8 = column_scales(matrix), torch.empty(matrix.shape, dtype=torch.int8)
+    groups = (part.split([len(product) for product in products]) for part in (matrix, int8))
+    with _one_thread():
+        for product, group, rounded in zip(products, *groups, strict=True):
+            follow = _follow(product)
+            for parts in zip(*(part.split(COLUMNS, -1) for part in (group, rounded, scale)), strict=True):
+                columns, rounded_columns, scales = parts
+                _round(columns.clone(memory_format=torch.contiguous_format), follow, scales, rounded_columns)
+    return int8, scale
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: most products are small, and at the end of each the fastest waits for the slowest,
+    which on a busy machine takes a hundred times as long as the product.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def column_scales(matrix: Tensor) -> Tensor:
@@ -36,22 +55,26 @@ def column_scales(matrix: Tensor) -> Tensor:
     return scale
 
 
-def _round_group(matrix: Tensor, product: Tensor, scale: Tensor) -> Tensor:
-    """Round a group of channels. Overwrites the matrix."""
-    n = len(matrix)
+def _follow(product: Tensor) -> Tensor:
+    """Return how far each later channel moves to compensate an error of an earlier one, float32 [earlier, later]."""
     damped = product.double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-30)
-    # Row i of this factor says how far each later channel moves to compensate an error of channel i.
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-    follow = inverse / inverse.diagonal()[:, None]
-    rounded = torch.empty(matrix.shape, dtype=torch.int8)
-    for start in range(0, n, LAZY):
-        stop = min(start + LAZY, n)
-        errors = torch.empty(stop - start, matrix.shape[1])
-        for i in range(start, stop):
-            row = (matrix[i] / scale).round_().clamp_(-LARGEST, LARGEST)
-            rounded[i] = row
-            errors[i - start] = matrix[i] - row * scale
-            matrix[i + 1 : stop].addr_(follow[i, i + 1 : stop], errors[i - start], alpha=-1)
-        matrix[stop:].addmm_(follow[start:stop, stop:].T, errors, alpha=-1)
-    return rounded
+    follow: Tensor = inverse / inverse.diagonal()[:, None]
+    return follow
+
+
+def _round(matrix: Tensor, follow: Tensor, scale: Tensor, int8: Tensor) -> None:
+    """Round channels in order, into int8 [channels, columns]. The matrix becomes its errors.
+
+    The second half is compensated for the first in one product: a rank-one update for each channel would read what
+    remains of the matrix that many times.
+    """
+    if len(matrix) == 1:
+        int8.copy_((matrix / scale).round_().clamp_(-LARGEST, LARGEST))
+        matrix.addcmul_(int8, scale, value=-1)
+        return
+    half = len(matrix) // 2
+    _round(matrix[:half], follow[:half, :half], scale, int8[:half])
+    matrix[half:].addmm_(follow[:half, half:].T, matrix[:half], alpha=-1)
+    _round(matrix[half:], follow[half:, half:], scale, int8[half:])
