@@ -137,10 +137,18 @@ class AdapterLogits:
     ) -> Tensor:
         """Return the logits of a row whose adapter is adapters[row]."""
         name = adapters[row]
-        factors = self.base.adapters[name] if name is not None else {}
-        key = (name, tuple(ids))
+        hidden = self.read(ids, name)
+        with adapted(self.base.trunk, self._factors(name)):
+            return self.base.trunk.logits(hidden[0, positions])
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], adapter: str | None = None) -> Tensor:
+        """Return hidden states [1, sequence, hidden] of a text with an adapter, or with none."""
+        key = (adapter, tuple(ids))
         if key not in self.hidden:
-            with adapted(self.base.trunk, factors):
+            with adapted(self.base.trunk, self._factors(adapter)):
                 self.hidden[key], _ = self.base.trunk.hidden_states(torch.tensor([list(ids)]))
-        with adapted(self.base.trunk, factors):
-            return self.base.trunk.logits(self.hidden[key][0, positions])
+        return self.hidden[key]
+
+    def _factors(self, adapter: str | None) -> Factors:
+        return self.base.adapters[adapter] if adapter is not None else {}

@@ -7,7 +7,7 @@ adapters later, random ones are written to files and loaded as a service loads t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,25 +46,29 @@ FEW = 4  # texts that every single adapter, and none, is checked on
 
 def verify_adapters(
     runtime: Runtime,
-    base: AdaptedBase,
+    reference: AdapterLogits,
     rows: Rows,
     whole: bool,
     report: Progress,
     max_kl: float | None = None,
     until: float = math.inf,
 ) -> list[Check]:
-    """The checks of one decoder graph on real text. Arguments as in `verify_checkpoint`."""
+    """The checks of one decoder graph on real text. Arguments as in `verify_checkpoint`.
+
+    reference  of a base with the bundle's adapters; where it has none and takes some later, with `random_adapters`
+    """
     gate = gate_of(runtime.manifest.precision, runtime.provider, updates_trunk=True)
     if max_kl is not None:
         gate = accept(gate, max_kl)
-    own = base
-    if base.targets and not base.adapters:
-        base = with_random_adapters(runtime, base)
-    reference = AdapterLogits(base)
+    own = base = reference.base
+    if not runtime.manifest.adaptation.adapters:
+        load_adapters(runtime, base.adapters)
+        own = replace(base, adapters={})
     everything, rows, typical = rows, *ragged_and_typical(rows)
-    typical = typical[:FEW]
-    few, long = rows[:8], sorted(everything, key=len)[-8:]
-    of_all, of_rows, of_few, of_long = (in_turn(base, len(part)) for part in (everything, rows, few, long))
+    typical, few = typical[:FEW], rows[:8]
+    of_all, of_rows, of_few = (in_turn(base, len(part)) for part in (everything, rows, few))
+    # With the adapters that the reference has read these texts with.
+    long, of_long = zip(*sorted(zip(everything, of_all, strict=True), key=lambda row: len(row[0]))[-8:], strict=True)
 
     def given(names: Sequence[str | None]) -> dict[str, Any]:
         return {"adapters": names} if base.adapters else {"mode": "none"}
@@ -109,27 +113,32 @@ def verify_adapters(
     return run_steps(runtime, steps, report, until)
 
 
-def with_random_adapters(runtime: Runtime, base: AdaptedBase) -> AdaptedBase:
-    """Load random adapters into a runtime, and return the base with them: one of all layers with the largest rank, one
-    of every second layer with rank 1.
+def random_adapters(base: AdaptedBase) -> AdaptedBase:
+    """Return a base with random adapters: one of all layers with the largest rank, one of every second layer with rank
+    1.
     """
     layers = {target.name: target for target in base.targets}
     ranks = {"random-all": (base.rank, list(layers)), "random-some": (1, list(layers)[::2])}
     adapters: dict[str, Factors] = {}
+    for seed, (name, (rank, adapted)) in enumerate(ranks.items()):
+        random = np.random.default_rng(seed)
+        factors = adapters[name] = {}
+        for layer in adapted:
+            name_A, name_B = factor_names(layer)
+            sizes, weight = layers[layer], base.trunk.causal_lm.get_submodule(layer).weight
+            factors[name_A] = random.normal(size=(rank, sizes.in_features)).astype(np.float32)
+            scale = PROBE * float(weight.square().mean().sqrt()) / math.sqrt(rank)
+            factors[name_B] = (scale * random.normal(size=(rank, sizes.out_features))).astype(np.float32)
+    return replace(base, adapters=adapters)
+
+
+def load_adapters(runtime: Runtime, adapters: Mapping[str, Factors]) -> None:
+    """Load adapters into a runtime from files, as a service loads them."""
     with TemporaryDirectory() as directory:
-        for seed, (name, (rank, adapted)) in enumerate(ranks.items()):
-            random = np.random.default_rng(seed)
-            factors = adapters[name] = {}
-            for layer in adapted:
-                name_A, name_B = factor_names(layer)
-                sizes, weight = layers[layer], base.trunk.causal_lm.get_submodule(layer).weight
-                factors[name_A] = random.normal(size=(rank, sizes.in_features)).astype(np.float32)
-                scale = PROBE * float(weight.square().mean().sqrt()) / math.sqrt(rank)
-                factors[name_B] = (scale * random.normal(size=(rank, sizes.out_features))).astype(np.float32)
+        for name, factors in adapters.items():
             file = Path(directory) / f"{name}.safetensors"
             write_adapter(file, factors, runtime.manifest.adaptation)
             runtime.load_adapter(name, file)
-    return replace(base, adapters=adapters)
 
 
 def in_turn(base: AdaptedBase, rows: int) -> list[str | None]:

@@ -15,7 +15,7 @@ from chameleon_deploy.reference.hypernetwork import factor_stacks
 from chameleon_deploy.reference.inference import ReferenceAdaptation
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
-from chameleon_deploy.runtime.decode.decoder import StaticDecoder
+from chameleon_deploy.runtime.decode.decoder import StaticDecoder, parts
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.verify.gates import Check, Gate
@@ -25,6 +25,7 @@ from chameleon_deploy.verify.logit_figures import (
 )
 
 Rows = Sequence[Sequence[int]]
+CALL_TOKENS = 256  # of a call, padding included: with a vocabulary of 150,000, their logits are 0.16 GB
 
 
 class Reference(Protocol):
@@ -38,7 +39,7 @@ def gate_checks(
 ) -> Iterator[Check]:
     """The five figures of the gate, of factors as the runtime and as the reference take them."""
     figures = LogitFigures()
-    for row, start, actual in logits_pieces(runtime, rows, ours, batch_size=8):
+    for row, start, actual in logits_pieces(runtime, rows, ours, CALL_TOKENS):
         stop = start + len(actual)
         expected = reference(rows[row], theirs, row, slice(start, stop))
         figures.add(
@@ -84,14 +85,17 @@ def cache_checks(
     In int8 a last bit of a sum can move a single logit far, so what is limited is the KL divergence from either.
     """
     length = min(map(len, rows))
-    whole = list(row_logits(runtime, [ids[:length] for ids in rows], ours))
-    start = max(1, length // 2)
+    start, cut = max(1, length // 2), [ids[:length] for ids in rows]
+    whole = [np.empty((length - start + 1, runtime.manifest.model.vocab_size), np.float32) for _ in rows]
+    for row, first, logits in logits_pieces(runtime, cut, ours, CALL_TOKENS):
+        kept = logits[max(0, start - 1 - first) :]
+        end = first + len(logits) - (start - 1)
+        whole[row][end - len(kept) : end] = kept
     against_whole, figures, no_targets = LogitFigures(), LogitFigures(), torch.empty(0, dtype=torch.int64)
-    decoded = _decoded(runtime.decoder, [ids[:length] for ids in rows], start, ours)
-    for position, logits in enumerate(decoded, start):
-        actual = torch.tensor(np.asarray(logits))
-        at = slice(position - 1, position)
-        against_whole.add(actual, torch.from_numpy(np.concatenate([row[at] for row in whole])), no_targets)
+    for step, decoded in enumerate(_decoded(runtime.decoder, cut, start, ours)):
+        actual = torch.tensor(np.asarray(decoded))
+        against_whole.add(actual, torch.from_numpy(np.stack([row[step] for row in whole])), no_targets)
+        at = slice(start - 1 + step, start + step)
         expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
         figures.add(actual, expected, no_targets)
     yield Check("cached decoding, max abs difference", against_whole.max_abs / figures.scale, gate.cache_tolerance,
@@ -155,26 +159,26 @@ def with_B(factors: RowFactors, change: Callable[[FloatArray], FloatArray]) -> R
 def row_logits(runtime: Runtime, rows: Rows, factors: RowFactors) -> Iterator[FloatArray]:
     """Logits [sequence, vocab] of every row of a batch."""
     pieces: list[list[FloatArray]] = [[] for _ in rows]
-    for row, _, logits in logits_pieces(runtime, rows, factors, len(rows)):
+    for row, _, logits in logits_pieces(runtime, rows, factors, len(rows) * max(map(len, rows))):
         pieces[row].append(logits.copy())
-    for row, parts in enumerate(pieces):
-        yield np.concatenate(parts) if len(parts) > 1 else parts[0]
+    for row, found in enumerate(pieces):
+        yield np.concatenate(found) if len(found) > 1 else found[0]
         pieces[row] = []
 
 
 def logits_pieces(
-    runtime: Runtime, rows: Rows, factors: RowFactors, batch_size: int
+    runtime: Runtime, rows: Rows, factors: RowFactors, tokens: int
 ) -> Iterator[tuple[int, int, FloatArray]]:
-    """Row, first position and logits [positions, vocab] of every piece of every row, batch_size rows at a time.
+    """Row, first position and logits [positions, vocab] of every piece of every row, in calls of rows of up to `tokens`
+    tokens together, or of one.
 
     A text of thousands of positions is never held whole: its logits would be gigabytes.
     """
     factors = replace(factors, sets=runtime.backend.place(factors.sets))
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        own = factors.rows(np.arange(first, first + len(batch)))
-        for start, piece in runtime.decoder.all_logits(batch, own):
+    for part in parts(np.array(list(map(len, rows))), tokens):
+        batch = rows[part]
+        for start, piece in runtime.decoder.all_logits(batch, factors.rows(np.arange(len(rows))[part])):
             logits = np.asarray(piece)
             for i, ids in enumerate(batch):
                 if len(ids) > start:
-                    yield first + i, start, logits[i, : len(ids) - start]
+                    yield part.start + i, start, logits[i, : len(ids) - start]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, ParitySummary
+from chameleon_deploy.contract.bundle import Bundle, LimitsSpec, Mode, ParitySummary
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.terminal.progress import Progress
 
@@ -133,51 +133,49 @@ def verify_bundle(
     Returns the checks and the content of parity.json.
     """
     from chameleon_deploy.contract.bundle import default_mode, open_bundle
-    from chameleon_deploy.reference.adapters import AdaptedBase
+    from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
     from chameleon_deploy.reference.inference import RowLogits
     from chameleon_deploy.reference.targets import in_head_alone
     from chameleon_deploy.runtime import Runtime, load
     from chameleon_deploy.runtime.known_answers import recorded_answers
     from chameleon_deploy.runtime.providers import open_cpu
     from chameleon_deploy.verify import checkpoint_checks
-    from chameleon_deploy.verify.adapter_checks import verify_adapters
+    from chameleon_deploy.verify.adapter_checks import random_adapters, verify_adapters
     from chameleon_deploy.verify.data_checks import check_tokenizers
 
     opened, provider, max_kl = open_bundle(bundle), options.provider, options.max_kl
-    rows = verification_rows(checkpoint, options.text, more=opened.manifest.precision != "fp32")
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
+    rows = verification_rows(checkpoint, options.text, more=manifest.precision != "fp32")
     until, left_out = math.inf, []
     if options.quick:
         until, every, rows = time.monotonic() + QUICK_SECONDS, rows, _fewer(rows)
         left_out = [_texts_left_out(every, rows)]
     if provider != "cpu":
         rows = rows_within(rows, manifest.limits)
+    verify: Callable[..., list[Check]]
+    reference: Any  # of what `verify` takes
     if isinstance(checkpoint, AdaptedBase):
         _require_adapters(opened, checkpoint)
         if not checkpoint.adaptable:  # the bundle says what adapters may be loaded later
             targets = tuple(target.name for target in manifest.adaptation.targets)
             checkpoint = replace(checkpoint, adaptable=targets, max_rank=manifest.adaptation.rank)
-        run: Callable[..., list[Check]] = partial(
-            verify_adapters, base=checkpoint, rows=rows, report=report, max_kl=max_kl, until=until
+        factors_in_trunk, modes = bool(checkpoint.targets), list[Mode](["none"])
+        verify = verify_adapters
+        reference = AdapterLogits(
+            random_adapters(checkpoint) if checkpoint.targets and not checkpoint.adapters else checkpoint
         )
     else:
-        reference = RowLogits(checkpoint)
-        if in_head_alone(checkpoint.config.targets):
-            modes = checkpoint_checks.compared_modes(manifest.adaptation)
-            known = [ids for mode in modes for ids in checkpoint_checks.continued_rows(recorded_answers(opened), mode)]
-            for done, ids in enumerate([*rows, *known]):
-                report("verify: reference", done, len(rows) + len(known))
-                reference.read(ids)
-            if not options.keep_trunk:
-                checkpoint.trunk.drop_layers()
-        run = partial(
-            checkpoint_checks.verify_checkpoint,
-            reference=reference,
-            rows=rows,
-            report=report,
-            max_kl=max_kl,
-            until=until,
-        )
+        factors_in_trunk = not in_head_alone(checkpoint.config.targets)
+        modes = checkpoint_checks.compared_modes(manifest.adaptation)
+        verify, reference = checkpoint_checks.verify_checkpoint, RowLogits(checkpoint)
+    if not factors_in_trunk:
+        known = [ids for mode in modes for ids in checkpoint_checks.continued_rows(recorded_answers(opened), mode)]
+        for done, ids in enumerate([*rows, *known]):
+            report("verify: reference", done, len(rows) + len(known))
+            reference.read(ids)
+        if not options.keep_trunk:
+            checkpoint.trunk.drop_layers()
+    run = partial(verify, reference=reference, rows=rows, report=report, max_kl=max_kl, until=until)
     texts = _in_turn(_kinds_of_text(options.text))
     checks = [*left_out, *(replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts))]
     integer_weights: str | None = None

@@ -142,7 +142,7 @@ def test_each_step_has_its_rows_and_its_adapters(
 
     def steps(whole: bool, max_kl: float | None = None) -> set[str]:
         called.clear()
-        assert adapter_checks.verify_adapters(runtime, adapted, rows, whole, silent, max_kl) == []
+        assert adapter_checks.verify_adapters(runtime, AdapterLogits(adapted), rows, whole, silent, max_kl) == []
         return set(called)
 
     names = ["legal", "code", None] * 14
@@ -151,7 +151,9 @@ def test_each_step_has_its_rows_and_its_adapters(
     _, _, checked, _, of_rows, gate = called["gate_checks"][0]
     assert (checked, of_rows, gate) == (rows, names[:41], FP32)
     _, checked, factors, of_rows, _ = called["cache_checks"][0]
-    assert (sorted(map(len, checked)), of_rows, len(factors.factor_ids)) == (list(range(34, 42)), names[:8], 8)
+    of_length = {len(ids): name for ids, name in zip(rows, names[:41], strict=True)}
+    assert list(map(len, checked)) == list(range(34, 42))
+    assert (list(of_rows), len(factors.factor_ids)) == ([of_length[length] for length in range(34, 42)], 8)
     assert called["check_batching"] == [(batch, FP32, names[:33])]
     assert called["check_scores"] == [(few, FP32, names[:8])]
     assert called["check_rerun"] == called["check_alone"] == [(few, names[:8])]

@@ -569,9 +569,9 @@ def test_pieces_of_rows_are_the_rows(runtime: Runtime, monkeypatch: pytest.Monke
     whole = list(logit_checks.row_logits(runtime, FEW, factors))
     assert [logits.shape for logits in whole] == [(len(ids), 512) for ids in FEW]
     plant(monkeypatch, runtime, lambda rows, logits: None, width=6)
-    for size in (1, 3, 8):
+    for tokens in (1, 30, 1000):
         found: list[list[FloatArray]] = [[] for _ in FEW]
-        for row, start, logits in logit_checks.logits_pieces(runtime, FEW, factors, size):
+        for row, start, logits in logit_checks.logits_pieces(runtime, FEW, factors, tokens):
             assert start == sum(map(len, found[row]))
             assert len(logits)
             found[row].append(logits)
