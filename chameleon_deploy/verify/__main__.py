@@ -13,7 +13,7 @@ from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import verify_here
 from chameleon_deploy.verify.report import check_sheet
-from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
+from chameleon_deploy.verify.run import LONGEST, MAX_TOKENS, VerifyOptions, verify_bundle
 
 
 def main(
@@ -38,6 +38,9 @@ def main(
         bool,
         typer.Option("--quick", help="Read fewer texts, begin no check after a minute, and say what is left out."),
     ] = False,
+    longest: Annotated[
+        int, typer.Option(min=MAX_TOKENS, help="Tokens of the longest text, if the model has as many positions.")
+    ] = LONGEST,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record as JSON to this file.")] = None,
 ) -> None:
@@ -55,7 +58,7 @@ def main(
 
         checkpoint = load_source(reference, base, named_directories(adapter))
         path = console.bundle_path(bundle)
-        options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl, quick=quick)
+        options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl, quick=quick, longest=longest)
         with console.progress() as report:
             checks, record = verify_bundle(path, checkpoint, report, options)
     console.tell_provider(provider, record["provider"])

@@ -26,7 +26,8 @@ LONGEST = 2048  # tokens of the one long text; a model with more positions is ch
 # more: windows of the length that its gate was measured on.
 WINDOWS, WINDOW_TOKENS = 24, 256
 QUICK_SECONDS = 60  # after which a quick verification begins no step
-QUICK_WINDOWS = 3
+QUICK_WORK = 5e11  # tokens times parameters that it reads: a few seconds of two cores
+QUICK_ROWS, QUICK_WINDOWS = 8, 3  # the fewest rows beside the long one; the most windows
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class VerifyOptions:
     keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
                 hidden states depend on factors: those of adapters, or of targets beyond the head
     max_kl      accept a mean KL up to this value; None keeps the gates
-    quick       read fewer and shorter texts, and begin no step after QUICK_SECONDS; checks name what is left out
+    quick       read as many texts as QUICK_WORK allows, and begin no step after QUICK_SECONDS; checks name what is left
+                out
+    longest     tokens of the longest text, if the model has as many positions
     """
 
     text: list[Path] | None = None
@@ -48,10 +51,13 @@ class VerifyOptions:
     keep_trunk: bool = True
     max_kl: float | None = None
     quick: bool = False
+    longest: int = LONGEST
 
 
-def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: bool = False) -> list[list[int]]:
-    """Return 32 ragged texts of 1 to 48 tokens and, at last, one as long as the model's positions (at most 2,048).
+def verification_rows(
+    checkpoint: Source, text: list[Path] | None = None, more: bool = False, longest: int = LONGEST
+) -> list[list[int]]:
+    """Return 32 ragged texts of 1 to 48 tokens and, at last, one as long as the model's positions, at most `longest`.
 
     They are from files or from Python's own documentation.
 
@@ -64,13 +70,13 @@ def verification_rows(checkpoint: Source, text: list[Path] | None = None, more: 
     tokenizer = checkpoint.trunk.tokenizer
     encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False) if e.ids]
     stream = [i for ids in encoded for i in ids]
-    positions = min(checkpoint.trunk.max_positions, LONGEST)
+    positions = min(checkpoint.trunk.max_positions, longest)
     if len(encoded) < NUM_ROWS or len(stream) < positions:
         raise InputError(
             f"verification needs at least {NUM_ROWS} texts and {positions} tokens, got {len(encoded)} and {len(stream)}"
         )
-    longest = min(MAX_TOKENS, positions)
-    lengths = [longest * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
+    most = min(MAX_TOKENS, positions)
+    lengths = [most * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
     rows = [ids[:n] for ids, n in zip(encoded, lengths, strict=False)]
     if more:
         joined = tokenizer.encode_batch(["\n\n".join(kind) for kind in kinds], add_special_tokens=False)
@@ -97,17 +103,23 @@ def _windows(stream: list[int], count: int, width: int) -> list[list[int]]:
     return [stream[start : start + width] for start in (len(stream) * i // count for i in range(count))]
 
 
-def _fewer(rows: list[list[int]]) -> list[list[int]]:
-    """Return the ragged rows, a few windows, and the beginning of the long row."""
+def _fewer(rows: list[list[int]], parameters: int) -> list[list[int]]:
+    """Return the first rows, a few windows among them, and the beginning of the long row: what QUICK_WORK allows of a
+    model with so many parameters, and at least 9 rows.
+    """
     *others, longest = rows
-    return [*others[: NUM_ROWS + QUICK_WINDOWS], longest[:WINDOW_TOKENS]]
+    tokens = int(QUICK_WORK / parameters)
+    beginning = longest[: max(1, min(WINDOW_TOKENS, tokens // 2))]
+    read = itertools.accumulate(map(len, others), initial=len(beginning))
+    count = sum(total <= tokens for total in itertools.islice(read, 1, None))
+    return [*others[: min(max(count, QUICK_ROWS), NUM_ROWS + QUICK_WINDOWS)], beginning]
 
 
 def _texts_left_out(rows: list[list[int]], read: list[list[int]]) -> Check:
     """Return how many tokens a quick verification does not read."""
     from chameleon_deploy.verify.gates import Check
 
-    note = f"not read: {len(rows) - len(read)} of {len(rows)} texts, and all after {WINDOW_TOKENS} tokens of a text"
+    note = f"not read: {len(rows) - len(read)} of {len(rows)} texts, and all after {len(read[-1])} tokens of the long"
     return Check("left out: tokens of texts", sum(map(len, rows)) - sum(map(len, read)), limit=None, note=note)
 
 
@@ -145,10 +157,10 @@ def verify_bundle(
 
     opened, provider, max_kl = open_bundle(bundle), options.provider, options.max_kl
     manifest, own = opened.manifest, opened.graph("decoder", "cpu")
-    rows = verification_rows(checkpoint, options.text, more=manifest.precision != "fp32")
+    rows = verification_rows(checkpoint, options.text, manifest.precision != "fp32", options.longest)
     until, left_out = math.inf, []
     if options.quick:
-        until, every, rows = time.monotonic() + QUICK_SECONDS, rows, _fewer(rows)
+        until, every, rows = time.monotonic() + QUICK_SECONDS, rows, _fewer(rows, manifest.parameters.base)
         left_out = [_texts_left_out(every, rows)]
     if provider != "cpu":
         rows = rows_within(rows, manifest.limits)

@@ -8,17 +8,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.export import trunk
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.runtime.known_answers import recorded_answers
+from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checkpoint_checks, run
 from chameleon_deploy.verify.gates import Check
 from chameleon_deploy.verify.run import VerifyOptions, rows_within, verification_rows, verify_bundle
+from tests.families import small_model
 
 Rows = Callable[..., list[list[int]]]
 
@@ -128,8 +135,12 @@ def test_a_quick_verification_says_what_it_leaves_out(
     bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [[1] * 300 for _ in range(60)]
-    assert [len(ids) for ids in run._fewer(rows)] == [300] * 35 + [256]
-    assert run._fewer(rows[:33]) == [*rows[:32], rows[32][:256]]
+    assert [len(ids) for ids in run._fewer(rows, parameters=1)] == [300] * 35 + [256]
+    assert run._fewer(rows[:33], parameters=1) == [*rows[:32], rows[32][:256]]
+    # The larger the model, the fewer tokens: 5,000, 1,000, and what there must be at least.
+    assert [len(ids) for ids in run._fewer(rows, parameters=10**8)] == [300] * 15 + [256]
+    assert [len(ids) for ids in run._fewer([[1] * 30] * 60, parameters=10**9)] == [30] * 15 + [30]
+    assert [len(ids) for ids in run._fewer(rows, parameters=10**11)] == [300] * 8 + [2]
     checks, record = verify_bundle(bundle, mini, lambda *_: None, VerifyOptions(threads=1, quick=True))
     assert (record["quick"], record["verified"]) == (True, True)
     assert [check.name for check in checks if "left out" in check.name] == ["left out: tokens of texts"]
@@ -138,3 +149,28 @@ def test_a_quick_verification_says_what_it_leaves_out(
     assert {"left out: logits", "left out: mode cohort, all of it", "left out: data"} <= {c.name for c in checks}
     assert all(check.limit is None for check in checks)
     assert "KL" not in " ".join(check.name for check in checks)
+
+
+def test_a_fault_beyond_the_usual_length_is_seen_in_a_longer_text(
+    llama: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: from position 2,048 on, the rotary embedding begins again."""
+    positions, usual = 2400, run.LONGEST
+    model = small_model("llama", max_position_embeddings=positions, num_hidden_layers=1)
+    base = load_adapted("llama", {}, trunk_from(model, llama.trunk.tokenizer))
+    tables = trunk.rotary_tables
+
+    def starting_again(*arguments: Any) -> list[Any]:
+        return [np.concatenate([table[:usual], table[: positions - usual]]) for table in tables(*arguments)]
+
+    def verified(bundle: Path, longest: int) -> bool:
+        _, record = verify_bundle(bundle, base, silent, VerifyOptions(threads=1, longest=longest))
+        assert record["tokens"] > longest
+        return bool(record["verified"])
+
+    export_bundle(base, tmp_path / "right")
+    assert verified(tmp_path / "right", positions)
+    monkeypatch.setattr(trunk, "rotary_tables", starting_again)
+    export_bundle(base, tmp_path / "wrong")
+    assert verified(tmp_path / "wrong", usual)
+    assert not verified(tmp_path / "wrong", positions)
