@@ -157,20 +157,21 @@ def compared_modes(spec: AdaptationSpec) -> list[Mode]:
 
 
 def continued_rows(answers: KnownAnswers, mode: Mode) -> list[list[int]]:
-    """The recorded rows with the greedy tokens that continue them."""
-    return [[*ids, *tokens] for ids, tokens in zip(answers.rows, answers.modes[mode].greedy, strict=True)]
+    """The recorded rows with the greedy tokens that continue them, but for the last, after which nothing is chosen."""
+    return [[*ids, *tokens[:-1]] for ids, tokens in zip(answers.rows, answers.modes[mode].greedy, strict=True)]
 
 
 def check_greedy(mode: Mode, answers: KnownAnswers, reference: Reference, theirs: Any, gate: Gate) -> Check:
     """The reference, too, chooses the recorded greedy tokens where its two highest logits lie clearly apart."""
     differ = clear = 0
-    for row, (ids, text) in enumerate(zip(answers.rows, continued_rows(answers, mode), strict=True)):
-        logits = reference(text, theirs, row, slice(len(ids) - 1, len(text) - 1))
+    texts, greedy = continued_rows(answers, mode), answers.modes[mode].greedy
+    for row, (ids, text, chosen) in enumerate(zip(answers.rows, texts, greedy, strict=True)):
+        logits = reference(text, theirs, row, slice(len(ids) - 1, None))
         top = logits.topk(2)
         gaps = (top.values[:, 0] - top.values[:, 1]) / logit_scale([logits.numpy()])
         apart = gaps > CLEAR * gate.top1_gap
         clear += int(apart.sum())
-        differ += int((top.indices[:, 0] != torch.tensor(text[len(ids) :]))[apart].sum())
+        differ += int((top.indices[:, 0] != torch.tensor(chosen))[apart].sum())
     return Check(f"known answers: mode {mode}, greedy tokens that the reference does not choose", differ, 0,
                  note=f"{clear} with a gap over {CLEAR * gate.top1_gap:g} of the scale")  # fmt: skip
 
