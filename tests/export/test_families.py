@@ -26,7 +26,9 @@ from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.inference import RowLogits
 from chameleon_deploy.reference.model import Trunk, trunk_from
 from chameleon_deploy.reference.targets import choose_targets
+from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify.gates import GATES
+from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.devices import on_cpu
 from tests.families import small_model
 
@@ -123,6 +125,7 @@ def share_of_greedy(rows: Sequence[Sequence[int]], logits: Sequence[FloatArray])
 
 
 def test_every_row_is_transformers_float64_model(made: Made, tmp_path: Path) -> None:
+    """And the gates of `verify` pass, against transformers' float32 model."""
     export_bundle(made.adapted, tmp_path / "bundle")
     expected = made.expected(ROWS)
     for graph in GRAPHS:
@@ -130,6 +133,8 @@ def test_every_row_is_transformers_float64_model(made: Made, tmp_path: Path) -> 
         assert differences(logits_of(runtime, ROWS), expected)[0] < 1e-5
         rows = continued(runtime)
         assert share_of_greedy(rows, made.expected(rows)) == 1
+    checks, record = verify_bundle(tmp_path / "bundle", made.adapted, silent, VerifyOptions(threads=1))
+    assert record["verified"], [check for check in checks if not check.passed]
 
 
 @pytest.mark.parametrize(
