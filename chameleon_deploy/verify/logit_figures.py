@@ -13,6 +13,8 @@ from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime import Score
 from chameleon_deploy.runtime.factors import RowFactors
 
+LOGITS = 2**20  # that are compared together: 8 MB in float64
+
 
 class LogitFigures:
     """Accumulates the comparison of two sets of logits, in slices, so that no float64 copy is large.
@@ -47,8 +49,9 @@ class LogitFigures:
 
     def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
         """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
-        for start in range(0, len(actual), 64):
-            part = slice(start, start + 64)
+        step = max(1, LOGITS // actual.shape[1])
+        for start in range(0, len(actual), step):
+            part = slice(start, start + step)
             self.max_abs = largest([self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy())])
             top = expected[part].topk(2).values
             self._gaps.append(top[:, 0] - top[:, 1])
