@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <queue>
-#include <tuple>
 
 #include "chameleon/error.h"
 #include "tokenizer/utf8.h"
@@ -18,14 +18,13 @@ std::uint64_t pair_of(std::int32_t left, std::int32_t right) {
   return (static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32) | static_cast<std::uint32_t>(right);
 }
 
-struct Candidate {
-  std::int32_t rank;
-  std::int32_t position;
-  std::int32_t merged;
-  bool operator<(const Candidate& other) const {  // std::priority_queue gives the greatest first
-    return std::tie(rank, position) > std::tie(other.rank, other.position);
-  }
-};
+// A pair of symbols that may be merged, as one number: the lowest is of the lowest rank, the leftmost of those. Texts
+// of tokenizers that do not part words are queued whole, and comparing numbers takes half the time of comparing fields.
+using Candidate = std::uint64_t;
+
+Candidate candidate(std::int32_t rank, std::int32_t position) {
+  return (static_cast<Candidate>(static_cast<std::uint32_t>(rank)) << 32) | static_cast<std::uint32_t>(position);
+}
 
 }  // namespace
 
@@ -129,30 +128,33 @@ void Bpe::encode(std::string_view word, std::vector<std::int64_t>& ids) const {
   symbols.reserve(word.size());
   split(word, symbols);
 
-  std::vector<Candidate> storage;
-  storage.reserve(symbols.size());
-  std::priority_queue<Candidate> queue({}, std::move(storage));
-  const auto consider = [&](std::int32_t position) {
-    if (position < 0 || symbols[position].next < 0) return;
-    const Merge* merge = find(symbols[position].id, symbols[symbols[position].next].id);
-    if (merge != nullptr) queue.push({merge->rank, position, merge->merged});
+  const auto merge_at = [&](std::int32_t position) -> const Merge* {
+    const Symbol& left = symbols[position];
+    return left.id < 0 || left.next < 0 ? nullptr : find(left.id, symbols[left.next].id);
   };
-  for (std::int32_t i = 0; i < static_cast<std::int32_t>(symbols.size()); ++i) consider(i);
+  std::vector<Candidate> candidates;
+  candidates.reserve(symbols.size());
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(symbols.size()); ++i) {
+    if (const Merge* merge = merge_at(i)) candidates.push_back(candidate(merge->rank, i));
+  }
+  std::priority_queue queue(std::greater<Candidate>(), std::move(candidates));
   while (!queue.empty()) {
     const Candidate best = queue.top();
     queue.pop();
-    Symbol& left = symbols[best.position];
-    if (left.id < 0 || left.next < 0) continue;
-    Symbol& right = symbols[left.next];
+    const auto position = static_cast<std::int32_t>(best & UINT32_MAX);
+    const Merge* merge = merge_at(position);
     // The pair may have changed since it was queued.
-    const Merge* merge = find(left.id, right.id);
-    if (merge == nullptr || merge->merged != best.merged) continue;
-    left.id = best.merged;
+    if (merge == nullptr || candidate(merge->rank, position) != best) continue;
+    Symbol& left = symbols[position];
+    Symbol& right = symbols[left.next];
+    left.id = merge->merged;
     left.next = right.next;
     right.id = -1;
-    if (left.next >= 0) symbols[left.next].previous = best.position;
-    consider(left.previous);
-    consider(best.position);
+    if (left.next >= 0) symbols[left.next].previous = position;
+    for (const std::int32_t changed : {left.previous, position}) {
+      if (changed < 0) continue;
+      if (const Merge* next = merge_at(changed)) queue.push(candidate(next->rank, changed));
+    }
   }
   for (const Symbol& symbol : symbols) {
     if (symbol.id >= 0) ids.push_back(symbol.id);
