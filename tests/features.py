@@ -47,6 +47,8 @@ def uses() -> dict[str, list[Use]]:
         "a deadline": [Use(generate={"deadline": 1e-9})],
         "prompt lookup": [Use(generate={"prompt_lookup_num_tokens": 4})],
         "prompt lookup in int8": [Use(generate={"prompt_lookup_num_tokens": 4}, bundle="int8")],
+        "a salt of the prefix cache": [Use(generate={"cache_salt": "mine"})],
+        "only what is bitwise equal from the prefix cache": [Use(generate={"cache_generated": False})],
     }
     settings = {
         "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.4, "presence_penalty": 1.5,

@@ -75,20 +75,21 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
 
 def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dict[str, Any]:
     """Texts that begin alike or continue one another, and a prefix cache that is too small for them."""
-    model, modes = runtime.manifest.model, ["none", "none", "centroid", "request", "cohort"]
+    model, modes = runtime.manifest.model, ["none", "none", "none", "centroid", "cohort"]
     beginnings = [random.integers(0, model.vocab_size, length).tolist() for length in (20, 48, 70)]
     schedule: dict[str, Any] = {
         "rows": 3, "prefill_tokens": 16, "max_factor_sets": 3, "capacity": model.max_positions,
-        "prefix_cache_blocks": int(random.choice([6, 12, 40])), "submits": [],
+        "prefix_cache_blocks": int(random.choice([10, 20])), "submits": [],
     }  # fmt: skip
     arrival = 0
-    for number in range(12):
+    for number in range(20):
         beginning = beginnings[random.integers(3)]
         own = random.integers(0, model.vocab_size, random.integers(1, 30)).tolist()
+        continued = int(random.integers(number)) if number and random.random() < 0.4 else None
         schedule["submits"].append({
             "at": arrival,
-            "prompts": [beginning[: random.integers(len(beginning) + 1)] + own],
-            "continues": int(random.integers(number)) if number and random.random() < 0.4 else None,
+            "prompts": [own if continued is not None else beginning[: random.choice([10, 40, 70])] + own],
+            "continues": continued,
             "mode": str(random.choice(modes)), "tenant": None, "rank": None, "overflows": False, "expires": False,
             "max_new_tokens": int(random.integers(1, 20)),
             "sampling": random_settings(random, model),

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "chameleon/error.h"
+#include "decode/shared_cache.h"
 #include "engine/loop.h"
 #include "engine/submission.h"
 
@@ -82,8 +83,10 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* bytes, std::size_t si
   const auto rows = data.ConsumeIntegralInRange<std::size_t>(1, 4);
   const auto capacity = data.ConsumeIntegralInRange<std::size_t>(8, 48);
   FactorTable table(data.ConsumeIntegralInRange<std::size_t>(1, rows));
-  const auto batch = open_batch(*runtime.impl().backend.decoder, table, rows, capacity,
-                                {data.ConsumeIntegralInRange<std::size_t>(8, 17)});
+  const auto& decoder = dynamic_cast<const SharedCacheDecoder&>(*runtime.impl().backend.decoder);
+  const auto prefixes = decoder.prefix_cache(runtime.impl().bundle.digest, 4 * 16 * decoder.token_bytes());
+  const auto batch =
+      open_batch(decoder, table, rows, capacity, {data.ConsumeIntegralInRange<std::size_t>(8, 17)}, prefixes.get());
   Loop loop(*batch, table, runtime.tokenizer(), runtime.manifest().model.eos_token_id);
   std::vector<Stream> streams;
   while (data.remaining_bytes() > 0) {

@@ -161,6 +161,8 @@ typedef struct {
   double deadline_seconds;          /* after which rows that have not ended finish as "deadline"; none by default */
   int64_t prompt_lookup_num_tokens; /* on the CPU, in fp32, while a single row is generated: draft up to this many
                                        tokens, at most 16, from the text so far; 0 is off */
+  const char* cache_salt; /* an engine's prefix cache shares keys and values only among equal salts; NULL is "" */
+  int exact_cache;        /* 1: take and keep no keys and values that steps wrote, which are not bitwise equal */
   const char* errors; /* of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" (default)
                          fails the call, "row" ends that row alone, with finish reason "error", as an engine does */
   chameleon_on_token on_token; /* of chameleon_engine_submit: called by the engine's thread, in place of
@@ -193,12 +195,15 @@ CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generati
 
 /* Zero is the default in every field. */
 typedef struct {
-  size_t rows;             /* places in the batch; 8 by default */
-  size_t max_waiting;      /* rows that may wait for a place; 256 by default */
-  size_t prefill_tokens;   /* prompt tokens prefilled between two steps of the running rows; 256 by default */
-  size_t max_factor_sets;  /* different factor sets in the batch at a time; as many as rows by default */
-  double cohort_window_ms; /* how long a submit waits for others that join its cohort */
-  size_t capacity;         /* tokens per row that the key-value cache holds; the model's positions by default */
+  size_t rows;               /* places in the batch; 8 by default */
+  size_t max_waiting;        /* rows that may wait for a place; 256 by default */
+  size_t prefill_tokens;     /* prompt tokens prefilled between two steps of the running rows; 256 by default */
+  size_t max_factor_sets;    /* different factor sets in the batch at a time; as many as rows by default */
+  double cohort_window_ms;   /* how long a submit waits for others that join its cohort */
+  size_t capacity;           /* tokens per row that the key-value cache holds; the model's positions by default */
+  size_t prefix_cache_bytes; /* of keys and values that later prompts may begin with; a tenth of the free memory by
+                                default */
+  int no_prefix_cache;       /* 1: keep none */
 } chameleon_engine_options;
 
 typedef struct {
@@ -209,12 +214,23 @@ typedef struct {
   size_t factor_sets; /* resident factor sets */
 } chameleon_stats;
 
+typedef struct {
+  size_t tokens, bytes, max_bytes; /* whose keys and values are cached; bytes that these take, of max_bytes */
+  size_t queries, hits;            /* prompt tokens that were looked for, and those that were found and used */
+  size_t evictions;                /* tokens that had to make room for others */
+} chameleon_prefix_cache_stats;
+
 /* Start an engine: one thread generates for many callers at once. The runtime must outlive it. Freeing it closes it as
  * chameleon_engine_close(engine, 30) does. */
 CHAMELEON_EXPORT chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime,
                                                          const chameleon_engine_options* options,
                                                          chameleon_engine** engine);
 CHAMELEON_EXPORT chameleon_stats chameleon_engine_stats(const chameleon_engine* engine);
+/* The state of the prefix cache, with the tokens and bytes of salts that begin with `salt`. */
+CHAMELEON_EXPORT chameleon_prefix_cache_stats chameleon_engine_prefix_cache_stats(const chameleon_engine* engine,
+                                                                                  const char* salt);
+/* Forget the keys and values of requests whose salt begins with `salt`. */
+CHAMELEON_EXPORT chameleon_error* chameleon_engine_clear_prefix_cache(chameleon_engine* engine, const char* salt);
 /* Accept no new request, finish the accepted ones, and end the thread. After drain_seconds the rest is cancelled. */
 CHAMELEON_EXPORT chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_seconds);
 CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
@@ -230,6 +246,8 @@ CHAMELEON_EXPORT chameleon_error* chameleon_engine_submit(chameleon_engine* engi
 CHAMELEON_EXPORT int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, chameleon_token* token);
 /* End all rows within one iteration of the engine. From any thread. */
 CHAMELEON_EXPORT void chameleon_stream_cancel(chameleon_stream* stream);
+/* Tokens of a prompt that were found in the prefix cache, known with its first token. */
+CHAMELEON_EXPORT size_t chameleon_stream_cached_tokens(const chameleon_stream* stream, size_t prompt);
 /* Wait until every row has ended. */
 CHAMELEON_EXPORT chameleon_error* chameleon_stream_result(const chameleon_stream* stream,
                                                           chameleon_generations** generations);

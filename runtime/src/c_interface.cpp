@@ -152,7 +152,9 @@ chameleon_token as_c(const Token& token) {
 
 Generate read(const chameleon_generate_options& given) {
   Generate generate{.sampling = read_all(given.sampling, given.num_samplings),
-                    .prompt_lookup_num_tokens = given.prompt_lookup_num_tokens};
+                    .prompt_lookup_num_tokens = given.prompt_lookup_num_tokens,
+                    .cache_salt = given.cache_salt == nullptr ? "" : given.cache_salt,
+                    .cache_generated = given.exact_cache == 0};
   if (given.max_new_tokens != 0) generate.max_new_tokens = given.max_new_tokens;
   if (given.n != 0) generate.n = given.n;
   if (given.deadline_seconds != 0) generate.deadline = Seconds(given.deadline_seconds);
@@ -314,6 +316,8 @@ chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime, const 
       if (options->prefill_tokens != 0) chosen.prefill_tokens = options->prefill_tokens;
       if (options->max_factor_sets != 0) chosen.max_factor_sets = options->max_factor_sets;
       if (options->capacity != 0) chosen.capacity = options->capacity;
+      if (options->prefix_cache_bytes != 0) chosen.prefix_cache_bytes = options->prefix_cache_bytes;
+      if (options->no_prefix_cache != 0) chosen.prefix_cache_bytes = 0;
       chosen.cohort_window = Seconds(options->cohort_window_ms / 1000);
     }
     *engine = new chameleon_engine{Engine(runtime->value, std::move(chosen))};
@@ -322,6 +326,13 @@ chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime, const 
 chameleon_stats chameleon_engine_stats(const chameleon_engine* engine) {
   const Stats stats = engine->value.stats();
   return {stats.running, stats.waiting, stats.rows, stats.cached_tokens, stats.cache_capacity, stats.factor_sets};
+}
+chameleon_prefix_cache_stats chameleon_engine_prefix_cache_stats(const chameleon_engine* engine, const char* salt) {
+  const PrefixCacheStats stats = engine->value.prefix_cache_stats(salt);
+  return {stats.tokens, stats.bytes, stats.max_bytes, stats.queries, stats.hits, stats.evictions};
+}
+chameleon_error* chameleon_engine_clear_prefix_cache(chameleon_engine* engine, const char* salt) {
+  return guarded([&] { engine->value.clear_prefix_cache(salt); });
 }
 chameleon_error* chameleon_engine_close(chameleon_engine* engine, double drain_seconds) {
   return guarded([&] { engine->value.close(Seconds(drain_seconds)); });
@@ -346,6 +357,9 @@ int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, cham
   return 1;
 }
 void chameleon_stream_cancel(chameleon_stream* stream) { stream->value.cancel(); }
+size_t chameleon_stream_cached_tokens(const chameleon_stream* stream, size_t prompt) {
+  return stream->value.cached_tokens()[prompt];
+}
 chameleon_error* chameleon_stream_result(const chameleon_stream* stream, chameleon_generations** generations) {
   return guarded([&] { *generations = new chameleon_generations{stream->value.result()}; });
 }

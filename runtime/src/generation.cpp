@@ -139,7 +139,9 @@ void check(const Generate& generate) {
 
 std::vector<Row> begin_rows(std::span<const TokenIds> prompts, std::span<const std::int64_t> cluster_ids,
                             const Generate& generate, std::size_t capacity, std::int64_t vocab_size) {
-  const auto& [max_new_tokens, sampling, n, deadline, draft_tokens] = generate;
+  const auto& max_new_tokens = generate.max_new_tokens;
+  const auto& sampling = generate.sampling;
+  const std::size_t n = generate.n;
   check_count(max_new_tokens, prompts.size(), "max_new_tokens");
   check_count(sampling, prompts.size(), "sampling");
   const bool single = std::holds_alternative<Sampling>(sampling);

@@ -123,7 +123,16 @@ int main(int argc, char** argv) {
   CHECK(chameleon_generation_token_ids(generations, 1, &count)[3] == token.token_id && count == 4);
   CHECK(chameleon_generation_error_code(generations, 0) == NULL);
   chameleon_generations_free(generations);
+  CHECK(chameleon_stream_cached_tokens(stream, 0) == 0);
   chameleon_stream_free(stream);
+  CHECK(chameleon_engine_prefix_cache_stats(engine, "").queries > 0);
+  CHECK(chameleon_engine_clear_prefix_cache(engine, "") == NULL);
+  CHECK(chameleon_engine_prefix_cache_stats(engine, "").tokens == 0);
+  chameleon_engine* uncached = NULL;
+  const chameleon_engine_options without = {.no_prefix_cache = 1};
+  CHECK(chameleon_engine_start(runtime, &without, &uncached) == NULL);
+  CHECK(chameleon_engine_prefix_cache_stats(uncached, "").max_bytes == 0);
+  chameleon_engine_free(uncached);
 
   const chameleon_generate_options hurried = {.max_new_tokens = 4, .deadline_seconds = 1e-9};
   CHECK(chameleon_generate(runtime, &batch, &twice, &generations) == NULL);

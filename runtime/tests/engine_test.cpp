@@ -437,6 +437,32 @@ TEST(Engine, BadArgumentsAreRefusedAtOnce) {
   EXPECT_EQ(submit(engine, TokenIds(40, 1), endless()).result()[0].token_ids.size(), 1U);
 }
 
+TEST(Engine, APromptThatComesAgainIsFoundInThePrefixCache) {
+  Engine engine(runtime(), {.prefill_tokens = 16, .prefix_cache_bytes = 1 << 20});
+  const TokenIds prompt = prompts_of({40})[0];
+  const auto ask = [&](const std::string& salt, bool cache_generated = true) {
+    Generate generate = endless(4);
+    generate.cache_salt = salt;
+    generate.cache_generated = cache_generated;
+    const Stream stream = submit(engine, prompt, generate);
+    expect_same(stream.result(), alone(prompt, {Mode::none, kEndless, 4}));
+    return stream.cached_tokens()[0];
+  };
+  EXPECT_EQ(ask("a"), 0U);
+  EXPECT_EQ(ask("a"), 32U);
+  EXPECT_EQ(ask("a", false), 32U);  // two whole chunks
+  EXPECT_EQ(ask("b"), 0U);
+  EXPECT_EQ(engine.prefix_cache_stats("a").tokens, 32U);
+  EXPECT_EQ(engine.prefix_cache_stats().tokens, 64U);
+  EXPECT_EQ(engine.prefix_cache_stats().hits, 64U);
+  EXPECT_EQ(engine.prefix_cache_stats().queries, 160U);
+  engine.clear_prefix_cache("a");
+  EXPECT_EQ(engine.prefix_cache_stats().tokens, 32U);
+  EXPECT_EQ(ask("a"), 0U);
+  Engine without(runtime(), {.prefix_cache_bytes = 0});
+  EXPECT_EQ(without.prefix_cache_stats().max_bytes, 0U);
+}
+
 TEST(Engine, BadSettingsAreRefused) {
   EXPECT_THROW(Engine(runtime(), {.rows = 0}), InputError);
   EXPECT_THROW(Engine(runtime(), {.prefill_tokens = 7}), InputError);

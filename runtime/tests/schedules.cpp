@@ -1,13 +1,29 @@
 #include "schedules.h"
 
+#include <algorithm>
+
+#include "decode/shared_cache.h"
 #include "engine/loop.h"
 
 namespace chameleon::test {
 
 namespace {
 
-Stream submit_to(Loop& loop, const Runtime& runtime, const Json& submit, std::size_t capacity) {
-  const Call call(submit, runtime.manifest().model);
+constexpr std::size_t kMostContinued = 80;  // tokens of a text that another continues
+
+Stream submit_to(Loop& loop, const Runtime& runtime, const Json& submit, std::span<const Stream> streams,
+                 std::size_t capacity) {
+  Call call(submit, runtime.manifest().model);
+  if (submit.contains("continues") && !submit.at("continues").is_null()) {
+    const Stream& continued = streams[submit.at("continues").get<std::size_t>()];
+    if (continued.done()) {
+      TokenIds text = continued.prompts()[0];
+      const TokenIds generated = continued.result()[0].token_ids;
+      text.insert(text.end(), generated.begin(), generated.end());
+      text.resize(std::min(text.size(), kMostContinued));
+      for (TokenIds& prompt : call.prompts) prompt.insert(prompt.begin(), text.begin(), text.end());
+    }
+  }
   const Submission submission = prepare(runtime.impl(), call.prompts, call.generate, call.adapt, capacity);
   form_cohort(runtime.impl(), std::span(&submission, 1), 0);
   loop.wait(submission.members);
@@ -38,15 +54,21 @@ Json tokens_of(const Stream& stream) {
 Json run_schedule(const Runtime& runtime, const Json& schedule) {
   const std::size_t capacity = schedule.at("capacity");
   FactorTable table(schedule.at("max_factor_sets"));
-  const auto batch = open_batch(*runtime.impl().backend.decoder, table, schedule.at("rows"), capacity,
-                                {schedule.at("prefill_tokens").get<std::size_t>()});
+  const Decoder& decoder = *runtime.impl().backend.decoder;
+  std::unique_ptr<PrefixCache> prefixes;
+  if (const std::size_t blocks = schedule.value("prefix_cache_blocks", std::size_t{0}); blocks > 0) {
+    prefixes = dynamic_cast<const SharedCacheDecoder&>(decoder).prefix_cache(
+        runtime.impl().bundle.digest, blocks * PrefixCache::kBlockTokens * decoder.token_bytes());
+  }
+  const auto batch = open_batch(decoder, table, schedule.at("rows"), capacity,
+                                {schedule.at("prefill_tokens").get<std::size_t>()}, prefixes.get());
   Loop loop(*batch, table, runtime.tokenizer(), runtime.manifest().model.eos_token_id);
   const Json& submits = schedule.at("submits");
   std::vector<Stream> streams;
   Json iterations = Json::array();
   while (streams.size() < submits.size() || !loop.empty()) {
     while (streams.size() < submits.size() && submits[streams.size()].at("at") <= iterations.size()) {
-      streams.push_back(submit_to(loop, runtime, submits[streams.size()], capacity));
+      streams.push_back(submit_to(loop, runtime, submits[streams.size()], streams, capacity));
     }
     for (std::size_t i = 0; i < streams.size(); ++i) {
       if (submits[i].at("cancel_at") == iterations.size()) streams[i].cancel();
@@ -61,6 +83,11 @@ Json run_schedule(const Runtime& runtime, const Json& schedule) {
   for (const Stream& stream : streams) {
     result["rows"].push_back(rows_of(stream));
     result["tokens"].push_back(tokens_of(stream));
+    if (prefixes != nullptr) result["cached_tokens"].push_back(stream.cached_tokens());
+  }
+  if (prefixes != nullptr) {
+    const PrefixCacheStats stats = prefixes->stats("");
+    result["prefix_cache"] = {stats.tokens, stats.bytes, stats.max_bytes, stats.queries, stats.hits, stats.evictions};
   }
   return result;
 }

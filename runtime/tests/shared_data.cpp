@@ -156,6 +156,8 @@ Call::Call(const Json& record, const ModelSpec& model)
   if (record.value("expires", false)) generate.deadline = expired;
   if (given("deadline")) generate.deadline = Seconds(record.at("deadline").get<double>());
   generate.prompt_lookup_num_tokens = record.value("prompt_lookup_num_tokens", std::int64_t{0});
+  generate.cache_salt = record.value("cache_salt", "");
+  generate.cache_generated = record.value("cache_generated", true);
 }
 
 CallerFactors::CallerFactors(std::int64_t given, const ModelSpec& model)

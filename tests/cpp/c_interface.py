@@ -64,7 +64,8 @@ OnToken = c.CFUNCTYPE(c.c_int, c.POINTER(CToken), P)
 
 class GenerateOptions(c.Structure):
     _fields_ = (("max_new_tokens", I64), ("sampling", c.POINTER(CSampling)), ("num_samplings", Z),
-                ("n", Z), ("deadline_seconds", c.c_double), ("prompt_lookup_num_tokens", I64), ("errors", c.c_char_p),
+                ("n", Z), ("deadline_seconds", c.c_double), ("prompt_lookup_num_tokens", I64),
+                ("cache_salt", c.c_char_p), ("exact_cache", c.c_int), ("errors", c.c_char_p),
                 ("on_token", OnToken), ("user", P))  # fmt: skip
 
 
@@ -176,7 +177,7 @@ class NativeRuntime:
             return on_token(t.row, t.token_id, c.string_at(t.text, t.text_size).decode(), bool(t.finished))
 
         options = GenerateOptions(
-            max_new_tokens, native, len(samplings), 0, 0.0, prompt_lookup_num_tokens,
+            max_new_tokens, native, len(samplings), 0, 0.0, prompt_lookup_num_tokens, None, 0,
             errors.encode() if errors else None, OnToken(forward) if on_token else OnToken(), None,
         )  # fmt: skip
         handle = P()

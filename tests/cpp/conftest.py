@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_deploy.contract.bundle import Precision, TrainedRegime
+from chameleon_deploy.contract.bundle import LM_HEAD, Precision, TrainedRegime
 from tests.cpp.c_interface import LIBRARY
 
 collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
@@ -16,7 +16,9 @@ collect_ignore_glob = [] if LIBRARY.exists() else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Random two-layer models: a GPT-2 in both regimes, and a Llama, in float32 and in int8; "given" take vectors."""
+    """Random two-layer models: a GPT-2 in both regimes, and a Llama, in float32 and in int8; "given" take vectors,
+    and every layer of "updated" is updated.
+    """
     from chameleon_deploy.export.exporter import export_bundle
     from chameleon_deploy.reference.checkpoint import load_checkpoint
     from chameleon_deploy.reference.random import random_checkpoint
@@ -31,10 +33,12 @@ def mini_bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         "llama-int8": ("llama-mini", "lora", "int8", 0),
         "given": ("mini", "chameleon", "fp32", 24),
         "given-int8": ("llama-mini", "chameleon", "int8", 24),
+        "updated": ("llama-mini", "chameleon", "fp32", 0),
     }
     for name, (size, regime, precision, conditioning_size) in kinds.items():
         checkpoint, bundles[name] = directory / f"checkpoint-{name}", directory / name
-        random_checkpoint(checkpoint, size, regime, conditioning_size=conditioning_size)
+        targets = ["all"] if name == "updated" else [LM_HEAD]
+        random_checkpoint(checkpoint, size, regime, targets=targets, conditioning_size=conditioning_size)
         export_bundle(load_checkpoint(checkpoint), bundles[name], precision=precision)
     yield bundles
     shutil.rmtree(directory)

@@ -17,9 +17,11 @@ import pytest
 
 import chameleon_deploy
 from tests.cpp.c_interface import BUILD
-from tests.schedules import random_schedule, run_schedule
+from tests.schedules import random_prefix_schedule, random_schedule, run_schedule
 
 KINDS = ("chameleon", "lora", "llama", "int8", "llama-int8", "given", "given-int8")
+# submits of a schedule of texts that begin alike are operations, and iterations besides
+PREFIX_EXAMPLES = max(3, int(os.environ.get("CHAMELEON_OPERATIONS", "0")) // 100)
 EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "40")) // len(KINDS)
 
 
@@ -36,6 +38,19 @@ def test_random_schedules_give_the_same_tokens(mini_bundles: dict[str, Path], ki
     schedules = [random_schedule(random, python) for _ in range(EXAMPLES)]
     for number, found in enumerate(run_native(mini_bundles[kind], schedules)):
         assert found == run_schedule(python, schedules[number]), number
+
+
+@pytest.mark.parametrize("kind", ["updated", "int8", "llama"])
+def test_random_texts_find_the_same_in_the_prefix_cache(mini_bundles: dict[str, Path], kind: str) -> None:
+    """In a model whose trunk is updated, in int8, and where all modes share one cache."""
+    python, random = chameleon_deploy.load(mini_bundles[kind]), np.random.default_rng(11)
+    schedules = [random_prefix_schedule(random, python) for _ in range(PREFIX_EXAMPLES)]
+    hits = evictions = 0
+    for number, found in enumerate(run_native(mini_bundles[kind], schedules)):
+        assert found == run_schedule(python, schedules[number]), number
+        hits, evictions = hits + found["prefix_cache"][4], evictions + found["prefix_cache"][5]
+    assert hits > 0
+    assert evictions > 0
 
 
 def test_another_seed_or_place_is_seen(mini_bundles: dict[str, Path]) -> None:

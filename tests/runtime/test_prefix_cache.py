@@ -310,8 +310,8 @@ def an_off_by_one_of_a_block(patch: pytest.MonkeyPatch) -> None:
 def an_eviction_under_a_reader(patch: pytest.MonkeyPatch) -> None:
     find = PrefixCache.find
 
-    def evicting(self: PrefixCache, root: Root, ids: Sequence[int]) -> list[Block]:
-        blocks = find(self, root, ids)
+    def evicting(self: PrefixCache, root: Root, ids: Sequence[int], is_used: bool) -> list[Block]:
+        blocks = find(self, root, ids, is_used)
         for block in blocks[-1:]:
             if not block.children:
                 self.memory_of(block)[...] = 1  # as if another text had taken its place

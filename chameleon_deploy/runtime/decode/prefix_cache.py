@@ -121,11 +121,12 @@ class PrefixCache:
         digest = hashlib.sha256(b"bundle%bfactors%bsalt%b" % parts).digest()
         return self._roots.get(digest) or Root(digest, salt)
 
-    def find(self, root: Root, ids: Sequence[int]) -> list[Block]:
-        """Return the blocks that a text begins with."""
+    def find(self, root: Root, ids: Sequence[int], is_used: bool = True) -> list[Block]:
+        """Return the blocks that a text begins with. is_used: whether they are as recently used as can be now"""
         with self._lock:
             blocks = self._walk(root, array("i", ids).tobytes())
-            self._use(blocks)
+            if is_used:
+                self._use(blocks)
         return blocks
 
     def memory_of(self, block: Block) -> Array:

@@ -29,7 +29,7 @@ class Prefixes:
 
     def restore(self, member: Member, place: int) -> bool:
         """Begin a member's row with what there is of its prompt. False if that is nothing."""
-        if not (blocks := self._find(member)):
+        if not (blocks := self._find(member, is_used=True)):
             return False
         for block in blocks:
             self._slots.copy_in(place, self._cache.memory_of(block))
@@ -59,7 +59,7 @@ class Prefixes:
 
     def will_have(self, member: Member, beginnings: Collection[Hashable]) -> bool:
         """Return whether a member's prompt begins with what is here, or with what one of these beginnings will be."""
-        return bool(self._find(member)) or (
+        return bool(self._find(member, is_used=False)) or (
             member.cache_generated and len(member.prompt.ids) > CALL_TOKENS and self.beginning(member) in beginnings
         )
 
@@ -70,10 +70,10 @@ class Prefixes:
     def _root(self, member: Member) -> Root:
         return self._cache.root(self._table.trunk_digest(member.key), member.cache_salt)
 
-    def _find(self, member: Member) -> list[Block]:
+    def _find(self, member: Member, is_used: bool) -> list[Block]:
         """Return the blocks that a member's prompt is to begin with."""
         ids, chunk = member.prompt.ids, self._chunk_tokens
-        blocks = self._cache.find(self._root(member), ids[: len(ids) - self._left])
+        blocks = self._cache.find(self._root(member), ids[: len(ids) - self._left], is_used)
         if not member.cache_generated:
             exact = next((i for i, block in enumerate(blocks) if not block.is_exact), len(blocks)) * BLOCK_TOKENS
             # Up to where a run that finds nothing ends a chunk, too: before two tokens it cuts otherwise.

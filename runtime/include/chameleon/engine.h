@@ -27,6 +27,9 @@ struct EngineOptions {
   /// Tokens per row that the key-value cache holds: by default, the model's positions, or as many as fit into half of
   /// the free memory. InputError for what does not fit into the free memory.
   std::optional<std::size_t> capacity{};
+  /// Bytes of keys and values that later prompts may begin with: by default, a tenth of the free memory; 0 keeps none.
+  /// Decoders without slots keep none, and InputError tells who asks for it.
+  std::optional<std::size_t> prefix_cache_bytes{};
   /// Called by the engine's thread after every iteration; must be quick. Its exceptions are ignored.
   std::function<void(const Iteration&)> observe{};
 };
@@ -38,6 +41,14 @@ struct Stats {
   std::size_t cached_tokens;     ///< tokens in the key-value cache
   std::size_t cache_capacity;    ///< tokens that it can hold
   std::size_t factor_sets;       ///< resident factor sets
+};
+
+/// The state of a prefix cache.
+struct PrefixCacheStats {
+  std::size_t tokens, bytes, max_bytes;  ///< whose keys and values are cached; bytes that these take, of max_bytes
+  std::size_t queries, hits;             ///< prompt tokens that were looked for, and those that were found and used
+  std::size_t evictions;                 ///< tokens that had to make room for others
+  bool operator==(const PrefixCacheStats&) const = default;
 };
 
 /// Generates for many callers at once on one runtime. Every function may be called from any thread, but `close` not
@@ -61,6 +72,10 @@ class CHAMELEON_EXPORT Engine {
   /// Whether no request is accepted any more: after `close`, or a fault of the thread.
   [[nodiscard]] bool closed() const;
   [[nodiscard]] Stats stats() const;
+  /// The state of the prefix cache, with the tokens and bytes of salts that begin with `salt`.
+  [[nodiscard]] PrefixCacheStats prefix_cache_stats(const std::string& salt = {}) const;
+  /// Forget the keys and values of requests whose cache_salt begins with `salt`; their rows are not affected.
+  void clear_prefix_cache(const std::string& salt = {});
 
   /// Accept no new request, finish the accepted ones, and end the thread. A second call does nothing.
   /// drain: after which rows that have not ended are cancelled

@@ -73,6 +73,11 @@ struct Generate {
   /// lookup and read in one call, which is faster where the text repeats itself, and slower elsewhere. The tokens are
   /// those of plain decoding. 0 is off.
   std::int64_t prompt_lookup_num_tokens = 0;
+  /// An Engine's prefix cache shares keys and values only among requests of equal salts.
+  std::string cache_salt{};
+  /// Whether an Engine's prefix cache may give this request keys and values that steps wrote, and keep its own: near
+  /// those of a prompt that is read, but not bitwise equal. False takes what is equal.
+  bool cache_generated = true;
 };
 
 }  // namespace chameleon

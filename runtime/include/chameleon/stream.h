@@ -46,6 +46,8 @@ class CHAMELEON_EXPORT Stream {
   [[nodiscard]] std::size_t n() const;  ///< continuations per prompt
   /// Set before the first token in the modes cohort and tenant, else none.
   [[nodiscard]] std::optional<Cohort> cohort() const;
+  /// Of each prompt, tokens that were found in the prefix cache. Set before the first token.
+  [[nodiscard]] std::vector<std::size_t> cached_tokens() const;
 
   struct State;  ///< of the library itself
   explicit Stream(std::shared_ptr<State> state);

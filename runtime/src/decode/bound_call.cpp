@@ -38,16 +38,16 @@ std::size_t SharedCacheGraph::cache_bytes(std::size_t rows, std::size_t capacity
 }
 
 void CacheBuffers::copy_row(const SharedCacheGraph& graph, const CacheBuffers& other, std::size_t source,
-                            std::size_t target, std::size_t length) const {
+                            std::size_t target, std::size_t length, std::size_t from, std::size_t to) const {
   const auto heads = static_cast<std::size_t>(graph.model.num_key_value_heads);
-  const std::size_t used = graph.row_bytes(length) / heads;
-  const auto head_of = [&](const CacheBuffers& buffers, std::size_t buffer, std::size_t row, std::size_t head) {
-    return buffers.memory +
-           ((buffer * buffers.rows + row) * heads + head) * (graph.row_bytes(buffers.capacity) / heads);
+  const std::size_t token = graph.row_bytes(1) / heads;
+  const auto place_of = [&](const CacheBuffers& buffers, std::size_t buffer, std::size_t row, std::size_t head) {
+    return buffers.memory + ((buffer * buffers.rows + row) * heads + head) * buffers.capacity * token;
   };
   for (std::size_t buffer = 0; buffer < graph.past.size(); ++buffer) {
     for (std::size_t head = 0; head < heads; ++head) {
-      std::memcpy(head_of(*this, buffer, target, head), head_of(other, buffer, source, head), used);
+      std::memcpy(place_of(*this, buffer, target, head) + to * token,
+                  place_of(other, buffer, source, head) + from * token, length * token);
     }
   }
 }

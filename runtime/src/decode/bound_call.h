@@ -33,9 +33,10 @@ struct CacheBuffers {
   std::byte* memory;
   std::size_t rows, capacity;
 
-  /// Copy the first `length` tokens of a row of `other`, which may be these buffers themselves, to row `target`.
+  /// Copy `length` tokens of a row of `other`, which may be these buffers themselves, to row `target`.
+  /// from, to: the first of them in each row
   void copy_row(const SharedCacheGraph& graph, const CacheBuffers& other, std::size_t source, std::size_t target,
-                std::size_t length) const;
+                std::size_t length, std::size_t from = 0, std::size_t to = 0) const;
 };
 
 /// One shape of call. Its arrays are filled in before a run.

@@ -34,10 +34,10 @@ std::shared_ptr<PrefixCache::Root> PrefixCache::root(const std::string& factors_
   return known != roots_.end() ? known->second : std::make_shared<Root>(std::move(digest), salt);
 }
 
-std::vector<PrefixCache::Found> PrefixCache::find(const Root& root, std::span<const std::int64_t> ids) {
+std::vector<PrefixCache::Found> PrefixCache::find(const Root& root, std::span<const std::int64_t> ids, bool is_used) {
   const std::lock_guard lock(mutex_);
   const std::vector<Block*> blocks = walk(root, ids);
-  use(blocks);
+  if (is_used) use(blocks);
   std::vector<Found> found;
   for (const Block* block : blocks) found.push_back({memory_of(block->place), block->is_exact});
   return found;

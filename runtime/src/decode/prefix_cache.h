@@ -60,7 +60,8 @@ class PrefixCache {
   /// The root of texts that are read with factors whose values have this digest.
   [[nodiscard]] std::shared_ptr<Root> root(const std::string& factors_digest, const std::string& salt);
   /// The blocks that a text begins with.
-  std::vector<Found> find(const Root& root, std::span<const std::int64_t> ids);
+  /// is_used: whether they are as recently used as can be now
+  std::vector<Found> find(const Root& root, std::span<const std::int64_t> ids, bool is_used);
   /// Count tokens of a prompt, and those that were found.
   void count(std::size_t queries, std::size_t hits);
   /// Keep the whole blocks of a text, as far as there is room, and those of them that are exact instead of others.

@@ -52,6 +52,11 @@ std::unique_ptr<Slots> SharedCacheDecoder::slots(std::size_t rows, std::size_t c
   return std::make_unique<Slots>(graph_, spare_, rows, capacity, std::move(stop));
 }
 
+std::unique_ptr<PrefixCache> SharedCacheDecoder::prefix_cache(const std::string& bundle_digest,
+                                                              std::size_t max_bytes) const {
+  return std::make_unique<PrefixCache>(graph_, bundle_digest, max_bytes);
+}
+
 std::size_t SharedCacheDecoder::prefill_tokens() const { return is_exact() ? kPrefillTokens : kInt8Tokens; }
 
 void SharedCacheDecoder::read(

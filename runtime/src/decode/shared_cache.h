@@ -1,6 +1,7 @@
 // A decoder on ONNX Runtime whose past and present are one buffer, written in place at each row's own length.
 #pragma once
 
+#include "decode/prefix_cache.h"
 #include "decode/slots.h"
 #include "decode/tiled_scorer.h"
 
@@ -20,6 +21,9 @@ class SharedCacheDecoder final : public Decoder {
   /// The state of a batch whose rows join and leave one by one, each of up to `capacity` tokens. It must not outlive
   /// this. See Slots.
   [[nodiscard]] std::unique_ptr<Slots> slots(std::size_t rows, std::size_t capacity, std::stop_token stop = {}) const;
+  /// An empty cache of blocks of these keys and values. See PrefixCache.
+  [[nodiscard]] std::unique_ptr<PrefixCache> prefix_cache(const std::string& bundle_digest,
+                                                          std::size_t max_bytes) const;
   /// Rows times width of the largest call that pays.
   [[nodiscard]] std::size_t prefill_tokens() const;
   /// See SharedCacheGraph.

@@ -100,6 +100,16 @@ Logits Slots::draft(std::size_t row, std::span<const std::int64_t> token_ids, co
   return {output.data(), width, vocab()};
 }
 
+void Slots::copy_out(std::size_t row, std::size_t start, std::byte* block, std::size_t tokens) const {
+  CacheBuffers{block, 1, tokens}.copy_row(graph_, cache_, row, 0, tokens, start);
+}
+
+void Slots::copy_in(std::size_t row, const std::byte* block, std::size_t tokens) {
+  const CacheBuffers source{const_cast<std::byte*>(block), 1, tokens};  // which is only read
+  cache_.copy_row(graph_, source, 0, row, tokens, 0, static_cast<std::size_t>(lengths_[row]));
+  lengths_[row] += static_cast<std::int64_t>(tokens);
+}
+
 void Slots::fork(std::size_t source, std::size_t target, std::int64_t length) {
   cache_.copy_row(graph_, cache_, source, target, static_cast<std::size_t>(length));
   lengths_[target] = length;

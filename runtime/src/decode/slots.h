@@ -70,6 +70,12 @@ class Slots {
   /// Forget the tokens of a row after the first `length`.
   void cut(std::size_t row, std::int64_t length) { lengths_[row] = length; }
 
+  /// Copy the keys and values of some tokens of a row, from token `start` on, to a block, [buffers, heads, tokens,
+  /// head_dim].
+  void copy_out(std::size_t row, std::size_t start, std::byte* block, std::size_t tokens) const;
+  /// Append a block of so many tokens to a row.
+  void copy_in(std::size_t row, const std::byte* block, std::size_t tokens);
+
   /// Copy row `source` to row `target`.
   void move(std::size_t source, std::size_t target) { fork(source, target, lengths_[source]); }
   /// Copy the first `length` tokens of row `source` to row `target`.

@@ -34,7 +34,8 @@ Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& 
   std::shared_ptr<Prompt> prompt;
   for (Row& row : rows) {
     if (row.index() % generate.n == 0) prompt = std::make_shared<Prompt>(Prompt{row.prompt()});
-    members.push_back(std::make_shared<Member>(Member{stream, prompt, std::move(row), now, end, now, draft_tokens}));
+    members.push_back(std::make_shared<Member>(Member{stream, prompt, std::move(row), now, end, now, draft_tokens,
+                                                      generate.cache_salt, generate.cache_generated}));
   }
   return members;
 }
@@ -46,11 +47,14 @@ RowFactors row_factors(const FactorTable& table, std::span<const std::shared_ptr
   return factors;
 }
 
-ContinuousBatch::ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule)
+ContinuousBatch::ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule,
+                                 PrefixCache* cache)
     : slots_(std::move(slots)),
       table_(table),
       schedule_(schedule),
-      left_to_step_(slots_->is_exact() && !schedule.reads_all ? 1 : 0) {}
+      left_to_step_(slots_->is_exact() && !schedule.reads_all ? 1 : 0) {
+  if (cache != nullptr) prefixes_.emplace(*cache, *slots_, table_, schedule_.chunk_tokens);
+}
 
 std::size_t ContinuousBatch::cached_tokens() const {
   const auto used = slots_->lengths().first(members_.size());
@@ -64,7 +68,9 @@ void ContinuousBatch::admit(std::shared_ptr<Member> member) {
 
 void ContinuousBatch::drop_ended() {
   for (std::size_t place = members_.size(); place-- > 0;) {
-    if (members_[place]->has_ended) drop(place);
+    if (!members_[place]->has_ended) continue;
+    if (prefixes_) prefixes_->keep(*members_[place], place);
+    drop(place);
   }
 }
 
@@ -91,13 +97,18 @@ std::size_t ContinuousBatch::length_to_prefill(const Member& member) const {
   return member.prompt->ids.size() - left_to_step_;
 }
 
-std::size_t ContinuousBatch::to_prefill() const {
+std::size_t ContinuousBatch::next_to_prefill() const {
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
   if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
   std::vector<std::size_t> lengths;
   std::size_t tokens = 0;
+  std::set<Prefixes::Beginning> beginnings;
   for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.chunk_tokens; ++place) {
-    if (sibling(place)) break;  // it is forked later
+    if (sibling(place)) break;  // it is copied later, from a member or from the prefix cache
+    if (prefixes_) {
+      if (place > ready_ && prefixes_->will_have(*members_[place], beginnings)) break;
+      beginnings.insert(prefixes_->beginning(*members_[place]));
+    }
     lengths.push_back(length_to_prefill(*members_[place]));
     tokens += lengths.back();
   }
@@ -116,11 +127,15 @@ std::size_t ContinuousBatch::prefill_once() {
     const auto start = static_cast<std::size_t>(slots_->lengths()[ready_]);
     const std::size_t stop = length_to_prefill(*members_[ready_]);
     const auto read_already = start == 0 ? sibling(ready_) : std::nullopt;
+    reading_ = 1;
     if (start == stop) {
+      if (prefixes_) prefixes_->keep(*members_[ready_], ready_);
       ++ready_;
     } else if (read_already && forked < schedule_.chunk_tokens * kForkedPerPrefill) {
       slots_->fork(*read_already, ready_, static_cast<std::int64_t>(stop));
       forked += stop;
+    } else if (!read_already && start == 0 && prefixes_ && prefixes_->restore(*members_[ready_], ready_)) {
+      continue;
     } else if (!read_already && tokens == 0) {
       tokens = prefill_chunks(start);
     } else {
@@ -141,7 +156,11 @@ std::optional<std::size_t> ContinuousBatch::sibling(std::size_t place) const {
 }
 
 std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
-  const auto members = std::span(members_).subspan(ready_, to_prefill());
+  reading_ = next_to_prefill();
+  const auto members = std::span(members_).subspan(ready_, reading_);
+  if (prefixes_ && start == 0) {
+    for (const auto& member : members) prefixes_->begin(*member, 0, 0);
+  }
   std::vector<std::span<const std::int64_t>> chunks;
   std::size_t tokens = 0;
   for (const auto& member : members) {
@@ -157,6 +176,8 @@ std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
     const auto own = std::span(logits).subspan(row * vocab, vocab);
     members[row]->prompt->logits.assign(own.begin(), own.end());
   }
+  Prompt& first = *members[0]->prompt;
+  if (members.size() == 1 && start == first.exact && tokens == schedule_.chunk_tokens) first.exact = start + tokens;
   return tokens;
 }
 
@@ -193,9 +214,9 @@ void ContinuousBatch::cut() {
 }
 
 std::unique_ptr<Batch> open_batch(const Decoder& decoder, const FactorTable& table, std::size_t rows,
-                                  std::size_t capacity, Schedule schedule, std::stop_token stop) {
+                                  std::size_t capacity, Schedule schedule, PrefixCache* cache, std::stop_token stop) {
   if (const auto* shared = dynamic_cast<const SharedCacheDecoder*>(&decoder)) {
-    return std::make_unique<ContinuousBatch>(shared->slots(rows, capacity, std::move(stop)), table, schedule);
+    return std::make_unique<ContinuousBatch>(shared->slots(rows, capacity, std::move(stop)), table, schedule, cache);
   }
   return std::make_unique<StaticBatch>(dynamic_cast<const StaticDecoder&>(decoder), table, rows);
 }

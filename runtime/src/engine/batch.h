@@ -10,6 +10,7 @@
 #include "decode/schedule.h"
 #include "decode/slots.h"
 #include "engine/factor_table.h"
+#include "engine/prefixes.h"
 #include "engine/stream.h"
 #include "generation.h"
 
@@ -21,6 +22,9 @@ using Clock = std::chrono::steady_clock;
 struct Prompt {
   std::span<const std::int64_t> ids;
   std::vector<float> logits{};  ///< [vocab] after the last token, set by the prefill
+  std::size_t exact = 0;        ///< how many tokens at the beginning have the keys and values of every run, see
+                                ///< prefix_cache.h
+  bool begun = false;           ///< whether it was looked for in the prefix cache
 };
 
 /// One continuation of one prompt, from its submit to its end.
@@ -32,6 +36,8 @@ struct Member {
   Clock::time_point deadline;    ///< latest time of the end
   Clock::time_point last_token;  ///< time of the last token, or of the submit
   std::size_t draft_tokens = 0;  ///< how many tokens may be drafted for a call, at most; 0 drafts none
+  std::string cache_salt{};      ///< see Generate
+  bool cache_generated = true;   ///< likewise
   int overtaken = 0;             ///< see schedule.h
   bool has_ended = false;        ///< and leaves the batch with the next iteration
   FactorSource source{};         ///< of its factors, set when its cohort is complete
@@ -97,14 +103,16 @@ class Batch {
 class ContinuousBatch final : public Batch {
  public:
   /// slots, table: of `rows` rows and for one thread; the table must outlive this
-  ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule);
+  /// cache: likewise, of this batch alone; null keeps nothing
+  ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable& table, Schedule schedule,
+                  PrefixCache* cache = nullptr);
 
   [[nodiscard]] std::size_t ready() const override { return ready_; }
   [[nodiscard]] std::size_t cached_tokens() const override;
   [[nodiscard]] std::size_t room() const override { return slots_->lengths().size() - members_.size(); }
   void admit(std::shared_ptr<Member> member) override;
   void drop_ended() override;
-  [[nodiscard]] std::size_t to_prefill() const override;
+  [[nodiscard]] std::size_t to_prefill() const override { return reading_; }
   std::size_t prefill() override;
   [[nodiscard]] std::size_t to_step() const override;
   [[nodiscard]] std::vector<std::int64_t> draft() override;
@@ -116,19 +124,24 @@ class ContinuousBatch final : public Batch {
   void move(std::size_t source, std::size_t target);
   [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
   [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
+  [[nodiscard]] std::size_t next_to_prefill() const;
   std::size_t prefill_once();
   std::size_t prefill_chunks(std::size_t start);
 
   std::unique_ptr<Slots> slots_;
   const FactorTable& table_;
   Schedule schedule_;
+  std::optional<Prefixes> prefixes_;
   std::size_t left_to_step_, ready_ = 0;
+  std::size_t reading_ = 0;  // members in the last call that prefilled
 };
 
 /// A continuous batch if the decoder has slots, else a static one. See Batch.
 /// decoder, table: must outlive it
+/// cache: of a continuous batch, see there
 /// stop: ends a call of the decoder that runs
 std::unique_ptr<Batch> open_batch(const Decoder& decoder, const FactorTable& table, std::size_t rows,
-                                  std::size_t capacity, Schedule schedule, std::stop_token stop = {});
+                                  std::size_t capacity, Schedule schedule, PrefixCache* cache = nullptr,
+                                  std::stop_token stop = {});
 
 }  // namespace chameleon

@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "decode/shared_cache.h"
 #include "engine/loop.h"
 #include "machine.h"
 
@@ -18,6 +19,7 @@ namespace {
 
 constexpr std::size_t kMinPrefillTokens = 8;
 constexpr std::size_t kCacheShare = 2;    // keys and values take at most half of the free memory by default
+constexpr std::size_t kPrefixShare = 10;  // the prefix cache a tenth
 constexpr std::size_t kMinCapacity = 16;  // tokens of a row: with less free memory an engine does not start
 
 /// Throws InputError. The comparison is false for NaN.
@@ -56,6 +58,17 @@ std::size_t row_capacity(const Runtime::Impl& runtime, const EngineOptions& opti
   return wanted;
 }
 
+/// An empty prefix cache; null if there is to be none. Throws InputError.
+std::unique_ptr<PrefixCache> prefix_cache(const Runtime::Impl& runtime, const EngineOptions& options) {
+  const auto* decoder = dynamic_cast<const SharedCacheDecoder*>(runtime.backend.decoder.get());
+  if (decoder == nullptr && options.prefix_cache_bytes.value_or(0) > 0) {
+    throw InputError("this decoder has no prefix cache: leave prefix_cache_bytes out");
+  }
+  const std::size_t max_bytes = options.prefix_cache_bytes.value_or(free_memory().value_or(0) / kPrefixShare);
+  if (decoder == nullptr || max_bytes == 0) return nullptr;
+  return decoder->prefix_cache(runtime.bundle.digest, max_bytes);
+}
+
 }  // namespace
 
 struct Engine::Impl {
@@ -66,7 +79,8 @@ struct Engine::Impl {
   [[nodiscard]] Stats stats() const;
   void close(Seconds drain);
 
-  mutable std::mutex mutex;  // guards `closing` and what the engine's thread and others share
+  std::unique_ptr<PrefixCache> prefixes;  // or null
+  mutable std::mutex mutex;               // guards `closing` and what the engine's thread and others share
   bool closing = false;
 
  private:
@@ -107,11 +121,13 @@ struct Engine::Impl {
 };
 
 Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
-    : runtime(driven),
+    : prefixes(prefix_cache(driven, given)),
+      runtime(driven),
       options(checked(std::move(given))),
       capacity(row_capacity(driven, options)),
       table(options.max_factor_sets.value_or(options.rows)),
-      batch(open_batch(*driven.backend.decoder, table, options.rows, capacity, {options.prefill_tokens})),
+      batch(
+          open_batch(*driven.backend.decoder, table, options.rows, capacity, {options.prefill_tokens}, prefixes.get())),
       loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id) {
   current.rows = options.rows;
   current.cache_capacity = options.rows * capacity;
@@ -254,6 +270,15 @@ bool Engine::closed() const {
 }
 
 Stats Engine::stats() const { return impl_->stats(); }
+
+PrefixCacheStats Engine::prefix_cache_stats(const std::string& salt) const {
+  return impl_->prefixes == nullptr ? PrefixCacheStats{} : impl_->prefixes->stats(salt);
+}
+
+void Engine::clear_prefix_cache(const std::string& salt) {
+  if (impl_->prefixes != nullptr) impl_->prefixes->clear(salt);
+}
+
 void Engine::close(Seconds drain) { impl_->close(drain); }
 
 }  // namespace chameleon

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "chameleon/error.h"
+#include "contract/mapped_file.h"
 
 namespace chameleon {
 
@@ -18,7 +19,30 @@ RowFactors FactorTable::set_of(const std::string& key) const {
   const std::size_t place = index(key);
   // A set among others costs the decoder next to nothing.
   if (made_) return {*made_, {static_cast<std::int64_t>(place)}};
-  return {some_sets(place, 1), {0}};
+  FactorSets set{1, ranks_[place], {}, tensors_};
+  for (const auto& [name, values] : *tensors_) {
+    const std::size_t size = values.size() / max_sets_;
+    const std::size_t width = size / static_cast<std::size_t>(rank_);
+    set.tensors[name] = std::span(values).subspan(place * size, static_cast<std::size_t>(set.rank) * width);
+  }
+  return {std::move(set), {0}};
+}
+
+const std::string& FactorTable::trunk_digest(const std::string& key) const {
+  std::string& digest = entries_.at(key).trunk_digest;
+  if (digest.empty()) {
+    const FactorSets set = set_of(key).sets;
+    std::string digests = std::to_string(set.rank);
+    bool reaches_trunk = false;
+    for (const auto& [name, values] : set.tensors) {
+      if (in_head(name)) continue;
+      reaches_trunk = true;
+      digests += ' ' + sha256(std::as_bytes(values));
+    }
+    if (!reaches_trunk) digests.clear();
+    digest = sha256(std::as_bytes(std::span(digests)));
+  }
+  return digest;
 }
 
 void FactorTable::acquire(const FactorSource& source) {

@@ -25,8 +25,10 @@ class FactorTable {
   [[nodiscard]] std::size_t index(const std::string& key) const { return entries_.at(key).place; }
   /// The stack. It is valid until a set is added or removed.
   [[nodiscard]] FactorSets sets() const { return made_ ? *made_ : some_sets(0, size()); }
-  /// The single set of a key, likewise.
+  /// The single set of a key, likewise, in its own rank: the same values whatever else the table holds.
   [[nodiscard]] RowFactors set_of(const std::string& key) const;
+  /// The SHA-256 of a set's values that reach the trunk: of none where only the head is updated.
+  const std::string& trunk_digest(const std::string& key) const;
 
   /// Count one more row of a set, which is made first if it is not resident. `is_full` must be false then.
   /// Throws NumericError for a set that is not finite, and whatever making it throws.
@@ -38,6 +40,7 @@ class FactorTable {
   using Tensors = std::map<std::string, std::vector<float>>;  // [max_sets, rank, in_features or out_features]
   struct Entry {
     std::size_t place, references;
+    std::string trunk_digest{};  // empty until it is asked for
   };
 
   [[nodiscard]] FactorSets some_sets(std::size_t first, std::size_t count) const;
@@ -49,7 +52,7 @@ class FactorTable {
   std::optional<FactorSets> made_{};
   std::vector<std::string> keys_;  // in the order of the stack
   std::vector<std::int64_t> ranks_;
-  std::map<std::string, Entry> entries_;
+  mutable std::map<std::string, Entry> entries_;
   std::int64_t rank_ = 0;  // of the stack: the largest of its sets'; a larger one would waste computation
   std::shared_ptr<Tensors> tensors_ = std::make_shared<Tensors>();
 };

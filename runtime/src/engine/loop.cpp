@@ -1,6 +1,7 @@
 #include "engine/loop.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <set>
 #include <utility>
@@ -65,10 +66,11 @@ void Loop::end_expired() {
 }
 
 void Loop::drop_ended() {
-  for (const auto& member : batch_.members()) {
-    if (member->has_ended) table_.release(member->key());
-  }
-  batch_.drop_ended();
+  Members ended;
+  std::ranges::copy_if(batch_.members(), std::back_inserter(ended),
+                       [](const auto& member) { return member->has_ended; });
+  batch_.drop_ended();  // which asks the table for their sets
+  for (const auto& member : ended) table_.release(member->key());
 }
 
 void Loop::admit_waiting() {
@@ -192,7 +194,7 @@ std::vector<Generation> generate_rows(const Runtime::Impl& runtime, const Submis
   }
   const auto* shared = dynamic_cast<const SharedCacheDecoder*>(&decoder);
   const Schedule schedule{shared != nullptr ? shared->prefill_tokens() : 0, true};
-  const auto batch = open_batch(decoder, table, members.size(), capacity, schedule, stream.stop);
+  const auto batch = open_batch(decoder, table, members.size(), capacity, schedule, nullptr, stream.stop);
   Loop loop(*batch, table, runtime.tokenizer, runtime.bundle.manifest.model.eos_token_id, errors);
   for (const auto& member : members) loop.admit(member);
   std::vector<Generation> generations(members.size());

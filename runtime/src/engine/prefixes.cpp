@@ -17,7 +17,7 @@ Prefixes::Prefixes(PrefixCache& cache, Slots& slots, const FactorTable& table, s
     : cache_(cache), slots_(slots), table_(table), chunk_tokens_(chunk_tokens), left_(slots.is_exact() ? 1 : 2) {}
 
 bool Prefixes::restore(const Member& member, std::size_t place) {
-  const std::vector<PrefixCache::Found> blocks = find(member);
+  const std::vector<PrefixCache::Found> blocks = find(member, true);
   if (blocks.empty()) return false;
   for (const auto& block : blocks) slots_.copy_in(place, block.memory, kBlockTokens);
   const std::size_t length = blocks.size() * kBlockTokens;
@@ -54,7 +54,7 @@ Prefixes::Beginning Prefixes::beginning(const Member& member) const {
 }
 
 bool Prefixes::will_have(const Member& member, const std::set<Beginning>& beginnings) const {
-  return !find(member).empty() ||
+  return !find(member, false).empty() ||
          (member.cache_generated && member.prompt->ids.size() > kCallTokens && beginnings.contains(beginning(member)));
 }
 
@@ -63,10 +63,10 @@ std::shared_ptr<PrefixCache::Root> Prefixes::root(const Member& member) const {
 }
 
 /// The blocks that a member's prompt is to begin with.
-std::vector<PrefixCache::Found> Prefixes::find(const Member& member) const {
+std::vector<PrefixCache::Found> Prefixes::find(const Member& member, bool is_used) const {
   const auto ids = member.prompt->ids;
   if (ids.size() <= left_) return {};
-  std::vector<PrefixCache::Found> blocks = cache_.find(*root(member), ids.first(ids.size() - left_));
+  std::vector<PrefixCache::Found> blocks = cache_.find(*root(member), ids.first(ids.size() - left_), is_used);
   if (!member.cache_generated) {
     const auto first = std::ranges::find(blocks, false, &PrefixCache::Found::is_exact);
     const std::size_t exact = static_cast<std::size_t>(first - blocks.begin()) * kBlockTokens;

@@ -34,7 +34,7 @@ class Prefixes {
 
  private:
   [[nodiscard]] std::shared_ptr<PrefixCache::Root> root(const Member& member) const;
-  [[nodiscard]] std::vector<PrefixCache::Found> find(const Member& member) const;
+  [[nodiscard]] std::vector<PrefixCache::Found> find(const Member& member, bool is_used) const;
 
   PrefixCache& cache_;
   Slots& slots_;

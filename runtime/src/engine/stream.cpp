@@ -11,12 +11,18 @@ Stream::State::State(std::vector<TokenIds> prompt_ids, std::vector<std::int64_t>
       stop(std::move(stopping)),
       on_token_(std::move(callback)),
       unwanted_(prompts.size() * n),
+      cached_tokens_(prompts.size()),
       generations_(prompts.size() * n),
       running_(prompts.size() * n) {}
 
 void Stream::State::set_cohort(Cohort joined) {
   const std::lock_guard lock(mutex_);
   cohort_ = joined;
+}
+
+void Stream::State::set_cached_tokens(std::size_t prompt, std::size_t tokens) {
+  const std::lock_guard lock(mutex_);
+  cached_tokens_[prompt] = tokens;
 }
 
 void Stream::State::call_back(const Token& token) {
@@ -74,6 +80,11 @@ const std::vector<TokenIds>& Stream::prompts() const { return state_->prompts; }
 const std::vector<std::int64_t>& Stream::cluster_ids() const { return state_->cluster_ids; }
 Mode Stream::mode() const { return state_->mode; }
 std::size_t Stream::n() const { return state_->n; }
+
+std::vector<std::size_t> Stream::cached_tokens() const {
+  const std::lock_guard lock(state_->mutex_);
+  return state_->cached_tokens_;
+}
 
 std::optional<Cohort> Stream::cohort() const {
   const std::lock_guard lock(state_->mutex_);

@@ -30,6 +30,7 @@ struct Stream::State {
   std::atomic<bool> cancelled = false;
 
   void set_cohort(Cohort joined);
+  void set_cached_tokens(std::size_t prompt, std::size_t tokens);
 
   // For the thread that generates.
 
@@ -51,6 +52,7 @@ struct Stream::State {
   mutable std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
   std::optional<Cohort> cohort_;
+  std::vector<std::size_t> cached_tokens_;  // by prompt
   std::deque<Token> tokens_;
   std::vector<std::shared_ptr<const Generation>> generations_;  // by row
   std::size_t running_;                                         // rows that have not ended
