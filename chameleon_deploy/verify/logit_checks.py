@@ -86,18 +86,15 @@ def cache_checks(
     """
     length = min(map(len, rows))
     start, cut = max(1, length // 2), [ids[:length] for ids in rows]
-    whole = [np.empty((length - start + 1, runtime.manifest.model.vocab_size), np.float32) for _ in rows]
-    for row, first, logits in logits_pieces(runtime, cut, ours, CALL_TOKENS):
-        kept = logits[max(0, start - 1 - first) :]
-        end = first + len(logits) - (start - 1)
-        whole[row][end - len(kept) : end] = kept
+    decoded = np.empty((len(rows), length - start + 1, runtime.manifest.model.vocab_size), np.float32)
+    for step, logits in enumerate(_decoded(runtime.decoder, cut, start, ours)):
+        decoded[:, step] = logits
     against_whole, figures, no_targets = LogitFigures(), LogitFigures(), torch.empty(0, dtype=torch.int64)
-    for step, decoded in enumerate(_decoded(runtime.decoder, cut, start, ours)):
-        actual = torch.tensor(np.asarray(decoded))
-        against_whole.add(actual, torch.from_numpy(np.stack([row[step] for row in whole])), no_targets)
-        at = slice(start - 1 + step, start + step)
-        expected = torch.cat([reference(ids, theirs, i, at) for i, ids in enumerate(rows)])
-        figures.add(actual, expected, no_targets)
+    for row, first, logits in logits_pieces(runtime, cut, ours, CALL_TOKENS):
+        positions = slice(max(first, start - 1), max(first + len(logits), start - 1))  # of the piece, if decoded
+        actual = torch.from_numpy(decoded[row, positions.start - start + 1 : positions.stop - start + 1])
+        against_whole.add(actual, torch.from_numpy(logits[positions.start - first :]), no_targets)
+        figures.add(actual, reference(rows[row], theirs, row, positions), no_targets)
     yield Check("cached decoding, max abs difference", against_whole.max_abs / figures.scale, gate.cache_tolerance,
                 note=f"{figures.positions} positions")  # fmt: skip
     yield from check_kl("cached decoding against the text read whole:", against_whole, gate)
