@@ -171,7 +171,9 @@ def choose(
         best = _argmax(logits)
     if sampling.temperature == 0.0:
         return best
-    ids = _top_k(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
+    ids = None if allowed is None else np.flatnonzero(allowed)  # the weights of others are 0
+    if 0 < sampling.top_k < len(logits):
+        ids = _top_k(logits, sampling.top_k)
     candidates, highest = logits if ids is None else logits[ids], float(logits[best])
     place = _choose_place(_exponentials(candidates, highest, sampling.temperature), sampling.top_p, u, _ERROR)
     if place is None:
