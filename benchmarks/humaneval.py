@@ -259,10 +259,10 @@ def tables(records: Sequence[Record]) -> list[Sheet]:
         same = sum(a.text == b.text for a, b in zip(first.solutions, record.solutions, strict=True))
         changes.append([record.name, str(same), " ".join(lost) or "-", " ".join(gained) or "-", record.notes or "-"])
     headers = ["engine", "passed", "pass@1, %", "tokens/s", "wall, s", "tokens per answer", "mean log-likelihood"]
-    return [
-        Sheet(headers, figures, title=f"HumanEval, greedy, {max(record.at_once for record in records)} at once"),
-        Sheet(["engine", f"answers equal to {first.name}", "lost", "gained", "notes"], changes[1:]),
-    ]
+    found = [Sheet(headers, figures, title=f"HumanEval, greedy, {max(record.at_once for record in records)} at once")]
+    if len(records) > 1:
+        found.append(Sheet(["engine", f"answers equal to {first.name}", "lost", "gained", "notes"], changes[1:]))
+    return found
 
 
 def main(

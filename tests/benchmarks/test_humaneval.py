@@ -146,5 +146,6 @@ def test_what_is_lost_and_gained_is_listed() -> None:
         return Record(name, solutions, 8, 2.0, {})
 
     figures, changes = tables([record("a", "++--"), record("b", "-+-+")])
+    assert len(tables([record("a", "++--")])) == 1
     assert figures.rows[1][:5] == ["b", "2 of 4", "50.0", "6.0", "2"]
     assert changes.rows == [["b", "4", "0", "3", "-"]]
