@@ -98,7 +98,7 @@ class Grammars:
             raise _error(f"the tokenizer of this model cannot be followed: {error}") from error
         self._matcher_of = compile_process.matcher_of
         self._process = BoundedProcess(Path(compile_process.__file__), CPU_SECONDS, MEMORY, [about, JSON_FORM])
-        self._kept: OrderedDict[StructuredOutputs, LLMatcher | str] = OrderedDict()  # or what is wrong with them
+        self._kept: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
         self._lock, self._compiling = threading.Lock(), threading.Lock()
 
     def mask(self, outputs: StructuredOutputs, stop_ids: Sequence[int], ignore_eos: bool) -> TokenMask:
@@ -109,39 +109,47 @@ class Grammars:
 
         Raises InputError for structured outputs that cannot be compiled.
         """
-        compiled = self._find(outputs) or self._compile(outputs)
-        if isinstance(compiled, str):
-            raise _error(compiled)
         ends = [token_id for token_id in stop_ids if token_id < self._vocab_size]
-        return TokenMask(compiled.deep_copy(), self._vocab_size, self._eos_token_id, ends, ignore_eos)
+        matcher = self._find(outputs) or self._compile(outputs)
+        return TokenMask(matcher, self._vocab_size, self._eos_token_id, ends, ignore_eos)
 
     def __contains__(self, outputs: StructuredOutputs) -> bool:
         """Return whether a mask takes no time to compile."""
-        return outputs in self._kept
+        return self._find(outputs) is not None
 
-    def _find(self, outputs: StructuredOutputs) -> LLMatcher | str | None:
+    def _find(self, outputs: StructuredOutputs) -> LLMatcher | None:
+        """Return a copy of what was compiled before."""
         with self._lock:
-            if outputs in self._kept:
-                self._kept.move_to_end(outputs)
-            return self._kept.get(outputs)
+            kept = self._kept.get(outputs)
+            if kept is None:
+                return None
+            self._kept.move_to_end(outputs)
+        matcher = kept.deep_copy()
+        matcher.compute_bitmask()
+        if not matcher.is_error():
+            return matcher
+        # Copies share the states of their expressions, and at the limit of those all fail.
+        with self._lock:
+            self._kept.pop(outputs, None)
+        return None
 
-    def _compile(self, outputs: StructuredOutputs) -> LLMatcher | str:
+    def _compile(self, outputs: StructuredOutputs) -> LLMatcher:
         (name,) = [field.name for field in fields(outputs) if getattr(outputs, field.name) is not None]
         with self._compiling:
-            if (compiled := self._find(outputs)) is not None:  # by another thread
-                return compiled
+            if (matcher := self._find(outputs)) is not None:  # by another thread
+                return matcher
             answer = self._process.ask([name, getattr(outputs, name)])
-            compiled = f"{name}: {answer.get('error')}"
-            if "text" in answer:
-                try:
-                    compiled = self._matcher_of(self._tokenizer, answer["text"])
-                except ValueError as error:
-                    compiled = f"{name}: {_shortened(str(error))}"
+            if "text" not in answer:
+                raise _error(f"{name}: {answer['error']}")
+            try:
+                matcher = self._matcher_of(self._tokenizer, answer["text"])
+            except ValueError as error:
+                raise _error(f"{name}: {_shortened(str(error))}") from error
         with self._lock:
-            self._kept[outputs] = compiled
+            self._kept[outputs] = matcher
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-        return compiled
+        return matcher.deep_copy()
 
 
 class TokenMask:

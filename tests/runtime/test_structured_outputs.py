@@ -353,11 +353,18 @@ def test_what_was_compiled_is_kept_and_bounded(runtime: Runtime, monkeypatch: py
         grammars.mask(outputs[0], (), ignore_eos=False)
     assert len(asked) == len(grammars._kept) + 5 == KEPT + 5
     assert outputs[0] in grammars and outputs[1] not in grammars and outputs[-1] in grammars
-    wrong = StructuredOutputs(regex="(")
-    for _ in range(2):
-        with pytest.raises(InputError):
-            grammars.mask(wrong, (), ignore_eos=False)
-    assert len(asked) == KEPT + 6
+
+
+def test_a_limit_that_one_row_meets_is_none_for_later_rows(runtime: Runtime) -> None:
+    grammars, chance = Grammars(runtime.tokenizer, 512, 0), np.random.default_rng(0)
+    outputs = StructuredOutputs(regex="[ab]*a[ab]{60}[cd]*")  # of 2**60 states
+    ids = [runtime.encode([letter])[0][0] for letter in "ab"]
+    mask = grammars.mask(outputs, (), ignore_eos=False)
+    with pytest.raises(InputError, match="too many states"):
+        for _ in range(100_000):
+            mask.allowed()
+            mask.append(int(chance.choice(ids)))
+    assert grammars.mask(outputs, (), ignore_eos=False).allowed()[ids].all()
 
 
 def chain(length: int) -> dict[str, Any]:
