@@ -71,7 +71,10 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "runtime.decode.schedule": (("tests/runtime/test_schedule.py",), ()),
     "runtime.adapters": ((f"{SHARED}::test_an_adapter_file_is_loaded_or_refused_with_its_code",),
                          ("tests/runtime/test_adapters.py", "tests/runtime/test_types.py")),
-    **dict.fromkeys(("runtime.engine.loop", "runtime.engine.batch"), ((f"{SHARED}::test_schedules",), (ENGINE,))),
+    **dict.fromkeys(
+        ("runtime.engine.loop", "runtime.engine.batch", "runtime.engine.member"),
+        ((f"{SHARED}::test_schedules",), (ENGINE, *(f"tests/runtime/test_{name}.py" for name in (
+            "prompt_lookup", "prefix_cache", "runtime_errors"))))),
     **dict.fromkeys(
         ("runtime.engine.engine", "runtime.engine.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))
     ),

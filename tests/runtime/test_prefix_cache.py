@@ -26,10 +26,11 @@ from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, Block, Pr
 from chameleon_deploy.runtime.decode.schedule import Schedule
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.decode.slots import Slots
-from chameleon_deploy.runtime.engine.batch import ContinuousBatch, Member
+from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.runtime.engine.loop import Loop, generate_rows
+from chameleon_deploy.runtime.engine.member import Member
 from chameleon_deploy.runtime.engine.prefixes import Prefixes
 from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare

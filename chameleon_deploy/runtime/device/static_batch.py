@@ -13,8 +13,8 @@ from chameleon_deploy.runtime.factors import RowFactors
 
 if TYPE_CHECKING:  # the loop of the engine's folder drives this batch
     from chameleon_deploy.runtime.backend import Backend
-    from chameleon_deploy.runtime.engine.batch import Member
     from chameleon_deploy.runtime.engine.factor_table import FactorTable
+    from chameleon_deploy.runtime.engine.member import Member
 
 
 class StaticBatch:

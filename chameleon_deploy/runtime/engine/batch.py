@@ -2,102 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
 from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache
-from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
 from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.engine.member import Member, Prompt
 from chameleon_deploy.runtime.engine.prefixes import Prefixes
-from chameleon_deploy.runtime.engine.stream import Stream
-from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import RowFactors
-from chameleon_deploy.runtime.generation import Generate, Row
 
 # Copying the cached tokens of a sibling takes less than an eighth of the time of a prefill.
 FORKED_PER_PREFILL = 8
-
-
-@dataclass(eq=False)
-class Prompt:
-    """The prompt of one or more members.
-
-    ids      token ids
-    logits   float32 [vocab] after the last token, set by the prefill
-    readers  number of members in the batch that have read it
-    exact    how many tokens at the beginning have the keys and values of every run, see prefix_cache.py
-    begun    whether it was looked for in the prefix cache
-    """
-
-    ids: Sequence[int]
-    logits: FloatArray | None = None
-    readers: int = 0
-    exact: int = 0
-    begun: bool = False
-
-
-@dataclass(eq=False)
-class Member:
-    """One continuation of one prompt, from its submit to its end.
-
-    prompt         the same object for all its continuations
-    submitted      time of the submit, in seconds of the monotonic clock, like all times here
-    deadline       latest time of the end
-    last_token     time of the last token, or of the submit
-    draft_tokens   how many tokens may be drafted for a call, at most; 0 drafts none
-    overtaken      see schedule.py
-    cache_salt, cache_generated  see Generate
-    source         the source of its factors, set when its cohort is complete
-    """
-
-    stream: Stream
-    prompt: Prompt
-    row: Row
-    submitted: float
-    deadline: float
-    last_token: float
-    draft_tokens: int = 0
-    overtaken: int = 0
-    cache_salt: str = ""
-    cache_generated: bool = True
-    source: FactorSource = field(init=False)
-    _lookup: PromptLookup | None = None
-
-    @property
-    def key(self) -> Hashable:
-        return self.source.key
-
-    def draft(self) -> list[int]:
-        """Return tokens that may follow the row's last."""
-        # The last new token is never read, so a draft ends before it.
-        limit = min(self.draft_tokens, self.row.limit - len(self.row.token_ids) - 1)
-        if limit < 1:
-            return []
-        if self._lookup is None:
-            self._lookup = PromptLookup(self.prompt.ids)
-        self._lookup.extend(self.row.token_ids)
-        return self._lookup.draft(limit)
-
-
-def members_of(rows: Sequence[Row], stream: Stream, generate: Generate) -> list[Member]:
-    """Return the members of rows that are submitted now. Rows of one prompt share it."""
-    now = time.monotonic()
-    end = math.inf if generate.deadline is None else now + generate.deadline
-    prompts = {id(row.prompt): Prompt(row.prompt) for row in rows}
-    return [
-        Member(
-            stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens,
-            cache_salt=generate.cache_salt, cache_generated=generate.cache_generated,
-        )
-        for row in rows
-    ]  # fmt: skip
 
 
 class Batch(Protocol):

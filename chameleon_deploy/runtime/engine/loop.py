@@ -21,9 +21,10 @@ from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.decode.schedule import Schedule, admissible
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.device.static_batch import StaticBatch
-from chameleon_deploy.runtime.engine.batch import Batch, ContinuousBatch, Member, members_of
+from chameleon_deploy.runtime.engine.batch import Batch, ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable, MadeFactors
 from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
+from chameleon_deploy.runtime.engine.member import Member, members_of
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import RowFactors
@@ -47,7 +48,7 @@ class Loop:
         """
         self.batch, self.table, self.waiting = batch, table, list[Member]()
         self._tokenizer, self._eos_token_id, self._errors = tokenizer, eos_token_id, errors
-        self._ended: set[Member] = set()  # still in the batch
+        self._ended: set[Member] = set()  # since the last drop
         self._tokens: dict[Stream, list[Token]] = {}
         self._report = Iteration()
 
@@ -80,7 +81,6 @@ class Loop:
     def refuse(self, members: Sequence[Member], error: Exception) -> None:
         """End rows that neither wait nor run yet."""
         self._end_all(members, error)
-        self._ended.difference_update(members)
 
     def _take_result(self) -> tuple[dict[Stream, list[Token]], Iteration]:
         result = self._tokens, self._report
@@ -120,7 +120,6 @@ class Loop:
             self.table.acquire(member.source)
         except Exception as error:  # also errors of the hypernetwork's session
             self._end_all([member], error)
-            self._ended.discard(member)  # it never was in the batch
             return
         self.batch.admit(member)
         self._report.factor_set_hits += hit

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, Block, PrefixCache, Root
 from chameleon_deploy.runtime.decode.schedule import CALL_TOKENS
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
-
-if TYPE_CHECKING:  # the batch owns this
-    from chameleon_deploy.runtime.engine.batch import Member
+from chameleon_deploy.runtime.engine.member import Member
 
 
 class Prefixes:

@@ -13,7 +13,7 @@ from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.errors import LengthError
 from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
-from chameleon_deploy.runtime.engine.batch import Member, members_of
+from chameleon_deploy.runtime.engine.member import Member, members_of
 from chameleon_deploy.runtime.engine.stream import Cohort, Stream
 from chameleon_deploy.runtime.generation import Generate, begin_rows
 from chameleon_deploy.runtime.inputs import Texts
