@@ -64,7 +64,7 @@ class StructuredOutputs:
             except (TypeError, ValueError, RecursionError) as error:
                 raise _error(f"json cannot be written as JSON: {error}") from error
         if name == "choice":
-            value = () if isinstance(value, str) else tuple(value)
+            value = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
             if not value or not all(isinstance(text, str) for text in value):
                 raise _error("choice must be a list of at least one text")
         elif not isinstance(value, str):

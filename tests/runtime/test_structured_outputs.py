@@ -299,7 +299,8 @@ def test_a_bias_allows_no_token_that_the_grammar_excludes(runtime: Runtime) -> N
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "exactly one"), ({"regex": "a", "choice": ["b"]}, "exactly one"), ({"regex": 5}, "pass a text"),
-    ({"choice": []}, "at least one"), ({"choice": "ab"}, "at least one"), ({"choice": [5]}, "at least one"),
+    ({"choice": []}, "at least one"), ({"choice": "ab"}, "at least one"), ({"choice": 5}, "at least one"),
+    ({"choice": [5]}, "at least one"),
     ({"json": {"x": object()}}, "cannot be written"), ({"regex": "a" * (MAX_CHARACTERS + 1)}, "at most 65,536"),
     ({"json": "{"}, "json: "), ({"json": "5"}, "must be an object"), ({"json": {"not": {}}}, "Unimplemented keys"),
     ({"json": {"$ref": "http://127.0.0.1:9/x.json"}}, "does not fetch"), ({"json": {"$ref": "#/$defs/x"}}, "json: "),
