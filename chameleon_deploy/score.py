@@ -42,8 +42,11 @@ def main(
     with console.progress() as report:
         for start in range(0, len(texts), batch_size):
             batch = slice(start, start + batch_size)
-            tenants, own = (each[batch] if each else None for each in (tenant, adapters))
-            scores += runtime.score(texts[batch], tenants=tenants, adapters=own)
+            scores += runtime.score(
+                texts[batch],
+                tenants=tenant[batch] if tenant else None,
+                adapters=adapters[batch] if adapters else None,
+            )
             report("texts scored", len(scores), len(texts))
     if as_json:
         for score in scores:

@@ -32,6 +32,11 @@ MAX_RANK = 1024  # every layer is padded to the largest rank of a call
 MAX_HEADER_BYTES = 2**20
 
 
+def max_rank(spec: AdaptationSpec) -> int:
+    """Return the largest rank of an adapter, or of several that a row blends."""
+    return spec.rank if spec.regime == "base" else MAX_RANK
+
+
 def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec) -> None:
     """Write the factors of an adapter for bundles of the same base. Raises OutputError."""
     targets = [target.name for target in spec.targets if factor_names(target.name)[0] in factors]

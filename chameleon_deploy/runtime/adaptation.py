@@ -17,6 +17,7 @@ from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray, Mode
 from chameleon_deploy.contract.token_embedding import TokenEmbedding
 from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.runtime.adapters import AdapterChoice
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.inputs import check_integer, is_sequence
 
@@ -29,7 +30,8 @@ class Adapt:
     tenants       mode tenant: the tenant of each text, any hashable values
     factors       mode static: one set, float32 [rank, in_features or out_features] by tensor name, for example
                   "lm_head.lora_A" [rank, hidden] and "lm_head.lora_B" [rank, vocab]; alpha already applied, any rank
-    adapters      mode static, which they imply: the name of each text's adapter, None for the base model
+    adapters      mode static, which they imply: for each text the name of its adapter, weights by name for the
+                  weighted sum of several updates, such as {"legal": 0.7, "code": 0.3}, or None for the base model
     conditioning  mode request of a bundle whose hypernetwork reads vectors of the caller: float32 [texts,
                   conditioning_size], such as the embedding of each text's task
     adapt_tokens  embed only this many leading tokens of every text; None embeds all
@@ -40,7 +42,7 @@ class Adapt:
     mode: Mode | None = None
     tenants: Sequence[Hashable] | None = None
     factors: Factors | None = None
-    adapters: Sequence[str | None] | None = None
+    adapters: Sequence[AdapterChoice] | None = None
     conditioning: npt.ArrayLike | None = None
     adapt_tokens: int | None = None
 
@@ -63,7 +65,7 @@ class AdaptKeywords(TypedDict, total=False):
     mode: Mode | None
     tenants: Sequence[Hashable] | None
     factors: Factors | None
-    adapters: Sequence[str | None] | None
+    adapters: Sequence[AdapterChoice] | None
     conditioning: npt.ArrayLike | None
     adapt_tokens: int | None
 

@@ -6,18 +6,22 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.adapter_file import Factors, read_adapter
+from chameleon_deploy.contract.adapter_file import Factors, max_rank, read_adapter
 from chameleon_deploy.contract.bundle import Bundle, FloatArray
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
 from chameleon_deploy.errors import AdapterError, InputError
-from chameleon_deploy.runtime.factors import FactorSets
+from chameleon_deploy.runtime.factors import FactorSets, blend_sets, no_factors, rank_of
 from chameleon_deploy.runtime.inputs import checked_path
+
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,29 @@ class Adapter:
     @property
     def name(self) -> str:
         return self.key[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """The update of a row: the weighted sum of adapters' updates. Its factors stay, whatever is unloaded or replaced.
+
+    parts  each adapter, its one set and its weight, by name; none for the base model
+    """
+
+    parts: tuple[tuple[Adapter, FactorSets, float], ...]
+
+    @property
+    def key(self) -> Hashable:
+        """Return a key that is equal for blends of the same adapters with the same weights."""
+        return tuple((adapter.key, weight) for adapter, _, weight in self.parts) or "none"
+
+    def make(self, spec: AdaptationSpec) -> FactorSets:
+        """Return the update as a stack of one set. Raises NumericError for weights that make it infinite."""
+        return blend_sets([(sets, weight) for _, sets, weight in self.parts]) if self.parts else no_factors(spec)
+
+
+# The name of a row's adapter, weights by name, or None for the base model; a Blend for one that is held already.
+AdapterChoice = str | Mapping[str, float] | Blend | None
 
 
 class Adapters:
@@ -98,6 +125,35 @@ class Adapters:
             self._named = {other: kept for other, kept in self._named.items() if other != name}
             self._sets.pop(adapter.key, None)
 
+    def blends(self, choices: Sequence[AdapterChoice]) -> list[Blend]:
+        """Return what each row chose. Equal choices give the same object.
+
+        Raises AdapterError for a name that no adapter has, a file that has changed, or ranks that are too large
+        together.
+        """
+        found: dict[Hashable, Blend] = {}
+        blends = []
+        for choice in choices:
+            if isinstance(choice, Blend):
+                blends.append(choice)
+                continue
+            weights = choice if isinstance(choice, Mapping) else {} if choice is None else {choice: 1.0}
+            key = tuple(sorted(weights.items()))
+            if key not in found:
+                found[key] = self._blend(key)
+            blends.append(found[key])
+        return blends
+
+    def _blend(self, weights: Sequence[tuple[str, float]]) -> Blend:
+        adapters = [(self[name], float(weight)) for name, weight in weights]
+        blend = Blend(tuple((adapter, self.sets_of(adapter), weight) for adapter, weight in adapters))
+        if len(weights) > 1:
+            rank, most = sum(rank_of(sets) for _, sets, _ in blend.parts), max_rank(self._spec)
+            if rank > most:
+                names = ", ".join(name for name, _ in weights[:10])
+                raise AdapterError(f"{names} have rank {rank} together: this bundle takes at most {most}", "adapters")
+        return blend
+
     def sets_of(self, adapter: Adapter) -> FactorSets:
         """Return a stack of an adapter's one set, in memory. Raises AdapterError if its file has changed."""
         with self._lock:
@@ -140,15 +196,28 @@ def _size(sets: FactorSets) -> int:
     return sum(np.asarray(array).nbytes for array in sets.tensors.values())
 
 
-def check_adapters(adapters: Sequence[str | None] | None, batch: int) -> None:
-    """Raise InputError unless adapters are None or a list with a name or None for each row."""
+def check_adapters(adapters: Sequence[AdapterChoice] | None, batch: int) -> None:
+    """Raise InputError unless adapters are None or a list with a name, weights by name or None for each row."""
     if adapters is None:
         return
     if isinstance(adapters, str | bytes) or not isinstance(adapters, Sequence):
-        raise InputError(
-            f"adapters must be a list with a name or None per text, got a {type(adapters).__name__}", "adapters"
-        )
+        kind = type(adapters).__name__
+        raise InputError(f"adapters must be a list with a name, weights or None per text, got a {kind}", "adapters")
     if len(adapters) != batch:
         raise InputError(f"{len(adapters)} adapters for {batch} texts: pass one per text, None for none", "adapters")
-    if wrong := [name for name in adapters if name is not None and not isinstance(name, str)]:
-        raise InputError(f"an adapter must be a name or None, got a {type(wrong[0]).__name__}", "adapters")
+    for choice in adapters:
+        if isinstance(choice, Mapping):
+            _check_weights(choice)
+        elif choice is not None and not isinstance(choice, str | Blend):
+            kind = type(choice).__name__
+            raise InputError(f"an adapter must be a name, weights by name or None, got a {kind}", "adapters")
+
+
+def _check_weights(weights: Mapping[Any, Any]) -> None:
+    """Raise InputError unless these are finite numbers of float32 by names."""
+    for name, weight in weights.items():
+        if not isinstance(name, str):
+            raise InputError(f"weights of adapters go by name, got a {type(name).__name__}", "adapters")
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not is_number or not abs(weight) <= MAX_WEIGHT:
+            raise InputError(f"the weight of adapter {name!r:.80} is no finite number: {weight!r:.40}", "adapters")

@@ -14,7 +14,7 @@ from chameleon_deploy.contract.bundle import Bundle, FloatArray, IntArray, Mode
 from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
-from chameleon_deploy.runtime.adapters import Adapters, check_adapters
+from chameleon_deploy.runtime.adapters import Adapters, Blend, check_adapters
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors, check_factors, no_factors, stack_sets
@@ -25,7 +25,7 @@ class FactorSource:
     """The source of a row's factor set. Nothing is generated before it is made.
 
     key   equal for rows that share a set
-    item  what the set is made of: a conditioning vector, the number of a cluster, or the set itself
+    item  what the set is made of: a conditioning vector, the number of a cluster, or adapters with their weights
     make_all  returns a stack of the sets of items, where the decoder reads them; the same for all rows of a call
     """
 
@@ -106,8 +106,11 @@ class FactorSources:
         if mode == "none":
             return [FactorSource("none", item=None, make_all=lambda _: self._no_factors)], first
         if adapt.adapters is not None:
-            names = list(dict.fromkeys(adapt.adapters))
-            return [self._adapter_source(name) for name in names], _numbers(names, adapt.adapters)
+            held = self.adapters.blends(adapt.adapters)
+            blends = {blend.key: blend for blend in held}
+            # A source holds the adapters' sets, and their sum is made for its first row.
+            sources = [FactorSource(key, blend, self._blended) for key, blend in blends.items()]
+            return sources, _numbers(list(blends), [blend.key for blend in held])
         if mode == "static":
             sets = self._static_factors(adapt.factors)
             own = sets if adapt.factors is None else sets[np.array([0])]  # a copy, which the caller cannot change
@@ -130,15 +133,8 @@ class FactorSources:
         # Equal vectors have equal factors, for any tenant.
         return [FactorSource(vector.tobytes(), vector, self._generate) for vector in vectors], factor_ids
 
-    def _adapter_source(self, name: str | None) -> FactorSource:
-        if name is None:
-            return FactorSource("none", no_factors(self._manifest.adaptation), self._stacked)
-        adapter = self.adapters[name]
-        # The sets are held, so that a row keeps them whatever is unloaded or leaves.
-        return FactorSource(adapter.key, self.adapters.sets_of(adapter), self._stacked)
-
-    def _stacked(self, sets: Sequence[FactorSets]) -> FactorSets:
-        return self._backend.place(stack_sets(sets))
+    def _blended(self, blends: Sequence[Blend]) -> FactorSets:
+        return self._backend.place(stack_sets([blend.make(self._manifest.adaptation) for blend in blends]))
 
     def _static_factors(self, factors: Factors | None) -> FactorSets:
         if factors is not None:

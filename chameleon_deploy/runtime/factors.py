@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import AdaptationSpec, IntArray
-from chameleon_deploy.errors import FactorsError
+from chameleon_deploy.errors import FactorsError, NumericError
 
 
 class FactorArray(Protocol):
@@ -101,6 +101,38 @@ def _checked(factors: Factors, widths: Mapping[str, int]) -> FactorSets:
 def no_factors(spec: AdaptationSpec) -> FactorSets:
     """Return one set of zeros of rank 1, which leaves the base model unchanged."""
     return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})
+
+
+def rank_of(sets: FactorSets) -> int:
+    """Return the rank of one set in memory without the zeros that pad it, at least 1."""
+    arrays = [np.asarray(array)[0] for array in sets.tensors.values()]
+    rank = len(arrays[0]) if arrays else 1
+    while rank > 1 and not any(array[rank - 1].any() for array in arrays):
+        rank -= 1
+    return rank
+
+
+def blend_sets(parts: Sequence[tuple[FactorSets, float]]) -> FactorSets:
+    """Return the weighted sum of updates as one set: their ranks side by side, the weights multiplied into B.
+
+    parts  single sets in memory with their weights, at least one
+
+    Raises NumericError for factors that a weight makes infinite, which would spread to every row of a call.
+    """
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    ranks = [rank_of(sets) for sets, _ in parts]
+    tensors = {}
+    try:
+        for name in parts[0][0].tensors:
+            arrays = [np.asarray(sets.tensors[name])[:, :rank] for (sets, _), rank in zip(parts, ranks, strict=True)]
+            if name.endswith(".lora_B"):
+                with np.errstate(over="raise"):
+                    arrays = [array * np.float32(weight) for array, (_, weight) in zip(arrays, parts, strict=True)]
+            tensors[name] = np.concatenate(arrays, axis=1)
+    except FloatingPointError as error:
+        raise NumericError("the weights of adapters make infinite factors: choose smaller ones") from error
+    return FactorSets(tensors)
 
 
 def stack_sets(stacks: Sequence[FactorSets]) -> FactorSets:

@@ -55,8 +55,9 @@ from chameleon_deploy.serve.schemas import ChoiceAdaptation, CohortInfo, PromptD
 from chameleon_deploy.serve.scoring import adapt_options
 from chameleon_deploy.serve.service import Served
 
-_FIELDS = {"prompts": "messages", "max_new_tokens": "max_completion_tokens", "adapters": "model",
-           "template_arguments": "chat_template_kwargs"}  # fmt: skip
+_FIELDS = {
+    "prompts": "messages", "max_new_tokens": "max_completion_tokens", "template_arguments": "chat_template_kwargs"
+}  # fmt: skip
 
 
 async def complete_chat(call: Call[ChatRequest]) -> ChatCompletion | Response:
@@ -110,7 +111,7 @@ class Job:
 def prepare(call: Call[ChatRequest], outputs: StructuredOutputs | None) -> Job:
     """Check a request and submit it. Raises ApiError or a ChameleonError."""
     body, served = call.body, call.served
-    meant = served.models.resolve(body.model, body.mode)
+    meant = served.models.hold(body)
     tools = [msgspec.to_builtins(tool) for tool in body.tools or ()] if body.tool_choice != "none" else []
     limit = body.max_completion_tokens or body.max_tokens or served.models.max_length
     try:
@@ -128,11 +129,6 @@ def prepare(call: Call[ChatRequest], outputs: StructuredOutputs | None) -> Job:
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": "tools" if _forces_calls(body) else outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error
-    try:
-        served.models.check_loaded(meant)
-    except ApiError:
-        stream.cancel()
-        raise
     served.count_prompt(meant.mode, stream.cluster_ids[0])
     family = family_of(template.source) if tools else None
     marks = hidden_marks(served.runtime.tokenizer) if tools else {}

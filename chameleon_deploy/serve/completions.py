@@ -39,7 +39,7 @@ from chameleon_deploy.serve.service import Served
 Request = TypeVar("Request", bound=GenerationRequest)
 
 _SEED_MASK = 2**64 - 1
-_FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens", "adapters": "model"}  # of the arguments named otherwise
+_FIELDS = {"prompts": "prompt", "max_new_tokens": "max_tokens"}  # of the arguments named otherwise
 REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline": "deadline"}
 
 
@@ -100,7 +100,7 @@ class Job:
 def prepare(call: Call[CompletionRequest], outputs: StructuredOutputs | None = None) -> Job:
     """Check a request and submit it. Raises ApiError or a ChameleonError."""
     body, served = call.body, call.served
-    meant = served.models.resolve(body.model, body.mode)
+    meant = served.models.hold(body)
     mode = meant.mode
     check(body, mode, served)
     sampling = sampling_of(body, served, body.logprobs, outputs)
@@ -197,16 +197,10 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
     try:
         # Each prompt is as if it were alone.
         generate = generate_options(call, body.max_tokens, [sampling] * len(ids))
-        stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
+        return call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error
-    try:
-        call.served.models.check_loaded(meant)
-    except ApiError:
-        stream.cancel()
-        raise
-    return stream
 
 
 async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:
@@ -218,7 +212,6 @@ async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:
     if body.logprobs is not None:
         adapt = adapt_options(call, job.meant, len(job.ids))
         scores = await score_prompts(served, job.ids, adapt, body.logprobs)
-        served.models.check_loaded(job.meant)
     given = as_texts(body.prompt)
     return [
         Echo(

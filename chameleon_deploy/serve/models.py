@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chameleon_deploy.contract.bundle import Manifest, Mode, default_mode
-from chameleon_deploy.errors import ModeError
-from chameleon_deploy.runtime.adapters import Adapter, Adapters
-from chameleon_deploy.serve.errors import ApiError
-from chameleon_deploy.serve.schemas import Model, ModelList
+from chameleon_deploy.errors import ChameleonError, ModeError
+from chameleon_deploy.runtime.adapters import AdapterChoice, Adapters, Blend, check_adapters
+from chameleon_deploy.serve.errors import ApiError, api_error
+from chameleon_deploy.serve.schemas import AdaptedRequest, Model, ModelList
 
 
 class Meant(NamedTuple):
-    """The meaning of a model's name: the name to answer with, the mode, and the adapter if the name is an adapter's."""
+    """What a request is computed with: the name to answer with, the mode, and its adapters, which it holds.
+
+    blends  one for all texts, or one for each; None where the request names no adapter
+    """
 
     model: str
     mode: Mode
-    adapter: Adapter | None = None
+    blends: tuple[Blend, ...] | None = None
 
 
 class Models:
@@ -52,6 +55,26 @@ class Models:
         self._created = int(time.time())
         self.max_length = manifest.model.max_positions
 
+    def hold(self, body: AdaptedRequest) -> Meant:
+        """Return what a request is computed with, whatever is unloaded or replaced from now on. Raises ApiError."""
+        if body.adapters is None:
+            meant = self.resolve(body.model, body.mode)
+            if meant.model in self._modes:
+                return meant
+            return meant._replace(blends=self._blends([meant.model.removeprefix(f"{self.name}:")], "model"))
+        model = self.resolve(body.model).model
+        if model != self.name or body.mode not in (None, "static"):
+            message = f"adapters go with model {self.name!r} and mode 'static': leave model and mode out"
+            raise ApiError(400, "input_invalid", message, "adapters")
+        return Meant(model, "static", self._blends(body.adapters, "adapters"))
+
+    def _blends(self, choices: Sequence[AdapterChoice], param: str) -> tuple[Blend, ...]:
+        try:
+            check_adapters(choices, len(choices))
+            return tuple(self._adapters.blends(choices))
+        except ChameleonError as error:
+            raise api_error(error, param) from error
+
     def resolve(self, model: str | None, mode: Mode | None = None) -> Meant:
         """Raises ApiError for a name that no model has, or a mode that it does not go with."""
         named = self.name if model is None else model
@@ -59,7 +82,7 @@ class Models:
         if adapter != named and named not in self._modes and adapter in self._adapters.names:
             if mode not in (None, "static"):
                 raise ApiError(400, "input_invalid", f"model {named!r} and mode {mode!r} contradict each other", "mode")
-            return Meant(named, "static", self._adapters[adapter])
+            return Meant(named, "static")
         if named not in self._modes:
             message = f"no model {named!r}: choose one of {', '.join(self._names()[:20])}"
             raise ApiError(404, "model_not_found", message, "model")
@@ -71,11 +94,6 @@ class Models:
             modes = ", ".join(dict.fromkeys(self._modes.values()))
             raise ApiError(400, "mode_unavailable", f"mode {mode!r} is not served here: choose one of {modes}", "mode")
         return Meant(named, mode)
-
-    def check_loaded(self, meant: Meant) -> None:
-        """Raises ApiError where another adapter has the name by now, or none: who computed would not be known."""
-        if meant.adapter is not None and meant.adapter not in self._adapters:
-            raise ApiError(400, "adapter_invalid", "the adapter was unloaded while the request began", "model")
 
     def list(self) -> ModelList:
         return ModelList(data=[self._model(name) for name in self._names()])

@@ -12,6 +12,7 @@ from chameleon_deploy.runtime.sampling_settings import MAX_BIASES, MAX_STOP_CHAR
 
 MAX_CHOICES = 128  # of one prompt
 MAX_SALT = 1024
+MAX_BLENDED = 8  # adapters of one text
 MAX_COMPLETION_LOGPROBS = 5  # as in OpenAI's API; chat has more
 
 Count = Annotated[int, Meta(ge=1)]
@@ -25,6 +26,10 @@ Prompt = Annotated[
 
 Conditioning = Annotated[
     list[list[float]], Meta(description="Mode request of a bundle that takes the caller's vectors: one for each text.")
+]
+AdapterChoice = Annotated[
+    str | Annotated[dict[str, float], Meta(max_length=MAX_BLENDED)] | None,
+    Meta(description="The name of an adapter, weights by name, or null for the base model; one for each text or all."),
 ]
 
 
@@ -67,6 +72,7 @@ class AdaptedRequest(Struct, kw_only=True):
     mode: Mode | None = None
     adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
     conditioning: Conditioning | None = None
+    adapters: list[AdapterChoice] | None = None
 
 
 class GenerationRequest(AdaptedRequest, kw_only=True):

@@ -31,10 +31,9 @@ async def score_prompts(served: Served, ids: list[list[int]], adapt: Adapt, coun
 async def score(call: Call[TextsRequest]) -> ScoreResponse:
     """/v1/score: what `Runtime.score` gives."""
     body, served = call.body, call.served
-    meant = served.models.resolve(body.model, body.mode)
+    meant = served.models.hold(body)
     ids = await call.off_loop_if_large(lambda: encode(body.input, "input", served))
     adaptation = await served.score(served.runtime.sources.adapt, ids, adapt_options(call, meant, len(ids)))
-    served.models.check_loaded(meant)
     items = [_item(i, await served.score(_score_row, served, ids, adaptation, i)) for i in range(len(ids))]
     fingerprint = served.fingerprint(meant)
     return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
@@ -42,10 +41,11 @@ async def score(call: Call[TextsRequest]) -> ScoreResponse:
 
 def adapt_options(call: Call[Body], meant: Meant, texts: int) -> Adapt:
     """Return the adaptation of the texts of one request, which are one cohort in the modes that have cohorts."""
+    blends = None if meant.blends is None else list(meant.blends)
     return Adapt(
         mode=meant.mode,
         tenants=[call.tenant] * texts if meant.mode == "tenant" else None,
-        adapters=None if meant.adapter is None else [meant.adapter.name] * texts,
+        adapters=blends * texts if blends is not None and len(blends) == 1 else blends,
         conditioning=call.body.conditioning,
         adapt_tokens=call.body.adapt_tokens,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
 import time
@@ -62,11 +63,21 @@ class Served:
         self.cluster_sizes[cluster_id] += 1
 
     def fingerprint(self, meant: Meant) -> str:
-        """Return what computes a request: bundle, provider, precision, and the adapter's file if it is one's."""
-        runtime, adapter = self.runtime, meant.adapter
+        """Return what computes a request: bundle, provider, precision, and the file of its adapter.
+
+        For several adapters, or with weights, the last is a digest of them all; the bundle's own are in its digest.
+        """
+        runtime = self.runtime
         parts = [runtime.bundle.digest[:16], runtime.provider, runtime.manifest.precision]
-        if adapter is not None and adapter.file is not None:  # the bundle's own are in its digest
-            parts.append(adapter.file[1][:16])
+        blends = [[(adapter, weight) for adapter, _, weight in blend.parts] for blend in meant.blends or ()]
+        match blends:
+            case []:
+                pass
+            case [[(adapter, 1.0)]]:
+                parts += [adapter.file[1][:16]] if adapter.file else []
+            case _:
+                used = [[(each.file[1] if each.file else each.name, weight) for each, weight in row] for row in blends]
+                parts.append(hashlib.sha256(repr(used).encode()).hexdigest()[:16])
         return "-".join(parts)
 
     @property

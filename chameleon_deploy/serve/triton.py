@@ -92,7 +92,10 @@ class Model:
                 fields[name] = given[0]
         text, adapter = fields.pop("text_input"), fields.pop("lora_name", None)
         adapt = _take(fields, "mode", "adapt_tokens", "conditioning")
-        adapt |= {"adapters": [adapter]} if adapter is not None else {"mode": adapt.get("mode", self._mode)}
+        if adapter is not None or "adapters" in fields:
+            adapt["adapters"] = [fields.pop("adapters", adapter)]
+        else:
+            adapt.setdefault("mode", self._mode)
         generate = _take(fields, *GENERATE_FIELDS)
         limit = fields.pop("max_tokens", 16)
         if unknown := fields.keys() - Sampling.__dataclass_fields__:

@@ -23,7 +23,7 @@ AdapterNames = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME",
-        help="Adapter of all texts, or one per text in order; '' is the base model.",
+        help="Adapter of all texts, or one per text in order; A=0.7,B=0.3 is a blend, '' is the base model.",
     ),
 ]
 
@@ -40,9 +40,26 @@ def named_directories(options: Sequence[str] | None) -> dict[str, Path]:
     return directories
 
 
-def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | None] | None:
-    """Return the adapter of each text from one name or one per text; None without the option."""
+def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | dict[str, float] | None] | None:
+    """Return the adapter or the weights of each text, from one option or one per text; None without the option.
+
+    Raises InputError.
+    """
     if not names:
         return None
     each = list(names) * texts if len(names) == 1 else names
-    return [name or None for name in each]
+    return [_weights(name) if "=" in name else name or None for name in each]
+
+
+def _weights(option: str) -> dict[str, float]:
+    """Return the weights by name of an option such as legal=0.7,code=0.3. Raises InputError."""
+    weights: dict[str, float] = {}
+    for part in option.split(","):
+        name, separator, weight = part.partition("=")
+        try:
+            if not separator or name in weights:
+                raise ValueError
+            weights[name] = float(weight)
+        except ValueError as error:
+            raise InputError(f"--adapter {option}: pass NAME, or NAME=WEIGHT,... with each name once") from error
+    return weights

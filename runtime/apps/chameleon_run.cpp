@@ -18,7 +18,7 @@ chameleon-run inspect  BUNDLE [options]
 
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
-  --adapter NAME          adapter of all texts, or one per text in order; '' is the base model
+  --adapter NAME          adapter of all texts, or one per text in order; A=0.7,B=0.3 is a blend, '' is the base model
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
   --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
@@ -47,7 +47,7 @@ struct Arguments {
   std::filesystem::path bundle;
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
-  std::optional<chameleon::AdapterNames> adapters;
+  std::optional<std::vector<chameleon::Blend>> adapters;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
@@ -74,7 +74,7 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
       {"--adapter",
        [&](auto&, auto& text) {
          if (!parsed.adapters) parsed.adapters.emplace();
-         parsed.adapters->push_back(text.empty() ? std::nullopt : std::optional(text));
+         parsed.adapters->push_back(chameleon::Blend::parse(text));
        }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},

@@ -81,7 +81,8 @@ typedef struct {
   const char* const* tenants;      /* mode tenant: num_texts names; else NULL */
   const chameleon_factor* factors; /* mode static: the caller's factor set, both tensors of every target; else NULL */
   size_t num_factors;
-  /* mode static, which they imply: num_texts names of adapters, NULL for the base model; else NULL */
+  /* mode static, which they imply: num_texts names of adapters, or weights by name such as "legal=0.7,code=0.3", NULL
+   * for the base model; else NULL */
   const char* const* adapters;
   /* mode request of a bundle whose hypernetwork reads vectors of the caller: num_texts of them, each of
    * conditioning_size numbers, row-major; else NULL */

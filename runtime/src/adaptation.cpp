@@ -3,6 +3,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -73,6 +74,23 @@ std::span<const float> row_of(std::span<const float> matrix, std::size_t row, st
 }
 
 }  // namespace
+
+Blend Blend::parse(const std::string& text) {
+  if (text.find('=') == std::string::npos) return text.empty() ? Blend() : Blend(text);
+  Blend blend;
+  for (std::size_t start = 0; start <= text.size();) {
+    const std::size_t end = std::min(text.find(',', start), text.size()), equals = text.find('=', start);
+    float weight = 0;
+    const char* last = text.data() + end;
+    const bool is_pair = equals < end;
+    if (!is_pair || std::from_chars(text.data() + equals + 1, last, weight).ptr != last || equals + 1 == end ||
+        !blend.weights.emplace(text.substr(start, equals - start), weight).second) {
+      throw InputError("adapter '" + text.substr(0, 80) + "': pass NAME, or NAME=WEIGHT,... with each name once");
+    }
+    start = end + 1;
+  }
+  return blend;
+}
 
 std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle,
                          std::optional<std::size_t> adapt_tokens) {

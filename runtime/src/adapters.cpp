@@ -1,6 +1,7 @@
 #include "adapters.h"
 
 #include <algorithm>
+#include <bit>
 #include <ranges>
 
 #include "chameleon/error.h"
@@ -63,17 +64,33 @@ void Adapters::unload(const std::string& name) {
   adapters_.erase(name);
 }
 
-FactorSource Adapters::source(const std::string& name) {
-  const auto source_of = [](std::uint64_t number, const FactorSets& set) {
-    return FactorSource{"adapter " + std::to_string(number), [set] { return set; }};
-  };
+FactorSource Adapters::source(const Blend& blend) {
+  if (blend.weights.empty()) return {"none", [&spec = bundle_.manifest.adaptation] { return no_factors(spec); }};
+  std::string key = "adapters", names;
+  std::vector<WeightedSet> parts;
+  std::int64_t rank = 0;
+  for (const auto& [name, weight] : blend.weights) {
+    const auto [part_key, set] = held(name);
+    parts.push_back({set, weight});
+    key += " " + part_key + " " + std::to_string(std::bit_cast<std::uint32_t>(weight));
+    names += (names.empty() ? "" : ", ") + name;
+    if (blend.weights.size() > 1) rank += rank_of(set);
+  }
+  if (const std::int64_t most = max_rank(bundle_.manifest.adaptation); rank > most) {
+    throw AdapterError(names.substr(0, 800) + " have rank " + std::to_string(rank) +
+                       " together: this bundle takes at most " + std::to_string(most));
+  }
+  return {key, [parts] { return blend_sets(parts); }};
+}
+
+std::pair<std::string, FactorSets> Adapters::held(const std::string& name) {
   std::uint64_t number = 0;
   File file;
   {
     const std::lock_guard lock(mutex_);
     Adapter& adapter = find(name);
     adapter.last_used = ++uses_;
-    if (adapter.set) return source_of(adapter.number, *adapter.set);
+    if (adapter.set) return {std::to_string(adapter.number), *adapter.set};
     number = adapter.number;
     file = *adapter.file;
   }
@@ -84,7 +101,7 @@ FactorSource Adapters::source(const std::string& name) {
   const std::lock_guard lock(mutex_);
   const auto found = adapters_.find(name);
   if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
-  return source_of(number, set);
+  return {std::to_string(number), set};
 }
 
 std::pair<FactorSets, Adapters::File> Adapters::read(const std::filesystem::path& file) const {

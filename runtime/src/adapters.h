@@ -29,9 +29,9 @@ class Adapters {
   /// Remove an adapter of a file. Throws AdapterError for a name that no adapter has, or one of the bundle.
   void unload(const std::string& name);
 
-  /// The factors of an adapter, which the result holds, whatever is unloaded or leaves the memory.
-  /// Throws AdapterError for a name that no adapter has, or a file that has changed.
-  [[nodiscard]] FactorSource source(const std::string& name);
+  /// The source of a blend, which holds the adapters' factors, whatever is unloaded or leaves the memory.
+  /// Throws AdapterError for a name that no adapter has, a file that has changed, or ranks that are too large together.
+  [[nodiscard]] FactorSource source(const Blend& blend);
 
  private:
   /// Where factors are read again when they have left the memory, and the SHA-256 of what was loaded.
@@ -46,6 +46,8 @@ class Adapters {
     std::uint64_t last_used = 0;
   };
 
+  /// The key of an adapter, and its factors.
+  [[nodiscard]] std::pair<std::string, FactorSets> held(const std::string& name);
   [[nodiscard]] std::pair<FactorSets, File> read(const std::filesystem::path& file) const;
   [[nodiscard]] Adapter& find(const std::string& name);
   void keep(Adapter& adapter, const FactorSets& set);

@@ -79,7 +79,7 @@ struct Batch {
     if (batch.adapters != nullptr) {
       adapt.adapters.emplace();
       for (const char* name : std::span(batch.adapters, batch.num_texts)) {
-        adapt.adapters->push_back(name == nullptr ? std::nullopt : std::optional<std::string>(name));
+        adapt.adapters->push_back(name == nullptr ? Blend() : Blend::parse(name));
       }
     }
     if (batch.conditioning != nullptr) {

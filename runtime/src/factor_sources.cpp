@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "contract/basis.h"
 #include "factors.h"
@@ -58,6 +59,12 @@ Adapt FactorSources::resolve(const Adapt& adapt, std::size_t batch) const {
   if (adapt.adapters && (mode != Mode::static_ || adapt.factors)) {
     throw ModeError("adapters go with mode 'static' and without factors: pass nothing else with them");
   }
+  for (const Blend& blend : adapt.adapters.value_or(std::vector<Blend>())) {
+    for (const auto& [name, weight] : blend.weights) {
+      if (std::isfinite(weight)) continue;
+      throw InputError("the weight of adapter '" + name.substr(0, 80) + "' is no finite number");
+    }
+  }
   if (adapt.adapt_tokens == 0) throw InputError("adapt_tokens must be at least 1, got 0");
   check_mode(mode, spec_);
   check_tenants(mode, adapt.tenants, batch);
@@ -93,17 +100,17 @@ RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) 
   if (mode == Mode::none) return one("none", no_factors_);
   if (adapt.adapters) {
     RowSources found;
-    AdapterNames names;  // in order of first appearance
-    std::vector<FactorSets> stacks;
-    for (const auto& name : *adapt.adapters) {
-      const auto known = std::ranges::find(names, name);
-      found.factor_ids.push_back(known - names.begin());
-      if (known != names.end()) continue;
-      names.push_back(name);
-      found.sources.push_back(name ? adapters_.source(*name) : one("none", no_factors_).sources[0]);
-      stacks.push_back(found.sources.back().make());
+    std::map<std::map<std::string, float>, std::int64_t> places;
+    for (const Blend& blend : *adapt.adapters) {
+      const auto [place, is_new] = places.try_emplace(blend.weights, std::ssize(found.sources));
+      found.factor_ids.push_back(place->second);
+      if (is_new) found.sources.push_back(adapters_.source(blend));
     }
-    found.make_all = [stacks] { return stack_sets(stacks); };
+    found.make_all = [sources = found.sources] {
+      std::vector<FactorSets> stacks;
+      for (const FactorSource& source : sources) stacks.push_back(source.make());
+      return stack_sets(stacks);
+    };
     return found;
   }
   if (mode == Mode::static_) {

@@ -87,6 +87,39 @@ FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec) {
   return make_factor_sets(1, static_cast<std::int64_t>(factors.begin()->second.rows), std::move(tensors));
 }
 
+std::int64_t rank_of(const FactorSets& set) {
+  std::int64_t rank = set.rank;
+  const auto is_padding = [&](const auto& tensor) {
+    const std::size_t width = tensor.second.size() / static_cast<std::size_t>(set.rank);
+    const auto last = tensor.second.subspan(static_cast<std::size_t>(rank - 1) * width, width);
+    return std::ranges::all_of(last, [](float value) { return value == 0; });
+  };
+  while (rank > 1 && std::ranges::all_of(set.tensors, is_padding)) --rank;
+  return rank;
+}
+
+FactorSets blend_sets(std::span<const WeightedSet> parts) {
+  if (parts.size() == 1 && parts.front().weight == 1) return parts.front().set;
+  Tensors tensors;
+  std::int64_t rank = 0;
+  for (const auto& [set, weight] : parts) {
+    const std::int64_t own = rank_of(set);
+    rank += own;
+    for (const auto& [name, values] : set.tensors) {
+      const float factor = name.ends_with(".lora_B") ? weight : 1;
+      std::vector<float>& blended = tensors[name];
+      for (const float value :
+           values.first(values.size() / static_cast<std::size_t>(set.rank) * static_cast<std::size_t>(own))) {
+        blended.push_back(value * factor);
+        if (!std::isfinite(blended.back())) {
+          throw NumericError("the weights of adapters make infinite factors: choose smaller ones");
+        }
+      }
+    }
+  }
+  return make_factor_sets(1, rank, std::move(tensors));
+}
+
 FactorSets stack_sets(std::span<const FactorSets> stacks) {
   if (stacks.size() == 1) return stacks.front();
   std::int64_t count = 0, rank = 0;

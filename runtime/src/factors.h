@@ -26,6 +26,19 @@ FactorSets no_factors(const AdaptationSpec& spec);
 /// A caller's factors as a stack of one set. Throws FactorsError.
 FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);
 
+/// The rank of one set without the zeros that pad it, at least 1.
+std::int64_t rank_of(const FactorSets& set);
+
+/// One set, and the weight of its update.
+struct WeightedSet {
+  FactorSets set;
+  float weight;
+};
+
+/// The weighted sum of updates as one set: their ranks side by side, the weights multiplied into B. At least one part.
+/// Throws NumericError for factors that a weight makes infinite, which would spread to every row of a call.
+FactorSets blend_sets(std::span<const WeightedSet> parts);
+
 /// All sets of some stacks as one stack; smaller ranks are padded with zeros.
 FactorSets stack_sets(std::span<const FactorSets> stacks);
 

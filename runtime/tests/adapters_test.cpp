@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cmath>
 #include <fstream>
 #include <thread>
 
@@ -15,7 +16,7 @@ namespace {
 
 const std::vector<TokenIds> kPrompts = {{5, 9, 301}, {17, 44}, {7}};
 
-const Adapt kLegal{.adapters = AdapterNames(kPrompts.size(), "legal")};
+const Adapt kLegal{.adapters = std::vector<Blend>(kPrompts.size(), "legal")};
 
 Json case_named(const std::string& name) {
   for (const Json& each : read_data("adapters.json")) {
@@ -35,7 +36,7 @@ struct AdapterCase {
   std::filesystem::path file;
 };
 
-std::vector<TokenIds> tokens(const Runtime& runtime, const AdapterNames& adapters) {
+std::vector<TokenIds> tokens(const Runtime& runtime, const std::vector<Blend>& adapters) {
   std::vector<TokenIds> rows;
   for (const Generation& row : runtime.generate(kPrompts, {}, {.adapters = adapters})) rows.push_back(row.token_ids);
   return rows;
@@ -79,6 +80,24 @@ TEST(Adapters, AreLoadedUsedAndForgotten) {
   EXPECT_THROW(tokens(runtime, {"own", "legal", "own"}), AdapterError);
   EXPECT_THROW(runtime.unload_adapter("own"), AdapterError);
   EXPECT_EQ(tokens(runtime, {"own", {}, "own"}), own);
+}
+
+TEST(Adapters, AreBlended) {
+  const AdapterCase given(case_named("good"));
+  Runtime runtime(given.bundle.path());
+  runtime.load_adapter("legal", given.file);
+  EXPECT_EQ(tokens(runtime, {Blend{{"legal", 1}}, Blend(std::map<std::string, float>{}), "own"}),
+            tokens(runtime, {"legal", {}, "own"}));
+  const Blend blend{{"legal", 0.5F}, {"own", -2}};
+  const auto expected = tokens(runtime, {blend, blend, blend});
+  EXPECT_NE(expected, tokens(runtime, {"legal", "legal", "legal"}));
+  Engine engine(runtime);
+  const Stream stream = engine.submit(kPrompts, {}, {.adapters = std::vector<Blend>(kPrompts.size(), blend)});
+  runtime.unload_adapter("legal");  // its rows keep it
+  const auto found = stream.result();
+  for (std::size_t row = 0; row < found.size(); ++row) EXPECT_EQ(found[row].token_ids, expected[row]);
+  EXPECT_THROW(tokens(runtime, {blend, {}, {}}), AdapterError);
+  EXPECT_THROW(tokens(runtime, {Blend{{"own", INFINITY}}, {}, {}}), InputError);
 }
 
 TEST(Adapters, WhatIsNoPlainFileIsRefused) {
@@ -153,7 +172,7 @@ TEST(Errors, OfOneRowEndItAlone) {
   Runtime runtime(given.bundle.path());
   runtime.load_adapter("legal", given.file);
   const auto expected = tokens(runtime, {{}, {}, "own"});
-  const Adapt adapt{.adapters = AdapterNames{{}, "legal", "own"}};
+  const Adapt adapt{.adapters = std::vector<Blend>{{}, "legal", "own"}};
   EXPECT_THROW(runtime.generate(kPrompts, {}, adapt), NumericError);
   std::size_t ends = 0;
   const auto on_token = [&](const Token& token) { return ends += token.generation != nullptr ? 1 : 0, true; };
@@ -171,7 +190,7 @@ TEST(Errors, OfARowThatDraftsEndIt) {
   Runtime runtime(given.bundle.path());
   runtime.load_adapter("legal", given.file);
   const Generate generate{.prompt_lookup_num_tokens = 4};
-  const Adapt adapt{.adapters = AdapterNames{"legal"}};
+  const Adapt adapt{.adapters = std::vector<Blend>{"legal"}};
   const auto prompt = std::span(kPrompts).first(1);
   EXPECT_THROW(runtime.generate(prompt, generate, adapt), NumericError);
   EXPECT_EQ(runtime.generate(prompt, generate, adapt, OnError::row)[0].finish_reason, FinishReason::error);

@@ -125,8 +125,10 @@ Call::Call(const Json& record, const ModelSpec& model)
   }
   if (given("adapters")) {
     adapt.adapters.emplace();
-    for (const Json& name : record.at("adapters")) {
-      adapt.adapters->push_back(name.is_null() ? std::nullopt : std::optional(name.get<std::string>()));
+    for (const Json& choice : record.at("adapters")) {
+      Blend& blend = adapt.adapters->emplace_back();
+      if (choice.is_string()) blend = choice.get<std::string>();
+      if (choice.is_object()) blend = choice.get<std::map<std::string, float>>();
     }
   }
   if (given("conditioning")) {

@@ -98,6 +98,13 @@ def _load_library() -> Any:
     return library
 
 
+def _adapter(choice: str | dict[str, float] | None) -> bytes | None:
+    """Return an adapter as chameleon_batch takes it."""
+    if isinstance(choice, dict):
+        choice = ",".join(f"{name}={weight!r}" for name, weight in choice.items())
+    return choice.encode() if choice else None
+
+
 class NativeRuntime:
     """The same calls as chameleon_deploy.Runtime. Errors are NativeError with the code."""
 
@@ -231,7 +238,7 @@ class NativeRuntime:
 
     def _batch(
         self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None,
-        adapters: Sequence[str | None] | None = None, conditioning: Any = None,
+        adapters: Sequence[str | dict[str, float] | None] | None = None, conditioning: Any = None,
     ) -> tuple[CBatch, Any]:  # fmt: skip
         """The batch, and what must live as long as it."""
         items = (CText * max(len(texts), 1))()
@@ -248,7 +255,7 @@ class NativeRuntime:
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if adapters is not None:
-            batch.adapters = (c.c_char_p * len(adapters))(*(name.encode() if name else None for name in adapters))
+            batch.adapters = (c.c_char_p * len(adapters))(*map(_adapter, adapters))
         if conditioning is not None:
             vectors = np.ascontiguousarray(conditioning, np.float32)
             keep.append(vectors)

@@ -153,11 +153,13 @@ def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> No
     python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
     for runtime in (python, native):
         runtime.load_adapter("third", directory / "third.safetensors")
-    names = ["third", None, "all", "third"]
-    expected, found = (runtime.adapt(TEXTS, adapters=names) for runtime in (python, native))
-    assert found.factors.factor_ids.tolist() == expected.factors.factor_ids.tolist() == [0, 1, 2, 0]
-    for name, tensor in expected.factors.sets.tensors.items():
-        assert np.asarray(found.factors.sets.tensors[name]).tobytes() == np.asarray(tensor).tobytes(), name
+    names: list[Any] = ["third", None, "all", "third"]
+    blends: list[Any] = [{"attention": 0.75, "third": -1.5}, "all", {"third": 0.5}, {"third": -1.5, "attention": 0.75}]
+    for adapters, ids in ((names, [0, 1, 2, 0]), (blends, [0, 1, 2, 0])):
+        expected, found = (runtime.adapt(TEXTS, adapters=adapters) for runtime in (python, native))
+        assert found.factors.factor_ids.tolist() == expected.factors.factor_ids.tolist() == ids
+        for name, tensor in expected.factors.sets.tensors.items():
+            assert np.asarray(found.factors.sets.tensors[name]).tobytes() == np.asarray(tensor).tobytes(), name
     generations = [runtime.generate(TEXTS, adapters=names, max_new_tokens=8) for runtime in (python, native)]
     assert generations[0] == generations[1] != python.generate(TEXTS, max_new_tokens=8)
     factors, _ = read_adapter(directory / "third.safetensors", python.manifest.adaptation)
@@ -190,8 +192,14 @@ def test_a_rank_beyond_the_limit_is_refused(directory: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("adapters", "code"), [(["nobody"], "adapter_invalid"), (["all", "all"], "input_invalid")], ids=str
-)
+    ("adapters", "code"),
+    [
+        (["nobody"], "adapter_invalid"), (["all", "all"], "input_invalid"), (["all=1,nobody=1"], "adapter_invalid"),
+        (["all="], "input_invalid"), (["all=1,all=2"], "input_invalid"), (["all=1x"], "input_invalid"),
+        (["all=inf"], "input_invalid"), (["all=1,"], "input_invalid"), (["all=3.4e38"], "not_finite"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_cannot_be_meant_is_refused(adapters: list[str], code: str, path: Path) -> None:
     result = run("generate", path, ["--prompt", "a", "--prompt", "b", "--prompt", "c"], adapters)
     assert (result.returncode, f"[{code}]" in result.stderr) == (2, True)

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
-from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, TensorError
+from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, NumericError, TensorError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.runtime.adapters import AdapterChoice
 from chameleon_deploy.runtime.engine.engine import Engine
-from tests.adapters import save_adapter
+from tests.adapters import base_model, save_adapter
 from tests.commands import run
 
 PROMPT = [5, 9, 301, 17, 44]
@@ -62,7 +65,7 @@ def file(path: Path, directories: dict[str, Path], tmp_path_factory: pytest.Temp
     return out
 
 
-def tokens(runtime: Runtime, *adapters: str | None) -> list[list[int]]:
+def tokens(runtime: Runtime, *adapters: AdapterChoice) -> list[list[int]]:
     generations = runtime.generate([PROMPT] * len(adapters), adapters=adapters, max_new_tokens=8)
     return [generation.token_ids for generation in generations]
 
@@ -81,6 +84,13 @@ def test_rows_choose_adapters_by_name(runtime: Runtime) -> None:
         ({"adapters": "legal"}, InputError),
         ({"adapters": ["legal", "code"]}, InputError),
         ({"adapters": [7]}, InputError),
+        ({"adapters": [{"legal": 0.5, "nobody": 0.5}]}, AdapterError),
+        ({"adapters": [{"legal": float("nan")}]}, InputError),
+        ({"adapters": [{"legal": 1e39}]}, InputError),
+        ({"adapters": [{"legal": True}]}, InputError),
+        ({"adapters": [{"legal": "1"}]}, InputError),
+        ({"adapters": [{7: 1.0}]}, InputError),
+        ({"adapters": [{"code": 3e38}]}, NumericError),
         ({"adapters": ["legal"], "mode": "none"}, ModeError),
         ({"adapters": ["legal"], "factors": {}}, ModeError),
         ({"mode": "static"}, ModeError),
@@ -89,6 +99,74 @@ def test_rows_choose_adapters_by_name(runtime: Runtime) -> None:
 def test_what_cannot_be_meant_is_refused(runtime: Runtime, arguments: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         runtime.generate([PROMPT], **arguments)
+
+
+BLENDS: list[dict[str, float]] = [
+    {"legal": 0.7, "code": 0.3}, {"code": -0.5, "wiki": 1.5}, {"legal": 2, "code": 0, "wiki": 0.25}, {"code": 0.5},
+]  # fmt: skip
+
+
+def peft_logprobs(base: Path, directories: dict[str, Path], weights: dict[str, float]) -> Any:
+    """Return what PEFT gives with add_weighted_adapter(..., "cat")."""
+    model = peft.PeftModel.from_pretrained(base_model(base), directories["legal"], adapter_name="legal")
+    for name in weights.keys() - {"legal"}:
+        model.load_adapter(directories[name], adapter_name=name)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "blend", combination_type="cat")
+    model.set_adapter("blend")
+    with torch.no_grad():
+        logprobs = model.eval()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    return [float(row[token_id]) for row, token_id in zip(logprobs, PROMPT[1:], strict=False)]
+
+
+def test_a_blend_is_pefts_sum_of_updates(
+    runtime: Runtime, file: Path, llama_path: Path, directories: dict[str, Path]
+) -> None:
+    """Of the bundle's own, one of which is padded there, and of a file with other layers; beside plain rows."""
+    runtime.load_adapter("wiki", file)
+    rows = [*BLENDS, "legal", None]
+    scores = runtime.score([PROMPT] * len(rows), adapters=rows)
+    for weights, score in zip(BLENDS, scores, strict=False):
+        expected = peft_logprobs(llama_path / "base", directories, weights)
+        np.testing.assert_allclose(score.token_logprobs, expected, atol=2e-5, err_msg=str(weights))
+    plain = [score.token_logprobs for score in runtime.score([PROMPT] * 2, adapters=["legal", None])]
+    np.testing.assert_allclose([score.token_logprobs for score in scores[-2:]], plain, atol=1e-5)
+    with pytest.raises(AssertionError):  # the comparison tells weights that are exchanged
+        wrong = peft_logprobs(llama_path / "base", directories, {"legal": 0.3, "code": 0.7})
+        np.testing.assert_allclose(scores[0].token_logprobs, wrong, atol=2e-5)
+
+
+def test_a_blend_of_one_is_the_adapter_and_of_none_the_base(runtime: Runtime) -> None:
+    assert tokens(runtime, {"legal": 1}, {}) == tokens(runtime, "legal", None)
+    blends = runtime.adapters.blends([{"code": 1, "legal": 2}, {"legal": 2.0, "code": 1.0}, "legal"])
+    assert blends[0].key == blends[1].key != blends[2].key
+    sets = blends[0].make(runtime.manifest.adaptation)
+    assert next(iter(sets.tensors.values())).shape[1] == 6  # the padding of the second is left out
+
+
+def test_the_engine_blends_and_a_blend_that_overflows_ends_alone(runtime: Runtime) -> None:
+    rows: list[Any] = [{"legal": 0.7, "code": 0.3}, "code", {"code": 3e38}, None]
+    (expected, *_) = tokens(runtime, rows[0])
+    with Engine(runtime, rows=4, prefill_tokens=8) as engine:
+        streams = [engine.submit([PROMPT], adapters=[row], max_new_tokens=8) for row in rows]
+        found = [stream.result(60)[0] for i, stream in enumerate(streams) if i != 2]
+        with pytest.raises(NumericError):
+            raise [token.generation for token in streams[2]][-1].error  # type: ignore[union-attr, misc]
+    assert [row.token_ids for row in found] == [expected, *tokens(runtime, "code", None)]
+
+
+def test_a_blend_stays_within_the_rank_of_the_bundle(
+    llama_path: Path, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=5)
+    spec = export_bundle(base, tmp_path / "base").adaptation
+    loaded = load_adapted(str(llama_path / "base"), directories, base.trunk)
+    runtime = chameleon_deploy.load(tmp_path / "base", threads=1)
+    for name, adapter in (("legal", "legal"), ("code", "code"), ("other", "code")):
+        write_adapter(tmp_path / f"{name}.safetensors", loaded.adapters[adapter], spec)
+        runtime.load_adapter(name, tmp_path / f"{name}.safetensors")
+    tokens(runtime, {"code": 0.5, "other": 0.5})
+    with pytest.raises(AdapterError, match="code, legal have rank 6 together: this bundle takes at most 5"):
+        tokens(runtime, {"legal": 0.5, "code": 0.5})
 
 
 def test_a_file_becomes_an_adapter_and_is_forgotten(
@@ -284,5 +362,10 @@ def test_the_command_takes_adapters(path: Path, runtime: Runtime) -> None:
     found = [json.loads(line)["token_ids"] for line in result.stdout.splitlines()]
     expected = runtime.generate(["one", "two"], adapters=["legal", None])
     assert found == [generation.token_ids for generation in expected]
+    blended = run("chameleon_deploy.generate", path, *arguments[:2], "--adapter", "legal=0.7,code=-2", "--json")
+    (generation,) = runtime.generate(["one"], adapters=[{"legal": 0.7, "code": -2}])
+    assert json.loads(blended.stdout)["token_ids"] == generation.token_ids, blended.stderr
+    for option in ("legal=", "legal=1,legal=2", "legal=1,code", "=1", "legal=inf"):
+        assert run("chameleon_deploy.generate", path, *arguments[:2], "--adapter", option).returncode == 2, option
     wrong = run("chameleon_deploy.generate", path, "--prompt", "one", "--adapter", "nobody")
     assert (wrong.returncode, "[adapter_invalid]" in wrong.stderr) == (2, True)

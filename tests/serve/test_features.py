@@ -152,8 +152,10 @@ def parameters(use: Use) -> dict[str, Any]:
     """Return the sampling_parameters of a request that means the same."""
     mode = {"mode": "centroid"} if use.bundle == "chameleon_masked" else {}
     found = {"max_new_tokens": 8, **mode, **use.generate, **use.adapt, **PLAIN, **use.sampling}
-    adapters = {"lora_name": found.pop("adapters")[0]} if "adapters" in found else {}
-    return {"max_tokens": found.pop("max_new_tokens"), **adapters, **found}
+    if use.bundle == "adapters":
+        (choice,) = found.pop("adapters")
+        found["lora_name" if isinstance(choice, str) else "adapters"] = choice
+    return {"max_tokens": found.pop("max_new_tokens"), **found}
 
 
 def options(use: Use, prompts: int) -> tuple[Generate, Adapt]:

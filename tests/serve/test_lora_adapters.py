@@ -224,27 +224,71 @@ def test_the_fingerprint_tells_which_file_computed(keyed: Running) -> None:
     assert ask("code") == code
 
 
-def test_an_adapter_that_is_replaced_meanwhile_answers_nothing(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise one file computes and another is told."""
+def test_a_request_keeps_the_adapter_that_it_began_with(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has its name by the time when it computes; the fingerprint tells the file that computed."""
     assert isinstance(keyed, InThread)
-    adapters = keyed.served.runtime.adapters
-    directory = keyed.served.adapter_files
+    loaded, directory = keyed.served.runtime.adapters, keyed.served.adapter_files
     assert directory is not None
-    resolve = keyed.served.models.resolve
+    hold = keyed.served.models.hold
 
-    def swapped(model: str | None, mode: Any) -> Any:
-        meant = resolve(model, mode)
-        adapters.unload("mine")
-        adapters.load("mine", directory / "poems.safetensors")
+    def ask(path: str) -> Any:
+        found = as_key(keyed, "sk-b", path, model="wiki:mine", prompt=PROMPT, input=PROMPT, temperature=0).json()
+        return found["system_fingerprint"], [
+            {name: choice.get(name) for name in ("text", "token_logprobs")}
+            for choice in found.get("choices") or found["data"]
+        ]
+
+    def swapped(body: Any) -> Any:
+        meant = hold(body)
+        loaded.unload("mine")
+        loaded.load("mine", directory / "poems.safetensors")
         return meant
 
-    adapters.load("mine", directory / "code.safetensors")
-    monkeypatch.setattr(keyed.served.models, "resolve", swapped)
     for path in ("completions", "score"):
-        refused = as_key(keyed, "sk-b", path, model="wiki:mine", prompt="a", input="a")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapter_invalid")
-    adapters.unload("mine")
+        loaded.load("mine", directory / "code.safetensors")
+        expected = ask(path)
+        monkeypatch.setattr(keyed.served.models, "hold", swapped)
+        assert ask(path) == expected
+        monkeypatch.undo()
+        assert ask(path) != expected  # which is the other file's by now
+        loaded.unload("mine")
     keyed.wait_until_idle()
+
+
+def test_rows_of_a_request_have_adapters_and_blends_of_their_own(adapters: Running, runtime: Runtime) -> None:
+    adapters.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors")
+    rows: list[Any] = [{"legal": 0.7, "code": 0.3}, "code", None, {"legal": -1}]
+    texts = [row.text for row in runtime.generate([PROMPT] * 4, adapters=rows, max_new_tokens=12)]
+
+    def ask(**fields: Any) -> Any:
+        fields = {"prompt": [PROMPT] * 4, "max_tokens": 12, "temperature": 0, **fields}
+        return adapters.post("/v1/completions", **fields).json()
+
+    found = ask(adapters=rows)
+    assert [choice["text"] for choice in found["choices"]] == texts
+    assert {choice["chameleon"]["mode"] for choice in found["choices"]} == {"static"}
+    one = ask(adapters=rows[:1], model="wiki", mode="static")
+    assert [choice["text"] for choice in one["choices"]] == texts[:1] * 4
+    prints = [found["system_fingerprint"], *(ask(adapters=each)["system_fingerprint"] for each in (rows[:1], ["code"]))]
+    assert len({*prints, ask(model="wiki:legal")["system_fingerprint"]}) == 4
+    assert prints[2] == ask(model="wiki:code")["system_fingerprint"]
+    scored = adapters.post("/v1/score", input=PROMPT, adapters=rows[:1]).json()["data"][0]
+    (score,) = runtime.score([PROMPT], adapters=rows[:1])
+    assert scored["token_logprobs"] == pytest.approx(score.token_logprobs, abs=1e-4)
+    for wrong, code in (
+        ({"adapters": rows, "model": "wiki:legal"}, "input_invalid"),
+        ({"adapters": rows, "mode": "none"}, "input_invalid"),
+        ({"adapters": rows[:3]}, "input_invalid"),
+        ({"adapters": []}, "input_invalid"),
+        ({"adapters": "code"}, "input_invalid"),
+        ({"adapters": [{"nobody": 1}]}, "adapter_invalid"),
+        ({"adapters": [{"legal": 1e39}]}, "input_invalid"),
+        ({"adapters": [{f"a{i}": 1 for i in range(9)}]}, "input_invalid"),
+        ({"adapters": [7]}, "input_invalid"),
+    ):
+        error = ask(**wrong)["error"]
+        assert (error["code"], error["param"]) == (code, "adapters"), wrong
+    adapters.post("/v1/unload_lora_adapter", lora_name="code")
 
 
 @pytest.mark.parametrize("lora_path", ["missing.safetensors", "broken.safetensors", "x" * 5000])

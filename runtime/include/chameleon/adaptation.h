@@ -1,8 +1,11 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "chameleon/factors.h"
@@ -17,8 +20,19 @@ struct Adaptation {
   RowFactors factors;                     ///< the factor sets of the batch, and the set that each row uses
 };
 
-/// The name of each text's adapter, nothing for the base model.
-using AdapterNames = std::vector<std::optional<std::string>>;
+/// The weighted sum of the updates of adapters: a name alone has the weight 1, and nothing is the base model.
+struct Blend {
+  std::map<std::string, float> weights;  ///< by the adapters' names, finite
+
+  Blend() = default;
+  Blend(std::nullopt_t /*base*/) {}
+  Blend(const char* name) : weights{{name, 1.0F}} {}
+  Blend(std::string name) : weights{{std::move(name), 1.0F}} {}
+  Blend(std::map<std::string, float> by_name) : weights(std::move(by_name)) {}
+  Blend(std::initializer_list<std::pair<const std::string, float>> by_name) : weights(by_name) {}
+  /// A name, or weights by name such as "legal=0.7,code=0.3"; "" is the base model. Throws InputError.
+  [[nodiscard]] CHAMELEON_EXPORT static Blend parse(const std::string& text);
+};
 
 /// Options of one call: its adaptation mode, and the arguments that this mode needs. Matrices need to be valid during
 /// the call only.
@@ -26,7 +40,7 @@ struct Adapt {
   std::optional<Mode> mode{};                         ///< the runtime's mode by default
   std::optional<std::vector<std::string>> tenants{};  ///< mode tenant: the owner of each text, one per text
   std::optional<Factors> factors{};                   ///< mode static: the caller's factor set
-  std::optional<AdapterNames> adapters{};             ///< mode static, which they imply: one per text
+  std::optional<std::vector<Blend>> adapters{};       ///< mode static, which they imply: one per text
   /// Mode request of a bundle whose hypernetwork reads vectors of the caller: [texts, conditioning_size], such as the
   /// embedding of each text's task.
   std::optional<Matrix> conditioning{};

@@ -87,6 +87,8 @@ MappedFile map(const fs::path& file) try {
 
 }  // namespace
 
+std::int64_t max_rank(const AdaptationSpec& spec) { return spec.regime == "base" ? spec.rank : kMaxRank; }
+
 std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const AdaptationSpec& spec) {
   const std::string where = file.string();
   const MappedFile mapped = map(file);
