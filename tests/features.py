@@ -39,10 +39,7 @@ def uses() -> dict[str, list[Use]]:
             Use(adapt={"mode": "static", "factors": caller_factors(2, model)}, body={"mode": "static"})
         ],
         "named adapters": [Use(adapt={"adapters": ["own"] * 3}, body={"model": "bundle:own"}, bundle="adapters")],
-        "blended adapters": [
-            Use(adapt={"adapters": [{"own": 0.5}, "own", {"own": -1.5}]}, bundle="adapters"),
-            Use(adapt={"adapters": [{}, None, {"own": 1}]}, bundle="adapters"),
-        ],
+        "blended adapters": [Use(adapt={"adapters": [{"own": 0.5}, {}, {"own": -1.5}]}, bundle="adapters")],
         "vectors of a caller": [Use(adapt={"conditioning": VECTORS}, bundle="chameleon_given")],
         "embed the first tokens only": [Use(adapt={"mode": "request", "adapt_tokens": 3})],
         "a limit of new tokens": [Use(generate={"max_new_tokens": 5}, body={"max_tokens": 5})],

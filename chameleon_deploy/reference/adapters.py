@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chameleon_deploy.contract import peft_lora
 from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import FloatArray, TargetSpec, factor_names
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, is_adapter_name
 from chameleon_deploy.errors import InputError
-from chameleon_deploy.reference import peft_lora
 from chameleon_deploy.reference.model import Trunk, load_trunk
 from chameleon_deploy.reference.targets import choose_targets
 

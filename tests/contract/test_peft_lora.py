@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chameleon_deploy.contract.adapter_file import MAX_RANK
+from chameleon_deploy.contract.peft_lora import read_peft
 from chameleon_deploy.errors import CheckpointError, TensorError
 from chameleon_deploy.reference.adapters import AdapterLogits, load_adapted
 from chameleon_deploy.reference.model import Trunk, load_trunk
-from chameleon_deploy.reference.peft_lora import MAX_RANK, read_peft
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, peft_logits, save_adapter
 
 ROW = [5, 9, 301, 17, 44, 8, 121]

@@ -1,4 +1,4 @@
-"""Read a PEFT LoRA directory: a low-rank update of any linear layers.
+"""PEFT LoRA directories: low-rank updates of any linear layers, read and written without PyTorch.
 
 Only plain low-rank updates are read: y + scaling * (x A^T) B^T. Everything else that PEFT can put into a directory is
 refused by the name of its option or tensor, as is an option that this release does not know.
@@ -15,21 +15,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import regex
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save_file
 
+from chameleon_deploy.contract.adapter_file import MAX_HEADER_BYTES, MAX_RANK, Factors
 from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, factor_names
-from chameleon_deploy.errors import CheckpointError, TensorError
+from chameleon_deploy.directory import new_directory
+from chameleon_deploy.errors import CheckpointError, DependencyError, TensorError
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MAX_RANK = 1024  # every layer is padded to the largest rank of its adapter
 MAX_CONFIG_BYTES = 2**20
 MATCH_SECONDS = 1  # of one pattern and one layer
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # safetensors' names, and the bytes of each
 
 # Options that do not change what a saved adapter computes.
 _WITHOUT_EFFECT = {
@@ -102,9 +100,10 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
         scalings = {name: config.scaling(name) for name in wanted}
     except TimeoutError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: a pattern takes over {MATCH_SECONDS} s to match") from error
-    except (regex.error, ZeroDivisionError, OverflowError) as error:
+    except (ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
-    pairs = _pairs(path, _tensors(path), head_weight)
+    stored = sum(map(sum, layers.values())) * MAX_RANK + (0 if head_weight is None else np.asarray(head_weight).size)
+    pairs = _pairs(path, _tensors(path, MAX_HEADER_BYTES + 8 * stored), head_weight)
     if unknown := sorted(pairs.keys() - layers.keys()):
         raise TensorError(f"{path}: adapts {unknown[0]!r}, which is not among the linear layers that can be adapted")
     if not wanted or pairs.keys() != wanted:
@@ -114,17 +113,38 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
     largest = max(ranks.values())
     for layer in (name for name in layers if name in pairs):  # in the order of the model
         for name, matrix, width in zip(factor_names(layer), pairs[layer], layers[layer], strict=True):
-            if tuple(matrix.shape) != (ranks[layer], width):
-                raise TensorError(f"{path}: {name} has shape {tuple(matrix.shape)}, not {(ranks[layer], width)}")
-            if matrix.dtype not in _DTYPES:
-                raise TensorError(f"{path}: {name} is {matrix.dtype}: save it as {', '.join(map(str, _DTYPES))}")
+            if matrix.shape != (ranks[layer], width):
+                raise TensorError(f"{path}: {name} has shape {matrix.shape}, not {(ranks[layer], width)}")
             scaling = scalings[layer] if name == factor_names(layer)[1] else 1.0
             factors[name] = np.zeros((largest, width), np.float32)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
-                factors[name][: ranks[layer]] = matrix.float().numpy() * np.float32(scaling)
+                factors[name][: ranks[layer]] = matrix.astype(np.float32) * np.float32(scaling)
             if not np.isfinite(factors[name]).all():
                 raise TensorError(f"{path}: {name}, scaled by {scaling:g}, holds NaN, infinity or beyond float32")
     return factors
+
+
+def write_peft(out: Path, factors: Factors) -> None:
+    """Write factors, "<layer>.lora_A" [rank, in] and "<layer>.lora_B" [rank, out], as a PEFT LoRA of scaling 1.
+
+    Layers are named in full, so that the directory is of this model only.
+
+    Raises OutputExistsError or OutputError.
+    """
+    layers = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
+    rank = len(next(iter(factors.values())))
+    tensors = {}
+    for layer in layers:
+        lora_A, lora_B = (factors[name] for name in factor_names(layer))
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = np.ascontiguousarray(lora_A, np.float32)
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = np.ascontiguousarray(lora_B.T, np.float32)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none", "lora_dropout": 0.0,
+    }  # fmt: skip
+    with new_directory(out) as directory:
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, directory / TENSOR_FILE, {"format": "pt"})
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -161,22 +181,39 @@ def read_config(file: Path) -> PeftConfig:
     return config
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, limit: int) -> dict[str, FloatArray]:
+    """Return the tensors of a file of at most so many bytes. Raises CheckpointError or TensorError."""
     file = path / TENSOR_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: save the adapter with safe_serialization=True")
     try:
-        return load_file(file)
+        with file.open("rb") as opened:
+            raw = opened.read(limit + 1)
+        if len(raw) > limit:
+            raise CheckpointError(f"{file}: over {limit} bytes are no LoRA of this model")
+        stored: list[tuple[str, dict[str, Any]]] = deserialize(raw)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    return {name: _array(f"{path}: {name}", **tensor) for name, tensor in stored}
 
 
-def _pairs(path: Path, tensors: dict[str, Tensor], head_weight: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _array(where: str, dtype: str, shape: list[int], data: bytes) -> FloatArray:
+    if dtype not in _DTYPES:
+        raise TensorError(f"{where} is {dtype}: save it as {', '.join(_DTYPES)}")
+    array = np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+    if dtype == "BF16":  # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array if array.dtype == np.float64 else array.astype(np.float32)
+
+
+def _pairs(path: Path, tensors: dict[str, FloatArray], head_weight: Any) -> dict[str, tuple[FloatArray, FloatArray]]:
     """Return the A [rank, in] and B [rank, out] of every layer. Raises TensorError for any other tensor."""
     stored_head = tensors.pop(f"{PREFIX}{LM_HEAD}.base_layer.weight", None)
     if stored_head is not None and not _is_equal(stored_head, head_weight):
         raise TensorError(f"{path}: its {LM_HEAD} differs from the base model's")
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, FloatArray]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not match:
@@ -188,8 +225,8 @@ def _pairs(path: Path, tensors: dict[str, Tensor], head_weight: Any) -> dict[str
     return {layer: (pair["A"], pair["B"].T) for layer, pair in found.items()}
 
 
-def _is_equal(stored: Tensor, head_weight: Any) -> bool:
-    return head_weight is not None and bool(np.array_equal(stored.float().numpy(), np.asarray(head_weight)))
+def _is_equal(stored: FloatArray, head_weight: Any) -> bool:
+    return head_weight is not None and bool(np.array_equal(stored, np.asarray(head_weight)))
 
 
 def _matches(modules: list[str] | str, layer: str) -> bool:
@@ -204,5 +241,12 @@ def _of_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 
 
 def _match(pattern: str, layer: str) -> Any:
-    """Match a whole name. Raises regex.error, and TimeoutError for a pattern that would take for ever."""
-    return regex.fullmatch(pattern, layer, timeout=MATCH_SECONDS)
+    """Match a whole name. Raises CheckpointError, and TimeoutError for a pattern that would take for ever."""
+    try:
+        import regex  # which most adapters do without
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"{CONFIG_FILE} has patterns: pip install regex") from error
+    try:
+        return regex.fullmatch(pattern, layer, timeout=MATCH_SECONDS)
+    except regex.error as error:
+        raise CheckpointError(f"{CONFIG_FILE}: {pattern!r:.80}: {error}") from error
