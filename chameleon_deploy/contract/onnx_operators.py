@@ -29,7 +29,7 @@ MAX_DEPTH = 4  # of graphs in graphs
 MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
 # Bytes of a graph's constants, stored and folded, as a multiple of the bundle's size. Weights of a tied head have two
 # names; int8 weights may be folded to float32, four times their size, or to another type of 8 bits.
-MAX_COPIES = 6
+MAX_COPIES = 10
 # Bytes of an element by TensorProto.DataType; of types that export does not write, at most MAX_WIDTH.
 WIDTHS = {
     1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2,

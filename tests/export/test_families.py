@@ -151,6 +151,14 @@ def test_other_precisions(precision: Any, graphs: Sequence[str], limit: float, m
         assert share_of_greedy(rows, logits_of(runtime, rows)) > 0.95
 
 
+def test_most_of_a_small_model_is_its_vocabulary(llama: Checkpoint, tmp_path: Path) -> None:
+    """Of Gemma 3 270M two thirds: a tied int8 matrix has two names, and as float32 twice the fourfold size."""
+    model = small_model("qwen3", vocab_size=8192, num_hidden_layers=1)
+    adapted = load_adapted("qwen3", {}, trunk_from(model, llama.trunk.tokenizer))
+    export_bundle(adapted, tmp_path / "bundle", precision="int8")
+    assert open_bundle(tmp_path / "bundle").manifest.precision == "int8"
+
+
 def test_generated_updates_of_head_and_trunk(made: Made, tmp_path: Path) -> None:
     torch.manual_seed(0)
     trunk = made.adapted.trunk

@@ -69,7 +69,7 @@ const std::map<std::string_view, std::set<std::string_view>> kOperators = {
     {"com.microsoft", {"GroupQueryAttention", "MatMulIntegerToFloat", "RotaryEmbedding"}},
 };
 constexpr std::size_t kMaxFileBytes = 8U << 20U, kMaxEmbeddedBytes = 1U << 20U, kMaxDepth = 4, kMaxValues = 1U << 16U;
-constexpr std::uint64_t kMaxCopies = 6, kMaxWidth = 32;
+constexpr std::uint64_t kMaxCopies = 10, kMaxWidth = 32;
 // By TensorProto.DataType.
 const std::map<std::uint64_t, std::uint64_t> kWidths = {{1, 4},  {2, 1},  {3, 1},  {4, 2},  {5, 2},  {6, 4},  {7, 8},
                                                         {9, 1},  {10, 2}, {11, 8}, {12, 4}, {13, 8}, {16, 2}, {17, 1},
