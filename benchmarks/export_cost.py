@@ -68,7 +68,7 @@ class Meter:
         found = Step(
             time.monotonic() - self._began,
             time.process_time() - self._processor,
-            _status("VmHWM") / 1e6,
+            _status("VmHWM") * 1024 / 1e9,
             dict(self._tokens),
         )
         self._begin()
