@@ -160,9 +160,6 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
     # scorer's session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     _convert_weights(options, integer_weights(bundle, graph))
-    if bundle.manifest.precision == "int8" and graph.providers != ("cpu",):
-        # Else the portable graph, which `verify` opens here, would dequantise all its weights in every call.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if graph.role == "hidden_scorer" and bundle.manifest.precision != "int8":
         # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In int8 the
         # matrix is transposed, a copy already.
