@@ -30,7 +30,7 @@ from chameleon_deploy.errors import (
     QueueFullError,
     TokenError,
 )
-from chameleon_deploy.runtime import Adapt, Engine, Generate, Sampling, Stream, Token
+from chameleon_deploy.runtime import Adapt, Engine, Generate, Sampling, Stream, StructuredOutputs, Token
 
 BUNDLE = "bundle"  # directory of it beside model.py
 CANCEL_SECONDS = 0.2  # between two looks for requests that their clients have cancelled
@@ -100,6 +100,10 @@ class Model:
         limit = fields.pop("max_tokens", 16)
         if unknown := fields.keys() - Sampling.__dataclass_fields__:
             raise InputError(f"sampling_parameters has the unknown field {min(unknown)!r:.60}", "sampling_parameters")
+        if isinstance(outputs := fields.get("structured_outputs"), dict):
+            if not outputs.keys() <= StructuredOutputs.__dataclass_fields__.keys():
+                raise InputError(f"structured_outputs has unknown fields: {list(outputs)!r:.60}", "structured_outputs")
+            fields["structured_outputs"] = StructuredOutputs(**outputs)
         sampling = Sampling(**{"seed": secrets.randbits(64), **fields})
         return self._engine.submit([text], Generate(limit, sampling, **generate), Adapt(**adapt))
 

@@ -155,6 +155,8 @@ def parameters(use: Use) -> dict[str, Any]:
     if use.bundle == "adapters":
         (choice,) = found.pop("adapters")
         found["lora_name" if isinstance(choice, str) else "adapters"] = choice
+    if "structured_outputs" in found:
+        found["structured_outputs"] = asdict(found["structured_outputs"])
     return {"max_tokens": found.pop("max_new_tokens"), **found}
 
 
