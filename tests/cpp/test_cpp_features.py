@@ -78,6 +78,11 @@ def test_recorded_masks_give_the_same_tokens(sampling: dict[str, Any], generate:
     use.sampling["masks"] = [masks[1], masks[0], masks[2]]
     for native in call_native(bundle, use, "centroid").values():
         assert native != expected
+    use.sampling["masks"] = [{**mask, "vocab_size": 600} for mask in masks]
+    message = f"allowed_tokens gave 600 flags for a vocabulary of {masks[0]['vocab_size']} tokens"
+    failed = {"code": "input_invalid", "message": message}
+    ended: list[list[int]] = [[] for _ in expected]  # an engine's rows, each by its error
+    assert call_native(bundle, use, "centroid") == {"generate": failed, "stream": failed, "engine": ended}
     assert len(expected) == 3 * n
 
 
