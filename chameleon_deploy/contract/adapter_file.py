@@ -37,6 +37,11 @@ def max_rank(spec: AdaptationSpec) -> int:
     return spec.rank if spec.regime == "base" else MAX_RANK
 
 
+def most_bytes(spec: AdaptationSpec) -> int:
+    """Return the size that no adapter file of a bundle exceeds."""
+    return MAX_HEADER_BYTES + 4 * MAX_RANK * sum(spec.factor_widths.values())
+
+
 def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec) -> None:
     """Write the factors of an adapter for bundles of the same base. Raises OutputError."""
     targets = [target.name for target in spec.targets if factor_names(target.name)[0] in factors]
@@ -63,7 +68,7 @@ def read_adapter(file: Path, spec: AdaptationSpec) -> tuple[dict[str, FloatArray
 
 def _read_whole(file: Path, spec: AdaptationSpec) -> bytes:
     """Return the bytes of a file that may be an adapter. Raises AdapterError for what is no plain file of its size."""
-    most = MAX_HEADER_BYTES + 4 * MAX_RANK * sum(spec.factor_widths.values())
+    most = most_bytes(spec)
     try:
         if not file.is_file() or file.is_symlink():
             raise AdapterError(f"{file} is not a plain file: pass a file that export wrote")

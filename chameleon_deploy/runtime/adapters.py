@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -14,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.adapter_file import Factors, max_rank, read_adapter
-from chameleon_deploy.contract.bundle import Bundle, FloatArray
-from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, is_adapter_name
-from chameleon_deploy.errors import AdapterError, InputError
+from chameleon_deploy.contract.adapter_file import Factors, max_rank, most_bytes, read_adapter, write_adapter
+from chameleon_deploy.contract.bundle import Bundle, FloatArray, file_sha256
+from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, factor_names, is_adapter_name
+from chameleon_deploy.contract.peft_lora import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILE, read_peft
+from chameleon_deploy.errors import AdapterError, CheckpointError, InputError
 from chameleon_deploy.runtime.factors import FactorSets, blend_sets, no_factors, rank_of
 from chameleon_deploy.runtime.inputs import checked_path
+from chameleon_deploy.store import local_cache, remote
 
+ADAPTERS = "adapters"  # the kind of these entries in the local cache
+CONVERTED = "adapter.safetensors"
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
@@ -28,13 +34,19 @@ MAX_WEIGHT = float(np.finfo(np.float32).max)
 class Adapter:
     """One adapter.
 
-    key    of its factor set; another for an adapter that is loaded later under the same name
-    file   where it is read again when its factors have left the memory, and the SHA-256 of what was loaded; None for an
-           adapter of the bundle, whose factors stay
+    key      of its factor set; another for an adapter that is loaded later under the same name
+    file     where it is read again when its factors have left the memory, and the SHA-256 of what was loaded; None for
+             an adapter of the bundle, whose factors stay
+    rank     without padding
+    targets  the layers that it updates
+    size     bytes of its factors in memory
     """
 
     key: tuple[str, int]
-    file: tuple[Path, str] | None = None
+    file: tuple[Path, str] | None
+    rank: int
+    targets: tuple[str, ...]
+    size: int
 
     @property
     def name(self) -> str:
@@ -78,13 +90,16 @@ class Adapters:
         self.max_bytes: int | None = None
         self._spec: AdaptationSpec = bundle.manifest.adaptation
         self._enter, self._numbers, self._lock = enter, itertools.count(), threading.Lock()
+        self._head = bundle.token_embedding().stored
         self._named: dict[str, Adapter] = {}
+        self._uses: Counter[tuple[str, int]] = Counter()
         self._sets: OrderedDict[tuple[str, int], FactorSets] = OrderedDict()  # the most recently used last
         if self._spec.adapters:
             tensors = bundle.lora()
             for i, name in enumerate(self._spec.adapters):
-                adapter = self._named[name] = Adapter((name, next(self._numbers)))
-                self._sets[adapter.key] = self._entered({tensor: array[i] for tensor, array in tensors.items()})
+                sets = self._entered({tensor: array[i] for tensor, array in tensors.items()})
+                adapter = self._named[name] = self._adapter(name, None, sets)
+                self._sets[adapter.key] = sets
 
     @property
     def names(self) -> list[str]:
@@ -103,17 +118,25 @@ class Adapters:
             raise AdapterError(f"no adapter is named {name!r:.80}: loaded are {shown or 'none'}", "adapters")
         return adapter
 
-    def load(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Read an adapter file; see `Runtime.load_adapter`."""
+    def uses(self, adapter: Adapter) -> int:
+        """Return how many texts have chosen an adapter, alone or with others."""
+        return self._uses[adapter.key]
+
+    def load(self, name: str, path: str | os.PathLike[str], replace: bool = False) -> None:
+        """Read an adapter; see `Runtime.load_adapter`."""
         if not isinstance(name, str) or not is_adapter_name(name):
             raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
-        file = checked_path(path)
+        file = self._local(path)
         sets, digest = self._read(file)
         with self._lock:
-            if name in self._named:
-                raise AdapterError(f"an adapter named {name!r} is loaded already: unload it first", "name")
-            adapter = Adapter((name, next(self._numbers)), (file, digest))
+            old = self._named.get(name)
+            if old is not None and (old.file is None or not replace):
+                what = "the bundle's own" if old.file is None else "loaded already: unload it first, or replace it"
+                raise AdapterError(f"an adapter named {name!r} is {what}", "name")
+            adapter = self._adapter(name, (file, digest), sets)
             self._named = {**self._named, name: adapter}
+            if old is not None:
+                self._forget(old)
             self._keep(adapter, sets)
 
     def unload(self, name: str) -> None:
@@ -123,7 +146,7 @@ class Adapters:
             if adapter.file is None:
                 raise AdapterError(f"the adapter {name!r} is the bundle's own: only one from a file can be unloaded")
             self._named = {other: kept for other, kept in self._named.items() if other != name}
-            self._sets.pop(adapter.key, None)
+            self._forget(adapter)
 
     def blends(self, choices: Sequence[AdapterChoice]) -> list[Blend]:
         """Return what each row chose. Equal choices give the same object.
@@ -134,7 +157,7 @@ class Adapters:
         found: dict[Hashable, Blend] = {}
         blends = []
         for choice in choices:
-            if isinstance(choice, Blend):
+            if isinstance(choice, Blend):  # and counted when it was made
                 blends.append(choice)
                 continue
             weights = choice if isinstance(choice, Mapping) else {} if choice is None else {choice: 1.0}
@@ -142,6 +165,8 @@ class Adapters:
             if key not in found:
                 found[key] = self._blend(key)
             blends.append(found[key])
+            with self._lock:
+                self._uses.update(adapter.key for adapter, _, _ in found[key].parts)
         return blends
 
     def _blend(self, weights: Sequence[tuple[str, float]]) -> Blend:
@@ -170,6 +195,42 @@ class Adapters:
                 self._keep(adapter, sets)
         return sets
 
+    def _adapter(self, name: str, file: tuple[Path, str] | None, sets: FactorSets) -> Adapter:
+        updated = {tensor for tensor, array in sets.tensors.items() if np.asarray(array).any()}
+        targets = tuple(each.name for each in self._spec.targets if factor_names(each.name)[1] in updated)
+        return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets))
+
+    def _forget(self, adapter: Adapter) -> None:
+        """Let go of the factors of an adapter that has no name any more. The lock is held."""
+        self._sets.pop(adapter.key, None)
+        self._uses.pop(adapter.key, None)
+
+    def _local(self, path: str | os.PathLike[str]) -> Path:
+        """Return an adapter file: that of the path, a URL's, or the one that a PEFT directory is converted to once."""
+        if remote.is_url(path):
+            directory, _, name = path.rpartition("/")
+            if name.endswith(".safetensors"):
+                path = remote.fetch_files(directory, {name: most_bytes(self._spec)}, ADAPTERS) / name
+            else:
+                limits = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: 2 * most_bytes(self._spec) + self._head.nbytes}
+                path = remote.fetch_files(path, limits, ADAPTERS)
+        file = checked_path(path)
+        if not file.is_dir():
+            return file
+        if not self._spec.base_digest:
+            raise AdapterError(f"{file}: this bundle takes no adapters: export its base model, with --adaptable LAYERS")
+        digests = _digests(file)
+
+        def build(directory: Path) -> None:
+            layers = {target.name: (target.in_features, target.out_features) for target in self._spec.targets}
+            write_adapter(directory / CONVERTED, read_peft(file, layers, self._head), self._spec)
+            if _digests(file) != digests:
+                raise AdapterError(f"{file} has changed while it was read: load it again")
+
+        targets = json.dumps([target.name for target in self._spec.targets])
+        key = {**digests, "base": self._spec.base_digest, "targets": hashlib.sha256(targets.encode()).hexdigest()}
+        return local_cache.find_or_build(ADAPTERS, key, build) / CONVERTED
+
     def _keep(self, adapter: Adapter, sets: FactorSets) -> None:
         """Keep factors in memory, and let go of others beyond max_bytes. The lock is held."""
         self._sets[adapter.key] = sets
@@ -190,6 +251,14 @@ class Adapters:
     def _entered(self, factors: Mapping[str, FloatArray]) -> FactorSets:
         entered = self._enter(factors)
         return FactorSets({name: np.ascontiguousarray(array, np.float32)[None] for name, array in entered.items()})
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a PEFT directory. Raises CheckpointError where one is missing."""
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing, or no plain file")
+    return {name: file_sha256(directory / name) for name in (CONFIG_FILE, TENSOR_FILE)}
 
 
 def _size(sets: FactorSets) -> int:

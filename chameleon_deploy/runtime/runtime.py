@@ -231,15 +231,20 @@ class Runtime:
         factors = adaptation.factors.rows(np.repeat(np.arange(len(rows)), generate.n))
         return generate_rows(active, factors, self.backend, self.tokenizer, model.eos_token_id, generate, errors)
 
-    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Add an adapter from a file that `adapter` wrote for this base model.
+    def load_adapter(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
+        """Add an adapter for this base model.
 
-        The file is read whole and checked; calls that run are not affected. Safe to call from any thread.
+        path     a file that `adapter` wrote, a PEFT LoRA directory, which is converted once into the local cache, or
+                 the URL of one of them, see `remote.fetch`
+        replace  an adapter of a file under the same name: rows that use it keep its factors, later ones have the new
 
-        Raises InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
-        adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.
+        The adapter is read whole and checked; calls that run are not affected. Safe to call from any thread.
+
+        Raises InputError for a name or a URL that cannot be used, AdapterError for a name that is taken or a file that
+        is not an adapter of this bundle, CheckpointError for a directory that is no plain LoRA, TensorError for tensors
+        that do not fit, or the errors of downloads and of the local cache. Then nothing is loaded.
         """
-        self.adapters.load(name, path)
+        self.adapters.load(name, path, replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter of a file; rows that use it keep its factors.

@@ -17,6 +17,8 @@ from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Holder
 from chameleon_deploy.serve.operations import Operation
+from chameleon_deploy.serve.responses import ResponsesRequest
+from chameleon_deploy.serve.schemas import AdaptedRequest
 from chameleon_deploy.serve.service import Service
 
 SEND_SECONDS = 60  # for a client to read one part of an answer
@@ -53,9 +55,21 @@ class Endpoint:
             scope["state"]["body"] = raw.decode(errors="replace")
         request_id = scope["state"]["request_id"]
         call = Call(body, len(raw), self._service.served, holder.tenant, holder.rights, request_id)
+        if isinstance(body, AdaptedRequest | ResponsesRequest):
+            await _load_named(call)
         answer = await operation.handler(call)
         response = answer if isinstance(answer, Response) else json_response(answer)
         await _deliver(response, scope, receive, send)
+
+
+async def _load_named(call: Call[Any]) -> None:
+    """Load the adapters that a request names, where the server and its key let it. Raises ApiError."""
+    directories = call.served.adapter_directories
+    if directories is None or not directories.resolves or "load_adapters" not in call.rights:
+        return
+    choices = call.body.adapters if isinstance(call.body, AdaptedRequest) else None
+    if names := call.served.models.unknown(call.body.model, choices):
+        await directories.resolve(names)
 
 
 def json_response(body: msgspec.Struct) -> Response:

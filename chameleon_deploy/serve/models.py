@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from chameleon_deploy.contract.bundle import Manifest, Mode, default_mode
-from chameleon_deploy.errors import ChameleonError, ModeError
+from chameleon_deploy.errors import AdapterError, ChameleonError, ModeError
 from chameleon_deploy.runtime.adapters import AdapterChoice, Adapters, Blend, check_adapters
 from chameleon_deploy.serve.errors import ApiError, api_error
-from chameleon_deploy.serve.schemas import AdaptedRequest, Model, ModelList
+from chameleon_deploy.serve.schemas import AdaptedRequest, AdapterInfo, Model, ModelList
 
 
 class Meant(NamedTuple):
@@ -68,6 +69,15 @@ class Models:
             raise ApiError(400, "input_invalid", message, "adapters")
         return Meant(model, "static", self._blends(body.adapters, "adapters"))
 
+    def unknown(self, model: str | None, choices: Sequence[str | Mapping[str, float] | None] | None) -> list[str]:
+        """Return the names of adapters that a request has and nothing is loaded under."""
+        chosen = [[choice] if isinstance(choice, str) else choice or () for choice in choices or ()]
+        named = [name for names in chosen for name in names]
+        if model is not None and model.startswith(f"{self.name}:") and model not in self._modes:
+            named.append(model.removeprefix(f"{self.name}:"))
+        loaded = self._adapters.names
+        return [name for name in dict.fromkeys(named) if name not in loaded]
+
     def _blends(self, choices: Sequence[AdapterChoice], param: str) -> tuple[Blend, ...]:
         try:
             check_adapters(choices, len(choices))
@@ -107,7 +117,15 @@ class Models:
 
     def _model(self, name: str) -> Model:
         mode = self._modes.get(name, "static")
-        return Model(id=name, created=self._created, root=self.name, mode=mode, max_model_len=self.max_length)
+        model = Model(id=name, created=self._created, root=self.name, mode=mode, max_model_len=self.max_length)
+        if name not in self._modes:
+            with contextlib.suppress(AdapterError):  # unloaded meanwhile
+                adapter = self._adapters[name.removeprefix(f"{self.name}:")]
+                model.adapter = AdapterInfo(
+                    adapter.rank, adapter.size, list(adapter.targets), adapter.file[1] if adapter.file else None,
+                    self._adapters.uses(adapter),
+                )  # fmt: skip
+        return model
 
 
 def _served(manifest: Manifest, has_tenants: bool) -> list[Mode]:

@@ -5,22 +5,19 @@ Adapters are loaded and unloaded as in vLLM, texts are tokenized as in lm-evalua
 
 from __future__ import annotations
 
-import asyncio
-import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.serve import chat_schemas, schemas
+from chameleon_deploy.serve.adapters import AdapterDirectories
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
-from chameleon_deploy.serve.errors import ApiError, api_error
+from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.prompts import encode
 from chameleon_deploy.serve.responses import ResponseObject, ResponsesRequest, respond
 from chameleon_deploy.serve.scoring import score
@@ -87,33 +84,25 @@ async def _clear_prefix_cache(call: Call[None]) -> schemas.PrefixCache:
 
 
 async def _load_adapter(call: Call[schemas.LoadAdapterRequest]) -> schemas.Model:
-    """Load a file of the server's directory. Raises ApiError, AdapterError, InputError or TensorError."""
+    """Load an adapter of the server's directories. Raises ApiError."""
     body, served = call.body, call.served
-    directory = _adapter_directory(call)
-    # A plain name, so that a request reads no other file of this machine.
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", body.lora_path):
-        raise ApiError(400, "path_unsafe", "lora_path must be the plain name of a file in --adapters", "lora_path")
-    file = directory / body.lora_path
-    try:
-        await asyncio.to_thread(served.runtime.load_adapter, body.lora_name, file)
-    except ChameleonError as error:  # without the path of the directory
-        raise replace(api_error(error), message=str(error).replace(str(file), body.lora_path)) from error
+    await _adapter_directories(call).load(body.lora_name, body.lora_path, body.load_inplace)
     return served.models.get(f"{served.models.name}:{body.lora_name}")
 
 
 async def _unload_adapter(call: Call[schemas.UnloadAdapterRequest]) -> schemas.AdapterUnloaded:
     """Forget an adapter; its running rows go on. Raises ApiError or AdapterError."""
-    _adapter_directory(call)
+    _adapter_directories(call)
     call.served.runtime.unload_adapter(call.body.lora_name)
     return schemas.AdapterUnloaded(call.body.lora_name)
 
 
-def _adapter_directory(call: Call[Any]) -> Path:
-    if call.served.adapter_files is None:
+def _adapter_directories(call: Call[Any]) -> AdapterDirectories:
+    if call.served.adapter_directories is None:
         raise ApiError(403, "adapters_fixed", "this server loads no adapters: start it with --adapters DIR")
     if "load_adapters" not in call.rights:
         raise ApiError(403, "right_missing", "this API key may not load or unload adapters: it needs load_adapters")
-    return call.served.adapter_files
+    return call.served.adapter_directories
 
 
 async def _tokenize(call: Call[schemas.TokenizeRequest]) -> schemas.TokenizeResponse:

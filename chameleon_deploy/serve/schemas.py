@@ -189,8 +189,20 @@ class ErrorBody(Struct):
     error: ErrorDetail
 
 
+class AdapterInfo(Struct):
+    """An adapter's rank, its bytes in memory, the layers that it updates, the SHA-256 of its file, which the bundle's
+    own have not, and how many texts have chosen it.
+    """
+
+    rank: int
+    size: int
+    targets: list[str]
+    digest: str | None
+    uses: int
+
+
 class Model(Struct, kw_only=True):
-    """A mode of the bundle is a model of its own."""
+    """A mode of the bundle is a model of its own, and an adapter too."""
 
     id: str
     object: Literal["model"] = "model"
@@ -199,6 +211,7 @@ class Model(Struct, kw_only=True):
     root: str
     mode: Mode
     max_model_len: int
+    adapter: AdapterInfo | UnsetType = UNSET
 
 
 class ModelList(Struct, kw_only=True):
@@ -207,10 +220,13 @@ class ModelList(Struct, kw_only=True):
 
 
 class LoadAdapterRequest(Struct, kw_only=True):
-    """lora_path is the name of a file in the server's directory of adapters."""
+    """lora_path is the name of a file or of a PEFT directory in one of the server's directories of adapters."""
 
     lora_name: str
     lora_path: str
+    load_inplace: Annotated[bool, Meta(description="Replace the adapter of this name; rows that use it keep it.")] = (
+        False
+    )
 
 
 class UnloadAdapterRequest(Struct, kw_only=True):

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import chameleon_deploy
@@ -19,6 +18,7 @@ from chameleon_deploy.contract.bundle import FloatArray, Mode
 from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
 from chameleon_deploy.errors import BundleChangedError
 from chameleon_deploy.runtime import Adapt, Engine, Runtime
+from chameleon_deploy.serve.adapters import AdapterDirectories
 from chameleon_deploy.serve.bodies import UnfinishedBodies
 from chameleon_deploy.serve.errors import ApiError
 from chameleon_deploy.serve.keys import Keys
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 class Served:
     """A loaded bundle and all that is made of it once.
 
-    adapter_files  directory of the files that requests may load; None where they may not
+    adapter_directories  of the adapters that requests may load; None where they may not
     sanitize_control_tokens  see Conversation
     cluster_sizes  prompts completed per cluster
     scorer         the one thread that scores: many at once would only slow the engine down
@@ -51,7 +51,7 @@ class Served:
     metrics: Metrics
     centroids: FloatArray
     cohort_window_ms: float
-    adapter_files: Path | None
+    adapter_directories: AdapterDirectories | None
     sanitize_control_tokens: bool
     cluster_sizes: Counter[int] = field(default_factory=Counter)
     scorer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chameleon-scorer"))
@@ -162,9 +162,10 @@ class Service:
         centroids = runtime.bundle.centroids()
         if CHAT_TEMPLATE in runtime.manifest.files:  # what the first conversation would wait for
             _ = runtime.chat_template.stop_token_ids, runtime.chat_template.takes_tools
+        directories = AdapterDirectories(s.adapters, runtime, s.adapter_resolver) if s.adapters else None
         self._watchdog = Watchdog(engine, s.max_step_seconds, self.metrics.slow_step)
         self._served = Served(
-            runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, s.adapters,
+            runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, directories,
             s.sanitize_control_tokens,
         )  # fmt: skip
         products = f", {runtime.integer_weights} weights in integer products" if runtime.integer_weights else ""

@@ -49,13 +49,16 @@ class Settings:
     max_factor_sets: (
         Annotated[int, Meta(ge=1, description="Factor sets of the running rows; default: as many as --rows.")] | None
     ) = None
-    adapters: Annotated[
-        Path | None,
-        Meta(
-            description="Let requests load adapter files of this directory.",
-            extra={"exists": True, "file_okay": False},
-        ),
-    ] = None
+    adapters: (
+        Annotated[
+            list[str],
+            Meta(description="Let requests load adapters of this directory or URL; may be given several times."),
+        ]
+        | None
+    ) = None
+    adapter_resolver: Annotated[
+        bool, Meta(description="Load an adapter of --adapters with the first request that names it.")
+    ] = False
     max_adapter_bytes: Annotated[
         int, Meta(ge=1, description="Bytes of loaded adapters that stay in memory; others are read again.")
     ] = 2**30

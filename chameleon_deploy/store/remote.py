@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -88,6 +88,30 @@ def fetch(url: str, progress: Report | None = None) -> Path:
     return local_cache.find_or_build(BUNDLES, key, build) / name
 
 
+def fetch_files(url: str, limits: Mapping[str, int], kind: str) -> Path:
+    """Return a directory of the local cache with files of a directory in object storage, as they are now.
+
+    limits  the bytes that a file may have, by its name
+    kind    of the entry in the cache
+
+    Raises InputError for a URL that cannot be used or a file that is larger, DependencyError, MissingFileError,
+    DownloadError, or an error of the cache.
+    """
+    url = _checked(url)
+    storage, files = _Storage(url), {}
+    for name, limit in limits.items():
+        files[name] = storage.read(name, limit, MissingFileError(f"{url}/{name} is missing"))
+        if len(files[name]) > limit:
+            raise InputError(f"{url}/{name} has more than {limit:,} bytes")
+    digest = hashlib.sha256(b"".join(hashlib.sha256(raw).digest() for raw in files.values())).hexdigest()
+
+    def build(directory: Path) -> None:
+        for name, raw in files.items():
+            (directory / name).write_bytes(raw)
+
+    return local_cache.find_or_build(kind, {"url": url, "files": " ".join(files), "digest": digest}, build)
+
+
 def _checked(url: str) -> str:
     """Return the URL without a slash at its end. Raises InputError."""
     parts = urlsplit(url)
@@ -151,7 +175,7 @@ class _Storage:
     def read_manifest(self) -> bytes:
         """Raises BundleNotFoundError, ManifestError or DownloadError."""
         missing = BundleNotFoundError(f"{self._url} has no {MANIFEST}: it is not a bundle")
-        raw = self._read(MANIFEST, MAX_MANIFEST, missing)
+        raw = self.read(MANIFEST, MAX_MANIFEST, missing)
         if len(raw) > MAX_MANIFEST:
             raise ManifestError(f"{self._url}/{MANIFEST} is larger than {MAX_MANIFEST:,} bytes")
         return raw
@@ -159,7 +183,7 @@ class _Storage:
     def read_signature(self) -> bytes | None:
         """Return what `load(trusted_keys=...)` checks, or None for a bundle without one. Raises DownloadError."""
         try:
-            return self._read(SIGNATURE, SIGNATURE_BYTES, MissingFileError(SIGNATURE))
+            return self.read(SIGNATURE, SIGNATURE_BYTES, MissingFileError(SIGNATURE))
         except MissingFileError:
             return None
         except DownloadError as error:
@@ -185,7 +209,7 @@ class _Storage:
                 raise DigestError(f"{self._url}/{name}: {fault}: upload the bundle again")
             resumed = False  # the object may have changed since the first part arrived
 
-    def _read(self, name: str, limit: int, missing: ChameleonError) -> bytes:
+    def read(self, name: str, limit: int, missing: ChameleonError) -> bytes:
         """Return a small file, or the beginning of one that is too large."""
         raw = b""
         for block in self._blocks(name, 0, missing):

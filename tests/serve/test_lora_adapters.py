@@ -56,7 +56,7 @@ def runtime(path: Path) -> Runtime:
 def adapters(path: Path) -> Iterator[Running]:
     """One byte of loaded adapters may stay in memory: they are read again and again."""
     with running(
-        path / "wiki", rows=4, prefill_tokens=16, adapters=path / "files", max_adapter_bytes=1
+        path / "wiki", rows=4, prefill_tokens=16, adapters=[str(path / "files")], max_adapter_bytes=1
     ) as found:  # fmt: skip
         yield found
 
@@ -174,7 +174,7 @@ def keyed(path: Path) -> Iterator[Running]:
     keys.write_text(
         '{"sk-a": {"tenant": "alice", "rights": ["load_adapters"]}, "sk-b": "bob", "sk-c": {"tenant": "c"}}'
     )
-    with running(path / "wiki", adapters=path / "files", api_keys=keys) as server:
+    with running(path / "wiki", adapters=[str(path / "files")], api_keys=keys) as server:
         yield server
 
 
@@ -224,11 +224,12 @@ def test_the_fingerprint_tells_which_file_computed(keyed: Running) -> None:
     assert ask("code") == code
 
 
-def test_a_request_keeps_the_adapter_that_it_began_with(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_keeps_the_adapter_that_it_began_with(
+    keyed: Running, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever has its name by the time when it computes; the fingerprint tells the file that computed."""
     assert isinstance(keyed, InThread)
-    loaded, directory = keyed.served.runtime.adapters, keyed.served.adapter_files
-    assert directory is not None
+    loaded, directory = keyed.served.runtime.adapters, path / "files"
     hold = keyed.served.models.hold
 
     def ask(path: str) -> Any:
@@ -240,17 +241,16 @@ def test_a_request_keeps_the_adapter_that_it_began_with(keyed: Running, monkeypa
 
     def swapped(body: Any) -> Any:
         meant = hold(body)
-        loaded.unload("mine")
-        loaded.load("mine", directory / "poems.safetensors")
+        loaded.load("mine", directory / "poems.safetensors", replace=True)
         return meant
 
-    for path in ("completions", "score"):
+    for endpoint in ("completions", "score"):
         loaded.load("mine", directory / "code.safetensors")
-        expected = ask(path)
+        expected = ask(endpoint)
         monkeypatch.setattr(keyed.served.models, "hold", swapped)
-        assert ask(path) == expected
+        assert ask(endpoint) == expected
         monkeypatch.undo()
-        assert ask(path) != expected  # which is the other file's by now
+        assert ask(endpoint) != expected  # which is the other file's by now
         loaded.unload("mine")
     keyed.wait_until_idle()
 
@@ -311,10 +311,59 @@ def test_a_service_starts_empty(llama_path: Path, path: Path, tmp_path: Path) ->
     export_bundle(base, tmp_path / "wiki")
     local = chameleon_deploy.load(tmp_path / "wiki", threads=1)
     local.load_adapter("code", path / "files" / "code.safetensors")
-    with running(tmp_path / "wiki", rows=4, adapters=path / "files") as server:
+    with running(tmp_path / "wiki", rows=4, adapters=[str(path / "files")]) as server:
         assert models(server) == ["wiki", "wiki:none"]
         assert text_of(server, "wiki") == expected(local, None)
         assert server.post("/v1/load_lora_adapter", lora_name="code", lora_path="code.safetensors").status_code == 200
         assert models(server) == ["wiki", "wiki:none", "wiki:code"]
         assert text_of(server, "wiki:code") == expected(local, "code") != expected(local, None)
         assert text_of(server, "wiki") == expected(local, None)
+
+
+@pytest.fixture(scope="module")
+def resolving(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two directories, the second of PEFT directories, and two keys, of which the first may load."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text('{"sk-a": {"tenant": "alice", "rights": ["load_adapters"]}, "sk-b": "bob"}')
+    directories = [str(path / "files"), str(path)]
+    with running(path / "wiki", adapters=directories, adapter_resolver=True, api_keys=keys) as server:
+        yield server
+
+
+def test_the_first_request_that_names_an_adapter_loads_it(resolving: Running, runtime: Runtime) -> None:
+    """A file of the first directory, and a PEFT directory of the second; for a key that may load, then for all."""
+
+    def ask(key: str, model: str) -> Any:
+        return as_key(resolving, key, "completions", model=model, prompt=PROMPT, max_tokens=12, temperature=0)
+
+    for name in ("code", "poems"):
+        assert ask("sk-b", f"wiki:{name}").status_code == 404
+    assert ask("sk-a", "wiki:code").json()["choices"][0]["text"] == expected(runtime, "code")
+    assert ask("sk-b", "wiki:code").json()["choices"][0]["text"] == expected(runtime, "code")
+    blend = {"code": 0.5, "poems": 0.5}
+    found = as_key(resolving, "sk-a", "completions", prompt=PROMPT, adapters=[blend], max_tokens=12, temperature=0)
+    (row,) = runtime.generate([PROMPT], adapters=[blend], max_new_tokens=12)
+    assert found.json()["choices"][0]["text"] == row.text
+    for wrong, code in (("nobody", "model_not_found"), ("../code", "model_not_found"), ("broken", "adapter_invalid")):
+        assert ask("sk-a", f"wiki:{wrong}").json()["error"]["code"] == code
+
+
+def test_a_peft_directory_is_listed_and_replaced_in_place(resolving: Running, runtime: Runtime) -> None:
+    def load(**fields: Any) -> Any:
+        return as_key(resolving, "sk-a", "load_lora_adapter", lora_name="mine", **fields).json()
+
+    def ask() -> str:
+        body = as_key(resolving, "sk-b", "completions", model="wiki:mine", prompt=PROMPT, max_tokens=12, temperature=0)
+        return str(body.json()["choices"][0]["text"])
+
+    first = load(lora_path="poems")["adapter"]  # which is a PEFT directory
+    assert (first["rank"], len(first["targets"]), first["uses"], len(first["digest"])) == (4, 4, 0, 64)
+    assert first["size"] == 4 * 4 * sum(runtime.manifest.adaptation.factor_widths.values())
+    assert ask() == expected(runtime, "poems")
+    assert load(lora_path="code.safetensors")["error"]["code"] == "adapter_invalid"
+    assert load(lora_path="broken.safetensors", load_inplace=True)["error"]["code"] == "adapter_invalid"
+    assert ask() == expected(runtime, "poems")  # a replacement that fails replaces nothing
+    second = load(lora_path="code.safetensors", load_inplace=True)["adapter"]
+    assert (second["digest"] != first["digest"], second["uses"]) == (True, 0)
+    assert ask() == expected(runtime, "code")
+    as_key(resolving, "sk-a", "unload_lora_adapter", lora_name="mine")
