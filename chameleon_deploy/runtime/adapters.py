@@ -98,7 +98,7 @@ class Adapters:
             tensors = bundle.lora()
             for i, name in enumerate(self._spec.adapters):
                 sets = self._entered({tensor: array[i] for tensor, array in tensors.items()})
-                adapter = self._named[name] = self._adapter(name, None, sets)
+                adapter = self._named[name] = self._adapter(name, sets)
                 self._sets[adapter.key] = sets
 
     @property
@@ -133,7 +133,7 @@ class Adapters:
             if old is not None and (old.file is None or not replace):
                 what = "the bundle's own" if old.file is None else "loaded already: unload it first, or replace it"
                 raise AdapterError(f"an adapter named {name!r} is {what}", "name")
-            adapter = self._adapter(name, (file, digest), sets)
+            adapter = self._adapter(name, sets, (file, digest))
             self._named = {**self._named, name: adapter}
             if old is not None:
                 self._forget(old)
@@ -195,7 +195,7 @@ class Adapters:
                 self._keep(adapter, sets)
         return sets
 
-    def _adapter(self, name: str, file: tuple[Path, str] | None, sets: FactorSets) -> Adapter:
+    def _adapter(self, name: str, sets: FactorSets, file: tuple[Path, str] | None = None) -> Adapter:
         updated = {tensor for tensor, array in sets.tensors.items() if np.asarray(array).any()}
         targets = tuple(each.name for each in self._spec.targets if factor_names(each.name)[1] in updated)
         return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,24 @@ from safetensors.numpy import load_file, save_file
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
-from chameleon_deploy.errors import AdapterError, ChameleonError, InputError, ModeError, NumericError, TensorError
+from chameleon_deploy.errors import (
+    AdapterError,
+    ChameleonError,
+    CheckpointError,
+    DownloadError,
+    InputError,
+    MissingFileError,
+    ModeError,
+    NumericError,
+    TensorError,
+)
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.runtime.adapters import AdapterChoice
 from chameleon_deploy.runtime.engine.engine import Engine
 from tests.adapters import base_model, save_adapter
 from tests.commands import run
+from tests.file_server import served
 
 PROMPT = [5, 9, 301, 17, 44]
 LAYERS = ["q_proj", "v_proj"]
@@ -188,12 +200,39 @@ def test_a_file_becomes_an_adapter_and_is_forgotten(
     assert tokens(runtime, "legal") == before
 
 
+def test_adapters_come_from_urls(
+    runtime: Runtime, file: Path, directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As files, and as PEFT writes them; what is there later replaces what was."""
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "served" / "wiki"
+    place.mkdir(parents=True)
+    shutil.copy(file, place / "a.safetensors")
+    shutil.copytree(directories["wiki"], place / "peft")
+    runtime.load_adapter("local", file)
+    with served(place.parent) as (url, _):
+        runtime.load_adapter("file", f"{url}/a.safetensors")
+        runtime.load_adapter("peft", f"{url}/peft")
+        local, of_file, of_peft, legal = tokens(runtime, "local", "file", "peft", "legal")
+        assert of_file == of_peft == local != legal
+        shutil.copytree(directories["legal"], place / "peft", dirs_exist_ok=True)
+        assert tokens(runtime, "peft") == [local]
+        runtime.load_adapter("peft", f"{url}/peft", replace=True)
+        assert tokens(runtime, "peft") == [legal]
+        with pytest.raises(MissingFileError, match=r"adapter_config\.json is missing"):
+            runtime.load_adapter("nothing", f"{url}/none")
+    with pytest.raises(DownloadError):
+        runtime.load_adapter("late", f"{url}/peft")
+    assert not {"nothing", "late"} & set(runtime.adapters.names)
+
+
 def test_the_bundles_own_adapters_stay(runtime: Runtime, file: Path) -> None:
     before = tokens(runtime, "legal")
     with pytest.raises(AdapterError, match="bundle's own"):
         runtime.unload_adapter("legal")
-    with pytest.raises(AdapterError, match="already"):
-        runtime.load_adapter("legal", file)
+    for replace in (False, True):
+        with pytest.raises(AdapterError, match="bundle's own"):
+            runtime.load_adapter("legal", file, replace=replace)
     assert tokens(runtime, "legal") == before
 
 
@@ -297,9 +336,11 @@ def test_what_is_no_adapter_file_is_refused(runtime: Runtime, file: Path, tmp_pa
     claims.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     link = tmp_path / "link.safetensors"
     link.symlink_to(file)
-    for wrong in (cut, claims, link, tmp_path, tmp_path / "missing", Path("/dev/zero")):
+    for wrong in (cut, claims, link, tmp_path / "missing", Path("/dev/zero")):
         with pytest.raises(AdapterError):
             runtime.load_adapter("wiki", wrong)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        runtime.load_adapter("wiki", tmp_path)
     for name in ("", "a/b", "../wiki", "a:b", "x" * 65):
         with pytest.raises(InputError):
             runtime.load_adapter(name, file)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +31,7 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.store import local_cache, remote
 from tests.commands import run
+from tests.file_server import FileHandler, served
 
 WEIGHTS = "weights.bin"
 
@@ -70,53 +66,6 @@ def uploaded(s3: Any, bundle: Path, tmp_path: Path) -> str:
     return f"s3://models/{tmp_path.name}/wiki"
 
 
-class _Handler(SimpleHTTPRequestHandler):
-    """Files over HTTP with ranges. Records the first byte of every GET; `cut` bytes end a connection."""
-
-    ranges = True
-    cut: int | None = None
-    starts: list[tuple[str, int]]
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = 0, len(content) - 1
-        if asked and self.ranges:
-            first, last = int(asked[1]), min(int(asked[2] or last), last)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.starts.append((path.name, first))
-        self.send_header("Content-Length", str(last - first + 1))
-        self.end_headers()
-        if self.cut is not None and last >= self.cut:
-            self.wfile.write(content[first : max(first, self.cut)])
-            self.close_connection = True
-        else:
-            self.wfile.write(content[first : last + 1])
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
-
-
-@contextmanager
-def _served(directory: Path, **settings: Any) -> Iterator[tuple[str, type[_Handler]]]:
-    handler = type("Handler", (_Handler,), {"starts": [], **settings})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(directory)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/wiki", handler
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     """The bundle in a directory that a test may damage and serve."""
@@ -139,6 +88,29 @@ def test_a_bundle_from_s3(uploaded: str, bundle: Path, s3: Any) -> None:
     assert there.generate(["The river"], max_new_tokens=5) == here.generate(["The river"], max_new_tokens=5)
 
 
+def test_files_of_a_directory_are_those_that_are_there_now(copy: Path) -> None:
+    limits = {"a.bin": 8, "b.bin": 8}
+    (copy / "a.bin").write_bytes(b"first")
+    (copy / "b.bin").write_bytes(b"second")
+    with served(copy.parent) as (url, handler):
+        before = remote.fetch_files(url, limits, "some")
+        assert [(before / name).read_bytes() for name in limits] == [b"first", b"second"]
+        assert remote.fetch_files(url + "/", limits, "some") == before
+        (copy / "a.bin").write_bytes(b"third")
+        after = remote.fetch_files(url, limits, "some")
+        assert after != before and (after / "a.bin").read_bytes() == b"third"
+        assert (before / "a.bin").read_bytes() == b"first"  # of who read it before
+        with pytest.raises(InputError, match=r"a\.bin has more than 4 bytes"):
+            remote.fetch_files(url, {"a.bin": 4}, "some")
+        with pytest.raises(MissingFileError, match=r"c\.bin is missing"):
+            remote.fetch_files(url, {"c.bin": 4}, "some")
+        handler.cut = 3
+        with pytest.raises(DownloadError):
+            remote.fetch_files(url, limits, "some")
+    with pytest.raises(InputError, match="without a query"):
+        remote.fetch_files(url + "?a=b", limits, "some")
+
+
 def test_commands_take_a_url(uploaded: str) -> None:
     output = run("chameleon_deploy.generate", uploaded, "--prompt", "The river", "--max-new-tokens", 3)
     assert output.returncode == 0, output.stderr
@@ -148,13 +120,13 @@ def test_commands_take_a_url(uploaded: str) -> None:
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_bundle_over_http(ranges: bool, copy: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BLOCK", 100_000)
-    with _served(copy.parent, ranges=ranges) as (url, handler):
+    with served(copy.parent, ranges=ranges) as (url, handler):
         assert open_bundle(remote.fetch(url)).digest == open_bundle(bundle).digest
         assert any(first > 0 for _, first in handler.starts) == ranges
 
 
 def test_a_new_upload_is_a_new_entry(copy: Path) -> None:
-    with _served(copy.parent) as (url, _):
+    with served(copy.parent) as (url, _):
         first = remote.fetch(url)
         text = (copy / MANIFEST).read_text()
         (copy / MANIFEST).write_text(text + "\n")
@@ -167,7 +139,7 @@ def test_a_new_upload_is_a_new_entry(copy: Path) -> None:
 
 
 def test_a_signature_comes_along(copy: Path) -> None:
-    with _served(copy.parent) as (url, _):
+    with served(copy.parent) as (url, _):
         unsigned = remote.fetch(url)
         (copy / SIGNATURE).write_bytes(bytes(range(64)))
         signed = remote.fetch(url)
@@ -176,7 +148,7 @@ def test_a_signature_comes_along(copy: Path) -> None:
 
 
 def test_offline_when_cached(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with _served(copy.parent) as (url, _):
+    with served(copy.parent) as (url, _):
         path = remote.fetch(url)
     with caplog.at_level("WARNING"):
         assert remote.fetch(url) == path
@@ -193,10 +165,10 @@ def _fetch_slowly(url: str) -> None:
 
 def test_a_killed_download_is_resumed(copy: Path, bundle: Path, tmp_path: Path) -> None:
     size = (copy / WEIGHTS).stat().st_size
-    with _served(copy.parent, cut=None) as (url, handler):
+    with served(copy.parent, cut=None) as (url, handler):
         get = handler.do_GET
 
-        def slowly(self: _Handler) -> None:
+        def slowly(self: FileHandler) -> None:
             time.sleep(0.05)
             get(self)
 
@@ -220,7 +192,7 @@ def test_a_killed_download_is_resumed(copy: Path, bundle: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_connection_is_resumed(ranges: bool, copy: Path, bundle: Path) -> None:
-    with _served(copy.parent, ranges=ranges, cut=100_000) as (url, handler):
+    with served(copy.parent, ranges=ranges, cut=100_000) as (url, handler):
         with pytest.raises(DownloadError, match="repeat the command"):
             remote.fetch(url)
         assert not list(local_cache.cache_root().glob(f"{remote.BUNDLES}/*/wiki"))
@@ -254,7 +226,7 @@ def _remove(file: Path) -> None:
 def test_a_wrong_object_never_becomes_an_entry(
     damage: Callable[[Path], None], error: type[ChameleonError], resumed: bool, copy: Path, bundle: Path
 ) -> None:
-    with _served(copy.parent) as (url, handler):
+    with served(copy.parent) as (url, handler):
         if resumed:
             handler.cut = 100_000
             with pytest.raises(DownloadError):
@@ -284,7 +256,7 @@ def test_a_damaged_object_in_s3(uploaded: str, s3: Any) -> None:
 
 
 def test_what_has_arrived_is_pruned(copy: Path) -> None:
-    with _served(copy.parent, cut=100_000) as (url, _), pytest.raises(DownloadError):
+    with served(copy.parent, cut=100_000) as (url, _), pytest.raises(DownloadError):
         remote.fetch(url)
     assert _partial_files()
     local_cache.prune(max_age=1e9)
@@ -292,7 +264,7 @@ def test_what_has_arrived_is_pruned(copy: Path) -> None:
 
 
 def test_one_download_among_processes(copy: Path) -> None:
-    with _served(copy.parent) as (url, handler):
+    with served(copy.parent) as (url, handler):
         processes = [multiprocessing.get_context("spawn").Process(target=_fetch_slowly, args=(url,)) for _ in range(3)]
         for process in processes:
             process.start()
@@ -322,5 +294,5 @@ def test_urls_that_cannot_be_used(url: str, error: type[ChameleonError]) -> None
 
 def test_a_manifest_of_another_kind(copy: Path) -> None:
     (copy / MANIFEST).write_text("<html>")
-    with _served(copy.parent) as (url, _), pytest.raises(ManifestError):
+    with served(copy.parent) as (url, _), pytest.raises(ManifestError):
         remote.fetch(url)
