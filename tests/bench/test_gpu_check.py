@@ -74,7 +74,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", params=["the head", "all layers", "LoRA of all layers"])
-def exported(
+def of_each_kind(
     request: pytest.FixtureRequest, bundle: Path, mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Checkpoint]:
     """A bundle and its checkpoint, by what its factors update."""
@@ -92,7 +92,7 @@ def exported(
 
 @pytest.mark.usefixtures("_quick")
 def test_it_verifies_and_measures_every_backend(
-    exported: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
+    of_each_kind: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified: list[str] = []
 
@@ -101,7 +101,7 @@ def test_it_verifies_and_measures_every_backend(
         return [Check("a gate", 0.5, 1.0)]
 
     monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", checks)
-    figures = check(*exported)
+    figures = check(*of_each_kind)
     assert verified == ["tensorrt", "cuda"]
     assert figures.missed == figures.skipped == []
     kinds = [timing.part.name.split()[0] for timing in figures.timings]
@@ -119,9 +119,9 @@ def test_it_verifies_and_measures_every_backend(
 
 @pytest.mark.usefixtures("_quick")
 def test_a_missed_gate_and_a_wrong_result_are_told(
-    exported: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
+    of_each_kind: tuple[Path, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, own = exported
+    bundle, own = of_each_kind
     other = replace(own, config=msgspec.structs.replace(own.config, alpha=-3.0))  # of another export
     monkeypatch.setattr(checkpoint_checks, "verify_checkpoint", lambda *_: [Check("a gate", 2.0, 1.0)])
     figures = check(bundle, other, openers={"cuda": OPENERS["cuda"]})
@@ -130,9 +130,9 @@ def test_a_missed_gate_and_a_wrong_result_are_told(
     assert not any("PyTorch eager" in line for line in figures.missed)
 
 
-def test_pytorch_on_a_device_is_the_reference(exported: tuple[Path, Checkpoint]) -> None:
+def test_pytorch_on_a_device_is_the_reference(of_each_kind: tuple[Path, Checkpoint]) -> None:
     """The yardstick itself, and compiled: the same code as on a GPU, with PyTorch's compiler for processors."""
-    _, own = exported
+    _, own = of_each_kind
     mode: Mode = "static" if own.config.regime == "lora" else "request"
     eager, compiled = (PyTorchGPU(own, mode, "fp32", "cpu", is_compiled) for is_compiled in (False, True))
     for first in (0, 2):  # the second time in the caches of the first, with other factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from chameleon_deploy.runtime.decode.prefix_cache import PrefixCacheStats
 from chameleon_deploy.runtime.engine.engine import Stats
 from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.serve.metrics import Metrics
@@ -18,6 +19,9 @@ class _Engine:
 
     def stats(self) -> Stats:
         return Stats(self._running, 0, 8, self._running, 10, 1)
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        return PrefixCacheStats(queries=100 * self._running, hits=10 * self._running)
 
 
 def _text(running: int, tokens: int) -> bytes:
@@ -46,6 +50,8 @@ def test_sums_and_means() -> None:
     assert values["chameleon_generation_tokens_total"] == 15
     assert values["chameleon_requests_total,cluster=3,mode=centroid"] == 2
     assert values["chameleon_num_requests_running"] == 8
+    assert values["chameleon_prefix_cache_queries_total"] == 800
+    assert values["chameleon_prefix_cache_hits_total"] == 80
     assert values["chameleon_kv_cache_usage_perc"] == (0.2 + 0.6) / 2
     assert values["chameleon_step_seconds_bucket,le=0.02"] == values["chameleon_step_seconds_count"] == 2
     assert not any("_created" in name for name in values)
