@@ -157,7 +157,7 @@ class KnownAnswerGate:
 
 
 # Kernels of other processors sum in another order. In int8 a last bit of a sum decides how an activation is rounded.
-# Sums that saturate at 16 bits are further off: docs/testing.md has both.
+# Sums that saturate at 16 bits are further off: docs/lab/testing.md has both.
 KNOWN_ANSWERS: dict[Precision, KnownAnswerGate] = {
     "fp32": KnownAnswerGate(hidden_states=1e-4, logprob=1e-4, gap=1e-2),
     "fp16": KnownAnswerGate(hidden_states=1e-2, logprob=5e-3, gap=1e-1),
