@@ -13,6 +13,7 @@ from chameleon_deploy.contract.provenance import read_signing_key
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.terminal.hypernetwork_options import HypernetworkDirectory, TargetOrder
 from chameleon_deploy.terminal.texts import read_file
 
 
@@ -35,6 +36,14 @@ def main(
     max_rank: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Largest rank of those adapters; default: 64.")
     ] = None,
+    hypernetwork: HypernetworkDirectory = None,
+    target_order: TargetOrder = None,
+    examples: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Texts with their task's vector, by whose loss --target-order is checked."
+        ),
+    ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(help="Text that int8 scales are measured on; default: the package's own.")
@@ -51,8 +60,8 @@ def main(
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
     """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict), what a recipe names, or a base
-    model (a directory in Hugging Face format, a GGUF file, a hub id): alone, with adapters, or for adapters that are
-    loaded later.
+    model (a directory in Hugging Face format, a GGUF file, a hub id): alone, with adapters, for adapters that are
+    loaded later, or with a released text-to-LoRA network.
     """
     adapters = named_directories(adapter)
     if (Path(source) / MANIFEST).is_file():
@@ -66,19 +75,21 @@ def main(
     from chameleon_deploy.export.exporter import Publication, export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
     from chameleon_deploy.reference.source import load_source
+    from chameleon_deploy.reference.text_to_lora import text_to_lora_files
     from chameleon_deploy.verify.data_checks import OTHER_TOKENIZER
     from chameleon_deploy.verify.gates import require_passed
     from chameleon_deploy.verify.report import check_sheet
     from chameleon_deploy.verify.run import VerifyOptions, summary, verify_bundle
 
-    if adapters and source.endswith(".toml"):
-        raise InputError("--adapter goes with a base model: name it instead of a recipe")
+    if (adapters or hypernetwork) and source.endswith(".toml"):
+        raise InputError("--adapter and --hypernetwork go with a base model: name it instead of a recipe")
+    network = text_to_lora_files(hypernetwork, target_order, examples or ())
     recipe = read_recipe(Path(source)) if source.endswith(".toml") else Recipe(checkpoint=source)
     layers = adaptable or recipe.adaptable
     ranks = recipe.max_rank if max_rank is None else max_rank
     if ranks is not None and not layers:
         raise InputError("--max-rank is of adapters that are loaded later: name their layers with --adaptable")
-    checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters, layers, ranks)
+    checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters, layers, ranks, network)
     if template is not None:
         checkpoint.trunk.chat = replace(checkpoint.trunk.chat, template=template)
 

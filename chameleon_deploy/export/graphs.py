@@ -37,6 +37,7 @@ from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork
 from chameleon_deploy.reference.source import Source
+from chameleon_deploy.reference.text_to_lora import TextToLora
 from chameleon_deploy.terminal.progress import Progress, silent
 
 CPU = ("cpu",)
@@ -82,7 +83,7 @@ def build_graphs(
         graphs = _fp32(source, spec, weights_file)
     else:
         graphs = _half(precision, source, spec, weights_file)
-    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork):
+    if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork | TextToLora):
         size = spec.conditioning_size or model.hidden_size
         float16 = precision == "int8"
         hypernetwork = build_hypernetwork(source.factors, size, source.config.alpha, weights_file, float16)

@@ -18,10 +18,12 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 from torch import Tensor, nn
 
-from chameleon_deploy.contract.bundle import TargetSpec
+from chameleon_deploy.contract.bundle import TargetSpec, factor_names
 from chameleon_deploy.export.graph import FLOAT, OPSET, declare
+from chameleon_deploy.export.text_to_lora import text_to_lora_factors
 from chameleon_deploy.export.weights import WeightsFile, narrowed
 from chameleon_deploy.reference.hypernetwork import Hypernetwork, SharedHypernetwork, split_factors
+from chameleon_deploy.reference.text_to_lora import TextToLora
 
 Store = Callable[[str, Tensor], ir.Value]  # a tensor as an initializer, which is written once under its name
 # Name of a factor tensor, input of its last layer, name of that layer's parameters, and its weight and bias.
@@ -29,13 +31,13 @@ LastLayer = tuple[str, Any, str, Tensor, Tensor]
 
 
 def build_hypernetwork(
-    network: Hypernetwork | SharedHypernetwork,
+    network: Hypernetwork | SharedHypernetwork | TextToLora,
     conditioning_size: int,
     alpha: float,
     weights_file: WeightsFile,
     float16: bool = False,
 ) -> ir.Model:
-    """Build the graph of either architecture.
+    """Build the graph of any architecture.
 
     float16  store the last layers' matrices in float16
 
@@ -60,13 +62,27 @@ def build_hypernetwork(
 
     matrix = rounded if float16 else store
     conditioning = builder.input("conditioning", FLOAT, ["factor_sets", conditioning_size])
-    if isinstance(network, SharedHypernetwork):
-        last_layers = _shared(op, store, network, conditioning, alpha)
+
+    def products(last_layers: Iterator[LastLayer]) -> Iterator[tuple[str, Any]]:
+        for name, x, parameters, weight, bias in last_layers:
+            yield (
+                name,
+                op.Gemm(x, matrix(f"{parameters}.weight", weight), store(f"{parameters}.bias", bias), transB=1),
+            )
+
+    if isinstance(network, TextToLora):
+        factors = text_to_lora_factors(op, store, network, conditioning, alpha)
+    elif isinstance(network, SharedHypernetwork):
+        factors = products(_shared(op, store, network, conditioning, alpha))
     else:
-        last_layers = _paper(op, store, network, conditioning, alpha)
-    for name, x, parameters, weight, bias in last_layers:
-        width = len(bias) // network.rank
-        flat = op.Gemm(x, matrix(f"{parameters}.weight", weight), store(f"{parameters}.bias", bias), transB=1)
+        factors = products(_paper(op, store, network, conditioning, alpha))
+    widths = {
+        name: width
+        for target in network.targets
+        for name, width in zip(factor_names(target.name), (target.in_features, target.out_features), strict=True)
+    }
+    for name, flat in factors:
+        width = widths[name]
         builder.add_output(op.Reshape(flat, [-1, network.rank, width]), name)
         declare(graph.outputs[-1], ["factor_sets", network.rank, width])
     return ir.Model(graph, ir_version=10, producer_name="chameleon_deploy")

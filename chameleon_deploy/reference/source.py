@@ -1,4 +1,4 @@
-"""What a command names as its reference: a checkpoint, or a base model, with adapters or without."""
+"""What a command names as its reference: a checkpoint, or a base model, alone, with adapters or a released network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from chameleon_deploy.errors import CheckpointError, InputError
 from chameleon_deploy.reference.adapters import DEFAULT_MAX_RANK, AdaptedBase, load_adapted
 from chameleon_deploy.reference.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint, load_checkpoint
 from chameleon_deploy.reference.gguf import gguf_file
+from chameleon_deploy.reference.text_to_lora import TextToLoraFiles, load_text_to_lora
 
 Source = Checkpoint | AdaptedBase
 
@@ -19,15 +20,20 @@ def load_source(
     adapters: Mapping[str, Path],
     adaptable: Sequence[str] = (),
     max_rank: int | None = None,
+    network: TextToLoraFiles | None = None,
 ) -> Source:
-    """Load a checkpoint, or the base model at `path`, which may be a hub id, with its adapters.
+    """Load a checkpoint, or the base model at `path`, which may be a hub id, with its adapters or a released network.
 
     base                 see `load_checkpoint`
     adaptable, max_rank  see `load_adapted`; None takes the default
 
-    Raises InputError, and the errors of `load_checkpoint` and `load_adapted`.
+    Raises InputError, and the errors of `load_checkpoint`, `load_adapted` and `load_text_to_lora`.
     """
+    if network is not None and (adapters or adaptable):
+        raise InputError("--hypernetwork generates the updates: leave out --adapter and --adaptable")
     if is_checkpoint(path):
+        if network is not None:
+            raise InputError(f"{path}: --hypernetwork is of a base model: pass its directory or hub id in its place")
         if adapters or adaptable:
             raise InputError(f"{path}: adapters are of a base model: pass its directory or hub id in its place")
         return load_checkpoint(path, base)
@@ -40,5 +46,7 @@ def load_source(
         )
     if base is not None:
         raise InputError(f"{path} is no checkpoint: --base goes with one, a base model is named alone")
+    if network is not None:
+        return load_text_to_lora(str(path), network)
     max_rank = DEFAULT_MAX_RANK if max_rank is None else max_rank
     return load_adapted(str(path), adapters, adaptable=adaptable, max_rank=max_rank)

@@ -10,6 +10,7 @@ import typer
 
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
+from chameleon_deploy.terminal.hypernetwork_options import HypernetworkDirectory, TargetOrder
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import verify_here
 from chameleon_deploy.verify.report import check_sheet
@@ -19,7 +20,8 @@ from chameleon_deploy.verify.run import LONGEST, MAX_TOKENS, VerifyOptions, veri
 def main(
     bundle: console.BundleArgument,
     reference: Annotated[
-        Path | None, typer.Option(help="The checkpoint, or with --adapter the base model, that it was exported from.")
+        Path | None,
+        typer.Option(help="The checkpoint, or with --adapter or --hypernetwork the base model, of the bundle."),
     ] = None,
     here: Annotated[
         bool, typer.Option("--here", help="Compare with what export recorded instead: does this machine compute it?")
@@ -28,6 +30,8 @@ def main(
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
     adapter: AdapterDirectories = None,
+    hypernetwork: HypernetworkDirectory = None,
+    target_order: TargetOrder = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -49,14 +53,17 @@ def main(
     """
     console.check_output(out)
     if here:
-        _refuse(reference=reference, base=base, adapter=adapter, text=text, max_kl=max_kl, quick=quick)
+        _refuse(reference=reference, base=base, adapter=adapter, hypernetwork=hypernetwork, target_order=target_order,
+                text=text, max_kl=max_kl, quick=quick)  # fmt: skip
         checks, record = verify_here(console.bundle_path(bundle), provider, threads)
     else:
         if reference is None:
             raise typer.BadParameter("name the --reference that the bundle was exported from, or pass --here")
         from chameleon_deploy.reference.source import load_source
+        from chameleon_deploy.reference.text_to_lora import text_to_lora_files
 
-        checkpoint = load_source(reference, base, named_directories(adapter))
+        network = text_to_lora_files(hypernetwork, target_order)
+        checkpoint = load_source(reference, base, named_directories(adapter), network=network)
         path = console.bundle_path(bundle)
         options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl, quick=quick, longest=longest)
         with console.progress() as report:
