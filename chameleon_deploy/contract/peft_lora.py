@@ -1,7 +1,8 @@
 """PEFT LoRA directories: low-rank updates of any linear layers, read and written without PyTorch.
 
 Only plain low-rank updates are read: y + scaling * (x A^T) B^T. Everything else that PEFT can put into a directory is
-refused by the name of its option or tensor, as is an option that this release does not know.
+refused by the name of its option or tensor, as is an option that this release does not know. What replaces weights of
+the base model, which rows share, is for `reference/merging.py`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # safetenso
 
 # Options that do not change what a saved adapter computes.
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
+    "auto_mapping", "revision", "peft_version", "task_type", "inference_mode",
     "lora_dropout", "fan_in_fan_out", "eva_config", "megatron_core", "runtime_config", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
 # Initialisations after which the base model is unchanged; PiSSA, OLoRA and others subtract the first factors from it.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_REASONS = {
+    "use_dora": "DoRA rescales the base model's matrices, which the rows of a batch share: merge it with PEFT "
+    "(merge_and_unload, save_pretrained), and export that directory",
+    "lora_bias": "an update has no bias: merge it with PEFT (merge_and_unload, save_pretrained), and export that "
+    "directory",
+    "init_lora_weights": "it changed the base model before training: save the adapter as a plain one, PEFT's "
+    "save_pretrained(path_initial_model_for_weight_conversion=...)",
+    "target_parameters": "name the layers as target_modules",
+}
 
 
 class PeftConfig(msgspec.Struct, frozen=True):
@@ -46,6 +56,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
     lora_alpha: float
     target_modules: list[str] | str
     peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
     use_rslora: bool = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -54,6 +65,8 @@ class PeftConfig(msgspec.Struct, frozen=True):
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
     init_lora_weights: bool | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def rank(self, layer: str) -> int:
         return int(_of_pattern(self.rank_pattern or {}, layer, self.r))
@@ -147,8 +160,11 @@ def write_peft(out: Path, factors: Factors) -> None:
         save_file(tensors, directory / TENSOR_FILE, {"format": "pt"})
 
 
-def read_config(file: Path) -> PeftConfig:
-    """Read adapter_config.json. Raises CheckpointError, also for every option with an effect that is not read here."""
+def read_config(file: Path, merged: bool = False) -> PeftConfig:
+    """Read adapter_config.json. Raises CheckpointError, also for every option with an effect that is not read here.
+
+    merged  whether options that replace weights of the base model are taken
+    """
     try:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, or no plain file")
@@ -167,18 +183,40 @@ def read_config(file: Path) -> PeftConfig:
     ]
     if config.peft_type != "LORA":
         refused.append(f"peft_type={config.peft_type}")
-    if config.bias != "none":
-        refused.append(f"bias={config.bias}")
     if config.init_lora_weights not in _INITIALISATIONS:
         refused.append(f"init_lora_weights={config.init_lora_weights}")
     if refused:
-        raise CheckpointError(f"{file}: {', '.join(refused)}: only a plain low-rank update can be deployed")
+        known = (_REASONS.get(option.partition("=")[0]) for option in refused)
+        reason = next(filter(None, known), "only a plain low-rank update can be deployed")
+        raise CheckpointError(f"{file}: {', '.join(refused)}: {reason}")
+    if not merged and (replaced := replacing_options(config)):
+        raise CheckpointError(f"{file}: {', '.join(replaced)}: {own_bundle(file.parent)}")
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     if min(ranks) < 1 or max(ranks) > MAX_RANK:
         raise CheckpointError(f"{file}: ranks {min(ranks)} to {max(ranks)}: they must be from 1 to {MAX_RANK}")
     if not all(map(math.isfinite, [config.lora_alpha, *(config.alpha_pattern or {}).values()])):
         raise CheckpointError(f"{file}: lora_alpha is not finite")
     return config
+
+
+def replacing_options(config: PeftConfig) -> list[str]:
+    """Return the options that replace weights of the base model."""
+    given = {"modules_to_save": config.modules_to_save, "trainable_token_indices": config.trainable_token_indices}
+    return [*(name for name, value in given.items() if value), *[f"bias={config.bias}"] * (config.bias != "none")]
+
+
+def is_of_the_head(config: PeftConfig) -> bool:
+    """Return whether an adapter updates the head alone."""
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    return targets == [LM_HEAD] and not replacing_options(config)
+
+
+def own_bundle(path: Path) -> str:
+    """Return what to do with a directory that replaces weights of the base model."""
+    return (
+        "it replaces weights of the base model, which the rows of a batch share: export it as a bundle of its own, "
+        f"python -m chameleon_deploy.export {path} --out BUNDLE"
+    )
 
 
 def _tensors(path: Path, limit: int) -> dict[str, FloatArray]:
@@ -212,12 +250,14 @@ def _pairs(path: Path, tensors: dict[str, FloatArray], head_weight: Any) -> dict
     """Return the A [rank, in] and B [rank, out] of every layer. Raises TensorError for any other tensor."""
     stored_head = tensors.pop(f"{PREFIX}{LM_HEAD}.base_layer.weight", None)
     if stored_head is not None and not _is_equal(stored_head, head_weight):
-        raise TensorError(f"{path}: its {LM_HEAD} differs from the base model's")
+        raise TensorError(f"{path}: its {LM_HEAD} differs from the base model's: {own_bundle(path)}")
     found: dict[str, dict[str, FloatArray]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not match:
-            raise TensorError(f"{path}: tensor {name!r}: only lora_A and lora_B of linear layers can be deployed")
+            known = "only lora_A and lora_B of linear layers can be deployed"
+            whole = "lora_" not in name or "lora_embedding_" in name
+            raise TensorError(f"{path}: tensor {name!r}: {own_bundle(path) if whole else known}")
         found.setdefault(match[1], {})[match[2]] = tensor
     for layer, pair in found.items():
         if len(pair) < 2 or any(matrix.ndim != 2 for matrix in pair.values()):

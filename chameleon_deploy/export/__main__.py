@@ -59,9 +59,9 @@ def main(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the numeric gates first.")] = True,
 ) -> None:
-    """Export a checkpoint (ours, a PEFT LoRA of lm_head, or the authors' state dict), what a recipe names, or a base
-    model (a directory in Hugging Face format, a GGUF file, a hub id): alone, with adapters, for adapters that are
-    loaded later, or with a released text-to-LoRA network.
+    """Export a checkpoint (ours, a PEFT LoRA, which is merged unless it is of lm_head alone, or the authors' state
+    dict), what a recipe names, or a base model (a directory in Hugging Face format, a GGUF file, a hub id): alone, with
+    adapters, for adapters that are loaded later, or with a released text-to-LoRA network.
     """
     adapters = named_directories(adapter)
     if (Path(source) / MANIFEST).is_file():

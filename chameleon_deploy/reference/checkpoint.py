@@ -7,7 +7,6 @@ state dict of the authors' script. Nothing is ever unpickled into objects.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chameleon_deploy.contract.bundle import LM_HEAD, Protocol, TrainedRegime, factor_names
+from chameleon_deploy.contract.peft_lora import CONFIG_FILE as PEFT_CONFIG_FILE
+from chameleon_deploy.contract.peft_lora import PREFIX, is_of_the_head, read_config
+from chameleon_deploy.contract.peft_lora import TENSOR_FILE as PEFT_TENSOR_FILE
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import CheckpointError, TensorError, VersionError
 from chameleon_deploy.reference.gguf import gguf_file
@@ -82,16 +84,16 @@ def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = N
         return _load_authors_state_dict(path, base or AUTHORS_BASE)
     if (path / CONFIG_FILE).is_file():
         return _load_own(path, base, trunk)
-    if (path / "adapter_config.json").is_file():
+    if (path / PEFT_CONFIG_FILE).is_file():
         return _load_peft(path, base)
-    raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor adapter_config.json: it is not a checkpoint")
+    raise CheckpointError(f"{path} has neither {CONFIG_FILE} nor {PEFT_CONFIG_FILE}: it is not a checkpoint")
 
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether `load_checkpoint` reads a path. A GGUF file and a model in Hugging Face format are base models."""
     if path.is_file():
         return gguf_file(path) is None
-    return any((path / name).is_file() for name in (CONFIG_FILE, "adapter_config.json"))
+    return any((path / name).is_file() for name in (CONFIG_FILE, PEFT_CONFIG_FILE))
 
 
 def save_checkpoint(path: Path, config: CheckpointConfig, factors: FactorModule, centroids: Tensor) -> None:
@@ -115,8 +117,8 @@ def build_factors(config: CheckpointConfig, trunk: Trunk) -> FactorModule:
 
 def _load_own(path: Path, base: str | None, trunk: Trunk | None) -> Checkpoint:
     config = _read_config(path / CONFIG_FILE)
-    tensors = _read_tensors(path / TENSOR_FILE)
-    trunk = trunk or load_trunk(base or _resolve_base(path, config.base_model))
+    tensors = read_tensors(path / TENSOR_FILE)
+    trunk = trunk or load_trunk(base or resolve_base(path, config.base_model))
     centroids = tensors.pop("centroids", torch.empty(0, trunk.config.hidden_size))
     if tuple(centroids.shape) != (config.num_clusters, trunk.config.hidden_size):
         raise TensorError(
@@ -127,38 +129,32 @@ def _load_own(path: Path, base: str | None, trunk: Trunk | None) -> Checkpoint:
 
 
 def _load_peft(path: Path, base: str | None) -> Checkpoint:
-    try:
-        peft = json.loads((path / "adapter_config.json").read_text("utf-8"))
-        targets = peft["target_modules"]
-        targets = [targets] if isinstance(targets, str) else sorted(targets)
-        rank, scaling = int(peft["r"]), float(peft["lora_alpha"]) / float(peft["r"])
-        base_model = str(base or peft["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / 'adapter_config.json'}: not a PEFT LoRA configuration: {error!r}") from error
-    if peft.get("peft_type", "LORA") != "LORA" or targets != [LM_HEAD]:
+    config = read_config(path / PEFT_CONFIG_FILE)
+    if not is_of_the_head(config):
         raise CheckpointError(
-            f"{path}: only a LoRA whose single target is {LM_HEAD} is a checkpoint, found {targets}: "
+            f"{path}: only a LoRA whose single target is {LM_HEAD} is a checkpoint, found {config.target_modules}: "
             f"export its base model with --adapter NAME={path}"
         )
-    for option in ("use_rslora", "use_dora", "lora_bias"):
-        if peft.get(option):
-            raise CheckpointError(f"{path}: {option} is set; only a plain LoRA can be deployed")
-    tensors = _read_tensors(path / "adapter_model.safetensors")
-    trunk = load_trunk(_resolve_base(path, base_model))
-    prefix = "base_model.model.lm_head."
+    base_model = base or config.base_model_name_or_path
+    if not base_model:
+        raise CheckpointError(f"{path / PEFT_CONFIG_FILE} names no base model: pass --base")
+    tensors = read_tensors(path / PEFT_TENSOR_FILE)
+    trunk = load_trunk(resolve_base(path, base_model))
+    prefix = f"{PREFIX}{LM_HEAD}."
     head = tensors.pop(f"{prefix}base_layer.weight", trunk.head_weight)  # PEFT saves the head it wraps
     if not torch.equal(head, trunk.head_weight):
-        raise TensorError(f"{path}: its lm_head differs from the base model's: merge or untie is not supported")
+        raise TensorError(f"{path}: its {LM_HEAD} differs from the base model's: it was trained on another base model")
     named = {n.removeprefix(f"{prefix}lora_").removesuffix(".weight"): t for n, t in tensors.items()}
     if sorted(named) != ["A", "B"]:
         raise TensorError(f"{path}: expected {prefix}lora_{{A,B}}.weight only, found {sorted(tensors)}")
     # PEFT divides by the rank; the head here does not, so PEFT's factor is multiplied into alpha.
-    config = CheckpointConfig(
-        regime="lora", base_model=base_model, rank=rank, alpha=scaling, num_clusters=0, max_length=trunk.max_positions
-    )
+    own = CheckpointConfig(
+        regime="lora", base_model=base_model, rank=config.rank(LM_HEAD), alpha=config.scaling(LM_HEAD), num_clusters=0,
+        max_length=trunk.max_positions,
+    )  # fmt: skip
     tensors = dict(zip(factor_names(LM_HEAD), (named["A"], named["B"]), strict=True))
-    files = [path / "adapter_config.json", path / "adapter_model.safetensors"]
-    return _assemble(path, config, trunk, tensors, torch.empty(0, trunk.config.hidden_size), files)
+    files = [path / PEFT_CONFIG_FILE, path / PEFT_TENSOR_FILE]
+    return _assemble(path, own, trunk, tensors, torch.empty(0, trunk.config.hidden_size), files)
 
 
 def _load_authors_state_dict(path: Path, base: str) -> Checkpoint:
@@ -213,12 +209,12 @@ def _assemble(
                 f"{path}: {stored_name} has shape {tuple(stored.shape)}, "
                 f"a rank-{config.rank} update of this base model needs {tuple(parameter.shape)}"
             )
-        _check_finite(path, stored_name, stored)
+        check_finite(path, stored_name, stored)
         found[name] = stored.to(torch.float32)
     if tensors:
         raise TensorError(f"{path}: unexpected tensors {sorted(tensors)}")
     factors.load_state_dict(found, assign=True)
-    _check_finite(path, "centroids", centroids)
+    check_finite(path, "centroids", centroids)
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -226,7 +222,8 @@ def _assemble(
     return Checkpoint(config, trunk, factors, centroids.to(torch.float32), digest.hexdigest())
 
 
-def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises TensorError for integers, NaN and infinity."""
     if not tensor.is_floating_point():
         raise TensorError(f"{path}: {name} has dtype {tensor.dtype}, expected floating point")
     if not torch.isfinite(tensor).all():
@@ -258,7 +255,8 @@ def _read_config(path: Path) -> CheckpointConfig:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
@@ -267,7 +265,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _resolve_base(path: Path, base_model: str) -> str:
+def resolve_base(path: Path, base_model: str) -> str:
     """Return a path relative to the checkpoint if there is such a directory or GGUF file, else a hub id."""
     local = path / base_model
     if local.is_dir() or gguf_file(local):

@@ -178,7 +178,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     families.require_supported(config, name)
     try:
         causal_lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **source)
-        tokenizer, theirs, chat = _tokenizers(where, source)
+        tokenizer, theirs, chat = tokenizers_of(where, source)
     except Exception as error:
         raise CheckpointError(f"cannot load a base model from {name!r}: {_first_line(error)}") from error
     if tokenizer is None:
@@ -190,7 +190,7 @@ def load_trunk(name_or_path: str | Path) -> Trunk:
     return trunk
 
 
-def _tokenizers(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any, ChatTemplates]:
+def tokenizers_of(where: str | Path, source: dict[str, Any]) -> tuple[Any, Any, ChatTemplates]:
     """Return the tokenizer of tokenizer.json, that of transformers if it is another, and its chat template.
 
     Without tokenizer.json the first is that of transformers, or None if that has no `tokenizers.Tokenizer`.

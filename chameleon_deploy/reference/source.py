@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from chameleon_deploy.contract.peft_lora import CONFIG_FILE as PEFT_CONFIG_FILE
+from chameleon_deploy.contract.peft_lora import is_of_the_head, read_config
 from chameleon_deploy.errors import CheckpointError, InputError
 from chameleon_deploy.reference.adapters import DEFAULT_MAX_RANK, AdaptedBase, load_adapted
 from chameleon_deploy.reference.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint, load_checkpoint
 from chameleon_deploy.reference.gguf import gguf_file
+from chameleon_deploy.reference.merging import load_merged
 from chameleon_deploy.reference.text_to_lora import TextToLoraFiles, load_text_to_lora
 
 Source = Checkpoint | AdaptedBase
@@ -24,6 +27,8 @@ def load_source(
 ) -> Source:
     """Load a checkpoint, or the base model at `path`, which may be a hub id, with its adapters or a released network.
 
+    A PEFT directory of other layers than the head is merged into its base model.
+
     base                 see `load_checkpoint`
     adaptable, max_rank  see `load_adapted`; None takes the default
 
@@ -36,6 +41,9 @@ def load_source(
             raise InputError(f"{path}: --hypernetwork is of a base model: pass its directory or hub id in its place")
         if adapters or adaptable:
             raise InputError(f"{path}: adapters are of a base model: pass its directory or hub id in its place")
+        peft = path / PEFT_CONFIG_FILE
+        if peft.is_file() and not is_of_the_head(read_config(peft, merged=True)):
+            return load_adapted(str(path), {}, trunk=load_merged(path, base))
         return load_checkpoint(path, base)
     if not path.exists() and len(path.parts) > 2:  # no hub id
         raise CheckpointError(f"{path} does not exist: pass the directory of a checkpoint or of a base model")
