@@ -3,6 +3,7 @@
 # `make cpp` builds the C++ runtime, installing Debian packages where it is root, and runs its tests and sanitizers.
 # `make processors` emulates other processors (AVX2 alone, SSE4 alone, aarch64) and runs on each what they may differ in.
 # `make scale` runs what needs Ray Serve, tritonserver, lm-evaluation-harness, LangChain or guidellm, and installs them; CHAMELEON_DEPLOY_RAY_KILLS=10 is the long form.
+# `make release` writes dist/: the wheel, the source archive, the Debian package and their digests.
 # `make mutants` changes one place of a module at a time and lists the changes that its tests do not notice (docs/testing.md).
 # Each makes its own virtual environment first; PYTHON is any interpreter of 3.11 or newer.
 
@@ -54,6 +55,13 @@ cpp: .venv/ready
 processors: .venv/ready
 	.ci/processors
 
+release: .venv/ready
+	rm -rf dist
+	$(BIN)/hatchling build --directory dist
+	.ci/cpp build release
+	cd runtime/build/release && cpack -G DEB -D CPACK_OUTPUT_FILE_PREFIX=$(CURDIR)/dist
+	cd dist && sha256sum *.whl *.tar.gz *.deb > SHA256SUMS
+
 # What `demo` and `serve` need. Not compiled ahead: of 20,000 modules they import a quarter.
 .venv/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -66,4 +74,4 @@ processors: .venv/ready
 	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: bench cpp demo mutants processors scale serve test
+.PHONY: bench cpp demo mutants processors release scale serve test

@@ -1,10 +1,14 @@
-"""The wheel installs and runs where nothing is but what it asks for."""
+"""The source archive builds without git, and its wheel installs and runs where nothing is but what it asks for.
+
+The Debian package of the same `make release` is installed and run by runtime/tests/package.cmake.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
+import tarfile
 import venv
 import zipfile
 from importlib.metadata import Distribution, distribution
@@ -22,13 +26,59 @@ OUTSIDE = {"PYTHONPATH": None}  # the source of the running tests is not to be f
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without network: the build backend is one of the packages that `[dev]` installs."""
-    directory = tmp_path_factory.mktemp("wheel")
-    built = run("pip", "wheel", REPOSITORY, "--no-build-isolation", "--no-deps", "--no-index", "-w", directory)
-    assert built.returncode == 0, built.stderr
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive and the wheel of `make release`. No network is needed: `[dev]` installs the build backend."""
+    directory = tmp_path_factory.mktemp("dist")
+    done = run("hatchling", "build", "--directory", directory, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the unpacked source archive, where no git is."""
+    directory = tmp_path_factory.mktemp("source")
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(directory, filter="data")
+    (source,) = directory.iterdir()
+    assert source.name == f"chameleon_deploy-{chameleon_deploy.__version__}"
+    made = run(
+        "pip", "wheel", source, "--no-build-isolation", "--no-deps", "--no-index", "-w", directory, cwd=directory
+    )
+    assert made.returncode == 0, made.stderr
     (path,) = directory.glob("*.whl")
     return path
+
+
+def test_the_wheel_of_the_archive_is_that_of_the_tree(wheel: Path, built: Path) -> None:
+    (of_the_tree,) = built.glob("*.whl")
+    contents = []
+    for path in (wheel, of_the_tree):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({item.filename: item.CRC for item in archive.infolist()})
+    assert contents[0] == contents[1]
+    assert wheel.name == of_the_tree.name
+
+
+def test_the_archive_holds_what_a_clone_builds_from(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    left_out = {name for name in listed.split("\n") if name} - names
+    assert {name for name in left_out if not name.startswith(".github/")} == set()
+
+
+def test_one_command_makes_all_three() -> None:
+    made = subprocess.run(["make", "--dry-run", "release"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert all(word in made.stdout for word in ("hatchling build", "cpack -G DEB", "sha256sum *.whl *.tar.gz *.deb"))
+
+
+def test_every_part_has_the_same_version() -> None:
+    version, cmake = chameleon_deploy.__version__, (REPOSITORY / "runtime" / "CMakeLists.txt").read_text()
+    assert f"project(chameleon VERSION {version} " in cmake
+    assert f"\n## {version}" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
 def test_what_the_wheel_holds(wheel: Path) -> None:
