@@ -121,30 +121,30 @@ struct Field {
   std::string_view bytes;  // of the others
 };
 
-using Fields = std::map<std::uint64_t, std::set<std::uint64_t>>;  // the wire types that each may have
+using KnownFields = std::map<std::uint64_t, std::set<std::uint64_t>>;  // the wire types that each may have
 
-Fields bytes_fields(std::initializer_list<std::uint64_t> numbers, Fields others = {}) {
+KnownFields bytes_fields(std::initializer_list<std::uint64_t> numbers, KnownFields others = {}) {
   for (const std::uint64_t number : numbers) others[number] = {kBytes};
   return others;
 }
 
-const Fields kModel = bytes_fields({2, 3, 4, 6, 7, 8, 14}, {{1, {kVarint}}, {5, {kVarint}}});
-const Fields kOpset = bytes_fields({1}, {{2, {kVarint}}});
-const Fields kGraph = bytes_fields({1, 2, 5, 10, 11, 12, 13, 16});
-const Fields kNode = bytes_fields({1, 2, 3, 4, 5, 6, 7, 9});
-const Fields kAttribute =
+const KnownFields kModel = bytes_fields({2, 3, 4, 6, 7, 8, 14}, {{1, {kVarint}}, {5, {kVarint}}});
+const KnownFields kOpset = bytes_fields({1}, {{2, {kVarint}}});
+const KnownFields kGraph = bytes_fields({1, 2, 5, 10, 11, 12, 13, 16});
+const KnownFields kNode = bytes_fields({1, 2, 3, 4, 5, 6, 7, 9});
+const KnownFields kAttribute =
     bytes_fields({1, 4, 5, 6, 9, 13},
                  {{2, {kFixed32}}, {3, {kVarint}}, {7, {kFixed32, kBytes}}, {8, {kVarint, kBytes}}, {20, {kVarint}}});
-const Fields kTensor = bytes_fields({6, 8, 9, 12, 13, 16}, {{1, {kVarint, kBytes}},
-                                                            {2, {kVarint}},
-                                                            {4, {kFixed32, kBytes}},
-                                                            {5, {kVarint, kBytes}},
-                                                            {7, {kVarint, kBytes}},
-                                                            {10, {kFixed64, kBytes}},
-                                                            {11, {kVarint, kBytes}},
-                                                            {14, {kVarint}}});
-const Fields kEntry = bytes_fields({1, 2});
-const Fields kValueInfo = bytes_fields({1, 2, 3, 4});
+const KnownFields kTensor = bytes_fields({6, 8, 9, 12, 13, 16}, {{1, {kVarint, kBytes}},
+                                                                 {2, {kVarint}},
+                                                                 {4, {kFixed32, kBytes}},
+                                                                 {5, {kVarint, kBytes}},
+                                                                 {7, {kVarint, kBytes}},
+                                                                 {10, {kFixed64, kBytes}},
+                                                                 {11, {kVarint, kBytes}},
+                                                                 {14, {kVarint}}});
+const KnownFields kEntry = bytes_fields({1, 2});
+const KnownFields kValueInfo = bytes_fields({1, 2, 3, 4});
 
 Field read_field(Reader& reader) {
   const std::uint64_t key = reader.varint();
@@ -164,7 +164,7 @@ Field read_field(Reader& reader) {
 /// The fields of one message, all of which are allowed.
 class Message {
  public:
-  Message(std::string_view data, const Fields& allowed, const char* what) {
+  Message(std::string_view data, const KnownFields& allowed, const char* what) {
     Reader reader(data);
     while (!reader.done()) {
       const Field field = read_field(reader);

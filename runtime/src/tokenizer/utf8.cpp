@@ -6,13 +6,13 @@ namespace chameleon {
 
 namespace {
 
-struct Part {
+struct FrontPart {
   std::size_t length;
   bool valid;
 };
 
 /// The first character, or the longest prefix of one that could still become valid.
-Part front_part(std::string_view text) {
+FrontPart front_part(std::string_view text) {
   const auto at = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned char lead = at(0);
   if (lead < 0x80) return {1, true};
@@ -40,7 +40,7 @@ bool is_white_space(char32_t c) {
 
 std::optional<std::size_t> find_invalid_utf8(std::string_view text) {
   for (std::size_t i = 0; i < text.size();) {
-    const Part part = front_part(text.substr(i));
+    const FrontPart part = front_part(text.substr(i));
     if (!part.valid) return i;
     i += part.length;
   }
@@ -51,7 +51,7 @@ std::string replace_invalid_utf8(std::string_view bytes) {
   std::string text;
   text.reserve(bytes.size());
   for (std::size_t i = 0; i < bytes.size();) {
-    const Part part = front_part(bytes.substr(i));
+    const FrontPart part = front_part(bytes.substr(i));
     text += part.valid ? bytes.substr(i, part.length) : kReplacement;
     i += part.length;
   }
