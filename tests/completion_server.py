@@ -58,6 +58,17 @@ def serve() -> Iterator[CompletionServer]:
         server.server_close()
 
 
+_ADAPTERS = "".join(
+    f'chameleon_adapter_{name}{{adapter="{adapter}"}} {value}\n'
+    for adapter, values in {"code": (3, 12, 0.3, 3, 0.03, 3), "(others)": (9, 40, 0, 0, 0, 0)}.items()
+    for name, value in zip(
+        ("requests_total", "generation_tokens_total", "time_to_first_token_seconds_sum",
+         "time_to_first_token_seconds_count", "request_queue_time_seconds_sum", "request_queue_time_seconds_count"),
+        values, strict=True,
+    )
+)  # fmt: skip
+
+
 def centroids() -> list[list[float]]:
     return [[float(i == j) for j in range(HIDDEN)] for i in range(4)]
 
@@ -78,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401, "the API key is missing or wrong")
         elif self.path == "/metrics":
             done = len(self.server.bodies)
-            self._send(200, _METRICS.format(tokens=100 * done, sum=4 * done, count=done).encode(), "text/plain")
+            text = _METRICS.format(tokens=100 * done, sum=4 * done, count=done) + (_ADAPTERS if done else "")
+            self._send(200, text.encode(), "text/plain")
         elif self.path in answers:
             self._json(200, answers[self.path])
         elif self.server.files is not None:

@@ -67,6 +67,10 @@ class Blend:
         """Return a key that is equal for blends of the same adapters with the same weights."""
         return tuple((adapter.key, weight) for adapter, _, weight in self.parts) or "none"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(adapter.name for adapter, _, _ in self.parts)
+
     def make(self, spec: AdaptationSpec) -> FactorSets:
         """Return the update as a stack of one set. Raises NumericError for weights that make it infinite."""
         return blend_sets([(sets, weight) for _, sets, weight in self.parts]) if self.parts else no_factors(spec)

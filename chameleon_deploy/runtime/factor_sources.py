@@ -27,11 +27,13 @@ class FactorSource:
     key   equal for rows that share a set
     item  what the set is made of: a conditioning vector, the number of a cluster, or adapters with their weights
     make_all  returns a stack of the sets of items, where the decoder reads them; the same for all rows of a call
+    adapters  the names that were chosen, in mode static with adapters
     """
 
     key: Hashable
     item: Any
     make_all: Callable[[Sequence[Any]], FactorSets]
+    adapters: tuple[str, ...] = ()
 
     def make(self) -> FactorSets:
         """Return a stack of that set only, in memory or on a device."""
@@ -109,7 +111,7 @@ class FactorSources:
             held = self.adapters.blends(adapt.adapters)
             blends = {blend.key: blend for blend in held}
             # A source holds the adapters' sets, and their sum is made for its first row.
-            sources = [FactorSource(key, blend, self._blended) for key, blend in blends.items()]
+            sources = [FactorSource(key, blend, self._blended, blend.names) for key, blend in blends.items()]
             return sources, _numbers(list(blends), [blend.key for blend in held])
         if mode == "static":
             sets = self._static_factors(adapt.factors)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import msgspec
 
-from chameleon_deploy.runtime import StructuredOutputs
+from chameleon_deploy.runtime import Stream, StructuredOutputs
 from chameleon_deploy.serve.keys import Right
 from chameleon_deploy.serve.service import Served
 
@@ -25,6 +25,7 @@ class Call(Generic[B]):
     size        of the body, in bytes
     tenant      of its API key
     rights      of its API key
+    streams     of the engine, as the handler begins them
     """
 
     body: B
@@ -33,6 +34,7 @@ class Call(Generic[B]):
     tenant: str | None
     rights: frozenset[Right]
     request_id: str
+    streams: list[Stream] = field(default_factory=list)
 
     @property
     def salt(self) -> str:

@@ -129,6 +129,7 @@ def prepare(call: Call[ChatRequest], outputs: StructuredOutputs | None) -> Job:
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": "tools" if _forces_calls(body) else outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error
+    call.streams.append(stream)
     served.count_prompt(meant.mode, stream.cluster_ids[0])
     family = family_of(template.source) if tools else None
     marks = hidden_marks(served.runtime.tokenizer) if tools else {}

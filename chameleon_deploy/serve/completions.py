@@ -197,10 +197,12 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
     try:
         # Each prompt is as if it were alone.
         generate = generate_options(call, body.max_tokens, [sampling] * len(ids))
-        return call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
+        stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error
+    call.streams.append(stream)
+    return stream
 
 
 async def _echoed(job: Job, call: Call[CompletionRequest]) -> list[Echo | None]:

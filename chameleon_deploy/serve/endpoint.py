@@ -55,11 +55,14 @@ class Endpoint:
             scope["state"]["body"] = raw.decode(errors="replace")
         request_id = scope["state"]["request_id"]
         call = Call(body, len(raw), self._service.served, holder.tenant, holder.rights, request_id)
-        if isinstance(body, AdaptedRequest | ResponsesRequest):
-            await _load_named(call)
-        answer = await operation.handler(call)
-        response = answer if isinstance(answer, Response) else json_response(answer)
-        await _deliver(response, scope, receive, send)
+        try:
+            if isinstance(body, AdaptedRequest | ResponsesRequest):
+                await _load_named(call)
+            answer = await operation.handler(call)
+            response = answer if isinstance(answer, Response) else json_response(answer)
+            await _deliver(response, scope, receive, send)
+        finally:
+            scope["state"]["rows"] = [row for stream in call.streams for row in stream.finished]
 
 
 async def _load_named(call: Call[Any]) -> None:

@@ -8,11 +8,17 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chameleon_deploy.runtime.engine.iteration import FinishedRow
+
 _log = logging.getLogger("chameleon_deploy.serve")
-_FIELDS = ("request_id", "method", "path", "status", "seconds", "body")
+_FIELDS = ("request_id", "method", "path", "status", "seconds", "adapters", "prompt_tokens", "new_tokens", "queued",
+           "first_token", "body")  # fmt: skip
+_SHOWN = ("seconds", "request_id", "adapters", "prompt_tokens", "new_tokens", "queued", "first_token", "body")
 _ID = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -39,12 +45,28 @@ class RequestLog:
         try:
             await self._app(scope, receive, identified)
         finally:
-            values = (
-                request_id, scope["method"], scope["path"], status, round(time.perf_counter() - started, 4),
-                scope["state"].get("body"),
-            )  # fmt: skip
-            extra = {name: value for name, value in zip(_FIELDS, values, strict=True) if value is not None}
+            values = {
+                "request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status,
+                "seconds": round(time.perf_counter() - started, 4), "body": scope["state"].get("body"),
+                **_generated(scope["state"].get("rows") or ()),
+            }  # fmt: skip
+            extra = {name: value for name, value in values.items() if value is not None}
             _log.info("%s %s %s", scope["method"], scope["path"], status, extra=extra)
+
+
+def _generated(rows: Sequence[FinishedRow]) -> dict[str, Any]:
+    """What is logged of the rows of a request: sums of tokens, and the longest waiting and time to a first token."""
+    if not rows:
+        return {}
+    queued = [row.queued for row in rows if row.queued is not None]
+    first = [row.first_token for row in rows if row.first_token is not None]
+    return {
+        "adapters": sorted({name for row in rows for name in row.adapters}) or None,
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "new_tokens": sum(row.new_tokens for row in rows),
+        "queued": round(max(queued), 4) if queued else None,
+        "first_token": round(max(first), 4) if first else None,
+    }
 
 
 def configure(as_json: bool) -> None:
@@ -77,8 +99,7 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = (f" {name}={getattr(record, name)!r}" for name in ("seconds", "request_id", "body")
-                  if hasattr(record, name))  # fmt: skip
+        fields = (f" {name}={getattr(record, name)!r}" for name in _SHOWN if hasattr(record, name))
         message = record.getMessage().translate(_ESCAPES | {ord("\n"): "\\n"})
         once = logging.makeLogRecord({**vars(record), "msg": message, "args": (), "exc_info": None, "exc_text": None})
         line = super().format(once) + "".join(fields)

@@ -5,6 +5,7 @@ Names are vLLM's where the meaning is the same. A row is one continuation of one
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -22,6 +23,9 @@ _STEP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WAIT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+LABELLED = 20  # adapters
+OTHERS = "(others)"  # which no adapter can be named
+PERIOD = 4096  # rows after which older rows count half
 
 
 class Metrics:
@@ -46,11 +50,27 @@ class Metrics:
         self._step = self._histogram("step_seconds", "Time of the decoder's step.", _STEP)
         self._slow_steps = self._counter("slow_steps", "Iterations of the engine that took longer than allowed.")
         self._chunk = self._histogram("prefill_seconds", "Time of a chunk of a prompt.", _STEP)
+        adapter_rows = self._counter("adapter_requests", "Rows that ended, by adapter.", "adapter")
+        adapter_prompts = self._counter("adapter_prompt_tokens", "Prompt tokens of these rows.", "adapter")
+        adapter_tokens = self._counter("adapter_generation_tokens", "Tokens generated in these rows.", "adapter")
+        self._adapter_counters = adapter_rows, adapter_prompts, adapter_tokens
+        self._adapter_first_token = self._histogram(
+            "adapter_time_to_first_token_seconds", "From submit to first token, of these rows.", _WAIT, "adapter"
+        )
+        self._adapter_queued = self._histogram(
+            "adapter_request_queue_time_seconds", "From submit to admission, of these rows.", _WAIT, "adapter"
+        )
+        self._busiest = Busiest(self._forget_adapter)
 
     def count_connections(self, connections: Sized) -> None:
         """Read how many connections are open whenever it is asked for."""
         gauge = Gauge("chameleon_connections", "Connections that are open.", registry=self._registry)
         gauge.set_function(lambda: len(connections))
+
+    def count_adapters(self, names: Callable[[], Sized]) -> None:
+        """Read how many adapters there are whenever it is asked for."""
+        gauge = Gauge("chameleon_adapters_loaded", "Adapters of the bundle and from files.", registry=self._registry)
+        gauge.set_function(lambda: len(names()))
 
     def watch(self, engine: Engine) -> None:
         """Read the gauges from an engine whenever they are asked for."""
@@ -95,6 +115,8 @@ class Metrics:
     def _finish(self, row: FinishedRow) -> None:
         self._prompt_tokens.inc(row.prompt_tokens)
         self._whole.observe(row.seconds)
+        for adapter in row.adapters:
+            self._finish_adapted(self._busiest.label(adapter), row)
         if row.finish_reason == "cancelled":
             self._cancelled.inc()
         elif row.finish_reason == "error":
@@ -102,11 +124,24 @@ class Metrics:
         else:
             self._success.labels(row.finish_reason).inc()
 
+    def _finish_adapted(self, label: str, row: FinishedRow) -> None:
+        for counter, count in zip(self._adapter_counters, (1, row.prompt_tokens, row.new_tokens), strict=True):
+            counter.labels(label).inc(count)
+        for histogram, seconds in (
+            (self._adapter_first_token, row.first_token), (self._adapter_queued, row.queued),
+        ):  # fmt: skip
+            if seconds is not None:
+                histogram.labels(label).observe(seconds)
+
+    def _forget_adapter(self, label: str) -> None:
+        for metric in (*self._adapter_counters, self._adapter_first_token, self._adapter_queued):
+            metric.remove(label)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"chameleon_{name}", text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"chameleon_{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"chameleon_{name}", text, labels, buckets=buckets, registry=self._registry)
 
     def _gauge(self, name: str, text: str, engine: Engine, value: Callable[[Stats], float]) -> None:
         gauge = Gauge(f"chameleon_{name}", text, registry=self._registry)
@@ -136,3 +171,40 @@ class PrefixCacheCollector(Collector):
 
 def _cache_usage(stats: Stats) -> float:
     return stats.cached_tokens / stats.cache_capacity
+
+
+class Busiest:
+    """Gives labels to adapters' names as they are used: to the busiest, so that the number of labels is bounded.
+
+    What is counted under a label never moves to another.
+
+    A name without a label takes that of the least used name once it is used twice as often, so that two names of the
+    same use do not take turns. Names that are used no more are forgotten.
+    """
+
+    def __init__(self, forget: Callable[[str], None], labelled: int = LABELLED) -> None:
+        """forget: called with a label that is used no more"""
+        self._forget, self._most = forget, labelled
+        self._labels: set[str] = set()
+        self._uses = Counts[str]()
+        self._left = PERIOD
+
+    def label(self, name: str) -> str:
+        """Count a use of a name, and return its label."""
+        self._count(name)
+        if name not in self._labels:
+            if len(self._labels) >= self._most:
+                least = min(self._labels, key=lambda label: self._uses[label])
+                if self._uses[name] <= 2 * self._uses[least]:
+                    return OTHERS
+                self._labels.remove(least)
+                self._forget(least)
+            self._labels.add(name)
+        return name
+
+    def _count(self, name: str) -> None:
+        self._uses[name] += 1
+        self._left -= 1
+        if not self._left:
+            self._left = PERIOD
+            self._uses = Counts({each: uses // 2 for each, uses in self._uses.items() if uses > 1})

@@ -159,6 +159,7 @@ class Service:
         )  # fmt: skip
         models.max_length = engine.capacity
         self.metrics.watch(engine)
+        self.metrics.count_adapters(lambda: runtime.adapters.names)
         centroids = runtime.bundle.centroids()
         if CHAT_TEMPLATE in runtime.manifest.files:  # what the first conversation would wait for
             _ = runtime.chat_template.stop_token_ids, runtime.chat_template.takes_tools

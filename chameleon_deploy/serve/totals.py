@@ -17,7 +17,8 @@ Families = dict[str, Metric]
 
 @dataclass
 class Totals:
-    """Sums over replicas. What a replica counted before it ended stays counted, so that no counter goes back.
+    """Sums over replicas. What a replica counted before it ended, or under a label that it has no more, stays counted,
+    so that no counter goes back.
 
     last  families of each replica that lived at the last call, by its name
     past  counters and histograms of those that have ended
@@ -28,11 +29,11 @@ class Totals:
 
     def add_up(self, texts: Mapping[str, bytes]) -> bytes:
         """Return one text in Prometheus' format of the texts of all living replicas, by their names."""
-        ended = [self.last.pop(name) for name in set(self.last) - set(texts)]
-        if ended:
-            counted = [{n: f for n, f in families.items() if f.type != "gauge"} for families in ended]
+        now = {name: _parse(text) for name, text in texts.items()}
+        counted = [_gone(families, now.get(name, {})) for name, families in self.last.items()]
+        if any(counted):
             self.past = [_sum([*self.past, *counted])]
-        self.last |= {name: _parse(text) for name, text in texts.items()}
+        self.last = now
         families = _sum([*self.past, *self.last.values()])
         for name in MEANS:
             if name in families:
@@ -59,6 +60,18 @@ def _parse(text: bytes) -> Families:
         for family in text_string_to_metric_families(text.decode())
         if not family.name.endswith("_created")
     }
+
+
+def _gone(before: Families, now: Families) -> Families:
+    """Return what was counted before and is not there any more."""
+    gone: Families = {}
+    for name, family in before.items():
+        kept = {(sample.name, *sample.labels.items()) for sample in now[name].samples} if name in now else set()
+        samples = [sample for sample in family.samples if (sample.name, *sample.labels.items()) not in kept]
+        if samples and family.type != "gauge":
+            gone[name] = Metric(name, family.documentation, family.type)
+            gone[name].samples = samples
+    return gone
 
 
 def _sum(parts: Iterable[Families]) -> Families:

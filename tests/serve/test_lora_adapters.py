@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -181,6 +182,34 @@ def keyed(path: Path) -> Iterator[Running]:
 def as_key(server: Running, key: str, path: str, **body: Any) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=60)
+
+
+def test_metrics_and_logs_tell_each_adapters_use(keyed: Running, caplog: pytest.LogCaptureFixture) -> None:
+    def counted() -> dict[str, float]:
+        text = httpx.get(f"{keyed.url}/metrics").text
+        found = re.findall(r'^chameleon_adapter_(\w+)\{adapter="(\w+)"\} (\S+)', text, re.MULTILINE)
+        return {f"{name} {adapter}": float(value) for name, adapter, value in found}
+
+    as_key(keyed, "sk-a", "load_lora_adapter", lora_name="poems", lora_path="poems.safetensors")
+    before = counted()
+    rows: list[Any] = ["legal", {"legal": 0.5, "poems": 0.5}, None]
+    caplog.set_level("INFO", "chameleon_deploy.serve")
+    body = {"prompt": [[1, 2, 3]] * 3, "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+    assert as_key(keyed, "sk-b", "completions", adapters=rows, **body).status_code == 200
+    keyed.wait_until_idle()
+    after = counted()
+    grown = {name: after[name] - before.get(name, 0) for name in after if "created" not in name}
+    for name, legal, poems in (
+        ("requests_total", 2, 1), ("prompt_tokens_total", 6, 3), ("generation_tokens_total", 8, 4),
+        ("time_to_first_token_seconds_count", 2, 1), ("request_queue_time_seconds_count", 2, 1),
+    ):  # fmt: skip
+        assert (grown[f"{name} legal"], grown[f"{name} poems"]) == (legal, poems), name
+    assert "chameleon_adapters_loaded 2.0" in httpx.get(f"{keyed.url}/metrics").text
+    (line,) = (record for record in caplog.records if getattr(record, "path", "") == "/v1/completions")
+    fields = vars(line)
+    assert (fields["adapters"], fields["prompt_tokens"], fields["new_tokens"]) == (["legal", "poems"], 9, 12)
+    assert 0 <= fields["queued"] <= fields["first_token"] <= fields["seconds"]
+    as_key(keyed, "sk-a", "unload_lora_adapter", lora_name="poems")
 
 
 def test_loading_is_a_right_of_a_key(keyed: Running) -> None:

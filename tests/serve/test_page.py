@@ -303,6 +303,17 @@ def test_copy_as_python_runs(stub: CompletionServer, page: Page, tmp_path: Path)
     }  # fmt: skip
 
 
+def test_adapters_and_their_use(page: Page) -> None:
+    """Nothing is shown before one was used."""
+    expect(page.locator("#adapters")).to_be_hidden()
+    generate(page)
+    finished(page)
+    expect(page.locator("#adapters")).to_be_visible()
+    assert cells(page, "#adapters tbody tr") == [
+        ["(others)", "9", "40", "-", "-"], ["code", "3", "12", "100.0 ms", "10.0 ms"]
+    ]  # fmt: skip
+
+
 def test_the_map_and_the_distances(page: Page) -> None:
     for prompt in ("four", "three", "two letters"):
         generate(page, prompt, 1)

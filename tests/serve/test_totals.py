@@ -57,6 +57,19 @@ def test_sums_and_means() -> None:
     assert not any("_created" in name for name in values)
 
 
+def test_a_label_that_a_replica_forgot_stays_counted() -> None:
+    metrics, other, totals = Metrics(), Metrics(), Totals()
+    row = FinishedRow("static", 0, "length", 5, 7, 0.5, 0.1, 0.2, ("legal",))
+    for each in (metrics, other):
+        each.observe(Iteration(finished=[row]))
+    for _ in range(2):
+        values = _values(totals.add_up({"a": metrics.text(), "b": other.text()}))
+        assert values["chameleon_adapter_generation_tokens_total,adapter=legal"] == 14
+        assert values["chameleon_adapter_time_to_first_token_seconds_count,adapter=legal"] == 2
+        if b"legal" in metrics.text():
+            metrics._forget_adapter("legal")
+
+
 def test_a_replica_that_ended_stays_counted() -> None:
     totals = Totals()
     totals.add_up({"a": _text(2, 10), "b": _text(6, 5)})

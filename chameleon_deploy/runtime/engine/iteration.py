@@ -14,6 +14,8 @@ class FinishedRow:
 
     prompt_tokens, new_tokens  numbers of tokens
     seconds                    from its submit to its end
+    queued, first_token        seconds from its submit to its admission, and to its first token; None without that
+    adapters                   names of its adapters, of all where it blends several
     """
 
     mode: Mode
@@ -22,6 +24,9 @@ class FinishedRow:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    queued: float | None = None
+    first_token: float | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass

@@ -123,7 +123,8 @@ class Loop:
             return
         self.batch.admit(member)
         self._report.factor_set_hits += hit
-        self._report.queued.append(time.monotonic() - member.submitted)
+        member.queued = time.monotonic() - member.submitted
+        self._report.queued.append(member.queued)
 
     def _read(self) -> None:
         started = time.perf_counter()
@@ -168,8 +169,11 @@ class Loop:
             self._end_all([member], error)
             return
         now = time.monotonic()
-        times = self._report.first_tokens if len(row.token_ids) == 1 else self._report.later_tokens
-        times.append(now - member.last_token)
+        if member.first_token is None:
+            member.first_token = now - member.submitted
+            self._report.first_tokens.append(member.first_token)
+        else:
+            self._report.later_tokens.append(now - member.last_token)
         member.last_token = now
         if token.generation is None:
             self._tokens.setdefault(member.stream, []).append(token)
@@ -189,8 +193,12 @@ class Loop:
         self._tokens.setdefault(member.stream, []).append(token)
         self._ended.add(member)
         row, seconds = member.row, time.monotonic() - member.submitted
-        finished = FinishedRow(member.stream.mode, row.cluster_id, reason, len(row.prompt), len(row.token_ids), seconds)
+        finished = FinishedRow(
+            member.stream.mode, row.cluster_id, reason, len(row.prompt), len(row.token_ids), seconds, member.queued,
+            member.first_token, member.adapters,
+        )  # fmt: skip
         self._report.finished.append(finished)
+        member.stream.finished.append(finished)
 
 
 def open_batch(

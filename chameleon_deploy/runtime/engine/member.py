@@ -44,6 +44,7 @@ class Member:
     overtaken      see schedule.py
     cache_salt, cache_generated  see Generate
     source         the source of its factors, set when its cohort is complete
+    queued, first_token, adapters  see FinishedRow
     """
 
     stream: Stream
@@ -57,6 +58,9 @@ class Member:
     cache_salt: str = ""
     cache_generated: bool = True
     source: FactorSource = field(init=False)
+    queued: float | None = None
+    first_token: float | None = None
+    adapters: tuple[str, ...] = ()
     _lookup: PromptLookup | None = None
 
     @property

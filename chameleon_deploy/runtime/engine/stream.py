@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from chameleon_deploy.contract.bundle import Mode
+from chameleon_deploy.runtime.engine.iteration import FinishedRow
 from chameleon_deploy.runtime.generation import Generation, Token
 
 
@@ -39,6 +40,7 @@ class Stream:
     cohort       set before the first token in the modes cohort and tenant, else None
     cached_tokens  of each prompt, tokens that were found in the prefix cache; set before the first token
     cancelled    whether `cancel` was called
+    finished     the records of the rows that have ended
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], cluster_ids: Sequence[int], mode: Mode, n: int) -> None:
@@ -46,6 +48,7 @@ class Stream:
         self.cohort: Cohort | None = None
         self.cached_tokens = [0] * len(prompts)
         self.cancelled = False
+        self.finished = list[FinishedRow]()
         self._tokens: SimpleQueue[Token | None] = SimpleQueue()  # None ends it
         self._generations: dict[int, Generation] = {}
         self._done = threading.Event()

@@ -83,3 +83,4 @@ def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: 
         of_prompt = [sources[next(of_prompts)] for _ in submission.stream.prompts]
         for member in submission.members:
             member.source = of_prompt[member.row.index // submission.stream.n]
+            member.adapters = member.source.adapters

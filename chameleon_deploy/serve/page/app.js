@@ -1,5 +1,6 @@
 // The playground: requests to this server, as completions or as a conversation, and what the server does now.
 
+import { showAdapters } from "./adapters.js";
 import { ALTERNATIVES, Answer, hideAlternatives, watchTokens } from "./answer.js";
 import { chatBody, clear, regenerate, send } from "./chat.js";
 import { loadClusters, locate, showMapError } from "./clusters.js";
@@ -57,6 +58,7 @@ async function poll() {
     const rate = counted ? 1000 * (now.tokens - counted.tokens) / (now.at - counted.at) : NaN;
     counted = now;
     showLive(value("num_requests_running"), value("num_requests_waiting"), rate);
+    showAdapters(text);
   } catch {
     showLive(NaN, NaN, NaN);
   }
