@@ -12,11 +12,14 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
+from chameleon_deploy.runtime.sampling_settings import MAX_LOGPROBS
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.chat import Job, row_parts, submit
-from chameleon_deploy.serve.chat_schemas import ChatRequest, ToolCallDelta
+from chameleon_deploy.serve.chat_schemas import ChatRequest, TokenLogprob, ToolCallDelta
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream
+
+LOGPROBS = "message.output_text.logprobs"  # of `include`
 
 
 class ResponsesRequest(Struct, kw_only=True):
@@ -32,6 +35,10 @@ class ResponsesRequest(Struct, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    include: (
+        Annotated[list[str], Meta(description="message.output_text.logprobs; others have nothing to add.")] | None
+    ) = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS, description="Beside each token's.")] = 0
     text: dict[str, Any] | None = None
     previous_response_id: Annotated[str, Meta(description="Refused: nothing is stored.")] | None = None
     conversation: Annotated[str | dict[str, Any], Meta(description="Refused: nothing is stored.")] | None = None
@@ -93,6 +100,8 @@ def _chat_body(body: ResponsesRequest) -> dict[str, Any]:
         "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else _nested(body.tool_choice, "function"),
         "response_format": _nested(format_, "json_schema") if isinstance(format_, dict) else format_,
     }
+    if LOGPROBS in (body.include or ()):
+        found |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     found |= {name: getattr(body, name) for name in ("model", "temperature", "top_p", "parallel_tool_calls")}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -157,14 +166,16 @@ class Output:
         self.items: list[dict[str, Any]] = []
         self._name, self._message = name, False  # whether the last item is a message that goes on
 
-    def text(self, delta: str) -> Iterator[dict[str, Any]]:
+    def text(self, delta: str, logprobs: Sequence[TokenLogprob]) -> Iterator[dict[str, Any]]:
         if not self._message:
-            part = {"type": "output_text", "text": "", "annotations": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             yield self._added({"type": "message", "role": "assistant", "content": [part]})
             yield self._event("content_part.added", part=part, content_index=0)
             self._message = True
-        self.items[-1]["content"][0]["text"] += delta
-        yield self._event("output_text.delta", delta=delta, content_index=0, logprobs=[])
+        (part,) = self.items[-1]["content"]
+        part["text"] += delta
+        part["logprobs"] += logprobs
+        yield self._event("output_text.delta", delta=delta, content_index=0, logprobs=logprobs)
 
     def call(self, call: ToolCallDelta) -> Iterator[dict[str, Any]]:
         yield from self.end()
@@ -180,7 +191,7 @@ class Output:
         if self._message:
             self._message = False
             (part,) = self.items[-1]["content"]
-            yield self._event("output_text.done", text=part["text"], content_index=0, logprobs=[])
+            yield self._event("output_text.done", text=part["text"], content_index=0, logprobs=part["logprobs"])
             yield self._event("content_part.done", part=part, content_index=0)
             yield self._done()
 
@@ -205,10 +216,14 @@ async def _events(job: Job, body: ResponsesRequest) -> AsyncGenerator[dict[str, 
         tools=body.tools or [], tool_choice=body.tool_choice, parallel_tool_calls=body.parallel_tool_calls,
     )  # fmt: skip
     yield {"type": "response.created", "response": response}
+    logprobs: list[TokenLogprob] = []  # of tokens whose text has not come yet
     async with contextlib.aclosing(row_parts(job)) as choices:
         async for count, choice in choices:
             new_tokens, reason = new_tokens + count, choice.finish_reason or reason
-            for event in output.text(choice.delta.content) if choice.delta.content else ():
+            logprobs += choice.logprobs.content if choice.logprobs else ()
+            if choice.delta.content or choice.delta.tool_calls:
+                written, logprobs = logprobs, []
+            for event in output.text(choice.delta.content, written) if choice.delta.content else ():
                 yield event
             for event in itertools.chain.from_iterable(map(output.call, choice.delta.tool_calls or ())):
                 yield event

@@ -79,6 +79,23 @@ def test_a_stream_tells_the_same(speaking: InThread, answer: int, fields: dict[s
     assert [event.delta for event in deltas] == [item.arguments for item in last.output if item.type == "function_call"]
 
 
+def test_log_probabilities_where_they_are_asked_for(speaking: InThread) -> None:
+    """Those of chat, by token; the token that ends the turn is no part of the text."""
+    instructions = {"role": "system", "content": system_for(0, speaking.runtime.chat_template, [HELLO])}
+    chat = speaking.post(
+        "/v1/chat/completions", messages=[instructions, HELLO], temperature=0, logprobs=True, top_logprobs=2
+    ).json()["choices"][0]["logprobs"]["content"]
+    fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (item,) = create(speaking, 0, **fields).output
+    found = [entry.model_dump() for entry in item.content[0].logprobs]
+    assert found == chat[: len(found)] and "".join(entry["token"] for entry in found) == "The river runs."
+    events = list(create(speaking, 0, stream=True, **fields))
+    deltas = [entry for event in events if event.type.endswith("text.delta") for entry in event.logprobs]
+    assert [entry.token for entry in deltas] == [entry["token"] for entry in found]
+    (plain,) = create(speaking, 0, include=["reasoning.encrypted_content"]).output
+    assert plain.content[0].logprobs == []
+
+
 def test_the_client_follows_a_stream(speaking: InThread) -> None:
     """openai's own accumulator, which is strict about the order of events."""
     instructions = system_for(0, speaking.runtime.chat_template, [HELLO])
