@@ -19,6 +19,7 @@ from chameleon_deploy.runtime import (
     Score,
     Stream,
     StructuredOutputs,
+    Tenant,
     Token,
     load,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Score",
     "Stream",
     "StructuredOutputs",
+    "Tenant",
     "Token",
     "__version__",
     "load",

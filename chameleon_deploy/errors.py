@@ -180,6 +180,19 @@ class QueueFullError(ChameleonError):
     code = "queue_full"
 
 
+class RateLimitError(ChameleonError):
+    """A tenant has used its tokens of this minute.
+
+    retry_seconds  after which it may try again
+    """
+
+    code = "rate_limited"
+
+    def __init__(self, message: str = "", argument: str | None = None, retry_seconds: int = 1) -> None:
+        super().__init__(message, argument)
+        self.retry_seconds = retry_seconds
+
+
 class ClosedError(ChameleonError):
     """The engine is closed, or is draining and accepts no new request."""
 

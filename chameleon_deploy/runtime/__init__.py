@@ -4,6 +4,7 @@ from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
 from chameleon_deploy.runtime.chat.conversation import Conversation
 from chameleon_deploy.runtime.engine.engine import Engine, EngineOptions
 from chameleon_deploy.runtime.engine.stream import Stream
+from chameleon_deploy.runtime.engine.tenants import Tenant
 from chameleon_deploy.runtime.generation import Generate, Generation, Token
 from chameleon_deploy.runtime.runtime import Runtime, load
 from chameleon_deploy.runtime.sampling_settings import Sampling
@@ -23,6 +24,7 @@ __all__ = [
     "Score",
     "Stream",
     "StructuredOutputs",
+    "Tenant",
     "Token",
     "load",
 ]

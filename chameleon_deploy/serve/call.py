@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from chameleon_deploy.runtime import Stream, StructuredOutputs
+from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.serve.keys import Right
 from chameleon_deploy.serve.service import Served
 
@@ -25,6 +26,7 @@ class Call(Generic[B]):
     size        of the body, in bytes
     tenant      of its API key
     rights      of its API key
+    share       of the engine, of its tenant
     streams     of the engine, as the handler begins them
     """
 
@@ -34,6 +36,7 @@ class Call(Generic[B]):
     tenant: str | None
     rights: frozenset[Right]
     request_id: str
+    share: Tenant = NOBODY
     streams: list[Stream] = field(default_factory=list)
 
     @property

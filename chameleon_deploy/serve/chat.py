@@ -125,7 +125,7 @@ def prepare(call: Call[ChatRequest], outputs: StructuredOutputs | None) -> Job:
             served.sanitize_control_tokens,
         )
         ids, generate = chat_prompt(template, conversation, generate_options(call, limit, [sampling]))
-        stream = served.engine.submit([ids], generate, adapt_options(call, meant, 1))
+        stream = served.engine.submit([ids], generate, adapt_options(call, meant, 1), call.share)
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": "tools" if _forces_calls(body) else outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error

@@ -197,7 +197,7 @@ def _submit(call: Call[CompletionRequest], ids: list[list[int]], sampling: Sampl
     try:
         # Each prompt is as if it were alone.
         generate = generate_options(call, body.max_tokens, [sampling] * len(ids))
-        stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)))
+        stream = call.served.engine.submit(ids, generate, adapt_options(call, meant, len(ids)), call.share)
     except ChameleonError as error:
         fields = {**_FIELDS, "structured_outputs": outputs_field(body)}
         raise api_error(error, fields.get(error.argument or "", error.argument)) from error

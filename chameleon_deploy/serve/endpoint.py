@@ -38,7 +38,7 @@ class Endpoint:
             raw = await read_body(receive, service.settings.max_body_bytes, service.unfinished_bodies)
         except DisconnectedError:
             return
-        service.begin()
+        service.begin(holder.tenant)
         try:
             await _while_connected(receive, self._answer(raw, holder, scope, receive, send))
         except asyncio.CancelledError:
@@ -46,7 +46,7 @@ class Endpoint:
                 raise
             raise ApiError(503, "closed", "the server ended before it had answered") from None
         finally:
-            service.end()
+            service.end(holder.tenant)
 
     async def _answer(self, raw: bytes, holder: Holder, scope: Scope, receive: Receive, send: Send) -> None:
         operation = self._operation
@@ -54,7 +54,7 @@ class Endpoint:
         if self._service.settings.log_prompts:
             scope["state"]["body"] = raw.decode(errors="replace")
         request_id = scope["state"]["request_id"]
-        call = Call(body, len(raw), self._service.served, holder.tenant, holder.rights, request_id)
+        call = Call(body, len(raw), self._service.served, holder.tenant, holder.rights, request_id, holder.share)
         try:
             if isinstance(body, AdaptedRequest | ResponsesRequest):
                 await _load_named(call)

@@ -13,12 +13,14 @@ from chameleon_deploy.errors import (
     AdapterError,
     BundleChangedError,
     ChameleonError,
+    CheckpointError,
     ClosedError,
     InputError,
     LengthError,
     ModeError,
     ProviderError,
     QueueFullError,
+    RateLimitError,
     TensorError,
     TokenError,
 )
@@ -27,6 +29,7 @@ from chameleon_deploy.serve.schemas import ErrorBody, ErrorDetail
 # What the caller can change. Every other ChameleonError is a fault of this side.
 _STATUS: Mapping[type[ChameleonError], int] = {
     AdapterError: 400,
+    CheckpointError: 400,  # an adapter's PEFT directory
     InputError: 400,
     LengthError: 400,
     ModeError: 400,
@@ -34,6 +37,7 @@ _STATUS: Mapping[type[ChameleonError], int] = {
     TensorError: 400,
     TokenError: 422,
     QueueFullError: 429,
+    RateLimitError: 429,
     ClosedError: 503,
     BundleChangedError: 503,
 }
@@ -69,7 +73,8 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ChameleonError):
-        return ApiError(_STATUS.get(type(error), 500), error.code, str(error), param)
+        headers = {"Retry-After": str(error.retry_seconds)} if isinstance(error, RateLimitError) else {}
+        return ApiError(_STATUS.get(type(error), 500), error.code, str(error), param, headers)
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
         return ApiError(error.status_code, code, error.detail, headers=error.headers or {})
@@ -79,7 +84,7 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
 def error_response(error: ApiError) -> Response:
     headers = dict(error.headers)
     if error.status in (429, 503):
-        headers["Retry-After"] = _RETRY_SECONDS
+        headers.setdefault("Retry-After", _RETRY_SECONDS)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(msgspec.json.encode(error.body), error.status, headers, media_type="application/json")

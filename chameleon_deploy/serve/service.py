@@ -130,7 +130,7 @@ class Service:
         self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
         self._served: Served | None = None
         self._draining = self._aborted = self._ended = self._told_of_change = False
-        self._requests = 0
+        self._requests = Counter[str | None]()  # that are worked on, by tenant
         self.unfinished_bodies = UnfinishedBodies(max(settings.max_unfinished_bytes, settings.max_body_bytes))
         self._watchdog: Watchdog | None = None
 
@@ -152,8 +152,9 @@ class Service:
         vectors = [[0.0] * size] if size and models.default == "request" else None
         runtime.adapt([[0]], Adapt(models.default, tenants, conditioning=vectors))  # makes factors
         names = TokenNames(runtime.tokenizer, runtime.manifest.model.vocab_size)
+        # With keys there is one more row, which is kept for a tenant that has none.
         engine = Engine(
-            runtime, rows=s.rows, max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
+            runtime, rows=s.rows + bool(self.keys), max_waiting=s.max_waiting, prefill_tokens=s.prefill_tokens,
             max_factor_sets=s.max_factor_sets, capacity=s.capacity, prefix_cache_bytes=s.prefix_cache_bytes,
             cohort_window_ms=s.cohort_window_ms, observe=self.metrics.observe,
         )  # fmt: skip
@@ -204,14 +205,16 @@ class Service:
             self._told_of_change = True
             raise ApiError(503, error.code, "the bundle's files have changed: restart the server") from error
 
-    def begin(self) -> None:
-        """Count a request; `end` must follow. Raises ApiError."""
-        if self._requests >= self.settings.max_requests:
-            raise ApiError(429, "too_many_requests", f"{self._requests} requests are being worked on: try again later")
-        self._requests += 1
+    def begin(self, tenant: str | None = None) -> None:
+        """Count a request; `end` must follow. A tenant has at most half of what others leave. Raises ApiError."""
+        count, own = self._requests.total(), self._requests[tenant]
+        left = self.settings.max_requests - (count - own)
+        if count >= self.settings.max_requests or (tenant is not None and own >= max(left // 2, 1)):
+            raise ApiError(429, "too_many_requests", f"{count} requests are being worked on: try again later")
+        self._requests[tenant] += 1
 
-    def end(self) -> None:
-        self._requests -= 1
+    def end(self, tenant: str | None = None) -> None:
+        self._requests[tenant] -= 1
 
     def drain(self) -> None:
         """Finish what was accepted, for at most drain_seconds, and close the engine. Blocks.
@@ -225,7 +228,7 @@ class Service:
             return
         end = time.monotonic() + self.settings.drain_seconds
         self._served.engine.close(self.settings.drain_seconds)
-        while self._requests and time.monotonic() < end and not self._aborted:  # those that score
+        while self._requests.total() and time.monotonic() < end and not self._aborted:  # those that score
             time.sleep(0.02)
         self._ended = True
         for executor in (self._served.scorer, self._served.compiler):

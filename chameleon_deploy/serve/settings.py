@@ -63,7 +63,8 @@ class Settings:
         int, Meta(ge=1, description="Bytes of loaded adapters that stay in memory; others are read again.")
     ] = 2**30
     api_keys: Annotated[
-        Path | None, Meta(description='JSON file, {"key": "tenant"} or {"key": {"tenant": ..., "rights": [...]}}.')
+        Path | None,
+        Meta(description='JSON file, {"key": "tenant"} or {"key": {"tenant": ..., "rights": [...], "weight": ...}}.'),
     ] = None
     cohort_window_ms: Annotated[
         float, Meta(ge=0, description="Milliseconds for which a cohort waits for other requests.")

@@ -370,7 +370,7 @@ def test_a_request_of_many_rows_lets_others_in(runtime: Runtime) -> None:
 
 
 def test_a_request_that_lets_nobody_in_is_seen(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_come(queue: Any, running: Any, is_resident: Any, is_full: Any) -> Any:
+    def first_come(queue: Any, running: Any, is_resident: Any, is_full: Any, next_tenant: Any) -> Any:
         return iter(queue)
 
     monkeypatch.setattr("chameleon_deploy.runtime.engine.loop.admissible", first_come)
@@ -504,7 +504,7 @@ def test_a_step_that_raises_ends_the_rows_in_it(runtime: Runtime, failing: Faili
     bench.iterate()
     failing.fails = lambda binding: True
     prefill = bench.loop.batch.prefill  # its chunk succeeds, its step fails
-    bench.loop.batch.prefill = lambda: 0  # type: ignore[method-assign]
+    bench.loop.batch.prefill = lambda *_: 0  # type: ignore[method-assign]
     bench.iterate()
     bench.loop.batch.prefill = prefill  # type: ignore[method-assign]
     for stream in inside:

@@ -23,6 +23,7 @@ class Row:
     key: str
     stream: str = ""
     overtaken: int = 0
+    tenant: str = ""
 
 
 def admitted(

@@ -1,23 +1,25 @@
 """The decisions of the engine: which row is admitted next, and what is prefilled in one call.
 
 Rows are divided evenly: the next is of the request that has the fewest in the batch, among equals the first to come.
-So a request of many rows takes all while nobody else waits, and others get theirs as its rows end. Factor sets that
-have no room cause a bounded number of exceptions.
+So a request of many rows takes all while nobody else waits, and others get theirs as its rows end. Several tenants
+share the rows as `engine/tenants.py` says, and each divides its own in this way. Factor sets that have no room cause a
+bounded number of exceptions.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 # How often rows with a resident factor set may overtake a row whose set has no room.
 MAX_OVERTAKES = 16
 # A call of the decoder takes the time of so many more tokens, since it reads all weights.
 CALL_TOKENS = 32
+MIN_CHUNK_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Waiting(Protocol):
 
     overtaken  counted here
     stream     of its request
+    tenant     whose it is
     """
 
     overtaken: int
@@ -46,6 +49,9 @@ class Waiting(Protocol):
 
     @property
     def stream(self) -> Hashable: ...
+
+    @property
+    def tenant(self) -> Hashable: ...
 
 
 W = TypeVar("W", bound=Waiting)
@@ -64,6 +70,7 @@ def admissible(
     running: Mapping[Hashable, int],
     is_resident: Callable[[Hashable], bool],
     is_full: Callable[[], bool],
+    next_tenant: Callable[[Iterable[Any]], Hashable | None] = lambda tenants: next(iter(tenants), None),
 ) -> Iterator[W]:
     """Yield the rows that may be admitted, in turn. Each is admitted before the next is asked for.
 
@@ -71,14 +78,21 @@ def admissible(
     running      number of rows in the batch, by stream
     is_resident  returns whether a factor set is in the table
     is_full      returns whether the table has no room for another
+    next_tenant  returns which of the tenants that have rows here is next; None ends it
     """
     # A row's turn comes when its request has so many rows in the batch.
     turns, of_stream = list[int](), Counter(running)
     for row in queue:
         turns.append(of_stream[row.stream])
         of_stream[row.stream] += 1
-    passed, overtakes_left = list[W](), MAX_OVERTAKES
+    lines: dict[Hashable, deque[W]] = {}
     for _, row in sorted(zip(turns, queue, strict=True), key=itemgetter(0)):
+        lines.setdefault(row.tenant, deque()).append(row)
+    passed, overtakes_left = list[W](), MAX_OVERTAKES
+    while (tenant := next_tenant(lines)) is not None:
+        row = lines[tenant].popleft()
+        if not lines[tenant]:
+            del lines[tenant]
         if is_full() and not is_resident(row.key):
             passed.append(row)
             overtakes_left = min(overtakes_left, MAX_OVERTAKES - row.overtaken)
@@ -89,6 +103,11 @@ def admissible(
             yield row
         if overtakes_left <= 0:
             return
+
+
+def short_chunk(chunk_tokens: int) -> int:
+    """Return the most tokens of a chunk while another tenant, which has fewer rows, waits for its prompt to be read."""
+    return max(chunk_tokens // 4, MIN_CHUNK_TOKENS)
 
 
 def chunk_length(remaining: int, chunk_tokens: int) -> int:

@@ -169,6 +169,14 @@ class Slots:
         """Copy row `source` to row `target`."""
         self.fork(source, target, int(self.lengths[source]))
 
+    def swap(self, row: int, other: int) -> None:
+        """Exchange two rows."""
+        lengths = int(self.lengths[row]), int(self.lengths[other])
+        kept = self._cache[:, row, :, : lengths[0]].copy()
+        self.move(other, row)
+        self._cache[:, other, :, : lengths[0]] = kept
+        self.lengths[other] = lengths[0]
+
     def fork(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
         self._cache[:, target, :, :length] = self._cache[:, source, :, :length]

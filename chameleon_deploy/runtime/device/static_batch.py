@@ -48,7 +48,7 @@ class StaticBatch:
             cache, factors = self._running
             self._running = self._decoder.select(cache, kept), factors.rows(kept)
 
-    def prefill(self) -> int:
+    def prefill(self, crowding: Collection[str] = ()) -> int:
         return 0
 
     def to_prefill(self) -> list[Member]:

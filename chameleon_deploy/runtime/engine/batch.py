@@ -7,7 +7,7 @@ from typing import Protocol
 
 from chameleon_deploy.runtime.decode.logits import HostLogits, Logits
 from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache
-from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined
+from chameleon_deploy.runtime.decode.schedule import Schedule, chunk_length, joined, short_chunk
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.member import Member, Prompt
@@ -42,8 +42,10 @@ class Batch(Protocol):
 
     def drop(self, gone: Collection[Member]) -> None: ...
 
-    def prefill(self) -> int:
+    def prefill(self, crowding: Collection[str] = ()) -> int:
         """Prefill one chunk of a prompt, or several whole prompts that are no longer. Returns the number of tokens.
+
+        crowding  names of tenants whose chunks are short
 
         An exception of the decoder concerns those of `to_prefill` only.
         """
@@ -74,6 +76,8 @@ class ContinuousBatch:
     Where a step is as exact and follows every call that prefills, the last token of a prompt is left to the step, which
     reads the head's weights for all members in any case: several percent of the time of a prompt. Elsewhere the first
     new token follows from the last chunk.
+
+    Tenants that have prompts to read take turns, call by call.
     """
 
     def __init__(self, slots: Slots, table: FactorTable, schedule: Schedule, cache: PrefixCache | None = None) -> None:
@@ -84,6 +88,8 @@ class ContinuousBatch:
         self._left_to_step = int(slots.is_exact and not schedule.reads_all)
         self._prefixes = None if cache is None else Prefixes(cache, slots, table, schedule.chunk_tokens)
         self._reading: list[Member] = []  # in the last call that prefilled
+        self._admitted = self._calls = 0
+        self._read_at: dict[str, int] = {}  # the last call of each tenant in the batch
         self._stepped: tuple[list[Member], RowFactors] | None = None  # of the last step
 
     @property
@@ -95,6 +101,8 @@ class ContinuousBatch:
 
     def admit(self, member: Member) -> None:
         self._slots.admit(len(self.members))
+        member.place = self._admitted
+        self._admitted += 1
         self.members.append(member)
 
     def drop(self, gone: Collection[Member]) -> None:
@@ -119,15 +127,17 @@ class ContinuousBatch:
             self._slots.move(source, target)
             self.members[target] = self.members[source]
 
-    def prefill(self) -> int:
-        tokens = self._prefill_once()
+    def prefill(self, crowding: Collection[str] = ()) -> int:
+        tokens = self._prefill_once(crowding)
         while self._schedule.reads_all and self.ready < len(self.members):
-            tokens += self._prefill_once()
+            tokens += self._prefill_once(crowding)
         return tokens
 
-    def _prefill_once(self) -> int:
+    def _prefill_once(self, crowding: Collection[str]) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
+            if not tokens:
+                self._bring_next()
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
             stop = self._prefilled(prompt)
             sibling = self._sibling(prompt) if start == 0 else None
@@ -143,10 +153,22 @@ class ContinuousBatch:
             elif sibling is None and start == 0 and self._restored():
                 continue
             elif sibling is None and not tokens:
-                tokens = self._prefill_chunks(start)
+                tokens = self._prefill_chunks(start, crowding)
             else:
                 break
         return tokens
+
+    def _bring_next(self) -> None:
+        """Bring a member of the tenant whose turn it is to the place that is read next."""
+        names = dict.fromkeys(member.tenant.name for member in self.members[self.ready :])
+        turn = min(names, key=lambda name: self._read_at.get(name, -1))
+        mine = [place for place in range(self.ready, len(self.members)) if self.members[place].tenant.name == turn]
+        # The one that is begun, so that there is one of each tenant at most.
+        place = min(mine, key=lambda place: (not self._slots.lengths[place], self.members[place].place))
+        if place != self.ready:
+            self._slots.swap(self.ready, place)
+            members = self.members
+            members[self.ready], members[place] = members[place], members[self.ready]
 
     def _restored(self) -> bool:
         """Return whether the next prompt now begins with what the prefix cache has of it."""
@@ -169,15 +191,19 @@ class ContinuousBatch:
         # The decoder appends tokens to a cache that is not empty for a single row only.
         if self._slots.lengths[self.ready]:
             return [self.members[self.ready]]
-        count = joined(map(self._prefilled, self._unread()), self._schedule.chunk_tokens)
+        most = self._schedule.chunk_tokens
+        if len({member.tenant.name for member in self.members[self.ready :]}) > 1:
+            most = short_chunk(most)  # nobody waits long for what others read in the same call
+        count = joined(map(self._prefilled, self._unread()), most)
         return self.members[self.ready : self.ready + count]
 
     def _unread(self) -> Iterator[Prompt]:
         """Yield the next prompts up to the first that is copied later, from a member or from the prefix cache."""
         seen, beginnings = set[int](), set[Hashable]()
-        for member in self.members[self.ready :]:
+        for place in range(self.ready, len(self.members)):
+            member = self.members[place]
             prompt = member.prompt
-            if prompt.readers or id(prompt) in seen:
+            if prompt.readers or id(prompt) in seen or self._slots.lengths[place]:
                 return
             if self._prefixes is not None:
                 if seen and self._prefixes.will_have(member, beginnings):
@@ -186,13 +212,16 @@ class ContinuousBatch:
             seen.add(id(prompt))
             yield prompt
 
-    def _prefill_chunks(self, start: int) -> int:
+    def _prefill_chunks(self, start: int, crowding: Collection[str]) -> int:
         """Prefill the next tokens of members that all have `start` tokens already."""
         members = self._reading = self._next_to_prefill()
+        most = self._schedule.chunk_tokens
+        if members[0].tenant.name in crowding:
+            most = short_chunk(most)
         if self._prefixes is not None and start == 0:
             for member in members:
                 self._prefixes.begin(member, cached=0, exact=0)
-        stops = [start + chunk_length(self._prefilled(m.prompt) - start, self._schedule.chunk_tokens) for m in members]
+        stops = [start + chunk_length(self._prefilled(m.prompt) - start, most) for m in members]
         chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
         num_logits = int(stops[0] == len(members[0].prompt.ids))
         factors = (
@@ -206,6 +235,9 @@ class ContinuousBatch:
                 member.prompt.logits = after_last
         if start == members[0].prompt.exact and list(map(len, chunks)) == [self._schedule.chunk_tokens]:
             members[0].prompt.exact = stops[0]
+        self._calls += 1
+        self._read_at = {m.tenant.name: self._read_at.get(m.tenant.name, -1) for m in self.members}
+        self._read_at |= {m.tenant.name: self._calls for m in members}
         return sum(map(len, chunks))
 
     def to_step(self) -> list[Member]:

@@ -27,6 +27,7 @@ from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import Stream, deliver
 from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare
+from chameleon_deploy.runtime.engine.tenants import NOBODY, Accounts, Tenant
 from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token
 from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_names, check_number, chosen
 from chameleon_deploy.runtime.machine import free_memory
@@ -151,6 +152,7 @@ class Engine:
         self._open_cohorts: dict[Hashable, tuple[float, list[Submission]]] = {}
         self._cohort_ids = itertools.count()
         self._present = 0  # submitted rows that have not ended
+        self._accounts = Accounts(options.rows, options.max_waiting)
         self._closing = self._cancelling = False
         self._iteration_began: float | None = None
         self._lock = threading.Lock()  # guards _present and _closing
@@ -164,18 +166,21 @@ class Engine:
         prompts: Texts,
         generate: Generate | None = None,
         adapt: Adapt | None = None,
+        tenant: Tenant = NOBODY,
         **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
         """Queue every prompt. Returns at once; safe to call from any thread.
 
         Arguments as in `Runtime.stream`; a row is also bounded by the engine's capacity.
 
+        tenant  whose share of the engine the rows take; not those of mode tenant
+
         Every argument is checked before this returns. Raises InputError, TokenError, LengthError (a prompt that no row
-        can hold), ModeError, FactorsError, AdapterError, QueueFullError, or ClosedError after `close`.
+        can hold), ModeError, FactorsError, AdapterError, QueueFullError, RateLimitError, or ClosedError after `close`.
         """
         check_names(keywords, Generate, Adapt)
         generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
-        submission = prepare(self.runtime, prompts, generate, adapt, self.capacity)
+        submission = prepare(self.runtime, prompts, generate, adapt, self.capacity, tenant)
         rows, places = len(submission.members), self.rows + self.max_waiting
         if rows > (most := most_rows(places)):
             name = "n" if generate.n > 1 else "prompts"
@@ -187,6 +192,7 @@ class Engine:
                 raise ClosedError("the engine is closed and takes no new requests")
             if rows > most_rows(places - self._present):
                 raise QueueFullError(f"no room for {rows} rows, at most {self.max_waiting} may wait: try again later")
+            self._accounts.begin(tenant, rows, sum(map(len, submission.stream.prompts)))
             self._present += rows
             self._commands.put(submission)
         return submission.stream
@@ -196,12 +202,13 @@ class Engine:
         messages: Messages,
         generate: Generate | None = None,
         adapt: Adapt | None = None,
+        tenant: Tenant = NOBODY,
         **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
         """Queue a conversation. Arguments and errors as in `Runtime.chat` and `submit`; n may be more than 1."""
         check_names(keywords, Generate, Adapt)
         ids, generate = chat_prompt(self.runtime.chat_template, messages, chat_generate(generate, keywords))
-        return self.submit([ids], generate, chosen(Adapt, adapt, keywords))
+        return self.submit([ids], generate, chosen(Adapt, adapt, keywords), tenant)
 
     @property
     def closed(self) -> bool:
@@ -311,6 +318,8 @@ class Engine:
     def _hand_out(self, tokens: dict[Stream, list[Token]], iteration: Iteration) -> None:
         with self._lock:
             self._present -= len(iteration.finished)
+            for row in iteration.finished:
+                self._accounts.end(row)
         deliver(tokens)
         if self._observe is not None:
             try:

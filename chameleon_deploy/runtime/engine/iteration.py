@@ -15,6 +15,7 @@ class FinishedRow:
     prompt_tokens, new_tokens  numbers of tokens
     seconds                    from its submit to its end
     queued, first_token        seconds from its submit to its admission, and to its first token; None without that
+    tenant                     the name of its tenant
     adapters                   names of its adapters, of all where it blends several
     """
 
@@ -27,6 +28,7 @@ class FinishedRow:
     queued: float | None = None
     first_token: float | None = None
     adapters: tuple[str, ...] = ()
+    tenant: str = ""
 
 
 @dataclass

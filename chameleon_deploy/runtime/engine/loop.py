@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from chameleon_deploy.runtime.engine.factor_table import FactorTable, MadeFactor
 from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.runtime.engine.member import Member, members_of
 from chameleon_deploy.runtime.engine.stream import Stream
+from chameleon_deploy.runtime.engine.tenants import Shares, Tenant, crowding, may_begin
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import FinishReason, Generate, OnError, Row, Token, choosers
@@ -51,6 +52,8 @@ class Loop:
         self._ended: set[Member] = set()  # since the last drop
         self._tokens: dict[Stream, list[Token]] = {}
         self._report = Iteration()
+        self._shares = Shares()
+        self._waiting_names: set[str] = set()  # of tenants, in the current iteration
 
     def __bool__(self) -> bool:
         """Return whether there is anything to do."""
@@ -66,6 +69,7 @@ class Loop:
         self._end_expired()
         if self._ended:
             self._drop()
+        self._waiting_names.clear()
         if self.waiting:
             self._admit()
         if self.batch.ready < len(self.batch.members):
@@ -104,12 +108,25 @@ class Loop:
         self._ended.clear()
 
     def _admit(self) -> None:
-        running = Counter[Hashable](member.stream for member in self.batch.members)
-        in_turn = admissible(self.waiting, running, self.table.__contains__, lambda: self.table.is_full)
+        members = self.batch.members
+        running, rows = Counter[Hashable](m.stream for m in members), Counter(m.tenant.name for m in members)
+        places = self.batch.room() + len(members)
+        self._waiting_names = {member.tenant.name for member in self.waiting}
+        self._shares.keep(list(dict.fromkeys([*rows, *(member.tenant.name for member in self.waiting)])))
+
+        def next_tenant(tenants: Iterable[Tenant]) -> Tenant | None:
+            free = self.batch.room()
+            within = [tenant for tenant in tenants if tenant.rows is None or rows[tenant.name] < tenant.rows]
+            may = [tenant for tenant in within if may_begin(tenant, rows[tenant.name], free, places)]
+            return self._shares.turn(may, within) if may else None
+
+        in_turn = admissible(self.waiting, running, self.table.__contains__, lambda: self.table.is_full, next_tenant)
         taken = set[Member]()
         try:
             while self.batch.room() and (member := next(in_turn, None)):
                 taken.add(member)
+                rows[member.tenant.name] += 1
+                self._shares.charge(member.tenant, len(member.prompt.ids), self._waiting_names)
                 self._admit_one(member)
         finally:
             self.waiting = [member for member in self.waiting if member not in taken]
@@ -129,10 +146,18 @@ class Loop:
     def _read(self) -> None:
         started = time.perf_counter()
         try:
-            self._report.chunk_tokens = self.batch.prefill()
+            self._report.chunk_tokens = self.batch.prefill(self._crowding())
         except Exception as error:
             self._end_all(self.batch.to_prefill(), error)
         self._report.chunk = time.perf_counter() - started
+
+    def _crowding(self) -> set[str]:
+        """Return the tenants that read short chunks now, see tenants.py."""
+        members, ready = self.batch.members, self.batch.ready
+        present = [member.tenant for member in self.waiting + members]
+        if len(set(present)) == 1:
+            return set()
+        return crowding(present, [*present[: len(self.waiting)], *(member.tenant for member in members[ready:])])
 
     def _step(self) -> None:
         members = self.batch.members[: self.batch.ready]
@@ -168,6 +193,7 @@ class Loop:
         except Exception as error:
             self._end_all([member], error)
             return
+        self._shares.charge(member.tenant, 1, self._waiting_names)
         now = time.monotonic()
         if member.first_token is None:
             member.first_token = now - member.submitted
@@ -195,7 +221,7 @@ class Loop:
         row, seconds = member.row, time.monotonic() - member.submitted
         finished = FinishedRow(
             member.stream.mode, row.cluster_id, reason, len(row.prompt), len(row.token_ids), seconds, member.queued,
-            member.first_token, member.adapters,
+            member.first_token, member.adapters, member.tenant.name,
         )  # fmt: skip
         self._report.finished.append(finished)
         member.stream.finished.append(finished)

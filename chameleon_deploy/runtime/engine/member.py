@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
 from chameleon_deploy.runtime.engine.stream import Stream
+from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.generation import Generate, Row
 
@@ -45,6 +46,8 @@ class Member:
     cache_salt, cache_generated  see Generate
     source         the source of its factors, set when its cohort is complete
     queued, first_token, adapters  see FinishedRow
+    tenant         whose it is
+    place          counts the members of a batch in the order in which they were admitted
     """
 
     stream: Stream
@@ -61,6 +64,8 @@ class Member:
     queued: float | None = None
     first_token: float | None = None
     adapters: tuple[str, ...] = ()
+    tenant: Tenant = NOBODY
+    place: int = 0
     _lookup: PromptLookup | None = None
 
     @property
@@ -79,7 +84,7 @@ class Member:
         return self._lookup.draft(limit)
 
 
-def members_of(rows: Sequence[Row], stream: Stream, generate: Generate) -> list[Member]:
+def members_of(rows: Sequence[Row], stream: Stream, generate: Generate, tenant: Tenant = NOBODY) -> list[Member]:
     """Return the members of rows that are submitted now. Rows of one prompt share it."""
     now = time.monotonic()
     end = math.inf if generate.deadline is None else now + generate.deadline
@@ -87,7 +92,7 @@ def members_of(rows: Sequence[Row], stream: Stream, generate: Generate) -> list[
     return [
         Member(
             stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens,
-            cache_salt=generate.cache_salt, cache_generated=generate.cache_generated,
+            cache_salt=generate.cache_salt, cache_generated=generate.cache_generated, tenant=tenant,
         )
         for row in rows
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.engine.member import Member, members_of
 from chameleon_deploy.runtime.engine.stream import Cohort, Stream
+from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.runtime.generation import Generate, begin_rows
 from chameleon_deploy.runtime.inputs import Texts
 
@@ -47,7 +48,9 @@ class Submission:
         return "cohort" if self.adapt.mode == "cohort" else None
 
 
-def prepare(runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, capacity: int) -> Submission:
+def prepare(
+    runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, capacity: int, tenant: Tenant = NOBODY
+) -> Submission:
     """Check the arguments of `Engine.submit`, documented there, and embed the prompts.
 
     capacity  tokens that a row can hold
@@ -61,7 +64,7 @@ def prepare(runtime: Runtime, prompts: Texts, generate: Generate, adapt: Adapt, 
     embeddings, cluster_ids = runtime.sources.embed(ids, adapt.adapt_tokens)
     rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, runtime.new_mask, capacity)
     stream = Stream(ids, cluster_ids.tolist(), adapt.mode or runtime.mode, generate.n)
-    return Submission(stream, adapt, members_of(rows, stream, generate), embeddings, cluster_ids)
+    return Submission(stream, adapt, members_of(rows, stream, generate, tenant), embeddings, cluster_ids)
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:

@@ -97,7 +97,8 @@ def app(args: dict[str, Any]) -> serve.Application:
         }
     replica = serve.deployment(Replica).options(
         **scale,
-        max_ongoing_requests=QUEUED_REQUESTS_PER_ROW * settings.rows,
+        # With keys all requests wait in the replicas, which divide rows among tenants; the ingress would not.
+        max_ongoing_requests=settings.max_requests if settings.api_keys else QUEUED_REQUESTS_PER_ROW * settings.rows,
         max_queued_requests=settings.max_waiting,
         graceful_shutdown_timeout_s=settings.drain_seconds,
         health_check_period_s=HEALTH_SECONDS,
