@@ -1,0 +1,271 @@
+"""Adapters under load: many, replaced while they are used, each answer checked against PEFT afterwards.
+
+    python -m chameleon_deploy.export BASE --adaptable all --max-rank 16 --out BUNDLE
+    python -m benchmarks.adapter_load BUNDLE --reference BASE --adapters 64 --clients 16 --minutes 30 --threads 2
+
+Clients choose adapters by Zipf's law. Meanwhile adapters are replaced in place by another version, or unloaded and
+loaded again. Slices of the time in which nobody names an adapter take turns with these, for comparison. An answer
+tells by its fingerprint which file computed it; PEFT reads it with that version, alone, and each of its tokens must be
+as good as PEFT's own choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import numpy as np
+import torch
+import typer
+
+import chameleon_deploy
+from benchmarks.served import SECONDS, serving
+from chameleon_deploy.bench.timing import median_seconds
+from chameleon_deploy.bench.workloads import BOUNDS
+from chameleon_deploy.contract.adapter_file import Factors
+from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
+from chameleon_deploy.contract.peft_lora import write_peft
+from chameleon_deploy.errors import CheckFailedError, InputError
+from chameleon_deploy.reference.model import load_trunk
+from chameleon_deploy.runtime import Adapt, Runtime
+from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.machine import describe_machine
+from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.table import Sheet
+
+VERSIONS = 2  # of each adapter
+PROMPTS = 32  # different ones
+SLICES = 4  # of the time with adapters, and as many without
+SLACK = 64 * 2**20  # bytes that the server's memory may grow for other reasons
+SPREAD = 0.05  # of the random factors, times the size of PEFT's own initialisation
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, or none where the request was lost. digest: the beginning of the adapter file's; "" for the base"""
+
+    prompt: int
+    digest: str
+    token_ids: tuple[int, ...]
+    first_token: float
+
+
+@dataclass
+class Load:
+    """A server under load. files: the PEFT directory of each digest's beginning; "" is the base"""
+
+    url: str
+    prompts: list[list[int]]
+    adapters: int
+    max_tokens: int
+    files: dict[str, str] = field(default_factory=dict)
+    load_seconds: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    def place(self, http: httpx.Client, name: str, version: int, **fields: Any) -> None:
+        """Load a version of an adapter. Raises CheckFailedError where that is refused."""
+        directory, start = f"{name}.{version}", time.perf_counter()
+        answer = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": directory, **fields})
+        if answer.status_code != 200:
+            raise CheckFailedError(f"{directory} was not loaded: {answer.text}")
+        self.load_seconds.append(time.perf_counter() - start)
+        self.files[answer.json()["adapter"]["digest"][:16]] = directory
+
+    def change(self, http: httpx.Client, chance: random.Random) -> None:
+        """Replace an adapter by its other version, or unload one and load it again."""
+        name, version = f"a{chance.randrange(self.adapters)}", chance.randrange(VERSIONS)
+        if chance.random() < 0.8:
+            self.place(http, name, version, load_inplace=True)
+        else:
+            http.post("/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+            self.place(http, name, version)
+
+    def ask(self, http: httpx.Client, chance: random.Random, uses_adapters: bool) -> Answer | None:
+        """Ask for one answer. None for an adapter that is unloaded just now."""
+        prompt, name = chance.randrange(len(self.prompts)), None
+        if uses_adapters:
+            (number,) = chance.choices(range(self.adapters), [1 / (rank + 1) for rank in range(self.adapters)])
+            name = f"a{number}"
+        body = {
+            "prompt": self.prompts[prompt], "max_tokens": self.max_tokens, "temperature": 0, "adapters": [name],
+            "stream": True, "return_token_ids": True, "ignore_eos": True,
+        }  # fmt: skip
+        start, first, ids, fingerprint, done = time.perf_counter(), 0.0, list[int](), "", False
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code == 400 and b"no adapter is named" in answer.read():
+                return None
+            for line in answer.iter_lines():
+                if not line.startswith("data: "):
+                    continue
+                done = line == "data: [DONE]"
+                event = None if done else msgspec.json.decode(line[6:])
+                for choice in (event or {}).get("choices", ()):
+                    first = first or time.perf_counter() - start
+                    ids += choice["token_ids"]
+                    fingerprint = event["system_fingerprint"]
+        if not done or len(ids) != self.max_tokens:
+            self.lost.append(f"{name}: {len(ids)} tokens of {self.max_tokens}, status {answer.status_code}")
+        return Answer(prompt, fingerprint.rpartition("-")[2] if name else "", tuple(ids), first)
+
+    def run(self, seconds: float, clients: int, seed: int, uses_adapters: bool) -> list[Answer]:
+        """Ask for so long, so many clients at once, while adapters come and go where they are used."""
+        end = time.monotonic() + seconds
+
+        def client(number: int) -> Iterator[Answer]:
+            chance = random.Random(seed * 1000 + number)
+            with httpx.Client(base_url=self.url, timeout=SECONDS) as http:
+                while time.monotonic() < end:
+                    if answer := self.ask(http, chance, uses_adapters):
+                        yield answer
+
+        def changes() -> None:
+            chance = random.Random(seed)
+            with httpx.Client(base_url=self.url, timeout=SECONDS) as http:
+                while time.monotonic() < end:
+                    self.change(http, chance)
+                    time.sleep(0.2)
+
+        with ThreadPoolExecutor(clients + 1) as pool:
+            changing = pool.submit(changes) if uses_adapters else None
+            found = list(pool.map(lambda number: list(client(number)), range(clients)))
+            if changing is not None:
+                changing.result()
+        return [answer for answers in found for answer in answers]
+
+
+def write_versions(out: Path, spec: AdaptationSpec, adapters: int, rank: int) -> None:
+    """Write PEFT directories a0.0, a0.1, a1.0, ... of random factors for every layer that can be adapted."""
+    for number in range(adapters):
+        for version in range(VERSIONS):
+            random_ = np.random.default_rng([number, version])
+            factors: Factors = {}
+            for target in spec.targets:
+                for name, width in zip(
+                    factor_names(target.name), (target.in_features, target.out_features), strict=True
+                ):
+                    factors[name] = random_.normal(0, (SPREAD / width) ** 0.5, (rank, width)).astype(np.float32)
+            write_peft(out / f"a{number}.{version}", factors)
+
+
+def seconds_to_place(runtime: Runtime, directory: Path) -> float:
+    """Return the median seconds in which an adapter is read, checked and placed where the decoder reads it."""
+
+    def place() -> None:
+        runtime.load_adapter("placed", directory)
+        adapt = runtime.sources.resolve(Adapt(adapters=["placed"]), 1)
+        sources, _ = runtime.sources.of_rows(adapt, *runtime.sources.embed([[0]]))
+        FactorTable(8).acquire(sources[0])
+        runtime.unload_adapter("placed")
+
+    return median_seconds(place)
+
+
+@torch.no_grad()
+def wrong_answers(
+    reference: Path, files: Path, load: Load, answers: Sequence[Answer], precision: str
+) -> tuple[int, list[str]]:
+    """Read every different answer with PEFT.  -> how many there are, and what is wrong with those that are"""
+    import peft
+
+    model: Any = load_trunk(reference).causal_lm
+    different = Counter((answer.digest, answer.prompt, answer.token_ids) for answer in answers)
+    by_digest: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for digest, prompt, ids in different:
+        by_digest.setdefault(digest, []).append((prompt, ids))
+    wrong = []
+    for digest, asked in by_digest.items():
+        if digest and digest not in load.files:
+            wrong.append(f"an answer of a file that was never loaded: {digest}")
+            continue
+        adapted = peft.PeftModel.from_pretrained(model, files / load.files[digest]).eval() if digest else model
+        for prompt, ids in asked:
+            text = torch.tensor([[*load.prompts[prompt], *ids[:-1]]])
+            logits = adapted(input_ids=text).logits[0, -len(ids) :]
+            regret = float((logits.max(-1).values - logits[range(len(ids)), list(ids)]).max())
+            if not regret <= 2 * BOUNDS[precision]:  # two logits, each with its own deviation
+                wrong.append(f"{load.files.get(digest, 'base')}, prompt {prompt}: {regret:.3g} below PEFT's choice")
+        if digest:
+            model = adapted.unload()
+    return len(different), wrong
+
+
+def resident(process: int, field_: str = "VmRSS") -> float:
+    """Return the resident memory of a process in bytes."""
+    status = Path(f"/proc/{process}/status").read_text("utf-8")
+    return 1024 * float(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field_}:")))
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, exported with --adaptable.")],
+    reference: Annotated[Path, typer.Option(help="The base model that it was exported from.")],
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters, each in two versions.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Of each adapter, on all layers that can be adapted.")] = 16,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
+    minutes: Annotated[float, typer.Option(min=0.01, help="With adapters; as many without.")] = 30,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the server.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
+    max_adapter_bytes: Annotated[int, typer.Option(min=1, help="Of factors that the server keeps.")] = 2**30,
+) -> None:
+    """Load a server with adapters that come and go. Exit 1 for a wrong answer, a lost request or too much memory."""
+    runtime = chameleon_deploy.load(bundle, threads=threads)
+    spec, model, precision = runtime.manifest.adaptation, runtime.manifest.model, runtime.manifest.precision
+    if not spec.base_digest:
+        raise InputError(f"{bundle} takes no adapters: export its base model, with --adaptable LAYERS")
+    chance = np.random.default_rng(0)
+    width = min(prompt_tokens, model.max_positions - tokens)
+    prompts = chance.integers(1, model.vocab_size, (PROMPTS, width)).tolist()
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        files, log = Path(place) / "files", Path(place) / "log"
+        files.mkdir()
+        write_versions(files, spec, adapters, rank)
+        runtime.load_adapter("first", files / "a0.0")  # converted once, into the local cache
+        placing = seconds_to_place(runtime, files / "a0.0")
+        del runtime
+        options = ["--adapters", str(files), "--max-adapter-bytes", str(max_adapter_bytes), "--prefix-cache-bytes", "0"]
+        url, process = stack.enter_context(serving(bundle, log, threads, rows, width + tokens, options))
+        load = Load(url, prompts, adapters, tokens)
+        seconds, answers = 60 * minutes / SLICES, {True: list[Answer](), False: list[Answer]()}
+        answers[False] += load.run(seconds, clients, 0, uses_adapters=False)
+        before = resident(process)
+        with httpx.Client(base_url=url, timeout=SECONDS) as http:
+            for number in range(adapters):
+                load.place(http, f"a{number}", 0)
+        for number in range(1, 2 * SLICES):
+            answers[number % 2 == 1] += load.run(seconds, clients, number, uses_adapters=number % 2 == 1)
+        grown = resident(process, "VmHWM") - before
+        stack.pop_all().close()
+        # What stays, the sets that rows hold and their stack, and those that are being read.
+        bound = max_adapter_bytes + (2 * rows + 4) * 4 * rank * sum(spec.factor_widths.values()) + SLACK
+        count, wrong = wrong_answers(reference, files, load, [*answers[False], *answers[True]], precision)
+    lines = []
+    for name, found in (("the base", answers[False]), (f"{adapters} adapters", answers[True])):
+        times = [answer.first_token for answer in found]
+        parts = (f"{1e3 * float(np.percentile(times, part)):.0f}" for part in (50, 99))
+        lines.append([name, f"{len(found)}", *parts])
+    caption = (
+        f"{clients} clients, {precision}, {width} + {tokens} tokens; {len(load.load_seconds)} loads and replacements, "
+        f"median {1e3 * float(np.median(load.load_seconds)):.0f} ms over HTTP; reading and placing one "
+        f"of rank {rank} on {len(spec.targets)} layers takes {1e3 * placing:.1f} ms; memory grew by "
+        f"{grown / 2**20:.0f} MiB of {bound / 2**20:.0f}; {count} different answers read with PEFT, "
+        f"{len(wrong)} wrong, {len(load.lost)} lost; " + ", ".join(describe_machine().values())
+    )
+    console.show(Sheet(["", "answers", "first token, median, ms", "p99, ms"], lines, "Adapters under load", caption))
+    faults = [*wrong, *load.lost, *(["memory"] if grown > bound else [])]
+    if faults:
+        raise CheckFailedError("; ".join(faults[:5]))
+
+
+if __name__ == "__main__":
+    console.run(main)
