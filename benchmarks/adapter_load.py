@@ -32,7 +32,6 @@ import chameleon_deploy
 from benchmarks.served import SECONDS, serving
 from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.bench.workloads import BOUNDS
-from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
 from chameleon_deploy.contract.peft_lora import write_peft
 from chameleon_deploy.errors import CheckFailedError, InputError
@@ -105,11 +104,11 @@ class Load:
             if answer.status_code == 400 and b"no adapter is named" in answer.read():
                 return None
             for line in answer.iter_lines():
-                if not line.startswith("data: "):
+                done = done or line == "data: [DONE]"
+                if not line.startswith("data: {"):
                     continue
-                done = line == "data: [DONE]"
-                event = None if done else msgspec.json.decode(line[6:])
-                for choice in (event or {}).get("choices", ()):
+                event: Any = msgspec.json.decode(line.removeprefix("data: "))
+                for choice in event.get("choices", ()):
                     first = first or time.perf_counter() - start
                     ids += choice["token_ids"]
                     fingerprint = event["system_fingerprint"]
@@ -148,7 +147,7 @@ def write_versions(out: Path, spec: AdaptationSpec, adapters: int, rank: int) ->
     for number in range(adapters):
         for version in range(VERSIONS):
             random_ = np.random.default_rng([number, version])
-            factors: Factors = {}
+            factors = dict[str, Any]()
             for target in spec.targets:
                 for name, width in zip(
                     factor_names(target.name), (target.in_features, target.out_features), strict=True

@@ -61,6 +61,11 @@ def claims(place: Path, content: bytes) -> None:
     place.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
 
 
+def longer(place: Path, content: bytes) -> None:
+    place.write_bytes(content)
+    os.truncate(place, 2**33)
+
+
 DAMAGES: dict[str, Damage] = {
     "another-method": config(peft_type="IA3"),
     "dora": config(use_dora=True),
@@ -79,7 +84,7 @@ DAMAGES: dict[str, Damage] = {
     "cut": file(TENSORS, lambda place, content: place.write_bytes(content[:100])),
     "a-header-that-lies": file(TENSORS, claims),
     "endless-tensors": file(TENSORS, lambda place, _: place.symlink_to("/dev/zero")),
-    "a-large-file": file(TENSORS, lambda place, content: [place.write_bytes(content), os.truncate(place, 2**33)]),
+    "a-large-file": file(TENSORS, longer),
     "nan": tensors(lambda found: found[A].fill_(torch.nan)),
     "infinity": tensors(lambda found: found[B].fill_(torch.inf)),
     "another-width": tensors(lambda found: found.update({A: torch.zeros(4, 65)})),
