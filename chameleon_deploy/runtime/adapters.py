@@ -211,24 +211,24 @@ class Adapters:
 
     def _local(self, path: str | os.PathLike[str]) -> Path:
         """Return an adapter file: that of the path, a URL's, or the one that a PEFT directory is converted to once."""
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: 2 * most_bytes(self._spec) + self._head.nbytes}
         if remote.is_url(path):
             directory, _, name = path.rpartition("/")
             if name.endswith(".safetensors"):
                 path = remote.fetch_files(directory, {name: most_bytes(self._spec)}, ADAPTERS) / name
             else:
-                limits = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: 2 * most_bytes(self._spec) + self._head.nbytes}
                 path = remote.fetch_files(path, limits, ADAPTERS)
         file = checked_path(path)
         if not file.is_dir():
             return file
         if not self._spec.base_digest:
             raise AdapterError(f"{file}: this bundle takes no adapters: export its base model, with --adaptable LAYERS")
-        digests = _digests(file)
+        digests = _digests(file, limits)
 
         def build(directory: Path) -> None:
             layers = {target.name: (target.in_features, target.out_features) for target in self._spec.targets}
             write_adapter(directory / CONVERTED, read_peft(file, layers, self._head), self._spec)
-            if _digests(file) != digests:
+            if _digests(file, limits) != digests:
                 raise AdapterError(f"{file} has changed while it was read: load it again")
 
         targets = json.dumps([target.name for target in self._spec.targets])
@@ -257,12 +257,18 @@ class Adapters:
         return FactorSets({name: np.ascontiguousarray(array, np.float32)[None] for name, array in entered.items()})
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a PEFT directory. Raises CheckpointError where one is missing."""
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory / name} is missing, or no plain file")
-    return {name: file_sha256(directory / name) for name in (CONFIG_FILE, TENSOR_FILE)}
+def _digests(directory: Path, limits: Mapping[str, int]) -> dict[str, str]:
+    """Return the SHA-256 of each file of a PEFT directory. Raises CheckpointError where one is missing or too large.
+
+    limits  the most bytes of each
+    """
+    for name, most in limits.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, or no plain file")
+        if file.stat().st_size > most:  # before it is read
+            raise CheckpointError(f"{file}: over {most} bytes are no LoRA of this model")
+    return {name: file_sha256(directory / name) for name in limits}
 
 
 def _size(sets: FactorSets) -> int:
