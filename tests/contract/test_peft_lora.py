@@ -54,6 +54,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one layer": {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [1]},
     "without some": {"r": 2, "lora_alpha": 2, "target_modules": LLAMA_LAYERS, "exclude_modules": ["gate_proj"]},
     "head": {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head", "o_proj"]},
+    "EVA": {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "init_lora_weights": "eva"},
+    "orthogonal": {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
 }
 
 
