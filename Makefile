@@ -56,10 +56,11 @@ processors: .venv/ready
 	.ci/processors
 
 release: .venv/ready
-	rm -rf dist
+	rm -rf dist runtime/build/package
 	$(BIN)/hatchling build --directory dist
 	.ci/cpp build release
-	cd runtime/build/release && cpack -G DEB -D CPACK_OUTPUT_FILE_PREFIX=$(CURDIR)/dist
+	cpack -G DEB --config runtime/build/release/CPackConfig.cmake -B runtime/build/package
+	cp runtime/build/package/*.deb dist
 	cd dist && sha256sum *.whl *.tar.gz *.deb > SHA256SUMS
 
 # What `demo` and `serve` need. Not compiled ahead: of 20,000 modules they import a quarter.
