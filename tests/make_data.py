@@ -64,7 +64,8 @@ BUNDLES: dict[str, tuple[TrainedRegime, str, int, int]] = {
 
 def main() -> None:
     tiled_scorer.TILE = 128  # of a vocabulary of 320, so that bundles have several tiles and an uneven one
-    shutil.rmtree(DATA, ignore_errors=True)
+    for made in (DATA / "bundles", *DATA.glob("*.json")):  # released/ is not made again
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
     (DATA / "bundles").mkdir(parents=True)
     for seed, (name, how) in enumerate(BUNDLES.items()):
         make_bundle(good_bundle(name), *how, seed=seed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import chameleon_deploy
 from chameleon_deploy.contract.bundle import ModelSpec, file_sha256
 from chameleon_deploy.runtime.sampling import TokenCounts
 from chameleon_deploy.runtime.sampling_settings import Sampling
@@ -57,6 +58,19 @@ def case_arguments(case: dict[str, Any], model: ModelSpec) -> tuple[list[list[in
     if case["rank"]:
         how["factors"] = caller_factors(case["rank"], model)
     return case["rows"], how | {"conditioning": case.get("conditioning")}
+
+
+def released_answers(directory: Path, calls: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """Return the greedy tokens that bundles of a released version give for calls (tests/make_released.py)."""
+    answers = []
+    for call in calls:
+        runtime = chameleon_deploy.load(directory / call["bundle"], threads=1)
+        for name, file in call.get("load", {}).items():
+            runtime.load_adapter(name, directory / file)
+        how = {name: call[name] for name in ("mode", "adapters") if name in call}
+        generations = runtime.generate(call["rows"], max_new_tokens=call["max_new_tokens"], **how)
+        answers.append([list(generation.token_ids) for generation in generations])
+    return answers
 
 
 def hostile_bundle(case: dict[str, Any], out: Path) -> Path:

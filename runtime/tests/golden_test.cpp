@@ -94,6 +94,26 @@ INSTANTIATE_TEST_SUITE_P(Cases, Golden, testing::ValuesIn(read_data("golden.json
                            return bundle + "_" + mode + "_" + std::to_string(info.index);
                          });
 
+TEST(Released, BundlesGiveWhatTheyGave) {
+  const auto released = data_directory() / "released";
+  for (const auto& version : std::filesystem::directory_iterator(released)) {
+    const std::string name = "released/" + version.path().filename().string();
+    for (const Json& answer : read_data(name + "/answers.json")) {
+      Runtime runtime(version.path() / answer.at("bundle").get<std::string>(), {.threads = 1});
+      const Json loaded = answer.value("load", Json::object());
+      for (const auto& [adapter, file] : loaded.items()) {
+        runtime.load_adapter(adapter, version.path() / file.get<std::string>());
+      }
+      const Call call(answer, runtime.manifest().model);
+      const std::vector<Generation> generations = runtime.generate(call.prompts, call.generate, call.adapt);
+      ASSERT_EQ(generations.size(), answer.at("token_ids").size());
+      for (std::size_t row = 0; row < generations.size(); ++row) {
+        EXPECT_EQ(generations[row].token_ids, answer.at("token_ids")[row].get<TokenIds>()) << answer;
+      }
+    }
+  }
+}
+
 class Schedules : public testing::TestWithParam<Json> {};
 
 TEST_P(Schedules, Agree) {

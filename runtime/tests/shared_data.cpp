@@ -85,8 +85,9 @@ AllowedTokens recorded_masks(const Json& json) {
 
 }  // namespace
 
-Json read_data(const std::string& name) { return Json::parse(read_file(fs::path(CHAMELEON_TEST_DATA) / name)); }
-fs::path good_bundle(const std::string& name) { return fs::path(CHAMELEON_TEST_DATA) / "bundles" / name; }
+fs::path data_directory() { return CHAMELEON_TEST_DATA; }
+Json read_data(const std::string& name) { return Json::parse(read_file(data_directory() / name)); }
+fs::path good_bundle(const std::string& name) { return data_directory() / "bundles" / name; }
 
 std::string from_base64(std::string_view text) {
   constexpr std::string_view digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";

@@ -13,6 +13,7 @@ namespace chameleon::test {
 
 using Json = nlohmann::json;
 
+std::filesystem::path data_directory();
 Json read_data(const std::string& name);
 std::filesystem::path good_bundle(const std::string& name);
 std::string from_base64(std::string_view text);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from chameleon_deploy.runtime.sampling_settings import check_sampling
 from tests.plain_sampling import FAULTS, plain_choose
 from tests.schedules import run_schedule
 from tests.shared_data import (
+    DATA,
     adapter_case,
     case_arguments,
     case_logits,
@@ -24,6 +26,7 @@ from tests.shared_data import (
     good_bundle,
     hostile_bundle,
     read,
+    released_answers,
 )
 
 NAMES = ("chameleon_masked", "chameleon_paper", "lora_masked", "chameleon_given")
@@ -78,6 +81,23 @@ def test_golden(case: dict[str, Any], runtimes: dict[str, Runtime]) -> None:
     assert runtime.generate(rows, max_new_tokens=limit, sampling=sampling, **how) == sampled
     stream = runtime.stream(rows, max_new_tokens=limit, sampling=sampling, **how)
     assert [[t.row, t.token_id, t.text, t.generation is not None] for t in stream] == case["stream"]
+
+
+RELEASED = sorted((DATA / "released").iterdir())
+
+
+@pytest.mark.parametrize("version", RELEASED, ids=lambda version: version.name)
+def test_bundles_of_released_versions_give_what_they_gave(version: Path) -> None:
+    answers = json.loads((version / "answers.json").read_text())
+    recorded = [answer["token_ids"] for answer in answers]
+    assert released_answers(version, answers) == recorded
+    # The fault: a call of the adapters one row further.
+    moved = [{**answer, "adapters": [*answer["adapters"][1:], None]} for answer in answers if "adapters" in answer]
+    assert released_answers(version, moved) != recorded[-len(moved) :]
+
+
+def test_this_version_has_its_files() -> None:
+    assert chameleon_deploy.__version__ in {version.name for version in RELEASED}
 
 
 @pytest.mark.parametrize("case", read("schedules.json"), ids=lambda case: case["bundle"])
