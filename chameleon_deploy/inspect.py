@@ -81,6 +81,7 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["rank", f"{adaptation.rank}, alpha {adaptation.alpha:g}"],
         ["clusters", str(adaptation.num_clusters) if not adaptation.conditioning_size
                      else f"none: the caller gives vectors of {adaptation.conditioning_size:,} numbers"],
+        ["encoder", _encoder(manifest)],
         ["adapters", ", ".join(adaptation.adapters) or str(_adapters(manifest))],
         ["modes", ", ".join(f"{mode} (default)" if mode == default else mode for mode in adaptation.modes)],
         ["chat template", f"{_bytes(bundle, CHAT_TEMPLATE)} bytes" if CHAT_TEMPLATE in manifest.files else "none"],
@@ -105,6 +106,13 @@ def _integer_weights(bundle: Bundle) -> IntegerWeights | None:
 def _adapters(manifest: Manifest) -> int:
     """Return the number of trained adapters, one without a name included; none if a hypernetwork generates factors."""
     return len(manifest.adaptation.adapters) or int(manifest.adaptation.regime == "lora")
+
+
+def _encoder(manifest: Manifest) -> str:
+    spec = manifest.encoder
+    if spec is None:
+        return "none"
+    return f"embeddings of {spec.size:,} numbers, at most {spec.max_tokens:,} tokens, vocabulary {spec.vocab_size:,}"
 
 
 def _targets(adaptation: AdaptationSpec) -> list[str]:

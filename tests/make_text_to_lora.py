@@ -2,7 +2,7 @@
 
     git clone https://github.com/SakanaAI/text-to-lora COPY && git -C COPY checkout 4e7ce39
     python -m tests.make_text_to_lora COPY                    # the golden files
-    python -m tests.make_text_to_lora COPY --base DIR         # compares on a base model, which is a Llama or the like
+    python -m tests.make_text_to_lora COPY --base smollm2     # compares on the shape of a base model
 
 Each case is a directory with `hypermod.pt`, `args.yaml`, `adapter_config.json` and `golden.safetensors`: the LoRA that
 the authors' `gen_lora` makes of each vector. Nothing of their code is copied: it is imported from the copy.
@@ -24,6 +24,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.reference.text_to_lora import TextToLoraFiles, load_text_to_lora
 from tests.families import small_model
 from tests.shared_data import DATA
@@ -115,11 +116,9 @@ def write(out: Path, network: Any, config: Any, options: dict[str, Any], layers:
 
 def compare(modulator: Any, hooks: Any, base_path: str) -> None:
     """Print the largest difference from the published module on a real base's shape."""
-    import transformers
-
     vectors = np.random.default_rng(0).normal(size=(2, 768)).astype(np.float32)
     for name, case in CASES.items():
-        base = transformers.AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).requires_grad_(False)
+        base = load_trunk(base_path).causal_lm
         torch.manual_seed(0)
         network, config, options, _, layers = published(
             modulator, base, case | {"hypernet_latent_size": 128, "head_in_size": 256}, ORDERS[name], 768

@@ -14,6 +14,7 @@ from chameleon_deploy.errors import ManifestError, PathError, VersionError
 
 MANIFEST = "bundle.json"
 CHAT_TEMPLATE = "chat_template.jinja"  # listed where the model has one
+ENCODER_TOKENIZER = "encoder_tokenizer.json"  # listed with a sentence encoder
 FORMAT = "chameleon-bundle"
 FORMAT_VERSION = 1
 
@@ -24,7 +25,7 @@ Mode = Literal["none", "static", "centroid", "request", "cohort", "tenant"]
 TrainedRegime = Literal["chameleon", "lora"]  # of checkpoints
 Regime = Literal["base", TrainedRegime]
 Protocol = Literal["masked", "paper"]
-Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"]
+Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer", "encoder"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
@@ -163,6 +164,25 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         }
 
 
+class EncoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The sentence encoder, which turns descriptions of tasks into conditioning vectors.
+
+    size        of an embedding
+    max_tokens  of a text, special tokens included
+    prefix_ids, suffix_ids  the special tokens around a text
+    conditioning_norm  the length to which an embedding is brought before the hypernetwork reads it; 0 leaves it
+    full_stop   whether a description that ends in a letter gets a full stop
+    """
+
+    size: Int64
+    vocab_size: Int64
+    max_tokens: Int64
+    prefix_ids: tuple[Int64, ...]
+    suffix_ids: tuple[Int64, ...]
+    conditioning_norm: float = 0.0
+    full_stop: bool = False
+
+
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameter counts: the frozen base model, one factor set, the hypernetwork (0 without one)."""
 
@@ -201,7 +221,9 @@ class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accepted_kl: float | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """bundle.json. encoder: of texts that describe tasks, in a bundle that has one"""
+
     format: Literal["chameleon-bundle"]
     format_version: Int64
     precision: Precision
@@ -215,6 +237,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: ParitySummary
     checkpoint_digest: str
     tools: dict[str, str]
+    encoder: EncoderSpec | None = None
 
     @property
     def has_basis(self) -> bool:
@@ -289,12 +312,14 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     size = adaptation.conditioning_size
     if not 0 <= size <= MAX_DIMENSION or (size and (adaptation.regime != "chameleon" or adaptation.num_clusters)):
         raise ManifestError(f"{where}: adaptation.conditioning_size goes with regime 'chameleon' and no clusters")
+    _check_encoder(manifest, where)
     if fault := limits_fault(manifest.limits, model):
         raise ManifestError(f"{where}: {fault}")
     needed = {"tokenizer.json", "parity.json", manifest.token_embedding.file}
     needed |= {graph.file for graph in manifest.graphs.values()}
     needed |= {"lora.safetensors"} if adaptation.regime == "lora" else set()
     needed |= {"basis.safetensors"} if manifest.has_basis else set()
+    needed |= {ENCODER_TOKENIZER} if manifest.encoder is not None else set()
     needed |= {"centroids.safetensors"} if adaptation.num_clusters else set()
     for name in sorted(needed - set(manifest.files)):
         raise ManifestError(f"{where}: {name!r} is needed but not listed in files")
@@ -341,6 +366,24 @@ def _check_targets(manifest: Manifest, where: Path) -> None:
             raise ManifestError(f"{where}: adaptation.targets: {target.name!r} has no name or a dimension below 1")
         if target.name == LM_HEAD and (target.in_features, target.out_features) != head:
             raise ManifestError(f"{where}: adaptation.targets: {LM_HEAD} is not [hidden_size, vocab_size]")
+
+
+def _check_encoder(manifest: Manifest, where: Path) -> None:
+    """Check that an encoder has a graph, and that its embeddings are what the hypernetwork reads."""
+    encoder, graphs = manifest.encoder, [graph for graph in manifest.graphs.values() if graph.role == "encoder"]
+    if len(graphs) != (encoder is not None):
+        raise ManifestError(f"{where}: encoder goes with one graph of the role 'encoder'")
+    if encoder is None:
+        return
+    special = (*encoder.prefix_ids, *encoder.suffix_ids)
+    if not 1 <= encoder.vocab_size <= MAX_DIMENSION or not len(special) < encoder.max_tokens <= MAX_DIMENSION:
+        raise ManifestError(f"{where}: encoder has a vocab_size or max_tokens out of range")
+    if not all(0 <= token < encoder.vocab_size for token in special):
+        raise ManifestError(f"{where}: encoder has a special token outside its vocabulary")
+    if encoder.size < 1 or encoder.size != manifest.adaptation.conditioning_size:
+        raise ManifestError(f"{where}: encoder.size is not adaptation.conditioning_size")
+    if not 0 <= encoder.conditioning_norm < math.inf:
+        raise ManifestError(f"{where}: encoder.conditioning_norm is negative or not finite")
 
 
 def _check_adapters(adaptation: AdaptationSpec, where: Path) -> None:

@@ -65,6 +65,9 @@ def _signature(graph: GraphSpec, manifest: Manifest) -> Signature:
             inputs = [_float("hidden_states", "positions", model.hidden_size), _int("targets", "positions"), *factors]
             inputs += [_int("factor_ids", "positions")] if factors else []
             return inputs, [_float("logprobs", "positions")]
+        case "encoder":
+            size = manifest.adaptation.conditioning_size
+            return [_int("input_ids", "batch", "sequence")], [_float("embeddings", "batch", size)]
         case "chooser":
             return [logits], [_int("token_ids", "batch", "positions")]
         case "logits_scorer":

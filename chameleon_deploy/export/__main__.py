@@ -13,7 +13,7 @@ from chameleon_deploy.contract.provenance import read_signing_key
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
-from chameleon_deploy.terminal.hypernetwork_options import HypernetworkDirectory, TargetOrder
+from chameleon_deploy.terminal.hypernetwork_options import EncoderDirectory, HypernetworkDirectory, TargetOrder
 from chameleon_deploy.terminal.texts import read_file
 
 
@@ -38,6 +38,7 @@ def main(
     ] = None,
     hypernetwork: HypernetworkDirectory = None,
     target_order: TargetOrder = None,
+    encoder: EncoderDirectory = None,
     examples: Annotated[
         list[Path] | None,
         typer.Option(
@@ -74,7 +75,7 @@ def main(
     template = None if chat_template is None else read_file(chat_template)
     from chameleon_deploy.export.exporter import Publication, export_bundle
     from chameleon_deploy.export.recipe import Recipe, read_recipe
-    from chameleon_deploy.reference.source import load_source
+    from chameleon_deploy.reference.source import add_encoder, load_source
     from chameleon_deploy.reference.text_to_lora import text_to_lora_files
     from chameleon_deploy.verify.data_checks import OTHER_TOKENIZER
     from chameleon_deploy.verify.gates import require_passed
@@ -90,6 +91,8 @@ def main(
     if ranks is not None and not layers:
         raise InputError("--max-rank is of adapters that are loaded later: name their layers with --adaptable")
     checkpoint = load_source(Path(recipe.checkpoint), base or recipe.base, adapters, layers, ranks, network)
+    if encoder is not None:
+        add_encoder(checkpoint, encoder)
     if template is not None:
         checkpoint.trunk.chat = replace(checkpoint.trunk.chat, template=template)
 

@@ -29,7 +29,7 @@ from chameleon_deploy.contract.bundle import (
     TensorSpec,
     file_sha256,
 )
-from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE, ENCODER_TOKENIZER
 from chameleon_deploy.contract.provenance import SIGNATURE
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import InputError, ManifestError, UnsupportedBaseError
@@ -38,8 +38,10 @@ from chameleon_deploy.export.graphs import Graph, build_graphs
 from chameleon_deploy.export.recipe import Limits
 from chameleon_deploy.export.weights import WeightsFile
 from chameleon_deploy.reference.adapters import AdaptedBase
-from chameleon_deploy.reference.description import adaptation_spec, model_spec, parameter_counts
+from chameleon_deploy.reference.checkpoint import Checkpoint
+from chameleon_deploy.reference.description import adaptation_spec, encoder_spec, model_spec, parameter_counts
 from chameleon_deploy.reference.hypernetwork import StaticLoRA, factor_set
+from chameleon_deploy.reference.sentence_encoder import SentenceEncoder
 from chameleon_deploy.reference.source import Source
 from chameleon_deploy.runtime import load
 from chameleon_deploy.runtime.chat.template import load_chat_template
@@ -133,8 +135,22 @@ def _write_files(
         specs = {name: _save_graph(name, graph, directory) for name, graph in graphs.items()}
         token_embedding = token_embedding_of(graphs["decoder"].model, checkpoint.trunk.spec)
     _save_factors(checkpoint, spec, directory)
+    if isinstance(checkpoint, Checkpoint) and checkpoint.encoder is not None:
+        (directory / ENCODER_TOKENIZER).write_text(_encoder_tokenizer(checkpoint.encoder), encoding="utf-8")
     (directory / "tokenizer.json").write_text(checkpoint.trunk.tokenizer.to_str(pretty=True), encoding="utf-8")
     return _manifest(checkpoint, model, spec, limits, precision, specs, token_embedding)
+
+
+def _encoder_tokenizer(encoder: SentenceEncoder) -> str:
+    """Return its tokenizer.json without the special tokens around a text, which the manifest has.
+
+    Raises UnsupportedBaseError for one that no runtime loads.
+    """
+    content = msgspec.json.decode(encoder.tokenizer.to_str())
+    content["post_processor"] = None
+    if fault := file_fault(content):
+        raise UnsupportedBaseError(f"the encoder's tokenizer.json: {fault}")
+    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
 
 
 def _write_chat_template(source: str, file: Path, tokenizer: Any) -> None:
@@ -206,6 +222,7 @@ def _manifest(
         parity=ParitySummary(verified=False),
         checkpoint_digest=checkpoint.digest,
         tools={package: metadata.version(package) for package in TOOLS},
+        encoder=encoder_spec(checkpoint),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
+from chameleon_deploy.export.encoder import build_encoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.adapters import calibrate_with_factors, known_sets
@@ -88,6 +89,8 @@ def build_graphs(
         float16 = precision == "int8"
         hypernetwork = build_hypernetwork(source.factors, size, source.config.alpha, weights_file, float16)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
+    if isinstance(source, Checkpoint) and source.encoder is not None:
+        graphs["encoder"] = Graph(build_encoder(source.encoder, weights_file), "encoder", CPU)
     graphs["chooser"] = Graph(build_chooser(model), "chooser", DEVICES)
     graphs["logits_scorer"] = Graph(build_logits_scorer(model), "logits_scorer", DEVICES)
     return graphs

@@ -27,6 +27,7 @@ from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.hypernetwork import FactorModule, Hypernetwork, SharedHypernetwork, StaticLoRA
 from chameleon_deploy.reference.model import Trunk, load_trunk
 from chameleon_deploy.reference.presets import Architecture
+from chameleon_deploy.reference.sentence_encoder import SentenceEncoder
 from chameleon_deploy.reference.targets import target_specs
 
 CONFIG_FILE = "chameleon_config.json"
@@ -60,13 +61,17 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 @dataclass
 class Checkpoint:
-    """A loaded checkpoint: the frozen trunk, the source of factors and the centroids [K, hidden] (K may be 0)."""
+    """A loaded checkpoint: the frozen trunk, the source of factors and the centroids [K, hidden] (K may be 0).
+
+    encoder  makes the vectors that it is conditioned on, where a command names one
+    """
 
     config: CheckpointConfig
     trunk: Trunk
     factors: FactorModule
     centroids: Tensor
     digest: str
+    encoder: SentenceEncoder | None = None
 
 
 def load_checkpoint(path: Path, base: str | None = None, trunk: Trunk | None = None) -> Checkpoint:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from chameleon_deploy.contract.bundle import AdaptationSpec, ModelSpec, Parameters
+from chameleon_deploy.contract.manifest import EncoderSpec
 from chameleon_deploy.reference.adapters import AdaptedBase
 from chameleon_deploy.reference.checkpoint import Checkpoint
 from chameleon_deploy.reference.families import require_supported
 from chameleon_deploy.reference.hypernetwork import num_parameters
 from chameleon_deploy.reference.source import Source
+from chameleon_deploy.reference.text_to_lora import TextToLora
 
 
 def model_spec(checkpoint: Source) -> ModelSpec:
@@ -54,6 +58,22 @@ def adaptation_spec(source: Source) -> AdaptationSpec:
         protocol=config.protocol,
         max_length=config.max_length,
         conditioning_size=config.conditioning_size,
+    )
+
+
+def encoder_spec(source: Source) -> EncoderSpec | None:
+    """Return the manifest's description of the encoder; None without one."""
+    if not isinstance(source, Checkpoint) or source.encoder is None:
+        return None
+    encoder, released = source.encoder, isinstance(source.factors, TextToLora)
+    return EncoderSpec(
+        size=encoder.size,
+        vocab_size=encoder.model.config.vocab_size,
+        max_tokens=encoder.max_tokens,
+        prefix_ids=encoder.prefix,
+        suffix_ids=encoder.suffix,
+        conditioning_norm=math.sqrt(encoder.size) if released else 0.0,  # as in the authors' program
+        full_stop=released,
     )
 
 

@@ -12,7 +12,8 @@ from chameleon_deploy.reference.adapters import DEFAULT_MAX_RANK, AdaptedBase, l
 from chameleon_deploy.reference.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint, load_checkpoint
 from chameleon_deploy.reference.gguf import gguf_file
 from chameleon_deploy.reference.merging import load_merged
-from chameleon_deploy.reference.text_to_lora import TextToLoraFiles, load_text_to_lora
+from chameleon_deploy.reference.sentence_encoder import load_encoder
+from chameleon_deploy.reference.text_to_lora import TextToLora, TextToLoraFiles, load_text_to_lora
 
 Source = Checkpoint | AdaptedBase
 
@@ -58,3 +59,19 @@ def load_source(
         return load_text_to_lora(str(path), network)
     max_rank = DEFAULT_MAX_RANK if max_rank is None else max_rank
     return load_adapted(str(path), adapters, adaptable=adaptable, max_rank=max_rank)
+
+
+def add_encoder(source: Source, path: Path) -> None:
+    """Let a sentence encoder make the vectors that a checkpoint is conditioned on.
+
+    Raises InputError where the checkpoint reads none, or those of another encoder, and what `load_encoder` raises.
+    """
+    if not isinstance(source, Checkpoint) or not source.config.conditioning_size:
+        raise InputError("--encoder is of a hypernetwork that reads vectors: a text-to-LoRA network, or --conditioning")
+    encoder = load_encoder(path)
+    size = source.config.conditioning_size
+    if encoder.size != size:
+        raise InputError(f"{path} gives embeddings of {encoder.size} numbers, the hypernetwork reads {size}")
+    if isinstance(source.factors, TextToLora) and (fault := source.factors.encoder_fault(encoder.pooling)):
+        raise InputError(f"--encoder {path}: {fault}")
+    source.encoder = encoder

@@ -92,6 +92,7 @@ class _Options(msgspec.Struct, frozen=True):
     delta_w_scaling: float = 10000.0
     mt_lora_path: str | None = None
     emb_model: str | None = None
+    use_one_hot_task_emb: bool = False
 
     @property
     def head_has_bias(self) -> bool:
@@ -121,11 +122,13 @@ class TextToLora(FactorModule):
     types    names of modules such as q_proj, in the order of the type embedding's rows
     offsets  a constant part of the factors, by module and then A [layers, rank, in] and B [layers, out, rank]
     scale    of the heads' outputs
+    emb_model  the encoder that it was trained with; none: the base model itself
     """
 
     def __init__(self, size: int, targets: Sequence[TargetSpec], rank: int, types: Sequence[str], shape: _Options):
         super().__init__(targets, rank)
         self.types, self.scale = tuple(types), shape.head_scale
+        self.emb_model = None if shape.use_one_hot_task_emb else shape.emb_model
         self.offsets: dict[str, tuple[Tensor, Tensor]] = {}
         self.places = _places(targets, types)  # of each target: its depth and the row of its type
         latent, layers = shape.hypernet_latent_size, len(targets) // len(types)
@@ -181,6 +184,14 @@ class TextToLora(FactorModule):
             for target, values in zip(targets, flat.unflatten(2, (self.rank, -1)).unbind(1), strict=True):
                 factors[factor_names(target.name)[half]] = values.mT if half else values
         return factors
+
+    def encoder_fault(self, pooling: str) -> str | None:
+        """Return why an encoder that pools like this cannot stand for the one of the training, or None."""
+        if not self.emb_model:
+            return "the network was not trained with an encoder: give vectors as conditioning="
+        if "gte" in self.emb_model and pooling != "cls":
+            return f"it pools by {pooling}, and the network was trained with the first token of {self.emb_model}"
+        return None
 
     def mixer_layers(self) -> list[nn.Linear]:
         return [layer for layer in self.mixer if isinstance(layer, nn.Linear)]

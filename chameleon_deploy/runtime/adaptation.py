@@ -34,6 +34,8 @@ class Adapt:
                   weighted sum of several updates, such as {"legal": 0.7, "code": 0.3}, or None for the base model
     conditioning  mode request of a bundle whose hypernetwork reads vectors of the caller: float32 [texts,
                   conditioning_size], such as the embedding of each text's task
+    adapt_text    mode request of a bundle with a sentence encoder, in the place of conditioning: a description of the
+                  task, such as "answer like a lawyer", for all texts or one per text
     adapt_tokens  embed only this many leading tokens of every text; None embeds all
 
     Raises ModeError or InputError for fields that are wrong in any bundle; a call checks the rest.
@@ -45,6 +47,7 @@ class Adapt:
     adapters: Sequence[AdapterChoice] | None = None
     conditioning: npt.ArrayLike | None = None
     adapt_tokens: int | None = None
+    adapt_text: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None:
@@ -55,6 +58,8 @@ class Adapt:
             raise ModeError(
                 "adapters go with mode 'static' and without factors: pass nothing else with them", "adapters"
             )
+        if self.adapt_text is not None and self.conditioning is not None:
+            raise InputError("adapt_text and conditioning both say what the updates are of: pass one", "adapt_text")
         if self.adapt_tokens is not None:
             object.__setattr__(self, "adapt_tokens", check_integer("adapt_tokens", self.adapt_tokens, 1))
 
@@ -68,6 +73,7 @@ class AdaptKeywords(TypedDict, total=False):
     adapters: Sequence[AdapterChoice] | None
     conditioning: npt.ArrayLike | None
     adapt_tokens: int | None
+    adapt_text: str | Sequence[str] | None
 
 
 def check_mode(mode: Any) -> None:

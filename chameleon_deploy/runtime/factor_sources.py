@@ -17,7 +17,9 @@ from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
 from chameleon_deploy.runtime.adapters import Adapters, Blend, check_adapters
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.basis import enter_basis
+from chameleon_deploy.runtime.encoder import Encoder
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors, check_factors, no_factors, stack_sets
+from chameleon_deploy.runtime.inputs import per_prompt
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,12 @@ class FactorSources:
     adapters  of the bundle, and loaded from files
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode) -> None:
-        """Take a bundle and the backend that was opened for it. Raises ModeError for a mode that it cannot serve."""
-        self.mode, self._backend = mode, backend
+    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode, encoder: Encoder | None = None) -> None:
+        """Take a bundle, and the backend and the encoder that were opened for it.
+
+        Raises ModeError for a mode that it cannot serve.
+        """
+        self.mode, self._backend, self._encoder = mode, backend, encoder
         self._manifest = bundle.manifest
         self._token_embedding, self._centroids = bundle.token_embedding(), bundle.centroids()
         spec = bundle.manifest.adaptation
@@ -77,8 +82,17 @@ class FactorSources:
         if adapt.factors is not None and mode != "static":
             raise ModeError(f"factors were passed in mode {mode!r}: pass mode='static' with them", "factors")
         size = self._manifest.adaptation.conditioning_size
-        given = adapting.check_conditioning(mode, adapt.conditioning, size, batch)
-        return replace(adapt, mode=mode, conditioning=given)
+        given = adapt.conditioning if adapt.adapt_text is None else self._described(mode, adapt.adapt_text, batch)
+        given = adapting.check_conditioning(mode, given, size, batch)
+        return replace(adapt, mode=mode, conditioning=given, adapt_text=None)
+
+    def _described(self, mode: Mode, descriptions: str | Sequence[str], batch: int) -> FloatArray:
+        """Return the vectors of descriptions, one for all texts or one per text. Raises ModeError or InputError."""
+        if self._encoder is None:
+            raise ModeError("adapt_text needs a bundle that was exported with --encoder", "adapt_text")
+        if mode != "request":
+            raise ModeError(f"mode {mode!r} with adapt_text: descriptions go with mode 'request'", "adapt_text")
+        return self._encoder.conditioning(per_prompt("adapt_text", descriptions, batch))
 
     def embed(self, rows: Sequence[Sequence[int]], adapt_tokens: int | None = None) -> tuple[FloatArray, IntArray]:
         """Return embeddings [batch, hidden] and cluster ids [batch]."""

@@ -18,6 +18,7 @@ from chameleon_deploy.runtime.adaptation import Adapt, Adaptation, AdaptKeywords
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import ChatTemplate, chat_generate, chat_prompt, load_chat_template
+from chameleon_deploy.runtime.encoder import Encoder
 from chameleon_deploy.runtime.engine.loop import generate_rows
 from chameleon_deploy.runtime.factor_sources import FactorSources
 from chameleon_deploy.runtime.generation import (
@@ -64,7 +65,7 @@ def load(
     directory = remote.fetch(path) if remote.is_url(path) else checked_path(path)
     bundle = start_opening(directory, trusted_keys)
     try:
-        return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode)
+        return Runtime(bundle, open_backend(bundle, provider, threads, share_weights), mode, threads)
     finally:
         bundle.require_weights()  # damaged weights explain any other error, so report them first
 
@@ -76,15 +77,17 @@ class Runtime:
 
     bundle, backend, mode      as passed to the constructor
     sources, adapters          of factors, see FactorSources
+    encoder                    of descriptions of tasks; None in a bundle without
     manifest, tokenizer        of the bundle
     provider, graph, decoder, integer_weights
                                of the backend
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, mode: Mode | None = None, threads: int | None = None) -> None:
         """Run a bundle on a backend that was opened for it; `load` opens both.
 
-        mode  adaptation mode of calls that name none; None takes "cohort", or "static" for a bundle of regime lora
+        mode     adaptation mode of calls that name none; None takes "cohort", or "static" for a bundle of regime lora
+        threads  of the encoder, which runs on the CPU
 
         Raises ManifestError for a tokenizer.json that does not load, ModeError for a mode that the bundle cannot serve.
         """
@@ -94,7 +97,9 @@ class Runtime:
         self.tokenizer = load_tokenizer(bundle.path / "tokenizer.json")
         self.provider, self.graph, self.decoder = backend.provider, backend.graph, backend.decoder
         self.integer_weights = backend.integer_weights
-        self.sources = FactorSources(bundle, backend, self.mode)
+        spec = bundle.manifest.encoder
+        self.encoder = None if spec is None else Encoder(bundle, spec, threads)
+        self.sources = FactorSources(bundle, backend, self.mode, self.encoder)
         self.adapters = self.sources.adapters
 
     def adapt(

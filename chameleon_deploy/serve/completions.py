@@ -46,7 +46,7 @@ REASONS: Mapping[str, Literal["stop", "deadline"]] = {"stop": "stop", "deadline"
 async def complete(call: Call[CompletionRequest]) -> Completion | Response:
     """Answer one request; where it is cancelled, its rows are."""
     outputs = outputs_of(call.body)
-    if outputs is None:
+    if outputs is None and call.body.adapt_text is None:
         job = await call.off_loop_if_large(lambda: prepare(call), undo=Job.cancel)
     else:
         job = await call.off_loop(lambda: prepare(call, outputs), Job.cancel, outputs)

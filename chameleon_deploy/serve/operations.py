@@ -5,6 +5,7 @@ Adapters are loaded and unloaded as in vLLM, texts are tokenized as in lm-evalua
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from chameleon_deploy.contract.bundle import FloatArray
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.runtime.encoder import Encoder
 from chameleon_deploy.serve import chat_schemas, schemas
 from chameleon_deploy.serve.adapters import AdapterDirectories
 from chameleon_deploy.serve.call import Call
 from chameleon_deploy.serve.chat import complete_chat
 from chameleon_deploy.serve.completions import complete
-from chameleon_deploy.serve.errors import ApiError
-from chameleon_deploy.serve.prompts import encode
+from chameleon_deploy.serve.errors import ApiError, api_error
+from chameleon_deploy.serve.prompts import as_texts, encode
 from chameleon_deploy.serve.responses import ResponseObject, ResponsesRequest, respond
 from chameleon_deploy.serve.scoring import score
 
@@ -64,6 +68,46 @@ def _adapted(call: Call[schemas.TextsRequest]) -> schemas.AdaptResponse:
         for i, embedding in enumerate(embeddings)
     ]
     return schemas.AdaptResponse(model=model, data=items)
+
+
+async def _embeddings(call: Call[schemas.EmbeddingsRequest]) -> schemas.EmbeddingsResponse:
+    """Embed texts in OpenAI's form, one after the other, in turn with the other requests."""
+    body, served = call.body, call.served
+    model = served.models.resolve(body.model).model
+    encoder = served.runtime.encoder
+    if encoder is None:
+        raise ApiError(400, "mode_unavailable", "this bundle has no encoder: export it with --encoder DIR", "model")
+    if body.dimensions not in (None, encoder.spec.size):
+        message = f"dimensions {body.dimensions}: the encoder's embeddings have {encoder.spec.size} numbers"
+        raise ApiError(400, "input_invalid", message, "dimensions")
+    texts = as_texts(body.input)
+    if len(texts) > served.max_prompts:
+        raise ApiError(400, "input_invalid", f"{len(texts)} texts, at most {served.max_prompts} are taken", "input")
+    try:
+        rows = await call.off_loop(lambda: encoder.encode(texts, "input"))
+    except ChameleonError as error:
+        raise api_error(error, "input") from error
+    data = [
+        schemas.EmbeddingItem(
+            index=i, embedding=_written(await served.score(_embed, encoder, row), body.encoding_format)
+        )
+        for i, row in enumerate(rows)
+    ]
+    special = len(encoder.spec.prefix_ids) + len(encoder.spec.suffix_ids)
+    tokens = sum(len(row) + special for row in rows)
+    return schemas.EmbeddingsResponse(data=data, model=model, usage=schemas.EmbeddingsUsage(tokens, tokens))
+
+
+def _embed(encoder: Encoder, row: list[int]) -> FloatArray:
+    embedding: FloatArray = encoder.embed([row])[0]
+    return embedding
+
+
+def _written(embedding: FloatArray, encoding_format: str) -> list[float] | str:
+    if encoding_format == "base64":
+        return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+    values: list[float] = embedding.tolist()
+    return values
 
 
 async def _clusters(call: Call[None]) -> schemas.ClusterList:
@@ -153,6 +197,10 @@ OPERATIONS = (
     Operation("/v1/responses", respond, ResponseObject, "Answer a conversation, statelessly.", ResponsesRequest),
     Operation("/v1/models", _models, schemas.ModelList, "The bundle's modes, each as a model."),
     Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
+    Operation(
+        "/v1/embeddings", _embeddings, schemas.EmbeddingsResponse, "Embeddings of texts, by the bundle's encoder.",
+        schemas.EmbeddingsRequest,
+    ),
     Operation("/v1/adapt", _adapt, schemas.AdaptResponse, "Embeddings and nearest clusters.", schemas.TextsRequest),
     Operation("/v1/clusters", _clusters, schemas.ClusterList, "Centroids, and prompts seen of each."),
     Operation("/v1/cache", _prefix_cache, schemas.PrefixCache, "The tenant's part of the prefix cache."),

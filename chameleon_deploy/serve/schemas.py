@@ -72,6 +72,13 @@ class AdaptedRequest(Struct, kw_only=True):
     mode: Mode | None = None
     adapt_tokens: Annotated[int, Meta(ge=1, description="Embed only the first so many tokens.")] | None = None
     conditioning: Conditioning | None = None
+    adapt_text: (
+        Annotated[
+            str | list[str],
+            Meta(description="What the texts are for, for a bundle with an encoder: for all texts or one for each."),
+        ]
+        | None
+    ) = None
     adapters: list[AdapterChoice] | None = None
 
 
@@ -309,6 +316,36 @@ class AdaptResponse(Struct, kw_only=True):
     object: Literal["list"] = "list"
     model: str
     data: list[AdaptItem]
+
+
+class EmbeddingsRequest(Struct, kw_only=True):
+    """As in OpenAI's API; token ids are of the encoder's tokenizer, without special tokens."""
+
+    input: Prompt
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Meta(ge=1, description="The encoder's own, no other.")] | None = None
+    user: str | None = None
+
+
+class EmbeddingItem(Struct, kw_only=True):
+    """embedding is a list of numbers, or with base64 their bytes as little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingItem]
+    model: str
+    usage: EmbeddingsUsage
 
 
 class Cluster(Struct, kw_only=True):

@@ -47,6 +47,7 @@ def adapt_options(call: Call[Body], meant: Meant, texts: int) -> Adapt:
         tenants=[call.tenant] * texts if meant.mode == "tenant" else None,
         adapters=blends * texts if blends is not None and len(blends) == 1 else blends,
         conditioning=call.body.conditioning,
+        adapt_text=call.body.adapt_text,
         adapt_tokens=call.body.adapt_tokens,
     )
 

@@ -91,7 +91,7 @@ class Model:
             else:
                 fields[name] = given[0]
         text, adapter = fields.pop("text_input"), fields.pop("lora_name", None)
-        adapt = _take(fields, "mode", "adapt_tokens", "conditioning")
+        adapt = _take(fields, "mode", "adapt_tokens", "conditioning", "adapt_text")
         if adapter is not None or "adapters" in fields:
             adapt["adapters"] = [fields.pop("adapters", adapter)]
         else:

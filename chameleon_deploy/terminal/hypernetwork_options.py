@@ -13,6 +13,14 @@ HypernetworkDirectory = Annotated[
         "--hypernetwork", metavar="DIR", help="A released text-to-LoRA network of a base model: hypermod.pt, args.yaml."
     ),
 ]
+EncoderDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--encoder",
+        metavar="DIR",
+        help="Sentence encoder of texts that describe tasks, as of sentence-transformers.",
+    ),
+]
 TargetOrder = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
-from chameleon_deploy.terminal.hypernetwork_options import HypernetworkDirectory, TargetOrder
+from chameleon_deploy.terminal.hypernetwork_options import EncoderDirectory, HypernetworkDirectory, TargetOrder
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.here import verify_here
 from chameleon_deploy.verify.report import check_sheet
@@ -32,6 +32,7 @@ def main(
     adapter: AdapterDirectories = None,
     hypernetwork: HypernetworkDirectory = None,
     target_order: TargetOrder = None,
+    encoder: EncoderDirectory = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text to verify on; default: Python's documentation.")] = None,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -54,16 +55,18 @@ def main(
     console.check_output(out)
     if here:
         _refuse(reference=reference, base=base, adapter=adapter, hypernetwork=hypernetwork, target_order=target_order,
-                text=text, max_kl=max_kl, quick=quick)  # fmt: skip
+                encoder=encoder, text=text, max_kl=max_kl, quick=quick)  # fmt: skip
         checks, record = verify_here(console.bundle_path(bundle), provider, threads)
     else:
         if reference is None:
             raise typer.BadParameter("name the --reference that the bundle was exported from, or pass --here")
-        from chameleon_deploy.reference.source import load_source
+        from chameleon_deploy.reference.source import add_encoder, load_source
         from chameleon_deploy.reference.text_to_lora import text_to_lora_files
 
         network = text_to_lora_files(hypernetwork, target_order)
         checkpoint = load_source(reference, base, named_directories(adapter), network=network)
+        if encoder is not None:
+            add_encoder(checkpoint, encoder)
         path = console.bundle_path(bundle)
         options = VerifyOptions(text, threads, provider, keep_trunk=False, max_kl=max_kl, quick=quick, longest=longest)
         with console.progress() as report:

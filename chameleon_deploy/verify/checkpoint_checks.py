@@ -23,6 +23,7 @@ from chameleon_deploy.reference.hypernetwork import factor_set
 from chameleon_deploy.reference.inference import ReferenceAdaptation, RowLogits
 from chameleon_deploy.reference.targets import in_head_alone
 from chameleon_deploy.runtime import Runtime
+from chameleon_deploy.runtime.known_answers import TEXTS as KNOWN_TEXTS
 from chameleon_deploy.runtime.known_answers import KnownAnswers, adapt_rows, recorded_answers
 from chameleon_deploy.runtime.scoring import score_rows
 from chameleon_deploy.terminal.progress import Progress
@@ -62,6 +63,7 @@ UPDATE = 0.05  # relative difference of the update from the reference's, over al
 # The same of updates in the trunk. Noise of int8 activations, which differ between the base and the adapted model, does
 # not cancel in their difference.
 UPDATES = {"fp32": UPDATE, "fp16": UPDATE, "bf16": 4 * UPDATE, "int8": None}
+ENCODER = 1e-5  # difference of an embedding from PyTorch's
 Steps = dict[str, Callable[[], Iterator[Check]]]
 CLEAR = 10  # times Gate.top1_gap: the two highest logits lie so far apart that no single token may differ
 
@@ -109,6 +111,7 @@ def verify_checkpoint(
         }
         steps |= {
             "data": lambda: check_data(runtime.bundle, reference.checkpoint, gate),
+            "encoder": lambda: check_encoder(runtime, reference.checkpoint),
             "known answers": lambda: check_known_answers(runtime, reference, gate),
             "adaptation": lambda: check_adaptation(runtime, reference.checkpoint, rows, gate),
             "factors alone": lambda: check_factors_alone(runtime, few),
@@ -174,6 +177,20 @@ def check_greedy(mode: Mode, answers: KnownAnswers, reference: Reference, theirs
         differ += int((top.indices[:, 0] != torch.tensor(chosen))[apart].sum())
     return Check(f"known answers: mode {mode}, greedy tokens that the reference does not choose", differ, 0,
                  note=f"{clear} with a gap over {CLEAR * gate.top1_gap:g} of the scale")  # fmt: skip
+
+
+def check_encoder(runtime: Runtime, checkpoint: Checkpoint) -> Iterator[Check]:
+    """The encoder of a bundle is the reference's, its tokenizer, special tokens, pooling and normalisation too."""
+    if runtime.encoder is None:
+        return
+    if checkpoint.encoder is None:
+        yield Check("left out: encoder", 1, limit=None, note="not checked: name it with --encoder DIR")
+        return
+    room = runtime.encoder.spec.max_tokens // 4  # characters: a token has at least one
+    texts = [text[:room] for text in KNOWN_TEXTS]
+    theirs = np.stack([checkpoint.encoder.embed(text).numpy() for text in texts])
+    ours = runtime.encoder.embed(runtime.encoder.encode(texts))
+    yield Check("encoder: embeddings, max abs difference", max_abs(ours, theirs), ENCODER)
 
 
 def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate: Gate) -> Iterator[Check]:

@@ -302,7 +302,8 @@ def test_the_schema_holds(speaking: Running) -> None:
     def be_answered(body: Any) -> None:
         """Leave what no schema can say: that a model exists, and which fields go together."""
         for name in ("model", "mode", "tool_choice", "response_format", "structured_outputs",
-                     "top_logprobs", "stream_options", "conditioning", "logit_bias", "continue_final_message",
+                     "top_logprobs", "stream_options", "conditioning", "adapt_text", "logit_bias",
+                     "continue_final_message",
                      "temperature"):  # fmt: skip
             body.pop(name, None)
         body |= {"messages": HELLO, "n": 1}

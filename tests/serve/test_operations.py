@@ -122,7 +122,7 @@ def test_metrics_count_what_happened(server: Running) -> None:
 
 def test_the_schema_holds(server: Running) -> None:
     operations = operations_of(server)
-    assert len(operations) == 17
+    assert len(operations) == 18
     statuses = asked(operations)
     assert {200, 400} <= set(statuses)
     assert not any(status >= 500 for status in statuses)

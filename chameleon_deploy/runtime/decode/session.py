@@ -164,6 +164,8 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
         # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In int8 the
         # matrix is transposed, a copy already.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if graph.role == "encoder":  # its threads do not spin beside the decoder's
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if graph.role == "hypernetwork":
         # A second spinning thread pool would cost the decoder more than it saves here.
         options.intra_op_num_threads = 1
