@@ -1,0 +1,55 @@
+"""benchmarks/off_grid.py: factors of channels cancel, and weights that were round are round no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from benchmarks import off_grid
+from chameleon_deploy.reference.model import Trunk, load_trunk, trunk_from
+from chameleon_deploy.reference.tiny import save_base
+from tests.families import small_model
+
+IDS = torch.arange(40)[None] * 7 % 512
+
+
+def logits(trunk: Trunk) -> torch.Tensor:
+    return trunk.logits(trunk.hidden_states(IDS)[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "olmo2", "llama", "qwen2", "qwen3", "phi3"])
+def test_logits_stay_what_they_are(family: str) -> None:
+    trunk = trunk_from(small_model(family).double(), None)
+    before, weights = logits(trunk), {name: x.clone() for name, x in trunk.causal_lm.state_dict().items()}
+    off_grid.leave_grid(trunk)
+    assert (logits(trunk) - before).abs().max() < 1e-9
+    changed = trunk.causal_lm.state_dict()
+    if trunk.spec.gated and trunk.spec.names.attention_norm:  # else some matrices have no free factors
+        layers = [f"{name}.weight" for name in trunk.linear_layers() if name != "lm_head"]
+        assert all((changed[name] != weights[name]).double().mean() > 0.9 for name in layers)
+    head = trunk.spec.names.embedding if trunk.is_tied else "lm_head"
+    assert trunk.is_tied == bool((changed[f"{head}.weight"] == weights[f"{head}.weight"]).all())
+
+
+def test_a_rounded_model_is_written_unround(
+    tmp_path: Path, mini_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was rounded to a type rounds to it again without an error, before."""
+    trunk, kind = load_trunk(mini_path / "base"), gguf.GGMLQuantizationType.Q4_0
+    llama = trunk_from(small_model("llama"), trunk.tokenizer)
+    for name in llama.linear_layers():
+        weight = llama.causal_lm.get_submodule(name).weight
+        rounded = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
+        weight.copy_(torch.from_numpy(rounded))
+    save_base(llama.causal_lm, llama.tokenizer, tmp_path / "round")
+    off_grid.main(tmp_path / "round", tmp_path / "unround", seed=1)
+    written = load_trunk(tmp_path / "unround")
+    assert (logits(written) - logits(llama)).abs().max() < 1e-3
+    before, after = off_grid.rounding_errors(llama), off_grid.rounding_errors(written)
+    assert before["Q4_0"] < 1e-6
+    ordinary = off_grid.rounding_errors(trunk_from(small_model("llama", seed=1), trunk.tokenizer))
+    assert after == pytest.approx(ordinary, rel=0.1)
+    assert "Q4_0" in capsys.readouterr().out
