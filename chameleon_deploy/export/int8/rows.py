@@ -19,14 +19,15 @@ Operator: com.microsoft.MatMulIntegerToFloat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import RewriteRule, RewriteRuleSet
 
-from chameleon_deploy.export.graph import FLOAT, constant, integers
+from chameleon_deploy.contract.bundle import int8_names
+from chameleon_deploy.export.graph import FLOAT, constant, integers, subgraph, take_nodes
 from chameleon_deploy.export.int8.calibration import INT8_MAX
 from chameleon_deploy.reference.families.spec import DecoderSpec
 
@@ -35,7 +36,7 @@ RESIDUAL = 254  # the range of the second value is half a step of the first on e
 WIDE = 2  # steps after a norm, of the first of two values: what would saturate has room, and the second is fine enough
 
 
-def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Container[str]) -> int:
+def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Collection[str]) -> int:
     """Rewrite every product with int8 weights of a decoder in place. Returns how many were rewritten.
 
     two_digits  names of the matrices that take two int8 values per activation (digits.py)
@@ -58,6 +59,7 @@ def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Container[s
         )
     )
     zero_point = constant(graph, "int8_rows.zero_point", np.uint8(ZERO_POINT))
+    shapes = _output_shapes(graph, model, two_digits)
 
     def rounded_product(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None, x_scale: Any = one) -> Any:
         rounded = op.QuantizeLinear(x, x_scale, zero_point)
@@ -74,8 +76,7 @@ def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Container[s
         y = op.MatMulIntegerToFloat(both, weight, x_scale, scale, zero_point, None, bias, _domain="com.microsoft")
         # coarse + fine / 254, as a product of one row: it reads both once, where Split, Mul and Add copy them twice
         y = op.MatMul(parts, op.Reshape(y, integers(op, [2, -1])))
-        rows, width = op.Shape(x, start=0, end=-1), integers(op, [weight.shape[1]])
-        return op.Reshape(y, op.Concat(rows, width, axis=0))
+        return op.Reshape(y, shapes[str(weight.name)])
 
     def by_row(inner: Callable[..., Any]) -> Callable[..., Any]:
         def product(op: Any, x: Any, weight: Any, scale: Any) -> Any:
@@ -132,3 +133,28 @@ def quantize_rows(decoder: ir.Model, model: DecoderSpec, two_digits: Container[s
         RewriteRule(weight_only, by_row(rounded_product)),
     ]
     return int(sums.apply_to_model(decoder)) + int(RewriteRuleSet(products).apply_to_model(decoder))
+
+
+def _output_shapes(graph: ir.Graph, model: DecoderSpec, names: Collection[str]) -> dict[str, ir.Value]:
+    """Return the shape of what each of some matrices gives, int64 [3], by the matrix's name in int8: computed once for
+    all matrices of a width.
+    """
+    inputs, last = {value.name: value for value in graph.inputs}, model.matrices(model.num_layers - 1)
+    after_last_attention = (last.o, last.up, last.down)  # which are computed for some positions only
+    shapes, shared = dict[str, ir.Value](), dict[tuple[str, int], ir.Value]()
+    for name in sorted(names):
+        stored, _ = int8_names(name)
+        weight = graph.initializers.get(stored)
+        if weight is None or weight.shape is None:
+            continue
+        key = "logits_positions" if name in after_last_attention else "input_ids", weight.shape.numpy()[1]
+        if key not in shared:
+            at, width = key
+
+            def shape(op: Any, at: str = at, width: int = width) -> list[Any]:
+                return [op.Concat(op.Shape(inputs[at]), integers(op, [width]), axis=0)]
+
+            nodes, (shared[key],) = take_nodes(subgraph(graph, f"int8_rows.{at}.{width}", shape))
+            graph.insert_before(graph[0], nodes)
+        shapes[stored] = shared[key]
+    return shapes

@@ -59,7 +59,7 @@ def quantize_weights(
         """Rotate and balance the inputs here, since the update shares the last norm."""
         report("round weights", next(done), 4 * len(layers) + 1)
         matrix = rotate(taken(weight))
-        x = rotated(op, x, matrix.shape[1], decoder.graph)
+        x = rotated(op, x, matrix.shape[1], decoder.graph, axes=2)
         factors, products = head_balance(matrix, statistics), statistics.inputs[HEAD].rotated()
         x = op.Mul(x, constant(decoder.graph, HEAD_BALANCE, factors.numpy()))
         products.divide(1 / factors)
@@ -154,9 +154,11 @@ def rotate_residual(decoder: ir.Model, model: DecoderSpec) -> None:
             node.replace_input_with(index, turned)
 
 
-def rotated(op: Any, x: Any, channels: int, graph: ir.Graph) -> Any:
-    """Return x H for x [..., channels]."""
+def rotated(op: Any, x: Any, channels: int, graph: ir.Graph, axes: int = 3) -> Any:
+    """Return x H for x [..., channels] of so many axes."""
     block = block_of(channels)
     name = ROTATION.format(block)
     rotation = graph.initializers.get(name) or constant(graph, name, hadamard(block).numpy())
-    return op.Reshape(op.MatMul(op.Reshape(x, integers(op, [-1, block])), rotation), op.Shape(x))
+    kept = [0] * (axes - 1)
+    blocks = op.Reshape(x, integers(op, [*kept, channels // block, block]))
+    return op.Reshape(op.MatMul(blocks, rotation), integers(op, [*kept, channels]))
