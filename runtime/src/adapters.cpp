@@ -31,29 +31,46 @@ Adapters::Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes)
       const std::size_t size = values.size() / static_cast<std::size_t>(own.count);
       set.tensors[tensor] = values.subspan(next_number_ * size, size);
     }
-    adapters_[name] = {next_number_++, {}, enter_basis(set, bundle.basis)};
+    const FactorSets entered = enter_basis(set, bundle.basis);
+    adapters_[name] = {next_number_, next_number_, {}, entered, info(name, entered, {})};
+    ++next_number_;
   }
 }
 
-std::vector<std::string> Adapters::names() const {
+std::vector<AdapterInfo> Adapters::list() const {
   const std::lock_guard lock(mutex_);
-  std::map<std::uint64_t, std::string> by_number;
-  for (const auto& [name, adapter] : adapters_) by_number[adapter.number] = name;
-  std::vector<std::string> names;
-  for (auto& [number, name] : by_number) names.push_back(std::move(name));
-  return names;
+  std::map<std::uint64_t, AdapterInfo> by_place;
+  for (const auto& [name, adapter] : adapters_) by_place[adapter.place] = adapter.info;
+  std::vector<AdapterInfo> list;
+  for (auto& [place, adapter] : by_place) list.push_back(std::move(adapter));
+  return list;
 }
 
-void Adapters::load(const std::string& name, const std::filesystem::path& file) {
+void Adapters::load(const std::string& name, const std::filesystem::path& file, bool replace) {
   if (!is_adapter_name(name)) {
     throw InputError("'" + name.substr(0, 80) + "' cannot name an adapter: use " + std::string(kAdapterName));
   }
   auto [set, origin] = read(file);
+  AdapterInfo loaded = info(name, set, origin.digest);
   const std::lock_guard lock(mutex_);
-  if (adapters_.contains(name)) {
-    throw AdapterError("an adapter named '" + name + "' is loaded already: unload it first");
+  const auto old = adapters_.find(name);
+  if (old != adapters_.end() && (!old->second.file || !replace)) {
+    throw AdapterError("an adapter named '" + name + "' is " +
+                       (old->second.file ? "loaded already: unload it first, or replace it" : "the bundle's own"));
   }
-  keep(adapters_[name] = {next_number_++, std::move(origin), {}}, set);
+  const std::uint64_t number = next_number_++;
+  const std::uint64_t place = old == adapters_.end() ? number : old->second.place;
+  keep(adapters_[name] = {number, place, std::move(origin), {}, std::move(loaded)}, set);
+}
+
+AdapterInfo Adapters::info(const std::string& name, const FactorSets& set, std::optional<std::string> digest) const {
+  std::vector<std::string> targets;
+  for (const TargetSpec& target : bundle_.manifest.adaptation.targets) {
+    const auto found = set.tensors.find(target.name + ".lora_B");
+    const auto is_zero = [](float value) { return value == 0; };
+    if (found != set.tensors.end() && !std::ranges::all_of(found->second, is_zero)) targets.push_back(target.name);
+  }
+  return {name, rank_of(set), std::move(targets), bytes_of(set), std::move(digest), 0};
 }
 
 void Adapters::unload(const std::string& name) {
@@ -64,13 +81,15 @@ void Adapters::unload(const std::string& name) {
   adapters_.erase(name);
 }
 
-FactorSource Adapters::source(const Blend& blend) {
+FactorSource Adapters::source(const Blend& blend, std::size_t texts) {
   if (blend.weights.empty()) return {"none", [&spec = bundle_.manifest.adaptation] { return no_factors(spec); }};
+  std::vector<std::string> chosen;
   std::string key = "adapters", names;
   std::vector<WeightedSet> parts;
   std::int64_t rank = 0;
   for (const auto& [name, weight] : blend.weights) {
-    const auto [part_key, set] = held(name);
+    const auto [part_key, set] = held(name, texts);
+    chosen.push_back(name);
     parts.push_back({set, weight});
     key += " " + part_key + " " + std::to_string(std::bit_cast<std::uint32_t>(weight));
     names += (names.empty() ? "" : ", ") + name;
@@ -80,16 +99,17 @@ FactorSource Adapters::source(const Blend& blend) {
     throw AdapterError(names.substr(0, 800) + " have rank " + std::to_string(rank) +
                        " together: this bundle takes at most " + std::to_string(most));
   }
-  return {key, [parts] { return blend_sets(parts); }};
+  return {key, [parts] { return blend_sets(parts); }, std::move(chosen)};
 }
 
-std::pair<std::string, FactorSets> Adapters::held(const std::string& name) {
+std::pair<std::string, FactorSets> Adapters::held(const std::string& name, std::size_t texts) {
   std::uint64_t number = 0;
   File file;
   {
     const std::lock_guard lock(mutex_);
     Adapter& adapter = find(name);
     adapter.last_used = ++uses_;
+    adapter.info.uses += texts;
     if (adapter.set) return {std::to_string(adapter.number), *adapter.set};
     number = adapter.number;
     file = *adapter.file;

@@ -10,6 +10,7 @@
 
 #include "chameleon/adaptation.h"
 #include "chameleon/bundle.h"
+#include "chameleon/runtime.h"
 #include "factors.h"
 
 namespace chameleon {
@@ -21,17 +22,18 @@ class Adapters {
   /// max_bytes: of the factors of files that stay in memory; those used least recently leave first
   Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes);
 
-  /// In the order in which they were loaded.
-  [[nodiscard]] std::vector<std::string> names() const;
+  /// In the order in which they were loaded; one that is replaced keeps its place.
+  [[nodiscard]] std::vector<AdapterInfo> list() const;
 
   /// Read an adapter file, see Runtime::load_adapter.
-  void load(const std::string& name, const std::filesystem::path& file);
+  void load(const std::string& name, const std::filesystem::path& file, bool replace);
   /// Remove an adapter of a file. Throws AdapterError for a name that no adapter has, or one of the bundle.
   void unload(const std::string& name);
 
   /// The source of a blend, which holds the adapters' factors, whatever is unloaded or leaves the memory.
+  /// texts: that choose it, which are counted
   /// Throws AdapterError for a name that no adapter has, a file that has changed, or ranks that are too large together.
-  [[nodiscard]] FactorSource source(const Blend& blend);
+  [[nodiscard]] FactorSource source(const Blend& blend, std::size_t texts);
 
  private:
   /// Where factors are read again when they have left the memory, and the SHA-256 of what was loaded.
@@ -41,13 +43,17 @@ class Adapters {
   };
   struct Adapter {
     std::uint64_t number;           // another for an adapter that is loaded later under the same name
+    std::uint64_t place;            // in the list
     std::optional<File> file;       // none for an adapter of the bundle, whose factors stay
     std::optional<FactorSets> set;  // while it is in memory
+    AdapterInfo info;
     std::uint64_t last_used = 0;
   };
 
   /// The key of an adapter, and its factors.
-  [[nodiscard]] std::pair<std::string, FactorSets> held(const std::string& name);
+  [[nodiscard]] std::pair<std::string, FactorSets> held(const std::string& name, std::size_t texts);
+  [[nodiscard]] AdapterInfo info(const std::string& name, const FactorSets& set,
+                                 std::optional<std::string> digest) const;
   [[nodiscard]] std::pair<FactorSets, File> read(const std::filesystem::path& file) const;
   [[nodiscard]] Adapter& find(const std::string& name);
   void keep(Adapter& adapter, const FactorSets& set);

@@ -101,11 +101,14 @@ RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) 
   if (adapt.adapters) {
     RowSources found;
     std::map<std::map<std::string, float>, std::int64_t> places;
+    std::vector<std::pair<const Blend*, std::size_t>> blends;  // each with the number of its texts
     for (const Blend& blend : *adapt.adapters) {
-      const auto [place, is_new] = places.try_emplace(blend.weights, std::ssize(found.sources));
+      const auto [place, is_new] = places.try_emplace(blend.weights, std::ssize(blends));
       found.factor_ids.push_back(place->second);
-      if (is_new) found.sources.push_back(adapters_.source(blend));
+      if (is_new) blends.emplace_back(&blend, 0);
+      ++blends[static_cast<std::size_t>(place->second)].second;
     }
+    for (const auto& [blend, texts] : blends) found.sources.push_back(adapters_.source(*blend, texts));
     found.make_all = [sources = found.sources] {
       std::vector<FactorSets> stacks;
       for (const FactorSource& source : sources) stacks.push_back(source.make());

@@ -127,11 +127,16 @@ std::vector<Generation> Runtime::stream(Texts prompts, const OnToken& on_token, 
   return generate_rows(*impl_, prepare(*impl_, prompts, generate, adapt, positions, on_token, stop), errors);
 }
 
-void Runtime::load_adapter(const std::string& name, const std::filesystem::path& file) {
-  impl_->sources.adapters().load(name, file);
+void Runtime::load_adapter(const std::string& name, const std::filesystem::path& file, bool replace) {
+  impl_->sources.adapters().load(name, file, replace);
 }
 void Runtime::unload_adapter(const std::string& name) { impl_->sources.adapters().unload(name); }
-std::vector<std::string> Runtime::adapter_names() const { return impl_->sources.adapters().names(); }
+std::vector<std::string> Runtime::adapter_names() const {
+  std::vector<std::string> names;
+  for (const AdapterInfo& adapter : adapters()) names.push_back(adapter.name);
+  return names;
+}
+std::vector<AdapterInfo> Runtime::adapters() const { return impl_->sources.adapters().list(); }
 
 std::vector<TokenIds> Runtime::encode(Texts texts) const { return impl_->encode(texts); }
 const std::string& Runtime::provider() const { return impl_->backend.provider; }

@@ -82,6 +82,52 @@ TEST(Adapters, AreLoadedUsedAndForgotten) {
   EXPECT_EQ(tokens(runtime, {"own", {}, "own"}), own);
 }
 
+TEST(Adapters, AreListedAndReplacedInPlace) {
+  const AdapterCase given(case_named("good"));
+  const std::filesystem::path other = given.file.string() + ".other";
+  {
+    std::ifstream source(given.file, std::ios::binary);
+    std::string bytes{std::istreambuf_iterator<char>(source), {}};
+    bytes[bytes.size() - 2] ^= 1;  // the last value, whose half it is
+    std::ofstream(other, std::ios::binary) << bytes;
+  }
+  Runtime runtime(given.bundle.path());
+  runtime.load_adapter("legal", given.file);
+  runtime.load_adapter("later", given.file);
+  const auto list = runtime.adapters();
+  ASSERT_EQ(runtime.adapter_names(), (std::vector<std::string>{"own", "legal", "later"}));
+  EXPECT_EQ(list[0].digest, std::nullopt);
+  EXPECT_EQ(list[1].digest, list[2].digest);
+  EXPECT_EQ(list[1].digest->size(), 64U);
+  EXPECT_GE(list[1].rank, 1);
+  EXPECT_FALSE(list[1].targets.empty());
+  EXPECT_GT(list[1].size, 0U);
+  EXPECT_EQ(list[1].uses, 0U);
+  const auto before = tokens(runtime, {"legal", "legal", Blend{{"legal", 1}, {"own", 1}}});
+  EXPECT_EQ(runtime.adapters()[1].uses, 3U);
+  Engine engine(runtime);
+  const Generate generate;
+  const std::vector<Blend> blends = {"legal", "legal", Blend{{"legal", 1}, {"own", 1}}};
+  const Stream stream = engine.submit(kPrompts, generate, {.adapters = blends});
+  EXPECT_THROW(runtime.load_adapter("legal", other), AdapterError);
+  EXPECT_THROW(runtime.load_adapter("own", other, true), AdapterError);
+  EXPECT_THROW(runtime.load_adapter("legal", "/nowhere", true), AdapterError);  // which replaces nothing
+  EXPECT_EQ(runtime.adapters()[1].digest, list[1].digest);
+  runtime.load_adapter("legal", other, true);
+  const auto replaced = runtime.adapters();
+  EXPECT_EQ(runtime.adapter_names(), (std::vector<std::string>{"own", "legal", "later"}));
+  EXPECT_NE(replaced[1].digest, list[1].digest);
+  EXPECT_EQ(replaced[1].uses, 0U);
+  const auto found = stream.result();  // of the factors that it began with
+  for (std::size_t row = 0; row < found.size(); ++row) EXPECT_EQ(found[row].token_ids, before[row]);
+  EXPECT_EQ(tokens(runtime, {"later", "later", {}})[0], before[0]);
+  const auto scored = [&](const char* name) {
+    return runtime.score(kPrompts, {.adapters = std::vector<Blend>(kPrompts.size(), name)})[0].token_logprobs;
+  };
+  EXPECT_NE(scored("legal"), scored("later"));
+  std::filesystem::remove(other);
+}
+
 TEST(Adapters, AreBlended) {
   const AdapterCase given(case_named("good"));
   Runtime runtime(given.bundle.path());

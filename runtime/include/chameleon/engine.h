@@ -34,6 +34,17 @@ struct EngineOptions {
   std::function<void(const Iteration&)> observe{};
 };
 
+/// Whose rows a submit has, and what the tenant may take of an engine.
+struct Tenant {
+  std::string name{};                              ///< equal for all that share it; those without one are one tenant
+  std::int64_t weight = 1;                         ///< of its share, 1 to 1,000: while several tenants wait, rows go to
+                                                   ///< them by weight
+  std::optional<std::size_t> rows{};               ///< of it in the batch at a time, at most
+  std::optional<std::size_t> max_waiting{};        ///< rows of it that may wait, at most
+  std::optional<std::size_t> tokens_per_minute{};  ///< that it may use, of prompts and new ones
+  bool operator==(const Tenant&) const = default;
+};
+
 /// The state of an engine at one moment.
 struct Stats {
   std::size_t running, waiting;  ///< rows in the batch, and rows that wait for a place
@@ -65,9 +76,11 @@ class CHAMELEON_EXPORT Engine {
   /// Queue every prompt and return at once. Every argument is checked before this returns.
   /// on_token: called by the engine's thread for every token, in place of Stream::next; must be quick. An exception
   /// cancels the row too
+  /// tenant: whose share of the engine the rows take; not those of mode tenant
   /// Throws InputError, TokenError, LengthError (a prompt that no row can hold), ModeError, FactorsError, AdapterError,
-  /// ProviderError (drafts on a GPU), QueueFullError, or ClosedError after `close`.
-  Stream submit(Texts prompts, const Generate& generate = {}, const Adapt& adapt = {}, OnToken on_token = {});
+  /// ProviderError (drafts on a GPU), QueueFullError, RateLimitError, or ClosedError after `close`.
+  Stream submit(Texts prompts, const Generate& generate = {}, const Adapt& adapt = {}, OnToken on_token = {},
+                const Tenant& tenant = {});
 
   /// Whether no request is accepted any more: after `close`, or a fault of the thread.
   [[nodiscard]] bool closed() const;

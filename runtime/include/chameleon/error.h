@@ -58,6 +58,7 @@ using DeviceError = CodedError<"device_failed">;
 using CancelledError = CodedError<"cancelled">;
 using NumericError = CodedError<"not_finite">;
 using QueueFullError = CodedError<"queue_full">;
+using RateLimitError = CodedError<"rate_limited">;
 using ClosedError = CodedError<"closed">;
 using RequestError = CodedError<"request_failed">;
 

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "chameleon/generation.h"
@@ -16,6 +18,10 @@ struct FinishedRow {
   FinishReason finish_reason;
   std::size_t prompt_tokens, new_tokens;  ///< numbers of tokens
   Seconds seconds;                        ///< from its submit to its end
+  /// From its submit to its admission, and to its first token; none without that.
+  std::optional<Seconds> queued{}, first_token{};
+  std::vector<std::string> adapters{};  ///< names of its adapters, of all where it blends several
+  std::string tenant{};                 ///< the name of its tenant
 };
 
 /// The record of one engine iteration, for metrics.

@@ -25,6 +25,17 @@ using TokenIds = std::vector<std::int64_t>;
 /// A batch: texts, or lists of token ids.
 using Texts = std::variant<std::span<const std::string>, std::span<const TokenIds>>;
 
+/// An adapter of the bundle, or one that was loaded.
+struct AdapterInfo {
+  std::string name;
+  std::int64_t rank;                  ///< without padding
+  std::vector<std::string> targets;   ///< the layers that it updates
+  std::size_t size;                   ///< bytes of its factors in memory
+  std::optional<std::string> digest;  ///< the SHA-256 of its file; none of one of the bundle
+  std::size_t uses;                   ///< how many texts have chosen it, alone or with others
+  bool operator==(const AdapterInfo&) const = default;
+};
+
 struct LoadOptions {
   std::string provider = "cpu";  ///< cpu, tensorrt in a build that has it, or auto for the best of them
   std::optional<Mode> mode{};    ///< default mode of the calls: by default cohort, or static in regime lora
@@ -71,13 +82,16 @@ class CHAMELEON_EXPORT Runtime {
 
   /// Add an adapter from a file that `adapter` wrote for this base model. The file is read whole and
   /// checked; calls that run are not affected. From any thread.
+  /// replace: an adapter of a file under the same name; rows that use it keep its factors, later ones have the new
   /// Throws InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
   /// adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.
-  void load_adapter(const std::string& name, const std::filesystem::path& file);
+  void load_adapter(const std::string& name, const std::filesystem::path& file, bool replace = false);
   /// Forget an adapter; rows that use it keep its factors. From any thread. Throws AdapterError for an unknown name.
   void unload_adapter(const std::string& name);
   /// Of the bundle's adapters and those that were loaded, in that order.
   [[nodiscard]] std::vector<std::string> adapter_names() const;
+  /// The same adapters, in the same order.
+  [[nodiscard]] std::vector<AdapterInfo> adapters() const;
 
   /// The token ids of texts. Makes the same checks as the calls above.
   [[nodiscard]] std::vector<TokenIds> encode(Texts texts) const;

@@ -110,6 +110,18 @@ void Slots::copy_in(std::size_t row, const std::byte* block, std::size_t tokens)
   lengths_[row] += static_cast<std::int64_t>(tokens);
 }
 
+void Slots::swap(std::size_t row, std::size_t other) {
+  const auto length = static_cast<std::size_t>(lengths_[row]);
+  std::optional<KeyValues> kept;
+  if (length > 0) {
+    kept.emplace(graph_, spare_, 1, length);
+    kept->buffers().copy_row(graph_, cache_, row, 0, length);
+  }
+  move(other, row);
+  if (kept) cache_.copy_row(graph_, kept->buffers(), 0, other, length);
+  lengths_[other] = static_cast<std::int64_t>(length);
+}
+
 void Slots::fork(std::size_t source, std::size_t target, std::int64_t length) {
   cache_.copy_row(graph_, cache_, source, target, static_cast<std::size_t>(length));
   lengths_[target] = length;

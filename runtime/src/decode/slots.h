@@ -78,6 +78,8 @@ class Slots {
 
   /// Copy row `source` to row `target`.
   void move(std::size_t source, std::size_t target) { fork(source, target, lengths_[source]); }
+  /// Exchange two rows.
+  void swap(std::size_t row, std::size_t other);
   /// Copy the first `length` tokens of row `source` to row `target`.
   void fork(std::size_t source, std::size_t target, std::int64_t length);
 

@@ -17,7 +17,7 @@ class StaticBatch final : public Batch {
   void admit(std::shared_ptr<Member> member) override { members_.push_back(std::move(member)); }
   void drop_ended() override;
   [[nodiscard]] std::size_t to_prefill() const override { return 0; }
-  std::size_t prefill() override { return 0; }
+  std::size_t prefill(const std::set<std::string>& /*crowding*/) override { return 0; }
   [[nodiscard]] std::size_t to_step() const override { return members_.size(); }
   Logits step(std::span<const std::int64_t> draft) override;
 

@@ -25,7 +25,8 @@ std::vector<std::int64_t> Member::draft() {
   return lookup->draft(limit);
 }
 
-Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate) {
+Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate,
+                   const Tenant& tenant) {
   const Clock::time_point now = Clock::now();
   const auto end = generate.deadline ? now + std::chrono::duration_cast<Clock::duration>(bounded(*generate.deadline))
                                      : Clock::time_point::max();
@@ -36,6 +37,7 @@ Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& 
     if (row.index() % generate.n == 0) prompt = std::make_shared<Prompt>(Prompt{row.prompt()});
     members.push_back(std::make_shared<Member>(Member{stream, prompt, std::move(row), now, end, now, draft_tokens,
                                                       generate.cache_salt, generate.cache_generated}));
+    members.back()->tenant = tenant;
   }
   return members;
 }
@@ -63,6 +65,7 @@ std::size_t ContinuousBatch::cached_tokens() const {
 
 void ContinuousBatch::admit(std::shared_ptr<Member> member) {
   slots_->admit(members_.size());
+  member->place = admitted_++;
   members_.push_back(std::move(member));
 }
 
@@ -100,11 +103,13 @@ std::size_t ContinuousBatch::length_to_prefill(const Member& member) const {
 std::size_t ContinuousBatch::next_to_prefill() const {
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
   if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
+  std::size_t most = schedule_.chunk_tokens;
+  if (unread_tenants().size() > 1) most = short_chunk(most);  // nobody waits long for what others read in the same call
   std::vector<std::size_t> lengths;
   std::size_t tokens = 0;
   std::set<Prefixes::Beginning> beginnings;
   for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.chunk_tokens; ++place) {
-    if (sibling(place)) break;  // it is copied later, from a member or from the prefix cache
+    if (sibling(place) || slots_->lengths()[place] > 0) break;  // it is copied later, from a member or the prefix cache
     if (prefixes_) {
       if (place > ready_ && prefixes_->will_have(*members_[place], beginnings)) break;
       beginnings.insert(prefixes_->beginning(*members_[place]));
@@ -112,18 +117,49 @@ std::size_t ContinuousBatch::next_to_prefill() const {
     lengths.push_back(length_to_prefill(*members_[place]));
     tokens += lengths.back();
   }
-  return joined(lengths, schedule_.chunk_tokens);
+  return joined(lengths, most);
 }
 
-std::size_t ContinuousBatch::prefill() {
-  std::size_t tokens = prefill_once();
-  while (schedule_.reads_all && ready_ < members_.size()) tokens += prefill_once();
+std::size_t ContinuousBatch::prefill(const std::set<std::string>& crowding) {
+  std::size_t tokens = prefill_once(crowding);
+  while (schedule_.reads_all && ready_ < members_.size()) tokens += prefill_once(crowding);
   return tokens;
 }
 
-std::size_t ContinuousBatch::prefill_once() {
+/// In the order of the batch.
+std::vector<std::string> ContinuousBatch::unread_tenants() const {
+  std::vector<std::string> names;
+  for (std::size_t place = ready_; place < members_.size(); ++place) {
+    const std::string& name = members_[place]->tenant.name;
+    if (std::ranges::find(names, name) == names.end()) names.push_back(name);
+  }
+  return names;
+}
+
+/// Bring a member of the tenant whose turn it is to the place that is read next.
+void ContinuousBatch::bring_next() {
+  const std::vector<std::string> names = unread_tenants();
+  const auto last_call = [&](const std::string& name) {
+    const auto found = read_at_.find(name);
+    return found == read_at_.end() ? 0 : found->second;
+  };
+  const std::string turn = *std::ranges::min_element(names, {}, last_call);
+  std::optional<std::size_t> next;
+  const auto order = [&](std::size_t place) {  // the one that is begun, so that there is one of each tenant at most
+    return std::pair(slots_->lengths()[place] == 0, members_[place]->place);
+  };
+  for (std::size_t place = ready_; place < members_.size(); ++place) {
+    if (members_[place]->tenant.name == turn && (!next || order(place) < order(*next))) next = place;
+  }
+  if (*next == ready_) return;
+  slots_->swap(ready_, *next);
+  std::swap(members_[ready_], members_[*next]);
+}
+
+std::size_t ContinuousBatch::prefill_once(const std::set<std::string>& crowding) {
   std::size_t forked = 0, tokens = 0;
   while (ready_ < members_.size()) {
+    if (tokens == 0) bring_next();
     const auto start = static_cast<std::size_t>(slots_->lengths()[ready_]);
     const std::size_t stop = length_to_prefill(*members_[ready_]);
     const auto read_already = start == 0 ? sibling(ready_) : std::nullopt;
@@ -137,7 +173,7 @@ std::size_t ContinuousBatch::prefill_once() {
     } else if (!read_already && start == 0 && prefixes_ && prefixes_->restore(*members_[ready_], ready_)) {
       continue;
     } else if (!read_already && tokens == 0) {
-      tokens = prefill_chunks(start);
+      tokens = prefill_chunks(start, crowding);
     } else {
       break;
     }
@@ -155,16 +191,18 @@ std::optional<std::size_t> ContinuousBatch::sibling(std::size_t place) const {
   return std::nullopt;
 }
 
-std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
+std::size_t ContinuousBatch::prefill_chunks(std::size_t start, const std::set<std::string>& crowding) {
   reading_ = next_to_prefill();
   const auto members = std::span(members_).subspan(ready_, reading_);
+  std::size_t most = schedule_.chunk_tokens;
+  if (crowding.contains(members[0]->tenant.name)) most = short_chunk(most);
   if (prefixes_ && start == 0) {
     for (const auto& member : members) prefixes_->begin(*member, 0, 0);
   }
   std::vector<std::span<const std::int64_t>> chunks;
   std::size_t tokens = 0;
   for (const auto& member : members) {
-    const std::size_t length = chunk_length(length_to_prefill(*member) - start, schedule_.chunk_tokens);
+    const std::size_t length = chunk_length(length_to_prefill(*member) - start, most);
     chunks.push_back(member->prompt->ids.subspan(start, length));
     tokens += length;
   }
@@ -178,6 +216,13 @@ std::size_t ContinuousBatch::prefill_chunks(std::size_t start) {
   }
   Prompt& first = *members[0]->prompt;
   if (members.size() == 1 && start == first.exact && tokens == schedule_.chunk_tokens) first.exact = start + tokens;
+  ++calls_;
+  std::map<std::string, std::size_t> read_at;
+  for (const auto& member : members_) {
+    if (const auto found = read_at_.find(member->tenant.name); found != read_at_.end()) read_at.insert(*found);
+  }
+  for (const auto& member : members) read_at[member->tenant.name] = calls_;
+  read_at_ = std::move(read_at);
   return tokens;
 }
 

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "chameleon/engine.h"
 #include "decode/prompt_lookup.h"
 #include "decode/schedule.h"
 #include "decode/slots.h"
@@ -41,6 +44,9 @@ struct Member {
   int overtaken = 0;             ///< see schedule.h
   bool has_ended = false;        ///< and leaves the batch with the next iteration
   FactorSource source{};         ///< of its factors, set when its cohort is complete
+  Tenant tenant{};               ///< whose it is
+  std::size_t place = 0;         ///< counts the members of a batch in the order in which they were admitted
+  std::optional<Seconds> queued{}, first_token{};  ///< see FinishedRow
   std::optional<PromptLookup> lookup{};
 
   [[nodiscard]] const std::string& key() const { return source.key; }
@@ -52,7 +58,8 @@ struct Member {
 using Members = std::vector<std::shared_ptr<Member>>;
 
 /// The members of rows that are submitted now; n adjacent rows share a prompt.
-Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate);
+Members members_of(std::vector<Row> rows, const std::shared_ptr<Stream::State>& stream, const Generate& generate,
+                   const Tenant& tenant = {});
 
 /// The factors of some members, in the table's stack.
 RowFactors row_factors(const FactorTable& table, std::span<const std::shared_ptr<Member>> members);
@@ -79,7 +86,8 @@ class Batch {
   [[nodiscard]] virtual std::size_t to_prefill() const = 0;
   /// Prefill one chunk of a prompt, or several whole prompts that are no longer together. Returns the number of their
   /// tokens. An exception of the decoder concerns those of `to_prefill` only.
-  virtual std::size_t prefill() = 0;
+  /// crowding: names of tenants whose chunks are short
+  virtual std::size_t prefill(const std::set<std::string>& crowding) = 0;
   /// The members in the decoder's next step: those that are ready, without those that have logits already.
   [[nodiscard]] virtual std::size_t to_step() const = 0;
   /// Tokens that may follow in a step that is worth a draft: of a single row.
@@ -100,6 +108,8 @@ class Batch {
 /// Where a step is as exact and follows every call that prefills, the last token of a prompt is left to the step, which
 /// reads the head's weights for all members in any case: several percent of the time of a prompt. Elsewhere the first
 /// new token follows from the last chunk.
+///
+/// Tenants that have prompts to read take turns, call by call.
 class ContinuousBatch final : public Batch {
  public:
   /// slots, table: of `rows` rows and for one thread; the table must outlive this
@@ -113,7 +123,7 @@ class ContinuousBatch final : public Batch {
   void admit(std::shared_ptr<Member> member) override;
   void drop_ended() override;
   [[nodiscard]] std::size_t to_prefill() const override { return reading_; }
-  std::size_t prefill() override;
+  std::size_t prefill(const std::set<std::string>& crowding) override;
   [[nodiscard]] std::size_t to_step() const override;
   [[nodiscard]] std::vector<std::int64_t> draft() override;
   Logits step(std::span<const std::int64_t> draft) override;
@@ -125,8 +135,10 @@ class ContinuousBatch final : public Batch {
   [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
   [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
   [[nodiscard]] std::size_t next_to_prefill() const;
-  std::size_t prefill_once();
-  std::size_t prefill_chunks(std::size_t start);
+  [[nodiscard]] std::vector<std::string> unread_tenants() const;
+  void bring_next();
+  std::size_t prefill_once(const std::set<std::string>& crowding);
+  std::size_t prefill_chunks(std::size_t start, const std::set<std::string>& crowding);
 
   std::unique_ptr<Slots> slots_;
   const FactorTable& table_;
@@ -134,6 +146,8 @@ class ContinuousBatch final : public Batch {
   std::optional<Prefixes> prefixes_;
   std::size_t left_to_step_, ready_ = 0;
   std::size_t reading_ = 0;  // members in the last call that prefilled
+  std::size_t admitted_ = 0, calls_ = 0;
+  std::map<std::string, std::size_t> read_at_;  // the last call of each tenant in the batch
 };
 
 /// A continuous batch if the decoder has slots, else a static one. See Batch.

@@ -75,7 +75,8 @@ struct Engine::Impl {
   Impl(const Runtime::Impl& driven, EngineOptions given);
   ~Impl() { close(Seconds{30}); }
 
-  Stream submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token);
+  Stream submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token,
+                const Tenant& tenant);
   [[nodiscard]] Stats stats() const;
   void close(Seconds drain);
 
@@ -110,6 +111,7 @@ struct Engine::Impl {
   std::condition_variable changed;   // wakes the engine's thread
   std::vector<Submission> commands;  // submitted and not taken yet
   std::size_t present = 0;           // submitted rows that have not ended
+  Accounts accounts;                 // of tenants
   bool cancelling = false;           // the time to drain is over
   bool ended = false;                // the thread
   std::condition_variable thread_ended;
@@ -128,20 +130,23 @@ Engine::Impl::Impl(const Runtime::Impl& driven, EngineOptions given)
       table(options.max_factor_sets.value_or(options.rows)),
       batch(
           open_batch(*driven.backend.decoder, table, options.rows, capacity, {options.prefill_tokens}, prefixes.get())),
-      loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id) {
+      loop(*batch, table, driven.tokenizer, driven.bundle.manifest.model.eos_token_id),
+      accounts(options.rows, options.max_waiting) {
   current.rows = options.rows;
   current.cache_capacity = options.rows * capacity;
   thread = std::thread([this] { run(); });
 }
 
-Stream Engine::Impl::submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token) {
+Stream Engine::Impl::submit(const Texts& prompts, const Generate& generate, const Adapt& adapt, OnToken on_token,
+                            const Tenant& tenant) {
+  check(tenant);
   const std::size_t places = options.rows + options.max_waiting;
   const auto check_rows = [most = most_rows(places)](std::size_t rows) {
     if (rows <= most) return;
     throw InputError(std::to_string(rows) + " rows in one submit: this engine takes at most " + std::to_string(most));
   };
   check_rows(generate.n);  // before there are so many
-  Submission submission = prepare(runtime, prompts, generate, adapt, capacity, std::move(on_token));
+  Submission submission = prepare(runtime, prompts, generate, adapt, capacity, std::move(on_token), {}, tenant);
   const std::size_t rows = submission.members.size();
   check_rows(rows);
   if (options.cohort_window == Seconds::zero() || !submission.cohort_key()) {
@@ -154,6 +159,9 @@ Stream Engine::Impl::submit(const Texts& prompts, const Generate& generate, cons
     throw QueueFullError("no room for " + std::to_string(rows) + " rows, at most " +
                          std::to_string(options.max_waiting) + " may wait: try again later");
   }
+  std::size_t prompt_tokens = 0;
+  for (const TokenIds& prompt : stream.prompts()) prompt_tokens += prompt.size();
+  accounts.begin(tenant, rows, prompt_tokens);
   present += rows;
   commands.push_back(std::move(submission));
   changed.notify_one();
@@ -230,6 +238,7 @@ void Engine::Impl::hand_out(const Loop::Result& result) {
   {
     const std::lock_guard lock(mutex);
     present -= result.iteration.finished.size();
+    for (const FinishedRow& row : result.iteration.finished) accounts.end(row);
     current.running = batch->members().size();
     current.cached_tokens = batch->cached_tokens();
     current.factor_sets = table.size();
@@ -260,8 +269,9 @@ Engine::Engine(const Runtime& runtime, EngineOptions options)
 Engine::Engine(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
-Stream Engine::submit(Texts prompts, const Generate& generate, const Adapt& adapt, OnToken on_token) {
-  return impl_->submit(prompts, generate, adapt, std::move(on_token));
+Stream Engine::submit(Texts prompts, const Generate& generate, const Adapt& adapt, OnToken on_token,
+                      const Tenant& tenant) {
+  return impl_->submit(prompts, generate, adapt, std::move(on_token), tenant);
 }
 
 bool Engine::closed() const {

@@ -74,16 +74,47 @@ void Loop::drop_ended() {
 }
 
 void Loop::admit_waiting() {
+  waiting_names_.clear();
   if (waiting_.empty()) return;
+  std::map<std::string, std::size_t> rows;  // by tenant
+  std::vector<std::string> names;
+  const auto note = [&](const Member& member) {
+    if (std::ranges::find(names, member.tenant.name) == names.end()) names.push_back(member.tenant.name);
+  };
+  for (const auto& member : batch_.members()) {
+    ++rows[member->tenant.name];
+    note(*member);
+  }
+  for (const auto& member : waiting_) {
+    note(*member);
+    waiting_names_.insert(member->tenant.name);
+  }
+  shares_.keep(names);
+  const std::size_t places = batch_.room() + batch_.members().size();
+  const auto next_line = [&](const std::vector<std::deque<std::shared_ptr<Member>>>& lines) {
+    std::vector<const Tenant*> tenants, within;
+    std::vector<std::size_t> of;
+    for (std::size_t line = 0; line < lines.size(); ++line) {
+      const Tenant& tenant = lines[line].front()->tenant;
+      if (tenant.rows && rows[tenant.name] >= *tenant.rows) continue;
+      within.push_back(&tenant);
+      if (!may_begin(tenant, rows[tenant.name], batch_.room(), places)) continue;
+      tenants.push_back(&tenant);
+      of.push_back(line);
+    }
+    return tenants.empty() ? std::nullopt : std::optional(of[shares_.turn(tenants, within)]);
+  };
   std::map<const Stream::State*, std::size_t> running;
   for (const auto& member : batch_.members()) ++running[member->stream.get()];
   const auto is_resident = [&](const Member& member) { return table_.contains(member.key()); };
   Admissible in_turn(waiting_, std::move(running));
   std::set<std::shared_ptr<Member>> taken;
   while (batch_.room() > 0) {
-    auto member = in_turn.next(is_resident, table_.is_full());
+    auto member = in_turn.next(is_resident, table_.is_full(), next_line);
     if (member == nullptr) break;
     taken.insert(member);
+    ++rows[member->tenant.name];
+    shares_.charge(member->tenant, member->prompt->ids.size(), waiting_names_);
     try {
       admit(member);
     } catch (const std::exception& error) {  // also errors of the hypernetwork's session
@@ -97,18 +128,34 @@ void Loop::admit(std::shared_ptr<Member> member) {
   const bool hit = table_.contains(member->key());
   table_.acquire(member->source);
   result_.iteration.factor_set_hits += hit ? 1 : 0;
-  result_.iteration.queued.push_back(Clock::now() - member->submitted);
+  member->queued = Clock::now() - member->submitted;
+  result_.iteration.queued.push_back(*member->queued);
   batch_.admit(std::move(member));
 }
 
 void Loop::prefill() {
   const Clock::time_point started = Clock::now();
   try {
-    result_.iteration.chunk_tokens = batch_.prefill();
+    result_.iteration.chunk_tokens = batch_.prefill(crowding());
   } catch (const std::exception& error) {
     end_failed(std::span(batch_.members()).subspan(batch_.ready(), batch_.to_prefill()), error);
   }
   result_.iteration.chunk = Clock::now() - started;
+}
+
+/// The tenants that read short chunks now, see tenants.h.
+std::set<std::string> Loop::crowding() const {
+  std::vector<const Tenant*> present, unread;
+  for (const auto& member : waiting_) {
+    present.push_back(&member->tenant);
+    unread.push_back(&member->tenant);
+  }
+  for (std::size_t place = 0; place < batch_.members().size(); ++place) {
+    present.push_back(&batch_.members()[place]->tenant);
+    if (place >= batch_.ready()) unread.push_back(present.back());
+  }
+  const bool is_one = std::ranges::all_of(present, [&](const Tenant* each) { return each->name == present[0]->name; });
+  return is_one ? std::set<std::string>() : chameleon::crowding(present, unread);
 }
 
 void Loop::step() {
@@ -145,10 +192,14 @@ void Loop::append(Member& member, std::span<float> logits) {
   } catch (const std::exception& error) {
     return end_failed(member, error);
   }
+  shares_.charge(member.tenant, 1, waiting_names_);
   const Clock::time_point now = Clock::now();
-  Iteration& iteration = result_.iteration;
-  auto& times = member.row.token_ids().size() == 1 ? iteration.first_tokens : iteration.later_tokens;
-  times.push_back(now - member.last_token);
+  if (!member.first_token) {
+    member.first_token = now - member.submitted;
+    result_.iteration.first_tokens.push_back(*member.first_token);
+  } else {
+    result_.iteration.later_tokens.push_back(now - member.last_token);
+  }
   member.last_token = now;
   give_out(member, std::move(token));
 }
@@ -176,7 +227,8 @@ void Loop::give_out(Member& member, Token token) {
     const Row& row = member.row;
     result_.iteration.finished.push_back({member.stream->mode, row.cluster_id(), token.generation->finish_reason,
                                           row.prompt().size(), row.token_ids().size(),
-                                          Clock::now() - member.submitted});
+                                          Clock::now() - member.submitted, member.queued, member.first_token,
+                                          member.source.adapters, member.tenant.name});
   }
   result_.tokens.emplace_back(member.stream, std::move(token));
 }

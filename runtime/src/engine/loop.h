@@ -4,6 +4,7 @@
 
 #include "chameleon/iteration.h"
 #include "engine/submission.h"
+#include "engine/tenants.h"
 
 namespace chameleon {
 
@@ -47,6 +48,7 @@ class Loop {
   void append(Member& member, std::span<float> logits);
   void end(Member& member, FinishReason reason, std::optional<Error> error = {});
   void end_failed(std::span<const std::shared_ptr<Member>> members, const std::exception& error);
+  [[nodiscard]] std::set<std::string> crowding() const;
   void end_failed(Member& member, const std::exception& error);
   void give_out(Member& member, Token token);
 
@@ -56,6 +58,8 @@ class Loop {
   std::int64_t eos_token_id_;
   OnError errors_;
   Members waiting_;  // in order of arrival
+  Shares shares_;
+  std::set<std::string> waiting_names_;  // of tenants, in the current iteration
   Result result_;
 };
 

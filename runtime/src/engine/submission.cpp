@@ -18,7 +18,7 @@ std::optional<std::string> Submission::cohort_key() const {
 }
 
 Submission prepare(const Runtime::Impl& runtime, const Texts& prompts, const Generate& generate, const Adapt& adapt,
-                   std::size_t capacity, OnToken on_token, std::stop_token stop) {
+                   std::size_t capacity, OnToken on_token, std::stop_token stop, const Tenant& tenant) {
   check(generate);
   check_drafts(generate.prompt_lookup_num_tokens, *runtime.backend.decoder);
   std::vector<TokenIds> ids = runtime.encode(prompts);
@@ -34,7 +34,7 @@ Submission prepare(const Runtime::Impl& runtime, const Texts& prompts, const Gen
                                                       std::move(on_token), std::move(stop));
   Members members = members_of(
       begin_rows(stream->prompts, stream->cluster_ids, generate, capacity, runtime.bundle.manifest.model.vocab_size),
-      stream, generate);
+      stream, generate, tenant);
   return {stream, std::move(resolved), std::move(members), std::move(embedded)};
 }
 

@@ -22,7 +22,7 @@ struct Submission {
 /// capacity: tokens that a row can hold
 /// on_token, stop: see Stream::State
 Submission prepare(const Runtime::Impl& runtime, const Texts& prompts, const Generate& generate, const Adapt& adapt,
-                   std::size_t capacity, OnToken on_token = {}, std::stop_token stop = {});
+                   std::size_t capacity, OnToken on_token = {}, std::stop_token stop = {}, const Tenant& tenant = {});
 
 /// Set the factor sources of all members. The submissions have equal cohort keys, or there is a single one.
 /// Throws ModeError, FactorsError or AdapterError.
