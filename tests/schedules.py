@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy import Adapt, Generate, Runtime, Sampling, Stream
+from chameleon_deploy import Adapt, Generate, Runtime, Sampling, Stream, Tenant
 from chameleon_deploy.contract.bundle import ModelSpec
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS
 from chameleon_deploy.runtime.decode.schedule import Schedule
@@ -23,6 +23,10 @@ from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
 from tests.shared_data import caller_factors
 
+TENANTS: list[dict[str, Any]] = [
+    {"name": "a", "weight": 1, "rows": None}, {"name": "b", "weight": 3, "rows": None},
+    {"name": "c", "weight": 1, "rows": 1},
+]  # fmt: skip
 EXPIRED = 1e-9  # a deadline that is over at once
 MOST_CONTINUED = 80  # tokens of a text that another continues
 OVERFLOW = 3e38  # factors of this value are finite, and the logits of their rows are not
@@ -67,6 +71,8 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
         "adapt_tokens": int(random.integers(1, 5)) if random.random() < 0.2 else None,
         "cancel_at": arrival + int(random.integers(0, 12)) if random.random() < 0.2 else None,
     }
+    if random.random() < 0.7:
+        submit["of"] = dict(TENANTS[random.integers(len(TENANTS))])
     size = runtime.manifest.adaptation.conditioning_size
     if size and mode == "request":
         submit["conditioning"] = task_vectors(random, len(lengths), size)
@@ -96,6 +102,7 @@ def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dic
             "n": int(random.choice([1, 1, 3])),
             "adapt_tokens": None,
             "cancel_at": arrival + int(random.integers(12)) if random.random() < 0.1 else None,
+            "of": {"name": str(random.choice(["", "", "a", "b"])), "weight": 1, "rows": None},
             "cache_salt": str(random.choice(["", "a"])),
             "cache_generated": bool(random.random() < 0.7),
         })  # fmt: skip
@@ -195,7 +202,8 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], prompts: list[
         submit["max_new_tokens"], sampling, submit["n"], deadline,
         cache_salt=submit.get("cache_salt", ""), cache_generated=submit.get("cache_generated", True),
     )  # fmt: skip
-    submission = prepare(runtime, prompts, generate, adapt, capacity)
+    tenant = Tenant(**submit["of"]) if "of" in submit else Tenant()
+    submission = prepare(runtime, prompts, generate, adapt, capacity, tenant)
     form_cohort(runtime, [submission], 0)
     loop.waiting.extend(submission.members)
     return submission.stream

@@ -47,8 +47,8 @@ FactorSets pick(const FactorSets& all, std::span<const std::int64_t> set_ids);
 
 /// The source of a row's factor set. Nothing is generated before it is made.
 struct FactorSource {
-  std::string key;                   ///< equal for rows that share a set
-  std::function<FactorSets()> make;  ///< a stack of that set only
+  std::string key;                      ///< equal for rows that share a set
+  std::function<FactorSets()> make;     ///< a stack of that set only
   std::vector<std::string> adapters{};  ///< the names that were chosen, in mode static with adapters
 };
 

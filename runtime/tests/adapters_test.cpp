@@ -88,7 +88,7 @@ TEST(Adapters, AreListedAndReplacedInPlace) {
   {
     std::ifstream source(given.file, std::ios::binary);
     std::string bytes{std::istreambuf_iterator<char>(source), {}};
-    bytes[bytes.size() - 2] ^= 1;  // the last value, whose half it is
+    for (std::size_t i = 1; i <= 64; ++i) bytes[bytes.size() - 4 * i + 3] ^= '\x80';  // other signs
     std::ofstream(other, std::ios::binary) << bytes;
   }
   Runtime runtime(given.bundle.path());

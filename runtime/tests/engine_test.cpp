@@ -463,6 +463,36 @@ TEST(Engine, APromptThatComesAgainIsFoundInThePrefixCache) {
   EXPECT_EQ(without.prefix_cache_stats().max_bytes, 0U);
 }
 
+TEST(Engine, TenantsAreHeldToTheirLimits) {
+  std::vector<FinishedRow> finished;
+  Engine engine(runtime(), {.rows = 2, .max_waiting = 20, .observe = [&](const Iteration& iteration) {
+                              finished.insert(finished.end(), iteration.finished.begin(), iteration.finished.end());
+                            }});
+  const auto ask = [&](const Tenant& tenant, std::int64_t tokens) {
+    const std::vector<TokenIds> prompts = {{1, 2, 3}};
+    return engine.submit(prompts, endless(tokens), {.mode = Mode::none}, {}, tenant);
+  };
+  const Tenant limited{.name = "a", .max_waiting = 0};
+  const std::vector<Stream> streams = {ask(limited, kLong), ask(limited, kLong)};
+  EXPECT_THROW(ask(limited, 1), QueueFullError);
+  EXPECT_EQ(ask({.name = "b"}, 2).result().size(), 1U);
+  for (const Stream& stream : streams) (void)stream.result();
+  const Tenant poor{.name = "p", .tokens_per_minute = 4};
+  EXPECT_EQ(ask(poor, 30).result().size(), 1U);
+  EXPECT_THROW(ask(poor, 1), RateLimitError);
+  for (const Tenant& bad : {Tenant{.weight = 0}, Tenant{.weight = 1001}, Tenant{.rows = 0}}) {
+    EXPECT_THROW(ask(bad, 1), InputError);
+  }
+  engine.close();
+  ASSERT_EQ(finished.size(), 4U);
+  for (const FinishedRow& row : finished) {
+    EXPECT_FALSE(row.tenant.empty());
+    ASSERT_TRUE(row.queued && row.first_token);
+    EXPECT_LE(*row.queued, *row.first_token);
+    EXPECT_LE(*row.first_token, row.seconds);
+  }
+}
+
 TEST(Engine, BadSettingsAreRefused) {
   EXPECT_THROW(Engine(runtime(), {.rows = 0}), InputError);
   EXPECT_THROW(Engine(runtime(), {.prefill_tokens = 7}), InputError);

@@ -24,7 +24,14 @@ Stream submit_to(Loop& loop, const Runtime& runtime, const Json& submit, std::sp
       for (TokenIds& prompt : call.prompts) prompt.insert(prompt.begin(), text.begin(), text.end());
     }
   }
-  const Submission submission = prepare(runtime.impl(), call.prompts, call.generate, call.adapt, capacity);
+  Tenant tenant;
+  if (submit.contains("of")) {
+    const Json& of = submit.at("of");
+    tenant = {of.at("name"), of.at("weight")};
+    if (!of.at("rows").is_null()) tenant.rows = of.at("rows").get<std::size_t>();
+  }
+  const Submission submission =
+      prepare(runtime.impl(), call.prompts, call.generate, call.adapt, capacity, {}, {}, tenant);
   form_cohort(runtime.impl(), std::span(&submission, 1), 0);
   loop.wait(submission.members);
   return Stream(submission.stream);

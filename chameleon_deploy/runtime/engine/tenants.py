@@ -21,7 +21,7 @@ MAX_LIMIT = 2**40
 class Tenant:
     """Whose rows a submit has, and what the tenant may take of an engine.
 
-    name               equal for all that share it; those without a name are one tenant
+    name               of a tenant, whose submits all have the same weight and limits; those without are one tenant
     weight             of its share, 1 to 1,000: while several tenants wait, rows go to them by weight
     rows               of it in the batch at a time, at most
     max_waiting        rows of it that may wait, at most

@@ -36,7 +36,8 @@ struct EngineOptions {
 
 /// Whose rows a submit has, and what the tenant may take of an engine.
 struct Tenant {
-  std::string name{};                              ///< equal for all that share it; those without one are one tenant
+  std::string name{};                              ///< whose submits all have the same weight and limits; those without
+                                                   ///< one are one tenant
   std::int64_t weight = 1;                         ///< of its share, 1 to 1,000: while several tenants wait, rows go to
                                                    ///< them by weight
   std::optional<std::size_t> rows{};               ///< of it in the batch at a time, at most

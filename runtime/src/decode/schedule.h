@@ -54,7 +54,6 @@ class Admissible {
     }
   }
 
-
   /// The next row; null if there is none.
   ///
   /// is_resident  whether a row's factor set is in the table

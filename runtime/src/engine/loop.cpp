@@ -226,9 +226,9 @@ void Loop::give_out(Member& member, Token token) {
     member.has_ended = true;
     const Row& row = member.row;
     result_.iteration.finished.push_back({member.stream->mode, row.cluster_id(), token.generation->finish_reason,
-                                          row.prompt().size(), row.token_ids().size(),
-                                          Clock::now() - member.submitted, member.queued, member.first_token,
-                                          member.source.adapters, member.tenant.name});
+                                          row.prompt().size(), row.token_ids().size(), Clock::now() - member.submitted,
+                                          member.queued, member.first_token, member.source.adapters,
+                                          member.tenant.name});
   }
   result_.tokens.emplace_back(member.stream, std::move(token));
 }

@@ -39,10 +39,9 @@ class Shares {
   std::vector<Deficit> deficits_;  // of the tenants in the engine, beginning with the one whose turn it is
 };
 
-/// Whether a tenant that is within its limit of rows may have another row in the batch now. The last place is kept for a tenant that has none, so that
-/// nobody with a name takes all.
-/// running: rows of it in the batch
-/// free: places of the batch that are free, of all `places`
+/// Whether a tenant that is within its limit of rows may have another row in the batch now. The last place is kept for
+/// a tenant that has none, so that nobody with a name takes all. running: rows of it in the batch free: places of the
+/// batch that are free, of all `places`
 bool may_begin(const Tenant& tenant, std::size_t running, std::size_t free, std::size_t places);
 
 /// The names of tenants that have more rows for their weight than one whose prompt waits to be read.
