@@ -232,15 +232,16 @@ def test_the_design_page_has_the_limits_of_updates() -> None:
     page = (REPOSITORY / "docs" / "design.md").read_text()
     found = re.search(
         r"batch size \(([\d, ]+)\).* at least (\d+) % of what they move the reference's.* to (\d+) % "
-        r"\(of layers of the trunk: (\d+) % in bf16, reported in int8\)",
+        r"\((\d+) % in int4; of layers of the trunk: (\d+) % in bf16, reported in int8 and int4\)",
         " ".join(page[page.index("Numeric gates") :].split()),
     )
     assert found
     sizes, *percent = found.groups()
-    caught, update, of_bf16 = (int(number) / 100 for number in percent)
+    caught, update, of_int4, of_bf16 = (int(number) / 100 for number in percent)
     assert sizes == ", ".join(map(str, promises.BATCH_SIZES))
     assert (caught, update) == (CAUGHT, checkpoint_checks.UPDATE)
-    assert {"fp32": update, "fp16": update, "bf16": of_bf16, "int8": None} == checkpoint_checks.UPDATES
+    assert checkpoint_checks.HEAD_UPDATES["int4"] == of_int4
+    assert {"fp32": update, "fp16": update, "bf16": of_bf16, "int8": None, "int4": None} == checkpoint_checks.UPDATES
 
 
 def test_the_design_page_has_the_gates_of_the_code() -> None:

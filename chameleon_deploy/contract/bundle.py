@@ -24,6 +24,7 @@ from chameleon_deploy.contract.manifest import (
     FORMAT_VERSION,
     HEAD,
     HEAD_BALANCE,
+    INTEGERS,
     LM_HEAD,
     MANIFEST,
     AdaptationSpec,
@@ -69,7 +70,7 @@ from chameleon_deploy.errors import (
 # The manifest's types are part of the contract: modules that need both import them from here.
 __all__ = [
     "Bundle", "FloatArray", "IntArray", "file_sha256", "open_bundle", "start_opening",
-    "FORMAT", "FORMAT_VERSION", "HEAD", "HEAD_BALANCE", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec",
+    "FORMAT", "FORMAT_VERSION", "HEAD", "HEAD_BALANCE", "INTEGERS", "LM_HEAD", "MANIFEST", "AdaptationSpec", "FileSpec",
     "GraphSpec", "LimitsSpec", "Manifest", "Mode", "ModelSpec", "Parameters", "ParitySummary", "Precision", "Protocol",
     "Regime", "Role", "StoredTensor", "TargetSpec", "TensorSpec", "TrainedRegime", "available_modes", "default_mode",
     "factor_names", "int8_names", "limits_fault", "parse_manifest",

@@ -26,7 +26,8 @@ TrainedRegime = Literal["chameleon", "lora"]  # of checkpoints
 Regime = Literal["base", TrainedRegime]
 Protocol = Literal["masked", "paper"]
 Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer", "encoder"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+INTEGERS = ("int8", "int4")  # precisions whose trunk is rotated, whose head and cache are int8
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 
 LM_HEAD = "lm_head"  # the target of every checkpoint so far, by its PEFT name
@@ -241,8 +242,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     @property
     def has_basis(self) -> bool:
-        """Return whether factors have to enter a basis (runtime/basis.py): those of an int8 trunk."""
-        return self.precision == "int8" and any(target.name != LM_HEAD for target in self.adaptation.targets)
+        """Return whether factors have to enter a basis (runtime/basis.py): those of an int8 or int4 trunk."""
+        return self.precision in INTEGERS and any(target.name != LM_HEAD for target in self.adaptation.targets)
 
 
 def available_modes(regime: TrainedRegime, num_clusters: int) -> tuple[Mode, ...]:

@@ -15,21 +15,23 @@ from pathlib import Path
 
 from chameleon_deploy.errors import GraphError
 
-STANDARD = """Abs Add And ArgMax Cast Concat Constant CumSum DequantizeLinear Div Equal Expand Gather GatherElements
-    GatherND Gelu Gemm Greater If IsInf IsNaN LayerNormalization LessOrEqual LogSoftmax MatMul Max Min Mod Mul Or Pow
-    QuantizeLinear Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean Relu Reshape Shape Sigmoid Slice Softmax
-    Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"""
-CONTRIB = "GroupQueryAttention MatMulIntegerToFloat RotaryEmbedding"
+STANDARD = """Abs Add And ArgMax BitwiseXor Cast Concat Constant CumSum DequantizeLinear Div Equal Expand Gather
+    GatherElements GatherND Gelu Gemm Greater If IsInf IsNaN LayerNormalization LessOrEqual LogSoftmax MatMul Max
+    Min Mod Mul Or Pow QuantizeLinear Range Reciprocal ReduceLogSumExp ReduceMax ReduceMean Relu Reshape Shape
+    Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"""
+CONTRIB = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits RotaryEmbedding"
 # By domain, exactly the operators that `export` writes, which a test compares.
 OPERATORS = {"": frozenset(STANDARD.split()), "com.microsoft": frozenset(CONTRIB.split())}
-SIZE_PRESERVING = frozenset(("Cast", "DequantizeLinear", "Transpose"))  # of constants, which may be folded
+# Of constants, which may be folded.
+SIZE_PRESERVING = frozenset(("BitwiseXor", "Cast", "DequantizeLinear", "Transpose"))
 MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB
 MAX_EMBEDDED_BYTES = 2**20  # of one tensor or attribute; larger ones are in weights.bin
 MAX_DEPTH = 4  # of graphs in graphs
 MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
 # Bytes of a graph's constants, stored and folded, as a multiple of the bundle's size. Weights of a tied head have two
-# names; int8 weights may be folded to float32, four times their size, or to another type of 8 bits.
-MAX_COPIES = 10
+# names; int8 weights may be folded to float32, four times their size, or to another type of 8 bits. Weights of 4 bits
+# count as a byte each, are folded to float32 and transposed, 14 times their size with their scales.
+MAX_COPIES = 16
 # Bytes of an element by TensorProto.DataType; of types that export does not write, at most MAX_WIDTH.
 WIDTHS = {
     1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2,
@@ -187,6 +189,8 @@ def _folded(operator: str, node: Message, constants: Sequence[tuple[int, int]]) 
     if operator == "Cast":
         attributes = [_message(attribute, ATTRIBUTE, "an attribute") for attribute in node.get(5, ())]
         width = _width(next((_number(a, 3) for a in attributes[::-1] if _text(a, 1) == "to"), 0))
+    elif operator == "BitwiseXor" and constants[-1][0] != 1:  # else the two may widen each other
+        raise GraphError("BitwiseXor has a second constant of more than one element")
     elif operator == "DequantizeLinear":  # to the type of its scales
         width = constants[min(1, len(constants) - 1)][1]
     return elements, width

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chameleon_deploy.contract.manifest import (
+    INTEGERS,
     LM_HEAD,
     AdaptationSpec,
     ElementType,
@@ -31,7 +32,7 @@ def check_graphs(manifest: Manifest, where: Path) -> None:
         # Checked first: it bounds the length of the lists that `_decoder` makes.
         if graph.role == "decoder" and manifest.model.num_layers > len(graph.inputs):
             raise ManifestError(f"{at}: fewer inputs than model.num_layers: export again")
-        if graph.cache == "shared" and manifest.precision not in ("fp32", "int8"):
+        if graph.cache == "shared" and manifest.precision not in ("fp32", *INTEGERS):
             raise ManifestError(f"{at}: a shared cache does not exist in precision {manifest.precision}")
         inputs, outputs = _signature(graph, manifest)
         for kind, expected, actual in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
@@ -130,7 +131,7 @@ def _factors(adaptation: AdaptationSpec, prefix: str = "", is_flat: bool = False
 def _cache_dtype(graph: GraphSpec, precision: Precision) -> ElementType:
     """Return the element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32."""
     if graph.cache == "shared":
-        return "int8" if precision == "int8" else "float32"
+        return "int8" if precision in INTEGERS else "float32"
     if "cpu" in graph.providers:
         return "float32"
     halves: dict[Precision, ElementType] = {"fp16": "float16", "bf16": "bfloat16"}

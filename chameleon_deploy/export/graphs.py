@@ -13,13 +13,14 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from chameleon_deploy.contract.bundle import AdaptationSpec, Precision, Role
+from chameleon_deploy.contract.bundle import INTEGERS, AdaptationSpec, Precision, Role
 from chameleon_deploy.export.decoder import build_decoder
 from chameleon_deploy.export.encoder import build_encoder
 from chameleon_deploy.export.graph import copy_of
 from chameleon_deploy.export.hypernetwork import build_hypernetwork
 from chameleon_deploy.export.int8.adapters import calibrate_with_factors, known_sets
 from chameleon_deploy.export.int8.basis import basis_of
+from chameleon_deploy.export.int8.blocks import multiply_blocks
 from chameleon_deploy.export.int8.cache import quantize_cache
 from chameleon_deploy.export.int8.calibration import calibration_texts
 from chameleon_deploy.export.int8.digits import choose_two
@@ -72,21 +73,22 @@ def build_graphs(
     """Return all graphs of a bundle by their names, with their weights in weights_file.
 
     spec         the linear layers that get low-rank updates
-    calibration  files of text for int8
+    calibration  files of text for int8 and int4
 
-    Raises TensorError for a weight that float16 cannot represent; in int8 InputError for too little text, or for
-    factors of the trunk that cannot be known.
+    Raises TensorError for a weight that float16 cannot represent; in int8 and int4 InputError for too little text, or
+    for factors of the trunk that cannot be known.
     """
     model = source.trunk.spec
-    if precision == "int8":
-        graphs = _int8(source, spec, weights_file, calibration_texts(source.trunk, calibration), report)
+    if precision in INTEGERS:
+        texts = calibration_texts(source.trunk, calibration)
+        graphs = _integers(precision, source, spec, weights_file, texts, report)
     elif precision == "fp32":
         graphs = _fp32(source, spec, weights_file)
     else:
         graphs = _half(precision, source, spec, weights_file)
     if isinstance(source, Checkpoint) and isinstance(source.factors, Hypernetwork | SharedHypernetwork | TextToLora):
         size = spec.conditioning_size or model.hidden_size
-        float16 = precision == "int8"
+        float16 = precision in INTEGERS
         hypernetwork = build_hypernetwork(source.factors, size, source.config.alpha, weights_file, float16)
         graphs["hypernetwork"] = Graph(hypernetwork, "hypernetwork", PROVIDERS)
     if isinstance(source, Checkpoint) and source.encoder is not None:
@@ -104,7 +106,8 @@ def _fp32(source: Source, spec: AdaptationSpec, weights_file: WeightsFile) -> Gr
     }
 
 
-def _int8(
+def _integers(
+    precision: Precision,
     source: Source,
     spec: AdaptationSpec,
     weights_file: WeightsFile,
@@ -121,16 +124,18 @@ def _int8(
     if tensors:
         save_file(tensors, weights_file.path.with_name("basis.safetensors"))
     scale_trunk(rotated, statistics)
-    two_digits = choose_two(rotated, texts, report)
+    # Products with 4 bits have a scale for every 32 activations, beside which a second value would be lost.
+    two_digits = choose_two(rotated, texts, report) if precision == "int8" else frozenset[str]()
     with _float32_weights(weights_file) as floats:
         decoder = build_decoder(rotated, spec.targets, floats, shifts)
         del rotated  # its weights are in the file
         rotate_residual(decoder, model)
-        quantize_weights(decoder, model, statistics, weights_file, report)
+        quantize_weights(decoder, model, statistics, weights_file, report, 8 if precision == "int8" else 4)
         quantize_embedding(decoder, model, statistics, trunk.is_tied, weights_file)
         weights_file.take(decoder.graph)
     quantization: tuple[Pass, ...] = (
         partial(quantize_cache, keys=turned_keys(model, statistics)),
+        *([multiply_blocks] if precision == "int4" else []),
         partial(quantize_rows, two_digits=two_digits),
     )
     return {
@@ -167,7 +172,7 @@ def _float32_weights(weights_file: WeightsFile) -> Iterator[WeightsFile]:
 def _cpu_graphs(portable: ir.Model, model: DecoderSpec, quantization: tuple[Pass, ...] = ()) -> Graphs:
     """Return the decoder and the scorer of the CPU. The order of all passes is stated here.
 
-    quantization  the passes of int8
+    quantization  the passes of int8 and int4
     """
     decoder = copy_of(portable)
     of_trunk_and_head: tuple[Pass, ...] = (

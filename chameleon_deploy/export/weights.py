@@ -52,6 +52,11 @@ class WeightsFile:
             name=name, base_dir=self.path.parent,
         )  # fmt: skip
 
+    def add_int4(self, name: str, array: npt.NDArray[np.int8]) -> ir.ExternalTensor:
+        """Write values from -8 to 7 in 4 bits, the first of two in the low ones, and return their INT4 tensor."""
+        packed = self.add(name, (array[..., ::2] & 15 | array[..., 1::2] << 4).view(np.uint8))
+        return _renamed(packed, name, ir.DataType.INT4, array.shape)
+
     def take(self, graph: ir.Graph) -> None:
         """Copy a graph's tensors from another file into this one, so that the other can be deleted.
 
@@ -126,9 +131,11 @@ def page_out(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
-def alias(value: ir.Value, name: str) -> ir.ExternalTensor:
-    """Give the bytes of an initializer a second name."""
-    return _renamed(cast(ir.ExternalTensor, value.const_value), name)
+def alias(
+    value: ir.Value, name: str, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
+) -> ir.ExternalTensor:
+    """Give the bytes of an initializer a second name, and if they are told another type and shape."""
+    return _renamed(cast(ir.ExternalTensor, value.const_value), name, dtype, shape)
 
 
 def rows_of(value: ir.Value, name: str, rows: slice) -> ir.ExternalTensor:
@@ -142,10 +149,12 @@ def rows_of(value: ir.Value, name: str, rows: slice) -> ir.ExternalTensor:
     )  # fmt: skip
 
 
-def _renamed(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+def _renamed(
+    tensor: ir.ExternalTensor, name: str, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
+) -> ir.ExternalTensor:
     return ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name,
-        base_dir=tensor.base_dir,
+        tensor.location, tensor.offset, tensor.length, dtype or tensor.dtype,
+        shape=tensor.shape if shape is None else ir.Shape(shape), name=name, base_dir=tensor.base_dir,
     )  # fmt: skip
 
 

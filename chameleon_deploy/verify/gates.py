@@ -100,6 +100,23 @@ GATES: dict[Precision, Gate] = {
         factor_tolerance=2e-2,
         row_tolerance=4e-2,  # 2.6e-2 on SmolLM2-135M
     ),
+    # 4 bits are some 8 times coarser than 8, and KL grows with the square of a step. The limits catch wrong weights; a
+    # table of pretrained models is to narrow them (docs/lab/int4.md).
+    "int4": Gate(
+        max_abs_logit=None,
+        top1_agreement=0.85,
+        top1_gap=1e-1,
+        kl_mean=1e-1,
+        kl_p999=1.5,
+        perplexity=1e-1,
+        summation_order_tolerance=1e-3,
+        rounding_tolerance=3e-1,
+        cache_tolerance=None,
+        embedding_tolerance=1e-2,  # as in int8: the same head, embedding and hypernetwork
+        cluster_margin=1e-3,
+        factor_tolerance=2e-2,
+        row_tolerance=4e-2,
+    ),
 }
 TENSORRT_FP32 = Gate(  # its kernels sum in other orders than the reference
     max_abs_logit=1e-3,
@@ -163,10 +180,12 @@ KNOWN_ANSWERS: dict[Precision, KnownAnswerGate] = {
     "fp16": KnownAnswerGate(hidden_states=1e-2, logprob=5e-3, gap=1e-1),
     "bf16": KnownAnswerGate(hidden_states=5e-2, logprob=2e-2, gap=3e-1),
     "int8": KnownAnswerGate(hidden_states=2e-2, logprob=1e-1, gap=5e-1),
+    "int4": KnownAnswerGate(hidden_states=2e-2, logprob=1e-1, gap=5e-1),
 }
 # Of another graph than the one that computed the record, which rounds activations elsewhere or not at all.
 OTHER_GRAPH: dict[Precision, KnownAnswerGate] = KNOWN_ANSWERS | {
     "int8": KnownAnswerGate(hidden_states=1.0, logprob=2e-1, gap=1.0),
+    "int4": KnownAnswerGate(hidden_states=1.0, logprob=2e-1, gap=1.0),
 }
 
 

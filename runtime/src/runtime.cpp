@@ -50,8 +50,8 @@ Backend open_backend(const Ort::Env& env, const Bundle& bundle, const LoadOption
   const GraphSpec& graph = bundle.graph("decoder", "cpu");
   if (graph.cache != "shared") {
     throw ManifestError(graph.file +
-                        " has a growing cache, which this runtime does not support: export with --precision fp32 "
-                        "or int8");
+                        " has a growing cache, which this runtime does not support: export with --precision fp32"
+                        ", int8 or int4");
   }
   auto weights = integer_weights(env, bundle, graph);
   TiledScorer scorer(open_session(env, bundle, bundle.graph("hidden_scorer", "cpu"), options), bundle.manifest.model);

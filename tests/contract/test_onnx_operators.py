@@ -77,6 +77,7 @@ FOLDED: dict[str, tuple[list[str], dict[str, Any], int]] = {  # inputs, attribut
     "Cast to uint8": (["w"], {"to": TensorProto.UINT8}, 1),
     "Transpose": (["w"], {}, 1),
     "DequantizeLinear": (["w", "s"], {}, 2),
+    "BitwiseXor": (["w", "s"], {}, 1),
 }
 
 
@@ -94,6 +95,14 @@ def test_constants_are_bounded_by_the_size_of_the_bundle(name: str, in_a_branch:
     least = -(-((1 + 8 * folded) * 2**20 + 2) // MAX_COPIES)  # 2 bytes of the scale
     check_model(data, {"weights.bin": 2**20, "other": least - 2**20})
     assert "one constant too many" in _refused(data, {"weights.bin": 2**20, "other": least - 2**20 - 1})
+
+
+def test_two_constants_cannot_widen_each_other() -> None:
+    row, column = (helper.make_tensor(name, TensorProto.UINT8, shape, [1] * 256)
+                   for name, shape in (("r", [1, 256]), ("c", [256, 1])))  # fmt: skip
+    node = helper.make_node("BitwiseXor", ["r", "c"], ["y"])
+    model = helper.make_model(helper.make_graph([node], "g", [], [], [row, column]))
+    assert "more than one element" in _refused(model.SerializeToString())
 
 
 def test_the_file_and_its_messages_are_bounded(tmp_path: Path) -> None:

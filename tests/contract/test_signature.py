@@ -49,6 +49,8 @@ def with_cache(precision: str, cache: str, providers: list[str], dtype: str) -> 
         ("int8", "growing", ["cpu", "cuda"], "float32"),
         ("int8", "growing", ["cuda"], "float32"),
         ("int8", "shared", ["cpu"], "int8"),
+        ("int4", "growing", ["cpu", "cuda"], "float32"),
+        ("int4", "shared", ["cpu"], "int8"),
     ],
 )
 def test_the_element_type_of_a_cache(precision: str, cache: str, providers: list[str], dtype: str) -> None:

@@ -33,6 +33,7 @@ def factors(value: float = 1) -> dict[str, Any]:
         ("llama", 200),
         ("int8", 60),
         ("llama-int8", 40),
+        ("int4", 30),
         ("given", 150),
         ("given-int8", 30),
     ],

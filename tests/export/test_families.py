@@ -138,7 +138,8 @@ def test_every_row_is_transformers_float64_model(made: Made, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("precision", "graphs", "limit"), [("fp16", GRAPHS[1:], 1e-4), ("bf16", GRAPHS[1:], 1e-3), ("int8", GRAPHS, 5e-3)]
+    ("precision", "graphs", "limit"),
+    [("fp16", GRAPHS[1:], 1e-4), ("bf16", GRAPHS[1:], 1e-3), ("int8", GRAPHS, 5e-3), ("int4", GRAPHS, 3e-1)],
 )
 def test_other_precisions(precision: Any, graphs: Sequence[str], limit: float, made: Made, tmp_path: Path) -> None:
     """Near the same model, and decoding token by token sees what reading whole sees."""

@@ -69,7 +69,7 @@ def test_every_graph_of_a_bundle_becomes_an_engine_once(bundle: Path, device: De
 
 
 @pytest.mark.parametrize("family", ["mini", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_every_precision_of_both_families(family: str, precision: Precision, exported: Exported) -> None:
     path, _ = build_engines(exported(family, precision), ignore)
     assert {file.stem for file in path.iterdir()} == {"entry", "decoder", "hypernetwork", "chooser", "logits_scorer"}

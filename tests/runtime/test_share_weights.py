@@ -38,7 +38,12 @@ def _entry(cache: Path, graph: str) -> Path:
     return path.parent
 
 
-@pytest.mark.parametrize("name", ["bundle", "llama_bundle", "int8_bundle"])
+@pytest.fixture(scope="module")
+def int4_bundle(exported: Exported) -> Path:
+    return exported("mini", "int4")
+
+
+@pytest.mark.parametrize("name", ["bundle", "llama_bundle", "int8_bundle", "int4_bundle"])
 def test_the_same_bits_from_an_entry_as_without(name: str, cache: Path, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(name)
     plain = chameleon_deploy.load(path)

@@ -482,11 +482,11 @@ def test_an_update_is_limited(
 
     check = update("request")
     assert check
-    assert check.limit == 0.05
+    assert check.limit == (0.2 if precision == "int4" else 0.05)
     monkeypatch.setattr(checkpoint_checks, "in_head_alone", lambda targets: False)
     check = update("request")
     assert check
-    assert check.limit == {"fp32": 0.05, "fp16": 0.05, "bf16": 0.2, "int8": None}[precision]
+    assert check.limit == {"fp32": 0.05, "fp16": 0.05, "bf16": 0.2, "int8": None, "int4": None}[precision]
     monkeypatch.setattr(checkpoint_checks, "update_difference", lambda *_: None)
     check = update("request")
     assert check

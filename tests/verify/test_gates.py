@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from chameleon_deploy.contract.bundle import Precision
+from chameleon_deploy.contract.bundle import INTEGERS, Precision
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Check, accept, gate_of
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -39,7 +39,7 @@ def test_a_check_is_an_upper_limit_unless_it_says_otherwise() -> None:
 # The columns of docs/design.md are compared with it by tests/test_docs.py; these are only in words there.
 @pytest.mark.parametrize(
     ("precision", "summation_order", "rounding"),
-    [("fp32", 5e-4, 5e-4), ("fp16", 1e-4, 5e-2), ("bf16", 1e-4, 3e-1), ("int8", 1e-3, 3e-1)],
+    [("fp32", 5e-4, 5e-4), ("fp16", 1e-4, 5e-2), ("bf16", 1e-4, 3e-1), ("int8", 1e-3, 3e-1), ("int4", 1e-3, 3e-1)],
 )
 def test_tolerances(precision: Precision, summation_order: float, rounding: float) -> None:
     gate = gate_of(precision, "cpu")
@@ -52,7 +52,7 @@ def test_tolerances_of_the_adaptation() -> None:
     for precision in PRECISIONS:
         gate = GATES[precision]
         found = gate.embedding_tolerance, gate.cluster_margin, gate.factor_tolerance
-        assert found == ((1e-2, 1e-3, 2e-2) if precision == "int8" else (1e-5, 1e-5, 1e-4))
+        assert found == ((1e-2, 1e-3, 2e-2) if precision in INTEGERS else (1e-5, 1e-5, 1e-4))
 
 
 def test_the_gates_of_devices() -> None:

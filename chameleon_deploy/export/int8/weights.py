@@ -1,8 +1,10 @@
-"""int8 weights: every product with a stored matrix gets its weights through DequantizeLinear.
+"""int8 and int4 weights: every product with a stored matrix gets its weights through DequantizeLinear.
 
 Each output channel has one symmetric scale, so that a column's error does not depend on the others. The trunk is
-rotated already (rotation.py), so that no outlier determines a scale. Outputs of an activation function and the final
-hidden states are rotated here: x W = (x H)(H W), a small product before the large one. gptq.py rounds.
+rotated already (rotation.py), so that no outlier determines a scale. In int4 the trunk's matrices have 4 bits and a
+scale for every 32 weights (blocks.py); one whose inputs are no whole number of blocks keeps 8 bits. Outputs of an
+activation function and the final hidden states are rotated here: x W = (x H)(H W), a small product before the large
+one. gptq.py rounds.
 
 The head's matrix is [vocab, hidden], so that its rows serve the token embedding too, in the rotated form that the trunk
 takes.
@@ -15,7 +17,7 @@ and biases stay float32.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
@@ -27,8 +29,9 @@ from chameleon_deploy.contract.bundle import HEAD, HEAD_BALANCE, int8_names
 from chameleon_deploy.export.decoder import channel_scales
 from chameleon_deploy.export.graph import constant, initializer, integers, subgraph, take_nodes
 from chameleon_deploy.export.hadamard import block_of, hadamard, rotate
+from chameleon_deploy.export.int8.blocks import INT4_OPSET, block_product, store_blocks
 from chameleon_deploy.export.int8.calibration import Statistics
-from chameleon_deploy.export.int8.gptq import column_scales, round_weights
+from chameleon_deploy.export.int8.gptq import BLOCK, column_scales, round_blocks, round_weights
 from chameleon_deploy.export.int8.rotation import balance
 from chameleon_deploy.export.weights import WeightsFile, alias
 from chameleon_deploy.reference.families.spec import DecoderSpec
@@ -38,10 +41,17 @@ ROTATION = "int8_weights.rotation_{}"  # formatted with the number of channels
 
 
 def quantize_weights(
-    decoder: ir.Model, model: DecoderSpec, statistics: Statistics, weights_file: WeightsFile, report: Progress
+    decoder: ir.Model,
+    model: DecoderSpec,
+    statistics: Statistics,
+    weights_file: WeightsFile,
+    report: Progress,
+    bits: Literal[4, 8] = 8,
 ) -> int:
-    """Rewrite a portable decoder of a rotated trunk in place, with its int8 matrices in weights_file. Returns their
+    """Rewrite a portable decoder of a rotated trunk in place, with its rounded matrices in weights_file. Returns their
     number.
+
+    bits  of the trunk's matrices
     """
     layers = [model.matrices(i) for i in range(model.num_layers)]
     after_activation, done = {names.down for names in layers}, itertools.count()
@@ -53,6 +63,9 @@ def quantize_weights(
         if weight.name in after_activation:
             matrix, groups = rotate(matrix.T).T, products.rotated().groups
             x = rotated(op, x, len(matrix), decoder.graph)
+        if bits == 4 and len(matrix) % BLOCK == 0:
+            int4, scale = round_blocks(matrix, groups)
+            return block_product(op, x, *store_blocks(op, weights_file, weight.name, int4, scale))
         return op.MatMul(x, op.DequantizeLinear(*store(op, weight.name, *round_weights(matrix, groups)), axis=1))
 
     def head(op: Any, x: Any, weight: Any) -> Any:
@@ -84,6 +97,8 @@ def quantize_weights(
         RewriteRule(lambda op, x, weight: op.MatMul(x, weight), product, is_stored),
         RewriteRule(lambda op, x, weight: op.Gemm(x, weight, transB=1), head, is_stored),
     ]
+    if bits == 4:
+        decoder.opset_imports[""] = INT4_OPSET
     count = RewriteRuleSet(rules).apply_to_model(decoder)
     RemoveUnusedNodesPass()(decoder)
     return int(count)

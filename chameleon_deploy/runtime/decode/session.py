@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from chameleon_deploy.contract.bundle import Bundle, GraphSpec
+from chameleon_deploy.contract.bundle import INTEGERS, Bundle, GraphSpec
 from chameleon_deploy.errors import DependencyError, GraphError, ProviderError
 from chameleon_deploy.runtime.inputs import check_threads
 from chameleon_deploy.runtime.machine import describe_processor
@@ -103,7 +103,7 @@ def integer_weights(bundle: Bundle, graph: GraphSpec) -> IntegerWeights | None:
 
     Raises ProviderError, see `exact_weights`.
     """
-    has_integer_products = bundle.manifest.precision == "int8" and graph.providers == ("cpu",)
+    has_integer_products = bundle.manifest.precision in INTEGERS and graph.providers == ("cpu",)
     return exact_weights() if has_integer_products else None
 
 
@@ -154,15 +154,18 @@ def _session_options(bundle: Bundle, graph: GraphSpec, threads: int | None) -> A
     options.enable_mem_pattern = False
     # If only weights are int8, ONNX Runtime would quantise the activations too.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if bundle.manifest.precision == "int4" and "cpu" in graph.providers and len(graph.providers) > 1:
+        # The portable graph would restore its 4-bit weights in every call: let them be folded to float32.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if check_threads(threads) is not None:
         options.intra_op_num_threads = threads
     # Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to steal cores from the
     # scorer's session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "500")
     _convert_weights(options, integer_weights(bundle, graph))
-    if graph.role == "hidden_scorer" and bundle.manifest.precision != "int8":
-        # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In int8 the
-        # matrix is transposed, a copy already.
+    if graph.role == "hidden_scorer" and bundle.manifest.precision not in INTEGERS:
+        # Packed weights would be a copy of the head's matrix; unpacked weights stay in the mapped file. In the
+        # other precisions the matrix is transposed, a copy already.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if graph.role == "encoder":  # its threads do not spin beside the decoder's
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.bundle import FloatArray, Manifest
+from chameleon_deploy.contract.bundle import INTEGERS, FloatArray, Manifest
 from chameleon_deploy.runtime.decode.bound_call import Array, BoundCall
 from chameleon_deploy.runtime.decode.decoder import pad, parts
 from chameleon_deploy.runtime.decode.logits import HostLogits
@@ -18,7 +18,7 @@ from chameleon_deploy.runtime.decode.tiled_scorer import Piece, TiledScorer
 from chameleon_deploy.runtime.factors import RowFactors
 
 PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations at no cost
-INT8_TOKENS = 256  # the same for int8, whose values then fit into the processor's cache
+INT8_TOKENS = 256  # the same for int8 and int4, whose values then fit into the processor's cache
 SCORED_TOKENS = 256  # the same if hidden states or logits of all positions are returned
 
 
@@ -31,7 +31,7 @@ class SharedCacheDecoder:
 
     def __init__(self, session: Any, scorer: TiledScorer, ort_value: Any, manifest: Manifest) -> None:
         self.session, self.scorer, self.ort_value, self.model = session, scorer, ort_value, manifest.model
-        self.prefill_tokens = INT8_TOKENS if manifest.precision == "int8" else PREFILL_TOKENS
+        self.prefill_tokens = INT8_TOKENS if manifest.precision in INTEGERS else PREFILL_TOKENS
         self._spare: list[Array] = []
         past = [node for node in session.get_inputs() if node.name.startswith("past_key_values.")]
         self.past = [node.name for node in past]

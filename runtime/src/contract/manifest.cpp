@@ -8,6 +8,7 @@
 
 #include "chameleon/error.h"
 #include "contract/json_fields.h"
+#include "contract/precision.h"
 #include "contract/signature.h"
 
 namespace chameleon {
@@ -137,7 +138,7 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
   Fields(json, at)
       .required("format", manifest.format)
       .required("format_version", manifest.format_version)
-      .one_of("precision", manifest.precision, {"fp32", "fp16", "bf16", "int8"})
+      .one_of("precision", manifest.precision, {"fp32", "fp16", "bf16", "int8", "int4"})
       .required("model", manifest.model)
       .required("adaptation", manifest.adaptation)
       .required("limits", manifest.limits)
@@ -166,7 +167,7 @@ std::map<std::string, std::int64_t> AdaptationSpec::factor_widths() const {
 }
 
 bool Manifest::has_basis() const {
-  return precision == "int8" &&
+  return is_integer(precision) &&
          std::ranges::any_of(adaptation.targets, [](const TargetSpec& target) { return target.name != kHead; });
 }
 

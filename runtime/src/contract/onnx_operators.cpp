@@ -19,6 +19,7 @@ const std::map<std::string_view, std::set<std::string_view>> kOperators = {
       "Add",
       "And",
       "ArgMax",
+      "BitwiseXor",
       "Cast",
       "Concat",
       "Constant",
@@ -66,10 +67,10 @@ const std::map<std::string_view, std::set<std::string_view>> kOperators = {
       "Transpose",
       "Unsqueeze",
       "Where"}},
-    {"com.microsoft", {"GroupQueryAttention", "MatMulIntegerToFloat", "RotaryEmbedding"}},
+    {"com.microsoft", {"GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "RotaryEmbedding"}},
 };
 constexpr std::size_t kMaxFileBytes = 8U << 20U, kMaxEmbeddedBytes = 1U << 20U, kMaxDepth = 4, kMaxValues = 1U << 16U;
-constexpr std::uint64_t kMaxCopies = 10, kMaxWidth = 32;
+constexpr std::uint64_t kMaxCopies = 16, kMaxWidth = 32;
 // By TensorProto.DataType.
 const std::map<std::uint64_t, std::uint64_t> kWidths = {{1, 4},  {2, 1},  {3, 1},  {4, 2},  {5, 2},  {6, 4},  {7, 8},
                                                         {9, 1},  {10, 2}, {11, 8}, {12, 4}, {13, 8}, {16, 2}, {17, 1},
@@ -249,6 +250,8 @@ Constant folded(const Message& node, const std::vector<Constant>& inputs) {
       const Message attribute(data, kAttribute, "an attribute");
       if (attribute.text(1) == "to") result.width = width_of(last(attribute.numbers(3)));
     }
+  } else if (name == "BitwiseXor" && inputs.back().elements != 1) {  // else the two may widen each other
+    refuse("BitwiseXor has a second constant of more than one element");
   } else if (name == "DequantizeLinear") {  // to the type of its scales
     result.width = inputs[std::min<std::size_t>(1, inputs.size() - 1)].width;
   }
@@ -282,7 +285,8 @@ class GraphChecker {
     }
     const auto written = node.all(2);
     if (const auto constants = constant_inputs(node)) {
-      if (name != "Constant" && name != "Cast" && name != "DequantizeLinear" && name != "Transpose") {
+      if (name != "Constant" && name != "BitwiseXor" && name != "Cast" && name != "DequantizeLinear" &&
+          name != "Transpose") {
         refuse(std::string(name) + " has constant inputs only");
       }
       for (const std::string_view output : written) {

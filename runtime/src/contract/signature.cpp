@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "contract/json_fields.h"
+#include "contract/precision.h"
 #include "factors.h"
 
 namespace chameleon {
@@ -40,9 +41,9 @@ void add_factors(std::vector<TensorSpec>& inputs, const AdaptationSpec& spec, co
 
 /// The element type of a decoder's cache. The CPU has no 16-bit kernels, so its cache is float32.
 std::string cache_dtype(const GraphSpec& graph, const std::string& precision) {
-  if (graph.cache == "shared") return precision == "int8" ? "int8" : "float32";
+  if (graph.cache == "shared") return is_integer(precision) ? "int8" : "float32";
   const bool on_cpu = std::ranges::find(graph.providers, "cpu") != graph.providers.end();
-  if (on_cpu || precision == "fp32" || precision == "int8") return "float32";
+  if (on_cpu || precision == "fp32" || is_integer(precision)) return "float32";
   return precision == "fp16" ? "float16" : "bfloat16";
 }
 
@@ -138,7 +139,7 @@ void check_graph(const GraphSpec& graph, const Manifest& manifest, const std::st
   if (graph.role == "decoder" && manifest.model.num_layers > static_cast<std::int64_t>(graph.inputs.size())) {
     fail_at(where, "fewer inputs than model.num_layers: export again");
   }
-  if (graph.cache == "shared" && manifest.precision != "fp32" && manifest.precision != "int8") {
+  if (graph.cache == "shared" && manifest.precision != "fp32" && !is_integer(manifest.precision)) {
     fail_at(where, "a shared cache does not exist in precision " + manifest.precision);
   }
   const Signature expected = signature_of(graph, manifest);

@@ -6,6 +6,7 @@
 #include <new>
 #include <numeric>
 
+#include "contract/precision.h"
 #include "factors.h"
 
 namespace chameleon {
@@ -13,8 +14,8 @@ namespace chameleon {
 SharedCacheGraph::SharedCacheGraph(Ort::Session opened, const Manifest& manifest)
     : session(std::move(opened)),
       model(manifest.model),
-      cache_type(manifest.precision == "int8" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
-                                              : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      cache_type(is_integer(manifest.precision) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
+                                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
   for (std::int64_t layer = 0; layer < model.num_layers; ++layer) {
     for (const char* kind : {".key", ".value"}) {
       const std::string name = "." + std::to_string(layer) + kind;

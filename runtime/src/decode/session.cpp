@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 
+#include "contract/precision.h"
 #include "contract/signature.h"
 #include "integer_products.h"
 
@@ -120,7 +121,7 @@ const std::string& exact_weights(const Ort::Env& env) {
 }
 
 std::optional<std::string> integer_weights(const Ort::Env& env, const Bundle& bundle, const GraphSpec& graph) {
-  if (bundle.manifest.precision != "int8" || graph.providers != std::vector<std::string>{"cpu"}) return std::nullopt;
+  if (!is_integer(bundle.manifest.precision) || graph.providers != std::vector<std::string>{"cpu"}) return std::nullopt;
   return exact_weights(env);
 }
 
