@@ -25,6 +25,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from chameleon_deploy.bench.peers import LLAMA_TYPES
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime.machine import describe_machine
@@ -46,7 +47,7 @@ CURVES = tuple(CurveName)
 STEPS = 16  # after the first token
 PAST = 128  # tokens of each prompt where the length is not what grows
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-LENGTHS = (32, 128, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 LONG = 4.0  # seconds: of so long a generation the first one is a sample too, and there is one more at most
 PAUSE = 0.3  # seconds before a sample, for the threads of the engine before it to stop spinning
 TITLES = {
@@ -296,8 +297,9 @@ def main(
 
 def default_engines(precision: str) -> list[str]:
     """Return the names of the engines that compile nothing for each new shape."""
-    llama = ["llama.cpp Q8_0"] if precision == "int8" else ["llama.cpp F32"]
-    return ["PyTorch eager fp32", f"CTranslate2 {precision}", f"OpenVINO {precision}", *llama]
+    llama = f"llama.cpp {LLAMA_TYPES.get(precision, 'F32')}"
+    others = [] if precision == "int4" else [f"CTranslate2 {precision}"]
+    return ["PyTorch eager fp32", *others, f"OpenVINO {precision}", llama]
 
 
 if __name__ == "__main__":

@@ -127,6 +127,23 @@ def pretrained(files: Files) -> None:
         table([*compared, "adapting costs"], ratio_rows(own, precision))
 
 
+def llama_bench(prompts: Sequence[Path], steps: Sequence[Path]) -> None:
+    """Print tokens per second in llama-bench's terms, a row for each engine of each precision.
+
+    prompts, steps  what `bench --json` wrote of a prompt of 512 tokens, and of 128 tokens after a short one
+    """
+    found = dict[str, list[str]]()
+    for place, (kind, files) in enumerate((("prefill", prompts), ("decode", steps))):
+        for precision, own in merged(files).items():
+            timing = own["parts"][kind, 1]
+            speed = timing["part"]["units"] / timing["seconds"]["bundle"]
+            speeds = {f"**bundle {precision}**": speed}
+            speeds |= {name: speed / ratio for name, ratio in timing["ratios"].items() if name not in ABLATIONS}
+            for name, value in speeds.items():
+                found.setdefault(name, ["", ""])[place] = f"{value:.1f}"
+    table(["engine", "pp512, tokens/s", "tg128, tokens/s"], ([name, *row] for name, row in found.items()))
+
+
 def untrained_rows(record: dict[str, Any]) -> dict[str, str]:
     """Return the figures of one run, by the name of the row."""
     footprint = record["footprint"]

@@ -21,7 +21,7 @@ from chameleon_deploy.runtime import Runtime
 CANDIDATES = 4  # times as many texts as needed, to choose from by their clusters
 # Limits of log-probabilities: of the largest difference in fp32, of the root mean square otherwise. They catch wrong
 # work; quality.py measures how good right work is. The coarsest int8 engine measured on a pretrained model has 0.3.
-BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.5}
+BOUNDS = {"fp32": 5e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.5, "int4": 1.0}
 
 
 class Workloads:

@@ -88,11 +88,29 @@ def test_every_step_of_the_pretrained_run_is_a_command_that_exists(
     monkeypatch.setattr(pretrained, "step", parse)
     monkeypatch.setattr(growth_plots, "main", lambda directory, files: drawn.append(files))
     monkeypatch.setattr(tables, "pretrained", drawn.append)
+    monkeypatch.setattr(tables, "llama_bench", lambda *kinds: drawn.extend(kinds))
     pretrained.main(tmp_path, [tmp_path / "text"], 1)
-    assert len(made) == len(set(made)) == 1 + 2 + 4 + 6
-    assert [file for files in drawn for file in files] == [f for f in made if "growth" in f.name] + [
-        f for f in made if "bench-" in f.name
-    ]
+    assert len(made) == len(set(made)) == 1 + 2 + 4 + 4 + 6
+    of = {kind: [f for f in made if kind in f.name] for kind in ("growth-", "bench-", "pp512", "tg128")}
+    speed = [f for f in of["bench-"] if f not in of["pp512"] + of["tg128"]]
+    assert drawn == [of["growth-"], speed, of["pp512"], of["tg128"]]
+    made.clear()
+    (tmp_path / "qwen.gguf").touch()
+    pretrained.main(tmp_path, base=str(tmp_path / "qwen.gguf"), precision=["int4"])
+    assert tmp_path / "qwen-int4" in made
+    assert len(made) == 1 + 1 + 2 + 2 + 3
+
+
+def test_tokens_per_second_in_the_terms_of_llama_bench(
+    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record["timings"].append({**record["timings"][1], "part": {**record["timings"][1]["part"], "batch": 1}})
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps(record))
+    tables.llama_bench([file], [file])
+    found = cells(capsys.readouterr().out)
+    assert found["**bundle fp32**"] == [f"{32 / SECONDS:.1f}"] * 2
+    assert found["PyTorch eager fp32"] == [f"{32 / SECONDS / 4:.1f}"] * 2
 
 
 def test_a_step_that_is_done_is_not_repeated_and_one_that_fails_ends_the_run(tmp_path: Path) -> None:

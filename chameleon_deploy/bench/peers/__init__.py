@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from chameleon_deploy.bench.timing import Lap
+from chameleon_deploy.contract.bundle import INTEGERS
 
 if TYPE_CHECKING:
     from chameleon_deploy.reference.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Sequence[int]]
 
 ADAPT, PREFILL, DECODE = "adapt", "prefill", "decode"  # laps: the factors, the first tokens, all other tokens
+LLAMA_TYPES = {"int8": "Q8_0", "int4": "Q4_K"}  # what most bytes of llama.cpp's files have; else float32
 FROM_A_CLONE = "not in the wheel: run bench from a clone of the repository"
 
 
@@ -149,11 +151,11 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
 
     openers = _pytorch(runtime, checkpoint, "fp32", compiled=True)
     openers |= {f"CTranslate2 {precision}": ctranslate2, f"OpenVINO {precision}": openvino}
-    openers |= {f"llama.cpp {'Q8_0' if precision == 'int8' else 'F32'}": llama_cpp}
+    openers |= {f"llama.cpp {LLAMA_TYPES.get(precision, 'F32')}": llama_cpp}
     if precision == "int8":
         openers |= _pytorch(runtime, checkpoint, "int8", compiled=True)
-        if trunk.gguf is not None:
-            openers["llama.cpp, the file's own type"] = partial(llama_cpp, trunk.gguf)
+    if precision in INTEGERS and trunk.gguf is not None:
+        openers["llama.cpp, the file's own type"] = partial(llama_cpp, trunk.gguf)
     return openers
 
 

@@ -19,7 +19,8 @@ from chameleon_deploy.bench.peers.gguf_writer import write_gguf
 from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.reference.model import Trunk
 
-TYPES = {"fp32": gguf.GGMLQuantizationType.F32, "int8": gguf.GGMLQuantizationType.Q8_0}
+F32 = gguf.GGMLQuantizationType.F32
+TYPES = {"fp32": F32, "int8": gguf.GGMLQuantizationType.Q8_0, "int4": F32}  # of files that we write
 
 
 class LlamaCpp:
@@ -37,18 +38,21 @@ class LlamaCpp:
     def __init__(self, file: Path, precision: str, threads: int, lora: Path | None = None) -> None:
         """Load GGUF files.
 
-        precision  the bundle's: every quantised type is compared with int8, since its activations are 8-bit
+        precision  the bundle's: every quantised type is compared with int8 or int4, since its activations are 8-bit;
+                   for int4 a file in float32 is quantised first
         lora       an update that all rows get
 
         Raises ValueError for a file that llama.cpp does not read.
         """
         import llama_cpp
 
-        self.name, self.precision, self.size = f"llama.cpp {_type_of(file)}", precision, file.stat().st_size
         self._api: Any = llama_cpp
         self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: llama.cpp calls it later
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        if precision == "int4" and _type_of(file) == F32.name:
+            file = _quantised(llama_cpp, file)
+        self.name, self.precision, self.size = f"llama.cpp {_type_of(file)}", precision, file.stat().st_size
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {file.name}")
@@ -139,12 +143,24 @@ class LlamaCpp:
 
 
 def converted_file(trunk: Trunk, precision: str, directory: Path) -> Path:
-    """Write the base model in the type nearest to a precision. Raises ValueError if there is none."""
+    """Write the base model in the type nearest to a precision, in float32 for int4, which `LlamaCpp` quantises. Raises
+    ValueError if there is none.
+    """
     if precision not in TYPES:
         raise ValueError(f"no comparison in {precision}")
     file = directory / f"{precision}.gguf"
     write_gguf(trunk, file, TYPES[precision])
     return file
+
+
+def _quantised(api: Any, file: Path) -> Path:
+    """Replace a file in float32 by llama.cpp's own mix of 4-bit types. Raises ValueError where it cannot."""
+    mixed, params = file.with_suffix(".q4_k_m.gguf"), api.llama_model_quantize_default_params()
+    params.ftype = api.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    if api.llama_model_quantize(str(file).encode(), str(mixed).encode(), ctypes.byref(params)):
+        raise ValueError(f"llama.cpp cannot quantise {file.name}")
+    file.unlink()
+    return mixed
 
 
 def _array(pointer: Any, values: Any) -> None:

@@ -18,22 +18,22 @@ from transformers import DynamicCache, StaticCache
 from chameleon_deploy.bench.peers import ADAPT, DECODE, PREFILL, Rows
 from chameleon_deploy.bench.peers.adapted import AdaptedLayers
 from chameleon_deploy.bench.timing import Lap
-from chameleon_deploy.contract.bundle import LM_HEAD, Mode
+from chameleon_deploy.contract.bundle import INTEGERS, LM_HEAD, Mode
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(("fp16", *INTEGERS), torch.float16)
 
 
 class PyTorchGPU:
-    """PyTorch on a GPU. See `Peer`. An int8 bundle is compared with float16: PyTorch has no int8 kernels for this
-    model.
+    """PyTorch on a GPU. See `Peer`. An int8 or int4 bundle is compared with float16: PyTorch has no such kernels for
+    this model.
     """
 
     adapts = generates = True
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, precision: str, device: str, compiled: bool) -> None:
-        self.precision = "fp16" if precision == "int8" else precision
+        self.precision = "fp16" if precision in INTEGERS else precision
         self.name = f"{'torch.compile' if compiled else 'PyTorch eager'} {self.precision}"
         self.scores = not compiled  # for one shape, compiling would take longer than it saves
         self._checkpoint, self._mode, self._device, self._dtype = checkpoint, mode, device, DTYPES[precision]
