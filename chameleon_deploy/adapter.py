@@ -12,7 +12,7 @@ import typer
 import chameleon_deploy
 from chameleon_deploy.contract.adapter_file import max_rank, write_adapter
 from chameleon_deploy.contract.bundle import FloatArray, open_bundle
-from chameleon_deploy.contract.peft_lora import read_peft, write_peft
+from chameleon_deploy.contract.peft_lora import read_invocation, read_peft, write_peft
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.terminal import console
@@ -65,7 +65,7 @@ def _write_file(bundle: Path, peft: Path, out: Path) -> None:
     if rank > max_rank(spec):
         raise InputError(f"{peft} has rank {rank}: {bundle} was exported with --max-rank {spec.rank}")
     console.check_output(out)
-    write_adapter(out, factors, spec)
+    write_adapter(out, factors, spec, read_invocation(peft))
     console.stdout.print(f"{out}: {len(factors) // 2} layers, rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
 
 

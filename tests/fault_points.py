@@ -79,7 +79,7 @@ def adapter_target(directory: Path) -> Target:
         if not file.exists():
             return "it is missing" if code == DONE else None
         try:
-            found, _ = read_adapter(file, spec)
+            found = read_adapter(file, spec).factors
         except ChameleonError as error:
             return str(error)
         allowed = versions[1:] if code == DONE else versions

@@ -223,6 +223,16 @@ def adapter_cases() -> list[dict[str, Any]]:
         "of_no_layer": '["transformer.h.0.attn.c_attn"]', "numbers": "[1]",
     }.items():  # fmt: skip
         case(f"targets_{name}", "adapter_invalid", with_metadata(targets=targets))
+    # What activates it
+    case("activated", None, with_metadata(invocation_tokens="[3, 5]"))
+    for name, tokens in {
+        "no_JSON": "[", "empty": "[]", "a_number": "7", "a_text": '["3"]', "a_float": "[3.0]", "true": "[true]",
+        "negative": "[-1]", "beyond": f"[3, {VOCAB_SIZE}]", "too_many": str([3] * 257),
+        "huge": "[18446744073709551616]",
+    }.items():  # fmt: skip
+        case(f"invocation_tokens_{name}", "adapter_invalid", with_metadata(invocation_tokens=tokens))
+    own = {"do": "set", "path": ["adaptation", "invocation_tokens"], "value": {"own": [9]}}
+    case("beside_an_activated_adapter", None, save(good, metadata), [*changes, own])
     # Its tensors
     for part in ("lora_A", "lora_B"):
         case(f"no_{part}", "tensor_invalid", with_tensors(**{part: None}))
@@ -417,6 +427,13 @@ def hostile_cases() -> list[dict[str, Any]]:
         "too_many": [head, {**head, "name": "transformer.h.0.attn.c_attn"}],
     }.items():
         case(f"targets_{name}", "manifest_invalid", manifest(targets, "adaptation", "targets"))
+    own = manifest(["own"], "adaptation", "adapters"), manifest("0" * 64, "adaptation", "base_digest")
+    for name, tokens in {
+        "of_no_adapter": {"other": [3]}, "empty": {"own": []}, "too_many": {"own": [3] * 257}, "a_list": [3],
+        "negative": {"own": [-1]}, "beyond": {"own": [VOCAB_SIZE]}, "a_text": {"own": ["3"]}, "a_float": {"own": [3.5]},
+    }.items():  # fmt: skip
+        case(f"invocation_tokens_{name}", "manifest_invalid", *own, manifest(tokens, "adaptation", "invocation_tokens"),
+             base="lora_masked")  # fmt: skip
     case("negative_clusters", "manifest_invalid", manifest(-1, "adaptation", "num_clusters"))
     for size in (-1, 5, 2**31):  # none goes with clusters
         case(f"conditioning_size_{size}", "manifest_invalid", manifest(size, "adaptation", "conditioning_size"))

@@ -4,23 +4,24 @@
     <target>.lora_B  float32 [rank, out_features], the scaling multiplied in
 
 The targets may be some of the bundle's. The file's metadata name the format, the digest of the base model and the
-targets, so that a file with missing layers is not taken for an adapter of fewer.
+targets, so that a file with missing layers is not taken for an adapter of fewer. Those of an activated adapter name its
+`invocation_tokens`: what a text says before them is read without its update.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.bundle import FloatArray
-from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
+from chameleon_deploy.contract.manifest import MAX_INVOCATION_TOKENS, AdaptationSpec, factor_names
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import AdapterError, TensorError
 
@@ -30,6 +31,19 @@ Factors = Mapping[str, FloatArray]
 FORMAT, FORMAT_VERSION = "chameleon-adapter", "1"
 MAX_RANK = 1024  # every layer is padded to the largest rank of a call
 MAX_HEADER_BYTES = 2**20
+
+
+class StoredAdapter(NamedTuple):
+    """What an adapter file holds.
+
+    factors            float32 [rank, width] for each target of a bundle; zeros where the file has none
+    invocation_tokens  of an activated adapter, else none
+    digest             SHA-256 of the file
+    """
+
+    factors: dict[str, FloatArray]
+    invocation_tokens: tuple[int, ...]
+    digest: str
 
 
 def max_rank(spec: AdaptationSpec) -> int:
@@ -42,7 +56,7 @@ def most_bytes(spec: AdaptationSpec) -> int:
     return MAX_HEADER_BYTES + 4 * MAX_RANK * sum(spec.factor_widths.values())
 
 
-def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec) -> None:
+def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec, invocation_tokens: Sequence[int] = ()) -> None:
     """Write the factors of an adapter for bundles of the same base. Raises OutputError."""
     targets = [target.name for target in spec.targets if factor_names(target.name)[0] in factors]
     metadata = {
@@ -51,19 +65,31 @@ def write_adapter(file: Path, factors: Factors, spec: AdaptationSpec) -> None:
         "base_digest": spec.base_digest,
         "targets": json.dumps(targets),
     }
+    if invocation_tokens:
+        metadata["invocation_tokens"] = json.dumps(list(invocation_tokens))
     tensors = {name: np.ascontiguousarray(array) for name, array in factors.items()}
     write_whole(file, lambda partial: save_file(tensors, partial, metadata))
 
 
-def read_adapter(file: Path, spec: AdaptationSpec) -> tuple[dict[str, FloatArray], str]:
-    """Return the factors of an adapter and the SHA-256 of the file.
-
-    The factors are float32 [rank, width] for each target of a bundle; zeros where it has none.
+def read_adapter(file: Path, spec: AdaptationSpec) -> StoredAdapter:
+    """Read an adapter.
 
     Raises AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
     """
     raw = _read_whole(file, spec)
-    return _parse(raw, file, spec), hashlib.sha256(raw).hexdigest()
+    factors, invocation_tokens = _parse(raw, file, spec)
+    return StoredAdapter(factors, invocation_tokens, hashlib.sha256(raw).hexdigest())
+
+
+def invocation_fault(tokens: Any) -> str | None:
+    """Return what is wrong with the invocation tokens of an adapter, or None: there are some, and they are token ids.
+
+    Whether a model has these tokens is not checked.
+    """
+    if not isinstance(tokens, list | tuple) or not 1 <= len(tokens) <= MAX_INVOCATION_TOKENS:
+        return f"must be a list of 1 to {MAX_INVOCATION_TOKENS} token ids"
+    wrong = next((token for token in tokens if type(token) is not int or not 0 <= token < 2**31), None)
+    return None if wrong is None else f"hold {wrong!r:.40}, which is no token id"
 
 
 def _read_whole(file: Path, spec: AdaptationSpec) -> bytes:
@@ -81,11 +107,13 @@ def _read_whole(file: Path, spec: AdaptationSpec) -> bytes:
     return raw
 
 
-def _parse(raw: bytes, file: Path, spec: AdaptationSpec) -> dict[str, FloatArray]:
+def _parse(raw: bytes, file: Path, spec: AdaptationSpec) -> tuple[dict[str, FloatArray], tuple[int, ...]]:
     try:
         stored = dict(deserialize(raw))  # type: ignore[no-untyped-call]
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        _check_metadata(file, header.get("__metadata__", {}), spec, set(stored))
+        metadata = header.get("__metadata__", {})
+        _check_metadata(file, metadata, spec, set(stored))
+        invocation_tokens = _invocation_tokens(file, metadata)
         rank = _check_tensors(file, stored, spec)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not an adapter file: {error}") from error
@@ -95,10 +123,21 @@ def _parse(raw: bytes, file: Path, spec: AdaptationSpec) -> dict[str, FloatArray
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise TensorError(f"{file}: {name} holds NaN or infinity")
-    return {
+    factors = {
         name: tensors[name] if name in tensors else np.zeros((rank, width), np.float32)
         for name, width in spec.factor_widths.items()
     }
+    return factors, invocation_tokens
+
+
+def _invocation_tokens(file: Path, metadata: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the invocation tokens that the metadata name, or none. Raises AdapterError."""
+    if "invocation_tokens" not in metadata:
+        return ()
+    tokens = json.loads(metadata["invocation_tokens"])
+    if fault := invocation_fault(tokens):
+        raise AdapterError(f"{file}: its invocation_tokens {fault}")
+    return tuple(tokens)
 
 
 def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpec, names: set[str]) -> None:

@@ -33,6 +33,7 @@ ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"
 LM_HEAD = "lm_head"  # the target of every checkpoint so far, by its PEFT name
 HEAD = f"{LM_HEAD}.weight"  # its matrix in decoder graphs
 HEAD_BALANCE = "int8_weights.balance"  # in int8, factors of the channels that it reads
+MAX_INVOCATION_TOKENS = 256
 ADAPTER_NAME = "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name"
 
 
@@ -132,6 +133,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     regime       base: no factors of its own. Files of adapters may update the targets, if there are any
     rank         of the bundle's own factors; in regime base the largest of an adapter, 0 without targets
     adapters     names of the sets in lora.safetensors; none if its one set has no name
+    invocation_tokens  of those adapters that are activated, by name: a row is updated from the last of them on
     base_digest  of the base model's weights, which adapters of other files must have too; empty in a bundle that takes
                  none
     conditioning_size  of a vector that the caller gives with every text; 0: texts are conditioned on embeddings
@@ -147,6 +149,7 @@ class AdaptationSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     adapters: tuple[str, ...] = ()
     base_digest: str = ""
     conditioning_size: Int64 = 0
+    invocation_tokens: dict[str, tuple[Int64, ...]] = {}
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -309,7 +312,7 @@ def _check_consistency(manifest: Manifest, where: Path) -> None:
     if not 0 <= model.eos_token_id < model.vocab_size:
         raise ManifestError(f"{where}: model.eos_token_id {model.eos_token_id} is outside the vocabulary")
     _check_targets(manifest, where)
-    _check_adapters(adaptation, where)
+    _check_adapters(adaptation, model.vocab_size, where)
     size = adaptation.conditioning_size
     if not 0 <= size <= MAX_DIMENSION or (size and (adaptation.regime != "chameleon" or adaptation.num_clusters)):
         raise ManifestError(f"{where}: adaptation.conditioning_size goes with regime 'chameleon' and no clusters")
@@ -387,7 +390,7 @@ def _check_encoder(manifest: Manifest, where: Path) -> None:
         raise ManifestError(f"{where}: encoder.conditioning_norm is negative or not finite")
 
 
-def _check_adapters(adaptation: AdaptationSpec, where: Path) -> None:
+def _check_adapters(adaptation: AdaptationSpec, vocab_size: int, where: Path) -> None:
     names = adaptation.adapters
     if len(set(names)) < len(names) or not all(map(is_adapter_name, names)):
         raise ManifestError(f"{where}: adaptation.adapters must be distinct names of {ADAPTER_NAME}")
@@ -395,3 +398,11 @@ def _check_adapters(adaptation: AdaptationSpec, where: Path) -> None:
         raise ManifestError(f"{where}: adaptation.adapters goes with a base_digest and regime 'lora'")
     if bool(adaptation.base_digest) != bool(names or adaptation.regime == "base"):
         raise ManifestError(f"{where}: adaptation.base_digest goes with adapters or regime 'base'")
+    for name, tokens in adaptation.invocation_tokens.items():
+        if name not in names:
+            raise ManifestError(f"{where}: adaptation.invocation_tokens names {name!r:.80}, which is no adapter")
+        if not 1 <= len(tokens) <= MAX_INVOCATION_TOKENS or not all(0 <= token < vocab_size for token in tokens):
+            raise ManifestError(
+                f"{where}: adaptation.invocation_tokens of {name} must be 1 to {MAX_INVOCATION_TOKENS} tokens of the "
+                "vocabulary"
+            )

@@ -1,8 +1,9 @@
 """PEFT LoRA directories: low-rank updates of any linear layers, read and written without PyTorch.
 
-Only plain low-rank updates are read: y + scaling * (x A^T) B^T. Everything else that PEFT can put into a directory is
-refused by the name of its option or tensor, as is an option that this release does not know. What replaces weights of
-the base model, which rows share, is for `reference/merging.py`.
+Only plain low-rank updates are read: y + scaling * (x A^T) B^T, of a whole text or, if activated, from its last
+invocation on. Everything else that PEFT can put into a directory is refused by the name of its option or tensor, as is
+an option that this release does not know. What replaces weights of the base model, which rows share, is for
+`reference/merging.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
-from chameleon_deploy.contract.adapter_file import MAX_HEADER_BYTES, MAX_RANK, Factors
+from chameleon_deploy.contract.adapter_file import MAX_HEADER_BYTES, MAX_RANK, Factors, invocation_fault
 from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, factor_names
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import CheckpointError, DependencyError, TensorError
@@ -67,6 +68,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
     init_lora_weights: bool | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     def rank(self, layer: str) -> int:
         return int(_of_pattern(self.rank_pattern or {}, layer, self.r))
@@ -137,6 +139,11 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
     return factors
 
 
+def read_invocation(path: Path) -> tuple[int, ...]:
+    """Return the invocation tokens of an activated adapter, none of another. Raises CheckpointError."""
+    return tuple(read_config(path / CONFIG_FILE).alora_invocation_tokens or ())
+
+
 def write_peft(out: Path, factors: Factors) -> None:
     """Write factors, "<layer>.lora_A" [rank, in] and "<layer>.lora_B" [rank, out], as a PEFT LoRA of scaling 1.
 
@@ -189,6 +196,9 @@ def read_config(file: Path, merged: bool = False) -> PeftConfig:
         known = (_REASONS.get(option.partition("=")[0]) for option in refused)
         reason = next(filter(None, known), "only a plain low-rank update can be deployed")
         raise CheckpointError(f"{file}: {', '.join(refused)}: {reason}")
+    if merged and config.alora_invocation_tokens:
+        reason = "an activated adapter changes a part of each text, so it is merged into no base model"
+        raise CheckpointError(f"{file}: alora_invocation_tokens: {reason}")
     if not merged and (replaced := replacing_options(config)):
         raise CheckpointError(f"{file}: {', '.join(replaced)}: {own_bundle(file.parent)}")
     ranks = [config.r, *(config.rank_pattern or {}).values()]
@@ -196,6 +206,8 @@ def read_config(file: Path, merged: bool = False) -> PeftConfig:
         raise CheckpointError(f"{file}: ranks {min(ranks)} to {max(ranks)}: they must be from 1 to {MAX_RANK}")
     if not all(map(math.isfinite, [config.lora_alpha, *(config.alpha_pattern or {}).values()])):
         raise CheckpointError(f"{file}: lora_alpha is not finite")
+    if config.alora_invocation_tokens and (fault := invocation_fault(config.alora_invocation_tokens)):
+        raise CheckpointError(f"{file}: alora_invocation_tokens {fault}")
     return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from chameleon_deploy.contract import peft_lora
 from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import FloatArray, TargetSpec, factor_names
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, is_adapter_name
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import CheckpointError, InputError
 from chameleon_deploy.reference.model import Trunk, load_trunk
 from chameleon_deploy.reference.targets import choose_targets
 
@@ -33,6 +33,7 @@ class AdaptedBase:
     digest     of the base and the adapters
     adaptable  layers that adapters which are loaded later may update, besides those of the adapters
     max_rank   the largest rank of those adapters
+    invocations  tokens that activate an adapter, by name; others update every token
     """
 
     name: str
@@ -42,6 +43,7 @@ class AdaptedBase:
     digest: str
     adaptable: tuple[str, ...] = ()
     max_rank: int = 0
+    invocations: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[TargetSpec, ...]:
@@ -75,7 +77,8 @@ def load_adapted(
     adaptable    layers that later adapters may update, as `choose_targets` takes them
     max_rank     the largest rank of those
 
-    Raises InputError for a name that cannot be used, and the errors of `load_trunk`, `choose_targets` and `read_peft`.
+    Raises InputError for a name that cannot be used, CheckpointError for invocation tokens that the base has not, and
+    the errors of `load_trunk`, `choose_targets` and `read_peft`.
     """
     for name in directories:
         if not is_adapter_name(name):
@@ -85,6 +88,12 @@ def load_adapted(
     adapters: dict[str, Factors] = {
         name: peft_lora.read_peft(path, layers, trunk.head_weight) for name, path in directories.items()
     }
+    invocations = {name: tokens for name, path in directories.items() if (tokens := peft_lora.read_invocation(path))}
+    for name, tokens in invocations.items():
+        if max(tokens) >= trunk.spec.vocab_size:
+            raise CheckpointError(
+                f"{directories[name]}: alora_invocation_tokens are not all in the vocabulary of {base}"
+            )
     base_digest = trunk.digest()
     digest = hashlib.sha256(base_digest.encode())
     for name, path in directories.items():
@@ -92,20 +101,28 @@ def load_adapted(
         for file in (peft_lora.CONFIG_FILE, peft_lora.TENSOR_FILE):
             digest.update((path / file).read_bytes())
     chosen = choose_targets(trunk, adaptable) if adaptable else ()
-    return AdaptedBase(base, trunk, adapters, base_digest, digest.hexdigest(), chosen, max_rank)
+    return AdaptedBase(base, trunk, adapters, base_digest, digest.hexdigest(), chosen, max_rank, invocations)
 
 
 @contextmanager
 def adapted(
-    trunk: Trunk, factors: Factors | Mapping[str, Tensor], shifts: Mapping[str, FloatArray] = MappingProxyType({})
+    trunk: Trunk,
+    factors: Factors | Mapping[str, Tensor],
+    shifts: Mapping[str, FloatArray] = MappingProxyType({}),
+    active: Tensor | None = None,
 ) -> Iterator[None]:
     """Let the layers of a trunk add the update of one factor set to their outputs: y + (x A^T) B.
 
     shifts  [in], added to the x of a layer's update; by layer
+    active  bool [tokens] of what is read, those that are updated; None updates all
     """
 
     def update(lora_A: Tensor, lora_B: Tensor, shift: Tensor | float) -> Any:
-        return lambda module, inputs, output: output + ((inputs[0] + shift) @ lora_A.T) @ lora_B
+        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            added: Tensor = ((inputs[0] + shift) @ lora_A.T) @ lora_B
+            return output + (added if active is None else added * active[:, None])
+
+        return hook
 
     hooks = []
     for layer in trunk.linear_layers():
@@ -121,14 +138,34 @@ def adapted(
             hook.remove()
 
 
+# Where a text activates an adapter of such invocation tokens, or the text's length.
+Place = Callable[[Sequence[int], Sequence[int]], int]
+
+
+def last_place(ids: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return where the last invocation of a text begins, or the text's length if there is none."""
+    return max(_places(ids, tokens), default=len(ids))
+
+
+def first_place(ids: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return where the first invocation of a text begins, or the text's length if there is none."""
+    return min(_places(ids, tokens), default=len(ids))
+
+
+def _places(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    return [at for at in range(len(ids)) if list(ids[at : at + len(tokens)]) == list(tokens)]
+
+
 @dataclass
 class AdapterLogits:
     """Logits [positions, vocab] of one row with one adapter, computed alone: no padding, no cache.
 
+    place   where a text activates an adapter
     hidden  final hidden states by adapter and text, which are computed once
     """
 
     base: AdaptedBase
+    place: Place = last_place
     hidden: dict[tuple[str | None, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -137,8 +174,8 @@ class AdapterLogits:
     ) -> Tensor:
         """Return the logits of a row whose adapter is adapters[row]."""
         name = adapters[row]
-        hidden = self.read(ids, name)
-        with adapted(self.base.trunk, self._factors(name)):
+        hidden, active = self.read(ids, name), self._active(ids, name)
+        with adapted(self.base.trunk, self._factors(name), active=None if active is None else active[positions]):
             return self.base.trunk.logits(hidden[0, positions])
 
     @torch.no_grad()
@@ -146,9 +183,14 @@ class AdapterLogits:
         """Return hidden states [1, sequence, hidden] of a text with an adapter, or with none."""
         key = (adapter, tuple(ids))
         if key not in self.hidden:
-            with adapted(self.base.trunk, self._factors(adapter)):
+            with adapted(self.base.trunk, self._factors(adapter), active=self._active(ids, adapter)):
                 self.hidden[key], _ = self.base.trunk.hidden_states(torch.tensor([list(ids)]))
         return self.hidden[key]
 
     def _factors(self, adapter: str | None) -> Factors:
         return self.base.adapters[adapter] if adapter is not None else {}
+
+    def _active(self, ids: Sequence[int], adapter: str | None) -> Tensor | None:
+        """Return which tokens of a text an adapter updates, bool [tokens]; None for all of them."""
+        tokens = self.base.invocations.get(adapter or "")
+        return None if tokens is None else torch.arange(len(ids)) >= self.place(ids, tokens)

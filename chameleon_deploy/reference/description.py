@@ -47,6 +47,7 @@ def adaptation_spec(source: Source) -> AdaptationSpec:
             max_length=source.trunk.max_positions,
             adapters=tuple(source.adapters),
             base_digest=source.base_digest,
+            invocation_tokens=source.invocations,
         )
     config = source.config
     return AdaptationSpec(

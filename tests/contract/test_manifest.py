@@ -160,6 +160,16 @@ def test_adapters_have_names_and_a_base() -> None:
         assert "distinct names" in refused(LORA, adaptation__adapters=names, adaptation__base_digest="0")
 
 
+def test_invocation_tokens_are_of_adapters_and_of_the_vocabulary() -> None:
+    named = {"adaptation__adapters": ["a", "b"], "adaptation__base_digest": "0"}
+    adaptation = parse(LORA, **named, adaptation__invocation_tokens={"b": [3, 0]}).adaptation
+    assert adaptation.invocation_tokens == {"b": (3, 0)}
+    assert parse(LORA, **named).adaptation.invocation_tokens == {}
+    assert "'c', which is no adapter" in refused(LORA, **named, adaptation__invocation_tokens={"c": [3]})
+    for tokens in ([], [3] * 257, [-1], [10**6]):
+        assert "tokens of the vocabulary" in refused(LORA, **named, adaptation__invocation_tokens={"a": tokens})
+
+
 def test_a_base_has_a_digest_and_what_later_adapters_update() -> None:
     base = {"adaptation__regime": "base", "adaptation__base_digest": "0"}
     files = {name: spec for name, spec in LORA["files"].items() if name != "lora.safetensors"}
