@@ -162,8 +162,8 @@ def seconds_to_place(runtime: Runtime, directory: Path) -> float:
     def place() -> None:
         runtime.load_adapter("placed", directory)
         adapt = runtime.sources.resolve(Adapt(adapters=["placed"]), 1)
-        sources, _ = runtime.sources.of_rows(adapt, *runtime.sources.embed([[0]]))
-        FactorTable(8).acquire(sources[0])
+        found = runtime.sources.of_rows(adapt, [[0]], *runtime.sources.embed([[0]]))
+        FactorTable(8).acquire(found.sources[0])
         runtime.unload_adapter("placed")
 
     return median_seconds(place)

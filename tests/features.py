@@ -40,6 +40,7 @@ def uses() -> dict[str, list[Use]]:
         ],
         "named adapters": [Use(adapt={"adapters": ["own"] * 3}, body={"model": "bundle:own"}, bundle="adapters")],
         "blended adapters": [Use(adapt={"adapters": [{"own": 0.5}, {}, {"own": -1.5}]}, bundle="adapters")],
+        "activated adapters": [Use(adapt={"adapters": ["own"] * 3}, body={"model": "bundle:own"}, bundle="activated")],
         "vectors of a caller": [Use(adapt={"conditioning": VECTORS}, bundle="chameleon_given")],
         "embed the first tokens only": [Use(adapt={"mode": "request", "adapt_tokens": 3})],
         "a limit of new tokens": [Use(generate={"max_new_tokens": 5}, body={"max_tokens": 5})],

@@ -88,6 +88,14 @@ def adapter_case(case: dict[str, Any], directory: Path) -> tuple[Path, Path]:
     return hostile_bundle(case, directory / "bundle"), file
 
 
+def adapted_bundle(name: str, directory: Path) -> Path:
+    """Return a bundle with an adapter named own: `adapters`, or `activated` by the token 9."""
+    case = {"adapters": "good", "activated": "beside_an_activated_adapter"}[name]
+    found = next(each for each in read("adapters.json") if each["name"] == case)
+    (work := directory / name).mkdir()
+    return adapter_case(found, work)[0]
+
+
 def signed_bundle(case: dict[str, Any], directory: Path) -> tuple[Path, list[Path] | None]:
     """Return the bundle of a case of signatures.json and the files of its trusted keys."""
     for key in read("signatures.json")["keys"]:

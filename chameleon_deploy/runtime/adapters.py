@@ -19,7 +19,7 @@ import numpy as np
 from chameleon_deploy.contract.adapter_file import Factors, max_rank, most_bytes, read_adapter, write_adapter
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, file_sha256
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, factor_names, is_adapter_name
-from chameleon_deploy.contract.peft_lora import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILE, read_peft
+from chameleon_deploy.contract.peft_lora import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILE, read_invocation, read_peft
 from chameleon_deploy.errors import AdapterError, CheckpointError, InputError
 from chameleon_deploy.runtime.factors import FactorSets, blend_sets, no_factors, rank_of
 from chameleon_deploy.runtime.inputs import checked_path
@@ -40,6 +40,7 @@ class Adapter:
     rank     without padding
     targets  the layers that it updates
     size     bytes of its factors in memory
+    invocation_tokens  of an activated adapter, else none: it updates a text from the last of them on
     """
 
     key: tuple[str, int]
@@ -47,6 +48,7 @@ class Adapter:
     rank: int
     targets: tuple[str, ...]
     size: int
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,9 +73,33 @@ class Blend:
     def names(self) -> tuple[str, ...]:
         return tuple(adapter.name for adapter, _, _ in self.parts)
 
+    @property
+    def is_activated(self) -> bool:
+        """Return whether it updates a text from its last invocation on, and not from its first token."""
+        return any(adapter.invocation_tokens for adapter, _, _ in self.parts)
+
+    def start(self, ids: Sequence[int]) -> int | None:
+        """Return the token from which on it updates a text and what follows; None if nothing is updated."""
+        if not self.is_activated:
+            return 0
+        ((adapter, _, _),) = self.parts
+        return last_place(ids, adapter.invocation_tokens)
+
     def make(self, spec: AdaptationSpec) -> FactorSets:
         """Return the update as a stack of one set. Raises NumericError for weights that make it infinite."""
         return blend_sets([(sets, weight) for _, sets, weight in self.parts]) if self.parts else no_factors(spec)
+
+
+def last_place(ids: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Return where the last occurrence of some tokens in a text begins; None if there is none."""
+    count = len(ids) - len(tokens) + 1
+    if count < 1:
+        return None
+    text, found = np.asarray(ids), np.ones(count, bool)
+    for i, token in enumerate(tokens):
+        found &= text[i : i + count] == token
+    places = np.flatnonzero(found)
+    return int(places[-1]) if len(places) else None
 
 
 # The name of a row's adapter, weights by name, or None for the base model; a Blend for one that is held already.
@@ -93,6 +119,7 @@ class Adapters:
         """
         self.max_bytes: int | None = None
         self._spec: AdaptationSpec = bundle.manifest.adaptation
+        self._vocab_size = bundle.manifest.model.vocab_size
         self._enter, self._numbers, self._lock = enter, itertools.count(), threading.Lock()
         self._head = bundle.token_embedding().stored
         self._named: dict[str, Adapter] = {}
@@ -102,7 +129,8 @@ class Adapters:
             tensors = bundle.lora()
             for i, name in enumerate(self._spec.adapters):
                 sets = self._entered({tensor: array[i] for tensor, array in tensors.items()})
-                adapter = self._named[name] = self._adapter(name, sets)
+                tokens = self._spec.invocation_tokens.get(name, ())
+                adapter = self._named[name] = self._adapter(name, sets, tokens)
                 self._sets[adapter.key] = sets
 
     @property
@@ -131,13 +159,13 @@ class Adapters:
         if not isinstance(name, str) or not is_adapter_name(name):
             raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
         file = self._local(path)
-        sets, digest = self._read(file)
+        sets, tokens, digest = self._read(file)
         with self._lock:
             old = self._named.get(name)
             if old is not None and (old.file is None or not replace):
                 what = "the bundle's own" if old.file is None else "loaded already: unload it first, or replace it"
                 raise AdapterError(f"an adapter named {name!r} is {what}", "name")
-            adapter = self._adapter(name, sets, (file, digest))
+            adapter = self._adapter(name, sets, tokens, (file, digest))
             self._named = {**self._named, name: adapter}
             if old is not None:
                 self._forget(old)
@@ -177,6 +205,9 @@ class Adapters:
         adapters = [(self[name], float(weight)) for name, weight in weights]
         blend = Blend(tuple((adapter, self.sets_of(adapter), weight) for adapter, weight in adapters))
         if len(weights) > 1:
+            if activated := [adapter.name for adapter, _ in adapters if adapter.invocation_tokens]:
+                message = f"{activated[0]} is activated by tokens of a text, so it has no sum with other adapters"
+                raise AdapterError(message, "adapters")
             rank, most = sum(rank_of(sets) for _, sets, _ in blend.parts), max_rank(self._spec)
             if rank > most:
                 names = ", ".join(name for name, _ in weights[:10])
@@ -191,7 +222,7 @@ class Adapters:
                 return self._sets[adapter.key]
         assert adapter.file is not None  # noqa: S101  (the bundle's own never leave)
         file, digest = adapter.file
-        sets, now = self._read(file)
+        sets, _, now = self._read(file)
         if now != digest:
             raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
         with self._lock:
@@ -199,10 +230,12 @@ class Adapters:
                 self._keep(adapter, sets)
         return sets
 
-    def _adapter(self, name: str, sets: FactorSets, file: tuple[Path, str] | None = None) -> Adapter:
+    def _adapter(
+        self, name: str, sets: FactorSets, tokens: tuple[int, ...], file: tuple[Path, str] | None = None
+    ) -> Adapter:
         updated = {tensor for tensor, array in sets.tensors.items() if np.asarray(array).any()}
         targets = tuple(each.name for each in self._spec.targets if factor_names(each.name)[1] in updated)
-        return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets))
+        return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets), tokens)
 
     def _forget(self, adapter: Adapter) -> None:
         """Let go of the factors of an adapter that has no name any more. The lock is held."""
@@ -227,7 +260,8 @@ class Adapters:
 
         def build(directory: Path) -> None:
             layers = {target.name: (target.in_features, target.out_features) for target in self._spec.targets}
-            write_adapter(directory / CONVERTED, read_peft(file, layers, self._head), self._spec)
+            factors, tokens = read_peft(file, layers, self._head), read_invocation(file)
+            write_adapter(directory / CONVERTED, factors, self._spec, tokens)
             if _digests(file, limits) != digests:
                 raise AdapterError(f"{file} has changed while it was read: load it again")
 
@@ -248,9 +282,14 @@ class Adapters:
                 return
             total -= _size(self._sets.pop(key))
 
-    def _read(self, file: Path) -> tuple[FactorSets, str]:
-        factors, digest = read_adapter(file, self._spec)
-        return self._entered(factors), digest
+    def _read(self, file: Path) -> tuple[FactorSets, tuple[int, ...], str]:
+        """Return the one set of an adapter file, its invocation tokens and its SHA-256."""
+        stored = read_adapter(file, self._spec)
+        if unknown := [token for token in stored.invocation_tokens if token >= self._vocab_size]:
+            raise AdapterError(
+                f"{file}: its invocation_tokens hold {unknown[0]}: this bundle has {self._vocab_size} tokens"
+            )
+        return self._entered(stored.factors), stored.invocation_tokens, stored.digest
 
     def _entered(self, factors: Mapping[str, FloatArray]) -> FactorSets:
         entered = self._enter(factors)

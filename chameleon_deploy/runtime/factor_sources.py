@@ -11,10 +11,10 @@ import numpy as np
 
 from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, IntArray, Mode
-from chameleon_deploy.errors import ModeError
+from chameleon_deploy.errors import ModeError, ProviderError
 from chameleon_deploy.runtime import adaptation as adapting
 from chameleon_deploy.runtime.adaptation import Adapt, Adaptation
-from chameleon_deploy.runtime.adapters import Adapters, Blend, check_adapters
+from chameleon_deploy.runtime.adapters import AdapterChoice, Adapters, Blend, check_adapters
 from chameleon_deploy.runtime.backend import Backend
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.encoder import Encoder
@@ -40,6 +40,20 @@ class FactorSource:
     def make(self) -> FactorSets:
         """Return a stack of that set only, in memory or on a device."""
         return self.make_all([self.item])
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """The sources of the factors of a call's rows.
+
+    sources     of each set
+    factor_ids  int64 [batch], which of them each row has
+    starts      see RowFactors
+    """
+
+    sources: list[FactorSource]
+    factor_ids: IntArray
+    starts: IntArray | None = None
 
 
 class FactorSources:
@@ -105,38 +119,33 @@ class FactorSources:
         """Embed and cluster rows, and make their factors."""
         adapt = self.resolve(adapt, len(rows))
         embeddings, cluster_ids = self.embed(rows, adapt.adapt_tokens)
-        sources, factor_ids = self.of_rows(adapt, embeddings, cluster_ids)
-        sets = sources[0].make_all([source.item for source in sources])
-        return Adaptation(embeddings, cluster_ids, RowFactors(sets, factor_ids))
+        found = self.of_rows(adapt, rows, embeddings, cluster_ids)
+        sets = found.sources[0].make_all([source.item for source in found.sources])
+        return Adaptation(embeddings, cluster_ids, RowFactors(sets, found.factor_ids, found.starts))
 
     def of_rows(
-        self, adapt: Adapt, embeddings: FloatArray, cluster_ids: IntArray
-    ) -> tuple[list[FactorSource], IntArray]:
-        """Return the sources of the factors of a call's rows, and which of them each row has, int64 [batch].
+        self, adapt: Adapt, rows: Sequence[Sequence[int]], embeddings: FloatArray, cluster_ids: IntArray
+    ) -> RowSources:
+        """Return the sources of the factors of a call's rows.
 
         adapt  from `resolve`
 
-        Raises ModeError, FactorsError or AdapterError.
+        Raises ModeError, FactorsError, AdapterError, or ProviderError for activated adapters where there are none.
         """
         mode, first = adapt.mode, np.zeros(len(embeddings), np.int64)
         if mode == "none":
-            return [FactorSource("none", item=None, make_all=lambda _: self._no_factors)], first
+            return RowSources([FactorSource("none", item=None, make_all=lambda _: self._no_factors)], first)
         if adapt.adapters is not None:
-            held = self.adapters.blends(adapt.adapters)
-            blends = {blend.key: blend for blend in held}
-            # A source holds the adapters' sets, and their sum is made for its first row.
-            sources = [FactorSource(key, blend, self._blended, blend.names) for key, blend in blends.items()]
-            return sources, _numbers(list(blends), [blend.key for blend in held])
+            return self._of_adapters(adapt.adapters, rows)
         if mode == "static":
             sets = self._static_factors(adapt.factors)
             own = sets if adapt.factors is None else sets[np.array([0])]  # a copy, which the caller cannot change
             key = "static" if adapt.factors is None else object()
-            return [FactorSource(key, item=None, make_all=lambda _: own)], first
+            return RowSources([FactorSource(key, item=None, make_all=lambda _: own)], first)
         if mode == "centroid":
             present, factor_ids = np.unique(cluster_ids, return_inverse=True)
-            return [FactorSource(c, c, self._factors_of_clusters) for c in present.tolist()], factor_ids.astype(
-                np.int64
-            )
+            sources = [FactorSource(c, c, self._factors_of_clusters) for c in present.tolist()]
+            return RowSources(sources, factor_ids.astype(np.int64))
         if adapt.conditioning is not None:
             given = np.asarray(adapt.conditioning, np.float32)
             keys = [vector.tobytes() for vector in given]
@@ -147,7 +156,23 @@ class FactorSources:
         else:
             vectors, factor_ids = adapting.conditioning(embeddings, cluster_ids, adapt.tenants)
         # Equal vectors have equal factors, for any tenant.
-        return [FactorSource(vector.tobytes(), vector, self._generate) for vector in vectors], factor_ids
+        return RowSources([FactorSource(vector.tobytes(), vector, self._generate) for vector in vectors], factor_ids)
+
+    def _of_adapters(self, choices: Sequence[AdapterChoice], rows: Sequence[Sequence[int]]) -> RowSources:
+        held = self.adapters.blends(choices)
+        starts = None
+        if any(blend.is_activated for blend in held):
+            if self._backend.provider != "cpu":
+                message = f"activated adapters run on provider 'cpu', not on {self._backend.provider!r}"
+                raise ProviderError(message, "adapters")
+            found = [blend.start(ids) for blend, ids in zip(held, rows, strict=True)]
+            # What nothing activates is the base model, and so is what follows it.
+            held = [Blend(()) if start is None else blend for blend, start in zip(held, found, strict=True)]
+            starts = np.array([start or 0 for start in found], np.int64)
+        blends = {blend.key: blend for blend in held}
+        # A source holds the adapters' sets, and their sum is made for its first row.
+        sources = [FactorSource(key, blend, self._blended, blend.names) for key, blend in blends.items()]
+        return RowSources(sources, _numbers(list(blends), [blend.key for blend in held]), starts)
 
     def _blended(self, blends: Sequence[Blend]) -> FactorSets:
         return self._backend.place(stack_sets([blend.make(self._manifest.adaptation) for blend in blends]))

@@ -56,14 +56,34 @@ class RowFactors:
     """A stack of factor sets, and the set that each row of a batch uses.
 
     factor_ids  int64 [batch], indices into `sets`: the decoder's input with that name
+    starts      int64 [batch], the token from which on a row's set updates it: those before it are the base model's.
+                None is the first for all rows
     """
 
     sets: FactorSets
     factor_ids: IntArray
+    starts: IntArray | None = None
 
     def rows(self, indices: IntArray) -> RowFactors:
         """Return the same sets for the selected rows, in the order of the indices."""
-        return RowFactors(self.sets, self.factor_ids[indices])
+        return RowFactors(self.sets, self.factor_ids[indices], None if self.starts is None else self.starts[indices])
+
+    def later(self) -> list[int]:
+        """Return the tokens, in ascending order, at which the update of some row begins, without the first."""
+        return [] if self.starts is None else [start for start in np.unique(self.starts).tolist() if start]
+
+    def at(self, rows: npt.ArrayLike, positions: npt.ArrayLike) -> RowFactors:
+        """Return the factors of tokens, each as a row of its own. The sets must be in memory if some have none yet.
+
+        rows, positions  of the tokens, [n] each
+        """
+        chosen = self.factor_ids[np.asarray(rows)]
+        if self.starts is None or not (inactive := np.asarray(positions) < self.starts[np.asarray(rows)]).any():
+            return RowFactors(self.sets, chosen)
+        nothing = zero_set(self.sets)
+        if inactive.all():
+            return RowFactors(nothing, np.zeros_like(chosen))
+        return RowFactors(stack_sets([self.sets, nothing]), np.where(inactive, len(self.sets), chosen))
 
 
 def check_factors(factors: Factors, spec: AdaptationSpec) -> FactorSets:
@@ -101,6 +121,11 @@ def _checked(factors: Factors, widths: Mapping[str, int]) -> FactorSets:
 def no_factors(spec: AdaptationSpec) -> FactorSets:
     """Return one set of zeros of rank 1, which leaves the base model unchanged."""
     return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})
+
+
+def zero_set(sets: FactorSets) -> FactorSets:
+    """Return one set of zeros of rank 1 for the layers of other sets."""
+    return FactorSets({name: np.zeros((1, 1, array.shape[2]), np.float32) for name, array in sets.tensors.items()})
 
 
 def rank_of(sets: FactorSets) -> int:

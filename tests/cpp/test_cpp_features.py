@@ -15,7 +15,7 @@ from chameleon_deploy import Adapt, Generate, Runtime, Sampling, StructuredOutpu
 from chameleon_deploy.errors import ChameleonError
 from tests.cpp.c_interface import BUILD
 from tests.features import PLAIN, PROMPTS, Use, table, uses
-from tests.shared_data import adapter_case, good_bundle, read
+from tests.shared_data import adapted_bundle, good_bundle
 
 
 def call_native(bundle: Path, use: Use, mode: str | None) -> dict[str, Any]:
@@ -40,9 +40,8 @@ def test_a_feature(feature: str, tmp_path: Path) -> None:
     constrained = feature == "structured outputs"
     assert table()[feature]["C++"] == ("masks of the caller, `allowed_tokens" if constrained else "yes")
     for use in uses()[feature]:
-        bundle = (
-            good_bundle(use.bundle) if use.bundle != "adapters" else adapter_case(read("adapters.json")[0], tmp_path)[0]
-        )
+        is_adapted = use.bundle in ("adapters", "activated")
+        bundle = adapted_bundle(use.bundle, tmp_path) if is_adapted else good_bundle(use.bundle)
         mode = "centroid" if use.bundle == "chameleon_masked" else None
         sampling = [Sampling(**{**PLAIN, **use.sampling})] * len(PROMPTS)
         generate = Generate(**{"max_new_tokens": 8, "sampling": sampling, **use.generate})

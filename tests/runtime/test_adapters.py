@@ -263,7 +263,7 @@ def test_factors_that_left_the_memory_are_read_again_if_the_file_is_the_same(
 
 
 def test_factors_of_a_caller_are_those_of_an_adapter(runtime: Runtime, file: Path) -> None:
-    factors, _ = read_adapter(file, runtime.manifest.adaptation)
+    factors = read_adapter(file, runtime.manifest.adaptation).factors
     runtime.load_adapter("wiki", file)
     (generation,) = runtime.generate([PROMPT], mode="static", factors=factors, max_new_tokens=8)
     assert [generation.token_ids] == tokens(runtime, "wiki")
@@ -352,9 +352,9 @@ def test_a_bundle_without_adapters_takes_no_file(llama_bundle: Path, file: Path)
 
 
 def test_a_written_file_is_read_again(runtime: Runtime, file: Path, tmp_path: Path) -> None:
-    factors, _ = read_adapter(file, runtime.manifest.adaptation)
+    factors = read_adapter(file, runtime.manifest.adaptation).factors
     write_adapter(tmp_path / "again.safetensors", factors, runtime.manifest.adaptation)
-    again, _ = read_adapter(tmp_path / "again.safetensors", runtime.manifest.adaptation)
+    again = read_adapter(tmp_path / "again.safetensors", runtime.manifest.adaptation).factors
     assert all(np.array_equal(again[name], array) for name, array in factors.items())
 
 

@@ -6,7 +6,8 @@ CHAMELEON_OPERATIONS=100000 makes as many random operations for each kind of bun
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.runtime.engine.loop import Loop, generate_rows
-from chameleon_deploy.runtime.engine.member import Member
+from chameleon_deploy.runtime.engine.member import Member, Prompt
 from chameleon_deploy.runtime.engine.prefixes import Prefixes
 from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
-from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors, zero_set
 from chameleon_deploy.runtime.generation import Row
 from chameleon_deploy.runtime.sampling import Sampler
 
@@ -43,6 +44,7 @@ CAPACITY, CHUNK, SETS = 128, 16, 4
 KINDS = ("fp32", "int8", "llama")
 # How prompts are adapted: a mode, with +: of two prompts, or with the number of an adapter or of a caller's factors.
 HOW = ("none", "none", "centroid", "request", "cohort+", "tenant+", "static 0", "static 1", "adapter 0", "adapter 1")
+INVOCATION = 7  # of some adapters
 GREEDY = Sampling(ignore_eos=True, logprobs=2)
 
 pytestmark = pytest.mark.timeout(max(600, OPERATIONS // 20))
@@ -86,19 +88,22 @@ class Cold:
         self.runtime, self.slots = runtime, runtime.decoder.slots(1, CAPACITY)
         self.tolerance = 1e-5 if self.slots.is_exact else 0.02  # mean difference: of values, or of int8 steps
 
-    def key_values(self, ids: Sequence[int], whole: int, sets: FactorSets) -> Any:
-        """Return [layers * 2, heads, tokens, head_dim]: so many tokens in whole chunks, the rest in one."""
+    def key_values(self, ids: Sequence[int], whole: int, sets: FactorSets, updated: int) -> Any:
+        """Return [layers * 2, heads, tokens, head_dim]: so many tokens in whole chunks, the rest in one.
+
+        updated  the first token that is updated
+        """
         self.slots.admit(0)
-        factors = RowFactors(sets, np.zeros(1, np.int64))
-        for start in [*range(0, whole, CHUNK), whole]:
-            if chunk := ids[start : start + CHUNK if start < whole else None]:
-                self.slots.prefill(0, [chunk], factors)
+        factors = RowFactors(sets, np.zeros(1, np.int64), np.array([updated]))
+        for start, stop in pairwise(sorted({*range(0, whole, CHUNK), whole, min(updated, len(ids)), len(ids)})):
+            if chunk := ids[start:stop]:
+                self.slots.prefill(0, [chunk], factors.at([0], [start]))
         return self.slots._cache[:, 0, :, : len(ids)]
 
     def generation(self, member: Member) -> Generation:
         prompt = member.row.prompt
         row = Row(0, prompt, member.row.limit, Sampler(member.row.sampling, prompt, 0), 0, is_shown=False)
-        factors = RowFactors(member.source.make(), np.zeros(1, np.int64))
+        factors = RowFactors(member.source.make(), np.zeros(1, np.int64), np.array([member.prompt.start]))
         tokenizer, eos = self.runtime.tokenizer, self.runtime.manifest.model.eos_token_id
         *_, last = generate_rows([row], factors, self.runtime.backend, tokenizer, eos)
         assert last.generation is not None
@@ -111,14 +116,17 @@ class CheckedPrefixes(Prefixes):
     def __init__(self, cold: Cold, cache: PrefixCache, slots: Slots, table: FactorTable) -> None:
         super().__init__(cache, slots, table, CHUNK)
         self.cold = cold
-        self.offered = set[tuple[str, bytes, tuple[int, ...]]]()  # by salt and factors
+        self.offered = set[Hashable]()  # with what each depends on
         self.largest = 0.0
 
     def keep(self, member: Member, place: int) -> None:
         length = int(self._slots.lengths[place])
         ids = [*member.prompt.ids, *member.row.token_ids][:length]
         sets, exact = member.source.make(), member.prompt.exact
-        found, expected = self._slots._cache[:, place, :, :length], self.cold.key_values(ids, exact, sets)
+        found, expected = (
+            self._slots._cache[:, place, :, :length],
+            self.cold.key_values(ids, exact, sets, member.prompt.start),
+        )
         assert found[:, :, :exact].tobytes() == expected[:, :, :exact].tobytes()
         difference = np.abs(found.astype(np.float32) - expected.astype(np.float32)).mean() if length else 0.0
         assert difference <= self.cold.tolerance, difference
@@ -126,12 +134,19 @@ class CheckedPrefixes(Prefixes):
         self._check_hit(member, sets)
         super().keep(member, place)
         for end in range(BLOCK_TOKENS, length + 1, BLOCK_TOKENS):
-            self.offered.add((member.cache_salt, _values(sets), tuple(ids[:end])))
+            self.offered.add(_depends_on(member, sets, ids[:end]))
 
     def _check_hit(self, member: Member, sets: FactorSets) -> None:
         """Check that what was found had been offered with the same salt and factors."""
         hit = member.stream.cached_tokens[member.row.index // member.stream.n]
-        assert hit == 0 or (member.cache_salt, _values(sets), tuple(member.prompt.ids[:hit])) in self.offered
+        assert hit == 0 or _depends_on(member, sets, member.prompt.ids[:hit]) in self.offered
+
+
+def _depends_on(member: Member, sets: FactorSets, ids: Sequence[int]) -> Hashable:
+    """Return what the keys and values of a member's first tokens depend on."""
+    start = member.prompt.start
+    which = (_values(zero_set(sets)), 0) if len(ids) <= start else (_values(sets), start)
+    return member.cache_salt, which, tuple(ids)
 
 
 def _values(sets: FactorSets) -> bytes:
@@ -226,6 +241,9 @@ class World:
             salt = str(random.choice(["", "a", "b"]))
         kept = old[: random.integers(len(old) + 1)] if random.random() < 0.3 else old
         prompts = [[*kept[:80], *random.integers(1, 512, random.integers(1, 40)).tolist()] for _ in how.split("+")]
+        for prompt in prompts:
+            if random.random() < 0.4:
+                prompt[random.integers(min(len(kept), 80), len(prompt))] = INVOCATION
         hot = Sampling(temperature=1.0, seed=int(random.integers(99)), ignore_eos=True)
         stream = self.submit(
             *prompts,
@@ -250,13 +268,14 @@ class World:
             return Adapt("tenant", tenants=["a", "b"])
         return Adapt(kind.rstrip("+"))  # type: ignore[arg-type]
 
-    def replace_adapter(self, name: str) -> None:
+    def replace_adapter(self, name: str, seed: int | None = None) -> None:
         if name in self.runtime.adapters.names:
             self.runtime.unload_adapter(name)
-        seed = int(self.random.integers(3))
+        seed = int(self.random.integers(5)) if seed is None else seed
         file = self.files / f"{seed}.safetensors"
         if not file.exists():
-            write_adapter(file, random_factors(self.runtime, seed), self.runtime.manifest.adaptation)
+            activated_by = [INVOCATION] if seed > 2 else []
+            write_adapter(file, random_factors(self.runtime, seed), self.runtime.manifest.adaptation, activated_by)
         self.runtime.load_adapter(name, file)
 
 
@@ -291,16 +310,32 @@ def check_structure(prefixes: PrefixCache) -> None:
 
 
 def a_name_as_key(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        FactorTable,
-        "trunk_digest",
-        lambda self, key: str(key[0] if isinstance(key, tuple) else key).encode()[:32].ljust(32),
-    )
+    def name_of(key: Any) -> str:
+        if isinstance(key, tuple):  # of an adapter, without the number that tells it from others of its name
+            return str(key[0][0][0])
+        return str(key) if isinstance(key, str | int | bytes) else "static"
+
+    patch.setattr(FactorTable, "trunk_digest", lambda self, key: name_of(key).encode()[:32].ljust(32))
 
 
 def a_missing_salt(patch: pytest.MonkeyPatch) -> None:
     root = PrefixCache.root
-    patch.setattr(PrefixCache, "root", lambda self, digest, salt: root(self, digest, ""))
+    patch.setattr(PrefixCache, "root", lambda self, digest, salt, *of_update: root(self, digest, "", *of_update))
+
+
+def a_missing_place_of_the_update(patch: pytest.MonkeyPatch) -> None:
+    root = PrefixCache.root
+    patch.setattr(PrefixCache, "root", lambda self, digest, salt, *of_update: root(self, digest, salt))
+
+
+def an_update_one_token_late(patch: pytest.MonkeyPatch) -> None:
+    end_of_part = ContinuousBatch._end_of_part
+
+    def late(self: ContinuousBatch, prompt: Prompt, start: int) -> int:
+        is_last = 0 < prompt.start - start < CHUNK and prompt.start < self._prefilled(prompt)
+        return end_of_part(self, prompt, start) + is_last
+
+    patch.setattr(ContinuousBatch, "_end_of_part", late)
 
 
 def an_off_by_one_of_a_block(patch: pytest.MonkeyPatch) -> None:
@@ -340,7 +375,7 @@ def steps_taken_for_whole_chunks(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
-    a_name_as_key, a_missing_salt, an_off_by_one_of_a_block, an_eviction_under_a_reader,
+    a_name_as_key, a_missing_salt, an_update_one_token_late, an_off_by_one_of_a_block, an_eviction_under_a_reader,
     a_factor_changed_after_admission, steps_taken_for_whole_chunks,
 ]  # fmt: skip
 
@@ -363,6 +398,32 @@ def test_faults_are_caught(
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     found: list[int] = np.random.default_rng(seed).integers(1, 512, length).tolist()
     return found
+
+
+def cached_after_beginnings(world: World) -> list[int]:
+    """Return what is found for two texts that begin otherwise and go on alike, where an adapter is activated, and for
+    both once more.
+    """
+    world.replace_adapter("late", seed=3)
+    beginnings, rest = [[8] * BLOCK_TOKENS, [9] * BLOCK_TOKENS], [INVOCATION, *[10] * 40]
+    for beginning in beginnings:  # the base model's part
+        world.submit([*beginning, 11])
+        world.run()
+    cached = []
+    for beginning in [*beginnings, *beginnings]:
+        stream = world.submit([*beginning, *rest], adapt=Adapt(adapters=["late"]))
+        world.run()
+        cached += stream.cached_tokens
+    return cached
+
+
+def test_what_follows_an_invocation_depends_on_what_comes_before(
+    plain: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cached_after_beginnings(World(plain, 0, tmp_path)) == [0, 0, 48, 48]
+    a_missing_place_of_the_update(monkeypatch)
+    with pytest.raises(AssertionError):
+        cached_after_beginnings(World(plain, 0, tmp_path))
 
 
 @pytest.fixture

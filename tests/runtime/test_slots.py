@@ -40,11 +40,11 @@ class Alone:
     def __init__(self, runtime: Runtime) -> None:
         assert isinstance(runtime.decoder, SharedCacheDecoder)
         self.decoder = runtime.decoder
-        sources, _ = runtime.sources.of_rows(Adapt("centroid"), np.empty((SETS, 0), np.float32), np.arange(SETS))
+        found = runtime.sources.of_rows(Adapt("centroid"), [], np.empty((SETS, 0), np.float32), np.arange(SETS))
         table = FactorTable(SETS)
-        for source in sources:
+        for source in found.sources:
             table.acquire(source)
-        self.sets, self.own = table.sets, [table.set_of(source.key) for source in sources]
+        self.sets, self.own = table.sets, [table.set_of(source.key) for source in found.sources]
 
     def logits(self, tokens: list[int], factor_set: int) -> Any:
         return [np.array(piece)[0] for _, piece in self.decoder.all_logits([tokens], self.own[factor_set])][-1][-1]

@@ -18,7 +18,7 @@ from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampl
 from chameleon_deploy.errors import ChameleonError
 from tests.features import PLAIN, PROMPTS, Use, table, uses
 from tests.serving import SECONDS, Running, running, wait_for
-from tests.shared_data import adapter_case, good_bundle, read
+from tests.shared_data import adapted_bundle, good_bundle
 from tests.triton_server import Reader, inputs, serving
 from tests.triton_server import Server as TritonServer
 
@@ -39,8 +39,8 @@ class Servers:
         self.http, self.triton = cache(self._http), cache(self._triton)
 
     def _bundle(self, name: str) -> Path:
-        if name == "adapters":
-            return adapter_case(read("adapters.json")[0], self._directory)[0]
+        if name in ("adapters", "activated"):
+            return adapted_bundle(name, self._directory)
         if name == "int8":
             return Path(self._request.getfixturevalue("int8_runtime").bundle.path)
         return good_bundle(name)
@@ -152,7 +152,7 @@ def parameters(use: Use) -> dict[str, Any]:
     """Return the sampling_parameters of a request that means the same."""
     mode = {"mode": "centroid"} if use.bundle == "chameleon_masked" else {}
     found = {"max_new_tokens": 8, **mode, **use.generate, **use.adapt, **PLAIN, **use.sampling}
-    if use.bundle == "adapters":
+    if use.bundle in ("adapters", "activated"):
         (choice,) = found.pop("adapters")
         found["lora_name" if isinstance(choice, str) else "adapters"] = choice
     if "structured_outputs" in found:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray
 from chameleon_deploy.runtime.decode.logits import Logits
@@ -54,8 +55,13 @@ class StaticDecoder(Decoder, Protocol):
         """
 
 
-def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterator[slice]:
-    """Yield slices of consecutive rows whose padded size is at most `tokens`; a longer row is alone."""
+def parts(
+    lengths: IntArray, tokens: int, max_rows: int | None = None, alone: npt.NDArray[np.bool_] | None = None
+) -> Iterator[slice]:
+    """Yield slices of consecutive rows whose padded size is at most `tokens`; a longer row is alone.
+
+    alone  bool [rows], those that are alone in any case
+    """
     start = 0
     for stop in range(1, len(lengths) + 1):
         size = stop + 1 - start
@@ -63,6 +69,7 @@ def parts(lengths: IntArray, tokens: int, max_rows: int | None = None) -> Iterat
             stop == len(lengths)
             or size * lengths[start : stop + 1].max() > tokens
             or (max_rows is not None and size > max_rows)
+            or (alone is not None and alone[stop - 1 : stop + 1].any())
         ):
             yield slice(start, stop)
             start = stop

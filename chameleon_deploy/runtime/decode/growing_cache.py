@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,10 @@ class GrowingCacheDecoder:
         last = mask.sum(1) - 1
         logits = np.empty((len(rows), self._model.vocab_size), np.float32)
         cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(len(rows), input_ids.shape[1]):
+        for start, stop in self._pieces(input_ids.shape, factors.later()):
+            own = factors.at(np.arange(len(rows)), start)
             position = np.clip(last - start, 0, stop - start - 1)[:, None]
-            piece = self._run(input_ids[:, start:stop], mask[:, start:stop], position, factors, cache)
+            piece = self._run(input_ids[:, start:stop], mask[:, start:stop], position, own, cache)
             ends_here = (start <= last) & (last < stop)
             logits[ends_here] = piece[ends_here, 0]
         return HostLogits(logits), cache
@@ -65,9 +67,10 @@ class GrowingCacheDecoder:
     def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
         input_ids, mask = pad(rows)
         cache = self._empty_cache(len(rows))
-        for start, stop in self._pieces(len(rows), input_ids.shape[1], all_logits=True):
+        for start, stop in self._pieces(input_ids.shape, factors.later(), all_logits=True):
+            own = factors.at(np.arange(len(rows)), start)
             positions = np.tile(np.arange(stop - start), (len(rows), 1))
-            logits = self._run(input_ids[:, start:stop], mask[:, start:stop], positions, factors, cache)
+            logits = self._run(input_ids[:, start:stop], mask[:, start:stop], positions, own, cache)
             yield start, HostLogits(logits, self._threads)
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
@@ -110,9 +113,13 @@ class GrowingCacheDecoder:
         empty = self._ort_value.ortvalue_from_numpy(np.empty(shape, np.float32))
         return GrowingCache([empty] * len(self._past), np.empty((batch, 0), np.int64), np.zeros(batch, np.int64))
 
-    def _pieces(self, batch: int, width: int, all_logits: bool = False) -> Iterator[tuple[int, int]]:
-        """Yield column ranges whose largest tensor is at most PIECE_BYTES."""
+    def _pieces(
+        self, shape: tuple[int, ...], cuts: Sequence[int], all_logits: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """Yield column ranges whose largest tensor is at most PIECE_BYTES, cut in these columns too."""
+        batch, width = shape
         per_column = batch * 4 * max(self._model.num_attention_heads * width, self._model.vocab_size * all_logits)
         step = max(1, PIECE_BYTES // per_column)
-        for start in range(0, width, step):
-            yield start, min(start + step, width)
+        for first, last in pairwise([0, *(cut for cut in cuts if cut < width), width]):
+            for start in range(first, last, step):
+                yield start, min(start + step, last)

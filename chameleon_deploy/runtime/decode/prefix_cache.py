@@ -1,8 +1,9 @@
 """Keys and values that later prompts may begin with, in host memory outside the slots.
 
 Keys and values depend on the bundle, on the values of the factors that reach the trunk, on the tokens from the first,
-and on nothing else. So that is what finds them, beside a salt; names of adapters are no part of it. Tokens are compared
-themselves, block by block, so that no collision of digests can confuse two texts.
+on which of them the factors update, and on nothing else. So that is what finds them, beside a salt; names of adapters
+are no part of it. Tokens are compared themselves, block by block, so that no collision of digests can confuse two
+texts.
 
 A block is exact if it was read as part of a whole chunk that began at a multiple of the chunk's length, after exact
 ones: the same call with the same inputs as in a run that finds nothing, so the same bits. What steps, drafts and other
@@ -112,13 +113,17 @@ class PrefixCache:
         self._queries = self._hits = self._evictions = 0
         self._lock = threading.Lock()
 
-    def root(self, factors_digest: bytes, salt: str) -> Root:
+    def root(self, factors_digest: bytes, salt: str, start: int = 0, before: Sequence[int] = ()) -> Root:
         """Return the root of texts that are read with these factors.
 
         factors_digest  SHA-256 of the values of the factors that reach the trunk
+        start, before   of an update that begins later: the first token that it updates, and the tokens before the root
         """
         parts = self._bundle_digest, factors_digest, hashlib.sha256(salt.encode()).digest()
-        digest = hashlib.sha256(b"bundle%bfactors%bsalt%b" % parts).digest()
+        named = b"bundle%bfactors%bsalt%b" % parts
+        if start:
+            named += b"start%bbefore%b" % (start.to_bytes(8, "little"), hashlib.sha256(array("i", before)).digest())
+        digest = hashlib.sha256(named).digest()
         return self._roots.get(digest) or Root(digest, salt)
 
     def find(self, root: Root, ids: Sequence[int], is_used: bool = True) -> list[Block]:
@@ -142,11 +147,11 @@ class PrefixCache:
     def offer(self, root: Root, ids: Sequence[int], exact: int, copy_out: Callable[[int, Array], None]) -> None:
         """Keep the whole blocks of a text, as far as there is room, and those of them that are exact instead of others.
 
-        exact     how many tokens at the beginning are exact
+        exact     how many tokens at the beginning are exact; 0 or less is none
         copy_out  copies the keys and values from a token on into a block's memory
         """
         keys = array("i", ids).tobytes()
-        wanted, exact_blocks = len(ids) // BLOCK_TOKENS, exact // BLOCK_TOKENS
+        wanted, exact_blocks = len(ids) // BLOCK_TOKENS, max(exact, 0) // BLOCK_TOKENS
         with self._lock:
             blocks = self._walk(root, keys)
             for i, block in enumerate(blocks[:exact_blocks]):

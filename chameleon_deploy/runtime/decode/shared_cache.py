@@ -53,9 +53,17 @@ class SharedCacheDecoder:
         return Slots(self, rows, capacity, self._key_values)
 
     def all_logits(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[tuple[int, HostLogits]]:
+        if len(rows) > 1 and factors.later():  # each row is read in its own parts
+            logits = np.zeros((len(rows), max(map(len, rows)), self.model.vocab_size), np.float32)
+            for row, ids in enumerate(rows):
+                for start, part in self.all_logits([ids], factors.rows(np.array([row]))):
+                    logits[row, start : start + part.shape[1]] = np.asarray(part)[0]
+            yield 0, HostLogits(logits)
+            return
         cache = self._key_values(len(rows), max(map(len, rows)))
-        for start, piece in _pieces(rows, SCORED_TOKENS):
-            yield start, HostLogits(self._read(piece, factors, cache.values, start).run())
+        for start, piece in _pieces(rows, SCORED_TOKENS, factors.later()):
+            own = factors.at(np.arange(len(rows)), start)
+            yield start, HostLogits(self._read(piece, own, cache.values, start).run())
 
     def token_logprobs(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> list[FloatArray]:
         return self.scorer.logprobs(rows, self.hidden_states([ids[:-1] for ids in rows], factors), factors)
@@ -63,11 +71,13 @@ class SharedCacheDecoder:
     def hidden_states(self, rows: Sequence[Sequence[int]], factors: RowFactors) -> Iterator[Piece]:
         """Yield the hidden states of every position, a piece of a row at a time: row, first position, [n, hidden]."""
         lengths = np.array([len(ids) for ids in rows])
-        for part in parts(lengths, SCORED_TOKENS):
+        later = factors.starts if factors.starts is not None else np.zeros(len(rows), np.int64)
+        for part in parts(lengths, SCORED_TOKENS, alone=later > 0):
             members, own = np.arange(len(rows))[part], factors.rows(np.arange(len(rows))[part])
             cache = self._key_values(len(members), int(lengths[part].max()))
-            for start, piece in _pieces(rows[part], SCORED_TOKENS):
-                call = self._read(piece, own, cache.values, start, logits=False)
+            for start, piece in _pieces(rows[part], SCORED_TOKENS, own.later()):
+                read_with = own.at(np.arange(len(members)), start)
+                call = self._read(piece, read_with, cache.values, start, logits=False)
                 call.run()
                 for row, ids, states in zip(members.tolist(), piece, call.hidden_states, strict=True):
                     yield row, start, states[: len(ids)]
@@ -95,16 +105,21 @@ class SharedCacheDecoder:
         return KeyValues(self._spare, shape, self._dtype)
 
 
-def _pieces(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+def _pieces(
+    rows: Sequence[Sequence[int]], tokens: int, cuts: Sequence[int]
+) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
     """Split a single row into pieces of at most `tokens`, with the position of the first; several rows stay whole.
 
     GroupQueryAttention appends several tokens to a non-empty cache for a single row only.
+
+    cuts  where a piece of a single row ends in any case
     """
     if len(rows) > 1:
         yield 0, rows
         return
     start, length = 0, len(rows[0])
     while start < length:
-        stop = start + chunk_length(length - start, tokens)
+        end = next((cut for cut in cuts if start < cut < length), length)
+        stop = start + chunk_length(end - start, tokens)
         yield start, [rows[0][start:stop]]
         start = stop

@@ -69,7 +69,8 @@ class StaticBatch:
             cache, factors = self._running
             return decoder.step(np.array([row.token_ids[-1] for row in rows]), factors, cache)
         factor_ids = self._table.of_rows([member.key for member in self.members]).factor_ids
-        factors = RowFactors(self._place(self._table.stack()), factor_ids)
+        starts = np.array([member.prompt.start for member in self.members], np.int64)
+        factors = RowFactors(self._place(self._table.stack()), factor_ids, starts)
         capacity = max(len(row.prompt) + row.limit - 1 for row in rows)
         logits, cache = decoder.prefill([row.prompt for row in rows], factors, capacity)
         self._running = cache, factors

@@ -178,6 +178,10 @@ class ContinuousBatch:
         """Return how many tokens of a prompt the prefill reads."""
         return len(prompt.ids) - self._left_to_step
 
+    def _end_of_part(self, prompt: Prompt, start: int) -> int:
+        """Return the end of the tokens that are read with the same factors as the token `start`."""
+        return prompt.start if start < prompt.start else self._prefilled(prompt)
+
     def _sibling(self, prompt: Prompt) -> int | None:
         """Return a member with the same, already prefilled prompt."""
         if not prompt.readers:
@@ -198,12 +202,15 @@ class ContinuousBatch:
         return self.members[self.ready : self.ready + count]
 
     def _unread(self) -> Iterator[Prompt]:
-        """Yield the next prompts up to the first that is copied later, from a member or from the prefix cache."""
+        """Yield the next prompts up to the first that is copied later, from a member or from the prefix cache.
+
+        A prompt whose update begins later is read in two parts, so it is alone.
+        """
         seen, beginnings = set[int](), set[Hashable]()
         for place in range(self.ready, len(self.members)):
             member = self.members[place]
             prompt = member.prompt
-            if prompt.readers or id(prompt) in seen or self._slots.lengths[place]:
+            if prompt.readers or id(prompt) in seen or self._slots.lengths[place] or (seen and prompt.start):
                 return
             if self._prefixes is not None:
                 if seen and self._prefixes.will_have(member, beginnings):
@@ -211,6 +218,8 @@ class ContinuousBatch:
                 beginnings.add(self._prefixes.beginning(member))
             seen.add(id(prompt))
             yield prompt
+            if prompt.start:
+                return
 
     def _prefill_chunks(self, start: int, crowding: Collection[str]) -> int:
         """Prefill the next tokens of members that all have `start` tokens already."""
@@ -221,13 +230,14 @@ class ContinuousBatch:
         if self._prefixes is not None and start == 0:
             for member in members:
                 self._prefixes.begin(member, cached=0, exact=0)
-        stops = [start + chunk_length(self._prefilled(m.prompt) - start, most) for m in members]
+        ends = [self._end_of_part(member.prompt, start) for member in members]
+        stops = [start + chunk_length(end - start, most) for end in ends]
         chunks = [member.prompt.ids[start:stop] for member, stop in zip(members, stops, strict=True)]
         num_logits = int(stops[0] == len(members[0].prompt.ids))
         factors = (
             self._table.of_rows([member.key for member in members])
             if len(members) > 1
-            else self._table.set_of(members[0].key)
+            else self._table.set_of(members[0].key_at(start))
         )
         logits = self._slots.prefill(self.ready, chunks, factors, num_logits)
         if num_logits:

@@ -11,7 +11,9 @@ from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.contract.manifest import in_head
 from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.factor_sources import FactorSource
-from chameleon_deploy.runtime.factors import FactorSets, RowFactors
+from chameleon_deploy.runtime.factors import FactorSets, RowFactors, zero_set
+
+NO_UPDATE: Hashable = "no update"  # the key of a set of zeros, which a table has in any case
 
 
 class FactorTable:
@@ -50,9 +52,14 @@ class FactorTable:
 
     def set_of(self, key: Hashable) -> RowFactors:
         """Return the single set of a key, in its own rank: the same array whatever else the table holds."""
+        if key == NO_UPDATE:
+            return self._zeros()
         i = self.index(key)
         alone = {name: tensor[i : i + 1, : self._ranks[i]] for name, tensor in self._tensors.items()}
         return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
+
+    def _zeros(self) -> RowFactors:
+        return RowFactors(zero_set(self.sets), np.zeros(1, np.int64))
 
     def trunk_digest(self, key: Hashable) -> bytes:
         """Return the SHA-256 of a set's values that reach the trunk: of none where only the head is updated."""
@@ -136,6 +143,8 @@ class MadeFactors(FactorTable):
         self._references = dict.fromkeys(self._keys, 1)  # of this table, so that none is removed
 
     def set_of(self, key: Hashable) -> RowFactors:
+        if key == NO_UPDATE:
+            return self._zeros()
         # No copy: a set among others costs the decoder next to nothing.
         return RowFactors(self.sets, np.array([key], np.int64))
 

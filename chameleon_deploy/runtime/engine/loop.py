@@ -268,8 +268,9 @@ def generate_rows(
     loop = Loop(open_batch(backend, table, len(rows), capacity, schedule), table, tokenizer, eos_token_id, errors)
     stream = Stream([row.prompt for row in rows], [row.cluster_id for row in rows], "none", 1)
     loop.waiting = members_of(rows, stream, generate)
-    for member, key in zip(loop.waiting, factors.factor_ids.tolist(), strict=True):
+    for row, (member, key) in enumerate(zip(loop.waiting, factors.factor_ids.tolist(), strict=True)):
         member.source = FactorSource(key, factors.sets, lambda sets: sets[0])
+        member.prompt.start = 0 if factors.starts is None else int(factors.starts[row])
     return _tokens(loop)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.prompt_lookup import PromptLookup
+from chameleon_deploy.runtime.engine.factor_table import NO_UPDATE
 from chameleon_deploy.runtime.engine.stream import Stream
 from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.runtime.factor_sources import FactorSource
@@ -20,6 +21,7 @@ class Prompt:
     """The prompt of one or more members.
 
     ids      token ids
+    start    the token from which on the factors update it, see RowFactors
     logits   float32 [vocab] after the last token, set by the prefill
     readers  number of members in the batch that have read it
     exact    how many tokens at the beginning have the keys and values of every run, see prefix_cache.py
@@ -27,6 +29,7 @@ class Prompt:
     """
 
     ids: Sequence[int]
+    start: int = 0
     logits: FloatArray | None = None
     readers: int = 0
     exact: int = 0
@@ -71,6 +74,10 @@ class Member:
     @property
     def key(self) -> Hashable:
         return self.source.key
+
+    def key_at(self, position: int) -> Hashable:
+        """Return the key of the factor set that reads a token of the prompt."""
+        return NO_UPDATE if position < self.prompt.start else self.key
 
     def draft(self) -> list[int]:
         """Return tokens that may follow the row's last."""

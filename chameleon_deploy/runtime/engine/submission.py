@@ -78,12 +78,15 @@ def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: 
         adapt = replace(adapt, tenants=list(tenants))
     embeddings = np.concatenate([submission.embeddings for submission in submissions])
     cluster_ids = np.concatenate([submission.cluster_ids for submission in submissions])
-    sources, factor_ids = runtime.sources.of_rows(adapt, embeddings, cluster_ids)
-    of_prompts = iter(factor_ids.tolist())
+    prompts = [prompt for submission in submissions for prompt in submission.stream.prompts]
+    found = runtime.sources.of_rows(adapt, prompts, embeddings, cluster_ids)
+    first = 0  # prompt of the submission
     for submission in submissions:
         if submission.cohort_key is not None:
             submission.stream.cohort = Cohort(cohort_id, len(embeddings))
-        of_prompt = [sources[next(of_prompts)] for _ in submission.stream.prompts]
         for member in submission.members:
-            member.source = of_prompt[member.row.index // submission.stream.n]
+            place = first + member.row.index // submission.stream.n
+            member.source = found.sources[int(found.factor_ids[place])]
             member.adapters = member.source.adapters
+            member.prompt.start = 0 if found.starts is None else int(found.starts[place])
+        first += len(submission.stream.prompts)
