@@ -1,7 +1,8 @@
 """The numeric gates of a base model and its adapters: in a mixed batch every row is the base with its own adapter.
 
 The reference computes each row alone, in PyTorch, with the adapter as its PEFT directory has it. In a bundle that takes
-adapters later, random ones are written to files and loaded as a service loads them.
+adapters later, random ones are written to files and loaded as a service loads them. Rows of activated adapters hold
+their invocation twice.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from chameleon_deploy.contract.adapter_file import Factors, write_adapter
-from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, Mode, factor_names
-from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits
+from chameleon_deploy.contract.bundle import AdaptationSpec, FloatArray, IntArray, Mode, factor_names
+from chameleon_deploy.reference.adapters import AdaptedBase, AdapterLogits, Place, first_place, last_place
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
@@ -41,6 +43,7 @@ from chameleon_deploy.verify.promises import check_batching, check_neighbours, c
 from chameleon_deploy.verify.wrong_factors import CAUGHT, FAULTS, Fault, Stacks
 
 PROBE = 0.05  # norm of a random adapter's update of a layer, relative to that of the layer's weight
+INVOCATION_TOKENS = 2  # of a random adapter
 FEW = 4  # texts that every single adapter, and none, is checked on
 
 
@@ -62,11 +65,13 @@ def verify_adapters(
         gate = accept(gate, max_kl)
     own = base = reference.base
     if not runtime.manifest.adaptation.adapters:
-        load_adapters(runtime, base.adapters)
-        own = replace(base, adapters={})
+        load_adapters(runtime, base.adapters, base.invocations)
+        own = replace(base, adapters={}, invocations={})
     everything, rows, typical = rows, *ragged_and_typical(rows)
     typical, few = typical[:FEW], rows[:8]
-    of_all, of_rows, of_few = (in_turn(base, len(part)) for part in (everything, rows, few))
+    served = [name for name in base.adapters if runtime.provider == "cpu" or name not in base.invocations]
+    of_all, of_rows, of_few = (in_turn(served, len(part)) for part in (everything, rows, few))
+    everything, rows, few = invoked(base, everything, of_all), invoked(base, rows, of_rows), invoked(base, few, of_few)
     # With the adapters that the reference has read these texts with.
     long, of_long = zip(*sorted(zip(everything, of_all, strict=True), key=lambda row: len(row[0]))[-8:], strict=True)
 
@@ -93,13 +98,12 @@ def verify_adapters(
         "neighbours": lambda: check_neighbours(runtime, few, **given(of_few[:1])),
     }
     if base.adapters:
-        alone = {
-            f"adapter {name}": partial(check_adapter, runtime, reference, typical, gate, name) for name in base.adapters
-        }
+        alone = {f"adapter {name}": partial(check_adapter, runtime, reference, typical, gate, name) for name in served}
         steps |= {
             "mode none": lambda: check_none(runtime, reference, typical, gate),
             **alone,
             "wrong factors": lambda: check_wrong_factors(runtime, reference, few, of_few),
+            "wrong places": lambda: check_wrong_places(runtime, reference, few, of_few),
         }
     if whole:
         steps |= {
@@ -115,10 +119,14 @@ def verify_adapters(
 
 def random_adapters(base: AdaptedBase) -> AdaptedBase:
     """Return a base with random adapters: one of all layers with the largest rank, one of every second layer with rank
-    1.
+    1, and an activated one of all layers with rank 1.
     """
     layers = {target.name: target for target in base.targets}
-    ranks = {"random-all": (base.rank, list(layers)), "random-some": (1, list(layers)[::2])}
+    ranks = {
+        "random-all": (base.rank, list(layers)),
+        "random-some": (1, list(layers)[::2]),
+        "random-activated": (1, list(layers)),
+    }
     adapters: dict[str, Factors] = {}
     for seed, (name, (rank, adapted)) in enumerate(ranks.items()):
         random = np.random.default_rng(seed)
@@ -129,22 +137,39 @@ def random_adapters(base: AdaptedBase) -> AdaptedBase:
             factors[name_A] = random.normal(size=(rank, sizes.in_features)).astype(np.float32)
             scale = PROBE * float(weight.square().mean().sqrt()) / math.sqrt(rank)
             factors[name_B] = (scale * random.normal(size=(rank, sizes.out_features))).astype(np.float32)
-    return replace(base, adapters=adapters)
+    invocation = tuple(np.random.default_rng(0).integers(base.trunk.spec.vocab_size, size=INVOCATION_TOKENS).tolist())
+    return replace(base, adapters=adapters, invocations={"random-activated": invocation})
 
 
-def load_adapters(runtime: Runtime, adapters: Mapping[str, Factors]) -> None:
+def load_adapters(
+    runtime: Runtime, adapters: Mapping[str, Factors], invocations: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> None:
     """Load adapters into a runtime from files, as a service loads them."""
     with TemporaryDirectory() as directory:
         for name, factors in adapters.items():
             file = Path(directory) / f"{name}.safetensors"
-            write_adapter(file, factors, runtime.manifest.adaptation)
+            write_adapter(file, factors, runtime.manifest.adaptation, invocations.get(name, ()))
             runtime.load_adapter(name, file)
 
 
-def in_turn(base: AdaptedBase, rows: int) -> list[str | None]:
+def in_turn(adapters: Sequence[str], rows: int) -> list[str | None]:
     """The adapters and none, one row after the other."""
-    names = [*base.adapters, None]
+    names = [*adapters, None]
     return [names[row % len(names)] for row in range(rows)]
+
+
+def invoked(base: AdaptedBase, rows: Rows, names: Sequence[str | None]) -> list[list[int]]:
+    """Return rows of the same lengths that hold the invocation of their adapter twice, where it is activated and fits:
+    at a third and at two thirds.
+    """
+    held = []
+    for row, name in zip(rows, names, strict=True):
+        ids, tokens = list(row), base.invocations.get(name or "", ())
+        if tokens and len(ids) > 3 * len(tokens):
+            for at in (len(ids) // 3, 2 * len(ids) // 3):
+                ids[at : at + len(tokens)] = tokens
+        held.append(ids)
+    return held
 
 
 def check_none(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate) -> Iterator[Check]:
@@ -156,6 +181,7 @@ def check_none(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gat
 def check_adapter(runtime: Runtime, reference: AdapterLogits, rows: Rows, gate: Gate, name: str) -> Iterator[Check]:
     """An adapter, beside rows of the base model, has the reference's logits, and its update is the reference's."""
     adapted, none = [name] * len(rows), [None] * len(rows)
+    rows = invoked(reference.base, rows, adapted)
     both = runtime.adapt([*rows, *rows], adapters=[*adapted, *none]).factors
     logits = list(row_logits(runtime, [*rows, *rows], both))
     ours, base = logits[: len(rows)], logits[len(rows) :]
@@ -200,6 +226,23 @@ def check_alone(runtime: Runtime, rows: Rows, names: Sequence[str | None]) -> It
     yield Check("promise F: factors of adapters alone and in a batch", largest(differences), 0)
 
 
+def check_wrong_places(
+    runtime: Runtime, reference: AdapterLogits, rows: Rows, names: Sequence[str | None]
+) -> Iterator[Check]:
+    """An update that begins at another place changes the bundle's logits as much as it changes the reference's."""
+    if not reference.base.invocations:
+        return
+    found = runtime.adapt(rows, adapters=names, on_device=True).factors
+    right = list(row_logits(runtime, rows, found))
+    expected = [reference(ids, names, row).numpy() for row, ids in enumerate(rows)]
+    for fault, place in PLACES.items():
+        ours = row_logits(runtime, rows, replace(found, starts=_starts(reference.base, rows, names, place)))
+        misplaced = AdapterLogits(reference.base, place)
+        theirs = [misplaced(ids, names, row).numpy() for row, ids in enumerate(rows)]
+        moved, must_move = largest(map(max_abs, ours, right)), largest(map(max_abs, theirs, expected))
+        yield _caught(fault, moved, must_move)
+
+
 def check_wrong_factors(
     runtime: Runtime, reference: AdapterLogits, rows: Rows, names: Sequence[str | None]
 ) -> Iterator[Check]:
@@ -216,17 +259,21 @@ def check_wrong_factors(
         return [model(ids, names, row).numpy() for row, ids in enumerate(rows)]
 
     def our_logits(stacks: Stacks) -> Iterator[FloatArray]:
-        return _logits(runtime, rows, stacks, [*order, None], names)
+        return _logits(runtime, reference.base, rows, stacks, names)
 
     right, expected = list(our_logits(stacks)), their_logits(their_stacks)
     for fault, mutate in MUTATIONS.items():
         moved = largest(map(max_abs, our_logits(mutate(spec, stacks)), right))
         must_move = largest(map(max_abs, their_logits(mutate(spec, their_stacks)), expected))
-        if must_move > 0:
-            yield Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
-                        note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
-        else:
-            yield Check(f"caught: {fault}", moved, limit=None, note="not checked: it changes no logit of the reference")
+        yield _caught(fault, moved, must_move)
+
+
+def _caught(fault: str, moved: float, must_move: float) -> Check:
+    """Return the check that a fault moves our logits as much as the reference's."""
+    if must_move > 0:
+        return Check(f"caught: {fault}", moved / must_move, CAUGHT, at_least=True,
+                     note=f"moves logits by {moved:.2g}, the reference's by {must_move:.2g}")  # fmt: skip
+    return Check(f"caught: {fault}", moved, limit=None, note="not checked: it changes no logit of the reference")
 
 
 def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
@@ -234,20 +281,29 @@ def another_adapter(spec: AdaptationSpec, stacks: Stacks) -> Stacks:
     return {name: np.roll(stack, -1, axis=0) for name, stack in stacks.items()}
 
 
+PLACES: dict[str, Place] = {
+    "an invocation found at its first place": first_place,
+    "an update that begins one token late": lambda ids, tokens: last_place(ids, tokens) + 1,
+}
 MUTATIONS: dict[str, Fault] = {"another adapter": another_adapter, **FAULTS}
 
 
 def _logits(
-    runtime: Runtime, rows: Rows, stacks: Stacks, order: list[str | None], names: Sequence[str | None]
+    runtime: Runtime, base: AdaptedBase, rows: Rows, stacks: Stacks, names: Sequence[str | None]
 ) -> Iterator[FloatArray]:
-    """The bundle's logits with such factors, and a set of zeros after them for rows without an adapter.
-
-    order  whose each set is
-    """
+    """The bundle's logits with such factors of the base's adapters, and zeros after them for rows of none."""
+    order = [*base.adapters, None]
     spec, basis = runtime.manifest.adaptation, runtime.bundle.basis()
     with_zeros = {name: np.concatenate([stack, np.zeros_like(stack[:1])]) for name, stack in stacks.items()}
     ids = np.array([order.index(name) for name in names], np.int64)
-    return row_logits(runtime, rows, RowFactors(FactorSets(enter_basis(with_zeros, spec, basis)), ids))
+    sets = FactorSets(enter_basis(with_zeros, spec, basis))
+    return row_logits(runtime, rows, RowFactors(sets, ids, _starts(base, rows, names, last_place)))
+
+
+def _starts(base: AdaptedBase, rows: Rows, names: Sequence[str | None], place: Place) -> IntArray:
+    """Where the update of each row begins."""
+    tokens = [base.invocations.get(name or "", ()) for name in names]
+    return np.array([place(ids, own) if own else 0 for ids, own in zip(rows, tokens, strict=True)], np.int64)
 
 
 def _stacks(base: AdaptedBase, spec: AdaptationSpec) -> dict[str, FloatArray]:

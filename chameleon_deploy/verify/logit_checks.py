@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.basis import enter_basis
 from chameleon_deploy.runtime.decode.decoder import StaticDecoder, parts
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.verify.gates import Check, Gate
 from chameleon_deploy.verify.logit_figures import (
@@ -110,18 +112,29 @@ def _decoded(decoder: SharedCacheDecoder | StaticDecoder, rows: Rows, start: int
 
     -> logits [batch, vocab] after start tokens, after start + 1, ... after all
     """
-    steps = [[ids[position] for ids in rows] for position in range(start, len(rows[0]))]
+    every = np.arange(len(rows))
+    steps = (
+        ([ids[position] for ids in rows], factors.at(every, np.full(len(rows), position)))
+        for position in range(start, len(rows[0]))
+    )
     if isinstance(decoder, SharedCacheDecoder):
         slots = decoder.slots(len(rows), len(rows[0]))
-        alone = [factors.rows(np.array([row])) for row in range(len(rows))]
-        yield np.stack([slots.prefill(row, [ids[:start]], alone[row], 1)[0, 0] for row, ids in enumerate(rows)])
-        for token_ids in steps:
-            yield slots.step(token_ids, factors)
+        yield np.stack([_prefilled(slots, row, ids[:start], factors) for row, ids in enumerate(rows)])
+        for token_ids, own in steps:
+            yield slots.step(token_ids, own)
     else:
         logits, cache = decoder.prefill([ids[:start] for ids in rows], factors, len(rows[0]))
         yield logits
-        for token_ids in steps:
-            yield decoder.step(np.array(token_ids), factors, cache)
+        for token_ids, own in steps:
+            yield decoder.step(np.array(token_ids), own, cache)
+
+
+def _prefilled(slots: Slots, row: int, ids: Sequence[int], factors: RowFactors) -> Any:
+    """Prefill a text, in two parts where its update begins later.  -> logits [vocab] after it"""
+    alone = factors.rows(np.array([row]))
+    for start, stop in pairwise([0, *(cut for cut in alone.later() if cut < len(ids)), len(ids)]):
+        logits = slots.prefill(row, [ids[start:stop]], alone.at([0], [start]), 1)
+    return logits[0, 0]
 
 
 def update_difference(

@@ -254,7 +254,7 @@ def test_wrong_factors_move_a_right_bundle_as_far(
         return stacks
 
     monkeypatch.setattr(adapter_checks, "MUTATIONS", {**adapter_checks.MUTATIONS, "little": little, "nothing": nothing})
-    names = adapter_checks.in_turn(adapted, 4)
+    names = adapter_checks.in_turn(list(adapted.adapters), 4)
     *checks, last = adapter_checks.check_wrong_factors(runtime, AdapterLogits(adapted), ROWS[:4], names)
     assert [check.name for check in checks] == [
         f"caught: {fault}" for fault in ("another adapter", "layers swapped", "scaling doubled", "little")
