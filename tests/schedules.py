@@ -81,7 +81,10 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
 
 def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dict[str, Any]:
     """Texts that begin alike or continue one another, and a prefix cache that is too small for them."""
-    model, modes = runtime.manifest.model, ["none", "none", "none", "centroid", "cohort"]
+    model, spec = runtime.manifest.model, runtime.manifest.adaptation
+    modes = ["none", "none", "none", "none", "centroid", "request", "cohort", "tenant"]
+    invocations = [list(tokens) for tokens in spec.invocation_tokens.values()]
+    assert isinstance(runtime.decoder, SharedCacheDecoder)
     beginnings = [random.integers(0, model.vocab_size, length).tolist() for length in (20, 48, 70)]
     schedule: dict[str, Any] = {
         "rows": 3, "prefill_tokens": 16, "max_factor_sets": 3, "capacity": model.max_positions,
@@ -92,11 +95,16 @@ def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dic
         beginning = beginnings[random.integers(3)]
         own = random.integers(0, model.vocab_size, random.integers(1, 30)).tolist()
         continued = int(random.integers(number)) if number and random.random() < 0.4 else None
+        if invocations and random.random() < 0.5:
+            own = [*invocations[0], *own]
+        mode = None if spec.adapters else str(random.choice(modes))
+        drafts = runtime.decoder.is_exact and random.random() < 0.3
         schedule["submits"].append({
             "at": arrival,
             "prompts": [own if continued is not None else beginning[: random.choice([10, 40, 70])] + own],
             "continues": continued,
-            "mode": str(random.choice(modes)), "tenant": None, "rank": None, "overflows": False, "expires": False,
+            "mode": mode, "tenant": f"t{random.integers(2)}" if mode == "tenant" else None, "rank": None,
+            "overflows": False, "expires": False,
             "max_new_tokens": int(random.integers(1, 20)),
             "sampling": random_settings(random, model),
             "n": int(random.choice([1, 1, 3])),
@@ -105,6 +113,8 @@ def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dic
             "of": {"name": str(random.choice(["", "", "a", "b"])), "weight": 1, "rows": None},
             "cache_salt": str(random.choice(["", "a"])),
             "cache_generated": bool(random.random() < 0.7),
+            "prompt_lookup_num_tokens": 4 if drafts else 0,
+            "adapters": [str(random.choice(spec.adapters))] if spec.adapters and random.random() < 0.8 else None,
         })  # fmt: skip
         arrival += int(random.choice([0, 1, 10, 30]))
     return schedule
@@ -197,10 +207,11 @@ def _submit(runtime: Runtime, loop: Loop, submit: dict[str, Any], prompts: list[
         factors=factors,
         conditioning=submit.get("conditioning"),
         adapt_tokens=submit["adapt_tokens"],
+        adapters=submit.get("adapters"),
     )
     generate = Generate(
         submit["max_new_tokens"], sampling, submit["n"], deadline,
-        cache_salt=submit.get("cache_salt", ""), cache_generated=submit.get("cache_generated", True),
+        submit.get("prompt_lookup_num_tokens", 0), submit.get("cache_salt", ""), submit.get("cache_generated", True),
     )  # fmt: skip
     tenant = Tenant(**submit["of"]) if "of" in submit else Tenant()
     submission = prepare(runtime, prompts, generate, adapt, capacity, tenant)

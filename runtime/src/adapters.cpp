@@ -5,7 +5,6 @@
 #include <ranges>
 
 #include "chameleon/error.h"
-#include "contract/adapter_file.h"
 #include "contract/basis.h"
 
 namespace chameleon {
@@ -32,7 +31,10 @@ Adapters::Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes)
       set.tensors[tensor] = values.subspan(next_number_ * size, size);
     }
     const FactorSets entered = enter_basis(set, bundle.basis);
+    const auto& all = bundle.manifest.adaptation.invocation_tokens;
+    const auto tokens = all.find(name);
     adapters_[name] = {next_number_, next_number_, {}, entered, info(name, entered, {})};
+    if (tokens != all.end()) adapters_[name].invocation_tokens = tokens->second;
     ++next_number_;
   }
 }
@@ -50,8 +52,8 @@ void Adapters::load(const std::string& name, const std::filesystem::path& file, 
   if (!is_adapter_name(name)) {
     throw InputError("'" + name.substr(0, 80) + "' cannot name an adapter: use " + std::string(kAdapterName));
   }
-  auto [set, origin] = read(file);
-  AdapterInfo loaded = info(name, set, origin.digest);
+  auto [set, tokens, digest] = read(file);
+  AdapterInfo loaded = info(name, set, digest);
   const std::lock_guard lock(mutex_);
   const auto old = adapters_.find(name);
   if (old != adapters_.end() && (!old->second.file || !replace)) {
@@ -60,7 +62,7 @@ void Adapters::load(const std::string& name, const std::filesystem::path& file, 
   }
   const std::uint64_t number = next_number_++;
   const std::uint64_t place = old == adapters_.end() ? number : old->second.place;
-  keep(adapters_[name] = {number, place, std::move(origin), {}, std::move(loaded)}, set);
+  keep(adapters_[name] = {number, place, File{file, std::move(digest)}, {}, std::move(loaded), std::move(tokens)}, set);
 }
 
 AdapterInfo Adapters::info(const std::string& name, const FactorSets& set, std::optional<std::string> digest) const {
@@ -81,14 +83,26 @@ void Adapters::unload(const std::string& name) {
   adapters_.erase(name);
 }
 
-FactorSource Adapters::source(const Blend& blend, std::size_t texts) {
-  if (blend.weights.empty()) return {"none", [&spec = bundle_.manifest.adaptation] { return no_factors(spec); }};
+std::optional<std::size_t> Adapters::Choice::start(std::span<const std::int64_t> ids) const {
+  if (invocation_tokens.empty()) return 0;
+  const auto last = std::ranges::find_end(ids, invocation_tokens);
+  if (last.empty()) return std::nullopt;
+  return static_cast<std::size_t>(last.begin() - ids.begin());
+}
+
+Adapters::Choice Adapters::choose(const Blend& blend, std::size_t texts) {
+  if (blend.weights.empty()) return {{"none", [&spec = bundle_.manifest.adaptation] { return no_factors(spec); }}};
   std::vector<std::string> chosen;
   std::string key = "adapters", names;
   std::vector<WeightedSet> parts;
+  std::vector<std::int64_t> invocation_tokens;
   std::int64_t rank = 0;
   for (const auto& [name, weight] : blend.weights) {
-    const auto [part_key, set] = held(name, texts);
+    const auto [part_key, set, tokens] = held(name, texts);
+    if (!tokens.empty() && blend.weights.size() > 1) {
+      throw AdapterError(name + " is activated by tokens of a text, so it has no sum with other adapters");
+    }
+    invocation_tokens = tokens;
     chosen.push_back(name);
     parts.push_back({set, weight});
     key += " " + part_key + " " + std::to_string(std::bit_cast<std::uint32_t>(weight));
@@ -99,10 +113,10 @@ FactorSource Adapters::source(const Blend& blend, std::size_t texts) {
     throw AdapterError(names.substr(0, 800) + " have rank " + std::to_string(rank) +
                        " together: this bundle takes at most " + std::to_string(most));
   }
-  return {key, [parts] { return blend_sets(parts); }, std::move(chosen)};
+  return {{key, [parts] { return blend_sets(parts); }, std::move(chosen)}, std::move(invocation_tokens)};
 }
 
-std::pair<std::string, FactorSets> Adapters::held(const std::string& name, std::size_t texts) {
+Adapters::Held Adapters::held(const std::string& name, std::size_t texts) {
   std::uint64_t number = 0;
   File file;
   {
@@ -110,23 +124,24 @@ std::pair<std::string, FactorSets> Adapters::held(const std::string& name, std::
     Adapter& adapter = find(name);
     adapter.last_used = ++uses_;
     adapter.info.uses += texts;
-    if (adapter.set) return {std::to_string(adapter.number), *adapter.set};
+    if (adapter.set) return {std::to_string(adapter.number), *adapter.set, adapter.invocation_tokens};
     number = adapter.number;
     file = *adapter.file;
   }
-  const auto [set, now] = read(file.path);
-  if (now.digest != file.digest) {
+  const auto [set, tokens, now] = read(file.path);
+  if (now != file.digest) {
     throw AdapterError(file.path.string() + " has changed since it was loaded: unload the adapter and load it again");
   }
   const std::lock_guard lock(mutex_);
   const auto found = adapters_.find(name);
   if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
-  return {std::to_string(number), set};
+  return {std::to_string(number), set, tokens};
 }
 
-std::pair<FactorSets, Adapters::File> Adapters::read(const std::filesystem::path& file) const {
-  const auto [set, digest] = read_adapter(file, bundle_.manifest.adaptation);
-  return {enter_basis(set, bundle_.basis), {file, digest}};
+StoredAdapter Adapters::read(const std::filesystem::path& file) const {
+  StoredAdapter stored = read_adapter(file, bundle_.manifest.adaptation, bundle_.manifest.model.vocab_size);
+  stored.set = enter_basis(stored.set, bundle_.basis);
+  return stored;
 }
 
 /// The lock is held.

@@ -11,6 +11,7 @@
 #include "chameleon/adaptation.h"
 #include "chameleon/bundle.h"
 #include "chameleon/runtime.h"
+#include "contract/adapter_file.h"
 #include "factors.h"
 
 namespace chameleon {
@@ -30,10 +31,18 @@ class Adapters {
   /// Remove an adapter of a file. Throws AdapterError for a name that no adapter has, or one of the bundle.
   void unload(const std::string& name);
 
-  /// The source of a blend, which holds the adapters' factors, whatever is unloaded or leaves the memory.
+  /// What a row has chosen. It holds the adapters' factors, whatever is unloaded or leaves the memory.
+  struct Choice {
+    FactorSource source;
+    std::vector<std::int64_t> invocation_tokens{};  ///< of an activated adapter, else none
+
+    /// The token from which on it updates a text and what follows; nothing if it updates none.
+    [[nodiscard]] std::optional<std::size_t> start(std::span<const std::int64_t> ids) const;
+  };
   /// texts: that choose it, which are counted
-  /// Throws AdapterError for a name that no adapter has, a file that has changed, or ranks that are too large together.
-  [[nodiscard]] FactorSource source(const Blend& blend, std::size_t texts);
+  /// Throws AdapterError for a name that no adapter has, a file that has changed, an activated adapter beside others,
+  /// or ranks that are too large together.
+  [[nodiscard]] Choice choose(const Blend& blend, std::size_t texts);
 
  private:
   /// Where factors are read again when they have left the memory, and the SHA-256 of what was loaded.
@@ -47,14 +56,21 @@ class Adapters {
     std::optional<File> file;       // none for an adapter of the bundle, whose factors stay
     std::optional<FactorSets> set;  // while it is in memory
     AdapterInfo info;
+    std::vector<std::int64_t> invocation_tokens{};
     std::uint64_t last_used = 0;
   };
 
-  /// The key of an adapter, and its factors.
-  [[nodiscard]] std::pair<std::string, FactorSets> held(const std::string& name, std::size_t texts);
+  /// An adapter as a row holds it.
+  struct Held {
+    std::string key;
+    FactorSets set;
+    std::vector<std::int64_t> invocation_tokens;
+  };
+
+  [[nodiscard]] Held held(const std::string& name, std::size_t texts);
   [[nodiscard]] AdapterInfo info(const std::string& name, const FactorSets& set,
                                  std::optional<std::string> digest) const;
-  [[nodiscard]] std::pair<FactorSets, File> read(const std::filesystem::path& file) const;
+  [[nodiscard]] StoredAdapter read(const std::filesystem::path& file) const;
   [[nodiscard]] Adapter& find(const std::string& name);
   void keep(Adapter& adapter, const FactorSets& set);
 

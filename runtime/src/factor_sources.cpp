@@ -36,11 +36,12 @@ void check_mode(Mode mode, const AdaptationSpec& spec) {
 
 }  // namespace
 
-FactorSources::FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::optional<Mode> mode,
-                             std::optional<std::size_t> max_adapter_bytes)
+FactorSources::FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::string provider,
+                             std::optional<Mode> mode, std::optional<std::size_t> max_adapter_bytes)
     : bundle_(bundle),
       spec_(bundle.manifest.adaptation),
       hypernetwork_(std::move(hypernetwork)),
+      provider_(std::move(provider)),
       mode_(mode.value_or(default_mode(spec_))),
       adapters_(bundle, max_adapter_bytes),
       no_factors_(no_factors(spec_)) {
@@ -85,12 +86,14 @@ Embedded FactorSources::embed(std::span<const TokenIds> rows, const Adapt& adapt
 Adaptation FactorSources::adapt(std::span<const TokenIds> rows, const Adapt& adapt) const {
   const Adapt resolved = resolve(adapt, rows.size());
   Embedded embedded = embed(rows, resolved);
-  RowSources found = of_rows(resolved, embedded);
-  return {
-      std::move(embedded.embeddings), std::move(embedded.cluster_ids), {found.make_all(), std::move(found.factor_ids)}};
+  const std::vector<std::span<const std::int64_t>> ids(rows.begin(), rows.end());
+  RowSources found = of_rows(resolved, ids, embedded);
+  return {std::move(embedded.embeddings),
+          std::move(embedded.cluster_ids),
+          {found.make_all(), std::move(found.factor_ids), std::move(found.starts)}};
 }
 
-RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) const {
+RowSources FactorSources::of_rows(const Adapt& adapt, Rows rows, const Embedded& embedded) const {
   const Mode mode = adapt.mode.value();
   const std::size_t batch = embedded.cluster_ids.size();
   const auto one = [batch](std::string key, FactorSets sets) {
@@ -98,24 +101,7 @@ RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) 
     return RowSources{{{std::move(key), make}}, std::vector<std::int64_t>(batch, 0), make};
   };
   if (mode == Mode::none) return one("none", no_factors_);
-  if (adapt.adapters) {
-    RowSources found;
-    std::map<std::map<std::string, float>, std::int64_t> places;
-    std::vector<std::pair<const Blend*, std::size_t>> blends;  // each with the number of its texts
-    for (const Blend& blend : *adapt.adapters) {
-      const auto [place, is_new] = places.try_emplace(blend.weights, std::ssize(blends));
-      found.factor_ids.push_back(place->second);
-      if (is_new) blends.emplace_back(&blend, 0);
-      ++blends[static_cast<std::size_t>(place->second)].second;
-    }
-    for (const auto& [blend, texts] : blends) found.sources.push_back(adapters_.source(*blend, texts));
-    found.make_all = [sources = found.sources] {
-      std::vector<FactorSets> stacks;
-      for (const FactorSource& source : sources) stacks.push_back(source.make());
-      return stack_sets(stacks);
-    };
-    return found;
-  }
+  if (adapt.adapters) return of_adapters(*adapt.adapters, rows);
   if (mode == Mode::static_) {
     static std::atomic<std::uint64_t> number = 0;  // a caller's set is shared by the rows of its call alone
     return one(adapt.factors ? "static " + std::to_string(number++) : "static", static_factors(adapt.factors));
@@ -147,6 +133,35 @@ RowSources FactorSources::of_rows(const Adapt& adapt, const Embedded& embedded) 
   }
   found.factor_ids = std::move(given.factor_ids);
   found.make_all = [this, vectors = std::move(given.vectors)] { return generate(vectors); };
+  return found;
+}
+
+RowSources FactorSources::of_adapters(std::span<const Blend> blends, Rows rows) const {
+  RowSources found;
+  std::map<std::map<std::string, float>, Adapters::Choice> choices;
+  std::map<std::string, std::int64_t> places;  // of sources, by key
+  std::map<std::map<std::string, float>, std::size_t> texts;
+  for (const Blend& blend : blends) ++texts[blend.weights];
+  for (std::size_t row = 0; row < blends.size(); ++row) {
+    const auto& weights = blends[row].weights;
+    if (!choices.contains(weights)) choices.emplace(weights, adapters_.choose(blends[row], texts.at(weights)));
+    const Adapters::Choice& chosen = choices.at(weights);
+    if (!chosen.invocation_tokens.empty() && provider_ != "cpu") {
+      throw ProviderError("activated adapters run on provider 'cpu', not on '" + provider_ + "'");
+    }
+    const auto start = chosen.start(rows[row]);
+    // What nothing activates is the base model, and so is what follows it.
+    const FactorSource source = start ? chosen.source : adapters_.choose({}, 0).source;
+    const auto [place, is_new] = places.try_emplace(source.key, std::ssize(found.sources));
+    if (is_new) found.sources.push_back(source);
+    found.factor_ids.push_back(place->second);
+    found.starts.push_back(static_cast<std::int64_t>(start.value_or(0)));
+  }
+  found.make_all = [sources = found.sources] {
+    std::vector<FactorSets> stacks;
+    for (const FactorSource& source : sources) stacks.push_back(source.make());
+    return stack_sets(stacks);
+  };
   return found;
 }
 

@@ -5,6 +5,7 @@
 
 #include "adaptation.h"
 #include "adapters.h"
+#include "decode/decoder.h"
 #include "decode/session.h"
 
 namespace chameleon {
@@ -20,6 +21,7 @@ struct RowSources {
   std::vector<FactorSource> sources;     ///< of each set
   std::vector<std::int64_t> factor_ids;  ///< [batch], which of them each row has
   std::function<FactorSets()> make_all;  ///< a stack of all sets, made at once
+  std::vector<std::int64_t> starts{};    ///< see RowFactors
 };
 
 /// Embeds and clusters texts, and says what their factors are made of. For any number of threads.
@@ -27,9 +29,10 @@ class FactorSources {
  public:
   /// bundle: must outlive this
   /// hypernetwork: its session, or null
+  /// provider: of the decoder
   /// mode: of calls that name none, or nothing for the bundle's
   /// Throws ModeError for a mode that the bundle cannot serve.
-  FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::optional<Mode> mode,
+  FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::string provider, std::optional<Mode> mode,
                 std::optional<std::size_t> max_adapter_bytes);
 
   /// The options of a call of so many texts with its mode. Throws ModeError or InputError for options that do not fit
@@ -40,13 +43,15 @@ class FactorSources {
   [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const Adapt& adapt) const;
   /// The sources of the factors of rows, which must not outlive this. A caller's matrices are copied.
   /// adapt: from `resolve`
-  /// Throws ModeError, FactorsError or AdapterError.
-  [[nodiscard]] RowSources of_rows(const Adapt& adapt, const Embedded& embedded) const;
+  /// rows: their tokens
+  /// Throws ModeError, FactorsError, AdapterError, or ProviderError for activated adapters where there are none.
+  [[nodiscard]] RowSources of_rows(const Adapt& adapt, Rows rows, const Embedded& embedded) const;
 
   /// Of the bundle, and loaded from files.
   [[nodiscard]] Adapters& adapters() const { return adapters_; }
 
  private:
+  [[nodiscard]] RowSources of_adapters(std::span<const Blend> blends, Rows rows) const;
   [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
   [[nodiscard]] const FactorSets& factors_of_centroids() const;
   [[nodiscard]] FactorSets generate(std::span<const float> vectors) const;
@@ -54,6 +59,7 @@ class FactorSources {
   const Bundle& bundle_;
   const AdaptationSpec& spec_;
   Ort::Session hypernetwork_;
+  std::string provider_;
   Mode mode_;
   mutable Adapters adapters_;  // which has a lock of its own
   FactorSets no_factors_;      // the decoder has factor inputs in every mode

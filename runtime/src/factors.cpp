@@ -48,6 +48,8 @@ RowFactors RowFactors::rows(std::span<const std::size_t> indices) const {
   RowFactors selected{sets, {}};
   selected.factor_ids.reserve(indices.size());
   for (const std::size_t row : indices) selected.factor_ids.push_back(factor_ids[row]);
+  if (starts.empty()) return selected;
+  for (const std::size_t row : indices) selected.starts.push_back(starts[row]);
   return selected;
 }
 
@@ -65,6 +67,14 @@ FactorSets copied(const FactorSets& sets) {
 FactorSets no_factors(const AdaptationSpec& spec) {
   Tensors tensors;
   for (const auto& [name, width] : spec.factor_widths()) tensors[name].resize(static_cast<std::size_t>(width));
+  return make_factor_sets(1, 1, std::move(tensors));
+}
+
+FactorSets zero_set(const FactorSets& sets) {
+  Tensors tensors;
+  for (const auto& [name, values] : sets.tensors) {
+    tensors[name].resize(values.size() / static_cast<std::size_t>(sets.count * sets.rank));
+  }
   return make_factor_sets(1, 1, std::move(tensors));
 }
 

@@ -23,6 +23,9 @@ FactorSets copied(const FactorSets& sets);
 /// One set of rank 1 that changes nothing.
 FactorSets no_factors(const AdaptationSpec& spec);
 
+/// The same for the layers of other sets.
+FactorSets zero_set(const FactorSets& sets);
+
 /// A caller's factors as a stack of one set. Throws FactorsError.
 FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec);
 

@@ -71,7 +71,8 @@ Runtime::Impl::Impl(OpeningBundle opening, const LoadOptions& options) try
     : bundle(std::move(opening.bundle)),
       tokenizer(load_tokenizer(bundle)),
       backend(open_backend(env, bundle, options)),
-      sources(bundle, open_hypernetwork(env, bundle, options), options.mode, options.max_adapter_bytes) {
+      sources(bundle, open_hypernetwork(env, bundle, options), backend.provider, options.mode,
+              options.max_adapter_bytes) {
   opening.require_weights();
 } catch (...) {
   opening.require_weights();  // damaged weights explain any other error, so they are reported first

@@ -33,7 +33,8 @@ const SharedCacheDecoder& decoder() {
 struct Rows {
   Rows() {
     const Embedded clusters{{}, {0, 1, 2}};
-    for (const FactorSource& source : runtime().impl().sources.of_rows({.mode = Mode::centroid}, clusters).sources) {
+    for (const FactorSource& source :
+         runtime().impl().sources.of_rows({.mode = Mode::centroid}, {}, clusters).sources) {
       table.acquire(source);
       keys.push_back(source.key);
     }

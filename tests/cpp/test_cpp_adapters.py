@@ -162,7 +162,7 @@ def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> No
             assert np.asarray(found.factors.sets.tensors[name]).tobytes() == np.asarray(tensor).tobytes(), name
     generations = [runtime.generate(TEXTS, adapters=names, max_new_tokens=8) for runtime in (python, native)]
     assert generations[0] == generations[1] != python.generate(TEXTS, max_new_tokens=8)
-    factors, _ = read_adapter(directory / "third.safetensors", python.manifest.adaptation)
+    factors = read_adapter(directory / "third.safetensors", python.manifest.adaptation).factors
     caller = [runtime.generate(TEXTS, mode="static", factors=factors, max_new_tokens=8) for runtime in (python, native)]
     assert caller[0] == caller[1]
     assert caller[0][0].token_ids == generations[0][0].token_ids
@@ -171,6 +171,33 @@ def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> No
         with pytest.raises(NativeError) as caught:
             wrong()
         assert caught.value.code == "adapter_invalid"
+    native.close()
+
+
+def test_an_activated_adapter_is_that_of_python(directory: Path, tmp_path: Path) -> None:
+    """From a file, activated by tokens in the middle of one text that another has not, in a mixed batch."""
+    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    spec, first = python.manifest.adaptation, python.encode(TEXTS)[0]
+    random = np.random.default_rng(4)
+    factors = {n: random.normal(0, 0.3, (2, width)).astype(np.float32) for n, width in spec.factor_widths.items()}
+    write_adapter(tmp_path / "late.safetensors", factors, spec, first[len(first) // 2 : len(first) // 2 + 2])
+    for runtime in (python, native):
+        runtime.load_adapter("late", tmp_path / "late.safetensors")
+    texts, names = [*TEXTS, TEXTS[0] + TEXTS[0]], ["late", "late", "all", None, "late"]
+    expected, found = (runtime.generate(texts, adapters=names, max_new_tokens=6) for runtime in (python, native))
+    assert found == expected
+    scores, theirs = (
+        [row.token_logprobs for row in runtime.score(texts, adapters=names)] for runtime in (python, native)
+    )
+    plain = [row.token_logprobs for row in python.score(texts, mode="none")]
+    for ours, other in zip(scores, theirs, strict=True):
+        np.testing.assert_allclose(other, ours, atol=2e-5)
+    np.testing.assert_allclose(scores[0][: len(first) // 2], plain[0][: len(first) // 2], atol=1e-5)
+    assert scores[1] == pytest.approx(plain[1], abs=1e-5)  # nothing activates it
+    assert np.abs(np.subtract(scores[0], plain[0])).max() > 1e-3
+    with pytest.raises(NativeError) as caught:
+        native.generate(TEXTS[:1], adapters=[{"late": 0.5, "all": 0.5}])
+    assert caught.value.code == "adapter_invalid"
     native.close()
 
 

@@ -6,6 +6,7 @@ CHAMELEON_EXAMPLES=1000 makes as many schedules; a run of the suite makes a few.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 
 import chameleon_deploy
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.verify.adapter_checks import random_adapters
 from tests.cpp.c_interface import BUILD
 from tests.schedules import random_prefix_schedule, random_schedule, run_schedule
 
@@ -40,9 +44,21 @@ def test_random_schedules_give_the_same_tokens(mini_bundles: dict[str, Path], ki
         assert found == run_schedule(python, schedules[number]), number
 
 
-@pytest.mark.parametrize("kind", ["updated", "int8", "llama"])
-def test_random_texts_find_the_same_in_the_prefix_cache(mini_bundles: dict[str, Path], kind: str) -> None:
-    """In a model whose trunk is updated, in int8, and where all modes share one cache."""
+@pytest.fixture(scope="module")
+def adapted_bundle(llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with adapters of all and of some layers, and an activated one."""
+    path = tmp_path_factory.mktemp("adapted") / "bundle"
+    base = random_adapters(load_adapted(str(llama_path / "base"), {}, adaptable=["all"], max_rank=2))
+    export_bundle(dataclasses.replace(base, adaptable=(), max_rank=0), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["updated", "int8", "llama", "adapted"])
+def test_random_texts_find_the_same_in_the_prefix_cache(
+    mini_bundles: dict[str, Path], adapted_bundle: Path, kind: str
+) -> None:
+    """In a model whose trunk is updated, in int8, where all modes share one cache, and with adapters."""
+    mini_bundles = {**mini_bundles, "adapted": adapted_bundle}
     python, random = chameleon_deploy.load(mini_bundles[kind]), np.random.default_rng(11)
     schedules = [random_prefix_schedule(random, python) for _ in range(PREFIX_EXAMPLES)]
     hits = evictions = 0

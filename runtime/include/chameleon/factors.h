@@ -36,6 +36,9 @@ struct FactorSets {
 struct RowFactors {
   FactorSets sets;
   std::vector<std::int64_t> factor_ids;  ///< [batch]
+  /// [batch], the token from which on a row's set updates it: those before it are the base model's. Empty is the first
+  /// for all rows.
+  std::vector<std::int64_t> starts{};
 
   /// The same sets for some of the rows.
   [[nodiscard]] CHAMELEON_EXPORT RowFactors rows(std::span<const std::size_t> indices) const;

@@ -74,6 +74,7 @@ inline constexpr std::string_view kHead = "lm_head";
 
 /// Whether an adapter may have this name: what kAdapterName says.
 CHAMELEON_EXPORT bool is_adapter_name(std::string_view name);
+inline constexpr std::size_t kMaxInvocationTokens = 256;  ///< of an activated adapter
 inline constexpr std::string_view kAdapterName =
     "at most 64 letters, digits, '_', '-' and '.', the first a letter or a digit, and no mode's name";
 
@@ -94,7 +95,8 @@ struct AdaptationSpec {
   std::string protocol;  ///< masked or paper
   std::int64_t max_length = 0;
   std::vector<std::string> adapters;  ///< names of the trained sets; none if the one set has no name
-  std::string base_digest;            ///< of the base model's weights; empty in a bundle that takes no adapters
+  std::map<std::string, std::vector<std::int64_t>> invocation_tokens;  ///< of those that are activated, by name
+  std::string base_digest;  ///< of the base model's weights; empty in a bundle that takes no adapters
   /// Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings.
   std::int64_t conditioning_size = 0;
 

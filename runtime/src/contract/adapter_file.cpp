@@ -48,6 +48,29 @@ std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, s
   return adapted.factor_widths();
 }
 
+/// The invocation tokens that the metadata name, or none. Throws AdapterError.
+std::vector<std::int64_t> invocation_tokens(const std::map<std::string, std::string>& metadata, std::int64_t vocab_size,
+                                            const std::string& where) {
+  const auto found = metadata.find("invocation_tokens");
+  if (found == metadata.end()) return {};
+  const Json json = Json::parse(found->second, nullptr, false);
+  if (!json.is_array() || json.empty() || json.size() > kMaxInvocationTokens) {
+    throw AdapterError(where + ": its invocation_tokens must be a list of 1 to " +
+                       std::to_string(kMaxInvocationTokens) + " token ids");
+  }
+  std::vector<std::int64_t> tokens;
+  for (const Json& token : json) {
+    const bool is_token =
+        token.is_number_unsigned() && token.get<std::uint64_t>() < static_cast<std::uint64_t>(vocab_size);
+    if (!is_token) {
+      throw AdapterError(where + ": its invocation_tokens hold " + token.dump().substr(0, 40) + ": this bundle has " +
+                         std::to_string(vocab_size) + " tokens");
+    }
+    tokens.push_back(token.get<std::int64_t>());
+  }
+  return tokens;
+}
+
 /// The rank of all tensors. Throws TensorError unless they are those of `widths`.
 std::int64_t check_tensors(const std::map<std::string, SafeTensor>& tensors,
                            const std::map<std::string, std::int64_t>& widths, const AdaptationSpec& spec,
@@ -89,11 +112,12 @@ MappedFile map(const fs::path& file) try {
 
 std::int64_t max_rank(const AdaptationSpec& spec) { return spec.regime == "base" ? spec.rank : kMaxRank; }
 
-std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const AdaptationSpec& spec) {
+StoredAdapter read_adapter(const fs::path& file, const AdaptationSpec& spec, std::int64_t vocab_size) {
   const std::string where = file.string();
   const MappedFile mapped = map(file);
   const SafeTensors parsed = parse(mapped, where);
   const auto widths = check_metadata(parsed.metadata, spec, where);
+  std::vector<std::int64_t> activated_by = invocation_tokens(parsed.metadata, vocab_size, where);
   const std::int64_t rank = check_tensors(parsed.tensors, widths, spec, where);
   std::map<std::string, std::vector<float>> tensors;
   for (const auto& [name, width] : spec.factor_widths()) {
@@ -104,7 +128,7 @@ std::pair<FactorSets, std::string> read_adapter(const fs::path& file, const Adap
       tensors[name].resize(static_cast<std::size_t>(rank * width));
     }
   }
-  return {make_factor_sets(1, rank, std::move(tensors)), sha256(mapped.bytes())};
+  return {make_factor_sets(1, rank, std::move(tensors)), std::move(activated_by), sha256(mapped.bytes())};
 }
 
 }  // namespace chameleon

@@ -3,7 +3,7 @@
 
 #include <filesystem>
 #include <string>
-#include <utility>
+#include <vector>
 
 #include "chameleon/bundle.h"
 
@@ -12,8 +12,15 @@ namespace chameleon {
 /// The largest rank of an adapter, or of several that a row blends.
 std::int64_t max_rank(const AdaptationSpec& spec);
 
-/// The one set of an adapter file, with zeros for the targets that it lacks, and the SHA-256 of the file.
+/// What an adapter file holds.
+struct StoredAdapter {
+  FactorSets set;                               ///< one, with zeros for the targets that it lacks
+  std::vector<std::int64_t> invocation_tokens;  ///< of an activated adapter, else none
+  std::string digest;                           ///< SHA-256 of the file
+};
+
+/// Read an adapter of a model of so many tokens.
 /// Throws AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
-std::pair<FactorSets, std::string> read_adapter(const std::filesystem::path& file, const AdaptationSpec& spec);
+StoredAdapter read_adapter(const std::filesystem::path& file, const AdaptationSpec& spec, std::int64_t vocab_size);
 
 }  // namespace chameleon

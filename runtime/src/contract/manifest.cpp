@@ -105,6 +105,7 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .optional("adapters", spec.adapters)
       .optional("base_digest", spec.base_digest)
       .optional("conditioning_size", spec.conditioning_size)
+      .optional("invocation_tokens", spec.invocation_tokens)
       .finish();
 }
 
@@ -247,7 +248,7 @@ bool is_adapter_name(std::string_view name) {
          std::ranges::all_of(name, is_plain) && std::ranges::find(kModes, name) == kModes.end();
 }
 
-static void check_adapters(const AdaptationSpec& adaptation, const std::string& where) {
+static void check_adapters(const AdaptationSpec& adaptation, const ModelSpec& model, const std::string& where) {
   const std::vector<std::string>& names = adaptation.adapters;
   if (std::set(names.begin(), names.end()).size() < names.size() || !std::ranges::all_of(names, is_adapter_name)) {
     fail_at(where, "adaptation.adapters must be distinct names of " + std::string(kAdapterName));
@@ -257,6 +258,16 @@ static void check_adapters(const AdaptationSpec& adaptation, const std::string& 
   }
   if (adaptation.base_digest.empty() == (!names.empty() || adaptation.regime == "base")) {
     fail_at(where, "adaptation.base_digest goes with adapters or regime 'base'");
+  }
+  const auto is_token = [&](std::int64_t token) { return token >= 0 && token < model.vocab_size; };
+  for (const auto& [name, tokens] : adaptation.invocation_tokens) {
+    if (std::ranges::find(names, name) == names.end()) {
+      fail_at(where, "adaptation.invocation_tokens names '" + name.substr(0, 80) + "', which is no adapter");
+    }
+    if (tokens.empty() || tokens.size() > kMaxInvocationTokens || !std::ranges::all_of(tokens, is_token)) {
+      fail_at(where, "adaptation.invocation_tokens of " + name + " must be 1 to " +
+                         std::to_string(kMaxInvocationTokens) + " tokens of the vocabulary");
+    }
   }
 }
 
@@ -333,7 +344,7 @@ static void check_token_embedding(const Manifest& manifest, const std::string& w
 static void check_consistency(const Manifest& manifest, const std::string& where) {
   check_model(manifest.model, where);
   check_adaptation(manifest.adaptation, manifest.model, where);
-  check_adapters(manifest.adaptation, where);
+  check_adapters(manifest.adaptation, manifest.model, where);
   check_conditioning_size(manifest.adaptation, where);
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);

@@ -42,6 +42,7 @@ class Decoder {
   virtual ~Decoder() = default;
 
   /// Give out the logits [batch, positions, vocab] of every position, in pieces.
+  /// rows: a row whose update begins later is alone
   virtual void all_logits(Rows rows, const RowFactors& factors, const TakeLogits& take,
                           const std::stop_token& stop) const = 0;
 
@@ -86,6 +87,8 @@ struct Part {
 };
 
 /// Split rows into calls of at most `max_rows` rows whose padded size is at most `tokens`; a longer row goes alone.
-std::vector<Part> parts(Rows rows, std::size_t tokens, std::size_t max_rows = std::numeric_limits<std::size_t>::max());
+/// starts: see RowFactors; rows whose update begins later go alone, too
+std::vector<Part> parts(Rows rows, std::size_t tokens, std::size_t max_rows = std::numeric_limits<std::size_t>::max(),
+                        std::span<const std::int64_t> starts = {});
 
 }  // namespace chameleon

@@ -27,8 +27,11 @@ PrefixCache::PrefixCache(const SharedCacheGraph& graph, std::string bundle_diges
   throw InputError("no memory for a prefix cache of " + std::to_string(max_bytes) + " bytes: pass fewer");
 }
 
-std::shared_ptr<PrefixCache::Root> PrefixCache::root(const std::string& factors_digest, const std::string& salt) {
-  std::string digest = digest_of("bundle" + bundle_digest_ + "factors" + factors_digest + "salt" + digest_of(salt));
+std::shared_ptr<PrefixCache::Root> PrefixCache::root(const std::string& factors_digest, const std::string& salt,
+                                                     std::size_t start, std::span<const std::int64_t> before) {
+  std::string parts = "bundle" + bundle_digest_ + "factors" + factors_digest + "salt" + digest_of(salt);
+  if (start > 0) parts += "start" + std::to_string(start) + "before" + digest_of(key_of(before));
+  std::string digest = digest_of(parts);
   const std::lock_guard lock(mutex_);
   const auto known = roots_.find(digest);
   return known != roots_.end() ? known->second : std::make_shared<Root>(std::move(digest), salt);

@@ -1,8 +1,8 @@
 // Keys and values that later prompts may begin with, in memory outside the slots.
 //
-// They depend on the bundle, on the values of the factors that reach the trunk, on the tokens from the first, and on
-// nothing else. So that is what finds them, beside a salt; names of adapters are no part of it. Tokens are compared
-// themselves, block by block, so that no collision of digests can confuse two texts.
+// They depend on the bundle, on the values of the factors that reach the trunk, on the tokens from the first, on which
+// of them the factors update, and on nothing else. So that is what finds them, beside a salt; names of adapters are no
+// part of it. Tokens are compared themselves, block by block, so that no collision of digests can confuse two texts.
 //
 // A block is exact if it was read as part of a whole chunk that began at a multiple of the chunk's length, after exact
 // ones: the same call with the same inputs as in a run that finds nothing, so the same bits. What steps, drafts and
@@ -58,7 +58,9 @@ class PrefixCache {
   PrefixCache(const SharedCacheGraph& graph, std::string bundle_digest, std::size_t max_bytes);
 
   /// The root of texts that are read with factors whose values have this digest.
-  [[nodiscard]] std::shared_ptr<Root> root(const std::string& factors_digest, const std::string& salt);
+  /// start, before: of an update that begins later: the first token that it updates, and the tokens before the root
+  [[nodiscard]] std::shared_ptr<Root> root(const std::string& factors_digest, const std::string& salt,
+                                           std::size_t start = 0, std::span<const std::int64_t> before = {});
   /// The blocks that a text begins with.
   /// is_used: whether they are as recently used as can be now
   std::vector<Found> find(const Root& root, std::span<const std::int64_t> ids, bool is_used);

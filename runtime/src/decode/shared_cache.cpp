@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "decode/schedule.h"
+#include "factors.h"
 
 namespace chameleon {
 
@@ -35,7 +36,8 @@ std::vector<std::vector<float>> SharedCacheDecoder::token_logprobs(Rows rows, co
   TiledScorer::Batch batch(scorer_, rows, factors, stop);
   const std::vector inputs = without_last(rows);
   const auto hidden_size = static_cast<std::size_t>(graph_.model.hidden_size);
-  for (const Part& part : parts(inputs, kScoredTokens)) {
+  constexpr std::size_t kAnyRows = std::numeric_limits<std::size_t>::max();
+  for (const Part& part : parts(inputs, kScoredTokens, kAnyRows, factors.starts)) {
     const auto take = [&](Rows piece, std::size_t, const BoundCall& call) {
       const std::size_t width = call.logits_positions.size() / piece.size();
       for (std::size_t row = 0; row < piece.size(); ++row) {
@@ -63,18 +65,22 @@ void SharedCacheDecoder::read(
     Rows rows, const RowFactors& factors, BoundCall::Output output, const std::stop_token& stop,
     const std::function<void(Rows piece, std::size_t start, const BoundCall& call)>& take) const {
   const KeyValues cache(graph_, spare_, rows.size(), std::ranges::max(rows, {}, kSize).size());
-  const auto read_piece = [&](Rows piece, std::size_t start) {
+  const auto read_piece = [&](Rows piece, std::size_t start, const RowFactors& own) {
     const std::size_t width = std::ranges::max(piece, {}, kSize).size();
     BoundCall call(graph_, cache.buffers(), 0, piece.size(), width, width, output);
     call.append(piece, std::vector(piece.size(), static_cast<std::int64_t>(start)));
-    call.run(factors, stop);
+    call.run(own, stop);
     take(piece, start, call);
   };
-  if (rows.size() > 1) return read_piece(rows, 0);
+  if (rows.size() > 1) return read_piece(rows, 0, factors);
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
+  const auto first_updated = factors.starts.empty() ? 0 : static_cast<std::size_t>(factors.starts[0]);
+  const RowFactors before = first_updated > 0 ? RowFactors{zero_set(factors.sets), {0}} : RowFactors();
   for (std::size_t start = 0; start < rows[0].size();) {
-    const auto piece = rows[0].subspan(start, chunk_length(rows[0].size() - start, kScoredTokens));
-    read_piece(Rows(&piece, 1), start);
+    const bool is_updated = start >= first_updated;
+    const std::size_t end = is_updated ? rows[0].size() : std::min(first_updated, rows[0].size());
+    const auto piece = rows[0].subspan(start, chunk_length(end - start, kScoredTokens));
+    read_piece(Rows(&piece, 1), start, is_updated ? factors : before);
     start += piece.size();
   }
 }

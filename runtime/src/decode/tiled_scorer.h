@@ -27,6 +27,7 @@ class TiledScorer {
     const TiledScorer& scorer_;
     Rows rows_;
     const RowFactors& factors_;
+    FactorSets sets_;  // of the head; a set of zeros last where the update of a row begins later
     const std::stop_token& stop_;
     std::vector<std::vector<float>> logprobs_;
     std::vector<std::size_t> added_;    // positions of each row so far

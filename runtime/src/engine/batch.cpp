@@ -100,6 +100,11 @@ std::size_t ContinuousBatch::length_to_prefill(const Member& member) const {
   return member.prompt->ids.size() - left_to_step_;
 }
 
+/// The end of the tokens that are read with the same factors as the token `start`.
+std::size_t ContinuousBatch::end_of_part(const Member& member, std::size_t start) const {
+  return start < member.prompt->start ? member.prompt->start : length_to_prefill(member);
+}
+
 std::size_t ContinuousBatch::next_to_prefill() const {
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
   if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
@@ -110,12 +115,15 @@ std::size_t ContinuousBatch::next_to_prefill() const {
   std::set<Prefixes::Beginning> beginnings;
   for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.chunk_tokens; ++place) {
     if (sibling(place) || slots_->lengths()[place] > 0) break;  // it is copied later, from a member or the prefix cache
+    const bool is_alone = members_[place]->prompt->start > 0;   // it is read in two parts
+    if (is_alone && place > ready_) break;
     if (prefixes_) {
       if (place > ready_ && prefixes_->will_have(*members_[place], beginnings)) break;
       beginnings.insert(prefixes_->beginning(*members_[place]));
     }
     lengths.push_back(length_to_prefill(*members_[place]));
     tokens += lengths.back();
+    if (is_alone) break;
   }
   return joined(lengths, most);
 }
@@ -202,11 +210,12 @@ std::size_t ContinuousBatch::prefill_chunks(std::size_t start, const std::set<st
   std::vector<std::span<const std::int64_t>> chunks;
   std::size_t tokens = 0;
   for (const auto& member : members) {
-    const std::size_t length = chunk_length(length_to_prefill(*member) - start, most);
+    const std::size_t length = chunk_length(end_of_part(*member, start) - start, most);
     chunks.push_back(member->prompt->ids.subspan(start, length));
     tokens += length;
   }
-  const RowFactors factors = members.size() == 1 ? table_.set_of(members[0]->key()) : row_factors(table_, members);
+  const RowFactors factors =
+      members.size() == 1 ? table_.set_of(members[0]->key_at(start)) : row_factors(table_, members);
   const bool wants_logits = start + chunks[0].size() == members[0]->prompt->ids.size();
   const std::vector<float> logits = slots_->prefill(ready_, chunks, factors, wants_logits);
   const std::size_t vocab = logits.size() / members.size();

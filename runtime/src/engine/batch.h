@@ -24,6 +24,7 @@ using Clock = std::chrono::steady_clock;
 /// The prompt of one or more members.
 struct Prompt {
   std::span<const std::int64_t> ids;
+  std::size_t start = 0;        ///< the token from which on the factors update it, see RowFactors
   std::vector<float> logits{};  ///< [vocab] after the last token, set by the prefill
   std::size_t exact = 0;        ///< how many tokens at the beginning have the keys and values of every run, see
                                 ///< prefix_cache.h
@@ -50,6 +51,10 @@ struct Member {
   std::optional<PromptLookup> lookup{};
 
   [[nodiscard]] const std::string& key() const { return source.key; }
+  /// The key of the factor set that reads a token of the prompt.
+  [[nodiscard]] const std::string& key_at(std::size_t position) const {
+    return position < prompt->start ? kNoUpdate : source.key;
+  }
   [[nodiscard]] bool is_cancelled() const { return stream->is_cancelled(row.index()); }
   /// Tokens that may follow the row's last.
   [[nodiscard]] std::vector<std::int64_t> draft();
@@ -133,6 +138,7 @@ class ContinuousBatch final : public Batch {
   void drop(std::size_t place);
   void move(std::size_t source, std::size_t target);
   [[nodiscard]] std::size_t length_to_prefill(const Member& member) const;
+  [[nodiscard]] std::size_t end_of_part(const Member& member, std::size_t start) const;
   [[nodiscard]] std::optional<std::size_t> sibling(std::size_t place) const;
   [[nodiscard]] std::size_t next_to_prefill() const;
   [[nodiscard]] std::vector<std::string> unread_tenants() const;

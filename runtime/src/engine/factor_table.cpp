@@ -16,6 +16,7 @@ FactorTable::FactorTable(const FactorSets& made) : max_sets_(static_cast<std::si
 }
 
 RowFactors FactorTable::set_of(const std::string& key) const {
+  if (key == kNoUpdate) return {zero_set(sets()), {0}};
   const std::size_t place = index(key);
   // A set among others costs the decoder next to nothing.
   if (made_) return {*made_, {static_cast<std::int64_t>(place)}};
@@ -29,7 +30,7 @@ RowFactors FactorTable::set_of(const std::string& key) const {
 }
 
 const std::string& FactorTable::trunk_digest(const std::string& key) const {
-  std::string& digest = entries_.at(key).trunk_digest;
+  std::string& digest = key == kNoUpdate ? no_update_digest_ : entries_.at(key).trunk_digest;
   if (digest.empty()) {
     const FactorSets set = set_of(key).sets;
     std::string digests = std::to_string(set.rank);

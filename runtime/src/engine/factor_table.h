@@ -9,6 +9,9 @@
 
 namespace chameleon {
 
+/// The key of a set of zeros, which a table has in any case.
+inline const std::string kNoUpdate = "no update";
+
 /// A stack of immutable factor sets. A set is made for its first row and removed with its last.
 ///
 /// Sets of a smaller rank than the largest are padded with zeros, which add nothing to a row's logits.
@@ -53,6 +56,7 @@ class FactorTable {
   std::vector<std::string> keys_;  // in the order of the stack
   std::vector<std::int64_t> ranks_;
   mutable std::map<std::string, Entry> entries_;
+  mutable std::string no_update_digest_{};  // empty until it is asked for
   std::int64_t rank_ = 0;  // of the stack: the largest of its sets'; a larger one would waste computation
   std::shared_ptr<Tensors> tensors_ = std::make_shared<Tensors>();
 };

@@ -237,11 +237,14 @@ std::vector<Generation> generate_rows(const Runtime::Impl& runtime, const Submis
   const Members& members = submission.members;
   const Decoder& decoder = *runtime.backend.decoder;
   Stream::State& stream = *submission.stream;
-  const RowSources sources = runtime.sources.of_rows(submission.adapt, submission.embedded);
+  const std::vector<std::span<const std::int64_t>> prompts(stream.prompts.begin(), stream.prompts.end());
+  const RowSources sources = runtime.sources.of_rows(submission.adapt, prompts, submission.embedded);
   FactorTable table(sources.make_all());
   std::size_t capacity = 0;
   for (const auto& member : members) {
-    member->source.key = std::to_string(sources.factor_ids[member->row.index() / stream.n]);
+    const std::size_t prompt = member->row.index() / stream.n;
+    member->source.key = std::to_string(sources.factor_ids[prompt]);
+    if (!sources.starts.empty()) member->prompt->start = static_cast<std::size_t>(sources.starts[prompt]);
     capacity = std::max(capacity, member->row.capacity());
   }
   const auto* shared = dynamic_cast<const SharedCacheDecoder*>(&decoder);

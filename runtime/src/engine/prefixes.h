@@ -33,7 +33,13 @@ class Prefixes {
   [[nodiscard]] bool will_have(const Member& member, const std::set<Beginning>& beginnings) const;
 
  private:
-  [[nodiscard]] std::shared_ptr<PrefixCache::Root> root(const Member& member) const;
+  /// A root of a member's text, and which of its tokens are found after it.
+  struct Part {
+    std::shared_ptr<PrefixCache::Root> root;
+    std::size_t first, end;
+  };
+
+  [[nodiscard]] std::vector<Part> parts(const Member& member) const;
   [[nodiscard]] std::vector<PrefixCache::Found> find(const Member& member, bool is_used) const;
 
   PrefixCache& cache_;

@@ -49,15 +49,20 @@ void form_cohort(const Runtime::Impl& runtime, std::span<const Submission> submi
     if (const auto& own = submission.adapt.tenants)
       adapt.tenants->insert(adapt.tenants->end(), own->begin(), own->end());
   }
-  const RowSources found = runtime.sources.of_rows(adapt, all);
-  auto of_prompt = found.factor_ids.begin();
+  std::vector<std::span<const std::int64_t>> prompts;
+  for (const Submission& submission : submissions) {
+    prompts.insert(prompts.end(), submission.stream->prompts.begin(), submission.stream->prompts.end());
+  }
+  const RowSources found = runtime.sources.of_rows(adapt, prompts, all);
+  std::size_t first = 0;  // prompt of the submission
   for (const Submission& submission : submissions) {
     if (submission.cohort_key()) submission.stream->set_cohort({cohort_id, all.cluster_ids.size()});
     for (const auto& member : submission.members) {
-      const auto prompt = static_cast<std::ptrdiff_t>(member->row.index() / submission.stream->n);
-      member->source = found.sources[static_cast<std::size_t>(of_prompt[prompt])];
+      const std::size_t prompt = first + member->row.index() / submission.stream->n;
+      member->source = found.sources[static_cast<std::size_t>(found.factor_ids[prompt])];
+      if (!found.starts.empty()) member->prompt->start = static_cast<std::size_t>(found.starts[prompt]);
     }
-    of_prompt += std::ssize(submission.stream->prompts);
+    first += submission.stream->prompts.size();
   }
 }
 
