@@ -3,12 +3,14 @@
     python -m benchmarks.scaling                                    # GPT-2 small in fp32
     python -m benchmarks.scaling --record BUNDLE --threads 1        # measure the model of steps of a bundle first
     python -m benchmarks.scaling --replicas 16 --routing cluster --clusters 64
+    python -m benchmarks.scaling --routing load --routing prefix --clusters 64 --prefix-tokens 512 --cached-prefixes 8
 
 Time is simulated, so that 64 replicas fit one processor. Requests arrive as a Poisson process, of clusters that follow
-Zipf's law. A replica iterates as the engine does: it admits while it has rows, prefills one chunk, steps all rows. A
-token leaves through one of the ingresses, each a queue with a fixed time per token. Two runs give each line: one at
-80 % of what the replicas can do, for the time to the first token and the factor sets; the rest is of one that offers
-more.
+Zipf's law. With --prefix-tokens the requests of a cluster begin alike, as those of one system prompt do, and a replica
+reads that beginning unless its prefix cache has it. A replica iterates as the engine does: it admits while it has rows,
+prefills one chunk, steps all rows. A token leaves through one of the ingresses, each a queue with a fixed time per
+token. Two runs give each line: one at 80 % of what the replicas can do, for the time to the first token and the factor
+sets, and prefixes that were found; the rest is of one that offers more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import itertools
 import random
 import statistics
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated
@@ -66,6 +68,22 @@ class Request:
     cluster: int
     prompt: int
     left: int
+    begun: bool = False
+
+
+@dataclass
+class Prefixes:
+    """What the prompts of a cluster begin with.
+
+    tokens             0 for nothing
+    cached             clusters whose beginning one replica keeps
+    looked_for, found  how often, counted here
+    """
+
+    tokens: int = 0
+    cached: int = 8
+    looked_for: int = 0
+    found: int = 0
 
 
 @dataclass
@@ -76,16 +94,19 @@ class Replica:
     reading: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     busy: bool = False
+    cached: OrderedDict[int, None] = field(default_factory=OrderedDict)  # clusters, the most recently used last
 
     @property
     def queue(self) -> int:
         return len(self.waiting) + len(self.reading) + len(self.running)
 
-    def iterate(self, costs: Costs, rows: int) -> tuple[float, list[Request], int, int]:
+    def iterate(self, costs: Costs, rows: int, prefixes: Prefixes) -> tuple[float, list[Request], int, int]:
         """Return the seconds, the requests that get a token, and rows and factor sets of the step."""
         while self.waiting and len(self.reading) + len(self.running) < rows:
             self.reading.append(self.waiting.popleft())
         seconds = 0.0
+        if self.reading and not self.reading[0].begun:
+            self._begin(self.reading[0], prefixes)
         if self.reading:
             read = min(CHUNK, self.reading[0].prompt)
             self.reading[0].prompt -= read
@@ -97,6 +118,21 @@ class Replica:
             seconds += costs.step(len(self.running), sets)
         return seconds, list(self.running), len(self.running), sets
 
+    def _begin(self, request: Request, prefixes: Prefixes) -> None:
+        """Find the beginning of a prompt in the prefix cache, or read it too."""
+        request.begun = True
+        if not prefixes.tokens:
+            return
+        prefixes.looked_for += 1
+        if request.cluster in self.cached:
+            prefixes.found += 1
+        else:
+            request.prompt += prefixes.tokens
+        self.cached[request.cluster] = None
+        self.cached.move_to_end(request.cluster)
+        if len(self.cached) > prefixes.cached:
+            self.cached.popitem(last=False)
+
 
 @dataclass
 class Result:
@@ -105,16 +141,19 @@ class Result:
     sets_per_step: float
     longest_queue: int
     ingress_busy: float
+    prefix_hits: float
 
 
 @dataclass(frozen=True)
 class Deployment:
     """Replicas and the processes before them.
 
-    routing    "load" or "cluster"
+    routing    "load", "cluster" or "prefix", whose key is the cluster, too
     clusters   of the requests
     rows       of a replica
     ingresses  processes that tokens leave through
+    prefix_tokens, cached_prefixes  see Prefixes
+    bound      of a replica's queue, see `routing.choose`
     """
 
     replicas: int
@@ -122,6 +161,9 @@ class Deployment:
     clusters: int
     rows: int
     ingresses: int
+    prefix_tokens: int = 0
+    cached_prefixes: int = 8
+    bound: float = 1.25
 
 
 def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) -> Result:
@@ -129,7 +171,8 @@ def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) 
 
     rate  requests per second
     """
-    replicas, routing, clusters, rows, ingresses = astuple(deployment)
+    replicas, routing, clusters, rows, ingresses, *of_prefixes, bound = astuple(deployment)
+    prefixes = Prefixes(*of_prefixes)
     random.seed(replicas)
     engines = {str(i): Replica() for i in range(replicas)}
     weights = [1 / (rank + 1) ** ZIPF for rank in range(clusters)]
@@ -144,7 +187,7 @@ def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) 
     def start(name: str, now: float) -> None:
         nonlocal steps, step_sets, count
         engine = engines[name]
-        took, got, stepped, sets = engine.iterate(costs, rows)
+        took, got, stepped, sets = engine.iterate(costs, rows, prefixes)
         if stepped and now > warm:
             steps, step_sets = steps + 1, step_sets + sets
         engine.busy, count = True, count + 1
@@ -153,7 +196,7 @@ def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) 
     def route(request: Request, now: float) -> bool:
         nonlocal longest
         queues = {name: engine.queue for name, engine in engines.items()}
-        for name in choose(queues, str(request.cluster) if routing == "cluster" else None, 1.25):
+        for name in choose(queues, None if routing == "load" else str(request.cluster), bound):
             if queues[name] < limit:
                 engines[name].waiting.append(request)
                 longest = max(longest, queues[name] + 1)
@@ -200,12 +243,16 @@ def simulate(deployment: Deployment, rate: float, seconds: float, costs: Costs) 
         step_sets / max(steps, 1),
         longest,
         min(1.0, busy / seconds / ingresses),
+        prefixes.found / max(prefixes.looked_for, 1),
     )
 
 
-def capacity(replicas: int, rows: int, costs: Costs) -> float:
-    """Requests per second that full replicas can do, by the model alone."""
-    prompt, new = statistics.mean(PROMPT), statistics.mean(NEW_TOKENS)
+def capacity(replicas: int, rows: int, costs: Costs, prefix_tokens: int = 0) -> float:
+    """Requests per second that full replicas can do, by the model alone.
+
+    prefix_tokens  that are read in every request, besides its own
+    """
+    prompt, new = statistics.mean(PROMPT) + prefix_tokens, statistics.mean(NEW_TOKENS)
     return replicas / (costs.chunk + prompt * costs.prompt_token + new * costs.step(rows, rows) / rows)
 
 
@@ -249,14 +296,18 @@ class Routing(StrEnum):
 
     LOAD = "load"
     CLUSTER = "cluster"
+    PREFIX = "prefix"
 
 
 def main(
     replicas: Annotated[list[int] | None, typer.Option(min=1, help="Sizes of the cluster; default: 1 to 64.")] = None,
-    routing: Annotated[list[Routing] | None, typer.Option(help="Default: both.")] = None,
+    routing: Annotated[list[Routing] | None, typer.Option(help="Default: all.")] = None,
     clusters: Annotated[int, typer.Option(min=1, help="Clusters of the requests.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a replica.")] = 8,
     ingresses: Annotated[int, typer.Option(min=1, help="Processes that tokens leave through.")] = 1,
+    prefix_tokens: Annotated[int, typer.Option(min=0, help="Tokens that all requests of a cluster begin with.")] = 0,
+    cached_prefixes: Annotated[int, typer.Option(min=1, help="Of a replica's prefix cache.")] = 8,
+    bound: Annotated[float, typer.Option(min=1, help="Of a replica's queue, in multiples of the mean.")] = 1.25,
     seconds: Annotated[float, typer.Option(min=1, help="Simulated seconds.")] = 60,
     bundle: Annotated[
         str | None, typer.Option("--record", metavar="BUNDLE", help="Measure the costs of this bundle first.")
@@ -267,20 +318,21 @@ def main(
     """Simulate clusters of several sizes: tokens per second, first tokens, factor sets and queues."""
     costs = replace(record(bundle, threads, rows) if bundle else Costs(), ingress_token=ingress_token)
     headers = ["routing", "replicas", "tokens/s", "of linear", "first token p99, s", "sets per step", "longest queue",
-               "ingress busy"]  # fmt: skip
+               "ingress busy", "prefix hits"]  # fmt: skip
     lines = []
     for way in routing or list(Routing):
         one = None
         for size in replicas or [1, 2, 4, 8, 16, 32, 64]:
-            deployment = Deployment(size, way.value, clusters, rows, ingresses)
-            rate = capacity(size, rows, costs)
-            full = simulate(deployment, 1.3 * rate, seconds, costs)
-            usual = simulate(deployment, 0.8 * rate, seconds, costs)
+            deployment = Deployment(size, way.value, clusters, rows, ingresses, prefix_tokens, cached_prefixes, bound)
+            # More than without a prefix to read, and less than with all of them.
+            full = simulate(deployment, 1.3 * capacity(size, rows, costs), seconds, costs)
+            usual = simulate(deployment, 0.8 * capacity(size, rows, costs, prefix_tokens), seconds, costs)
             one = one or full.tokens_per_second / size
             lines.append([
                 way.value, f"{size}", f"{full.tokens_per_second:,.0f}",
                 f"{full.tokens_per_second / size / one:.1%}", f"{usual.first_token_p99:.2f}",
                 f"{usual.sets_per_step:.2f}", f"{full.longest_queue}", f"{full.ingress_busy:.0%}",
+                f"{usual.prefix_hits:.0%}" if prefix_tokens else "",
             ])  # fmt: skip
     limit = ingresses / costs.ingress_token if costs.ingress_token else float("inf")
     note = f"{ingresses} ingress(es), at most {limit:,.0f} tokens/s; {costs}"

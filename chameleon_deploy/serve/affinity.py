@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from chameleon_deploy.serve.prompts import as_texts
 from chameleon_deploy.serve.routing import Routing
 from chameleon_deploy.store import remote
 
+PREFIX_BYTES = 512  # of a text's beginning that routing by prefix compares
+
 
 class Affinity:
     """The keys of one kind of routing. A request that a replica will refuse has none: any replica may refuse it."""
@@ -33,14 +36,47 @@ class Affinity:
         self._cluster_of = _clusters(bundle) if routing == "cluster" else None
 
     async def key(self, request: Request, body: bytes) -> str | None:
-        """Return the tenant, the cluster of the first prompt, or None."""
+        """Return the tenant, the cluster of the first prompt, a digest of how it begins, or None."""
         if self._cluster_of is not None and request.method == "POST":
             return await asyncio.to_thread(self._cluster_of, body)
-        if self._routing == "tenant":
+        if self._routing in ("tenant", "prefix"):
             try:
-                return self._keys.holder(request.headers.get("authorization")).tenant
+                tenant = self._keys.holder(request.headers.get("authorization")).tenant
             except ApiError:
                 return None
+            return tenant if self._routing == "tenant" else _prefix(body, tenant)
+        return None
+
+
+class _Beginning(msgspec.Struct):
+    """The fields of a body that say how its text begins."""
+
+    prompt: Any = None
+    input: Any = None
+    messages: list[Any] = []
+    instructions: Any = None
+    tools: Any = None
+    cache_salt: Any = None
+
+
+def _prefix(body: bytes, tenant: str | None) -> str | None:
+    """Return a key that is equal for requests which may find what another has left in a replica's prefix cache.
+
+    It is made of the first bytes of the first prompt, or of the first message, which stays the same while a
+    conversation grows. Adapters are no part of it: activated ones share what they begin with.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=_Beginning)
+        first: Any
+        if fields.messages:
+            first = [fields.messages[0], fields.tools]
+        elif fields.instructions is not None:
+            first = [fields.instructions, fields.tools]
+        else:
+            first = as_texts(fields.input if fields.prompt is None else fields.prompt)[0]
+        beginning = msgspec.json.encode(first)[:PREFIX_BYTES]
+        return hashlib.sha256(msgspec.json.encode([tenant, fields.cache_salt]) + beginning).hexdigest()
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, IndexError, KeyError):
         return None
 
 

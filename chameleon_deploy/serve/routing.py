@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Routing = Literal["load", "cluster", "tenant"]
+Routing = Literal["load", "cluster", "tenant", "prefix"]
 
 
 def choose(queues: Mapping[str, int], key: str | None, bound: float) -> list[str]:

@@ -28,3 +28,13 @@ def test_what_is_offered_is_done() -> None:
     assert found.tokens_per_second == pytest.approx(rate * 72, rel=0.15)  # 72 new tokens on average
     assert found.longest_queue <= 16
     assert 1 <= found.sets_per_step <= 8
+
+
+def test_equal_beginnings_meet_where_they_are_cached() -> None:
+    """As often as the bound lets them."""
+    costs, hits = Costs(ingress_token=0), []
+    for routing, bound in (("load", 4.0), ("prefix", 1.25), ("prefix", 4.0)):
+        deployment = Deployment(4, routing, 32, 8, 1, prefix_tokens=512, cached_prefixes=8, bound=bound)
+        hits.append(simulate(deployment, 0.8 * capacity(4, 8, costs, 512), 60, costs).prefix_hits)
+    assert 0 < hits[0] < hits[2] - 0.1 < 0.9
+    assert hits[1] < hits[2]

@@ -14,6 +14,9 @@ import chameleon_deploy
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.serve.affinity import Affinity
 
+PREFIX = "You are a helpful assistant. " * 30
+SYSTEM = {"role": "system", "content": PREFIX}
+
 
 def _key(affinity: Affinity, body: bytes, authorization: str = "") -> str | None:
     headers = [(b"authorization", authorization.encode())]
@@ -52,3 +55,33 @@ def test_the_tenant_of_the_api_key(bundle: Path, tmp_path: Path) -> None:
     affinity = Affinity("tenant", str(bundle), file)
     assert [_key(affinity, b"", f"Bearer sk-{i}") for i in (1, 2, 3, 4)] == ["acme", "acme", "other", None]
     assert _key(Affinity("load", str(bundle), file), b"", "Bearer sk-1") is None
+
+
+def test_the_beginning_of_the_text(bundle: Path, tmp_path: Path) -> None:
+    """Equal for texts that begin alike and for every turn of a conversation; never of two tenants or salts."""
+    file = tmp_path / "keys.json"
+    file.write_text('{"sk-1": "acme", "sk-2": "other"}')
+    alone, of_tenants = Affinity("prefix", str(bundle), None), Affinity("prefix", str(bundle), file)
+
+    def key(body: Any, affinity: Affinity = alone, authorization: str = "") -> str | None:
+        return _key(affinity, json.dumps(body).encode(), authorization)
+
+    first = {"role": "user", "content": "What is a river?"}
+    alike: list[list[Any]] = [
+        [{"prompt": PREFIX + "one"}, {"prompt": [PREFIX + "two", "x"], "model": "wiki:legal"}],
+        [{"prompt": [list(range(600))]}, {"prompt": list(range(700))}],
+        [{"messages": [SYSTEM, first]}, {"messages": [SYSTEM, {"role": "user", "content": "else"}]}],
+        [{"messages": [first]}, {"messages": [first, {"role": "assistant", "content": "Water."}, first]}],
+        [{"input": "a", "instructions": PREFIX}, {"input": "b", "instructions": PREFIX}],
+        [{"input": [first]}, {"input": [first, first]}],
+    ]
+    keys = [{key(body) for body in bodies} for bodies in alike]
+    assert all(len(found) == 1 and None not in found for found in keys)
+    assert len(set.union(*keys)) == len(alike)
+    body = {"prompt": PREFIX}
+    assert key(body) != key({**body, "cache_salt": "mine"})
+    assert len({key(body, of_tenants, f"Bearer sk-{i}") for i in (1, 2)} | {None}) == 3
+    assert key(body, of_tenants) is None
+    for wrong in list[Any]([{"prompt": []}, {}, {"messages": 5}, {"prompt": {}}, []]):
+        assert key(wrong) is None
+    assert _key(alone, b"\xff") is None

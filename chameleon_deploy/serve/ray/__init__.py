@@ -64,7 +64,7 @@ class Deployment(msgspec.Struct):
     replicas      engines, or the least number of them where max_replicas is given
     max_replicas  Ray adds replicas while the requests that each has exceed its rows
     ingresses     processes that take requests
-    routing       load, cluster or tenant: see `routing.choose`
+    routing       load, cluster, tenant or prefix: see `routing.choose`
     bound         of a replica's queue, in multiples of the mean: see there
     """
 
