@@ -132,7 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self._hold()
                 self._event({"choices": [choice]})
             if (body.get("stream_options") or {}).get("include_usage"):
-                self._event({"choices": [], "usage": {"completion_tokens": len(choices)}})
+                cached = {"cached_tokens": 48}
+                usage = {"completion_tokens": len(choices), "prompt_tokens_details": cached}
+                self._event({"choices": [], "usage": usage})
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
         except OSError:

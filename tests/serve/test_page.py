@@ -158,10 +158,12 @@ def test_type_and_stream(stub: CompletionServer, tab: Tab) -> None:
     assert page.inner_text("#first .text") == "It's a “river”" + "".join(words)
     (body,) = stub.bodies
     assert body == {"model": "stub", "prompt": "It's a “river”", "max_tokens": 12, "temperature": 0.8, "top_p": 1,
-                    "seed": 0, "logprobs": 5, "stream": True}  # fmt: skip
+                    "seed": 0, "logprobs": 5, "stream": True,
+                    "stream_options": {"include_usage": True}}  # fmt: skip
     levels = [token.get_attribute("data-level") for token in tokens(page).all()]
     assert levels[:7] == ["0", "2", "3", "4", "4", "5", "5"]  # of -0.1, -1.1, ..., -6.1
     assert "12 tokens" in page.inner_text("#first .about")
+    assert "48 tokens cached" in page.inner_text("#first .about")
     assert "length" in page.inner_text("#first .about")
     assert tab.complaints == []
 
@@ -403,7 +405,8 @@ def test_a_conversation(stub: CompletionServer, tab: Tab) -> None:
     assert first == [user("one")]
     assert second == [{"role": "system", "content": "Be short."}, user("one"), assistant(said), user("two")]
     assert stub.bodies == [{"model": "stub", "temperature": 0.8, "top_p": 1, "seed": 0, "logprobs": True,
-                            "top_logprobs": 5, "stream": True}] * 2  # fmt: skip
+                            "top_logprobs": 5, "stream": True,
+                            "stream_options": {"include_usage": True}}] * 2  # fmt: skip
     shown = page.locator(".answers [role=option]")
     assert [token.get_attribute("data-level") for token in shown.all()] == ["0", "2", "3", "4"] * 2
     shown.nth(1).hover()

@@ -21,18 +21,23 @@ export class Answer {
     this.list = null; // of tokens, a list box with its first token
     this.pending = []; // tokens whose text has not come yet: parts of a character, of a stop string, or of a call
     this.count = 0;
+    this.cached = 0; // tokens of the prompt that were found in the prefix cache
     this.adaptation = null;
     this.describe("waiting");
   }
 
   async read(path, body, signal) {
     try {
-      const response = await call(path, { ...body, stream: true }, signal);
+      const response = await call(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
       this.begun = performance.now();
       let reason = null;
       for await (const event of events(response)) {
         const choice = event.choices[0];
-        if (!choice) continue;
+        if (!choice) {
+          this.cached = event.usage?.prompt_tokens_details?.cached_tokens ?? 0;
+          this.describe(reason);
+          continue;
+        }
         reason = choice.finish_reason ?? reason;
         this.adaptation = choice.chameleon ?? this.adaptation;
         const tokens = tokensOf(choice.logprobs);
@@ -96,7 +101,8 @@ export class Answer {
     const where = this.adaptation?.cluster_id >= 0 ? `cluster ${this.adaptation.cluster_id}` : "";
     const cohort = this.adaptation?.cohort ? `cohort ${this.adaptation.cohort.id} of ${this.adaptation.cohort.size}` : "";
     const speed = this.count > 1 ? `${this.count} tokens, ${(this.count / seconds).toFixed(1)} tokens/s` : "";
-    this.about.textContent = [where, cohort, speed, state].filter(Boolean).join(" · ");
+    const cached = this.cached ? `${this.cached} tokens cached` : "";
+    this.about.textContent = [where, cohort, cached, speed, state].filter(Boolean).join(" · ");
   }
 }
 
