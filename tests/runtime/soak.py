@@ -1,8 +1,9 @@
-"""A soak: `python -m tests.runtime.soak BUNDLE [--threads 64] [--requests 1000000]`.
+"""A soak: `python -m tests.runtime.soak BUNDLE [--threads 64] [--requests 1000000] [--evicting]`.
 
 Tiny requests of many threads, whose answers must be those of serial requests, without memory that grows or anything
-left over. Prints one line of JSON. The exit code is 1 where something is not so, which standard error says.
-runtime/tests/soak.cpp is the same for C++.
+left over. With --evicting their prompts begin alike, and the prefix cache has no room for all beginnings. Prints one
+line of JSON. The exit code is 1 where something is not so, which standard error says.
+runtime/tests/soak.cpp is the same for C++, without --evicting.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any
 
 from chameleon_deploy import Engine, Generation, Runtime, Sampling, load
 from chameleon_deploy.contract.bundle import Mode
+from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS
+from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 
 # Answers a request, which its number says.
 Service = Callable[[int], list[str]]
@@ -35,6 +38,7 @@ Opening = Callable[[], AbstractContextManager[Service]]
 PARTS = 10
 MAX_DRIFT = 0.02
 DISTINCT = 1000
+BEGINNINGS, CACHED = 7, 4  # of prompts: different ones, and those that an evicting prefix cache has room for
 MODES: tuple[Mode, ...] = ("none", "centroid", "request", "cohort", "tenant")
 
 
@@ -179,14 +183,42 @@ def engine_service(bundle: Path, count: int) -> Iterator[Service]:
         )
 
 
+def beginning_request(number: int, vocab_size: int) -> dict[str, Any]:
+    """Return the arguments of `submit` for a prompt that begins as many others do."""
+    beginning = [1 + (37 * (number % BEGINNINGS) + 11 * i) % (vocab_size - 1) for i in range(2 * BLOCK_TOKENS)]
+    rest = [1 + (31 * number + i * (5 + number % 11)) % (vocab_size - 1) for i in range(1 + number % 9)]
+    how = {"mode": "none", "max_new_tokens": 1 + number % 3, "sampling": Sampling(seed=number)}
+    return {"prompts": [[*beginning, *rest]], "cache_generated": False, **how}
+
+
+@contextmanager
+def evicting_service(bundle: Path, count: int, blocks: int = 2 * CACHED) -> Iterator[Service]:
+    """An engine whose prefix cache holds so many blocks."""
+    runtime = load(bundle, threads=1)
+    requests = [beginning_request(number, runtime.manifest.model.vocab_size) for number in range(count)]
+    assert isinstance(runtime.decoder, SharedCacheDecoder)
+    room = blocks * BLOCK_TOKENS * runtime.decoder.token_bytes
+    with Engine(runtime, prefill_tokens=BLOCK_TOKENS, prefix_cache_bytes=room) as engine:
+        yield lambda number: submit(engine, **requests[number])
+        stats = engine.prefix_cache_stats()
+    if blocks and not (stats.hits and stats.evictions):
+        raise RuntimeError(f"nothing was found or evicted: {stats}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--evicting", action="store_true")
     arguments = parser.parse_args()
-    serial = serial_answers(arguments.bundle, DISTINCT)
-    report = soak(partial(engine_service, arguments.bundle, DISTINCT), serial, arguments.threads, arguments.requests)
+    if arguments.evicting:
+        with evicting_service(arguments.bundle, DISTINCT, blocks=0) as cold:
+            serial = [cold(number) for number in range(DISTINCT)]
+    else:
+        serial = serial_answers(arguments.bundle, DISTINCT)
+    opening = partial(evicting_service if arguments.evicting else engine_service, arguments.bundle, DISTINCT)
+    report = soak(opening, serial, arguments.threads, arguments.requests)
     faults = list(report.faults())
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
-from tests.runtime.soak import Opening, Service, engine_service, serial_answers, soak
+from tests.runtime.soak import Opening, Service, engine_service, evicting_service, serial_answers, soak
 from tests.shared_data import good_bundle
 
 THREADS, REQUESTS = 4, 2000
@@ -74,3 +74,11 @@ def test_tiny_requests_are_answered_as_serial_ones() -> None:
     report = soak(partial(engine_service, bundle, 100), serial, threads=16, requests=500)
     assert report.wrong == 0
     assert (report.after.threads, report.after.files) == (report.before.threads, report.before.files)
+
+
+def test_evictions_lose_nothing() -> None:
+    bundle = good_bundle("chameleon_masked")
+    with evicting_service(bundle, 50, blocks=0) as cold:
+        serial = [cold(number) for number in range(50)]
+    report = soak(partial(evicting_service, bundle, 50), serial, threads=8, requests=300)
+    assert report.wrong == 0
