@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,9 @@ _BLOCK = 8192  # logits whose intermediate results fit the level 2 cache
 _DRAWN = 256  # weights whose running sums are all computed
 _BIN_SHIFT = 46  # 64 bins of weights for every power of two: all but 6 of the 52 bits of the fraction are dropped
 _BIN_OF_1 = 1023 << (52 - _BIN_SHIFT)
+
+
+SCORED = Sampling(ignore_eos=True, logprobs=0)  # of tokens that are given
 
 
 class Choice(NamedTuple):
@@ -141,6 +144,17 @@ class Sampler:
         self._counts.append(token_id)
         if self._mask is not None:
             self._mask.append(token_id)
+
+
+class Given(Sampler):
+    """Takes given tokens, one after another: a row with this sampler tells their log-probabilities."""
+
+    def __init__(self, prompt: Iterable[int], token_ids: Sequence[int]) -> None:
+        super().__init__(SCORED, prompt, 0)
+        self._token_ids = token_ids
+
+    def choose(self, logits: FloatArray) -> Choice:
+        return log_probabilities(logits, self._token_ids[self._step], 0)
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

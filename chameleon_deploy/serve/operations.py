@@ -196,7 +196,7 @@ OPERATIONS = (
     ),
     Operation("/v1/responses", respond, ResponseObject, "Answer a conversation, statelessly.", ResponsesRequest),
     Operation("/v1/models", _models, schemas.ModelList, "The bundle's modes, each as a model."),
-    Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.TextsRequest),
+    Operation("/v1/score", score, schemas.ScoreResponse, "Log-probabilities of texts.", schemas.ScoreRequest),
     Operation(
         "/v1/embeddings", _embeddings, schemas.EmbeddingsResponse, "Embeddings of texts, by the bundle's encoder.",
         schemas.EmbeddingsRequest,

@@ -283,8 +283,20 @@ class TextsRequest(AdaptedRequest, kw_only=True):
     input: Prompt
 
 
-class ScoreItem(Struct, kw_only=True):
-    """token_logprobs[i] is the log-probability of token_ids[i + 1]. perplexity is null for a single token."""
+class ScoreRequest(TextsRequest, kw_only=True):
+    """Texts to score; with continuations, what is scored of each text is what follows it."""
+
+    continuations: Annotated[
+        Prompt | None, Meta(description="Score only these, each after its text, or all after the one text.")
+    ] = None
+    cache_salt: Annotated[str, Meta(description="Of the prefix cache, which continuations use.")] = ""
+    cache_generated: bool = True
+
+
+class ScoreItem(Struct, kw_only=True, omit_defaults=True):
+    """token_logprobs[i] is the log-probability of token_ids[i + 1], or of token_ids[i] in a continuation. perplexity is
+    null for a single token that nothing comes before. cached_tokens: of the text before a continuation
+    """
 
     index: int
     cluster_id: int
@@ -292,6 +304,7 @@ class ScoreItem(Struct, kw_only=True):
     perplexity: float | None
     token_ids: list[int]
     token_logprobs: list[float]
+    cached_tokens: int | None = None
 
 
 class ScoreResponse(Struct, kw_only=True):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
-from chameleon_deploy.runtime import Adapt, Adaptation
+from chameleon_deploy.errors import ChameleonError
+from chameleon_deploy.runtime import Adapt, Adaptation, Generate, Stream
 from chameleon_deploy.runtime.sampling import Choice
 from chameleon_deploy.runtime.scoring import Score, prompt_logprobs, score_rows
 from chameleon_deploy.serve.call import Call
+from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.models import Meant
-from chameleon_deploy.serve.prompts import encode
-from chameleon_deploy.serve.schemas import AdaptedRequest, ScoreItem, ScoreResponse, TextsRequest
+from chameleon_deploy.serve.prompts import as_texts, encode
+from chameleon_deploy.serve.schemas import AdaptedRequest, ScoreItem, ScoreRequest, ScoreResponse
 from chameleon_deploy.serve.service import Served
 
 Body = TypeVar("Body", bound=AdaptedRequest)
@@ -28,15 +31,50 @@ async def score_prompts(served: Served, ids: list[list[int]], adapt: Adapt, coun
     ]
 
 
-async def score(call: Call[TextsRequest]) -> ScoreResponse:
-    """/v1/score: what `Runtime.score` gives."""
+async def score(call: Call[ScoreRequest]) -> ScoreResponse:
+    """/v1/score: what `Runtime.score` gives, or `Engine.submit_scores` of continuations."""
     body, served = call.body, call.served
     meant = served.models.hold(body)
+    if body.continuations is not None:
+        return await _score_continuations(call, meant)
     ids = await call.off_loop_if_large(lambda: encode(body.input, "input", served))
     adaptation = await served.score(served.runtime.sources.adapt, ids, adapt_options(call, meant, len(ids)))
     items = [_item(i, await served.score(_score_row, served, ids, adaptation, i)) for i in range(len(ids))]
     fingerprint = served.fingerprint(meant)
     return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
+
+
+async def _score_continuations(call: Call[ScoreRequest], meant: Meant) -> ScoreResponse:
+    served = call.served
+    stream = await call.off_loop_if_large(lambda: _submit(call, meant), undo=Stream.cancel)
+    try:
+        generations = await stream
+    except BaseException:
+        stream.cancel()
+        raise
+    items = []
+    for i, generation in enumerate(generations):
+        if generation.error is not None:
+            raise generation.error
+        found = Score(generation.token_ids, generation.token_logprobs or [], generation.cluster_id)
+        items.append(msgspec.structs.replace(_item(i, found), cached_tokens=stream.cached_tokens[i]))
+    fingerprint = served.fingerprint(meant)
+    return ScoreResponse(model=meant.model, mode=meant.mode, system_fingerprint=fingerprint, data=items)
+
+
+def _submit(call: Call[ScoreRequest], meant: Meant) -> Stream:
+    """Check and submit continuations. Raises ApiError."""
+    body, served = call.body, call.served
+    prompts, continuations = as_texts(body.input), as_texts(body.continuations)
+    if len(continuations) > served.max_prompts:
+        message = f"{len(continuations)} continuations, at most {served.max_prompts} are taken"
+        raise ApiError(400, "input_invalid", message, "continuations")
+    generate = Generate(cache_salt=call.salt + body.cache_salt, cache_generated=body.cache_generated)
+    try:
+        adapt = adapt_options(call, meant, len(continuations))
+        return served.engine.submit_scores(prompts, continuations, generate, adapt, call.share)
+    except ChameleonError as error:
+        raise api_error(error, {"prompts": "input"}.get(error.argument or "", error.argument)) from error
 
 
 def adapt_options(call: Call[Body], meant: Meant, texts: int) -> Adapt:

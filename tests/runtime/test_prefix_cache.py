@@ -18,7 +18,7 @@ import chameleon_deploy
 from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling, Stream
 from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.contract.manifest import in_head
-from chameleon_deploy.errors import InputError
+from chameleon_deploy.errors import ChameleonError, InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.checkpoint import load_checkpoint
@@ -577,3 +577,25 @@ def test_a_decoder_without_slots_has_none(portable: Runtime) -> None:
 def test_a_salt_that_is_no_text_is_refused() -> None:
     with pytest.raises(InputError, match="cache_salt must be a string, got a int"):
         Generate(cache_salt=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["texts", "ids"])
+def test_scores_of_continuations_share_their_prompt(plain: Runtime, kind: str) -> None:
+    """Multiple choice: the question is read once, and each answer has the log-probabilities that `score` gives it."""
+    question = "The river runs through the town. Then it comes to the sea. Which is"
+    prompts: Any = [2 * question] * 3 if kind == "texts" else [prompt_of(60)] * 3
+    answers: Any = [" a lake", " a road to", "xyz"] if kind == "texts" else [[5, 0, 7], [9], [300, 2]]
+    heads, wholes = plain.encode(prompts), [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    with Engine(plain, prefill_tokens=16, prefix_cache_bytes=2**22) as engine:
+        stream = engine.submit_scores(prompts, answers, mode="none")
+        for head, whole, found in zip(heads, plain.encode(wholes), stream.result(60), strict=True):
+            assert found.token_ids == whole[len(head) :]
+            expected = plain.score([whole], mode="none")[0].token_logprobs[len(head) - 1 :]
+            np.testing.assert_allclose(found.token_logprobs or (), expected, atol=1e-4)
+        assert stream.cached_tokens[0] == 0 < 32 <= min(stream.cached_tokens[1:])
+        again = engine.submit_scores(prompts[:1], answers, mode="none", cache_salt="mine")
+        assert [each.token_ids for each in again.result(60)] == [each.token_ids for each in stream.result()]
+        assert again.cached_tokens[0] == 0
+        for wrong in list[Any]([[answers[0]] * 2, [answers[0][:0]] * 3, [[1] * 100] * 3, [[1, 2], "a", "b"]]):
+            with pytest.raises(ChameleonError):
+                engine.submit_scores(prompts, wrong, mode="none")

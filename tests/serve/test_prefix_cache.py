@@ -135,3 +135,23 @@ def test_a_tenant_that_is_no_part_of_the_salt_is_seen(keyed: InThread, monkeypat
 def test_a_salt_that_is_too_long_is_refused(keyed: InThread) -> None:
     with pytest.raises(openai.BadRequestError, match="cache_salt"):
         ask(keyed, "sk-a", cache_salt="x" * 1025)
+
+
+def test_scores_of_continuations_use_it(bundle: Path) -> None:
+    answers = [[5, 7], [9], [300, 2, 11]]
+    with running(bundle, rows=4, prefill_tokens=16, prefix_cache_bytes=2**22) as server:
+        for cached in (0, 64):
+            found = server.post("/v1/score", input=[PROMPT], continuations=answers, mode="none").json()["data"]
+            assert [item["token_ids"] for item in found] == answers
+            assert found[0]["cached_tokens"] == cached
+        whole = server.post("/v1/score", input=[PROMPT + answer for answer in answers], mode="none").json()["data"]
+        for item, expected in zip(found, whole, strict=True):
+            own = expected["token_logprobs"][len(PROMPT) - 1 :]
+            assert item["token_logprobs"] == pytest.approx(own, abs=1e-4)
+            assert item["logprob"] == pytest.approx(sum(own), abs=1e-4)
+            assert "cached_tokens" not in expected
+        for wrong in list[Any]([[], [[]], answers * 1000, [[600]], ["a", [5]]]):
+            refused = server.post("/v1/score", input=[PROMPT], continuations=wrong)
+            assert refused.status_code in (400, 422)
+            assert refused.json()["error"]["param"] == "continuations"
+        assert server.post("/v1/score", input=[PROMPT] * 2, continuations=answers).status_code == 400

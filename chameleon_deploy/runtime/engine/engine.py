@@ -26,7 +26,7 @@ from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import Stream, deliver
-from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare
+from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare, prepare_scores
 from chameleon_deploy.runtime.engine.tenants import NOBODY, Accounts, Tenant
 from chameleon_deploy.runtime.generation import Generate, GenerateKeywords, Token
 from chameleon_deploy.runtime.inputs import MAX_ROWS, Texts, check_integer, check_names, check_number, chosen
@@ -181,9 +181,38 @@ class Engine:
         check_names(keywords, Generate, Adapt)
         generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
         submission = prepare(self.runtime, prompts, generate, adapt, self.capacity, tenant)
+        return self._queue(submission, tenant, generate.n)
+
+    def submit_scores(
+        self,
+        prompts: Texts,
+        continuations: Texts,
+        generate: Generate | None = None,
+        adapt: Adapt | None = None,
+        tenant: Tenant = NOBODY,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Stream:
+        """Queue the scoring of continuations, given their prompts. Returns at once; safe to call from any thread.
+
+        The rows of the stream take the tokens of the continuations: `Generation.token_logprobs` are their
+        log-probabilities. Prompts are read as `submit` reads them, so what they share with others is read once.
+
+        prompts        one for each continuation, or one for all
+        continuations  texts, where prompts are texts, or lists of token ids
+        generate       its deadline, cache_salt and cache_generated
+        tenant         see `submit`
+
+        Raises what `submit` raises, and InputError for a continuation without tokens.
+        """
+        check_names(keywords, Generate, Adapt)
+        generate, adapt = chosen(Generate, generate, keywords), chosen(Adapt, adapt, keywords)
+        submission = prepare_scores(self.runtime, prompts, continuations, generate, adapt, self.capacity, tenant)
+        return self._queue(submission, tenant)
+
+    def _queue(self, submission: Submission, tenant: Tenant, n: int = 1) -> Stream:
         rows, places = len(submission.members), self.rows + self.max_waiting
         if rows > (most := most_rows(places)):
-            name = "n" if generate.n > 1 else "prompts"
+            name = "n" if n > 1 else "prompts"
             raise InputError(f"{rows} rows in one submit: this engine takes at most {most}", name)
         if not self._window or submission.cohort_key is None:
             form_cohort(self.runtime, [submission], next(self._cohort_ids))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, IntArray
-from chameleon_deploy.errors import LengthError
+from chameleon_deploy.errors import InputError, LengthError
 from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.decode.prompt_lookup import check_drafts
 from chameleon_deploy.runtime.engine.member import Member, members_of
@@ -18,6 +18,7 @@ from chameleon_deploy.runtime.engine.stream import Cohort, Stream
 from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.runtime.generation import Generate, begin_rows
 from chameleon_deploy.runtime.inputs import Texts
+from chameleon_deploy.runtime.sampling import SCORED, Given
 
 if TYPE_CHECKING:  # the runtime drives the loop of this folder
     from chameleon_deploy.runtime.runtime import Runtime
@@ -65,6 +66,42 @@ def prepare(
     rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, runtime.new_mask, capacity)
     stream = Stream(ids, cluster_ids.tolist(), adapt.mode or runtime.mode, generate.n)
     return Submission(stream, adapt, members_of(rows, stream, generate, tenant), embeddings, cluster_ids)
+
+
+def prepare_scores(
+    runtime: Runtime,
+    prompts: Texts,
+    continuations: Texts,
+    generate: Generate,
+    adapt: Adapt,
+    capacity: int,
+    tenant: Tenant,
+) -> Submission:
+    """Check the arguments of `Engine.submit_scores`: its rows generate what is given. Otherwise as `prepare`.
+
+    A text is encoded together with its prompt, and cut where the prompt's own tokens end.
+    """
+    given = runtime.encode(continuations, "continuations")
+    heads = runtime.encode(prompts, "prompts")
+    if len(heads) == 1:
+        prompts, heads = [prompts[0]] * len(given), heads * len(given)  # type: ignore[assignment]
+    if len(heads) != len(given):
+        raise InputError(f"{len(given)} continuations of {len(heads)} prompts: pass one each", "continuations")
+    pairs = list(zip(prompts, continuations, strict=True))
+    if all(isinstance(part, str) for pair in pairs for part in pair):
+        whole = runtime.encode([f"{prompt}{continuation}" for prompt, continuation in pairs], "prompts")
+        given = [ids[len(head) :] for head, ids in zip(heads, whole, strict=True)]
+        heads = [ids[: len(head)] for head, ids in zip(heads, whole, strict=True)]
+    for i, (head, ids) in enumerate(zip(heads, given, strict=True)):
+        if not ids:
+            raise InputError(f"continuation {i} adds no token to its prompt", "continuations")
+        if len(head) + len(ids) > capacity:
+            raise LengthError(f"prompt {i} and its continuation have more than {capacity} tokens", "continuations")
+    own = replace(generate, max_new_tokens=list(map(len, given)), sampling=SCORED, n=1, prompt_lookup_num_tokens=0)
+    submission = prepare(runtime, heads, own, adapt, capacity, tenant)
+    for member, ids in zip(submission.members, given, strict=True):
+        member.row.sampler = Given(member.row.prompt, ids)
+    return submission
 
 
 def form_cohort(runtime: Runtime, submissions: Sequence[Submission], cohort_id: int) -> None:
