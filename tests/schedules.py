@@ -82,7 +82,7 @@ def _random_submit(random: np.random.Generator, runtime: Runtime, capacity: int,
 def random_prefix_schedule(random: np.random.Generator, runtime: Runtime) -> dict[str, Any]:
     """Texts that begin alike or continue one another, and a prefix cache that is too small for them."""
     model, spec = runtime.manifest.model, runtime.manifest.adaptation
-    modes = ["none", "none", "none", "none", "centroid", "request", "cohort", "tenant"]
+    modes = [*["none"] * 8, "centroid", "request", "cohort", "tenant"]
     invocations = [list(tokens) for tokens in spec.invocation_tokens.values()]
     assert isinstance(runtime.decoder, SharedCacheDecoder)
     beginnings = [random.integers(0, model.vocab_size, length).tolist() for length in (20, 48, 70)]
