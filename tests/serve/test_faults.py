@@ -341,7 +341,7 @@ def test_a_drain_waits_for_scores(bundle: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(scoring, "_score_row", slow_row)
     with running(bundle) as server, ThreadPoolExecutor(1) as clients:
         kept = clients.submit(server.post, "/v1/score", input=["The river", "A town"])
-        wait_for(lambda: server.service._requests == 1)
+        wait_for(lambda: server.service._requests.total() == 1)
         server.server.stop()
         assert len(kept.result().json()["data"]) == 2
 

@@ -126,7 +126,7 @@ def leave_while_scoring(server: InThread, request: bytes, scored: list[int]) -> 
     with server.connect() as client:
         client.sendall(request)
         wait_for(lambda: len(scored) >= 1)
-    wait_for(lambda: server.service._requests == 0, 0.5)
+    wait_for(lambda: server.service._requests.total() == 0, 0.5)
     assert len(scored) <= 4
     server.wait_until_idle()
 
@@ -143,14 +143,14 @@ def test_scores_that_go_on_are_seen(server: InThread, scored: list[int], monkeyp
     monkeypatch.setattr(endpoint, "_left", blind)
     with pytest.raises(AssertionError):
         leave_while_scoring(server, SCORES, scored)
-    wait_for(lambda: server.service._requests == 0)
+    wait_for(lambda: server.service._requests.total() == 0)
 
 
 @pytest.mark.usefixtures("scored")
 def test_scores_that_do_not_end_while_draining_are_told(bundle: Path) -> None:
     with running(bundle, drain_seconds=0.1) as server, ThreadPoolExecutor(1) as clients:
         kept = clients.submit(server.post, "/v1/score", input=["The river"] * 100)
-        wait_for(lambda: server.service._requests == 1)
+        wait_for(lambda: server.service._requests.total() == 1)
         server.server.stop()
         answer = kept.result()
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "closed")
