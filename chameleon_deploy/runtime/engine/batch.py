@@ -89,6 +89,7 @@ class ContinuousBatch:
         self._prefixes = None if cache is None else Prefixes(cache, slots, table, schedule.chunk_tokens)
         self._reading: list[Member] = []  # in the last call that prefilled
         self._admitted = self._calls = 0
+        self._has_tenants = False  # several, since the batch was empty last
         self._read_at: dict[str, int] = {}  # the last call of each tenant in the batch
         self._stepped: tuple[list[Member], RowFactors] | None = None  # of the last step
 
@@ -101,6 +102,8 @@ class ContinuousBatch:
 
     def admit(self, member: Member) -> None:
         self._slots.admit(len(self.members))
+        others = bool(self.members) and self.members[0].tenant.name != member.tenant.name
+        self._has_tenants = others or (self._has_tenants and bool(self.members))
         member.place = self._admitted
         self._admitted += 1
         self.members.append(member)
@@ -136,7 +139,7 @@ class ContinuousBatch:
     def _prefill_once(self, crowding: Collection[str]) -> int:
         forked = tokens = 0
         while self.ready < len(self.members):
-            if not tokens:
+            if self._has_tenants and not tokens:
                 self._bring_next()
             prompt, start = self.members[self.ready].prompt, int(self._slots.lengths[self.ready])
             stop = self._prefilled(prompt)
@@ -196,7 +199,7 @@ class ContinuousBatch:
         if self._slots.lengths[self.ready]:
             return [self.members[self.ready]]
         most = self._schedule.chunk_tokens
-        if len({member.tenant.name for member in self.members[self.ready :]}) > 1:
+        if self._has_tenants and len({member.tenant.name for member in self.members[self.ready :]}) > 1:
             most = short_chunk(most)  # nobody waits long for what others read in the same call
         count = joined(map(self._prefilled, self._unread()), most)
         return self.members[self.ready : self.ready + count]
@@ -246,7 +249,8 @@ class ContinuousBatch:
         if start == members[0].prompt.exact and list(map(len, chunks)) == [self._schedule.chunk_tokens]:
             members[0].prompt.exact = stops[0]
         self._calls += 1
-        self._read_at = {m.tenant.name: self._read_at.get(m.tenant.name, -1) for m in self.members}
+        present = self.members if self._has_tenants else []
+        self._read_at = {m.tenant.name: self._read_at.get(m.tenant.name, -1) for m in present}
         self._read_at |= {m.tenant.name: self._calls for m in members}
         return sum(map(len, chunks))
 
