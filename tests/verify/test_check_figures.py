@@ -125,7 +125,8 @@ def test_each_step_has_its_rows_and_its_gate(
     assert modes == list(runtime.manifest.adaptation.modes)
     of_a_graph = steps(runtime, mini, whole=False, max_kl=4e-7)
     assert parts.keys() - of_a_graph.keys() == {
-        "check_data", "check_known_answers", "check_adaptation", "check_factors_alone", "check_mode", "check_texts"
+        "check_data", "check_known_answers", "check_adaptation", "check_encoder", "check_factors_alone", "check_mode",
+        "check_texts",
     }  # fmt: skip
     assert of_a_graph["check_cache"][2].kl_mean == 4e-7
     coarse = msgspec.structs.replace(lora_runtime.manifest, precision="bf16")
