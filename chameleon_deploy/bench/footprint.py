@@ -24,7 +24,8 @@ class Footprint:
     resident             after loading
     peak                 maximum, with a generation
     shared_load_seconds  load_seconds of an additional worker, if all of them share the weights
-    shared_private       private memory of such a worker after loading
+    shared_private       memory that only such a worker has after loading, without pages of files, of which the kernel
+                         keeps one copy for all processes
     """
 
     load_seconds: float

@@ -28,7 +28,7 @@ def main() -> None:
     figures = {
         "load_seconds": time.perf_counter() - START,
         "resident": _memory("status", "VmRSS"),
-        "private": _memory("smaps_rollup", "Private_Clean", "Private_Dirty"),
+        "private": _memory("smaps_rollup", "Private_Dirty"),
     }
     if options.batch:
         vocab_size = runtime.manifest.model.vocab_size
