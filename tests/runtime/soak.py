@@ -184,8 +184,13 @@ def engine_service(bundle: Path, count: int) -> Iterator[Service]:
 
 
 def beginning_request(number: int, vocab_size: int) -> dict[str, Any]:
-    """Return the arguments of `submit` for a prompt that begins as many others do."""
-    beginning = [1 + (37 * (number % BEGINNINGS) + 11 * i) % (vocab_size - 1) for i in range(2 * BLOCK_TOKENS)]
+    """Return the arguments of `submit` for a prompt that begins as many others do.
+
+    Beginnings go up and down, since a cache of the least recently used finds nothing of more that go round than it has
+    room for.
+    """
+    kind = abs(number % (2 * BEGINNINGS - 2) - (BEGINNINGS - 1))
+    beginning = [1 + (37 * kind + 11 * i) % (vocab_size - 1) for i in range(2 * BLOCK_TOKENS)]
     rest = [1 + (31 * number + i * (5 + number % 11)) % (vocab_size - 1) for i in range(1 + number % 9)]
     how = {"mode": "none", "max_new_tokens": 1 + number % 3, "sampling": Sampling(seed=number)}
     return {"prompts": [[*beginning, *rest]], "cache_generated": False, **how}
