@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.verify.gates import GATES, Gate
 from tests.processors.record import PRECISIONS, TOKENS, Reference
 
+# The limits of 4 bits allow what real models lose, which is more than the tiny one loses and than its adapter changes.
+TINY_GATES = {**GATES, "int4": replace(GATES["int4"], kl_mean=2e-2, kl_p999=2e-1)}
 STEPS = 4  # single tokens, whose products have one row for each text, after a prompt
 
 
@@ -63,13 +66,13 @@ def missed(gate: Gate, actual: FloatArray, expected: FloatArray) -> list[str]:
 def test_a_precision_equals_the_reference(recorded: Path, reference: Reference, precision: Precision) -> None:
     runtime = chameleon_deploy.load(recorded / precision, threads=1)
     whole, stepped = logits_of(runtime, reference.rows, "cohort")
-    assert missed(GATES[precision], whole, reference.logits) == []
-    assert missed(GATES[precision], stepped, reference.logits[:, -1 - STEPS :]) == []
+    assert missed(TINY_GATES[precision], whole, reference.logits) == []
+    assert missed(TINY_GATES[precision], stepped, reference.logits[:, -1 - STEPS :]) == []
 
 
 def test_a_gate_notices_the_base_model_in_place_of_the_adapted_one(recorded: Path, reference: Reference) -> None:
     base, _ = logits_of(chameleon_deploy.load(recorded / "fp32", threads=1), reference.rows, "none")
-    assert all(missed(GATES[precision], base, reference.logits) for precision in PRECISIONS)
+    assert all(missed(TINY_GATES[precision], base, reference.logits) for precision in PRECISIONS)
 
 
 @pytest.mark.skipif("CHAMELEON_SATURATES" not in os.environ, reason="names an emulated processor whose sums saturate")
