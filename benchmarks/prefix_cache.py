@@ -2,13 +2,16 @@
 
     python -m benchmarks.prefix_cache BUNDLE --rounds 5
 
-Requests with and without what is compared alternate; each figure is the median of the rounds.
+Requests with and without what is compared alternate; each figure is the median of the rounds. A bundle that takes
+adapters is timed with 8 activated ones behind one prefix, too, beside 8 that update it.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +19,17 @@ import numpy as np
 import typer
 
 import chameleon_deploy
-from chameleon_deploy import Engine, Generate, Runtime, Sampling
+from chameleon_deploy import Engine, Generate, Runtime, Sampling, Stream
+from chameleon_deploy.contract.adapter_file import write_adapter
+from chameleon_deploy.contract.manifest import factor_names
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal import console
 
 PREFIX_TOKENS = 1024
 NEW_PROMPT_TOKENS = 16  # after the prefix
+ADAPTERS, RANK, SPREAD = 8, 16, 0.05  # asked at once behind one prefix; the spread is that of their random factors
+INVOCATION = (1, 2, 3, 4)
 CACHE_BYTES = 2**30
 LOOKED_UP_BLOCKS = 10_000
 GREEDY = Sampling(ignore_eos=True)
@@ -87,6 +94,55 @@ def time_copies(runtime: Runtime) -> float:
     return statistics.median(times)
 
 
+def time_adapters(runtime: Runtime, prompts: Prompts, rounds: int, directory: Path) -> None:
+    """Time the first tokens of one request for each adapter, all asked at once behind a prefix that the base has read.
+
+    "activated" adapters update only what follows their invocation tokens, "plain" ones the prefix too.
+    """
+    names = {kind: [f"{kind}{number}" for number in range(ADAPTERS)] for kind in ("plain", "activated")}
+    for number, name in enumerate([name for kind in names.values() for name in kind]):
+        random_, factors = np.random.default_rng(number), {}
+        for target in runtime.manifest.adaptation.targets:
+            widths = target.in_features, target.out_features
+            for factor, width in zip(factor_names(target.name), widths, strict=True):
+                factors[factor] = random_.normal(0, (SPREAD / width) ** 0.5, (RANK, width)).astype(np.float32)
+        file = directory / f"{name}.safetensors"
+        write_adapter(file, factors, runtime.manifest.adaptation, INVOCATION if name in names["activated"] else ())
+        runtime.load_adapter(name, file)
+    seconds = {kind: list[float]() for kind in names}
+    with Engine(runtime, rows=ADAPTERS, prefix_cache_bytes=CACHE_BYTES) as engine:
+        for number in range(rounds + 1):
+            prefix = prompts(PREFIX_TOKENS)
+            engine.submit([[*prefix, *prompts(NEW_PROMPT_TOKENS)]], Generate(1, GREEDY)).result()
+            for kind in sorted(names, reverse=number % 2 == 0):
+                texts = [[*prefix, *prompts(NEW_PROMPT_TOKENS), *INVOCATION] for _ in names[kind]]
+                found = first_tokens(engine, texts, names[kind])
+                seconds[kind] += [statistics.fmean(found)] if number else []  # the first round warms up
+    plain, activated = (statistics.median(seconds[kind]) for kind in names)
+    ratios = [plain / activated for plain, activated in zip(seconds["plain"], seconds["activated"], strict=True)]
+    print(
+        f"first tokens of {ADAPTERS} adapters behind one prefix, plain {plain * 1000:8.1f} ms, activated "
+        f"{activated * 1000:8.1f} ms: {statistics.median(ratios):.1f} times as soon "
+        f"(from {min(ratios):.1f} to {max(ratios):.1f})"
+    )
+
+
+def first_tokens(engine: Engine, texts: list[list[int]], adapters: list[str]) -> list[float]:
+    """Return the seconds from the first submit to each request's first token."""
+    start = time.perf_counter()
+    streams = [
+        engine.submit([text], Generate(1, GREEDY), adapters=[name])
+        for text, name in zip(texts, adapters, strict=True)
+    ]  # fmt: skip
+
+    def wait(stream: Stream) -> float:
+        next(stream)
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(len(streams)) as pool:
+        return list(pool.map(wait, streams))
+
+
 def opened(runtime: Runtime, blocks: int) -> PrefixCache:
     decoder = runtime.decoder
     assert isinstance(decoder, SharedCacheDecoder)  # noqa: S101  (of provider cpu)
@@ -148,6 +204,9 @@ def main(
     time_misses(runtime, prompts, rounds, prompt_tokens, new_tokens)
     if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + 48:
         time_first_tokens(runtime, prompts, rounds)
+        if runtime.manifest.adaptation.base_digest:
+            with tempfile.TemporaryDirectory() as directory:
+                time_adapters(chameleon_deploy.load(bundle, threads=threads), prompts, rounds, Path(directory))
 
 
 if __name__ == "__main__":

@@ -43,19 +43,11 @@ class OpenVINO:
         if precision not in ("fp32", "int8", "int4"):
             raise ValueError(f"no comparison in {precision}")
         self.name, self.precision = f"OpenVINO {precision}", precision
-        model = _stateful_model(trunk)
+        model = compressed(stateful_model(trunk), precision)
         config: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "fp32":
             # The defaults on newer processors are bfloat16 products and an int8 cache.
             config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        else:
-            import nncf
-
-            nncf.set_log_level(logging.ERROR)
-            with redirect_stdout(io.StringIO()):  # the converter draws its own progress there
-                mode = nncf.CompressWeightsMode
-                groups = {"mode": mode.INT4_ASYM, "group_size": GROUP} if precision == "int4" else {}
-                model = nncf.compress_weights(model, **groups)
         openvino.save_model(model, directory / "openvino.xml", compress_to_fp16=False)
         self.size = sum((directory / f"openvino.{kind}").stat().st_size for kind in ("xml", "bin"))
         core = openvino.Core()
@@ -132,8 +124,21 @@ class _WithPast(nn.Module):
         return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
+def compressed(model: Any, precision: str) -> Any:
+    """Compress the weights of a model as NNCF does by default in int8 or int4; fp32 stays as it is."""
+    if precision == "fp32":
+        return model
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # the converter draws its own progress there
+        mode = nncf.CompressWeightsMode
+        groups = {"mode": mode.INT4_ASYM, "group_size": GROUP} if precision == "int4" else {}
+        return nncf.compress_weights(model, **groups)
+
+
 @torch.no_grad()
-def _stateful_model(trunk: Trunk) -> Any:
+def stateful_model(trunk: Trunk) -> Any:
     """Convert by tracing, then make keys and values internal state, reordered by `beam_idx` as the plugin expects."""
     import openvino
     from openvino import opset13 as op
