@@ -1,9 +1,10 @@
 """What a conversation costs beside a completion of the same tokens, over HTTP.
 
-    python -m benchmarks.chat_cost BUNDLE --threads 2
+    python -m benchmarks.chat_cost BUNDLE --threads 2 --server llama.cpp=http://127.0.0.1:8080
 
 Both ask for the same token ids and give the same ones back; chat renders a template, encodes its text and writes
 another answer. Their order alternates; each figure is the median of the rounds, and the ratio that of their ratios.
+A `--server` runs already: it has the same conversations, all at once, each with as many new tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from benchmarks.humaneval import named
 from benchmarks.served import SECONDS, served
 from chameleon_deploy.errors import CheckFailedError
 from chameleon_deploy.terminal import console
@@ -70,15 +72,40 @@ def seconds(client: httpx.Client, path: str, asked: Sequence[Mapping[str, Any]],
         return time.perf_counter() - start
 
 
+def beside(client: httpx.Client, server: httpx.Client, rounds: int, new_tokens: int) -> tuple[list[float], list[float]]:
+    """Return the tokens per second of a server of ours and of another, which have the same conversations in turns.
+
+    The first of the rounds, which warms up, is left out. Raises CheckFailedError for an answer of another length.
+    """
+    rates: tuple[list[float], list[float]] = [], []
+    for number in range(rounds + 1):
+        for which in (0, 1) if number % 2 else (1, 0):
+            http = (client, server)[which]
+            # Another number in each round, so that no server finds the whole prompt in its cache.
+            asked = [
+                {"messages": conversation(f"{topic}, {number}"), "max_tokens": new_tokens, "temperature": 0,
+                 "ignore_eos": True} for topic in TOPICS
+            ]  # fmt: skip
+            start = time.perf_counter()
+            with ThreadPoolExecutor(len(asked)) as pool:
+                answers = list(pool.map(lambda body: http.post(CHAT, json=body).raise_for_status().json(), asked))  # noqa: B023
+            rates[which].append(new_tokens * len(asked) / (time.perf_counter() - start))
+            lengths = {answer["usage"]["completion_tokens"] for answer in answers}
+            if lengths != {new_tokens}:
+                raise CheckFailedError(f"{http.base_url} answered {sorted(lengths)} tokens, not {new_tokens}")
+    return rates[0][1:], rates[1][1:]
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle with a chat template.")],
+    server: Annotated[list[str] | None, typer.Option(metavar="NAME=URL", help="A running server; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs per ratio.")] = 9,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the server.")] = 2,
     capacity: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
 ) -> None:
     """Time chat beside completions, one and eight at once, whole and as a stream."""
-    rows = []
+    rows, others = [], []
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         with (
@@ -95,7 +122,18 @@ def main(
                     ratios = [chat / completion for chat, completion in zip(*times.values(), strict=True)]
                     medians = [f"{1000 * statistics.median(times[path]):.0f}" for path in (COMPLETION, CHAT)]
                     rows.append([str(at_once), "yes" if stream else "no", *medians, f"{statistics.median(ratios):.3f}"])
+            for name, address in named("--server", server):
+                with httpx.Client(base_url=address, timeout=SECONDS) as other:
+                    ours, theirs = beside(client, other, rounds, new_tokens)
+                ratios = [one / another for one, another in zip(ours, theirs, strict=True)]
+                rates = [f"{statistics.median(each):.1f}" for each in (ours, theirs)]
+                others.append(
+                    [name, *rates, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+                )
     console.show(Sheet(["at once", "stream", "completions, ms", "chat, ms", "ratio"], rows))
+    if others:
+        title = f"{len(TOPICS)} conversations at once, {new_tokens} new tokens each"
+        console.show(Sheet(["beside", "ours, tokens/s", "theirs, tokens/s", "ratio"], others, title))
 
 
 if __name__ == "__main__":
