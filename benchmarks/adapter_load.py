@@ -142,18 +142,20 @@ class Load:
         return [answer for answers in found for answer in answers]
 
 
+def random_factors(spec: AdaptationSpec, rank: int, seed: int | list[int]) -> dict[str, Any]:
+    """Return an update of every layer that can be adapted: <target>.lora_A and .lora_B, float32 [rank, width]."""
+    random_, factors = np.random.default_rng(seed), dict[str, Any]()
+    for target in spec.targets:
+        for name, width in zip(factor_names(target.name), (target.in_features, target.out_features), strict=True):
+            factors[name] = random_.normal(0, (SPREAD / width) ** 0.5, (rank, width)).astype(np.float32)
+    return factors
+
+
 def write_versions(out: Path, spec: AdaptationSpec, adapters: int, rank: int) -> None:
     """Write PEFT directories a0.0, a0.1, a1.0, ... of random factors for every layer that can be adapted."""
     for number in range(adapters):
         for version in range(VERSIONS):
-            random_ = np.random.default_rng([number, version])
-            factors = dict[str, Any]()
-            for target in spec.targets:
-                for name, width in zip(
-                    factor_names(target.name), (target.in_features, target.out_features), strict=True
-                ):
-                    factors[name] = random_.normal(0, (SPREAD / width) ** 0.5, (rank, width)).astype(np.float32)
-            write_peft(out / f"a{number}.{version}", factors)
+            write_peft(out / f"a{number}.{version}", random_factors(spec, rank, [number, version]))
 
 
 def seconds_to_place(runtime: Runtime, directory: Path) -> float:

@@ -19,16 +19,16 @@ import numpy as np
 import typer
 
 import chameleon_deploy
+from benchmarks.adapter_load import random_factors
 from chameleon_deploy import Engine, Generate, Runtime, Sampling, Stream
 from chameleon_deploy.contract.adapter_file import write_adapter
-from chameleon_deploy.contract.manifest import factor_names
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal import console
 
 PREFIX_TOKENS = 1024
 NEW_PROMPT_TOKENS = 16  # after the prefix
-ADAPTERS, RANK, SPREAD = 8, 16, 0.05  # asked at once behind one prefix; the spread is that of their random factors
+ADAPTERS, RANK = 8, 16  # asked at once behind one prefix
 INVOCATION = (1, 2, 3, 4)
 CACHE_BYTES = 2**30
 LOOKED_UP_BLOCKS = 10_000
@@ -99,15 +99,12 @@ def time_adapters(runtime: Runtime, prompts: Prompts, rounds: int, directory: Pa
 
     "activated" adapters update only what follows their invocation tokens, "plain" ones the prefix too.
     """
+    spec = runtime.manifest.adaptation
     names = {kind: [f"{kind}{number}" for number in range(ADAPTERS)] for kind in ("plain", "activated")}
     for number, name in enumerate([name for kind in names.values() for name in kind]):
-        random_, factors = np.random.default_rng(number), {}
-        for target in runtime.manifest.adaptation.targets:
-            widths = target.in_features, target.out_features
-            for factor, width in zip(factor_names(target.name), widths, strict=True):
-                factors[factor] = random_.normal(0, (SPREAD / width) ** 0.5, (RANK, width)).astype(np.float32)
         file = directory / f"{name}.safetensors"
-        write_adapter(file, factors, runtime.manifest.adaptation, INVOCATION if name in names["activated"] else ())
+        factors, invocation = random_factors(spec, RANK, number), INVOCATION if name in names["activated"] else ()
+        write_adapter(file, factors, spec, invocation)
         runtime.load_adapter(name, file)
     seconds = {kind: list[float]() for kind in names}
     with Engine(runtime, rows=ADAPTERS, prefix_cache_bytes=CACHE_BYTES) as engine:

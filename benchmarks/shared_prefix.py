@@ -34,7 +34,7 @@ from chameleon_deploy.terminal.table import Sheet
 
 OWN_TOKENS = 16  # of each prompt, after the beginning
 CACHE_GB = 4  # of OpenVINO's keys and values
-IDS = 100, 2000  # from and to: tokens of a text that every vocabulary has
+IDS = 10, 250  # from and to: tokens that every vocabulary has
 
 # Answers prompts [requests][tokens] with so many new tokens each, so many at once.
 Answering = Callable[[Sequence[Sequence[int]], int, int], None]
