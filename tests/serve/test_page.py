@@ -668,6 +668,24 @@ def test_a_conversation_on_the_server(browser: Browser, mini: Checkpoint, tmp_pa
         assert tab.complaints == []
 
 
+def test_a_schema_on_the_server(browser: Browser, mini: Checkpoint, tmp_path: Path) -> None:
+    speaking_bundle(["The river."], mini.trunk.tokenizer, tmp_path / "bundle", chat_source())
+    schema = {"type": "object", "properties": {"sky": {"enum": ["blue"]}}, "required": ["sky"]}
+    with running(tmp_path / "bundle", mode="none") as server, open_tab(browser, f"{server.url}/#chat") as tab:
+        page = tab.page
+        expect(page.locator("#model option")).not_to_have_count(0)
+        page.fill("#temperature", "0")
+        page.click("#forms summary")
+        page.fill("#schema", json.dumps({**schema, "additionalProperties": False}))
+        send(page, "Hello")
+        assert json.loads(answers(page)[-1]) == {"sky": "blue"}
+        page.fill("#schema", json.dumps({"$ref": "https://example.org/schema"}))
+        page.fill("#message", "Hello")
+        page.click("#send")
+        expect(page.locator("#error")).to_contain_text("400")
+        assert ["400" in complaint for complaint in tab.complaints] == [True]  # the browser's own, of the status
+
+
 @pytest.mark.skipif(not os.environ.get("CHAMELEON_SCREENSHOTS"), reason="CHAMELEON_SCREENSHOTS=1 writes them")
 @pytest.mark.parametrize("view", VIEWS)
 def test_screenshots(browser: Browser, bundle: Path, view: str) -> None:
