@@ -283,7 +283,7 @@ def record(bundle: str, threads: int, rows: int) -> Costs:
             for stream in streams:
                 stream.result()
             for (begin, _), (end, made) in itertools.pairwise(ends):
-                lasted.setdefault((made.rows, made.factor_sets, made.chunk_tokens), []).append(end - begin)
+                lasted.setdefault((made.rows, made.factor_sets, made.prefilled_tokens), []).append(end - begin)
     kinds = np.array([(count > 0, count, max(sets - 1, 0), read > 0, read) for count, sets, read in lasted])
     seconds = np.array([statistics.median(times) for times in lasted.values()])
     weights = np.sqrt([len(times) for times in lasted.values()])

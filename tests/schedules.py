@@ -171,7 +171,7 @@ def run_schedule(runtime: Runtime, schedule: dict[str, Any]) -> dict[str, Any]:
         tokens, record = loop.iterate()
         deliver(tokens)
         iterations.append([
-            record.rows, record.factor_sets, record.factor_set_hits, record.chunk_tokens, len(record.queued),
+            record.rows, record.factor_sets, record.factor_set_hits, record.prefilled_tokens, len(record.queued),
             len(record.first_tokens), len(record.later_tokens), len(record.finished), batch.cached_tokens,
         ])  # fmt: skip
     result: dict[str, Any] = {

@@ -87,7 +87,7 @@ class Metrics:
             self._step.observe(iteration.step)
             self._batch_rows.observe(iteration.rows)
             self._batch_sets.observe(iteration.factor_sets)
-        if iteration.chunk_tokens:
+        if iteration.prefilled_tokens:
             self._chunk.observe(iteration.chunk)
         self._hits.inc(iteration.factor_set_hits)
         self._generation_tokens.inc(len(iteration.first_tokens) + len(iteration.later_tokens))

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.runtime.engine.engine import MIN_PREFILL_TOKENS
+from chameleon_deploy.runtime.decode.schedule import MIN_PREFILL_TOKENS
 from chameleon_deploy.runtime.inputs import MAX_ROWS, MAX_THREADS
 
 

@@ -112,7 +112,7 @@ void engine(const std::string& bundle, std::size_t rounds) {
   Clock::time_point last;
   chameleon::Engine engine(runtime, {.rows = kCallers, .observe = [&](const chameleon::Iteration& iteration) {
                                        const auto now = Clock::now();
-                                       if (iteration.rows == kCallers && iteration.chunk_tokens == 0) {
+                                       if (iteration.rows == kCallers && iteration.prefilled_tokens == 0) {
                                          steps.push_back(milliseconds(now - last));
                                          outside.push_back(milliseconds(now - last - inside_run));
                                        }

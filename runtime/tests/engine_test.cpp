@@ -397,7 +397,7 @@ TEST(Engine, WhatItSaysOfItself) {
     later += iteration.later_tokens.size();
     queued += iteration.queued.size();
     rows += iteration.rows;
-    chunks += iteration.chunk_tokens;
+    chunks += iteration.prefilled_tokens;
     EXPECT_LE(iteration.rows, 2U);
     EXPECT_EQ(iteration.step > Seconds::zero(), iteration.rows > 0);
   }

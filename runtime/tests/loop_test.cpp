@@ -135,9 +135,9 @@ TEST(Loop, TheGapBetweenTwoTokensIsOneChunkAndOneStep) {
   for (const std::size_t length : {28, 3, 25, 20, 1}) bench.submit(prompt_of(length), Mode::none, 3);
   while (!running.done()) {
     const Iteration iteration = bench.iterate();
-    EXPECT_LE(iteration.chunk_tokens, 8U);
+    EXPECT_LE(iteration.prefilled_tokens, 8U);
     EXPECT_GE(iteration.rows, 1U);
-    read += iteration.chunk_tokens;
+    read += iteration.prefilled_tokens;
   }
   EXPECT_EQ(read, 27U + 2U + 24U + 19U);
 }
@@ -161,7 +161,7 @@ TEST(Loop, PromptsThatAreReadTogetherAreAsIfAlone) {
   const std::vector<Mode> modes = {Mode::request, Mode::none, Mode::centroid};
   std::vector<Stream> streams;
   for (std::size_t i = 0; i < modes.size(); ++i) streams.push_back(bench.submit(prompt_of(5 - i), modes[i]));
-  EXPECT_EQ(bench.iterate().chunk_tokens, 4U + 3U);  // the third would be beyond the chunk of 8
+  EXPECT_EQ(bench.iterate().prefilled_tokens, 4U + 3U);  // the third would be beyond the chunk of 8
   EXPECT_EQ(bench.batch->ready(), 2U);
   bench.run();
   for (std::size_t i = 0; i < modes.size(); ++i) {

@@ -82,7 +82,7 @@ Json run_schedule(const Runtime& runtime, const Json& schedule) {
     }
     const auto [tokens, record] = loop.iterate();
     for (const auto& [stream, token] : tokens) stream->deliver(token);
-    iterations.push_back({record.rows, record.factor_sets, record.factor_set_hits, record.chunk_tokens,
+    iterations.push_back({record.rows, record.factor_sets, record.factor_set_hits, record.prefilled_tokens,
                           record.queued.size(), record.first_tokens.size(), record.later_tokens.size(),
                           record.finished.size(), batch->cached_tokens()});
   }

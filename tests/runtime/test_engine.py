@@ -177,7 +177,7 @@ def test_continuations_draw_from_streams_of_their_own_and_read_the_prompt_once(
     iterations = []
     while bench.loop:
         iterations.append(bench.iterate())
-    assert sum(iteration.chunk_tokens for iteration in iterations) in (39, 40)  # the last may be left to a step
+    assert sum(iteration.prefilled_tokens for iteration in iterations) in (39, 40)  # the last may be left to a step
     found = stream.result(0)
     assert len({tuple(generation.token_ids) for generation in found}) == 4
     together = runtime.generate([prompt] * 4, sampling=HOT, mode="centroid", max_new_tokens=12)  # streams 0 to 3

@@ -468,7 +468,7 @@ def test_the_next_turn_begins_where_the_last_ended(world: World) -> None:
     iterations = world.run()
     assert second.cached_tokens == [48]  # of 49 that were read: the last token never is
     assert exact.cached_tokens == [0]
-    assert sum(iteration.chunk_tokens for iteration in iterations[:1]) <= len(turn) - 48
+    assert sum(iteration.prefilled_tokens for iteration in iterations[:1]) <= len(turn) - 48
 
 
 @pytest.mark.parametrize("length", [40, 90])
@@ -478,7 +478,7 @@ def test_equal_prompts_at_once_are_read_once(world: World, length: int) -> None:
     iterations = world.run()
     kept = length // BLOCK_TOKENS * BLOCK_TOKENS
     assert [stream.cached_tokens[0] for stream in streams] == [0, kept, kept, kept]
-    assert sum(iteration.chunk_tokens for iteration in iterations) <= length + 3 + 3 * (length + 3 - kept)
+    assert sum(iteration.prefilled_tokens for iteration in iterations) <= length + 3 + 3 * (length + 3 - kept)
     for stream in streams:
         assert len(stream.result(0)[0].token_ids) == 1
 

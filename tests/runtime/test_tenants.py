@@ -48,8 +48,8 @@ class Bench:
     def iterate(self) -> Iteration:
         tokens, iteration = self.loop.iterate()
         deliver(tokens)
-        if iteration.chunk_tokens:
-            self.cost += CALL_TOKENS + iteration.chunk_tokens
+        if iteration.prefilled_tokens:
+            self.cost += CALL_TOKENS + iteration.prefilled_tokens
         if iteration.rows:
             self.cost += CALL_TOKENS + STEP_ROW_TOKENS * iteration.rows
             self.row_steps.update(member.tenant.name for member in self.batch.members[: iteration.rows])

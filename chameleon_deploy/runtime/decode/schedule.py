@@ -19,18 +19,18 @@ from typing import Any, Protocol, TypeVar
 MAX_OVERTAKES = 16
 # A call of the decoder takes the time of so many more tokens, since it reads all weights.
 CALL_TOKENS = 32
-MIN_CHUNK_TOKENS = 8
+MIN_PREFILL_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A rule for how many prompt tokens are prefilled between two steps.
 
-    chunk_tokens  prompt tokens of one call of the decoder
-    reads_all     every prompt that is not read yet, else one call
+    prefill_tokens  prompt tokens of one call of the decoder
+    reads_all       every prompt that is not read yet, else one call
     """
 
-    chunk_tokens: int
+    prefill_tokens: int
     reads_all: bool = False
 
 
@@ -105,24 +105,24 @@ def admissible(
             return
 
 
-def short_chunk(chunk_tokens: int) -> int:
+def short_chunk(prefill_tokens: int) -> int:
     """Return the most tokens of a chunk while another tenant, which has fewer rows, waits for its prompt to be read."""
-    return max(chunk_tokens // 4, MIN_CHUNK_TOKENS)
+    return max(prefill_tokens // 4, MIN_PREFILL_TOKENS)
 
 
-def chunk_length(remaining: int, chunk_tokens: int) -> int:
-    """Return how many tokens of a prompt to prefill next, at most chunk_tokens.
+def chunk_length(remaining: int, prefill_tokens: int) -> int:
+    """Return how many tokens of a prompt to prefill next, at most prefill_tokens.
 
     A single token is never left for the last chunk: the decoder would run it as a step, which rounds differently in
     int8.
     """
-    return chunk_tokens - 1 if remaining == chunk_tokens + 1 else min(remaining, chunk_tokens)
+    return prefill_tokens - 1 if remaining == prefill_tokens + 1 else min(remaining, prefill_tokens)
 
 
-def joined(lengths: Iterable[int], chunk_tokens: int) -> int:
+def joined(lengths: Iterable[int], prefill_tokens: int) -> int:
     """Return how many of the first prompts to prefill in one call, at least 1 if there is one.
 
-    The call pads them to the longest: to chunk_tokens in all, and by no more than the calls that it saves are worth.
+    The call pads them to the longest: to prefill_tokens in all, and by no more than the calls that it saves are worth.
     Prompts of less than two tokens are alone: the decoder would run one token as a step, which rounds differently in
     int8.
 
@@ -133,7 +133,7 @@ def joined(lengths: Iterable[int], chunk_tokens: int) -> int:
     for length in lengths:
         shortest, longest, tokens = min(shortest, length), max(longest, length), tokens + length
         padded = (count + 1) * longest
-        if count and (shortest < 2 or padded > chunk_tokens or padded - tokens > count * CALL_TOKENS):
+        if count and (shortest < 2 or padded > prefill_tokens or padded - tokens > count * CALL_TOKENS):
             return count
         count += 1
     return count

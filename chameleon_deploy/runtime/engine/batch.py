@@ -86,7 +86,7 @@ class ContinuousBatch:
         self.members: list[Member] = []
         self.ready = 0
         self._left_to_step = int(slots.is_exact and not schedule.reads_all)
-        self._prefixes = None if cache is None else Prefixes(cache, slots, table, schedule.chunk_tokens)
+        self._prefixes = None if cache is None else Prefixes(cache, slots, table, schedule.prefill_tokens)
         self._reading: list[Member] = []  # in the last call that prefilled
         self._admitted = self._calls = 0
         self._has_tenants = False  # several, since the batch was empty last
@@ -150,7 +150,7 @@ class ContinuousBatch:
                     self._prefixes.keep(self.members[self.ready], self.ready)
                 self.ready += 1
                 prompt.readers += 1
-            elif sibling is not None and forked < self._schedule.chunk_tokens * FORKED_PER_PREFILL:
+            elif sibling is not None and forked < self._schedule.prefill_tokens * FORKED_PER_PREFILL:
                 self._slots.fork(sibling, self.ready, stop)
                 forked += stop
             elif sibling is None and start == 0 and self._restored():
@@ -198,7 +198,7 @@ class ContinuousBatch:
         # The decoder appends tokens to a cache that is not empty for a single row only.
         if self._slots.lengths[self.ready]:
             return [self.members[self.ready]]
-        most = self._schedule.chunk_tokens
+        most = self._schedule.prefill_tokens
         if self._has_tenants and len({member.tenant.name for member in self.members[self.ready :]}) > 1:
             most = short_chunk(most)  # nobody waits long for what others read in the same call
         count = joined(map(self._prefilled, self._unread()), most)
@@ -227,7 +227,7 @@ class ContinuousBatch:
     def _prefill_chunks(self, start: int, crowding: Collection[str]) -> int:
         """Prefill the next tokens of members that all have `start` tokens already."""
         members = self._reading = self._next_to_prefill()
-        most = self._schedule.chunk_tokens
+        most = self._schedule.prefill_tokens
         if members[0].tenant.name in crowding:
             most = short_chunk(most)
         if self._prefixes is not None and start == 0:
@@ -246,7 +246,7 @@ class ContinuousBatch:
         if num_logits:
             for member, after_last in zip(members, logits[:, 0], strict=True):
                 member.prompt.logits = after_last
-        if start == members[0].prompt.exact and list(map(len, chunks)) == [self._schedule.chunk_tokens]:
+        if start == members[0].prompt.exact and list(map(len, chunks)) == [self._schedule.prefill_tokens]:
             members[0].prompt.exact = stops[0]
         self._calls += 1
         present = self.members if self._has_tenants else []

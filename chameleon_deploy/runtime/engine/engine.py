@@ -19,7 +19,7 @@ from chameleon_deploy.runtime.adaptation import Adapt
 from chameleon_deploy.runtime.chat.conversation import Messages
 from chameleon_deploy.runtime.chat.template import chat_generate, chat_prompt
 from chameleon_deploy.runtime.decode.prefix_cache import PrefixCache, PrefixCacheStats
-from chameleon_deploy.runtime.decode.schedule import Schedule, most_rows
+from chameleon_deploy.runtime.decode.schedule import MIN_PREFILL_TOKENS, Schedule, most_rows
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.engine.batch import ContinuousBatch
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
@@ -35,7 +35,6 @@ from chameleon_deploy.runtime.machine import free_memory
 if TYPE_CHECKING:  # the runtime drives the loop of this folder
     from chameleon_deploy.runtime.runtime import Runtime
 
-MIN_PREFILL_TOKENS = 8
 CACHE_SHARE = 0.5  # of the free memory that keys and values take by default at most
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
 MIN_CAPACITY = 16  # tokens of a row: with less free memory an engine does not start

@@ -35,21 +35,21 @@ class FinishedRow:
 class Iteration:
     """One iteration of the engine. All times are in seconds.
 
-    rows             rows that were given a token, or failed; most of them by the decoder's step
-    factor_sets      resident during the step
-    factor_set_hits  admitted rows whose factor set was resident already
-    chunk_tokens     prefilled prompt tokens; `chunk` is the time of that, with copies of prompts for more continuations
-    step             time of the decoder's step
-    queued           time from submit to admission, of every admitted row
-    first_tokens     time from submit to the first token, of every row that got it
-    later_tokens     time since the token before it, of every later token
-    finished         rows that ended, for any reason
+    rows              rows that were given a token, or failed; most of them by the decoder's step
+    factor_sets       resident during the step
+    factor_set_hits   admitted rows whose factor set was resident already
+    prefilled_tokens  of prompts; `chunk` is the time of that, with copies of prompts for more continuations
+    step              time of the decoder's step
+    queued            time from submit to admission, of every admitted row
+    first_tokens      time from submit to the first token, of every row that got it
+    later_tokens      time since the token before it, of every later token
+    finished          rows that ended, for any reason
     """
 
     rows: int = 0
     factor_sets: int = 0
     factor_set_hits: int = 0
-    chunk_tokens: int = 0
+    prefilled_tokens: int = 0
     chunk: float = 0.0
     step: float = 0.0
     queued: list[float] = field(default_factory=list)

@@ -146,7 +146,7 @@ class Loop:
     def _read(self) -> None:
         started = time.perf_counter()
         try:
-            self._report.chunk_tokens = self.batch.prefill(self._crowding())
+            self._report.prefilled_tokens = self.batch.prefill(self._crowding())
         except Exception as error:
             self._end_all(self.batch.to_prefill(), error)
         self._report.chunk = time.perf_counter() - started

@@ -19,8 +19,8 @@ class Prefixes:
     What a prompt begins with is copied when its turn to be read comes: by then other rows have read what they share.
     """
 
-    def __init__(self, cache: PrefixCache, slots: Slots, table: FactorTable, chunk_tokens: int) -> None:
-        self._cache, self._slots, self._table, self._chunk_tokens = cache, slots, table, chunk_tokens
+    def __init__(self, cache: PrefixCache, slots: Slots, table: FactorTable, prefill_tokens: int) -> None:
+        self._cache, self._slots, self._table, self._prefill_tokens = cache, slots, table, prefill_tokens
         # Where a step follows that reads a prompt's last token, the rest may all be found. Elsewhere a chunk must be
         # read, of two tokens at least, see `chunk_length`.
         self._left = 1 if slots.is_exact else 2
@@ -32,7 +32,7 @@ class Prefixes:
         for block in blocks:
             self._slots.copy_in(place, self._cache.memory_of(block))
         length = BLOCK_TOKENS * len(blocks)
-        is_exact = length % self._chunk_tokens == 0 and all(block.is_exact for block in blocks)
+        is_exact = length % self._prefill_tokens == 0 and all(block.is_exact for block in blocks)
         self.begin(member, length, length if is_exact else 0)
         return True
 
@@ -88,7 +88,7 @@ class Prefixes:
 
     def _find(self, member: Member, is_used: bool) -> list[Block]:
         """Return the blocks that a member's prompt is to begin with."""
-        ids, chunk, start = member.prompt.ids, self._chunk_tokens, member.prompt.start
+        ids, chunk, start = member.prompt.ids, self._prefill_tokens, member.prompt.start
         blocks = list[Block]()
         for root, part in self._parts(member):
             if len(blocks) * BLOCK_TOKENS == part.start:

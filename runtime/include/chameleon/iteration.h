@@ -29,7 +29,7 @@ struct Iteration {
   std::size_t rows = 0;               ///< rows that were given a token, or failed; most of them by the decoder's step
   std::size_t factor_sets = 0;        ///< resident during the step
   std::size_t factor_set_hits = 0;    ///< admitted rows whose factor set was resident already
-  std::size_t chunk_tokens = 0;       ///< prefilled prompt tokens
+  std::size_t prefilled_tokens = 0;   ///< prefilled prompt tokens
   Seconds chunk{};                    ///< time of the prefill, with copies of prompts for more continuations
   Seconds step{};                     ///< time of the decoder's step
   std::vector<Seconds> queued;        ///< time from submit to admission, of every admitted row

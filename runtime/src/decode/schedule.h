@@ -21,12 +21,12 @@ namespace chameleon {
 inline constexpr int kMaxOvertakes = 16;
 /// A call of the decoder takes as long as so many tokens more: it reads all weights.
 inline constexpr std::size_t kCallTokens = 32;
-inline constexpr std::size_t kMinChunkTokens = 8;
+inline constexpr std::size_t kMinPrefillTokens = 8;
 
 /// A rule for how many prompt tokens are prefilled between two steps.
 struct Schedule {
-  std::size_t chunk_tokens;  ///< prompt tokens of one call of the decoder
-  bool reads_all = false;    ///< every prompt that is not read yet, else one call
+  std::size_t prefill_tokens;  ///< prompt tokens of one call of the decoder
+  bool reads_all = false;      ///< every prompt that is not read yet, else one call
 };
 
 /// How many rows a request may have of the places that are free: half, so that it never takes all of them. A single row
@@ -86,27 +86,28 @@ class Admissible {
 };
 
 /// The most tokens of a chunk while another tenant, which has fewer rows, waits for its prompt to be read.
-inline std::size_t short_chunk(std::size_t chunk_tokens) { return std::max(chunk_tokens / 4, kMinChunkTokens); }
+inline std::size_t short_chunk(std::size_t prefill_tokens) { return std::max(prefill_tokens / 4, kMinPrefillTokens); }
 
-/// How many tokens of a prompt to prefill next, at most chunk_tokens. A single token is never left for the last chunk:
-/// the decoder would run it as a step, which rounds differently in int8.
-inline std::size_t chunk_length(std::size_t remaining, std::size_t chunk_tokens) {
-  return remaining == chunk_tokens + 1 ? chunk_tokens - 1 : std::min(remaining, chunk_tokens);
+/// How many tokens of a prompt to prefill next, at most prefill_tokens. A single token is never left for the last
+/// chunk: the decoder would run it as a step, which rounds differently in int8.
+inline std::size_t chunk_length(std::size_t remaining, std::size_t prefill_tokens) {
+  return remaining == prefill_tokens + 1 ? prefill_tokens - 1 : std::min(remaining, prefill_tokens);
 }
 
 /// How many of the first prompts to prefill in one call, at least 1 if there is one.
 ///
-/// They are padded to the longest one: to chunk_tokens at most, and by no more than the calls that are saved are worth.
+/// They are padded to the longest one: to prefill_tokens at most, and by no more than the calls that are saved are
+/// worth.
 ///
 /// lengths: tokens of whole prompts; a single token is prefilled alone, as the decoder would run it as a step
-inline std::size_t joined(std::span<const std::size_t> lengths, std::size_t chunk_tokens) {
+inline std::size_t joined(std::span<const std::size_t> lengths, std::size_t prefill_tokens) {
   std::size_t longest = 0, tokens = 0;
   for (std::size_t count = 0; count < lengths.size(); ++count) {
     longest = std::max(longest, lengths[count]);
     tokens += lengths[count];
     const std::size_t padded = (count + 1) * longest;
-    if (count > 0 &&
-        (std::min(lengths[count], lengths[0]) < 2 || padded > chunk_tokens || padded - tokens > count * kCallTokens)) {
+    if (count > 0 && (std::min(lengths[count], lengths[0]) < 2 || padded > prefill_tokens ||
+                      padded - tokens > count * kCallTokens)) {
       return count;
     }
   }

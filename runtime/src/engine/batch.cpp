@@ -55,7 +55,7 @@ ContinuousBatch::ContinuousBatch(std::unique_ptr<Slots> slots, const FactorTable
       table_(table),
       schedule_(schedule),
       left_to_step_(slots_->is_exact() && !schedule.reads_all ? 1 : 0) {
-  if (cache != nullptr) prefixes_.emplace(*cache, *slots_, table_, schedule_.chunk_tokens);
+  if (cache != nullptr) prefixes_.emplace(*cache, *slots_, table_, schedule_.prefill_tokens);
 }
 
 std::size_t ContinuousBatch::cached_tokens() const {
@@ -108,12 +108,12 @@ std::size_t ContinuousBatch::end_of_part(const Member& member, std::size_t start
 std::size_t ContinuousBatch::next_to_prefill() const {
   // GroupQueryAttention appends several tokens to a cache that is not empty for a single row only.
   if (ready_ < members_.size() && slots_->lengths()[ready_] > 0) return 1;
-  std::size_t most = schedule_.chunk_tokens;
+  std::size_t most = schedule_.prefill_tokens;
   if (unread_tenants().size() > 1) most = short_chunk(most);  // nobody waits long for what others read in the same call
   std::vector<std::size_t> lengths;
   std::size_t tokens = 0;
   std::set<Prefixes::Beginning> beginnings;
-  for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.chunk_tokens; ++place) {
+  for (std::size_t place = ready_; place < members_.size() && tokens <= schedule_.prefill_tokens; ++place) {
     if (sibling(place) || slots_->lengths()[place] > 0) break;  // it is copied later, from a member or the prefix cache
     const bool is_alone = members_[place]->prompt->start > 0;   // it is read in two parts
     if (is_alone && place > ready_) break;
@@ -175,7 +175,7 @@ std::size_t ContinuousBatch::prefill_once(const std::set<std::string>& crowding)
     if (start == stop) {
       if (prefixes_) prefixes_->keep(*members_[ready_], ready_);
       ++ready_;
-    } else if (read_already && forked < schedule_.chunk_tokens * kForkedPerPrefill) {
+    } else if (read_already && forked < schedule_.prefill_tokens * kForkedPerPrefill) {
       slots_->fork(*read_already, ready_, static_cast<std::int64_t>(stop));
       forked += stop;
     } else if (!read_already && start == 0 && prefixes_ && prefixes_->restore(*members_[ready_], ready_)) {
@@ -202,7 +202,7 @@ std::optional<std::size_t> ContinuousBatch::sibling(std::size_t place) const {
 std::size_t ContinuousBatch::prefill_chunks(std::size_t start, const std::set<std::string>& crowding) {
   reading_ = next_to_prefill();
   const auto members = std::span(members_).subspan(ready_, reading_);
-  std::size_t most = schedule_.chunk_tokens;
+  std::size_t most = schedule_.prefill_tokens;
   if (crowding.contains(members[0]->tenant.name)) most = short_chunk(most);
   if (prefixes_ && start == 0) {
     for (const auto& member : members) prefixes_->begin(*member, 0, 0);
@@ -224,7 +224,7 @@ std::size_t ContinuousBatch::prefill_chunks(std::size_t start, const std::set<st
     members[row]->prompt->logits.assign(own.begin(), own.end());
   }
   Prompt& first = *members[0]->prompt;
-  if (members.size() == 1 && start == first.exact && tokens == schedule_.chunk_tokens) first.exact = start + tokens;
+  if (members.size() == 1 && start == first.exact && tokens == schedule_.prefill_tokens) first.exact = start + tokens;
   ++calls_;
   std::map<std::string, std::size_t> read_at;
   for (const auto& member : members_) {

@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "decode/schedule.h"
 #include "decode/shared_cache.h"
 #include "engine/loop.h"
 #include "machine.h"
@@ -17,7 +18,6 @@ namespace chameleon {
 
 namespace {
 
-constexpr std::size_t kMinPrefillTokens = 8;
 constexpr std::size_t kCacheShare = 2;    // keys and values take at most half of the free memory by default
 constexpr std::size_t kPrefixShare = 10;  // the prefix cache a tenth
 constexpr std::size_t kMinCapacity = 16;  // tokens of a row: with less free memory an engine does not start

@@ -136,7 +136,7 @@ void Loop::admit(std::shared_ptr<Member> member) {
 void Loop::prefill() {
   const Clock::time_point started = Clock::now();
   try {
-    result_.iteration.chunk_tokens = batch_.prefill(crowding());
+    result_.iteration.prefilled_tokens = batch_.prefill(crowding());
   } catch (const std::exception& error) {
     end_failed(std::span(batch_.members()).subspan(batch_.ready(), batch_.to_prefill()), error);
   }

@@ -14,8 +14,8 @@ constexpr std::size_t kBlockTokens = PrefixCache::kBlockTokens;
 
 }  // namespace
 
-Prefixes::Prefixes(PrefixCache& cache, Slots& slots, const FactorTable& table, std::size_t chunk_tokens)
-    : cache_(cache), slots_(slots), table_(table), chunk_tokens_(chunk_tokens), left_(slots.is_exact() ? 1 : 2) {}
+Prefixes::Prefixes(PrefixCache& cache, Slots& slots, const FactorTable& table, std::size_t prefill_tokens)
+    : cache_(cache), slots_(slots), table_(table), prefill_tokens_(prefill_tokens), left_(slots.is_exact() ? 1 : 2) {}
 
 bool Prefixes::restore(const Member& member, std::size_t place) {
   const std::vector<PrefixCache::Found> blocks = find(member, true);
@@ -23,7 +23,7 @@ bool Prefixes::restore(const Member& member, std::size_t place) {
   for (const auto& block : blocks) slots_.copy_in(place, block.memory, kBlockTokens);
   const std::size_t length = blocks.size() * kBlockTokens;
   const bool is_exact =
-      length % chunk_tokens_ == 0 && std::ranges::all_of(blocks, [](const auto& block) { return block.is_exact; });
+      length % prefill_tokens_ == 0 && std::ranges::all_of(blocks, [](const auto& block) { return block.is_exact; });
   begin(member, length, is_exact ? length : 0);
   return true;
 }
@@ -95,7 +95,7 @@ std::vector<PrefixCache::Found> Prefixes::find(const Member& member, bool is_use
     // Up to where a run that finds nothing ends a chunk, too: before two tokens it cuts otherwise.
     const std::size_t read = left_ == 1 ? ids.size() - 1 : ids.size();
     std::size_t most = 0;
-    for (std::size_t end = chunk_tokens_; end <= exact; end += chunk_tokens_) {
+    for (std::size_t end = prefill_tokens_; end <= exact; end += prefill_tokens_) {
       const std::size_t end_of_part = end < member.prompt->start ? member.prompt->start : read;
       if (end % kBlockTokens == 0 && end_of_part - end != 1) most = end;
     }

@@ -17,7 +17,7 @@ struct Member;
 class Prefixes {
  public:
   /// cache, slots, table: must outlive this
-  Prefixes(PrefixCache& cache, Slots& slots, const FactorTable& table, std::size_t chunk_tokens);
+  Prefixes(PrefixCache& cache, Slots& slots, const FactorTable& table, std::size_t prefill_tokens);
 
   /// Begin a member's row with what there is of its prompt. False if that is nothing.
   bool restore(const Member& member, std::size_t place);
@@ -45,7 +45,7 @@ class Prefixes {
   PrefixCache& cache_;
   Slots& slots_;
   const FactorTable& table_;
-  std::size_t chunk_tokens_;
+  std::size_t prefill_tokens_;
   // Tokens of a prompt that are read in any case. Where a step follows that reads the last one, the rest may all be
   // found. Elsewhere a chunk must be read, of two tokens at least, see `chunk_length`.
   std::size_t left_;
