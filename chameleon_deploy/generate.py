@@ -14,7 +14,12 @@ from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.runtime import Sampling
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.adapter_options import AdapterNames, adapters_of_texts
+from chameleon_deploy.terminal.adapter_options import (
+    AdapterNames,
+    Descriptions,
+    adapters_of_texts,
+    descriptions_of_texts,
+)
 from chameleon_deploy.terminal.table import Sheet
 from chameleon_deploy.terminal.texts import read_texts
 
@@ -28,6 +33,7 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
     adapter: AdapterNames = None,
+    adapt_text: Descriptions = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
@@ -66,7 +72,7 @@ def main(
     console.tell_provider(provider, runtime.provider)
     generations = runtime.generate(
         texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,
-        adapters=adapters_of_texts(adapter, len(texts)),
+        adapters=adapters_of_texts(adapter, len(texts)), adapt_text=descriptions_of_texts(adapt_text, len(texts)),
         prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )  # fmt: skip
     if as_json:

@@ -13,7 +13,12 @@ import chameleon_deploy
 from chameleon_deploy.contract.bundle import Mode
 from chameleon_deploy.runtime import Score
 from chameleon_deploy.terminal import console
-from chameleon_deploy.terminal.adapter_options import AdapterNames, adapters_of_texts
+from chameleon_deploy.terminal.adapter_options import (
+    AdapterNames,
+    Descriptions,
+    adapters_of_texts,
+    descriptions_of_texts,
+)
 from chameleon_deploy.terminal.table import Sheet
 from chameleon_deploy.terminal.texts import read_texts
 
@@ -24,6 +29,7 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
     adapter: AdapterNames = None,
+    adapt_text: Descriptions = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch: what cohort and tenant adapt to.")] = 32,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime.")] = None,
@@ -38,7 +44,7 @@ def main(
     runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
     scores: list[Score] = []
-    adapters = adapters_of_texts(adapter, len(texts))
+    adapters, descriptions = adapters_of_texts(adapter, len(texts)), descriptions_of_texts(adapt_text, len(texts))
     with console.progress() as report:
         for start in range(0, len(texts), batch_size):
             batch = slice(start, start + batch_size)
@@ -46,6 +52,7 @@ def main(
                 texts[batch],
                 tenants=tenant[batch] if tenant else None,
                 adapters=adapters[batch] if adapters else None,
+                adapt_text=descriptions[batch] if descriptions else None,
             )
             report("texts scored", len(scores), len(texts))
     if as_json:

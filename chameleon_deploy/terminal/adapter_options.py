@@ -1,4 +1,6 @@
-"""The --adapter options: directories for commands that read PEFT, names for those that run a bundle."""
+"""The options of updates: PEFT directories for commands that read them, names and descriptions for those that run a
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,15 @@ AdapterNames = Annotated[
     ),
 ]
 
+Descriptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapt-text",
+        metavar="TEXT",
+        help="Mode request of a bundle with an encoder: what the task is, of all texts, or one per text in order.",
+    ),
+]
+
 
 def named_directories(options: Sequence[str] | None) -> dict[str, Path]:
     """Return directories by name. Raises InputError."""
@@ -49,6 +60,13 @@ def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | dic
         return None
     each = list(names) * texts if len(names) == 1 else names
     return [_weights(name) if "=" in name else name or None for name in each]
+
+
+def descriptions_of_texts(descriptions: Sequence[str] | None, texts: int) -> list[str] | None:
+    """Return the description of each text, from one option or one per text; None without the option."""
+    if not descriptions:
+        return None
+    return list(descriptions) * texts if len(descriptions) == 1 else list(descriptions)
 
 
 def _weights(option: str) -> dict[str, float]:

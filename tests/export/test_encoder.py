@@ -37,6 +37,7 @@ from chameleon_deploy.reference.source import add_encoder
 from chameleon_deploy.reference.text_to_lora import TextToLoraFiles, load_text_to_lora
 from chameleon_deploy.reference.tiny import save_base
 from chameleon_deploy.verify.checkpoint_checks import check_encoder
+from tests.commands import call
 from tests.damage import edit
 from tests.families import small_model
 from tests.sentence_encoders import save_encoder, write
@@ -128,6 +129,26 @@ def test_the_engine_takes_descriptions(runtime: Runtime) -> None:
     expected = runtime.generate(ROWS, **how)
     with Engine(runtime) as engine:
         assert [row.token_ids for row in engine.submit(ROWS, **how).result()] == [row.token_ids for row in expected]
+
+
+def test_the_commands_take_descriptions(runtime: Runtime, tmp_path: Path) -> None:
+    prompts, told = ["The river", "The court"], ["answer", "code"]
+    options = [word for text in told for word in ("--adapt-text", text)]
+    words = ["--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", 3, "--json"]
+    result = call("chameleon_deploy.generate", runtime.bundle.path, *words, *options)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line)["token_ids"] for line in result.stdout.splitlines()]
+    assert found == [each.token_ids for each in runtime.generate(prompts, adapt_text=told, max_new_tokens=3)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
+    words = ["--text", file, "--batch-size", 1, "--json"]
+    result = call("chameleon_deploy.score", runtime.bundle.path, *words, *options)
+    assert result.returncode == 0, result.stderr
+    logprobs = [json.loads(line)["token_logprobs"] for line in result.stdout.splitlines()]
+    for ours, score in zip(logprobs, runtime.score(prompts, adapt_text=told), strict=True):
+        np.testing.assert_allclose(ours, score.token_logprobs, atol=1e-5)
+    result = call("chameleon_deploy.generate", runtime.bundle.path, "--prompt", "x", *options)
+    assert (result.returncode, "2 values of adapt_text for 1 prompts" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
