@@ -19,6 +19,8 @@ chameleon-run inspect  BUNDLE [options]
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
   --adapter NAME          adapter of all texts, or one per text in order; A=0.7,B=0.3 is a blend, '' is the base model
+  --adapt-text TEXT       mode request of a bundle with an encoder: what the task is, of all texts, or one per text in
+                          order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
   --threads N             threads of ONNX Runtime
   --trusted-key FILE      refuse a bundle that this Ed25519 public key (PEM) did not sign; may be given several times
@@ -48,6 +50,7 @@ struct Arguments {
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
   std::optional<std::vector<chameleon::Blend>> adapters;
+  std::optional<std::vector<std::string>> descriptions;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
   std::int64_t max_new_tokens = 20;
@@ -60,6 +63,17 @@ std::pair<std::int64_t, double> bias(const std::string& option, const std::strin
   const std::size_t equals = text.find('=');
   if (equals == std::string::npos) throw UsageError(option + " " + text + ": pass ID=VALUE");
   return {number<std::int64_t>(option, text.substr(0, equals)), number<double>(option, text.substr(equals + 1))};
+}
+
+/// One for all texts becomes one for each. Throws InputError for another number.
+template <class T>
+void spread(std::optional<std::vector<T>>& values, std::size_t texts, const char* name) {
+  if (!values) return;
+  if (values->size() == 1) values->resize(texts, values->front());
+  if (values->size() != texts) {
+    throw chameleon::InputError(std::to_string(values->size()) + " " + name + " for " + std::to_string(texts) +
+                                " texts: pass one, or one per text");
+  }
 }
 
 Arguments parse(const std::string& command, const std::vector<std::string>& words) {
@@ -75,6 +89,11 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
        [&](auto&, auto& text) {
          if (!parsed.adapters) parsed.adapters.emplace();
          parsed.adapters->push_back(chameleon::Blend::parse(text));
+       }},
+      {"--adapt-text",
+       [&](auto&, auto& text) {
+         if (!parsed.descriptions) parsed.descriptions.emplace();
+         parsed.descriptions->push_back(text);
        }},
       {"--provider", [&](auto&, auto& text) { parsed.load.provider = text; }},
       {"--threads", [&](auto& option, auto& text) { parsed.load.threads = number<int>(option, text, 1); }},
@@ -121,12 +140,8 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
     throw chameleon::InputError(command == "generate" ? "nothing to continue: pass --prompt TEXT or --prompts FILE"
                                                       : "nothing to score: pass --text FILE");
   }
-  if (parsed.adapters && parsed.adapters->size() == 1)
-    parsed.adapters->resize(parsed.texts.size(), parsed.adapters->front());
-  if (parsed.adapters && parsed.adapters->size() != parsed.texts.size()) {
-    throw chameleon::InputError(std::to_string(parsed.adapters->size()) + " adapters for " +
-                                std::to_string(parsed.texts.size()) + " texts: pass one, or one per text");
-  }
+  spread(parsed.adapters, parsed.texts.size(), "adapters");
+  spread(parsed.descriptions, parsed.texts.size(), "descriptions");
   return parsed;
 }
 
@@ -144,7 +159,8 @@ void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   const chameleon::Generate how{.max_new_tokens = arguments.max_new_tokens,
                                 .sampling = arguments.sampling,
                                 .prompt_lookup_num_tokens = arguments.prompt_lookup_num_tokens};
-  const chameleon::Adapt adapt{.tenants = arguments.tenants, .adapters = arguments.adapters};
+  const chameleon::Adapt adapt{
+      .tenants = arguments.tenants, .adapters = arguments.adapters, .adapt_text = arguments.descriptions};
   for (const chameleon::Generation& generation : runtime.generate(arguments.texts, how, adapt)) {
     const std::string_view reason = chameleon::to_string(generation.finish_reason);
     if (arguments.json) {
@@ -160,22 +176,23 @@ void generate(const chameleon::Runtime& runtime, const Arguments& arguments) {
   }
 }
 
+/// Those of a batch of texts; fewer where there are fewer values.
+template <class T>
+std::optional<std::vector<T>> part(const std::optional<std::vector<T>>& values, std::size_t start, std::size_t count) {
+  if (!values) return std::nullopt;
+  const std::size_t first = std::min(start, values->size()), last = std::min(start + count, values->size());
+  return std::vector<T>(values->begin() + static_cast<std::ptrdiff_t>(first),
+                        values->begin() + static_cast<std::ptrdiff_t>(last));
+}
+
 void score(const chameleon::Runtime& runtime, const Arguments& arguments) {
   const auto batch_size = static_cast<std::size_t>(arguments.batch_size);
   const std::span<const std::string> texts = arguments.texts;
   for (std::size_t start = 0; start < texts.size(); start += batch_size) {
     const std::size_t count = std::min(batch_size, texts.size() - start);
-    chameleon::Adapt adapt;
-    if (arguments.adapters) {
-      const auto first = arguments.adapters->begin() + static_cast<std::ptrdiff_t>(start);
-      adapt.adapters.emplace(first, first + static_cast<std::ptrdiff_t>(count));
-    }
-    if (arguments.tenants) {
-      const auto first = std::min(start, arguments.tenants->size());
-      const auto last = std::min(start + count, arguments.tenants->size());
-      adapt.tenants.emplace(arguments.tenants->begin() + static_cast<std::ptrdiff_t>(first),
-                            arguments.tenants->begin() + static_cast<std::ptrdiff_t>(last));
-    }
+    const chameleon::Adapt adapt{.tenants = part(arguments.tenants, start, count),
+                                 .adapters = part(arguments.adapters, start, count),
+                                 .adapt_text = part(arguments.descriptions, start, count)};
     for (const chameleon::Score& row : runtime.score(texts.subspan(start, count), adapt)) {
       if (arguments.json) {
         const Json record = {

@@ -89,6 +89,10 @@ typedef struct {
   const float* conditioning;
   size_t conditioning_size;
   size_t adapt_tokens; /* embed only this many leading tokens of every text; 0: all */
+  /* mode request of a bundle with a sentence encoder, in the place of conditioning: a description of the task for all
+   * texts (num_adapt_text 1), or one per text; else NULL */
+  const char* const* adapt_text;
+  size_t num_adapt_text;
 } chameleon_batch;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_adapt(const chameleon_runtime* runtime, const chameleon_batch* batch,

@@ -19,26 +19,6 @@ namespace chameleon {
 
 namespace {
 
-/// Numpy's pairwise summation over a contiguous axis: eight interleaved sums over blocks of at most 128 values; a
-/// longer array is split into halves whose lengths are multiples of eight.
-double pairwise_sum(std::span<const double> values) {
-  const std::size_t size = values.size();
-  if (size < 8) return std::accumulate(values.begin(), values.end(), 0.0);
-  if (size > 128) {
-    const std::size_t half = size / 2 - size / 2 % 8;
-    return pairwise_sum(values.first(half)) + pairwise_sum(values.subspan(half));
-  }
-  double lanes[8];
-  std::copy_n(values.begin(), 8, lanes);
-  std::size_t i = 8;
-  for (; i + 8 <= size; i += 8) {
-    for (std::size_t lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
-  }
-  double sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-  for (; i < size; ++i) sum += values[i];
-  return sum;
-}
-
 /// Item i of an array of T at any alignment.
 template <class T>
 T item_of(std::span<const std::byte> array, std::size_t i) {
@@ -74,6 +54,26 @@ std::span<const float> row_of(std::span<const float> matrix, std::size_t row, st
 }
 
 }  // namespace
+
+/// Eight interleaved sums over blocks of at most 128 values; a longer array is split into halves whose lengths are
+/// multiples of eight.
+double pairwise_sum(std::span<const double> values) {
+  const std::size_t size = values.size();
+  if (size < 8) return std::accumulate(values.begin(), values.end(), 0.0);
+  if (size > 128) {
+    const std::size_t half = size / 2 - size / 2 % 8;
+    return pairwise_sum(values.first(half)) + pairwise_sum(values.subspan(half));
+  }
+  double lanes[8];
+  std::copy_n(values.begin(), 8, lanes);
+  std::size_t i = 8;
+  for (; i + 8 <= size; i += 8) {
+    for (std::size_t lane = 0; lane < 8; ++lane) lanes[lane] += values[i + lane];
+  }
+  double sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  for (; i < size; ++i) sum += values[i];
+  return sum;
+}
 
 Blend Blend::parse(const std::string& text) {
   if (text.find('=') == std::string::npos) return text.empty() ? Blend() : Blend(text);

@@ -15,6 +15,9 @@ namespace chameleon {
 std::vector<float> embed(std::span<const std::vector<std::int64_t>> rows, const Bundle& bundle,
                          std::optional<std::size_t> adapt_tokens = {});
 
+/// Numpy's pairwise summation over a contiguous axis.
+double pairwise_sum(std::span<const double> values);
+
 /// The nearest centroid of each row, [batch]: argmin_k ||e - mu_k||^2, ties to the lowest k; -1 without centroids.
 std::vector<std::int64_t> assign(std::span<const float> embeddings, std::span<const float> centroids,
                                  std::size_t hidden_size);

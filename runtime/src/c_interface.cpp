@@ -87,6 +87,14 @@ struct Batch {
       adapt.conditioning = Matrix{batch.num_texts, batch.conditioning_size, values};
     }
     if (batch.adapt_tokens != 0) adapt.adapt_tokens = batch.adapt_tokens;
+    if (batch.adapt_text != nullptr) {
+      std::vector<std::string> each(batch.adapt_text, batch.adapt_text + batch.num_adapt_text);
+      if (each.size() == 1) {
+        adapt.adapt_text = std::move(each.front());
+      } else {
+        adapt.adapt_text = std::move(each);
+      }
+    }
     if (batch.factors == nullptr) return;
     adapt.factors.emplace();
     for (const chameleon_factor& factor : std::span(batch.factors, batch.num_factors)) {

@@ -6,6 +6,7 @@
 
 #include "contract/basis.h"
 #include "factors.h"
+#include "per_prompt.h"
 
 namespace chameleon {
 
@@ -37,11 +38,13 @@ void check_mode(Mode mode, const AdaptationSpec& spec) {
 }  // namespace
 
 FactorSources::FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::string provider,
-                             std::optional<Mode> mode, std::optional<std::size_t> max_adapter_bytes)
+                             const Encoder* encoder, std::optional<Mode> mode,
+                             std::optional<std::size_t> max_adapter_bytes)
     : bundle_(bundle),
       spec_(bundle.manifest.adaptation),
       hypernetwork_(std::move(hypernetwork)),
       provider_(std::move(provider)),
+      encoder_(encoder),
       mode_(mode.value_or(default_mode(spec_))),
       adapters_(bundle, max_adapter_bytes),
       no_factors_(no_factors(spec_)) {
@@ -66,14 +69,32 @@ Adapt FactorSources::resolve(const Adapt& adapt, std::size_t batch) const {
       throw InputError("the weight of adapter '" + name.substr(0, 80) + "' is no finite number");
     }
   }
+  if (adapt.adapt_text && adapt.conditioning) {
+    throw InputError("adapt_text and conditioning both say what the updates are of: pass one");
+  }
   if (adapt.adapt_tokens == 0) throw InputError("adapt_tokens must be at least 1, got 0");
   check_mode(mode, spec_);
   check_tenants(mode, adapt.tenants, batch);
   if (adapt.factors && mode != Mode::static_) {
     throw ModeError("factors were passed in mode '" + std::string(to_string(mode)) + "': pass mode static with them");
   }
-  check_conditioning(mode, adapt.conditioning, spec_.conditioning_size, batch);
+  if (adapt.adapt_text) resolved.conditioning = described(mode, *adapt.adapt_text, batch);
+  resolved.adapt_text.reset();
+  check_conditioning(mode, resolved.conditioning, spec_.conditioning_size, batch);
   return resolved;
+}
+
+/// The vectors of descriptions, one for all texts or one per text. Throws ModeError or InputError.
+Matrix FactorSources::described(Mode mode, const PerPrompt<std::string>& descriptions, std::size_t batch) const {
+  if (encoder_ == nullptr) throw ModeError("adapt_text needs a bundle that was exported with --encoder");
+  if (mode != Mode::request) {
+    throw ModeError("mode '" + std::string(to_string(mode)) + "' with adapt_text: descriptions go with mode 'request'");
+  }
+  check_count(descriptions, batch, "adapt_text");
+  std::vector<std::string> each;
+  for (std::size_t row = 0; row < batch; ++row) each.push_back(value_of(descriptions, row));
+  const auto vectors = std::make_shared<const std::vector<float>>(encoder_->conditioning(each));
+  return {batch, vectors->size() / batch, *vectors, vectors};
 }
 
 Embedded FactorSources::embed(std::span<const TokenIds> rows, const Adapt& adapt) const {

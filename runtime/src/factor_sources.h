@@ -7,6 +7,7 @@
 #include "adapters.h"
 #include "decode/decoder.h"
 #include "decode/session.h"
+#include "encoder.h"
 
 namespace chameleon {
 
@@ -30,13 +31,15 @@ class FactorSources {
   /// bundle: must outlive this
   /// hypernetwork: its session, or null
   /// provider: of the decoder
+  /// encoder: of descriptions, which must outlive this, or null
   /// mode: of calls that name none, or nothing for the bundle's
   /// Throws ModeError for a mode that the bundle cannot serve.
-  FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::string provider, std::optional<Mode> mode,
-                std::optional<std::size_t> max_adapter_bytes);
+  FactorSources(const Bundle& bundle, Ort::Session hypernetwork, std::string provider, const Encoder* encoder,
+                std::optional<Mode> mode, std::optional<std::size_t> max_adapter_bytes);
 
-  /// The options of a call of so many texts with its mode. Throws ModeError or InputError for options that do not fit
-  /// the bundle or the texts.
+  /// The options of a call of so many texts with its mode, and descriptions as the vectors that they stand for. Throws
+  /// ModeError or InputError for options that do not fit the bundle or the texts, and what Encoder::conditioning
+  /// throws.
   [[nodiscard]] Adapt resolve(const Adapt& adapt, std::size_t batch) const;
   [[nodiscard]] Embedded embed(std::span<const TokenIds> rows, const Adapt& adapt) const;
   /// Embed and cluster rows, and make their factors.
@@ -51,6 +54,7 @@ class FactorSources {
   [[nodiscard]] Adapters& adapters() const { return adapters_; }
 
  private:
+  [[nodiscard]] Matrix described(Mode mode, const PerPrompt<std::string>& descriptions, std::size_t batch) const;
   [[nodiscard]] RowSources of_adapters(std::span<const Blend> blends, Rows rows) const;
   [[nodiscard]] FactorSets static_factors(const std::optional<Factors>& factors) const;
   [[nodiscard]] const FactorSets& factors_of_centroids() const;
@@ -60,6 +64,7 @@ class FactorSources {
   const AdaptationSpec& spec_;
   Ort::Session hypernetwork_;
   std::string provider_;
+  const Encoder* encoder_;
   Mode mode_;
   mutable Adapters adapters_;  // which has a lock of its own
   FactorSets no_factors_;      // the decoder has factor inputs in every mode

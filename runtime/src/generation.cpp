@@ -4,6 +4,7 @@
 #include <array>
 
 #include "chameleon/error.h"
+#include "per_prompt.h"
 
 namespace chameleon {
 
@@ -23,22 +24,6 @@ void check_integer(const char* name, T value, T least, T most) {
   if (value >= least && value <= most) return;
   throw InputError(std::string(name) + " must be an integer from " + std::to_string(least) + " to " +
                    std::to_string(most) + ", got " + std::to_string(value));
-}
-
-/// One value for all rows, or one for each.
-template <class T>
-const T& value_of(const PerPrompt<T>& values, std::size_t row) {
-  const auto* each = std::get_if<std::vector<T>>(&values);
-  return each != nullptr ? each->at(row) : std::get<T>(values);
-}
-
-template <class T>
-void check_count(const PerPrompt<T>& values, std::size_t batch, const char* name) {
-  const auto* each = std::get_if<std::vector<T>>(&values);
-  if (each != nullptr && each->size() != batch) {
-    throw InputError(std::to_string(each->size()) + " values of " + name + " for " + std::to_string(batch) +
-                     " prompts: pass one, or one per prompt");
-  }
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 #include "chameleon/runtime.h"
 
-#include "contract/mapped_file.h"
 #include "decode/scoring.h"
 #include "decode/shared_cache.h"
 #include "engine/loop.h"
+#include "inputs.h"
 #include "runtime_impl.h"
 #ifdef CHAMELEON_WITH_TENSORRT
 #include "device/tensorrt.h"
@@ -12,30 +12,6 @@
 namespace chameleon {
 
 namespace {
-
-Tokenizer load_tokenizer(const Bundle& bundle) {
-  const std::filesystem::path path = bundle.path / "tokenizer.json";
-  try {
-    return Tokenizer(MappedFile(path).text());
-  } catch (const ManifestError& error) {
-    throw ManifestError(path.parent_path().string() + ": " + error.what());
-  }
-}
-
-void check_row(std::size_t row, const TokenIds& ids, const ModelSpec& model) {
-  const std::string text = "text " + std::to_string(row);
-  if (ids.empty()) throw InputError(text + " is empty: every text needs at least one token");
-  for (const std::int64_t id : ids) {
-    if (id < 0 || id >= model.vocab_size) {
-      throw TokenError(text + ": token id " + std::to_string(id) + " is outside the vocabulary of " +
-                       std::to_string(model.vocab_size));
-    }
-  }
-  if (static_cast<std::int64_t>(ids.size()) > model.max_positions) {
-    throw LengthError(text + " has " + std::to_string(ids.size()) + " tokens, the model has " +
-                      std::to_string(model.max_positions) + " positions");
-  }
-}
 
 Backend open_backend(const Ort::Env& env, const Bundle& bundle, const LoadOptions& options) {
 #ifdef CHAMELEON_WITH_TENSORRT
@@ -69,9 +45,10 @@ Ort::Session open_hypernetwork(const Ort::Env& env, const Bundle& bundle, const 
 
 Runtime::Impl::Impl(OpeningBundle opening, const LoadOptions& options) try
     : bundle(std::move(opening.bundle)),
-      tokenizer(load_tokenizer(bundle)),
+      tokenizer(load_tokenizer(bundle.path / "tokenizer.json")),
       backend(open_backend(env, bundle, options)),
-      sources(bundle, open_hypernetwork(env, bundle, options), backend.provider, options.mode,
+      encoder(bundle.manifest.encoder ? std::make_unique<const Encoder>(env, bundle, options) : nullptr),
+      sources(bundle, open_hypernetwork(env, bundle, options), backend.provider, encoder.get(), options.mode,
               options.max_adapter_bytes) {
   opening.require_weights();
 } catch (...) {
@@ -79,22 +56,7 @@ Runtime::Impl::Impl(OpeningBundle opening, const LoadOptions& options) try
 }
 
 std::vector<TokenIds> Runtime::Impl::encode(const Texts& texts) const {
-  std::vector<TokenIds> rows;
-  if (const auto* strings = std::get_if<std::span<const std::string>>(&texts)) {
-    for (const std::string& text : *strings) {
-      try {
-        rows.push_back(tokenizer.encode(text));
-      } catch (const InputError& error) {
-        throw InputError("text " + std::to_string(rows.size()) + ": " + error.what());
-      }
-    }
-  } else {
-    const auto given = std::get<std::span<const TokenIds>>(texts);
-    rows.assign(given.begin(), given.end());
-  }
-  if (rows.empty()) throw InputError("the batch is empty: pass at least one text");
-  for (std::size_t row = 0; row < rows.size(); ++row) check_row(row, rows[row], bundle.manifest.model);
-  return rows;
+  return chameleon::encode(texts, tokenizer, bundle.manifest.model);
 }
 
 Runtime::Runtime(const std::filesystem::path& path, const LoadOptions& options)

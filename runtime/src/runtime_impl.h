@@ -4,6 +4,7 @@
 #include "chameleon/runtime.h"
 #include "contract/opening.h"
 #include "decode/decoder.h"
+#include "encoder.h"
 #include "factor_sources.h"
 
 namespace chameleon {
@@ -24,6 +25,7 @@ struct Runtime::Impl {
   Bundle bundle;
   Tokenizer tokenizer;
   Backend backend;
+  std::unique_ptr<const Encoder> encoder;  ///< null in a bundle without
   FactorSources sources;
 };
 

@@ -63,6 +63,15 @@ int main(int argc, char** argv) {
   chameleon_error_free(error);
   batch.conditioning = NULL;
 
+  const char* description = "answer like a lawyer";
+  batch.adapt_text = &description;
+  batch.num_adapt_text = 1;
+  error = chameleon_generate(runtime, &batch, &four, &generations);
+  CHECK(error != NULL && strcmp(chameleon_error_code(error), "mode_unavailable") == 0);
+  CHECK(strstr(chameleon_error_message(error), "exported with --encoder") != NULL);
+  chameleon_error_free(error);
+  batch.adapt_text = NULL;
+
   const int64_t biased = 7;
   double bias = 101;
   const chameleon_sampling reporting = {.logit_bias_token_ids = &biased,

@@ -37,7 +37,7 @@ class CBatch(c.Structure):
     _fields_ = (("texts", c.POINTER(CText)), ("num_texts", Z), ("mode", c.c_char_p), ("tenants", c.POINTER(c.c_char_p)),
                 ("factors", c.POINTER(CFactor)), ("num_factors", Z),
                 ("adapters", c.POINTER(c.c_char_p)), ("conditioning", P), ("conditioning_size", Z),
-                ("adapt_tokens", Z))  # fmt: skip
+                ("adapt_tokens", Z), ("adapt_text", c.POINTER(c.c_char_p)), ("num_adapt_text", Z))  # fmt: skip
 
 
 class CSampling(c.Structure):
@@ -239,6 +239,7 @@ class NativeRuntime:
     def _batch(
         self, texts: Any, mode: str | None = None, tenants: Sequence[Any] | None = None, factors: Any = None,
         adapters: Sequence[str | dict[str, float] | None] | None = None, conditioning: Any = None,
+        adapt_text: str | Sequence[str] | None = None,
     ) -> tuple[CBatch, Any]:  # fmt: skip
         """The batch, and what must live as long as it."""
         items = (CText * max(len(texts), 1))()
@@ -251,7 +252,7 @@ class NativeRuntime:
                 ids = (I64 * max(len(text), 1))(*text)
                 keep.append(ids)
                 item.token_ids, item.num_token_ids = ids, len(text)
-        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None, None, 0, 0)
+        batch = CBatch(items, len(texts), mode.encode() if mode else None, None, None, 0, None, None, 0, 0, None, 0)
         if tenants is not None:
             batch.tenants = (c.c_char_p * len(tenants))(*(str(tenant).encode() for tenant in tenants))
         if adapters is not None:
@@ -260,6 +261,12 @@ class NativeRuntime:
             vectors = np.ascontiguousarray(conditioning, np.float32)
             keep.append(vectors)
             batch.conditioning, batch.conditioning_size = vectors.ctypes.data, vectors.shape[1]
+        if adapt_text is not None:
+            descriptions = [adapt_text] if isinstance(adapt_text, str) else list(adapt_text)
+            batch.adapt_text = (c.c_char_p * len(descriptions))(
+                *(text.encode(errors="surrogatepass") for text in descriptions)
+            )
+            batch.num_adapt_text = len(descriptions)
         if factors is not None:
             matrices = {name: np.ascontiguousarray(matrix) for name, matrix in factors.items()}
             keep.append(matrices)

@@ -10,6 +10,7 @@
 
 #include "chameleon/factors.h"
 #include "chameleon/manifest.h"
+#include "chameleon/per_prompt.h"
 
 namespace chameleon {
 
@@ -45,6 +46,9 @@ struct Adapt {
   /// embedding of each text's task.
   std::optional<Matrix> conditioning{};
   std::optional<std::size_t> adapt_tokens{};  ///< embed only this many leading tokens of every text
+  /// Mode request of a bundle with a sentence encoder, in the place of conditioning: a description of the task, such as
+  /// "answer like a lawyer", for all texts or one per text.
+  std::optional<PerPrompt<std::string>> adapt_text{};
 };
 
 }  // namespace chameleon

@@ -16,6 +16,7 @@ struct Matrix {
   std::size_t rows = 0;
   std::size_t columns = 0;
   std::span<const float> values;
+  std::shared_ptr<const void> owner{};  ///< keeps the values alive, where the caller does not
 };
 
 /// A caller's factor set: a matrix for each factor tensor, such as "lm_head.lora_A" [rank, in_features] and

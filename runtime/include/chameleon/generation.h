@@ -7,10 +7,10 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <variant>
 #include <vector>
 
 #include "chameleon/error.h"
+#include "chameleon/per_prompt.h"
 #include "chameleon/sampling.h"
 
 namespace chameleon {
@@ -48,10 +48,6 @@ struct Token {
 /// Called for every token, after each step in the order of the rows. Return false to cancel this row, which then ends
 /// before the next step; the others continue.
 using OnToken = std::function<bool(const Token&)>;
-
-/// One value for all prompts, or one for each.
-template <class T>
-using PerPrompt = std::variant<T, std::vector<T>>;
 
 /// What becomes of the error of one row, whose logits are not finite or whose tokens cannot be decoded.
 enum class OnError {

@@ -33,7 +33,7 @@ struct TensorSpec {
 /// A named graph: its role, the providers that may run it, and its signature.
 struct GraphSpec {
   std::string file;
-  std::string role;  ///< decoder, hypernetwork, chooser, logits_scorer or hidden_scorer
+  std::string role;  ///< decoder, hypernetwork, encoder, chooser, logits_scorer or hidden_scorer
   /// Decoders only: "growing" (the graph concatenates past and present) or "shared" (both are one buffer).
   std::optional<std::string> cache;
   std::vector<std::string> providers;
@@ -104,6 +104,18 @@ struct AdaptationSpec {
   [[nodiscard]] CHAMELEON_EXPORT std::map<std::string, std::int64_t> factor_widths() const;
 };
 
+/// The sentence encoder, which turns descriptions of tasks into conditioning vectors.
+struct EncoderSpec {
+  std::int64_t size = 0;  ///< of an embedding
+  std::int64_t vocab_size = 0;
+  std::int64_t max_tokens = 0;                       ///< of a text, special tokens included
+  std::vector<std::int64_t> prefix_ids, suffix_ids;  ///< the special tokens around a text
+  /// The length to which an embedding is brought before the hypernetwork reads it; 0 leaves it.
+  double conditioning_norm = 0;
+  bool full_stop = false;  ///< whether a description that ends in a letter gets a full stop
+};
+inline constexpr const char* kEncoderTokenizer = "encoder_tokenizer.json";
+
 /// Parameter counts: the frozen base model, one factor set, the hypernetwork (0 without one).
 struct Parameters {
   std::int64_t base = 0;
@@ -142,6 +154,7 @@ struct Manifest {
   ParitySummary parity;
   std::string checkpoint_digest;
   std::map<std::string, std::string> tools;
+  std::optional<EncoderSpec> encoder{};  ///< of texts that describe tasks, in a bundle that has one
 
   /// Whether factors have to enter a basis: those of an int8 trunk.
   [[nodiscard]] CHAMELEON_EXPORT bool has_basis() const;

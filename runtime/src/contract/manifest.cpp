@@ -3,6 +3,7 @@
 #include <array>
 #include <bit>
 #include <cctype>
+#include <cmath>
 #include <limits>
 #include <set>
 
@@ -47,7 +48,7 @@ static void read(const Json& json, const std::string& at, TensorSpec& spec) {
 static void read(const Json& json, const std::string& at, GraphSpec& spec) {
   Fields(json, at)
       .required("file", spec.file)
-      .one_of("role", spec.role, {"decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer"})
+      .one_of("role", spec.role, {"decoder", "hypernetwork", "encoder", "chooser", "logits_scorer", "hidden_scorer"})
       .required("cache", spec.cache)
       .required("providers", spec.providers)
       .required("inputs", spec.inputs)
@@ -109,6 +110,18 @@ static void read(const Json& json, const std::string& at, AdaptationSpec& spec) 
       .finish();
 }
 
+static void read(const Json& json, const std::string& at, EncoderSpec& spec) {
+  Fields(json, at)
+      .required("size", spec.size)
+      .required("vocab_size", spec.vocab_size)
+      .required("max_tokens", spec.max_tokens)
+      .required("prefix_ids", spec.prefix_ids)
+      .required("suffix_ids", spec.suffix_ids)
+      .optional("conditioning_norm", spec.conditioning_norm)
+      .optional("full_stop", spec.full_stop)
+      .finish();
+}
+
 static void read(const Json& json, const std::string& at, LimitsSpec& limits) {
   Fields(json, at)
       .required("batch", limits.batch)
@@ -150,6 +163,7 @@ static void read(const Json& json, const std::string& at, Manifest& manifest) {
       .required("parity", manifest.parity)
       .required("checkpoint_digest", manifest.checkpoint_digest)
       .required("tools", manifest.tools)
+      .optional("encoder", manifest.encoder)
       .finish();
   for (const auto& [name, graph] : manifest.graphs) {
     if (graph.cache && *graph.cache != "growing" && *graph.cache != "shared") {
@@ -279,6 +293,30 @@ static void check_conditioning_size(const AdaptationSpec& adaptation, const std:
   }
 }
 
+/// An encoder has a graph, and its embeddings are what the hypernetwork reads.
+static void check_encoder(const Manifest& manifest, const std::string& where) {
+  const auto is_encoder = [](const auto& graph) { return graph.second.role == "encoder"; };
+  if (std::ranges::count_if(manifest.graphs, is_encoder) != (manifest.encoder ? 1 : 0)) {
+    fail_at(where, "encoder goes with one graph of the role 'encoder'");
+  }
+  if (!manifest.encoder) return;
+  const EncoderSpec& encoder = *manifest.encoder;
+  std::vector<std::int64_t> special = encoder.prefix_ids;
+  special.insert(special.end(), encoder.suffix_ids.begin(), encoder.suffix_ids.end());
+  if (encoder.vocab_size < 1 || encoder.vocab_size > kMaxDimension || encoder.max_tokens <= std::ssize(special) ||
+      encoder.max_tokens > kMaxDimension) {
+    fail_at(where, "encoder has a vocab_size or max_tokens out of range");
+  }
+  const auto is_token = [&](std::int64_t token) { return token >= 0 && token < encoder.vocab_size; };
+  if (!std::ranges::all_of(special, is_token)) fail_at(where, "encoder has a special token outside its vocabulary");
+  if (encoder.size < 1 || encoder.size != manifest.adaptation.conditioning_size) {
+    fail_at(where, "encoder.size is not adaptation.conditioning_size");
+  }
+  if (!(encoder.conditioning_norm >= 0) || !std::isfinite(encoder.conditioning_norm)) {
+    fail_at(where, "encoder.conditioning_norm is negative or not finite");
+  }
+}
+
 static void check_limits(const LimitsSpec& limits, const ModelSpec& model, const std::string& where) {
   for (const std::int64_t limit : {limits.batch, limits.sequence, limits.past, limits.factor_sets}) {
     if (limit < 1) fail_at(where, "limits has a number below 1");
@@ -293,6 +331,7 @@ static void check_files(const Manifest& manifest, const std::string& where) {
   for (const auto& [name, graph] : manifest.graphs) needed.insert(graph.file);
   if (manifest.adaptation.regime == "lora") needed.insert("lora.safetensors");
   if (manifest.has_basis()) needed.insert("basis.safetensors");
+  if (manifest.encoder) needed.insert(kEncoderTokenizer);
   if (manifest.adaptation.num_clusters > 0) needed.insert("centroids.safetensors");
   for (const std::string& name : needed) {
     if (!manifest.files.contains(name)) fail_at(where, "'" + name + "' is needed but not listed in files");
@@ -346,6 +385,7 @@ static void check_consistency(const Manifest& manifest, const std::string& where
   check_adaptation(manifest.adaptation, manifest.model, where);
   check_adapters(manifest.adaptation, manifest.model, where);
   check_conditioning_size(manifest.adaptation, where);
+  check_encoder(manifest, where);
   check_limits(manifest.limits, manifest.model, where);
   check_files(manifest, where);
   check_roles(manifest, where);

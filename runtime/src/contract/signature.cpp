@@ -103,6 +103,10 @@ Signature signature_of(const GraphSpec& graph, const Manifest& manifest) {
   if (graph.role == "decoder") return decoder_signature(graph, manifest);
   if (graph.role == "hypernetwork") return hypernetwork_signature(manifest);
   if (graph.role == "hidden_scorer") return hidden_scorer_signature(manifest);
+  if (graph.role == "encoder") {
+    return {{{"input_ids", "int64", {"batch", "sequence"}}},
+            {{"embeddings", "float32", {"batch", manifest.adaptation.conditioning_size}}}};
+  }
   const std::vector<Dimension> each = {"batch", "positions"};
   const TensorSpec logits{"logits", "float32", {"batch", "positions", manifest.model.vocab_size}};
   if (graph.role == "chooser") return {{logits}, {{"token_ids", "int64", each}}};

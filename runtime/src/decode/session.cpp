@@ -137,6 +137,9 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   if (options.threads) session_options.SetIntraOpNumThreads(*options.threads);
   // A second spinning thread pool slows the decoder down more than it speeds up the hypernetwork.
   if (graph.role == "hypernetwork") session_options.SetIntraOpNumThreads(1);
+  if (graph.role == "encoder") {  // its threads do not spin beside the decoder's
+    session_options.AddConfigEntry("session.intra_op.allow_spinning", "0");
+  }
   // Idle threads spin for 0.5 ms: long enough to catch the next decode step, short enough not to take the cores from
   // the other session, since decoder and scorer take turns.
   session_options.AddConfigEntry("session.intra_op.spin_duration_us", "500");
