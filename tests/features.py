@@ -42,6 +42,10 @@ def uses() -> dict[str, list[Use]]:
         "blended adapters": [Use(adapt={"adapters": [{"own": 0.5}, {}, {"own": -1.5}]}, bundle="adapters")],
         "activated adapters": [Use(adapt={"adapters": ["own"] * 3}, body={"model": "bundle:own"}, bundle="activated")],
         "vectors of a caller": [Use(adapt={"conditioning": VECTORS}, bundle="chameleon_given")],
+        "a description of the task": [
+            Use(adapt={"adapt_text": text}, bundle="chameleon_given")
+            for text in ("answer like a lawyer", ["write code", "answer like a lawyer", "write code"])
+        ],
         "embed the first tokens only": [Use(adapt={"mode": "request", "adapt_tokens": 3})],
         "a limit of new tokens": [Use(generate={"max_new_tokens": 5}, body={"max_tokens": 5})],
         "a limit per prompt": [Use(generate={"max_new_tokens": [5, 2, 7]}, body={"max_tokens": [5, 2, 7]})],

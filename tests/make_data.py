@@ -1,7 +1,8 @@
 """Writes tests/data, which pytest and the C++ tests read, and the graph of known integer products that the runtimes of
 both languages run: `python -m tests.make_data`.
 
-    bundles/NAME/    good bundles of random weights, under 200 KB each: one for each of BUNDLES
+    bundles/NAME/    good bundles of random weights, under 200 KB each: one for each of BUNDLES; that which
+                     reads vectors of the caller has a sentence encoder too
     adapters.json    adapter files for a bundle, and the error code of each that must be refused
     signatures.json  keys, signatures of a good bundle, and the error code of each where it must be refused
     hostile.json     bundles that must be refused: a good one, what is done to it, and the error code
@@ -30,6 +31,7 @@ import numpy as np
 
 import chameleon_deploy
 from chameleon_deploy.contract.bundle import LM_HEAD, TrainedRegime, factor_names
+from chameleon_deploy.contract.manifest import ENCODER_TOKENIZER
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.export import tiled_scorer
 from chameleon_deploy.runtime import Sampling
@@ -42,6 +44,7 @@ from chameleon_deploy.runtime.sampling_settings import (
     MAX_STOP_TOKEN_IDS,
 )
 from tests.schedules import random_schedule, run_schedule
+from tests.sentence_encoders import save_encoder
 from tests.shared_data import (
     DATA,
     adapter_case,
@@ -60,6 +63,7 @@ BUNDLES: dict[str, tuple[TrainedRegime, str, int, int]] = {
     "lora_masked": ("lora", "masked", 1, 0),
     "chameleon_given": ("chameleon", "masked", 1, 5),
 }
+DESCRIPTIONS = ("answer like a lawyer", "Write code.", "the court, finds")
 
 
 def main() -> None:
@@ -136,6 +140,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, conditioning
     from chameleon_deploy.reference.corpus import encode_texts
     from chameleon_deploy.reference.model import trunk_from
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
+    from chameleon_deploy.reference.source import add_encoder
     from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
     torch.manual_seed(seed)
@@ -165,7 +170,10 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, conditioning
         path.mkdir()
         save_base(model, tokenizer, path / "base")
         save_checkpoint(path, checkpoint, factors, fit_centroids(embeddings, 3, seed)[: checkpoint.num_clusters])
-        export_bundle(load_checkpoint(path), out)
+        loaded = load_checkpoint(path)
+        if conditioning_size:
+            add_encoder(loaded, save_encoder(path / "encoder", size=conditioning_size))
+        export_bundle(loaded, out)
 
 
 def adapter_cases() -> list[dict[str, Any]]:
@@ -444,6 +452,21 @@ def hostile_cases() -> list[dict[str, Any]]:
              base=given)  # fmt: skip
     case("given_clusters", "manifest_invalid", manifest(3, "adaptation", "num_clusters"), base=given)
     case("given_regime_lora", "manifest_invalid", manifest("lora", "adaptation", "regime"), base=given)
+    for field, value in {
+        "size": 4, "vocab_size": 0, "max_tokens": 2, "prefix_ids": [99], "suffix_ids": [-1], "conditioning_norm": -1.0,
+        "full_stop": 1, "pooling": "cls",
+    }.items():  # fmt: skip
+        case(f"encoder_{field}", "manifest_invalid", manifest(value, "encoder", field), base=given)
+    case("encoder_without_size", "manifest_invalid", without("encoder", "size"), base=given)
+    case("encoder_graph_alone", "manifest_invalid", without("encoder"), base=given)
+    case("encoder_without_a_graph", "manifest_invalid", without("graphs", "encoder"), base=given)
+    case("encoder_of_floats", "manifest_invalid", manifest("float32", "graphs", "encoder", "inputs", "0", "dtype"),
+         base=given)  # fmt: skip
+    case("encoder_not_for_cpu", "manifest_invalid", manifest(["cuda"], "graphs", "encoder", "providers"), base=given)
+    case("encoder_tokenizer_not_listed", "manifest_invalid", without("files", ENCODER_TOKENIZER), base=given)
+    case("encoder_tokenizer_pads", "manifest_invalid",
+         {"do": "set", "file": ENCODER_TOKENIZER, "path": ["padding"], "value": {}},
+         {"do": "redigest", "file": ENCODER_TOKENIZER}, base=given)  # fmt: skip
     case("max_length_zero", "manifest_invalid", manifest(0, "adaptation", "max_length"))
     case("eos_out_of_range", "manifest_invalid", manifest(VOCAB_SIZE, "model", "eos_token_id"))
     case("eos_negative", "manifest_invalid", manifest(-1, "model", "eos_token_id"))
@@ -739,7 +762,11 @@ def golden_cases() -> list[dict[str, Any]]:
                 }
                 if size and mode == "request":
                     tasks = random.standard_normal((3, size)).astype(np.float32) / 8
-                    case["conditioning"] = tasks[random.integers(0, 3, len(lengths))].tolist()
+                    chosen_tasks = random.integers(0, 3, len(lengths))
+                    if number < 3:
+                        case["conditioning"] = tasks[chosen_tasks].tolist()
+                    else:
+                        case["adapt_text"] = [DESCRIPTIONS[task] for task in chosen_tasks]
                 cases.append(case | golden(runtime, case))
     return cases
 

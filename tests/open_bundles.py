@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import chameleon_deploy
+from chameleon_deploy import Adapt, Generate
 from chameleon_deploy.errors import ChameleonError
 
 
@@ -20,9 +21,9 @@ def outcome(path: str) -> str:
     try:
         runtime = chameleon_deploy.load(path, threads=1)
         texts, size = ["The river", "x"], runtime.manifest.adaptation.conditioning_size
-        vectors = np.ones((len(texts), size)) if size else None
-        runtime.generate(texts, max_new_tokens=3, conditioning=vectors)
-        runtime.score(texts, conditioning=vectors)
+        adapt = Adapt(conditioning=np.ones((len(texts), size)) if size else None)
+        runtime.generate(texts, Generate(max_new_tokens=3), adapt)
+        runtime.score(texts, Adapt(adapt_text="answer like a lawyer") if runtime.encoder else adapt)
     except ChameleonError as error:
         return error.code
     except BaseException as error:  # a panic of a Rust library is no Exception

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 WORDS = ["answer", "like", "a", "lawyer", "the", "court", "finds", "write", "code", "##s", "##ing", ".", ",", "x"]
-_COMMON = {"hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 10,
+_COMMON = {"num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 10,
            "max_position_embeddings": 40, "hidden_act": "gelu"}  # fmt: skip
 _OPTIONS: dict[str, dict[str, Any]] = {
     "bert": {"type_vocab_size": 2},
@@ -20,7 +20,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_encoder(path: Path, family: str = "bert", pooling: str = "cls", normalize: bool = True) -> Path:
+def save_encoder(path: Path, family: str = "bert", pooling: str = "cls", normalize: bool = True, size: int = 6) -> Path:
     special = ["<s>", "<pad>", "</s>", "[UNK]"]
     vocab = {word: i for i, word in enumerate(special + WORDS)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))  # noqa: S106
@@ -34,7 +34,7 @@ def save_encoder(path: Path, family: str = "bert", pooling: str = "cls", normali
     tokenizer.enable_truncation(8)
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(
-        family, vocab_size=len(vocab), pad_token_id=1, **_COMMON | _OPTIONS[family]
+        family, vocab_size=len(vocab), pad_token_id=1, hidden_size=size, **_COMMON | _OPTIONS[family]
     )
     model = transformers.AutoModel.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():

@@ -57,7 +57,7 @@ def case_arguments(case: dict[str, Any], model: ModelSpec) -> tuple[list[list[in
     how: dict[str, Any] = {"mode": case["mode"], "tenants": case["tenants"]}
     if case["rank"]:
         how["factors"] = caller_factors(case["rank"], model)
-    return case["rows"], how | {"conditioning": case.get("conditioning")}
+    return case["rows"], how | {name: case.get(name) for name in ("conditioning", "adapt_text")}
 
 
 def released_answers(directory: Path, calls: list[dict[str, Any]]) -> list[list[list[int]]]:

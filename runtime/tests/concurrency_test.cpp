@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <latch>
 #include <thread>
@@ -81,6 +82,38 @@ TEST(Concurrency, TheFirstUseOfCentroidFactorsFromManyThreads) {
   for (const Adaptation& adaptation : found) {
     EXPECT_TRUE(std::ranges::equal(lora_B_of(adaptation), lora_B_of(found[0])));
   }
+}
+
+TEST(Concurrency, DescriptionsThatAreRememberedAndForgotten) {
+  const Runtime runtime(good_bundle("chameleon_given"), {.threads = 1});
+  const std::vector<TokenIds> rows = {{5, 6, 7}};
+  constexpr std::size_t kDescriptions = 300;  // more than are remembered
+  constexpr std::array words = {"answer", "like", "a", "lawyer", "the", "court", "finds"};
+  const auto factors = [&](std::size_t i) {
+    std::string description;
+    for (std::size_t rest = i; description.empty() || rest > 0; rest /= words.size()) {
+      description += words[rest % words.size()] + std::string(" ");
+    }
+    const Adaptation adaptation = runtime.adapt(rows, {.adapt_text = description});
+    const std::span<const float> lora_B = lora_B_of(adaptation);
+    return std::vector(lora_B.begin(), lora_B.end());
+  };
+  std::vector<std::vector<float>> serial;
+  for (std::size_t i = 0; i < kDescriptions; ++i) serial.push_back(factors(i));
+  EXPECT_NE(serial[0], serial[1]);
+  std::atomic<std::size_t> wrong = 0;
+  {
+    std::vector<std::jthread> pool;
+    for (std::size_t thread = 0; thread < 8; ++thread) {
+      pool.emplace_back([&, thread] {
+        for (std::size_t n = 0; n < 100; ++n) {
+          const std::size_t i = (7 * n + 31 * thread) % kDescriptions;
+          if (factors(i) != serial[i]) ++wrong;
+        }
+      });
+    }
+  }
+  EXPECT_EQ(wrong, 0U);
 }
 
 TEST(Concurrency, CancelledAndFailingRequestsLeaveOthersAlone) {

@@ -16,6 +16,7 @@ std::string outcome(const std::string& path) try {
   const std::vector<float> ones(prompts.size() * size, 1);
   if (size > 0) adapt.conditioning = chameleon::Matrix{prompts.size(), size, ones};
   runtime.generate(prompts, {.max_new_tokens = 3}, adapt);
+  if (runtime.manifest().encoder) adapt = {.adapt_text = "answer like a lawyer"};
   (void)runtime.score(prompts, adapt);
   return "ok";
 } catch (const chameleon::Error& error) {

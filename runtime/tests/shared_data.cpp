@@ -136,6 +136,14 @@ Call::Call(const Json& record, const ModelSpec& model)
     vectors_ = std::make_shared<CallerVectors>(record.at("conditioning"));
     adapt.conditioning = vectors_->matrix();
   }
+  if (given("adapt_text")) {
+    const Json& descriptions = record.at("adapt_text");
+    if (descriptions.is_array()) {
+      adapt.adapt_text = descriptions.get<std::vector<std::string>>();
+    } else {
+      adapt.adapt_text = descriptions.get<std::string>();
+    }
+  }
   if (given("adapt_tokens")) adapt.adapt_tokens = record.at("adapt_tokens").get<std::size_t>();
   if (given("max_new_tokens")) {
     const Json& limit = record.at("max_new_tokens");

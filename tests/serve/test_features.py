@@ -139,7 +139,8 @@ def as_json(value: Any) -> Any:
 
 def of_prompt(fields: dict[str, Any], i: int) -> dict[str, Any]:
     """Return the fields of one prompt."""
-    own = {"tenants", "adapters", "conditioning"} & fields.keys()
+    own: set[str] = {name for name in ("tenants", "adapters", "conditioning") if name in fields}
+    own |= {"adapt_text"} if isinstance(fields.get("adapt_text"), list) else set()
     limit = fields.get("max_new_tokens")
     return {
         **fields,
