@@ -58,15 +58,22 @@ def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | dic
     """
     if not names:
         return None
-    each = list(names) * texts if len(names) == 1 else names
+    each = _of_texts("--adapter", names, texts)
     return [_weights(name) if "=" in name else name or None for name in each]
 
 
 def descriptions_of_texts(descriptions: Sequence[str] | None, texts: int) -> list[str] | None:
-    """Return the description of each text, from one option or one per text; None without the option."""
-    if not descriptions:
-        return None
-    return list(descriptions) * texts if len(descriptions) == 1 else list(descriptions)
+    """Return the description of each text, from one option or one per text; None without the option.
+
+    Raises InputError.
+    """
+    return _of_texts("--adapt-text", descriptions, texts) if descriptions else None
+
+
+def _of_texts(option: str, values: Sequence[str], texts: int) -> list[str]:
+    if len(values) not in (1, texts):
+        raise InputError(f"{option} is given {len(values)} times for {texts} texts: pass it once, or once per text")
+    return list(values) * texts if len(values) == 1 else list(values)
 
 
 def _weights(option: str) -> dict[str, float]:

@@ -147,8 +147,10 @@ def test_the_commands_take_descriptions(runtime: Runtime, tmp_path: Path) -> Non
     logprobs = [json.loads(line)["token_logprobs"] for line in result.stdout.splitlines()]
     for ours, score in zip(logprobs, runtime.score(prompts, adapt_text=told), strict=True):
         np.testing.assert_allclose(ours, score.token_logprobs, atol=1e-5)
-    result = call("chameleon_deploy.generate", runtime.bundle.path, "--prompt", "x", *options)
-    assert (result.returncode, "2 values of adapt_text for 1 prompts" in result.stderr) == (2, True)
+    file.write_text(json.dumps({"text": "x"}))
+    for command in (["generate", runtime.bundle.path, "--prompt", "x"], ["score", runtime.bundle.path, "--text", file]):
+        result = call(f"chameleon_deploy.{command[0]}", *command[1:], *options)
+        assert (result.returncode, "--adapt-text is given 2 times for 1 texts" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
