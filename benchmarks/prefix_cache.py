@@ -21,7 +21,7 @@ import typer
 import chameleon_deploy
 from benchmarks.adapter_load import random_factors
 from chameleon_deploy import Engine, Generate, Runtime, Sampling, Stream
-from chameleon_deploy.contract.adapter_file import write_adapter
+from chameleon_deploy.contract.adapter_file import max_rank, write_adapter
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal import console
@@ -103,8 +103,8 @@ def time_adapters(runtime: Runtime, prompts: Prompts, rounds: int, directory: Pa
     names = {kind: [f"{kind}{number}" for number in range(ADAPTERS)] for kind in ("plain", "activated")}
     for number, name in enumerate([name for kind in names.values() for name in kind]):
         file = directory / f"{name}.safetensors"
-        factors, invocation = random_factors(spec, RANK, number), INVOCATION if name in names["activated"] else ()
-        write_adapter(file, factors, spec, invocation)
+        factors = random_factors(spec, min(RANK, max_rank(spec)), number)
+        write_adapter(file, factors, spec, INVOCATION if name in names["activated"] else ())
         runtime.load_adapter(name, file)
     seconds = {kind: list[float]() for kind in names}
     with Engine(runtime, rows=ADAPTERS, prefix_cache_bytes=CACHE_BYTES) as engine:

@@ -1,7 +1,7 @@
 """Clients that share a beginning, on a server of ours and on other engines, each with its own prefix cache on.
 
     python -m benchmarks.shared_prefix --bundle int8=models/qwen-int8 --server llama.cpp=http://127.0.0.1:8080 \
-        --openvino models/qwen-openvino
+        --openvino openvino=models/qwen-openvino
 
 Every round has another beginning, and asks each engine for the same texts: all clients at once, one request after the
 other each. The order of engines turns from round to round; each figure is the median of the rounds. A `--server` runs
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import numpy as np
@@ -141,7 +141,7 @@ def main(
     ] = None,
     base: Annotated[Path | None, typer.Option("--convert", help="Write this base model to --out, and end.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to convert to.")] = None,
-    precision: Annotated[str, typer.Option(help="Of what is converted: fp32 or int8.")] = "fp32",
+    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Of what is converted.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 5,
     clients: Annotated[int, typer.Option(min=1, help="Requests at a time, and rows of a bundle's server.")] = 8,
     each: Annotated[int, typer.Option(min=1, help="Requests of a client in a round.")] = 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,9 @@ def speaking(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def test_the_command(speaking: InThread) -> None:
     sizes = ["--rounds", 1, "--new-tokens", 3, "--threads", 1, "--capacity", 512]
-    result = call("benchmarks.chat_cost", speaking.runtime.bundle.path, *sizes)
+    result = call("benchmarks.chat_cost", speaking.runtime.bundle.path, *sizes, "--server", f"same={speaking.url}")
     assert result.returncode == 0, result.stderr
+    assert re.search(r"same\W+[\d.]+\W+[\d.]+\W+[\d.]+ \(", result.stdout), result.stdout
     rows = [line.split() for line in result.stdout.splitlines() if " no " in line or " yes " in line]
     assert len(rows) == 4
 
@@ -44,3 +46,16 @@ def test_other_tokens_are_found(speaking: InThread, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(chat_cost, "_choice", other)
         with pytest.raises(CheckFailedError, match="rivers"):
             chat_cost.bodies(client, 2)
+
+
+def test_a_short_answer_of_another_server_is_found(speaking: InThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    post = httpx.Client.post
+
+    def shorter(client: httpx.Client, url: str, json: dict[str, Any]) -> httpx.Response:
+        return post(client, url, json={**json, "max_tokens": json["max_tokens"] - (client is other)})
+
+    with speaking.http() as client, speaking.http() as other:
+        chat_cost.beside(client, other, 1, 3)
+        monkeypatch.setattr(httpx.Client, "post", shorter)
+        with pytest.raises(CheckFailedError, match=r"answered \[2\] tokens, not 3"):
+            chat_cost.beside(client, other, 1, 3)
