@@ -10,6 +10,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Where the environment says to write no bytecode, each process of the tests compiles PyTorch's modules again: 3 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
 
