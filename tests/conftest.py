@@ -12,9 +12,6 @@ from typing import Any
 # while another worker has their core took four times the processor time, and up to twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Where the environment forbids bytecode, every process compiles PyTorch and SymPy again: to start `export` takes 13 s, not 4.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
 import pytest
 import torch
 import transformers
