@@ -28,7 +28,7 @@ ZIPF = 1.2
 def draw(bundle: str, count: int, characters: int) -> list[str]:
     """Return prompts whose clusters are drawn by Zipf's law; the same for every routing."""
     runtime = chameleon_deploy.load(bundle, threads=1)
-    texts = [text[:characters] for kind in KINDS for text in python_texts(kind)[:200]]
+    texts = [text[:characters] for kind in KINDS for text in python_texts(kind, 200)]
     of_cluster: dict[int, list[str]] = {}
     for text, cluster_id in zip(texts, runtime.embed(runtime.encode(texts))[1].tolist(), strict=True):
         of_cluster.setdefault(cluster_id, []).append(text)

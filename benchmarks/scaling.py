@@ -263,7 +263,7 @@ def record(bundle: str, threads: int, rows: int) -> Costs:
     """
     runtime = chameleon_deploy.load(bundle, mode="centroid", threads=threads)
     longest = min(PROMPT[1], runtime.manifest.model.max_positions - NEW)
-    texts = [text for kind in KINDS for text in python_texts(kind)[:20]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 20)]
     random.seed(0)
     prompts = [runtime.tokenizer.encode(text).ids[: random.randint(PROMPT[0], longest)] for text in texts]
     of_cluster: dict[int, list[list[int]]] = {}

@@ -65,7 +65,7 @@ def small(family: str) -> Any:
 def write(family: str, convert: Any) -> None:
     """Write the two files of a family."""
     model = small(family)
-    tokenizer = train_tokenizer(python_texts(sorted(KINDS)[0])[:50], VOCAB_SIZE)
+    tokenizer = train_tokenizer(python_texts(sorted(KINDS)[0], 50), VOCAB_SIZE)
     with tempfile.TemporaryDirectory() as directory:
         save_base(model, tokenizer, Path(directory))
         config = Path(directory, "config.json")

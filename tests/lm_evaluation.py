@@ -47,7 +47,7 @@ metric_list: [{metric: bypass}]
 
 def write_tasks(directory: Path, runtime: Runtime, documents: int) -> Path:
     """So many questions, whose choices are greedy, nearly greedy and any text, and texts of up to four windows."""
-    texts = [text for kind in KINDS for text in python_texts(kind)[: documents // 2]]
+    texts = [text for kind in KINDS for text in python_texts(kind, documents // 2)]
     questions = [text[:60].rstrip() for text in texts[:documents]]
     greedy = runtime.generate(questions, max_new_tokens=4, mode="none")
     choices = [[g.text, g.text + " and", " and more"] for g in greedy]

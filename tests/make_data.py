@@ -144,7 +144,7 @@ def make_bundle(out: Path, regime: Any, protocol: Any, layers: int, conditioning
     from chameleon_deploy.reference.tiny import save_base, train_tokenizer
 
     torch.manual_seed(seed)
-    texts = [text for kind in KINDS for text in python_texts(kind)[:60]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 60)]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     config = transformers.GPT2Config(
         n_layer=layers, n_embd=HIDDEN, n_head=HEADS, n_positions=POSITIONS, vocab_size=VOCAB_SIZE, bos_token_id=0,

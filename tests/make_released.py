@@ -82,7 +82,7 @@ def make_adapters(out: Path) -> None:
     from tests.adapters import save_adapter
     from tests.families import small_model
 
-    texts = [text for kind in KINDS for text in python_texts(kind)[:60]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 60)]
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory) / "base"
         save_base(small_model("llama", vocab_size=VOCAB_SIZE), train_tokenizer(texts, VOCAB_SIZE), base)

@@ -316,7 +316,7 @@ def test_train_export_generate_from_the_shell(mini_path: Path, tmp_path: Path) -
     from chameleon_deploy.reference.python_corpus import python_texts
 
     (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in python_texts("prose")[:60] + python_texts("changelog")[:60])
+        "".join(json.dumps({"text": t}) + "\n" for t in python_texts("prose", 60) + python_texts("changelog", 60))
     )
     trained = run("chameleon_deploy.train", "--base", mini_path / "base", "--text", tmp_path / "text.jsonl",
                   "--out", tmp_path / "checkpoint", "--epochs", 1, "--clusters", 2, "--max-length", 64)  # fmt: skip

@@ -43,7 +43,7 @@ def text_windows(trunk: Trunk, files: Sequence[Path], count: int, width: int) ->
 
     Raises InputError for files that cannot be read or are too short.
     """
-    texts = read_texts(files) if files else [text for kind in KINDS for text in python_texts(kind)[:200]]
+    texts = read_texts(files) if files else [text for kind in KINDS for text in python_texts(kind, 200)]
     ids = trunk.tokenizer.encode("\n\n".join(texts), add_special_tokens=False).ids
     width = min(width, trunk.max_positions)
     if len(ids) < count * width:

@@ -163,7 +163,7 @@ def stretches(trunk: Trunk, count: int, width: int) -> list[list[int]]:
     """Return stretches of text whose kinds take turns."""
     streams = []
     for kind in KINDS:
-        encoded = trunk.tokenizer.encode_batch(python_texts(kind)[:200], add_special_tokens=False)
+        encoded = trunk.tokenizer.encode_batch(python_texts(kind, 200), add_special_tokens=False)
         if stream := [i for encoding in encoded for i in encoding.ids]:
             streams.append(stream)
     rows = []

@@ -23,19 +23,24 @@ KINDS = ("prose", "code", "docstring", "changelog")
 MAX_CHARACTERS = 700
 
 
-def python_texts(kind: str) -> list[str]:
-    """Return all texts of one kind, each of 80 to 700 characters, in a fixed order, without duplicates.
+def python_texts(kind: str, most: int | None = None) -> list[str]:
+    """Return the first texts of one kind, each of 80 to 700 characters, in a fixed order, without duplicates.
+
+    most  how many; None returns all, for which the whole standard library is parsed
 
     Raises KeyError for an unknown kind.
     """
-    return list(_texts(kind))
+    return list(_texts(kind, most))
 
 
 @functools.cache  # parsing takes seconds and its result is constant in a process
-def _texts(kind: str) -> tuple[str, ...]:
+def _texts(kind: str, most: int | None) -> tuple[str, ...]:
     sources = {"prose": _prose, "code": _code, "docstring": _docstrings, "changelog": _changelogs}
     pieces = (piece for source in sources[kind]() for piece in _pieces(source))
-    return tuple(dict.fromkeys(pieces))
+    found: dict[str, None] = {}
+    while len(found) != most and (piece := next(pieces, None)) is not None:
+        found[piece] = None
+    return tuple(found)
 
 
 def _library() -> Path:

@@ -140,7 +140,7 @@ def _save_factors(out: Path, config: CheckpointConfig, trunk: Trunk, seed: int) 
 
 
 def _texts() -> list[str]:
-    return [text for kind in KINDS for text in python_texts(kind)[:200]]
+    return [text for kind in KINDS for text in python_texts(kind, 200)]
 
 
 def _require_new(out: Path) -> None:

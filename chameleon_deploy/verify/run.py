@@ -91,7 +91,7 @@ def _kinds_of_text(text: list[Path] | None) -> list[list[str]]:
     from chameleon_deploy.reference.python_corpus import KINDS, python_texts
     from chameleon_deploy.terminal.texts import read_texts
 
-    return [read_texts(text)] if text else [python_texts(kind)[:100] for kind in KINDS]
+    return [read_texts(text)] if text else [python_texts(kind, 100) for kind in KINDS]
 
 
 def _in_turn(kinds: Sequence[Sequence[Any]]) -> list[Any]:

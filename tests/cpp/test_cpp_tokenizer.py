@@ -52,7 +52,7 @@ EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "1000"))
 
 @functools.cache
 def _texts() -> tuple[str, ...]:
-    return tuple(text for kind in KINDS for text in python_texts(kind)[:200])
+    return tuple(text for kind in KINDS for text in python_texts(kind, 200))
 
 
 @functools.cache

@@ -195,7 +195,7 @@ def corpora(examples: int) -> Iterator[tuple[str, list[str]]]:
     code = [ROOT / name for name in sources if name.endswith((".py", ".cpp", ".h", ".md", ".toml"))]
     yield "code", [file.read_text() for file in code if file.is_file()]
     yield "code points", code_point_texts()
-    prose = [text for kind in KINDS for text in python_texts(kind)[:200]]
+    prose = [text for kind in KINDS for text in python_texts(kind, 200)]
     random = np.random.default_rng(11)
     yield "random strings", [random_text(random, prose) for _ in range(examples)]
 

@@ -28,7 +28,7 @@ def report(mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a very short experiment."""
     directory = tmp_path_factory.mktemp("report")
     corpus, page = directory / "texts.jsonl", directory / "report.html"
-    texts = [text for kind in KINDS for text in python_texts(kind)[:12]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 12)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     compare.main(
         text=[corpus], base=str(mini_path / "base"), work=directory / "work", seeds=2, epochs=1, clusters=3,

@@ -43,7 +43,7 @@ from chameleon_deploy.terminal.html_page import Page
 from tests import commands
 from tests.conftest import nearly
 
-TEXTS = [text for kind in KINDS for text in python_texts(kind)[:18]]
+TEXTS = [text for kind in KINDS for text in python_texts(kind, 18)]
 # A rate at which conditioning soon matters.
 SETTINGS = PAPER.with_options(num_clusters=3, max_length=40, epochs=2, batch_size=8, lr=2e-2)
 SEEDS = 2

@@ -25,7 +25,7 @@ from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import fit_checkpoint
 
 # Texts of at most 24 characters, and so of at most 24 tokens.
-TEXTS = Split(*([text[:24] for kind in KINDS for text in python_texts(kind)[first : first + 3]] for first in (0, 3, 6)))
+TEXTS = Split(*([text[:24] for kind in KINDS for text in python_texts(kind, first + 3)[first:]] for first in (0, 3, 6)))
 SETTINGS = PAPER.with_options(
     num_clusters=2, max_length=24, epochs=1, batch_size=4, lr=2e-2, lora_lrs=(1e-6, 2e-2), seed=5
 )

@@ -23,7 +23,7 @@ from tests.commands import call
 from tests.logits import row_logits
 
 EVALUATE = "chameleon_deploy.evaluate"
-TEXTS = [text for kind in KINDS for text in python_texts(kind)[:12]]
+TEXTS = [text for kind in KINDS for text in python_texts(kind, 12)]
 
 
 def test_masked_loss_is_the_next_token_loss(mini: Checkpoint, tmp_path: Path) -> None:

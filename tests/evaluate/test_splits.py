@@ -29,7 +29,7 @@ from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.training import fit_checkpoint
 
 TEXTS = {
-    name: [text for kind in KINDS for text in python_texts(kind)[first : first + 8]]
+    name: [text for kind in KINDS for text in python_texts(kind, first + 8)[first:]]
     for name, first in (("train", 0), ("validation", 8), ("test", 16), ("other", 24))
 }
 

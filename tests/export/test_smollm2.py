@@ -47,7 +47,7 @@ def test_every_gate_holds(
     config = CheckpointConfig(
         regime="chameleon", base_model=str(package()), rank=4, hidden_sizes=PAPER.hidden_sizes(4), num_clusters=4
     )
-    texts = [text for kind in KINDS for text in python_texts(kind)[:100]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 100)]
     ids = encode_texts(texts, trunk.tokenizer, "masked", config.max_length)
     embeddings = embed_texts(ids, trunk.token_embedding, "masked", config.max_length, trunk.eos_token_id)
     factors = build_factors(config, trunk).eval().requires_grad_(False)

@@ -338,7 +338,7 @@ def test_bad_gguf_files(llama_base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(base_config("mini"))
-    save_base(model, train_tokenizer([t for kind in KINDS for t in python_texts(kind)[:20]], 512), tmp_path / "base")
+    save_base(model, train_tokenizer([t for kind in KINDS for t in python_texts(kind, 20)], 512), tmp_path / "base")
 
     class Biased:
         bias = torch.zeros(1)

@@ -182,7 +182,7 @@ def test_the_help_names_the_defaults() -> None:
 
 def test_the_preset_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None:
     text = tmp_path / "texts.jsonl"
-    texts = [text for kind in KINDS for text in python_texts(kind)[:16]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 16)]
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
                "--out", str(tmp_path / "out"), "--max-length", "48", "--preset", "residual", "--clusters", "5",
@@ -206,7 +206,7 @@ def test_hidden_sizes_that_are_not_the_clusters(mini: Checkpoint, tmp_path: Path
 
 
 def test_the_comparison_takes_the_preset(mini: Checkpoint, tmp_path: Path) -> None:
-    texts = [text for kind in KINDS for text in python_texts(kind)[:12]]
+    texts = [text for kind in KINDS for text in python_texts(kind, 12)]
     settings = PRESETS["residual"].with_options(rank=4, num_clusters=3, max_length=40, epochs=1, lr=2e-2)
     train, test = split_texts(texts, 0.2)
     splits = Split(*split_texts(train, 0.2, "validation"), test)

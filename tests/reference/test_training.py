@@ -31,7 +31,7 @@ from chameleon_deploy.terminal.texts import read_conditioned
 from tests.bigram import bigram_perplexity
 from tests.conftest import REPOSITORY, nearly
 
-TEXTS = [text for kind in KINDS for text in python_texts(kind)[:24]]
+TEXTS = [text for kind in KINDS for text in python_texts(kind, 24)]
 TRAIN, HELD_OUT = corpus.split_texts(TEXTS, 0.2)
 TASKS = (("a", 1), ("b", -1))
 

@@ -282,5 +282,5 @@ def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor
 def _own_texts() -> list[str]:
     """Return prose and Python's texts, the kinds in turn."""
     prose = (resources.files(__package__) / "prose.txt").read_text("utf-8").split("\n\n")
-    kinds: list[Any] = [prose, *(python_texts(kind)[TEXTS] for kind in KINDS)]
+    kinds: list[Any] = [prose, *(python_texts(kind, TEXTS.stop)[TEXTS] for kind in KINDS)]
     return [text for group in itertools.zip_longest(*kinds) for text in group if text]
