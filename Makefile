@@ -12,9 +12,6 @@ BIN := .venv/bin
 # Where it is set, every process compiles PyTorch's thousands of modules again, which takes as long as running them.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Where the environment says to write no bytecode, each process of the tests compiles PyTorch's modules again: 3 s.
-unexport PYTHONDONTWRITEBYTECODE
-
 demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
 

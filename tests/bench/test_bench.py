@@ -32,7 +32,7 @@ from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.terminal import console
-from tests.commands import call, run
+from tests.commands import call
 from tests.conftest import REPOSITORY
 from tests.page import Page
 
@@ -137,8 +137,8 @@ def smoke(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "active")
-        result = run("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--smoke",
-                     "--json", out / "bench.json", "--html", out / "bench.html")  # fmt: skip
+        result = call("chameleon_deploy.bench", bundle, "--reference", mini_path, "--threads", 1, "--smoke",
+                      "--rounds", 1, "--json", out / "bench.json", "--html", out / "bench.html")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads((out / "bench.json").read_text()), (out / "bench.html").read_text()
 
@@ -166,9 +166,9 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
 
 
 def test_a_base_model_is_exported_for_one_run(mini_path: Path, tmp_path: Path) -> None:
-    result = run("chameleon_deploy.bench", "--model", mini_path / "base", "--precision", "int8", "--threads", 1,
-                 "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch",
-                 "--json", tmp_path / "bench.json")  # fmt: skip
+    result = call("chameleon_deploy.bench", "--model", mini_path / "base", "--precision", "int8", "--threads", 1,
+                  "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch",
+                  "--json", tmp_path / "bench.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["precision"] == "int8"
@@ -205,8 +205,8 @@ def test_a_fast_wrong_answer_is_an_error(bundle: Path, mini_path: Path, copy_of:
     tensors = load_file(other / "chameleon.safetensors")
     tensors["hypernetwork.2.weight"] *= 3
     save_file(tensors, other / "chameleon.safetensors")
-    result = run("chameleon_deploy.bench", bundle, "--reference", other, "--threads", 1, "--smoke", "--batch", 1,
-                 "--rounds", 1)  # fmt: skip
+    result = call("chameleon_deploy.bench", bundle, "--reference", other, "--threads", 1, "--smoke", "--batch", 1,
+                  "--rounds", 1)  # fmt: skip
     assert result.returncode == 1
     assert "scoring 8x32: bundle deviates by" in result.stderr
 
@@ -219,7 +219,7 @@ def test_a_missing_engine_is_printed_with_its_extra(
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')")
     monkeypatch.syspath_prepend(tmp_path)  # it is imported in a process of its own
-    _, missing = open_peers(runtime, mini, 1, tmp_path, foreign=True)
+    _, missing = open_peers(runtime, mini, 1, tmp_path, True, ["CTranslate2", "OpenVINO", "llama.cpp"])
     assert set(missing) == {"CTranslate2 fp32", "OpenVINO fp32", "llama.cpp F32"}
     console.show(report.missing_sheet(_benchmark(missing)))
     printed = capsys.readouterr().out

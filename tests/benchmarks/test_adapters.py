@@ -11,7 +11,7 @@ import pytest
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.commands import run
+from tests.commands import call
 
 LAYERS = {"mini": ["c_attn", "c_fc"], "llama": ["q_proj", "k_proj", "up_proj"]}
 LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
@@ -41,7 +41,7 @@ def test_every_engine_is_timed_and_right(
     adapted: tuple[Path, Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    result = run("benchmarks.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
+    result = call("benchmarks.adapters", *command(*adapted), "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"llama.cpp"} - figures["missing"].keys() == ({"llama.cpp"} if LLAMA_CPP else set())
@@ -61,7 +61,7 @@ def test_every_engine_is_timed_and_right(
 def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[Path]]) -> None:
     """The bundle's a is compared with what is b for PEFT and for the reference."""
     bundle, base, directories = adapted
-    result = run("benchmarks.adapters", *command(bundle, base, directories[::-1]), "--engine", "none")
+    result = call("benchmarks.adapters", *command(bundle, base, directories[::-1]), "--engine", "none")
     assert result.returncode == 1
     assert "results differ from the reference: prefill 3x12 + 5 tokens" in " ".join(result.stderr.split())
 
@@ -69,6 +69,6 @@ def test_adapters_in_the_wrong_order_are_caught(adapted: tuple[Path, Path, list[
 @pytest.mark.parametrize("adapted", ["mini"], indirect=True)
 def test_another_bundles_adapters_are_refused(adapted: tuple[Path, Path, list[Path]]) -> None:
     bundle, base, directories = adapted
-    result = run("benchmarks.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
+    result = call("benchmarks.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
     assert result.returncode == 2
     assert "pass an --adapter for each" in " ".join(result.stderr.split())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.growth import CURVES, CurveName, points
-from tests.commands import run
+from tests.commands import call
 
 ENGINES = ["bundle", "PyTorch eager fp32"]
 
@@ -18,9 +18,9 @@ ENGINES = ["bundle", "PyTorch eager fp32"]
 def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     """The JSON, its file, and the tables of a run on the mini model, with an engine that does not exist."""
     out = tmp_path_factory.mktemp("growth")
-    result = run("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
-                 "--largest", 64, "--engine", ENGINES[1], "--engine", "no such engine",
-                 "--json", out / "growth.json")  # fmt: skip
+    result = call("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
+                  "--largest", 64, "--engine", ENGINES[1], "--engine", "no such engine",
+                  "--json", out / "growth.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads((out / "growth.json").read_text()), out / "growth.json", result.stdout
 
@@ -48,7 +48,7 @@ def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], Path, str]) -
 
 
 def test_every_curve_is_drawn(growth: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
-    result = run("benchmarks.growth_plots", tmp_path / "plots", growth[1])
+    result = call("benchmarks.growth_plots", tmp_path / "plots", growth[1])
     assert result.returncode == 0, result.stderr
     drawings = {file.name: file.read_text() for file in (tmp_path / "plots").iterdir()}
     assert set(drawings) == {f"fp32-{curve}.svg" for curve in CURVES}
@@ -65,6 +65,6 @@ def test_points_fit_the_model() -> None:
 
 
 def test_a_process_that_dies_is_an_error_with_its_last_line(bundle: Path, tmp_path: Path) -> None:
-    result = run("benchmarks.growth", bundle, "--reference", tmp_path, "--threads", 1, "--largest", 1)
+    result = call("benchmarks.growth", bundle, "--reference", tmp_path, "--threads", 1, "--largest", 1)
     assert result.returncode == 2
     assert "neither chameleon_config.json nor adapter_config.json" in result.stderr
