@@ -49,7 +49,7 @@ def test_generate_reads_prompts_from_a_file(bundle: Path, tmp_path: Path) -> Non
     (tmp_path / "p.jsonl").write_text('{"text": "one"}\n\n{"text": "two\\n\\nlines"}\n')
     (tmp_path / "p.txt").write_text("first\nparagraph\n\n \nsecond\n")
     for name in ("p.jsonl", "p.txt"):
-        result = run("chameleon_deploy.generate", bundle, "--prompts", tmp_path / name, "--max-new-tokens", 2)
+        result = call("chameleon_deploy.generate", bundle, "--prompts", tmp_path / name, "--max-new-tokens", 2)
         assert result.returncode == 0, result.stderr
         assert "length" in result.stdout
 
@@ -153,34 +153,34 @@ def test_the_shell_completes_commands_and_options() -> None:
 def test_inspect_shows_what_a_bundle_holds(path: str, request: pytest.FixtureRequest) -> None:
     bundle = request.getfixturevalue(path)
     manifest = open_bundle(bundle).manifest
-    shown = run("chameleon_deploy.inspect", bundle)
+    shown = call("chameleon_deploy.inspect", bundle)
     assert shown.returncode == 0, shown.stderr
     for text in (manifest.adaptation.regime, "lm_head [512 x 64]", "not verified", *manifest.graphs, *manifest.files):
         assert text in shown.stdout
-    record = json.loads(run("chameleon_deploy.inspect", bundle, "--json").stdout)
+    record = json.loads(call("chameleon_deploy.inspect", bundle, "--json").stdout)
     assert record["model"] == msgspec.to_builtins(manifest.model)
     assert record["modes"] == list(manifest.adaptation.modes)
     assert record["adapters"] == (path == "lora_bundle")
     assert record["size"] == sum((bundle / name).stat().st_size for name in manifest.files)
 
 
-def test_the_cache_is_listed_and_pruned(tmp_path: Path) -> None:
-    env = {"CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache")}
+def test_the_cache_is_listed_and_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
     entry = tmp_path / "cache" / "engines" / ("a" * 32)
     entry.mkdir(parents=True, mode=0o700)
     (tmp_path / "cache").chmod(0o700)
     (entry / "entry.json").write_text('{"key": {"device": "a [GPU]"}, "files": {}}')
     (entry / "decoder.engine").write_bytes(bytes(1000))
-    shown = run("chameleon_deploy.cache", "list", env=env)
+    shown = call("chameleon_deploy.cache", "list")
     assert "a [GPU]" in shown.stdout, shown.stderr
-    listed = json.loads(run("chameleon_deploy.cache", "list", "--json", env=env).stdout)
+    listed = json.loads(call("chameleon_deploy.cache", "list", "--json").stdout)
     assert (listed["kind"], listed["key"], listed["path"]) == ("engines", {"device": "a [GPU]"}, str(entry))
-    assert run("chameleon_deploy.cache", "prune", env=env).returncode == 2
-    assert run("chameleon_deploy.cache", "prune", "--older-than", 1, "--json", env=env).stdout == ""
-    assert json.loads(run("chameleon_deploy.cache", "prune", "--max-bytes", 500, "--json", env=env).stdout) == listed
+    assert call("chameleon_deploy.cache", "prune").returncode == 2
+    assert call("chameleon_deploy.cache", "prune", "--older-than", 1, "--json").stdout == ""
+    assert json.loads(call("chameleon_deploy.cache", "prune", "--max-bytes", 500, "--json").stdout) == listed
     assert not entry.exists()
     (tmp_path / "cache").chmod(0o777)
-    assert "[path_unsafe]" in run("chameleon_deploy.cache", "list", env=env).stderr
+    assert "[path_unsafe]" in call("chameleon_deploy.cache", "list").stderr
 
 
 def bad_calls(bundle: Path, mini: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
@@ -322,8 +322,8 @@ def test_train_export_generate_from_the_shell(mini_path: Path, tmp_path: Path) -
                   "--out", tmp_path / "checkpoint", "--epochs", 1, "--clusters", 2, "--max-length", 64)  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert "validation loss" in trained.stdout
-    exported = run("chameleon_deploy.export", tmp_path / "checkpoint", "--out", tmp_path / "bundle")
+    exported = call("chameleon_deploy.export", tmp_path / "checkpoint", "--out", tmp_path / "bundle")
     assert exported.returncode == 0, exported.stderr
     assert "verified: " in exported.stdout
-    result = run("chameleon_deploy.generate", tmp_path / "bundle", "--prompt", "The", "--json")
+    result = call("chameleon_deploy.generate", tmp_path / "bundle", "--prompt", "The", "--json")
     assert json.loads(result.stdout)["cluster_id"] in (0, 1)

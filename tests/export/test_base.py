@@ -21,7 +21,7 @@ from chameleon_deploy.verify import adapter_checks
 from chameleon_deploy.verify.gates import require_passed
 from chameleon_deploy.verify.run import VerifyOptions, verify_bundle
 from tests.adapters import save_adapter
-from tests.commands import run
+from tests.commands import call
 
 TEXTS = ["The river runs to the sea.", "def main():", "A list"]
 NAMES = ["late", None, "late"]
@@ -153,11 +153,11 @@ def test_a_plain_base_is_verified(base: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_commands(base: Path, peft: Path, mini_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    made = run("chameleon_deploy.export", base, "--out", out, "--adaptable", "attention", "--adaptable", "down_proj",
+    made = call("chameleon_deploy.export", base, "--out", out, "--adaptable", "attention", "--adaptable", "down_proj",
                "--max-rank", 4, "--no-verify")  # fmt: skip
     assert (made.returncode, "regime base" in made.stdout) == (0, True), made.stderr
     file = tmp_path / "late.safetensors"
-    written = run("chameleon_deploy.adapter", out, "--peft", peft, "--out", file)
+    written = call("chameleon_deploy.adapter", out, "--peft", peft, "--out", file)
     assert written.returncode == 0, written.stderr
     chameleon_deploy.load(out, threads=1).load_adapter("late", file)
     for arguments, message in (
@@ -166,7 +166,7 @@ def test_commands(base: Path, peft: Path, mini_path: Path, tmp_path: Path) -> No
         ((tmp_path,), "no base model"),
         ((tmp_path / "none",), "does not exist"),
     ):
-        refused = run("chameleon_deploy.export", *arguments, "--out", tmp_path / "c")
+        refused = call("chameleon_deploy.export", *arguments, "--out", tmp_path / "c")
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
         assert len(refused.stderr.splitlines()) == 1
 

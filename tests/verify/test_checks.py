@@ -27,7 +27,7 @@ from chameleon_deploy.verify.gates import GATES, Check, accept
 from chameleon_deploy.verify.logit_figures import LogitFigures, largest, logit_scale
 from chameleon_deploy.verify.promises import check_texts
 from chameleon_deploy.verify.run import VerifyOptions, verification_rows, verify_bundle
-from tests.commands import call, run
+from tests.commands import call
 from tests.damage import change_weights, edit, reseal
 from tests.rows import head_factors
 from tests.verification import CACHE_FAULTS, damage_cache, missed, quiet
@@ -410,7 +410,7 @@ def test_the_command_exits_1_on_a_missed_gate(
     assert json.loads(good.stdout)["verified"] is True
     wrong = copy_of(bundle)
     change_weights("lm_head.lora_B.bias", lambda b: b * 2)(wrong)
-    bad = run("chameleon_deploy.verify", wrong, "--reference", mini_path, "--out", tmp_path / "record.json")
+    bad = call("chameleon_deploy.verify", wrong, "--reference", mini_path, "--out", tmp_path / "record.json")
     assert bad.returncode == 1
     assert "MISSED" in bad.stdout
     assert "factors, relative difference" in bad.stderr
