@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from chameleon_deploy.reference.chat_template import ChatTemplates
 from chameleon_deploy.runtime.chat.template import ChatTemplate
@@ -57,8 +57,8 @@ def chat_model(name: str) -> ChatModel:
                if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value}  # fmt: skip
     file = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=config["chat_template"], **special
+    reference = transformers.PreTrainedTokenizerFast(  # for its template alone: it would copy the vocabulary twice
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=config["chat_template"], **special
     )
     source = ChatTemplates(config["chat_template"], special).source()
     assert source is not None

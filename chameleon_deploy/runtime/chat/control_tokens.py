@@ -37,9 +37,8 @@ class ControlTokens:
             for token, encoding in zip(added, found, strict=True)
             if token["id"] not in encoding.ids and not token["single_word"]
         }
-        self._tokenizer = _copy(
-            content, [t | {"content": spelled[t["content"]]} if t["content"] in control else t for t in added]
-        )
+        some = [t | {"content": spelled[t["content"]]} if t["content"] in control else t for t in added]
+        self._tokenizer = plain if len(control) == len(added) else _copy(content, some)  # a copy takes a second
         self._spelled = {text: spelled[text] for text in control}
         # An added token may get another id in the copy, where its text is in the model's vocabulary too.
         self._ids = {self._tokenizer.token_to_id(spelled[text]): token_id for text, token_id in control.items()}
