@@ -24,7 +24,7 @@ from benchmarks.batching import (
 )
 from chameleon_deploy import Runtime
 from chameleon_deploy.errors import InputError, LengthError, TokenError
-from tests.commands import run
+from tests.commands import call
 
 PLAN = Plan(rows=4, prefill_tokens=8, prompt_tokens=8, new_tokens=8, ragged=(2, 24), requests=8, rounds=2)
 
@@ -113,10 +113,10 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     sizes = ["--threads", 1, "--requests", 6, "--prompt-tokens", 8, "--new-tokens", 6, "--ragged", "2:9", "--rows", 3,
              "--rounds", 1, "--json", file]  # fmt: skip
-    result = run("benchmarks.batching", bundle, *sizes)
+    result = call("benchmarks.batching", bundle, *sizes)
     assert result.returncode == 0, result.stderr
     assert len(json.loads(file.read_text())["ratios"]) == 4
-    alone = run("benchmarks.batching", bundle, *sizes, "--alone")
+    alone = call("benchmarks.batching", bundle, *sizes, "--alone")
     assert alone.returncode == 0, alone.stderr
     figures = json.loads(file.read_text())
     assert figures["plan"]["rows"] == 3

@@ -10,12 +10,12 @@ import chameleon_deploy
 from benchmarks import prefix_cache
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
-from tests.commands import run
+from tests.commands import call
 
 
 def test_the_command(bundle: Path) -> None:
     sizes = ["--rounds", 1, "--threads", 1, "--prompt-tokens", 40, "--new-tokens", 2]
-    result = run("benchmarks.prefix_cache", bundle, *sizes)
+    result = call("benchmarks.prefix_cache", bundle, *sizes)
     assert result.returncode == 0, result.stderr
     assert "look-up of 1024 tokens at 9,984 blocks" in result.stdout
     assert "throughput without hits, 40 + 2 tokens" in result.stdout

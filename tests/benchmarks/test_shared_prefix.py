@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.shared_prefix import Answering, measure, over_http
 from chameleon_deploy.errors import CheckFailedError
-from tests.commands import run
+from tests.commands import call
 from tests.serving import running
 
 
@@ -51,7 +51,7 @@ def test_a_short_answer_is_no_figure(bundle: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_command(bundle: Path) -> None:
     sizes = ["--rounds", 1, "--clients", 2, "--each", 1, "--threads", 1, "--prefix-tokens", 33, "--new-tokens", 2]
-    result = run("benchmarks.shared_prefix", "--bundle", f"one={bundle}", "--bundle", f"two={bundle}", *sizes)
+    result = call("benchmarks.shared_prefix", "--bundle", f"one={bundle}", "--bundle", f"two={bundle}", *sizes)
     assert result.returncode == 0, result.stderr
     for name in ("one", "two"):
         assert re.search(rf"{name}\W+[\d.]+\W+[\d.]+ \(", result.stdout), result.stdout
@@ -59,5 +59,5 @@ def test_the_command(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [([], "nothing to ask"), (["--convert", "x"], "--convert needs --out")])
 def test_what_cannot_be_asked(words: list[str], said: str) -> None:
-    result = run("benchmarks.shared_prefix", *words)
+    result = call("benchmarks.shared_prefix", *words)
     assert (result.returncode, said in result.stderr) == (2, True)
