@@ -249,7 +249,8 @@ def test_a_file_that_cannot_grow_is_one_line(mini_path: Path, tmp_path: Path) ->
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    command = [sys.executable, "-m", "chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--no-verify"]
+    start = [sys.executable, "-m", "chameleon_deploy.export"]
+    command = [*start, str(mini_path), "--out", str(tmp_path / "out"), "--no-verify"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "cannot write" in result.stderr
