@@ -1,4 +1,7 @@
-"""GPT-2 small with random weights, at full size: the export's limits, the paper's counts, what loading costs."""
+"""GPT-2 small with random weights, at full size: the export's limits, the paper's counts, what loading costs.
+
+`pytest -m large_models tests/export/test_gpt2_small.py` runs every check of `verify` and builds its int8 engine.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +10,71 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from chameleon_deploy.bench.footprint import measure_footprint
 from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.reference.random import random_checkpoint
 from tests.commands import run
 
 pytestmark = pytest.mark.gpt2_small
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
-    """Checkpoint, verified bundle, and the export's peak resident memory in bytes."""
-    directory = tmp_path_factory.mktemp("small")
-    checkpoint, bundle = directory / "checkpoint", directory / "bundle"
-    random = [sys.executable, "-m", "chameleon_deploy.reference.random", "--size", "small", "--out", str(checkpoint)]
-    subprocess.run(random, check=True, capture_output=True)
-    # A process of its own, so that its peak is nobody else's.
+def peak_of(*command: object, env: Mapping[str, str] = os.environ) -> int:
+    """Run Python with these arguments. Returns its peak resident memory in bytes, which is that of no other process."""
     code = (
         "import resource, subprocess, sys\n"
-        "subprocess.run([sys.executable, '-m', 'chameleon_deploy.export', *sys.argv[1:]], check=True)\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, checkpoint, "--out", bundle], check=True, capture_output=True, text=True
+    arguments = [sys.executable, "-c", code, *map(str, command)]
+    return int(subprocess.run(arguments, env=env, check=True, capture_output=True, text=True).stdout) * 1024
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """Checkpoint, bundle, and the export's peak resident memory in bytes."""
+    directory = tmp_path_factory.mktemp("small")
+    checkpoint, bundle = directory / "checkpoint", directory / "bundle"
+    random_checkpoint(checkpoint, "small")
+    return checkpoint, bundle, peak_of("-m", "chameleon_deploy.export", checkpoint, "--out", bundle, "--no-verify")
+
+
+def test_export_fits_4_gib(small: tuple[Path, Path, int]) -> None:
+    assert small[2] <= 4 * 2**30
+
+
+def test_verification_fits_4_gib(small: tuple[Path, Path, int]) -> None:
+    """Of a long text and 7 others, one check on each decoder graph: what needs the memory."""
+    checkpoint, bundle, _ = small
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from chameleon_deploy.reference.checkpoint import load_checkpoint\n"
+        "from chameleon_deploy.terminal.progress import silent\n"
+        "from chameleon_deploy.verify import checkpoint_checks, run\n"
+        "every, run_steps = run.verification_rows, checkpoint_checks.run_steps\n"
+        "run.verification_rows = lambda *options: every(*options)[-8:]\n"
+        "checkpoint_checks.run_steps = lambda runtime, steps, *rest: (\n"
+        "    run_steps(runtime, {'logits': steps['logits']}, *rest))\n"
+        "options = run.VerifyOptions(threads=1, keep_trunk=False)\n"
+        "checks, record = run.verify_bundle(Path(sys.argv[1]), load_checkpoint(Path(sys.argv[2])), silent, options)\n"
+        "assert record['verified'], checks\n"
+        "read = [check.graph for check in checks if 'up to 1024 of a text' in check.note]\n"  # the last position
+        "assert read == ['decoder_cpu', 'decoder'], checks"
     )
-    return checkpoint, bundle, int(result.stdout.splitlines()[-1]) * 1024
+    assert peak_of("-c", code, bundle, checkpoint) <= 4 * 2**30
 
 
-def test_export_is_verified_and_fits_4_gib(small: tuple[Path, Path, int]) -> None:
-    _, bundle, peak = small
+@pytest.mark.large_models
+def test_a_verified_export_fits_4_gib(small: tuple[Path, Path, int], tmp_path: Path) -> None:
+    peak = peak_of("-m", "chameleon_deploy.export", small[0], "--out", tmp_path / "bundle")
     assert peak <= 4 * 2**30
-    manifest = open_bundle(bundle).manifest
-    assert manifest.parity.verified
-    record = json.loads((bundle / "parity.json").read_text())
+    assert open_bundle(tmp_path / "bundle").manifest.parity.verified
+    record = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     assert all(check["passed"] for check in record["checks"])
     assert any(
         "up to 1024 of a text" in check["note"] for check in record["checks"]
@@ -66,7 +98,10 @@ def test_loading_costs_little_more_than_the_weights(small: tuple[Path, Path, int
     assert figures.shared_private <= 60 * 2**20
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])  # the largest file, and the smallest
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", pytest.param("int8", marks=pytest.mark.large_models)],  # the largest file, and the smallest
+)
 def test_engines(small: tuple[Path, Path, int], precision: str, tmp_path: Path) -> None:
     """TensorRT for RTX builds them without a GPU, inside the memory that the export may take."""
     checkpoint, bundle, _ = small
@@ -74,17 +109,8 @@ def test_engines(small: tuple[Path, Path, int], precision: str, tmp_path: Path) 
         bundle = tmp_path / "bundle"
         exported = run("chameleon_deploy.export", checkpoint, "--out", bundle, "--precision", precision, "--no-verify")
         assert exported.returncode == 0, exported.stderr
-    program = (
-        "import resource, subprocess, sys\n"
-        "subprocess.run(sys.argv[1:], check=True)\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
     environment = {**os.environ, "CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", program, sys.executable, "-m", "chameleon_deploy.engines", bundle],
-        env=environment, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert int(result.stdout.splitlines()[-1]) * 1024 <= 4 * 2**30
+    assert peak_of("-m", "chameleon_deploy.engines", bundle, env=environment) <= 4 * 2**30
     (engine,) = (tmp_path / "cache").rglob("decoder.engine")
     assert engine.stat().st_size > 150e6  # in int8, the weights are 124 MB of it
     shutil.rmtree(tmp_path)
