@@ -6,9 +6,11 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +84,16 @@ def test_every_command_has_help(command: str) -> None:
     result = call(module_of(command), "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_module_runs_its_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python -m` runs it, and without the seconds that a process takes for its imports."""
+    monkeypatch.setattr(sys, "argv", [command, "--no-such-option"])
+    with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it has been imported before
+        runpy.run_module(module_of(command), run_name="__main__")
+    assert ended.value.code == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
