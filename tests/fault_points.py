@@ -24,15 +24,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 
 import chameleon_deploy
 from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
 from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import ChameleonError
-from chameleon_deploy.export.exporter import export_bundle
-from chameleon_deploy.reference.checkpoint import load_checkpoint
-from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.store import local_cache, remote
 from tests.ports import free_port
 from tests.shared_data import good_bundle
@@ -57,6 +53,13 @@ class Target:
 
 
 def export_target(directory: Path) -> Target:
+    import torch  # not for the other targets: it takes seconds
+
+    from chameleon_deploy.export.exporter import export_bundle
+    from chameleon_deploy.reference.checkpoint import load_checkpoint
+    from chameleon_deploy.reference.random import random_checkpoint
+
+    torch.set_num_threads(1)  # no threads before the fork
     random_checkpoint(directory / "checkpoint", "mini")
     checkpoint = load_checkpoint(directory / "checkpoint")
     return Target(lambda at: export_bundle(checkpoint, at / "new"), _bundle_fault, ".new.partial")
@@ -220,10 +223,11 @@ def digests(directory: Path) -> dict[str, str]:
 
 def main() -> None:
     name, directory, wanted = sys.argv[1], Path(sys.argv[2]).resolve(), int(sys.argv[3])
-    torch.set_num_threads(1)  # no threads before the fork
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     target, faults = TARGETS[name](directory), Faults(directory / "at")
+    (directory / "first").mkdir()
+    target.write(directory / "first")  # so that no fork has to import what it imports
     (directory / "at").mkdir()
     code, count = run(target, directory / "at", faults, 0, "kill")
     if code != DONE or not count:

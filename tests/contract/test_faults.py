@@ -17,7 +17,7 @@ import pytest
 from tests.commands import find_program
 from tests.conftest import REPOSITORY
 
-POINTS = int(os.environ.get("CHAMELEON_EXAMPLES", "16"))
+POINTS = int(os.environ.get("CHAMELEON_EXAMPLES", "8"))
 
 
 @pytest.fixture(scope="module")
