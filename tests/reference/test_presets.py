@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from chameleon_deploy.reference.presets import PAPER, PRESETS, PresetName, Train
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.residual import add_residual, constant_direction, count, detectors, log_ratio
 from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
+from tests.commands import call
 
 CLUSTERS, HIDDEN, VOCAB, RANK = 4, 16, 40, 2
 CENTROIDS = torch.nn.functional.normalize(torch.randn(CLUSTERS, HIDDEN, generator=torch.Generator().manual_seed(9)))
@@ -184,10 +183,9 @@ def test_the_preset_from_text_to_bundle(mini_path: Path, tmp_path: Path) -> None
     text = tmp_path / "texts.jsonl"
     texts = [text for kind in KINDS for text in python_texts(kind, 16)]
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
-               "--out", str(tmp_path / "out"), "--max-length", "48", "--preset", "residual", "--clusters", "5",
-               "--epochs", "2"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    result = call("chameleon_deploy.train", "--base", mini_path / "base", "--text", text, "--out", tmp_path / "out",
+                  "--max-length", 48, "--preset", "residual", "--clusters", 5, "--epochs", 2)  # fmt: skip
+    assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["settings"] == asdict(PRESETS["residual"].with_options(epochs=2).training)
     assert record["best_loss"] == min(record["validation_loss_by_pseudo_count"].values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import InputError, OutputExistsError
@@ -29,6 +30,7 @@ from chameleon_deploy.reference.targets import choose_targets
 from chameleon_deploy.reference.training import TrainingInputs, train_checkpoint
 from chameleon_deploy.terminal.texts import read_conditioned
 from tests.bigram import bigram_perplexity
+from tests.commands import call
 from tests.conftest import REPOSITORY, nearly
 
 TEXTS = [text for kind in KINDS for text in python_texts(kind, 24)]
@@ -86,24 +88,26 @@ def test_the_seed_decides_everything(mini: Checkpoint, mini_path: Path, tmp_path
 
 
 def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: Path, tmp_path: Path) -> None:
-    text = tmp_path / "train.jsonl"
-    import json
-
-    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
-               "--out", str(tmp_path / "killed"), "--epochs", "200", "--patience", "200", "--clusters", "3",
-               "--max-length", "48", "--seed", "5"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    text, texts = tmp_path / "train.jsonl", TEXTS[::2]
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     state = tmp_path / "killed.training" / "state.safetensors"
+    process = os.fork()  # not a new process, which would import PyTorch first
+    if process == 0:
+        try:
+            call("chameleon_deploy.train", "--base", mini_path / "base", "--text", text, "--out", tmp_path / "killed",
+                 "--epochs", 10_000, "--patience", 10_000, "--clusters", 3, "--max-length", 48,
+                 "--seed", 5)  # fmt: skip
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert state.exists()
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
     assert not (tmp_path / "killed").exists()
+    epoch = json.loads(load_file(state)["json"].tobytes())["epoch"]
 
-    train, held_out = corpus.split_texts(TEXTS, 0.1)
+    train, held_out = corpus.split_texts(texts, 0.1)
     inputs, fewer = TrainingInputs(train, held_out), TrainingInputs(train[1:], held_out)
     settings = settings_of(epochs=8, patience=200, seed=5)
     changes = config(hidden_sizes=(64, 32), base_model=os.path.relpath(mini_path / "base", tmp_path / "killed"))
@@ -111,12 +115,13 @@ def test_a_killed_training_resumes_to_the_same_end(mini: Checkpoint, mini_path: 
         train_checkpoint(mini.trunk, changes, fewer, tmp_path / "killed", settings, quiet, resume=True)
     with pytest.raises(OutputExistsError, match="--resume"):
         train_checkpoint(mini.trunk, changes, inputs, tmp_path / "killed", settings, quiet)
+    settings = settings_of(epochs=epoch + 2, patience=200, seed=5)
     epochs: list[int] = []
     resumed = train_checkpoint(
-        mini.trunk, changes, inputs, tmp_path / "killed", settings_of(epochs=200, patience=3, seed=5),
+        mini.trunk, changes, inputs, tmp_path / "killed", settings,
         lambda what, done, total: epochs.append(done) if what.startswith("epochs") else None, resume=True,
     )  # fmt: skip
-    settings = settings_of(epochs=resumed.epoch, patience=200, seed=5)
+    assert epochs == [epoch + 1, epoch + 2]
     straight = train_checkpoint(mini.trunk, changes, inputs, tmp_path / "straight", settings, quiet)
     assert resumed.history == nearly(straight.history)
     a, b = (parameters(tmp_path / name, mini_path / "base") for name in ("killed", "straight"))
@@ -153,16 +158,14 @@ def test_layers_of_the_trunk_are_trained_and_resumed(
 
 def test_texts_with_vectors_are_trained_on_them(mini_path: Path, tmp_path: Path) -> None:
     """Two tasks of opposite vectors, whose texts have a letter each after the same word: the vector tells which."""
-    import json
-
     lines = [json.dumps({"text": f"the {letter} " * 4, "conditioning": [sign, 1.0]}) for letter, sign in TASKS]
     text = tmp_path / "texts.jsonl"
     text.write_text("\n".join(lines * 8))
-    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
-               "--validation-text", str(text), "--conditioning", "given", "--out", str(tmp_path / "out"),
-               "--epochs", "60", "--lr", "0.01", "--patience", "60", "--max-length", "16",
-               "--matmul-precision", "high"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    result = call("chameleon_deploy.train", "--base", mini_path / "base", "--text", text, "--validation-text", text,
+                  "--conditioning", "given", "--out", tmp_path / "out", "--epochs", 60, "--lr", 0.01, "--patience", 60,
+                  "--max-length", 16, "--matmul-precision", "high")  # fmt: skip
+    torch.set_float32_matmul_precision("highest")
+    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out" / "training.json").read_text())["settings"]["matmul_precision"] == "high"
     checkpoint = load_checkpoint(tmp_path / "out", base=str(mini_path / "base"))
     assert (checkpoint.config.conditioning_size, checkpoint.config.num_clusters) == (2, 0)
@@ -293,11 +296,11 @@ def test_a_lora_of_another_base_is_not_begun_with(mini: Checkpoint, lora: Checkp
 def test_the_command_begins_with_a_lora(mini_path: Path, tmp_path: Path) -> None:
     text = tmp_path / "texts.jsonl"
     text.write_text("\n".join(f'{{"text": "line {number} of a text"}}' for number in range(40)))
-    command = [sys.executable, "-m", "chameleon_deploy.train", "--base", str(mini_path / "base"), "--text", str(text),
-               "--max-length", "16", "--epochs", "1", "--clusters", "2"]  # fmt: skip
-    subprocess.run([*command, "--regime", "lora", "--lr", "0.01", "--out", str(tmp_path / "lora")], check=True)
-    begun = [*command, "--lr", "0", "--dropout", "0.1", "--from-lora", str(tmp_path / "lora")]
-    subprocess.run([*begun, "--out", str(tmp_path / "out")], check=True)
+    command: list[Any] = ["chameleon_deploy.train", "--base", mini_path / "base", "--text", text, "--max-length", 16,
+                          "--epochs", 1, "--clusters", 2]  # fmt: skip
+    trained = call(*command, "--regime", "lora", "--lr", 0.01, "--out", tmp_path / "lora")
+    begun = call(*command, "--lr", 0, "--dropout", 0.1, "--from-lora", tmp_path / "lora", "--out", tmp_path / "out")
+    assert (trained.returncode, begun.returncode) == (0, 0), trained.stderr + begun.stderr
     lora, network = (load_checkpoint(tmp_path / name) for name in ("lora", "out"))
     for name, factor in lora.factors(network.centroids).items():
         assert torch.equal(network.factors(network.centroids)[name], factor), name
