@@ -18,7 +18,7 @@ from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import peft_logits
-from tests.commands import run
+from tests.commands import call
 from tests.shared_data import good_bundle
 
 TEXT = "The river runs to the sea.\n\nAnd back."
@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def write(bundle: Path, out: Path, *source: Any) -> Path:
-    result = run("chameleon_deploy.adapter", bundle, *source, "--out", out)
+    result = call("chameleon_deploy.adapter", bundle, *source, "--out", out)
     assert result.returncode == 0, result.stderr
     return out
 
@@ -86,9 +86,8 @@ def test_a_vector_of_the_caller(tmp_path: Path) -> None:
     assert all(np.array_equal(np.asarray(array)[0], factors[name]) for name, array in expected.items())
     for wrong in ("[1]", "{}", "[1e999]", '["a"]', "7"):
         vector.write_text(wrong)
-        assert (
-            run("chameleon_deploy.adapter", bundle, "--conditioning", vector, "--out", tmp_path / "no").returncode == 2
-        )
+        result = call("chameleon_deploy.adapter", bundle, "--conditioning", vector, "--out", tmp_path / "no")
+        assert result.returncode == 2
 
 
 @pytest.mark.parametrize("path", ["mini"], indirect=True)
@@ -107,6 +106,6 @@ def test_what_cannot_be_meant_is_refused(path: Path, tmp_path: Path) -> None:
         (good_bundle("chameleon_given"), ["--out", out, "--cluster", 0]),
         (good_bundle("lora_masked"), ["--out", out, "--text", text]),
     ):
-        result = run("chameleon_deploy.adapter", bundle, *words)
+        result = call("chameleon_deploy.adapter", bundle, *words)
         assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), (words, result.stderr)
     assert not out.exists()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from chameleon_deploy.verify import checkpoint_checks, promises, run
 from chameleon_deploy.verify.gates import GATES, TENSORRT_FP32, Gate
 from chameleon_deploy.verify.wrong_factors import CAUGHT
 from tests.adapters import save_adapter
-from tests.commands import run as run_command
+from tests.commands import call
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted(
@@ -157,7 +158,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("legal", "code")):
         save_adapter(base, directory / "loras" / name, seed, r=4, target_modules=["c_attn"])
     (command,) = re.findall(r"python -m (chameleon_deploy\.export gpt2 .*)", (REPOSITORY / "README.md").read_text())
-    exported = run_command(*command.replace("gpt2", str(base)).split(), "--no-verify", cwd=directory)
+    with chdir(directory):
+        exported = call(*command.replace("gpt2", str(base)).split(), "--no-verify")
     assert exported.returncode == 0, exported.stderr
     return directory
 

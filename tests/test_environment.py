@@ -7,12 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import run
+from chameleon_deploy.export.exporter import export_bundle
+from chameleon_deploy.reference.checkpoint import Checkpoint, save_checkpoint
+from tests.commands import call, run
 
 TEXT = "caf\u00e9 \u6cb3 \U0001f98e"
 
@@ -39,7 +43,7 @@ def test_optimised_python(bundle: Path) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_an_encoding_that_lacks_characters(bundle: Path, encoding: str) -> None:
     env = {"PYTHONIOENCODING": encoding}
-    plain = _generate(bundle, "--json")
+    plain = call("chameleon_deploy.generate", bundle, "--prompt", TEXT, "--max-new-tokens", 3, "--json")
     shown = _generate(bundle, "--json", env=env)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert json.loads(shown.stdout) == json.loads(plain.stdout)
@@ -73,10 +77,18 @@ def test_a_closed_standard_error(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["/proc/self/no-such-home", None])
-def test_a_home_that_is_missing_or_read_only(bundle: Path, mini_path: Path, tmp_path: Path, home: str | None) -> None:
+def test_a_home_that_is_missing_or_read_only(
+    bundle: Path, mini_path: Path, tmp_path: Path, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = {"HOME": home, "XDG_CACHE_HOME": None, "CHAMELEON_DEPLOY_CACHE": None, "HF_HOME": None}
     assert _generate(bundle, "--json", env=env).returncode == 0
-    exported = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--no-verify", env=env)
+    export: list[Any] = ["chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--no-verify"]
+    if home:  # in a process of its own: packages that it imports look for a place for their caches then
+        exported = run(*export, env=env)
+    else:
+        for name in env:
+            monkeypatch.delenv(name, raising=False)
+        exported = call(*export)
     assert exported.returncode == 0, exported.stderr
     listed = run("chameleon_deploy.cache", "list", env=env)
     assert listed.returncode == 0, listed.stderr
@@ -88,13 +100,13 @@ def test_a_path_with_spaces_and_other_letters(bundle: Path, mini_path: Path, tmp
     shutil.copytree(bundle, directory / "a bundle")
     shutil.copytree(mini_path, directory / "a checkpoint")
     (directory / "some texts.txt").write_text("one\n\ntwo\n")
-    scored = run("chameleon_deploy.score", directory / "a bundle", "--text", directory / "some texts.txt", "--json")
+    scored = call("chameleon_deploy.score", directory / "a bundle", "--text", directory / "some texts.txt", "--json")
     assert len(scored.stdout.splitlines()) == 2, scored.stderr
     out = directory / "another bundle"
-    exported = run("chameleon_deploy.export", directory / "a checkpoint", "--out", out, "--no-verify")
+    exported = call("chameleon_deploy.export", directory / "a checkpoint", "--out", out, "--no-verify")
     assert exported.returncode == 0, exported.stderr
     assert _generate(out, "--json").stdout == _generate(bundle, "--json").stdout
-    refused = run("chameleon_deploy.export", directory / "a checkpoint", "--out", out)
+    refused = call("chameleon_deploy.export", directory / "a checkpoint", "--out", out)
     assert str(out) in refused.stderr
 
 
@@ -107,25 +119,25 @@ def test_shared_weights_in_a_path_with_spaces(bundle: Path, tmp_path: Path, monk
         assert chameleon_deploy.load(bundle, threads=1, share_weights=True).score(["x y z"]) == plain
 
 
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
-def test_files_have_the_modes_of_the_umask(mini_path: Path, tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_have_the_modes_of_the_umask(mini: Checkpoint, tmp_path: Path, umask: int, mode: int) -> None:
     """safetensors writes files that only their owner can read."""
-
-    def set_umask() -> None:
-        os.umask(umask)
-
-    exported = run("chameleon_deploy.export", mini_path, "--out", tmp_path / "out", "--no-verify", preexec_fn=set_umask)
-    assert exported.returncode == 0, exported.stderr
+    with _umask(umask):
+        export_bundle(mini, tmp_path / "out")
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
     assert (tmp_path / "out").stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
 
 
-def test_checkpoint_files_have_the_modes_of_the_umask(mini: Any, tmp_path: Path) -> None:
-    from chameleon_deploy.reference.checkpoint import save_checkpoint
-
-    before = os.umask(0o027)
-    try:
+def test_checkpoint_files_have_the_modes_of_the_umask(mini: Checkpoint, tmp_path: Path) -> None:
+    with _umask(0o027):
         save_checkpoint(tmp_path, mini.config, mini.factors, mini.centroids)
-    finally:
-        os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
