@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -121,6 +123,15 @@ class Trunk:
             if id(module) not in kept:
                 module.to("meta")
 
+    @contextmanager
+    def float64(self) -> Iterator[None]:
+        """Compute in float64, of the same weights: they take twice their memory meanwhile."""
+        self.causal_lm.double()
+        try:
+            yield
+        finally:
+            self.causal_lm.float()  # exact: they were float32
+
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
@@ -148,7 +159,7 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] of final hidden states [..., hidden]."""
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden.to(self.head_weight.dtype))
         cap = self.spec.logits_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
