@@ -17,8 +17,9 @@ from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.verify.gates import GATES, Gate
 from tests.processors.record import PRECISIONS, TOKENS, Reference
 
-# The limits of 4 bits allow what real models lose, which is more than the tiny one loses and than its adapter changes.
-TINY_GATES = {**GATES, "int4": replace(GATES["int4"], kl_mean=2e-2, kl_p999=2e-1)}
+# The KL limits of 4 bits allow what real models lose, which is more than the tiny one loses and than its adapter
+# changes; of a hundred positions, a few may have another best token.
+TINY_GATES = {**GATES, "int4": replace(GATES["int4"], kl_mean=2e-2, kl_p999=2e-1, top1_agreement=0.75)}
 STEPS = 4  # single tokens, whose products have one row for each text, after a prompt
 
 
