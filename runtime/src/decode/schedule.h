@@ -49,7 +49,7 @@ class Admissible {
     std::ranges::stable_sort(in_turn, {}, [](const auto& row) { return row.first; });
     for (auto& [turn, row] : in_turn) {
       const auto line = std::ranges::find_if(
-          lines_, [&row = row](const auto& own) { return own.front()->tenant.name == row->tenant.name; });
+          lines_, [&row](const auto& own) { return own.front()->tenant.name == row->tenant.name; });
       (line != lines_.end() ? *line : lines_.emplace_back()).push_back(std::move(row));
     }
   }
