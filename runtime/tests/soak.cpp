@@ -11,9 +11,8 @@
 #include <sstream>
 #include <thread>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-extern "C" std::size_t __sanitizer_get_current_allocated_bytes();  // GCC installs no header that declares it
-#endif
+// Defined where a sanitizer is linked. GCC installs no header that declares it.
+extern "C" [[gnu::weak]] std::size_t __sanitizer_get_current_allocated_bytes();
 
 namespace chameleon::test {
 
@@ -44,12 +43,10 @@ std::size_t entries(const char* directory) {
 }
 
 double allocated_mib() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  const std::size_t bytes = __sanitizer_get_current_allocated_bytes();
-#else
   const struct mallinfo2 given = mallinfo2();
-  const std::size_t bytes = given.uordblks + given.hblkhd;
-#endif
+  const std::size_t bytes = __sanitizer_get_current_allocated_bytes != nullptr
+                                ? __sanitizer_get_current_allocated_bytes()
+                                : given.uordblks + given.hblkhd;
   return static_cast<double>(bytes) / (1 << 20);
 }
 
