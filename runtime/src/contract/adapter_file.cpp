@@ -1,9 +1,9 @@
 #include "contract/adapter_file.h"
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
 
 #include "chameleon/error.h"
+#include "contract/json_fields.h"
 #include "contract/mapped_file.h"
 #include "contract/safetensors.h"
 #include "factors.h"
@@ -13,8 +13,6 @@ namespace chameleon {
 namespace fs = std::filesystem;
 
 namespace {
-
-using Json = nlohmann::json;
 
 constexpr std::int64_t kMaxRank = 1024;  // every layer is padded to the largest rank of a call
 
