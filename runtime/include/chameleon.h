@@ -18,6 +18,7 @@ extern "C" {
 
 typedef struct chameleon_error chameleon_error;
 typedef struct chameleon_runtime chameleon_runtime;
+typedef struct chameleon_adapters chameleon_adapters;
 typedef struct chameleon_adaptation chameleon_adaptation;
 typedef struct chameleon_scores chameleon_scores;
 typedef struct chameleon_generations chameleon_generations;
@@ -51,11 +52,33 @@ CHAMELEON_EXPORT int64_t chameleon_conditioning_size(const chameleon_runtime* ru
 
 /* Add an adapter from a file that `adapter` wrote for this base model. Calls that run are not affected.
  * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or a file that is
- * not an adapter of this bundle, "tensor_invalid". Then nothing is loaded. */
+ * not an adapter of this bundle, "tensor_invalid". Then nothing is loaded, or replaced. */
 CHAMELEON_EXPORT chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name,
                                                          const char* path);
+/* The same, in the place of a loaded adapter of that name if there is one: rows that were submitted before keep its
+ * factors, later ones have the new. "adapter_invalid" for the name of one of the bundle. */
+CHAMELEON_EXPORT chameleon_error* chameleon_replace_adapter(chameleon_runtime* runtime, const char* name,
+                                                            const char* path);
 /* Forget an adapter; rows that use it keep its factors. */
 CHAMELEON_EXPORT chameleon_error* chameleon_unload_adapter(chameleon_runtime* runtime, const char* name);
+
+/* An adapter of the bundle, or one that was loaded. */
+typedef struct {
+  const char* name;
+  int64_t rank;               /* without padding */
+  const char* const* targets; /* the layers that it updates */
+  size_t num_targets;
+  size_t size;        /* bytes of its factors in memory */
+  const char* digest; /* the SHA-256 of its file; NULL of one of the bundle */
+  size_t uses;        /* how many texts have chosen it, alone or with others */
+} chameleon_adapter_info;
+
+/* The bundle's adapters and those that were loaded, in that order, as they are now. A list outlives the runtime. */
+CHAMELEON_EXPORT chameleon_error* chameleon_list_adapters(const chameleon_runtime* runtime,
+                                                          chameleon_adapters** adapters);
+CHAMELEON_EXPORT size_t chameleon_adapters_count(const chameleon_adapters* adapters);
+CHAMELEON_EXPORT chameleon_adapter_info chameleon_adapters_at(const chameleon_adapters* adapters, size_t index);
+CHAMELEON_EXPORT void chameleon_adapters_free(chameleon_adapters* adapters);
 
 /* One text: bytes of UTF-8 in `text`, or token ids in `token_ids` where `text` is NULL. */
 typedef struct {
@@ -155,6 +178,15 @@ typedef struct {
  * the next step; the other rows continue. */
 typedef int (*chameleon_on_token)(const chameleon_token* token, void* user);
 
+/* Whose rows a submit has, and what the tenant may take of an engine. Zero is the default in every field. */
+typedef struct {
+  const char* name;         /* whose submits all have the same weight and limits; NULL is "", one tenant too */
+  int64_t weight;           /* of its share, 1 to 1,000, while several tenants wait; 1 by default */
+  size_t rows;              /* of it in the batch at a time, at most; all by default */
+  size_t max_waiting;       /* rows of it that may wait, at most; as many as in the engine by default */
+  size_t tokens_per_minute; /* that it may use, of prompts and new ones; without limit by default */
+} chameleon_tenant;
+
 /* How to continue the prompts of one call. Zero is the default in every field. */
 typedef struct {
   int64_t max_new_tokens; /* 20 by default */
@@ -170,9 +202,11 @@ typedef struct {
   int exact_cache;        /* 1: take and keep no keys and values that steps wrote, which are not bitwise equal */
   const char* errors; /* of one row, whose logits are not finite or whose tokens cannot be decoded: "raise" (default)
                          fails the call, "row" ends that row alone, with finish reason "error", as an engine does */
-  chameleon_on_token on_token; /* of chameleon_engine_submit: called by the engine's thread, in place of
-                                  chameleon_stream_next; must be quick */
-  void* user;                  /* passed to on_token */
+  chameleon_on_token on_token;    /* of chameleon_engine_submit: called by the engine's thread, in place of
+                                     chameleon_stream_next; must be quick */
+  void* user;                     /* passed to on_token */
+  const chameleon_tenant* tenant; /* of chameleon_engine_submit: whose share of the engine the rows take, not those of
+                                     mode tenant; NULL is the tenant without a name */
 } chameleon_generate_options;
 
 /* Row i * n + k is continuation k of prompt i.
@@ -198,6 +232,21 @@ CHAMELEON_EXPORT const char* chameleon_generation_error_code(const chameleon_gen
 CHAMELEON_EXPORT const char* chameleon_generation_error_message(const chameleon_generations* generations, size_t row);
 CHAMELEON_EXPORT void chameleon_generations_free(chameleon_generations* generations);
 
+/* A row that ended. Its pointers are valid during the callback. */
+typedef struct {
+  const char* mode;
+  int64_t cluster_id;
+  const char* finish_reason; /* as of chameleon_generation_finish_reason */
+  size_t prompt_tokens, new_tokens;
+  double seconds;              /* from its submit to its end */
+  double queued, first_token;  /* seconds to its admission, and to its first token; -1 without that */
+  const char* const* adapters; /* names of its adapters, of all where it blends several */
+  size_t num_adapters;
+  const char* tenant; /* the name of its tenant, or "" */
+} chameleon_finished_row;
+
+typedef void (*chameleon_on_finished)(const chameleon_finished_row* row, void* user);
+
 /* Zero is the default in every field. */
 typedef struct {
   size_t rows;               /* places in the batch; 8 by default */
@@ -209,6 +258,9 @@ typedef struct {
   size_t prefix_cache_bytes; /* of keys and values that later prompts may begin with; a tenth of the free memory by
                                 default */
   int no_prefix_cache;       /* 1: keep none */
+  chameleon_on_finished on_finished; /* called by the engine's thread for every row that ended, after its last token;
+                                        must be quick */
+  void* user;                        /* passed to on_finished */
 } chameleon_engine_options;
 
 typedef struct {
@@ -242,7 +294,7 @@ CHAMELEON_EXPORT void chameleon_engine_free(chameleon_engine* engine);
 
 /* Queue every prompt and return at once. The arguments are copied; `errors` must be NULL.
  * options: NULL for the defaults
- * Errors besides those of chameleon_generate: "queue_full" and "closed". */
+ * Errors besides those of chameleon_generate: "queue_full", "rate_limited" and "closed". */
 CHAMELEON_EXPORT chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chameleon_batch* batch,
                                                           const chameleon_generate_options* options,
                                                           chameleon_stream** stream);

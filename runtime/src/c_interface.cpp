@@ -12,6 +12,10 @@ struct chameleon_error {
 struct chameleon_runtime {
   chameleon::Runtime value;
 };
+struct chameleon_adapters {
+  std::vector<chameleon::AdapterInfo> value;
+  std::vector<std::vector<const char*>> targets;  // of each
+};
 struct chameleon_adaptation {
   chameleon::Adaptation value;
 };
@@ -56,6 +60,12 @@ chameleon_error* guarded(const Work& work) noexcept {
   } catch (const std::bad_alloc&) {
     return &out_of_memory;
   }
+}
+
+/// Throws InputError for NULL, of which C++ makes no text and no path.
+const char* required(const char* text, const char* name) {
+  if (text == nullptr) throw InputError(std::string(name) + " is NULL");
+  return text;
 }
 
 /// A chameleon_batch in the types of the C++ interface.
@@ -169,12 +179,38 @@ Generate read(const chameleon_generate_options& given) {
   return generate;
 }
 
+Tenant tenant_of(const chameleon_generate_options& given) {
+  if (given.tenant == nullptr) return {};
+  const auto [name, weight, rows, max_waiting, tokens_per_minute] = *given.tenant;
+  const auto limit = [](std::size_t number) { return number == 0 ? std::nullopt : std::optional(number); };
+  return {name == nullptr ? "" : name, weight == 0 ? 1 : weight, limit(rows), limit(max_waiting),
+          limit(tokens_per_minute)};
+}
+
 OnToken callback_of(const chameleon_generate_options& given) {
   if (given.on_token == nullptr) return {};
   return [call = given.on_token, user = given.user](const Token& token) {
     const chameleon_token seen = as_c(token);
     return call(&seen, user) != 0;
   };
+}
+
+void tell(const chameleon_engine_options& options, const FinishedRow& row) {
+  std::vector<const char*> adapters;
+  for (const std::string& name : row.adapters) adapters.push_back(name.c_str());
+  const auto seconds = [](const std::optional<Seconds>& time) { return time ? time->count() : -1; };
+  const chameleon_finished_row seen{to_string(row.mode).data(),
+                                    row.cluster_id,
+                                    to_string(row.finish_reason).data(),
+                                    row.prompt_tokens,
+                                    row.new_tokens,
+                                    row.seconds.count(),
+                                    seconds(row.queued),
+                                    seconds(row.first_token),
+                                    adapters.data(),
+                                    adapters.size(),
+                                    row.tenant.c_str()};
+  options.on_finished(&seen, options.user);
 }
 
 /// A copy that C can free.
@@ -207,16 +243,38 @@ chameleon_error* chameleon_load(const char* path, const chameleon_load_options* 
       }
       if (options->max_adapter_bytes != 0) load.max_adapter_bytes = options->max_adapter_bytes;
     }
-    *runtime = new chameleon_runtime{Runtime(path, load)};
+    *runtime = new chameleon_runtime{Runtime(required(path, "path"), load)};
   });
 }
 void chameleon_runtime_free(chameleon_runtime* runtime) { delete runtime; }
 chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name, const char* path) {
-  return guarded([&] { runtime->value.load_adapter(name, path); });
+  return guarded([&] { runtime->value.load_adapter(required(name, "name"), required(path, "path")); });
+}
+chameleon_error* chameleon_replace_adapter(chameleon_runtime* runtime, const char* name, const char* path) {
+  return guarded([&] { runtime->value.load_adapter(required(name, "name"), required(path, "path"), true); });
 }
 chameleon_error* chameleon_unload_adapter(chameleon_runtime* runtime, const char* name) {
-  return guarded([&] { runtime->value.unload_adapter(name); });
+  return guarded([&] { runtime->value.unload_adapter(required(name, "name")); });
 }
+chameleon_error* chameleon_list_adapters(const chameleon_runtime* runtime, chameleon_adapters** adapters) {
+  return guarded([&] {
+    auto found = std::make_unique<chameleon_adapters>(chameleon_adapters{runtime->value.adapters(), {}});
+    for (const AdapterInfo& adapter : found->value) {
+      auto& targets = found->targets.emplace_back();
+      for (const std::string& target : adapter.targets) targets.push_back(target.c_str());
+    }
+    *adapters = found.release();
+  });
+}
+size_t chameleon_adapters_count(const chameleon_adapters* adapters) { return adapters->value.size(); }
+chameleon_adapter_info chameleon_adapters_at(const chameleon_adapters* adapters, size_t index) {
+  const AdapterInfo& adapter = adapters->value[index];
+  const std::vector<const char*>& targets = adapters->targets[index];
+  return {adapter.name.c_str(), adapter.rank, targets.data(),
+          targets.size(),       adapter.size, adapter.digest ? adapter.digest->c_str() : nullptr,
+          adapter.uses};
+}
+void chameleon_adapters_free(chameleon_adapters* adapters) { delete adapters; }
 int64_t chameleon_vocab_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.vocab_size; }
 int64_t chameleon_hidden_size(const chameleon_runtime* runtime) { return runtime->value.manifest().model.hidden_size; }
 int64_t chameleon_conditioning_size(const chameleon_runtime* runtime) {
@@ -276,6 +334,7 @@ chameleon_error* chameleon_generate(const chameleon_runtime* runtime, const cham
   return guarded([&] {
     const Batch given(*batch);
     const chameleon_generate_options chosen = options != nullptr ? *options : chameleon_generate_options{};
+    if (chosen.tenant != nullptr) throw InputError("tenant is for chameleon_engine_submit: leave it out");
     *generations = new chameleon_generations{runtime->value.stream(given.texts(), callback_of(chosen), read(chosen),
                                                                    given.adapt, read_errors(chosen.errors))};
   });
@@ -327,6 +386,11 @@ chameleon_error* chameleon_engine_start(const chameleon_runtime* runtime, const 
       if (options->prefix_cache_bytes != 0) chosen.prefix_cache_bytes = options->prefix_cache_bytes;
       if (options->no_prefix_cache != 0) chosen.prefix_cache_bytes = 0;
       chosen.cohort_window = Seconds(options->cohort_window_ms / 1000);
+      if (options->on_finished != nullptr) {
+        chosen.observe = [given = *options](const Iteration& iteration) {
+          for (const FinishedRow& row : iteration.finished) tell(given, row);
+        };
+      }
     }
     *engine = new chameleon_engine{Engine(runtime->value, std::move(chosen))};
   });
@@ -353,7 +417,8 @@ chameleon_error* chameleon_engine_submit(chameleon_engine* engine, const chamele
     const Batch given(*batch);
     const chameleon_generate_options chosen = options != nullptr ? *options : chameleon_generate_options{};
     if (chosen.errors != nullptr) throw InputError("errors is for chameleon_generate: leave it out");
-    *stream = new chameleon_stream{engine->value.submit(given.texts(), read(chosen), given.adapt, callback_of(chosen))};
+    *stream = new chameleon_stream{
+        engine->value.submit(given.texts(), read(chosen), given.adapt, callback_of(chosen), tenant_of(chosen))};
   });
 }
 int chameleon_stream_next(chameleon_stream* stream, double timeout_seconds, chameleon_token* token) {

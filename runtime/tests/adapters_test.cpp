@@ -5,8 +5,10 @@
 #include <atomic>
 #include <cmath>
 #include <fstream>
+#include <future>
 #include <thread>
 
+#include "chameleon.h"
 #include "chameleon/engine.h"
 #include "shared_data.h"
 
@@ -25,15 +27,21 @@ Json case_named(const std::string& name) {
   throw std::out_of_range(name);
 }
 
-/// The bundle of a case of adapters.json, and its file.
+/// The bundle of a case of adapters.json, its file, and one with the same adapter of other signs.
 struct AdapterCase {
   explicit AdapterCase(const Json& adapter_case) : bundle(adapter_case), file(bundle.path().string() + ".safetensors") {
-    std::ofstream(file, std::ios::binary) << from_base64(adapter_case.at("base64").get<std::string>());
+    std::string bytes = from_base64(adapter_case.at("base64").get<std::string>());
+    std::ofstream(file, std::ios::binary) << bytes;
+    for (std::size_t i = 1; i <= 64 && 4 * i < bytes.size(); ++i) bytes[bytes.size() - 4 * i + 3] ^= '\x80';
+    std::ofstream(other, std::ios::binary) << bytes;
   }
-  ~AdapterCase() { std::filesystem::remove(file); }
+  ~AdapterCase() {
+    std::filesystem::remove(file);
+    std::filesystem::remove(other);
+  }
 
   HostileBundle bundle;
-  std::filesystem::path file;
+  std::filesystem::path file, other = file.string() + ".other";
 };
 
 std::vector<TokenIds> tokens(const Runtime& runtime, const std::vector<Blend>& adapters) {
@@ -84,13 +92,6 @@ TEST(Adapters, AreLoadedUsedAndForgotten) {
 
 TEST(Adapters, AreListedAndReplacedInPlace) {
   const AdapterCase given(case_named("good"));
-  const std::filesystem::path other = given.file.string() + ".other";
-  {
-    std::ifstream source(given.file, std::ios::binary);
-    std::string bytes{std::istreambuf_iterator<char>(source), {}};
-    for (std::size_t i = 1; i <= 64; ++i) bytes[bytes.size() - 4 * i + 3] ^= '\x80';  // other signs
-    std::ofstream(other, std::ios::binary) << bytes;
-  }
   Runtime runtime(given.bundle.path());
   runtime.load_adapter("legal", given.file);
   runtime.load_adapter("later", given.file);
@@ -109,11 +110,11 @@ TEST(Adapters, AreListedAndReplacedInPlace) {
   const Generate generate;
   const std::vector<Blend> blends = {"legal", "legal", Blend{{"legal", 1}, {"own", 1}}};
   const Stream stream = engine.submit(kPrompts, generate, {.adapters = blends});
-  EXPECT_THROW(runtime.load_adapter("legal", other), AdapterError);
-  EXPECT_THROW(runtime.load_adapter("own", other, true), AdapterError);
+  EXPECT_THROW(runtime.load_adapter("legal", given.other), AdapterError);
+  EXPECT_THROW(runtime.load_adapter("own", given.other, true), AdapterError);
   EXPECT_THROW(runtime.load_adapter("legal", "/nowhere", true), AdapterError);  // which replaces nothing
   EXPECT_EQ(runtime.adapters()[1].digest, list[1].digest);
-  runtime.load_adapter("legal", other, true);
+  runtime.load_adapter("legal", given.other, true);
   const auto replaced = runtime.adapters();
   EXPECT_EQ(runtime.adapter_names(), (std::vector<std::string>{"own", "legal", "later"}));
   EXPECT_NE(replaced[1].digest, list[1].digest);
@@ -125,7 +126,114 @@ TEST(Adapters, AreListedAndReplacedInPlace) {
     return runtime.score(kPrompts, {.adapters = std::vector<Blend>(kPrompts.size(), name)})[0].token_logprobs;
   };
   EXPECT_NE(scored("legal"), scored("later"));
-  std::filesystem::remove(other);
+}
+
+TEST(Adapters, InCAreListedAndReplacedInPlace) {
+  const AdapterCase given(case_named("good"));
+  chameleon_runtime* runtime = nullptr;
+  ASSERT_EQ(chameleon_load(given.bundle.path().c_str(), nullptr, &runtime), nullptr);
+  const auto refused = [](chameleon_error* error) {
+    const std::string code = error == nullptr ? "" : chameleon_error_code(error);
+    chameleon_error_free(error);
+    return code;
+  };
+  const auto list = [&] {
+    chameleon_adapters* found = nullptr;
+    EXPECT_EQ(chameleon_list_adapters(runtime, &found), nullptr);
+    return std::unique_ptr<chameleon_adapters, decltype(&chameleon_adapters_free)>(found, chameleon_adapters_free);
+  };
+  ASSERT_EQ(chameleon_load_adapter(runtime, "legal", given.file.c_str()), nullptr);
+  ASSERT_EQ(chameleon_load_adapter(runtime, "later", given.file.c_str()), nullptr);
+
+  // Two rows, one after the other, and while the first is in the middle, the adapter is replaced.
+  chameleon_engine* engine = nullptr;
+  std::map<std::string, std::size_t> ended;  // rows by adapter and tenant
+  const auto count = [](const chameleon_finished_row* row, void* user) {
+    auto& rows = *static_cast<std::map<std::string, std::size_t>*>(user);
+    for (std::size_t i = 0; i < row->num_adapters; ++i) ++rows[std::string(row->adapters[i]) + "/" + row->tenant];
+    EXPECT_STREQ(row->mode, "static");
+    EXPECT_STREQ(row->finish_reason, "length");
+    EXPECT_EQ(row->new_tokens, 20U);
+    EXPECT_TRUE(0 <= row->queued && row->queued <= row->first_token && row->first_token <= row->seconds);
+  };
+  const chameleon_engine_options one_row{.rows = 1, .on_finished = count, .user = &ended};
+  ASSERT_EQ(chameleon_engine_start(runtime, &one_row, &engine), nullptr);
+  const char* const names[] = {"legal", "legal"};
+  const chameleon_text texts[] = {{nullptr, 0, kPrompts[0].data(), kPrompts[0].size()},
+                                  {nullptr, 0, kPrompts[1].data(), kPrompts[1].size()}};
+  const chameleon_batch batch{.texts = texts, .num_texts = 2, .adapters = names};
+  struct Pause {
+    std::promise<void> begun, replaced;
+    std::size_t tokens = 0;
+  };
+  const auto generated = [&](Pause* pause) {
+    const chameleon_sampling sampling{.logprobs = 1};
+    const chameleon_tenant tenant{.name = pause != nullptr ? "acme" : nullptr};
+    chameleon_generate_options options{.sampling = &sampling, .num_samplings = 1, .tenant = &tenant};
+    if (pause != nullptr) {
+      options.user = pause;
+      options.on_token = [](const chameleon_token*, void* user) {
+        auto& own = *static_cast<Pause*>(user);
+        if (own.tokens++ == 0) {
+          own.begun.set_value();
+          own.replaced.get_future().wait();
+        }
+        return 1;
+      };
+    }
+    chameleon_stream* stream = nullptr;
+    EXPECT_EQ(chameleon_engine_submit(engine, &batch, &options, &stream), nullptr);
+    if (pause != nullptr) {
+      pause->begun.get_future().wait();
+      EXPECT_EQ(refused(chameleon_load_adapter(runtime, "legal", given.other.c_str())), "adapter_invalid");
+      EXPECT_EQ(refused(chameleon_replace_adapter(runtime, "own", given.other.c_str())), "adapter_invalid");
+      EXPECT_EQ(refused(chameleon_replace_adapter(runtime, "legal", "/nowhere")), "adapter_invalid");
+      EXPECT_EQ(refused(chameleon_replace_adapter(runtime, "legal", given.other.c_str())), "");
+      pause->replaced.set_value();
+    }
+    chameleon_generations* generations = nullptr;
+    EXPECT_EQ(chameleon_stream_result(stream, &generations), nullptr);
+    std::vector<std::vector<float>> rows;
+    for (std::size_t row = 0; row < 2; ++row) {
+      std::size_t count = 0;
+      const float* logprobs = chameleon_generation_token_logprobs(generations, row, &count);
+      rows.emplace_back(logprobs, logprobs + count);
+    }
+    chameleon_generations_free(generations);
+    chameleon_stream_free(stream);
+    return rows;
+  };
+  const auto before = generated(nullptr);
+  const auto first = list();
+  ASSERT_EQ(chameleon_adapters_count(first.get()), 3U);
+  const chameleon_adapter_info own = chameleon_adapters_at(first.get(), 0),
+                               legal = chameleon_adapters_at(first.get(), 1),
+                               later = chameleon_adapters_at(first.get(), 2);
+  EXPECT_STREQ(own.name, "own");
+  EXPECT_EQ(own.digest, nullptr);
+  EXPECT_STREQ(legal.name, "legal");
+  EXPECT_EQ(legal.uses, 2U);
+  EXPECT_STREQ(later.name, "later");
+  EXPECT_EQ(later.uses, 0U);
+  EXPECT_STREQ(legal.digest, later.digest);
+  Pause pause;
+  EXPECT_EQ(generated(&pause), before);  // the row that waited, too
+  EXPECT_NE(generated(nullptr), before);
+  chameleon_engine_free(engine);
+  EXPECT_EQ(ended, (std::map<std::string, std::size_t>{{"legal/", 4}, {"legal/acme", 2}}));
+  const auto second = list();
+  ASSERT_EQ(chameleon_adapters_count(second.get()), 3U);
+  EXPECT_STREQ(chameleon_adapters_at(second.get(), 1).name, "legal");
+  EXPECT_STRNE(chameleon_adapters_at(second.get(), 1).digest, legal.digest);
+  EXPECT_EQ(chameleon_adapters_at(second.get(), 1).uses, 2U);  // of the new one
+  EXPECT_EQ(chameleon_unload_adapter(runtime, "later"), nullptr);
+  chameleon_runtime_free(runtime);
+  const Runtime same(given.bundle.path());
+  const AdapterInfo expected = same.adapters()[0];
+  EXPECT_EQ(own.rank, expected.rank);
+  EXPECT_EQ(std::vector<std::string>(own.targets, own.targets + own.num_targets), expected.targets);
+  EXPECT_EQ(own.size, expected.size);
+  EXPECT_STREQ(later.name, "later");  // in a list that outlives adapter and runtime
 }
 
 TEST(Adapters, AreBlended) {

@@ -14,10 +14,94 @@
 
 static int cancel_after_two(const chameleon_token* token, void* user) { return token->finished || ++*(int*)user < 2; }
 
+#define REFUSED(call, code)                                                     \
+  do {                                                                          \
+    chameleon_error* refused = call;                                            \
+    CHECK(refused != NULL && strcmp(chameleon_error_code(refused), code) == 0); \
+    chameleon_error_free(refused);                                              \
+  } while (0)
+
+/* Where a submit says whose it is: what the tenant may take, and what no tenant can have. */
+static int test_tenants(chameleon_runtime* runtime, chameleon_engine* engine, const chameleon_batch* batch) {
+  chameleon_generations* generations = NULL;
+  chameleon_stream* stream = NULL;
+  size_t count = 0;
+  chameleon_tenant tenant = {.name = "acme", .weight = 3, .rows = 1, .max_waiting = 1, .tokens_per_minute = 1000};
+  chameleon_generate_options options = {.max_new_tokens = 4, .n = 2, .tenant = &tenant};
+  REFUSED(chameleon_generate(runtime, batch, &options, &generations), "input_invalid"); /* it is of an engine */
+
+  const chameleon_generate_options plain = {.max_new_tokens = 4, .n = 2};
+  CHECK(chameleon_generate(runtime, batch, &plain, &generations) == NULL);
+  const int64_t last = chameleon_generation_token_ids(generations, 1, &count)[3];
+  chameleon_generations_free(generations);
+  chameleon_tenant unlimited = {.name = NULL}; /* zero is the default in every field */
+  const chameleon_tenant* const tenants[] = {&tenant, &unlimited};
+  for (int i = 0; i < 2; ++i) {
+    options.tenant = tenants[i];
+    CHECK(chameleon_engine_submit(engine, batch, &options, &stream) == NULL);
+    CHECK(chameleon_stream_result(stream, &generations) == NULL);
+    CHECK(chameleon_generation_token_ids(generations, 1, &count)[3] == last && count == 4);
+    chameleon_generations_free(generations);
+    chameleon_stream_free(stream);
+  }
+
+  options.n = 3; /* one in the batch and one that waits are two */
+  options.tenant = &tenant;
+  REFUSED(chameleon_engine_submit(engine, batch, &options, &stream), "queue_full");
+  tenant.max_waiting = 2;
+  CHECK(chameleon_engine_submit(engine, batch, &options, &stream) == NULL);
+  CHECK(chameleon_stream_result(stream, &generations) == NULL);
+  chameleon_generations_free(generations);
+  chameleon_stream_free(stream);
+
+  const chameleon_tenant wrong[] = {
+      {.weight = 1001}, {.weight = -1}, {.rows = SIZE_MAX}, {.max_waiting = SIZE_MAX}, {.tokens_per_minute = SIZE_MAX}};
+  for (size_t i = 0; i < sizeof wrong / sizeof *wrong; ++i) {
+    options.tenant = &wrong[i];
+    REFUSED(chameleon_engine_submit(engine, batch, &options, &stream), "input_invalid");
+  }
+
+  char name[] = "small"; /* copied, like all that a submit is given */
+  chameleon_tenant small = {.name = name, .tokens_per_minute = 1};
+  options.n = 1;
+  options.tenant = &small;
+  CHECK(chameleon_engine_submit(engine, batch, &options, &stream) == NULL); /* the first takes it below zero */
+  name[0] = '!';
+  CHECK(chameleon_stream_result(stream, &generations) == NULL);
+  chameleon_generations_free(generations);
+  chameleon_stream_free(stream);
+  name[0] = 's';
+  REFUSED(chameleon_engine_submit(engine, batch, &options, &stream), "rate_limited");
+  name[0] = '!'; /* another tenant has its own */
+  CHECK(chameleon_engine_submit(engine, batch, &options, &stream) == NULL);
+  chameleon_stream_free(stream);
+  return 0;
+}
+
+/* Of a bundle that takes no adapters, and of what is no name and no file. */
+static int test_adapters(chameleon_runtime* runtime) {
+  const char* const file = "/nowhere/legal.safetensors";
+  REFUSED(chameleon_load_adapter(runtime, "legal", file), "adapter_invalid");
+  REFUSED(chameleon_replace_adapter(runtime, "legal", file), "adapter_invalid");
+  REFUSED(chameleon_unload_adapter(runtime, "legal"), "adapter_invalid");
+  REFUSED(chameleon_replace_adapter(runtime, "a/b", file), "input_invalid");
+  REFUSED(chameleon_load_adapter(runtime, NULL, file), "input_invalid");
+  REFUSED(chameleon_load_adapter(runtime, "legal", NULL), "input_invalid");
+  REFUSED(chameleon_replace_adapter(runtime, NULL, file), "input_invalid");
+  REFUSED(chameleon_replace_adapter(runtime, "legal", NULL), "input_invalid");
+  REFUSED(chameleon_unload_adapter(runtime, NULL), "input_invalid");
+  chameleon_adapters* adapters = NULL;
+  CHECK(chameleon_list_adapters(runtime, &adapters) == NULL && chameleon_adapters_count(adapters) == 0);
+  chameleon_adapters_free(adapters);
+  chameleon_adapters_free(NULL);
+  return 0;
+}
+
 int main(int argc, char** argv) {
   chameleon_runtime* runtime = NULL;
   CHECK(argc == 2);
 
+  REFUSED(chameleon_load(NULL, NULL, &runtime), "input_invalid");
   chameleon_error* error = chameleon_load("/nowhere", NULL, &runtime);
   CHECK(error != NULL && runtime == NULL);
   CHECK(strcmp(chameleon_error_code(error), "bundle_not_found") == 0);
@@ -104,12 +188,7 @@ int main(int argc, char** argv) {
   error = chameleon_generate(runtime, &batch, &ignoring, &generations);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
   chameleon_error_free(error);
-  error = chameleon_load_adapter(runtime, "legal", "/nowhere/legal.safetensors");
-  CHECK(error != NULL && strcmp(chameleon_error_code(error), "adapter_invalid") == 0);
-  chameleon_error_free(error);
-  error = chameleon_unload_adapter(runtime, "legal");
-  CHECK(error != NULL && strcmp(chameleon_error_code(error), "adapter_invalid") == 0);
-  chameleon_error_free(error);
+  CHECK(test_adapters(runtime) == 0);
 
   chameleon_engine* engine = NULL;
   const chameleon_engine_options few = {.prefill_tokens = 1};
@@ -150,6 +229,7 @@ int main(int argc, char** argv) {
   error = chameleon_engine_submit(engine, &batch, &ignoring, &stream);
   CHECK(error != NULL && strcmp(chameleon_error_code(error), "input_invalid") == 0);
   chameleon_error_free(error);
+  CHECK(test_tenants(runtime, engine, &batch) == 0);
   calls = 0;
   CHECK(chameleon_engine_submit(engine, &batch, &cancelled, &stream) == NULL);
   CHECK(chameleon_stream_next(stream, -1, &token) == 0);
