@@ -54,6 +54,11 @@ class Adapter:
     def name(self) -> str:
         return self.key[0]
 
+    @property
+    def digest(self) -> str | None:
+        """Return the SHA-256 of its file; None for an adapter of the bundle."""
+        return self.file[1] if self.file else None
+
 
 @dataclass(frozen=True, eq=False)
 class Blend:
@@ -198,7 +203,7 @@ class Adapters:
                 found[key] = self._blend(key)
             blends.append(found[key])
             with self._lock:
-                self._uses.update(adapter.key for adapter, _, _ in found[key].parts)
+                self._uses.update(adapter.key for adapter, _, _ in found[key].parts if adapter in self)
         return blends
 
     def _blend(self, weights: Sequence[tuple[str, float]]) -> Blend:

@@ -122,8 +122,7 @@ class Models:
             with contextlib.suppress(AdapterError):  # unloaded meanwhile
                 adapter = self._adapters[name.removeprefix(f"{self.name}:")]
                 model.adapter = AdapterInfo(
-                    adapter.rank, adapter.size, list(adapter.targets), adapter.file[1] if adapter.file else None,
-                    self._adapters.uses(adapter),
+                    adapter.rank, adapter.size, list(adapter.targets), adapter.digest, self._adapters.uses(adapter),
                 )  # fmt: skip
         return model
 

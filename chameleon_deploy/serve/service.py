@@ -74,9 +74,9 @@ class Served:
             case []:
                 pass
             case [[(adapter, 1.0)]]:
-                parts += [adapter.file[1][:16]] if adapter.file else []
+                parts += [adapter.digest[:16]] if adapter.digest else []
             case _:
-                used = [[(each.file[1] if each.file else each.name, weight) for each, weight in row] for row in blends]
+                used = [[(each.digest or each.name, weight) for each, weight in row] for row in blends]
                 parts.append(hashlib.sha256(repr(used).encode()).hexdigest()[:16])
         return "-".join(parts)
 

@@ -93,19 +93,21 @@ std::optional<std::size_t> Adapters::Choice::start(std::span<const std::int64_t>
 Adapters::Choice Adapters::choose(const Blend& blend, std::size_t texts) {
   if (blend.weights.empty()) return {{"none", [&spec = bundle_.manifest.adaptation] { return no_factors(spec); }}};
   std::vector<std::string> chosen;
+  std::vector<std::uint64_t> numbers;
   std::string key = "adapters", names;
   std::vector<WeightedSet> parts;
   std::vector<std::int64_t> invocation_tokens;
   std::int64_t rank = 0;
   for (const auto& [name, weight] : blend.weights) {
-    const auto [part_key, set, tokens] = held(name, texts);
+    const auto [number, set, tokens] = held(name);
     if (!tokens.empty() && blend.weights.size() > 1) {
       throw AdapterError(name + " is activated by tokens of a text, so it has no sum with other adapters");
     }
     invocation_tokens = tokens;
     chosen.push_back(name);
+    numbers.push_back(number);
     parts.push_back({set, weight});
-    key += " " + part_key + " " + std::to_string(std::bit_cast<std::uint32_t>(weight));
+    key += " " + std::to_string(number) + " " + std::to_string(std::bit_cast<std::uint32_t>(weight));
     names += (names.empty() ? "" : ", ") + name;
     if (blend.weights.size() > 1) rank += rank_of(set);
   }
@@ -113,18 +115,22 @@ Adapters::Choice Adapters::choose(const Blend& blend, std::size_t texts) {
     throw AdapterError(names.substr(0, 800) + " have rank " + std::to_string(rank) +
                        " together: this bundle takes at most " + std::to_string(most));
   }
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < chosen.size(); ++i) {  // one that has been replaced meanwhile is forgotten
+    const auto found = adapters_.find(chosen[i]);
+    if (found != adapters_.end() && found->second.number == numbers[i]) found->second.info.uses += texts;
+  }
   return {{key, [parts] { return blend_sets(parts); }, std::move(chosen)}, std::move(invocation_tokens)};
 }
 
-Adapters::Held Adapters::held(const std::string& name, std::size_t texts) {
+Adapters::Held Adapters::held(const std::string& name) {
   std::uint64_t number = 0;
   File file;
   {
     const std::lock_guard lock(mutex_);
     Adapter& adapter = find(name);
     adapter.last_used = ++uses_;
-    adapter.info.uses += texts;
-    if (adapter.set) return {std::to_string(adapter.number), *adapter.set, adapter.invocation_tokens};
+    if (adapter.set) return {adapter.number, *adapter.set, adapter.invocation_tokens};
     number = adapter.number;
     file = *adapter.file;
   }
@@ -135,7 +141,7 @@ Adapters::Held Adapters::held(const std::string& name, std::size_t texts) {
   const std::lock_guard lock(mutex_);
   const auto found = adapters_.find(name);
   if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
-  return {std::to_string(number), set, tokens};
+  return {number, set, tokens};
 }
 
 StoredAdapter Adapters::read(const std::filesystem::path& file) const {

@@ -62,12 +62,12 @@ class Adapters {
 
   /// An adapter as a row holds it.
   struct Held {
-    std::string key;
+    std::uint64_t number;
     FactorSets set;
     std::vector<std::int64_t> invocation_tokens;
   };
 
-  [[nodiscard]] Held held(const std::string& name, std::size_t texts);
+  [[nodiscard]] Held held(const std::string& name);
   [[nodiscard]] AdapterInfo info(const std::string& name, const FactorSets& set,
                                  std::optional<std::string> digest) const;
   [[nodiscard]] StoredAdapter read(const std::filesystem::path& file) const;

@@ -66,7 +66,12 @@ class GenerateOptions(c.Structure):
     _fields_ = (("max_new_tokens", I64), ("sampling", c.POINTER(CSampling)), ("num_samplings", Z),
                 ("n", Z), ("deadline_seconds", c.c_double), ("prompt_lookup_num_tokens", I64),
                 ("cache_salt", c.c_char_p), ("exact_cache", c.c_int), ("errors", c.c_char_p),
-                ("on_token", OnToken), ("user", P))  # fmt: skip
+                ("on_token", OnToken), ("user", P), ("tenant", P))  # fmt: skip
+
+
+class CAdapterInfo(c.Structure):
+    _fields_ = (("name", c.c_char_p), ("rank", I64), ("targets", c.POINTER(c.c_char_p)), ("num_targets", Z),
+                ("size", Z), ("digest", c.c_char_p), ("uses", Z))  # fmt: skip
 
 
 class NativeError(Exception):
@@ -81,6 +86,8 @@ def _load_library() -> Any:
         ("error_code", c.c_char_p, P), ("error_message", c.c_char_p, P), ("error_free", None, P),
         ("load", P, c.c_char_p, P, P), ("runtime_free", None, P), ("vocab_size", I64, P), ("hidden_size", I64, P),
         ("load_adapter", P, P, c.c_char_p, c.c_char_p), ("unload_adapter", P, P, c.c_char_p),
+        ("replace_adapter", P, P, c.c_char_p, c.c_char_p), ("list_adapters", P, P, P), ("adapters_count", Z, P),
+        ("adapters_at", CAdapterInfo, P, Z), ("adapters_free", None, P),
         ("adapt", P, P, P, P), ("adaptation_num_factor_sets", Z, P), ("adaptation_num_factors", Z, P),
         ("adaptation_embeddings", P, P), ("adaptation_cluster_ids", P, P), ("adaptation_factor_ids", P, P),
         ("adaptation_factor", CFactor, P, Z), ("adaptation_free", None, P),
@@ -119,11 +126,23 @@ class NativeRuntime:
         self._c.chameleon_runtime_free(self._handle)
         self._handle = P()
 
-    def load_adapter(self, name: str, path: Path) -> None:
-        self._check(self._c.chameleon_load_adapter(self._handle, name.encode(), os.fsencode(path)))
+    def load_adapter(self, name: str, path: Path, replace: bool = False) -> None:
+        load = self._c.chameleon_replace_adapter if replace else self._c.chameleon_load_adapter
+        self._check(load(self._handle, name.encode(), os.fsencode(path)))
 
     def unload_adapter(self, name: str) -> None:
         self._check(self._c.chameleon_unload_adapter(self._handle, name.encode()))
+
+    def list_adapters(self) -> dict[str, tuple[int, tuple[str, ...], int, str | None, int]]:
+        """Return rank, targets, size, digest and uses of each adapter."""
+        handle, found = P(), {}
+        self._check(self._c.chameleon_list_adapters(self._handle, c.byref(handle)))
+        for index in range(self._c.chameleon_adapters_count(handle)):
+            info = self._c.chameleon_adapters_at(handle, index)
+            targets = tuple(info.targets[i].decode() for i in range(info.num_targets))
+            found[info.name.decode()] = (info.rank, targets, info.size, info.digest and info.digest.decode(), info.uses)
+        self._c.chameleon_adapters_free(handle)
+        return found
 
     def adapt(self, texts: Any, **how: Any) -> Adaptation:
         batch, _keep = self._batch(texts, **how)
@@ -185,7 +204,7 @@ class NativeRuntime:
 
         options = GenerateOptions(
             max_new_tokens, native, len(samplings), 0, 0.0, prompt_lookup_num_tokens, None, 0,
-            errors.encode() if errors else None, OnToken(forward) if on_token else OnToken(), None,
+            errors.encode() if errors else None, OnToken(forward) if on_token else OnToken(), None, None,
         )  # fmt: skip
         handle = P()
         self._check(self._c.chameleon_generate(self._handle, c.byref(batch), c.byref(options), c.byref(handle)))

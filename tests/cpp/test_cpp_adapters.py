@@ -174,6 +174,52 @@ def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> No
     native.close()
 
 
+def test_the_list_and_a_replacement_are_those_of_python(directory: Path) -> None:
+    """And what a replacement leaves: a text that is adapted later has the factors of the new file."""
+    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+
+    def listed() -> dict[str, Any]:
+        adapters = [(python.adapters[name], name) for name in python.adapters.names]
+        expected = {
+            name: (each.rank, each.targets, each.size, each.digest, python.adapters.uses(each))
+            for each, name in adapters
+        }
+        found = native.list_adapters()
+        assert list(found.items()) == list(expected.items())
+        return found
+
+    assert [(info[0], info[3], info[4]) for info in listed().values()] == [(4, None, 0), (2, None, 0)]
+    other = read_adapter(directory / "third.safetensors", python.manifest.adaptation).factors
+    doubled = directory / "doubled.safetensors"
+    factors = {name: matrix * (2 if name.endswith("lora_B") else 1) for name, matrix in other.items()}
+    write_adapter(doubled, factors, python.manifest.adaptation)
+    for runtime in (python, native):
+        runtime.load_adapter("third", directory / "third.safetensors")
+        runtime.load_adapter("last", doubled)
+        runtime.score(TEXTS, adapters=["third", {"third": 0.5, "last": 1.0}, None, "all"])
+        with pytest.raises((chameleon_deploy.ChameleonError, NativeError)):
+            runtime.score(TEXTS[:1], adapters=[{"third": 1.0, "unknown": 1.0}])  # which counts for none
+    before = listed()
+    assert {name: info[4] for name, info in before.items()} == {"all": 1, "attention": 0, "third": 2, "last": 1}
+    for name, code in (("all", "adapter_invalid"), ("a/b", "input_invalid")):
+        for runtime in (python, native):
+            with pytest.raises((chameleon_deploy.ChameleonError, NativeError)) as caught:
+                runtime.load_adapter(name, doubled, replace=True)
+            assert caught.value.code == code  # type: ignore[attr-defined]
+    for runtime in (python, native):
+        runtime.load_adapter("third", doubled, replace=True)
+        runtime.load_adapter("new", doubled, replace=True)  # replaces nothing
+    after = listed()
+    assert list(after) == ["all", "attention", "third", "last", "new"]
+    assert after["third"][3] == before["last"][3] != before["third"][3]
+    assert after["third"][4] == 0
+    assert {name: after[name] for name in before if name != "third"} == {n: before[n] for n in before if n != "third"}
+    expected, found = (runtime.adapt(TEXTS[:1], adapters=["third"]) for runtime in (python, native))
+    for name, tensor in expected.factors.sets.tensors.items():
+        assert np.asarray(found.factors.sets.tensors[name]).tobytes() == np.asarray(tensor).tobytes(), name
+    native.close()
+
+
 def test_an_activated_adapter_is_that_of_python(directory: Path, tmp_path: Path) -> None:
     """From a file, activated by tokens in the middle of one text that another has not, in a mixed batch."""
     python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
