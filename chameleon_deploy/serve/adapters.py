@@ -21,15 +21,16 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 class AdapterDirectories:
     """Directories and URLs that hold adapter files and PEFT directories, searched in order.
 
-    resolves  whether a request may name an adapter that is not loaded
+    resolves   whether a request may name an adapter that is not loaded
+    has_peers  whether other servers answer the same requests, so that only what a name means everywhere may be loaded
     """
 
-    def __init__(self, roots: Sequence[str], runtime: Runtime, resolves: bool) -> None:
+    def __init__(self, roots: Sequence[str], runtime: Runtime, resolves: bool, has_peers: bool = False) -> None:
         """Raises InputError for a directory that is missing."""
         for root in roots:
             if not remote.is_url(root) and not Path(root).is_dir():
                 raise InputError(f"--adapters {root} is not a directory", "adapters")
-        self._roots, self._runtime, self.resolves = roots, runtime, resolves
+        self._roots, self._runtime, self.resolves, self.has_peers = roots, runtime, resolves, has_peers
         self._lock = asyncio.Lock()  # one request loads an adapter, and the others that name it find it
 
     async def load(self, name: str, file: str, in_place: bool = False) -> None:

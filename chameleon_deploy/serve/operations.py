@@ -142,11 +142,15 @@ async def _unload_adapter(call: Call[schemas.UnloadAdapterRequest]) -> schemas.A
 
 
 def _adapter_directories(call: Call[Any]) -> AdapterDirectories:
-    if call.served.adapter_directories is None:
+    directories = call.served.adapter_directories
+    if directories is None:
         raise ApiError(403, "adapters_fixed", "this server loads no adapters: start it with --adapters DIR")
+    if directories.has_peers:
+        message = "this request would change one replica only: name the adapter in a request, which loads it"
+        raise ApiError(403, "adapters_fixed", message)
     if "load_adapters" not in call.rights:
         raise ApiError(403, "right_missing", "this API key may not load or unload adapters: it needs load_adapters")
-    return call.served.adapter_directories
+    return directories
 
 
 async def _tokenize(call: Call[schemas.TokenizeRequest]) -> schemas.TokenizeResponse:

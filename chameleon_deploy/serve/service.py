@@ -125,8 +125,12 @@ class Watchdog:
 class Service:
     """One server. Requests are counted while they are worked on."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises InputError for a file of API keys that cannot be used."""
+    def __init__(self, settings: Settings, has_peers: bool = False) -> None:
+        """has_peers: whether other servers answer the same requests
+
+        Raises InputError for a file of API keys that cannot be used.
+        """
+        self._has_peers = has_peers
         self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
         self._served: Served | None = None
         self._draining = self._aborted = self._ended = self._told_of_change = False
@@ -164,7 +168,9 @@ class Service:
         centroids = runtime.bundle.centroids()
         if CHAT_TEMPLATE in runtime.manifest.files:  # what the first conversation would wait for
             _ = runtime.chat_template.stop_token_ids, runtime.chat_template.takes_tools
-        directories = AdapterDirectories(s.adapters, runtime, s.adapter_resolver) if s.adapters else None
+        directories = None
+        if s.adapters:
+            directories = AdapterDirectories(s.adapters, runtime, s.adapter_resolver, self._has_peers)
         self._watchdog = Watchdog(engine, s.max_step_seconds, self.metrics.slow_step)
         self._served = Served(
             runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, directories,

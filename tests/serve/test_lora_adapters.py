@@ -6,8 +6,9 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -19,7 +20,10 @@ from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
-from tests.serving import InThread, Running, running
+from tests.serving import SECONDS, InThread, Running, running, wait_for
+
+if TYPE_CHECKING:
+    from tests.ray_cluster import Cluster
 
 LAYERS = ["q_proj", "v_proj"]
 PROMPT = "def main"
@@ -396,3 +400,28 @@ def test_a_peft_directory_is_listed_and_replaced_in_place(resolving: Running, ru
     assert (second["digest"] != first["digest"], second["uses"]) == (True, 0)
     assert ask() == expected(runtime, "code")
     as_key(resolving, "sk-a", "unload_lora_adapter", lora_name="mine")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_replica_loads_what_a_request_names(ray_cluster: Cluster, path: Path, runtime: Runtime) -> None:
+    """Whichever of the two answers; and no request loads or replaces what the other replica would not have."""
+    ray_cluster.deploy(path / "wiki", replicas=2, rows=4, adapters=f"{path / 'files'},{path}", adapter_resolver=True)
+    server = Running(ray_cluster.url, "wiki", runtime)
+    wait_for(lambda: "wiki:legal" in server.http().get("/v1/models").text, 2 * SECONDS)
+    wait_for(lambda: len(ray_cluster.replicas()) == 2, 2 * SECONDS)
+    names = ["code", "poems"] * 8  # a file, and a file before a PEFT directory of that name
+    with ThreadPoolExecutor(len(names)) as pool:
+        texts = list(pool.map(lambda name: text_of(server, f"wiki:{name}"), names))
+    assert texts == [expected(runtime, name) for name in names]
+    blend = {"code": 0.5, "poems": 0.5}
+    (row,) = runtime.generate([PROMPT], adapters=[blend], max_new_tokens=12)
+    body = {"prompt": PROMPT, "adapters": [blend], "max_tokens": 12, "temperature": 0}
+    assert server.post("/v1/completions", **body).json()["choices"][0]["text"] == row.text
+    for wrong, code in (("nobody", "model_not_found"), ("broken", "adapter_invalid")):
+        assert server.post("/v1/completions", model=f"wiki:{wrong}", prompt=PROMPT).json()["error"]["code"] == code
+    for action, fields in (("load", {"lora_path": "code.safetensors", "load_inplace": True}), ("unload", {})):
+        answer = server.post(f"/v1/{action}_lora_adapter", lora_name="code", **fields)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "adapters_fixed")
+    counted = ray_cluster.metric('chameleon_adapter_requests_total{adapter="code"}')
+    assert counted == names.count("code") + 1

@@ -85,6 +85,7 @@ def test_the_results_of_one_machine(running: Cluster, runtime: Runtime, texts: l
         {"bound": "0.5"},
         {"row": "8"},
         {"adapters": "models/adapters"},
+        {"adapters": "models/adapters", "adapter_resolver": "false"},
         {"threads": "many"},
     ],
 )

@@ -118,21 +118,22 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 
 def _parse(args: dict[str, Any]) -> tuple[Deployment, Settings]:
-    if "adapters" in args:
-        raise InputError("a request would load an adapter into one replica only: serve adapters on one machine")
     ours = set(Deployment.__struct_fields__)
     options = {field.name for field in fields(Settings)} - {"bundle"}
     if unknown := set(args) - ours - options:
         raise InputError(f"no option {', '.join(sorted(unknown))}: choose of {', '.join(sorted(ours | options))}")
     defaults = {"threads": 1, "share_weights": True, "bundle": ""}  # the replica knows where it has the bundle
     given = {name: value for name, value in args.items() if name in options}
-    if isinstance(given.get("trusted_keys"), str):  # from the command line
-        given["trusted_keys"] = given["trusted_keys"].split(",")
+    for name in ("trusted_keys", "adapters"):
+        if isinstance(given.get(name), str):  # from the command line
+            given[name] = given[name].split(",")
     try:
         deployment = msgspec.convert({name: args[name] for name in ours & set(args)}, Deployment, strict=False)
         settings = converted({**defaults, **given})
     except msgspec.ValidationError as error:
         raise InputError(f"{error}") from error
+    if settings.adapters and not settings.adapter_resolver:
+        raise InputError("adapters of a cluster are loaded by the requests that name them: pass adapter_resolver=true")
     if deployment.max_replicas is not None and deployment.max_replicas < deployment.replicas:
         raise InputError(f"max_replicas {deployment.max_replicas} is less than replicas {deployment.replicas}")
     return deployment, settings

@@ -35,7 +35,7 @@ class Replica:
 
     def __init__(self, bundle: str, settings: Settings) -> None:
         """Load a bundle, from this node's local cache where it is a URL. Raises a ChameleonError."""
-        self._service = Service(replace(settings, bundle=remote.local(bundle)))
+        self._service = Service(replace(settings, bundle=remote.local(bundle)), has_peers=True)
         self._service.open()
         self._app = build(self._service)
 
