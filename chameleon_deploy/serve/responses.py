@@ -18,15 +18,15 @@ from chameleon_deploy.serve.chat import Job, row_parts, submit
 from chameleon_deploy.serve.chat_schemas import ChatRequest, TokenLogprob, ToolCallDelta
 from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.event_stream import EventStream
+from chameleon_deploy.serve.schemas import AdaptedRequest
 
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 
 
-class ResponsesRequest(Struct, kw_only=True):
+class ResponsesRequest(AdaptedRequest, kw_only=True):
     """Unknown fields are ignored, and null means that a field is left out."""
 
     input: str | Annotated[list[dict[str, Any]], Meta(description="Messages, function_call, function_call_output.")]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, description="Default: as many as a row holds.")] | None = None
     temperature: Annotated[float, Meta(ge=0)] = 1.0
@@ -102,7 +102,8 @@ def _chat_body(body: ResponsesRequest) -> dict[str, Any]:
     }
     if LOGPROBS in (body.include or ()):
         found |= {"logprobs": True, "top_logprobs": body.top_logprobs}
-    found |= {name: getattr(body, name) for name in ("model", "temperature", "top_p", "parallel_tool_calls")}
+    same = (*AdaptedRequest.__struct_fields__, "temperature", "top_p", "parallel_tool_calls")
+    found |= {name: getattr(body, name) for name in same}
     return {name: value for name, value in found.items() if value is not None}
 
 

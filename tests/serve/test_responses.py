@@ -112,6 +112,8 @@ REFUSED = [
     ({"input": [{"type": "function_call_output", "call_id": "x", "output": "5"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
     ({"input": "x" * 5000}, "input"), ({"max_output_tokens": 0}, "max_output_tokens"), ({"model": "no"}, "model"),
+    ({"adapters": ["nobody"]}, "adapters"), ({"adapters": [{"nobody": 0.5}]}, "adapters"), ({"mode": "static"}, "mode"),
+    ({"adapt_text": "answer like a lawyer"}, "adapt_text"), ({"conditioning": [[1.0]]}, "conditioning"),
     ({"text": {"format": {"type": "poem"}}}, "text"), ({"tool_choice": {"type": "function"}}, "tool_choice"),
 ]  # fmt: skip
 
