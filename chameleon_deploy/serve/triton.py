@@ -22,6 +22,7 @@ import triton_python_backend_utils as triton  # part of tritonserver
 import chameleon_deploy
 from chameleon_deploy.contract.bundle import Mode, default_mode
 from chameleon_deploy.errors import (
+    AdapterError,
     ChameleonError,
     ClosedError,
     InputError,
@@ -37,7 +38,7 @@ CANCEL_SECONDS = 0.2  # between two looks for requests that their clients have c
 GENERATE_FIELDS = ("n", "deadline", "prompt_lookup_num_tokens", "cache_salt", "cache_generated")
 # By name: Triton adds its error type to the module after this one is imported.
 _CODES: dict[type[Exception], str] = {
-    **dict.fromkeys((InputError, TokenError, LengthError, ModeError), "INVALID_ARG"),
+    **dict.fromkeys((InputError, TokenError, LengthError, ModeError, AdapterError), "INVALID_ARG"),
     **dict.fromkeys((QueueFullError, ClosedError), "UNAVAILABLE"),
 }
 

@@ -47,6 +47,7 @@ def test_a_thousand_streams_equal_the_runtime(server: Server, bundle: Path) -> N
         ({"sampling_parameters": '{"logit_bias": {"a": 1}}'}, "[input_invalid]"),
         ({"temperature": -1}, "[input_invalid]"),
         ({"text_input": "river " * 1000}, "[text_too_long]"),
+        ({"sampling_parameters": '{"lora_name": "nobody"}'}, "[adapter_invalid]"),
     ],
 )
 def test_a_bad_request_harms_nobody(server: Server, fault: dict[str, Any], message: str) -> None:
