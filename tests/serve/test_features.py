@@ -16,7 +16,8 @@ import pytest
 import chameleon_deploy
 from chameleon_deploy import Adapt, Engine, Generate, Generation, Runtime, Sampling, StructuredOutputs
 from chameleon_deploy.errors import ChameleonError
-from tests.features import PLAIN, PROMPTS, Use, table, uses
+from tests.conftest import REPOSITORY
+from tests.features import PAGE, PLAIN, PROMPTS, Use, table, uses
 from tests.serving import SECONDS, Running, running, wait_for
 from tests.shared_data import adapted_bundle, good_bundle
 from tests.triton_server import Reader, inputs, serving
@@ -211,3 +212,36 @@ def test_the_plain_request_differs_from_each_feature() -> None:
         if use.bundle != "chameleon_masked" or feature in SAME_TOKENS:
             continue
         assert runtime.generate(PROMPTS, *options(use, len(PROMPTS))) != plain, feature
+
+
+WHERE = {"Python": "chameleon_deploy/runtime/**/*.py", "server": "chameleon_deploy/serve/*.py",
+         "Ray": "chameleon_deploy/serve/*.py", "C++": "runtime/include/chameleon/*.h",
+         "C": "runtime/include/chameleon.h"}  # fmt: skip
+
+
+def names_of_nothing(page: str) -> list[str]:
+    """Return what cells of the last table name that the code of their column has not."""
+    lines = [line for line in page.partition("## Adapters")[2].splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    code = {name: "".join(file.read_text() for file in REPOSITORY.glob(files)) for name, files in WHERE.items()}
+    missing = []
+    for row in rows:
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            assert cell == "no" or "`" in cell, cell
+            words = re.findall(r"[/\w]+", " ".join(re.findall("`(.+?)`", cell)))
+            missing += [word for word in words if not re.search(rf"(?<!\w){word}\b", code[name])]
+    return missing
+
+
+@pytest.mark.parametrize(
+    ("written", "planted"),
+    [
+        ("", ""),
+        ("`chameleon_tenant`", "`chameleon_tenants`"),
+        ("`load_inplace`", "`inplace`"),
+        ("`max_bytes`", "`most_bytes_`"),
+    ],
+)
+def test_what_manages_adapters_exists(written: str, planted: str) -> None:
+    assert written in PAGE.read_text()
+    assert names_of_nothing(PAGE.read_text().replace(written, planted, 1)) == ([planted.strip("`")] if planted else [])
