@@ -12,13 +12,14 @@ as good as PEFT's own choice.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ from chameleon_deploy.terminal.table import Sheet
 VERSIONS = 2  # of each adapter
 PROMPTS = 32  # different ones
 SLICES = 4  # of the time with adapters, and as many without
+PROBES = 64  # answers that are read with another version, too, where the check must find them wrong
 SLACK = 64 * 2**20  # bytes that the server's memory may grow for other reasons
 SPREAD = 0.05  # of the random factors, times the size of PEFT's own initialisation
 
@@ -61,7 +63,12 @@ class Answer:
 
 @dataclass
 class Load:
-    """A server under load. files: the PEFT directory of each digest's beginning; "" is the base"""
+    """A server under load.
+
+    files  the PEFT directory of each digest's beginning; "" is the base
+    away   when each adapter was unloaded, and when it was loaded again
+    lost   requests that should have been answered, and were not
+    """
 
     url: str
     prompts: list[list[int]]
@@ -69,6 +76,7 @@ class Load:
     max_tokens: int
     files: dict[str, str] = field(default_factory=dict)
     load_seconds: list[float] = field(default_factory=list)
+    away: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
     def place(self, http: httpx.Client, name: str, version: int, **fields: Any) -> None:
@@ -86,23 +94,41 @@ class Load:
         if chance.random() < 0.8:
             self.place(http, name, version, load_inplace=True)
         else:
+            periods, start = self.away.setdefault(name, []), time.perf_counter()
+            periods.append((start, math.inf))
             http.post("/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
             self.place(http, name, version)
+            periods[-1] = start, time.perf_counter()
 
     def ask(self, http: httpx.Client, chance: random.Random, uses_adapters: bool) -> Answer | None:
-        """Ask for one answer. None for an adapter that is unloaded just now."""
+        """Ask for one answer. None for an adapter that is unloaded just now, and for a lost one, which is noted."""
         prompt, name = chance.randrange(len(self.prompts)), None
         if uses_adapters:
             (number,) = chance.choices(range(self.adapters), [1 / (rank + 1) for rank in range(self.adapters)])
             name = f"a{number}"
+        start = time.perf_counter()
+        try:
+            answer, fault = self._answer(http, prompt, name)
+        except httpx.HTTPError as error:
+            answer, fault = None, repr(error)
+        if answer is None and not ("no adapter is named" in fault and self.was_away(name, start)):
+            self.lost.append(f"{name}: {fault}")
+        return answer
+
+    def was_away(self, name: str | None, since: float) -> bool:
+        """Return whether an adapter was unloaded at some time since then."""
+        return any(end >= since for _, end in self.away.get(name or "", ()))
+
+    def _answer(self, http: httpx.Client, prompt: int, name: str | None) -> tuple[Answer | None, str]:
+        """Return an answer, or what is wrong with it."""
         body = {
             "prompt": self.prompts[prompt], "max_tokens": self.max_tokens, "temperature": 0, "adapters": [name],
             "stream": True, "return_token_ids": True, "ignore_eos": True,
         }  # fmt: skip
         start, first, ids, fingerprint, done = time.perf_counter(), 0.0, list[int](), "", False
         with http.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code == 400 and b"no adapter is named" in answer.read():
-                return None
+            if answer.status_code != 200:
+                return None, answer.read().decode()
             for line in answer.iter_lines():
                 done = done or line == "data: [DONE]"
                 if not line.startswith("data: {"):
@@ -113,8 +139,8 @@ class Load:
                     ids += choice["token_ids"]
                     fingerprint = event["system_fingerprint"]
         if not done or len(ids) != self.max_tokens:
-            self.lost.append(f"{name}: {len(ids)} tokens of {self.max_tokens}, status {answer.status_code}")
-        return Answer(prompt, fingerprint.rpartition("-")[2] if name else "", tuple(ids), first)
+            return None, f"{len(ids)} tokens of {self.max_tokens}"
+        return Answer(prompt, fingerprint.rpartition("-")[2] if name else "", tuple(ids), first), ""
 
     def run(self, seconds: float, clients: int, seed: int, uses_adapters: bool) -> list[Answer]:
         """Ask for so long, so many clients at once, while adapters come and go where they are used."""
@@ -169,6 +195,12 @@ def seconds_to_place(runtime: Runtime, directory: Path) -> float:
         runtime.unload_adapter("placed")
 
     return median_seconds(place)
+
+
+def with_other_versions(load: Load) -> Load:
+    """Return the load as if every adapter had answered with its other version."""
+    found = {digest: name.rpartition(".") for digest, name in load.files.items()}
+    return replace(load, files={digest: f"{name}.{1 - int(of)}" for digest, (name, _, of) in found.items()})
 
 
 @torch.no_grad()
@@ -250,6 +282,8 @@ def main(
         # What stays, the sets that rows hold and their stack, and those that are being read.
         bound = max_adapter_bytes + (2 * rows + 4) * 4 * rank * sum(spec.factor_widths.values()) + SLACK
         count, wrong = wrong_answers(reference, files, load, [*answers[False], *answers[True]], precision)
+        probes = answers[True][:PROBES]
+        read, seen = wrong_answers(reference, files, with_other_versions(load), probes, precision)
     lines = []
     for name, found in (("the base", answers[False]), (f"{adapters} adapters", answers[True])):
         times = [answer.first_token for answer in found]
@@ -260,10 +294,13 @@ def main(
         f"median {1e3 * float(np.median(load.load_seconds)):.0f} ms over HTTP; reading and placing one "
         f"of rank {rank} on {len(spec.targets)} layers takes {1e3 * placing:.1f} ms; memory grew by "
         f"{grown / 2**20:.0f} MiB of {bound / 2**20:.0f}; {count} different answers read with PEFT, "
-        f"{len(wrong)} wrong, {len(load.lost)} lost; " + ", ".join(describe_machine().values())
+        f"{len(wrong)} wrong, {len(load.lost)} lost; of {read} read with the other version of their adapter "
+        f"{len(seen)} are seen to be wrong; " + ", ".join(describe_machine().values())
     )
     console.show(Sheet(["", "answers", "first token, median, ms", "p99, ms"], lines, "Adapters under load", caption))
     faults = [*wrong, *load.lost, *(["memory"] if grown > bound else [])]
+    if not seen:
+        faults.append("the versions of an adapter cannot be told by their answers")
     if faults:
         raise CheckFailedError("; ".join(faults[:5]))
 

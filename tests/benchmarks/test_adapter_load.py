@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 import chameleon_deploy
-from benchmarks.adapter_load import Answer, Load, write_versions, wrong_answers
+from benchmarks.adapter_load import Answer, Load, with_other_versions, write_versions, wrong_answers
 from chameleon_deploy import Sampling
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
@@ -34,7 +37,9 @@ def test_every_answer_under_load_is_pefts(empty: tuple[Path, Path]) -> None:
     result = call("benchmarks.adapter_load", bundle, "--reference", base, *sizes, "--threads", 1)
     assert result.returncode == 0, result.stdout + result.stderr
     shown = " ".join(result.stdout.split())
-    assert re.search(r"[1-9]\d* different answers read with PEFT, 0 wrong, 0 lost", shown), shown
+    assert re.search(
+        r"[1-9]\d* different answers read with PEFT, 0 wrong, 0 lost; of [1-9]\d* read .* [1-9]\d* are seen", shown
+    ), shown
 
 
 def test_an_answer_of_another_version_is_seen(empty: tuple[Path, Path], tmp_path: Path) -> None:
@@ -46,17 +51,49 @@ def test_an_answer_of_another_version_is_seen(empty: tuple[Path, Path], tmp_path
     endless = Sampling(ignore_eos=True)
     (row,) = runtime.generate(load.prompts, adapters=["a"], max_new_tokens=12, sampling=endless)
     answers = [Answer(0, "a" * 16, tuple(row.token_ids), 0.1)]
-    for version, wrong in (("a0.0", 0), ("a0.1", 1)):
-        load.files["a" * 16] = version
-        count, found = wrong_answers(base, tmp_path, load, answers, "fp32")
+    load.files["a" * 16] = "a0.0"
+    for asked, wrong in ((load, 0), (with_other_versions(load), 1)):
+        count, found = wrong_answers(base, tmp_path, asked, answers, "fp32")
         assert (count, len(found)) == (1, wrong), found
+
+
+def test_a_request_that_is_not_answered_is_lost() -> None:
+    """But for one of an adapter that is unloaded while it comes."""
+    replies = iter([
+        httpx.Response(400, json={"error": {"message": "no adapter is named 'a0'"}}),
+        httpx.Response(503, text="closed"),
+        httpx.Response(200, text='data: {"choices": [{"token_ids": [5]}], "system_fingerprint": "x-y"}\n\n'),
+        httpx.Response(400, json={"error": {"message": "no adapter is named 'a0'"}}),
+        httpx.Response(400, json={"error": {"message": "no adapter is named 'a0'"}}),
+    ])  # fmt: skip
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        found = next(replies, None)
+        if found is None:
+            raise httpx.ReadTimeout("late", request=request)
+        return found
+
+    load, chance = Load("", [[5, 9]], 1, 12), random.Random(0)
+    with httpx.Client(base_url="http://nowhere", transport=httpx.MockTransport(reply)) as http:
+        for _ in range(3):
+            assert load.ask(http, chance, uses_adapters=True) is None
+        load.away["a0"] = [(0.0, math.inf)]
+        assert load.ask(http, chance, uses_adapters=True) is None
+        assert len(load.lost) == 3
+        load.away["a0"] = [(0.0, 0.0)]  # it has been back for long
+        for _ in range(2):
+            assert load.ask(http, chance, uses_adapters=True) is None
+    for lost, part in zip(load.lost, ("is named", "closed", "1 tokens of 12", "is named", "late"), strict=True):
+        assert part in lost
 
 
 def test_two_tenants_are_measured(bundle: Path) -> None:
     sizes = ["--requests", 3, "--prompt-tokens", 8, "--flood-tokens", 60, "--clients", 3, "--capacity", 100]
     result = call("benchmarks.fairness", bundle, *sizes, "--threads", 1)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "are within twice the median alone and one chunk" in " ".join(result.stdout.split())
+    shown = " ".join(result.stdout.split())
+    assert "are within twice the median alone and one chunk" in shown
+    assert re.search(r"a chunk takes \d+\.\d ms, and (?!0\.0)\d+\.\d ms of the flood alone", shown), shown
     assert call("benchmarks.fairness").returncode == 2
 
 
