@@ -28,6 +28,7 @@ from chameleon_deploy.terminal import console
 
 PREFIX_TOKENS = 1024
 NEW_PROMPT_TOKENS = 16  # after the prefix
+ANSWER_TOKENS = 48  # before the second turn
 ADAPTERS, RANK = 8, 16  # asked at once behind one prefix
 INVOCATION = (1, 2, 3, 4)
 CACHE_BYTES = 2**30
@@ -66,32 +67,46 @@ def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
                     raise RuntimeError(f"{cached} tokens were cached, not {expected}")
             new.append(first_token(engine, prompts(NEW_PROMPT_TOKENS))[0])
             turn = [*prefix, *prompts(NEW_PROMPT_TOKENS)]
-            answer = engine.submit([turn], Generate(48, GREEDY), mode="none").result()[0].token_ids
+            answer = engine.submit([turn], Generate(ANSWER_TOKENS, GREEDY), mode="none").result()[0].token_ids
             second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
-    copy = time_copies(runtime)
+    blocks = (PREFIX_TOKENS + NEW_PROMPT_TOKENS + ANSWER_TOKENS - 1) // BLOCK_TOKENS
+    copy, read = time_copies(runtime, blocks, len(turn) + ANSWER_TOKENS + NEW_PROMPT_TOKENS, rounds)
     at = statistics.median(cold)
     print(f"first token of {PREFIX_TOKENS} + {NEW_PROMPT_TOKENS} tokens, cold  {at * 1000:8.1f} ms")
     others = {"with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second}
     for name, times in others.items():
         seconds = statistics.median(times)
         print(f"{name:38s} {seconds * 1000:8.1f} ms  {seconds / at:.1%}")
-    print(f"copy of the prefix into a row          {copy * 1000:8.1f} ms  {copy / at:.1%}")
+    print(f"copy of its {blocks} blocks into a row         {copy * 1000:8.1f} ms  {copy / at:.1%}")
+    print(f"its other tokens, read behind them     {read * 1000:8.1f} ms  {read / at:.1%}")
+    rest = (statistics.median(second) - read) / copy
+    print(f"the second turn without reading these takes {rest:.2f} times the copy")
 
 
-def time_copies(runtime: Runtime) -> float:
-    """Return the seconds in which the blocks of the prefix are copied into a row."""
-    cache, slots = opened(runtime, PREFIX_TOKENS // BLOCK_TOKENS), runtime.decoder.slots(1, PREFIX_TOKENS)  # type: ignore[union-attr]
-    ids = list(range(PREFIX_TOKENS))
+def time_copies(runtime: Runtime, blocks: int, length: int, rounds: int) -> tuple[float, float]:
+    """Return the seconds in which so many blocks are copied into a row, and in which the rest of a text is read."""
+    decoder, ids = decoder_of(runtime), list(range(length))
+    cache, slots = opened(runtime, blocks), decoder.slots(1, length + 1)
+    factors = runtime.adapt([ids], mode="none").factors
     root = cache.root(b"", "")
-    cache.offer(root, ids, 0, lambda start, block: block.fill(0))
-    times = []
-    for _ in range(5):
+    slots.prefill(0, [ids], factors)
+    cache.offer(root, ids[: blocks * BLOCK_TOKENS], 0, lambda start, block: slots.copy_out(0, start, block))
+    copies, reads = list[float](), list[float]()
+    for _ in range(rounds + 1):
         slots.admit(0)
         start = time.perf_counter()
         for block in cache.find(root, ids):
             slots.copy_in(0, cache.memory_of(block))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        copied = time.perf_counter()
+        rest = ids[int(slots.lengths[0]) :]
+        if slots.is_exact:  # where an engine reads the last token with a step
+            slots.prefill(0, [rest[:-1]], factors)
+            slots.step(rest[-1:], factors)
+        else:
+            slots.prefill(0, [rest], factors, num_logits=1)
+        reads.append(time.perf_counter() - copied)
+        copies.append(copied - start)
+    return statistics.median(copies[1:]), statistics.median(reads[1:])  # the first warms up
 
 
 def time_adapters(runtime: Runtime, prompts: Prompts, rounds: int, directory: Path) -> None:
@@ -140,9 +155,14 @@ def first_tokens(engine: Engine, texts: list[list[int]], adapters: list[str]) ->
         return list(pool.map(wait, streams))
 
 
-def opened(runtime: Runtime, blocks: int) -> PrefixCache:
+def decoder_of(runtime: Runtime) -> SharedCacheDecoder:
     decoder = runtime.decoder
     assert isinstance(decoder, SharedCacheDecoder)  # noqa: S101  (of provider cpu)
+    return decoder
+
+
+def opened(runtime: Runtime, blocks: int) -> PrefixCache:
+    decoder = decoder_of(runtime)
     return decoder.prefix_cache(runtime.bundle.digest, blocks * BLOCK_TOKENS * decoder.token_bytes)
 
 
@@ -199,7 +219,7 @@ def main(
     prompts = Prompts(runtime.manifest.model.vocab_size)
     time_lookups(runtime, prompts)
     time_misses(runtime, prompts, rounds, prompt_tokens, new_tokens)
-    if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + 48:
+    if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + ANSWER_TOKENS:
         time_first_tokens(runtime, prompts, rounds)
         if runtime.manifest.adaptation.base_digest:
             with tempfile.TemporaryDirectory() as directory:

@@ -22,7 +22,7 @@ def test_the_command(bundle: Path) -> None:
     assert "0 hits" in result.stdout
 
 
-def test_adapters_behind_one_prefix(
+def test_a_second_turn_and_adapters_behind_one_prefix(
     llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prefix_cache, "PREFIX_TOKENS", 64)
@@ -31,4 +31,8 @@ def test_adapters_behind_one_prefix(
     runtime = chameleon_deploy.load(tmp_path / "bundle", threads=1)
     prompts = prefix_cache.Prompts(runtime.manifest.model.vocab_size)
     prefix_cache.time_adapters(runtime, prompts, 1, tmp_path)
-    assert "first tokens of 8 adapters behind one prefix, plain" in capsys.readouterr().out
+    monkeypatch.setattr(prefix_cache, "ANSWER_TOKENS", 12)
+    prefix_cache.time_first_tokens(runtime, prompts, 1)
+    printed = capsys.readouterr().out
+    assert "first tokens of 8 adapters behind one prefix, plain" in printed
+    assert "the second turn without reading these takes" in printed
