@@ -1,10 +1,12 @@
-"""What routing by cluster is worth on a cluster that runs: factor sets and rows of a step, and tokens per second.
+"""What routing by cluster or by prefix is worth on a cluster that runs: factor sets and rows of a step, prompt tokens
+found in prefix caches, time to first token, and tokens per second.
 
     serve run chameleon_deploy.serve.ray:app bundle=BUNDLE replicas=2 routing=cluster      # and again with routing=load
     python -m benchmarks.affinity http://127.0.0.1:8000 --bundle BUNDLE
 
-Prompts are Python's own texts, of clusters that follow Zipf's law. Each stream sends its next request when its last one
-has ended. The metrics of the replicas tell rows and factor sets.
+Prompts are Python's own texts, of clusters that follow Zipf's law; with --beginnings random tokens after one of so many
+beginnings, by the same law, for routing=prefix. Each stream sends its next request when its last one has ended. The
+metrics of the replicas tell the rest.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import asyncio
 import json
 import random
 import time
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
 
 import httpx
+import numpy as np
 import typer
 
 import chameleon_deploy
@@ -23,22 +27,38 @@ from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.terminal import console
 
 ZIPF = 1.2
+FIRST = "chameleon_time_to_first_token_seconds"
+OTHER_TOKENS = 16  # after a beginning
 
 
-def draw(bundle: str, count: int, characters: int) -> list[str]:
+Prompt = str | list[int]
+T = TypeVar("T")
+
+
+def draw_of_clusters(bundle: str, count: int, characters: int) -> list[Prompt]:
     """Return prompts whose clusters are drawn by Zipf's law; the same for every routing."""
     runtime = chameleon_deploy.load(bundle, threads=1)
     texts = [text[:characters] for kind in KINDS for text in python_texts(kind, 200)]
     of_cluster: dict[int, list[str]] = {}
     for text, cluster_id in zip(texts, runtime.embed(runtime.encode(texts))[1].tolist(), strict=True):
         of_cluster.setdefault(cluster_id, []).append(text)
-    groups = list(of_cluster.values())
+    return [random.choice(group) for group in by_zipf(list(of_cluster.values()), count)]
+
+
+def draw_of_beginnings(vocab_size: int, count: int, beginnings: int, tokens: int) -> list[Prompt]:
+    """Return prompts of one of so many beginnings of so many tokens each, and OTHER_TOKENS of their own."""
+    ids = np.random.default_rng(0)
+    begun = [ids.integers(1, vocab_size, tokens).tolist() for _ in range(beginnings)]
+    return [[*beginning, *ids.integers(1, vocab_size, OTHER_TOKENS).tolist()] for beginning in by_zipf(begun, count)]
+
+
+def by_zipf(groups: Sequence[T], count: int) -> list[T]:
+    """Return so many of the groups, each as often as Zipf's law says."""
     random.seed(0)
-    weights = [1 / (rank + 1) ** ZIPF for rank in range(len(groups))]
-    return [random.choice(group) for group in random.choices(groups, weights, k=count)]
+    return random.choices(groups, [1 / (rank + 1) ** ZIPF for rank in range(len(groups))], k=count)
 
 
-async def load(url: str, prompts: list[str], streams: int, tokens: int) -> None:
+async def load(url: str, prompts: list[Prompt], streams: int, tokens: int) -> None:
     """Complete all prompts."""
     left = list(reversed(prompts))
 
@@ -64,9 +84,15 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests.")] = 96,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 64,
     characters: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 300,
+    beginnings: Annotated[int, typer.Option(min=0, help="Of prompts of random tokens; 0: prompts of clusters.")] = 0,
+    beginning_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each beginning.")] = 512,
 ) -> None:
-    """Measure rows, factor sets and tokens per second of a cluster under load."""
-    prompts = draw(bundle, requests, characters)
+    """Measure rows, factor sets, cached tokens and tokens per second of a cluster under load."""
+    if beginnings:
+        vocab_size = chameleon_deploy.load(bundle, threads=1).manifest.model.vocab_size
+        prompts = draw_of_beginnings(vocab_size, requests, beginnings, beginning_tokens)
+    else:
+        prompts = draw_of_clusters(bundle, requests, characters)
     asyncio.run(load(url, prompts[:streams], streams, tokens))  # connections, caches
     before, begin = metrics(url), time.perf_counter()
     asyncio.run(load(url, prompts, streams, tokens))
@@ -78,6 +104,10 @@ def main(
         "rows_per_step": round(grown["chameleon_batch_rows_sum"] / steps, 2),
         "factor_sets_per_step": round(grown["chameleon_batch_factor_sets_sum"] / steps, 2),
         "step_ms": round(1e3 * grown["chameleon_step_seconds_sum"] / steps, 2),
+        "first_token_s": round(grown[f"{FIRST}_sum"] / grown[f"{FIRST}_count"], 3),
+        "cached_share": round(
+            grown["chameleon_prefix_cache_hits_total"] / max(1, grown["chameleon_prefix_cache_queries_total"]), 3
+        ),
     }))  # fmt: skip
 
 
