@@ -896,7 +896,7 @@ def tokenizer_cases() -> dict[str, list[Any]]:
     for _ in range(100):
         points = random.choice([0x80, 0x250, 0x3000, 0x110000]) * random.random(random.integers(1, 20))
         texts.append("".join(chr(int(p)) for p in points if not 0xD800 <= p < 0xE000))
-    encoded = [{"text": text, "token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in texts]
+    encoded = [{"text": text, "token_ids": tokenizer.encode(text).ids} for text in texts]
     ids = [random.integers(0, VOCAB_SIZE + 5, random.integers(0, 9)).tolist() for _ in range(100)]
     decoded = [{"token_ids": row, "text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
     invalid = [

@@ -34,6 +34,8 @@ HOSTILE = [
 ]  # fmt: skip
 SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+TEXT, OTHER = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+TEMPLATE = {"type": "TemplateProcessing", "single": [TEXT], "pair": [TEXT, OTHER], "special_tokens": {}}
 FIRST = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": True}
 REFUSED: list[dict[str, Any]] = [
     {"normalizer": {"type": "NFD"}},
@@ -52,6 +54,8 @@ REFUSED: list[dict[str, Any]] = [
     {"pre_tokenizer": FIRST | {"replacement": "__"}},
     {"pre_tokenizer": FIRST, "normalizer": {"type": "NFC"}},
     {"pre_tokenizer": SPLIT | {"behavior": "isolated"}},
+    {"post_processor": TEMPLATE | {"single": [TEXT, TEXT]}},
+    {"post_processor": {"type": "Sequence", "processors": [TEMPLATE, TEMPLATE]}},  # `tokenizers` panics
     {"post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}},
     {"decoder": None},
     {"decoder": {"type": "CTC"}},

@@ -10,6 +10,7 @@ import torch
 
 from chameleon_deploy.bench.peers import Peer, Readable, Rows
 from chameleon_deploy.errors import InputError
+from chameleon_deploy.reference.corpus import prefix_ids
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.terminal.progress import Progress
@@ -48,7 +49,8 @@ def text_windows(trunk: Trunk, files: Sequence[Path], count: int, width: int) ->
     width = min(width, trunk.max_positions)
     if len(ids) < count * width:
         raise InputError(f"the text has {len(ids)} tokens: {count} windows of {width} need {count * width}")
-    return [ids[start : start + width] for start in range(0, count * (len(ids) // count), len(ids) // count)]
+    first, starts = prefix_ids(trunk.tokenizer), range(0, count * (len(ids) // count), len(ids) // count)
+    return [[*first, *ids[start : start + width]][:width] for start in starts]
 
 
 @torch.no_grad()

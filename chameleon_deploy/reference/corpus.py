@@ -66,11 +66,20 @@ def sample_texts(texts: Sequence[str], count: int | None, seed: int) -> list[str
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), count))]
 
 
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """Return the special tokens that tokenizer.json puts before a text, as many models' `<bos>`; of GPT-2's there are
+    none.
+    """
+    ids: list[int] = tokenizer.encode("").ids
+    return ids
+
+
 def encode_texts(texts: Sequence[str], tokenizer: Any, protocol: str, max_length: int) -> list[list[int]]:
     """Return token ids of at most max_length each.
 
-    `paper` truncates a longer text, as the authors' scripts do; `masked` continues it as a new text. Texts of fewer
-    than two tokens have nothing to predict and are left out.
+    `paper` truncates a longer text, as the authors' scripts do; `masked` continues it as a new text. Each begins with
+    the special tokens that tokenizer.json puts before a text. Texts of fewer than two tokens have nothing to predict
+    and are left out.
 
     Raises InputError if no text is left.
     """
@@ -80,10 +89,12 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, protocol: str, max_length
 def encode_pieces(texts: Sequence[str], tokenizer: Any, protocol: str, max_length: int) -> list[tuple[int, list[int]]]:
     """Return what `encode_texts` does, each with the index of the text that it is from."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    first = prefix_ids(tokenizer)
+    room = max(max_length - len(first), 1)
     pieces = [
-        (text, ids[start : start + max_length])
+        (text, [*first, *ids[start : start + room]][:max_length])
         for text, ids in enumerate(encoded)
-        for start in (range(1) if protocol == "paper" else range(0, len(ids), max_length))
+        for start in (range(1) if protocol == "paper" else range(0, len(ids), room))
     ]
     pieces = [(text, ids) for text, ids in pieces if len(ids) >= 2]
     if not pieces:

@@ -25,21 +25,24 @@ T = TypeVar("T")
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
 
 
-def encode(texts: Texts, tokenizer: Any, model: ModelSpec, argument: str = "texts") -> list[list[int]]:
+def encode(
+    texts: Texts, tokenizer: Any, model: ModelSpec, argument: str = "texts", add_special_tokens: bool = True
+) -> list[list[int]]:
     """Return token ids of texts, or the passed ids after the same checks.
 
-    argument  the caller's name of the texts, which errors carry
+    argument            the caller's name of the texts, which errors carry
+    add_special_tokens  to texts, those that tokenizer.json puts around them
 
     Raises InputError (nothing given, empty text, mixed kinds, not encodable), TokenError, LengthError.
     """
     try:
-        return _encoded(texts, tokenizer, model)
+        return _encoded(texts, tokenizer, model, add_special_tokens)
     except ChameleonError as error:
         error.argument = argument
         raise
 
 
-def _encoded(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
+def _encoded(texts: Texts, tokenizer: Any, model: ModelSpec, add_special_tokens: bool) -> list[list[int]]:
     if not is_sequence(texts):
         raise InputError(f"expected a list of texts or of token id lists, got a single {type(texts).__name__}")
     if not len(texts):
@@ -48,7 +51,7 @@ def _encoded(texts: Texts, tokenizer: Any, model: ModelSpec) -> list[list[int]]:
     if any(are_strings) != all(are_strings):
         raise InputError("the batch mixes texts and token id lists: pass one kind")
     if all(are_strings):
-        rows = encode_batch(tokenizer, [str(text) for text in texts])
+        rows = encode_batch(tokenizer, [str(text) for text in texts], add_special_tokens)
     else:
         rows = [_integers(row, ids) for row, ids in enumerate(texts)]
     for row, ids in enumerate(rows):

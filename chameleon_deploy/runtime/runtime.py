@@ -272,6 +272,12 @@ class Runtime:
         """Return embeddings float32 [batch, hidden] and cluster ids int64 [batch] of token ids."""
         return self.sources.embed(rows)
 
-    def encode(self, texts: Texts, argument: str = "texts") -> list[list[int]]:
-        """Return the token ids of texts, checked. argument: the caller's name of the texts, which errors carry"""
-        return encode(texts, self.tokenizer, self.manifest.model, argument)
+    def encode(self, texts: Texts, argument: str = "texts", add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of texts, or the given ids, checked.
+
+        argument            the caller's name of the texts, which errors carry
+        add_special_tokens  to texts, those that tokenizer.json puts around them, as many models' `<bos>` before them
+
+        Raises InputError, TokenError or LengthError.
+        """
+        return encode(texts, self.tokenizer, self.manifest.model, argument, add_special_tokens)

@@ -33,13 +33,16 @@ def load_tokenizer(file: Path) -> Any:
     return tokenizer
 
 
-def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of texts, without special tokens around them.
+def encode_batch(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Return the token ids of texts.
+
+    add_special_tokens  with those that tokenizer.json puts around a text, as many models' `<bos>` before it
 
     Raises InputError for a text that is no Unicode, or that `tokenizers` gives up: Oniguruma bounds its work.
     """
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        found = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
     except (TypeError, UnicodeEncodeError) as error:
         row = next(i for i, text in enumerate(texts) if not _is_unicode(text))
         raise InputError(f"text {row} holds a lone surrogate and is not valid Unicode") from error

@@ -214,9 +214,12 @@ def _faults(file: _TokenizerFile) -> Iterator[str]:
         is_first = isinstance(step, _Metaspace) and step.prepend_scheme == "first"
         if is_first and (i > 0 or file.normalizer is not None):
             yield "pre_tokenizer: Metaspace of scheme first is taken without normalizer, as the first step"
-    for template in after.processors if isinstance(after, _Processors) else [after]:
-        if isinstance(template, _Template):
-            yield from _template_faults(template)
+    processors = after.processors if isinstance(after, _Processors) else [after]
+    templates = [step for step in processors if isinstance(step, _Template)]
+    if len(templates) > 1:
+        yield "post_processor: more than one template"
+    for template in templates:
+        yield from _template_faults(template)
 
 
 def _token_faults(file: _TokenizerFile) -> Iterator[str]:
@@ -255,7 +258,7 @@ def _template_faults(template: _Template) -> Iterator[str]:
             yield f"post_processor: special token {token.id!r} has {len(token.ids)} ids for {len(token.tokens)} tokens"
     for pieces, texts in ((template.single, {"A"}), (template.pair, {"A", "B"})):
         sequences = [piece["Sequence"].id for piece in pieces if "Sequence" in piece]
-        if set(sequences) != texts:
+        if sorted(sequences) != sorted(texts):
             yield f"post_processor: a template of {sorted(texts)} holds the texts {sequences}"
         if any(piece["SpecialToken"].id not in template.special_tokens for piece in pieces if "SpecialToken" in piece):
             yield "post_processor: a template has an unknown special token"

@@ -247,7 +247,7 @@ class AdapterUnloaded(Struct):
 class TokenizeRequest(Struct, kw_only=True):
     prompt: str
     model: str | None = None
-    add_special_tokens: bool = False
+    add_special_tokens: bool = True
     return_token_strs: bool = False
 
 

@@ -69,7 +69,7 @@ def check_tokenizers(trunk: Trunk, texts: Sequence[str]) -> Iterator[Check]:
     """
     if trunk.transformers_tokenizer is not None:
         ours, theirs = (
-            [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
             for tokenizer in (trunk.tokenizer, trunk.transformers_tokenizer)
         )
         differ = sum(a != b for a, b in zip(ours, theirs, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_deploy.contract.bundle import FloatArray, Mode
+from chameleon_deploy.reference.corpus import prefix_ids
 from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.verify.gates import Check, Gate
 from chameleon_deploy.verify.logit_checks import Rows, row_logits
@@ -106,9 +107,9 @@ def check_texts(runtime: Runtime, tokenizer: Any, rows: Sequence[Sequence[int]])
     tokenizer  the reference's
     rows       their text is encoded again, which may differ from the rows if a character was cut
     """
-    longest = max(map(len, rows))
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in rows]
-    alone = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in texts}
+    longest, before = max(map(len, rows)), len(prefix_ids(tokenizer))
+    texts = [tokenizer.decode(ids[before:], skip_special_tokens=False) for ids in rows]
+    alone = {text: tokenizer.encode(text).ids for text in texts}
     alone = {text: ids for text, ids in alone.items() if 0 < len(ids) <= longest}  # within the limits, like the rows
     mode: Mode | None = "none" if runtime.manifest.adaptation.conditioning_size else None  # else vectors are needed
     ours = runtime.score(list(alone), mode=mode)

@@ -61,12 +61,15 @@ def verification_rows(
 ) -> list[list[int]]:
     """Return 32 ragged texts of 1 to 48 tokens and, at last, one as long as the model's positions, at most `longest`.
 
-    They are from files or from Python's own documentation.
+    They are from files or from Python's own documentation, and begin with the special tokens that tokenizer.json puts
+    before a text.
 
     more  and between them up to 24 windows of 256 tokens, each of one kind of text, the kinds in turn
 
     Raises InputError if the files have too little text.
     """
+    from chameleon_deploy.reference.corpus import prefix_ids
+
     kinds = _kinds_of_text(text)
     texts = _in_turn(kinds)  # so that a batch has several clusters
     tokenizer = checkpoint.trunk.tokenizer
@@ -79,11 +82,14 @@ def verification_rows(
         )
     most = min(MAX_TOKENS, positions)
     lengths = [most * (3 * row % NUM_ROWS + 1) // NUM_ROWS or 1 for row in range(NUM_ROWS)]
-    rows = [ids[:n] for ids, n in zip(encoded, lengths, strict=False)]
+    first = prefix_ids(tokenizer)
+    rows = [[*first, *ids][:n] for ids, n in zip(encoded, lengths, strict=False)]
     if more:
         joined = tokenizer.encode_batch(["\n\n".join(kind) for kind in kinds], add_special_tokens=False)
-        rows += _in_turn([_windows(e.ids, WINDOWS // len(kinds), min(WINDOW_TOKENS, positions)) for e in joined])
-    return [*rows, stream[:positions]]
+        width = min(WINDOW_TOKENS, positions)
+        windows = _in_turn([_windows(e.ids, WINDOWS // len(kinds), width) for e in joined])
+        rows += [[*first, *ids][:width] for ids in windows]
+    return [*rows, [*first, *stream][:positions]]
 
 
 def _kinds_of_text(text: list[Path] | None) -> list[list[str]]:

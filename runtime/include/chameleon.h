@@ -311,8 +311,8 @@ CHAMELEON_EXPORT chameleon_error* chameleon_stream_result(const chameleon_stream
 /* Does not cancel: the rows run to their end. */
 CHAMELEON_EXPORT void chameleon_stream_free(chameleon_stream* stream);
 
-/* Token ids of one text, without the checks of a batch, and the text of token ids. The caller frees the results with
- * chameleon_free. */
+/* Token ids of one text with the special tokens that tokenizer.json puts around it, without the checks of a batch, and
+ * the text of token ids. The caller frees the results with chameleon_free. */
 CHAMELEON_EXPORT chameleon_error* chameleon_encode(const chameleon_runtime* runtime, const char* text, size_t text_size,
                                                    int64_t** token_ids, size_t* count);
 CHAMELEON_EXPORT chameleon_error* chameleon_decode(const chameleon_runtime* runtime, const int64_t* token_ids,

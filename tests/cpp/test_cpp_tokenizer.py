@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from chameleon_deploy.errors import ManifestError
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
@@ -118,6 +118,16 @@ def _added() -> Tokenizer:
     tokenizer = Tokenizer.from_str(_byte_level())
     tokenizer.add_tokens([AddedToken("word", single_word=True), AddedToken("tok", normalized=True), "tokens", "é ü"])
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True), "\n\n\n", "\n\n"])
+    return _in_templates(tokenizer)
+
+
+def _in_templates(tokenizer: Tokenizer) -> Tokenizer:
+    """Put special tokens before and after a text."""
+    mask, tokens = ((token, tokenizer.token_to_id(token)) for token in ("<mask>", "tokens"))
+    tokenizer.post_processor = processors.Sequence([
+        processors.ByteLevel(),
+        processors.TemplateProcessing("<mask> tokens $A tokens", special_tokens=[mask, tokens]),
+    ])  # fmt: skip
     return tokenizer
 
 

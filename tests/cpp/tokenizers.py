@@ -146,7 +146,7 @@ def _framed(texts: Sequence[str | bytes]) -> bytes:
 
 def texts_that_differ(file: Path, texts: Sequence[str]) -> list[str]:
     """Return the texts whose ids differ."""
-    expected = load_tokenizer(file).encode_batch(list(texts), add_special_tokens=False)
+    expected = load_tokenizer(file).encode_batch(list(texts))
     found = NativeTokenizer(file).encode(texts)
     return [text for text, ours, theirs in zip(texts, found, expected, strict=True) if ours != theirs.ids]
 

@@ -87,11 +87,14 @@ GOOD = good_bundle("chameleon_masked")
 MODEL = open_bundle(GOOD).manifest.model
 
 
-def test_texts_become_token_ids_without_special_tokens() -> None:
+def test_texts_become_token_ids_with_the_special_tokens_around_them() -> None:
     tokenizer = load_tokenizer(GOOD / "tokenizer.json")
-    plain = tokenizer.encode_batch(["one", "two"], add_special_tokens=False)
+    plain = [encoding.ids for encoding in tokenizer.encode_batch(["one", "two"])]
     tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    assert encode(["one", "two"], tokenizer, MODEL) == [encoding.ids for encoding in plain]
+    assert encode(["one", "two"], tokenizer, MODEL) == [[0, *ids] for ids in plain]
+    assert encode(["one", "two"], tokenizer, MODEL, add_special_tokens=False) == plain
+    assert encode([""], tokenizer, MODEL) == [[0]]
+    assert encode(plain, tokenizer, MODEL) == plain
 
 
 def test_token_ids_at_their_limits() -> None:

@@ -30,7 +30,7 @@ def test_every_mode_is_a_model(client: openai.OpenAI, server: Running) -> None:
 def test_tokens_there_and_back(server: Running) -> None:
     text = "The river, näive ☃ <|endoftext|>"
     found = server.post("/tokenize", prompt=text, return_token_strs=True).json()
-    assert found["tokens"] == server.runtime.tokenizer.encode(text, add_special_tokens=False).ids
+    assert found["tokens"] == server.runtime.tokenizer.encode(text).ids
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert found["max_model_len"] == 128
     assert server.post("/detokenize", tokens=found["tokens"]).json() == {"prompt": text}

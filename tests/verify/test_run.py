@@ -33,7 +33,7 @@ Rows = Callable[..., list[list[int]]]
 
 @pytest.fixture
 def rows_of(mini: Checkpoint, tmp_path: Path) -> Rows:
-    """Rows of a file of texts, for a model of some positions whose tokenizer would begin each text with token 0."""
+    """Rows of a file of texts, for a model of some positions whose tokenizer begins each text with token 0."""
     tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
     first = tokenizer.id_to_token(0)
     tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, 0)])
@@ -43,7 +43,7 @@ def rows_of(mini: Checkpoint, tmp_path: Path) -> Rows:
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         checkpoint: Any = SimpleNamespace(trunk=SimpleNamespace(tokenizer=tokenizer, max_positions=positions))
         found = verification_rows(checkpoint, [file], more)
-        assert all(0 not in ids for ids in found)
+        assert all(ids[0] == 0 and 0 not in ids[1:] for ids in found)
         return found
 
     return rows
@@ -51,7 +51,8 @@ def rows_of(mini: Checkpoint, tmp_path: Path) -> Rows:
 
 def test_rows_of_a_file(rows_of: Rows) -> None:
     *ragged, longest = rows_of(["a"] * 32, 32)
-    assert ragged == [longest[:1]] * 32
+    assert [ids[1:] for ids in ragged] == [longest[1 : min(len(ids), 2)] for ids in ragged]
+    assert max(map(len, ragged)) == 2
     assert len(longest) == 32
     for texts, positions in ((31, 31), (32, 33)):
         with pytest.raises(InputError, match=f"at least 32 texts and {positions} tokens, got {texts} and {texts}"):

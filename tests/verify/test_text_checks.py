@@ -18,14 +18,22 @@ TEXTS = ["The river", "a", "It was<|endoftext|>late", "of the hills"]
 
 
 def figures(runtime: Runtime, mini: Checkpoint) -> list[tuple[float, float | None]]:
-    tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
-    end = "<|endoftext|>"
-    tokenizer.post_processor = TemplateProcessing(f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
-    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in (*TEXTS, "")]
+    tokenizer = mini.trunk.tokenizer
+    rows = [tokenizer.encode(text).ids for text in (*TEXTS, "")]
     assert sorted(map(len, rows))[:2] == [0, 1]
     checks = list(check_texts(runtime, tokenizer, rows))
     assert checks[0].note == "4 texts"  # without the empty one
     return [(check.value, check.limit) for check in checks]
+
+
+def test_special_tokens_that_the_bundle_leaves_out(runtime: Runtime, mini: Checkpoint) -> None:
+    tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
+    end = "<|endoftext|>"
+    tokenizer.post_processor = TemplateProcessing(f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
+    rows = [tokenizer.encode(text).ids for text in TEXTS]
+    ids, _ = check_texts(runtime, tokenizer, rows)
+    assert ids.value == 4
+    assert not ids.passed
 
 
 def test_texts(runtime: Runtime, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.hadamard import rotate
 from chameleon_deploy.export.int8.layers import layers_of
 from chameleon_deploy.export.trunk import rotary_angles
+from chameleon_deploy.reference.corpus import prefix_ids
 from chameleon_deploy.reference.families.spec import DecoderSpec
 from chameleon_deploy.reference.model import Trunk
 from chameleon_deploy.reference.python_corpus import KINDS, python_texts
@@ -276,7 +277,9 @@ def calibration_texts(trunk: Trunk, files: Sequence[Path] | None) -> list[Tensor
     width = min(width, trunk.max_positions)
     begun = [ids[:width] for ids in encoded if len(ids) >= width][:first]
     begun = begun or [stream[:width].tolist()]
-    return [*(torch.from_numpy(stream[None, start : start + length]) for start in starts), torch.tensor(begun)]
+    before = prefix_ids(trunk.tokenizer)
+    long = [[*before, *stream[start : start + length].tolist()][:length] for start in starts]
+    return [*(torch.tensor([ids]) for ids in long), torch.tensor([[*before, *ids][:width] for ids in begun])]
 
 
 def _own_texts() -> list[str]:

@@ -81,7 +81,7 @@ def prepare_scores(
 
     A text is encoded together with its prompt, and cut where the prompt's own tokens end.
     """
-    given = runtime.encode(continuations, "continuations")
+    given = runtime.encode(continuations, "continuations", add_special_tokens=False)
     heads = runtime.encode(prompts, "prompts")
     if len(heads) == 1:
         prompts, heads = [prompts[0]] * len(given), heads * len(given)  # type: ignore[assignment]

@@ -21,9 +21,10 @@ class CHAMELEON_EXPORT Tokenizer {
   Tokenizer(Tokenizer&&) noexcept;
   ~Tokenizer();
 
-  /// Token ids of a text. Added tokens in the text are recognised; no token is added. Throws InputError for invalid
-  /// UTF-8, and for a text that takes too much work to split.
-  [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text) const;
+  /// Token ids of a text. Added tokens in the text are recognised. add_special_tokens: with those that the file puts
+  /// around a text, as many models' `<bos>` before it. Throws InputError for invalid UTF-8, and for a text that takes
+  /// too much work to split.
+  [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, bool add_special_tokens = true) const;
 
   /// The text of token ids. Invalid UTF-8 becomes U+FFFD.
   [[nodiscard]] std::string decode(std::span<const std::int64_t> ids, bool skip_special_tokens = true) const;

@@ -1,5 +1,7 @@
 #include "chameleon/tokenizer.h"
 
+#include <algorithm>
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -87,11 +89,12 @@ Tokenizer::Tokenizer(std::string_view json) {
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
-std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
+std::vector<std::int64_t> Tokenizer::encode(std::string_view text, bool add_special_tokens) const {
   if (const auto offset = find_invalid_utf8(text)) {
     throw InputError("the text is not UTF-8 at byte " + std::to_string(*offset));
   }
   std::vector<std::int64_t> ids;
+  if (add_special_tokens) ids = impl_->file.special_tokens.prefix_ids;
   for (const Piece& piece : impl_->plain.split(text)) {
     if (piece.token) {
       ids.push_back(*piece.token);
@@ -99,6 +102,7 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text) const {
       impl_->encode_text(piece.text, piece.text.data() == text.data(), ids);
     }
   }
+  if (add_special_tokens) std::ranges::copy(impl_->file.special_tokens.suffix_ids, std::back_inserter(ids));
   return ids;
 }
 

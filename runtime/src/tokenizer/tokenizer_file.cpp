@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <limits>
 #include <set>
 #include <unordered_set>
@@ -266,19 +267,20 @@ void read(const Json& json, const std::string& at, TemplatePiece& piece) {
   require_range(type_id, kMaxUInt32, at + ".type_id");
 }
 
-struct SpecialToken {};
-void read(const Json& json, const std::string& at, SpecialToken&) {
-  std::string id;
+struct SpecialToken {
   std::vector<std::int64_t> ids;
+};
+void read(const Json& json, const std::string& at, SpecialToken& token) {
+  std::string id;
   std::vector<std::string> tokens;
-  Fields(json, at).required("id", id).required("ids", ids).required("tokens", tokens).finish();
-  for (const std::int64_t number : ids) require_range(number, kMaxUInt32, at + ".ids");
-  if (ids.size() != tokens.size()) fail_at(at, "has not one id for each token");
+  Fields(json, at).required("id", id).required("ids", token.ids).required("tokens", tokens).finish();
+  for (const std::int64_t number : token.ids) require_range(number, kMaxUInt32, at + ".ids");
+  if (token.ids.size() != tokens.size()) fail_at(at, "has not one id for each token");
 }
 
 void check_template(const std::vector<TemplatePiece>& pieces, const std::set<std::string>& texts,
                     const std::map<std::string, SpecialToken>& special_tokens, const std::string& at) {
-  std::set<std::string> found;
+  std::multiset<std::string> found;
   for (const TemplatePiece& piece : pieces) {
     if (piece.is_text) {
       found.insert(piece.id);
@@ -286,12 +288,10 @@ void check_template(const std::vector<TemplatePiece>& pieces, const std::set<std
       fail_at(at, "has an unknown special token");
     }
   }
-  if (found != texts) fail_at(at, "does not hold each text");
+  if (!std::ranges::equal(found, texts)) fail_at(at, "does not hold each text once");
 }
 
-/// It concerns what is added around a text, which the runtimes never ask for.
-struct PostProcessor {};
-void read_post_processor(const Json& json, const std::string& at, std::vector<PostProcessor>&) {
+void read_post_processor(const Json& json, const std::string& at, std::vector<SpecialTokens>& templates) {
   const std::string type = type_of(json, at);
   if (type == "ByteLevel") return (void)read_byte_level(json, at);
   if (type != "TemplateProcessing") fail_at(at, "unknown type " + type);
@@ -304,6 +304,15 @@ void read_post_processor(const Json& json, const std::string& at, std::vector<Po
       .finish();
   check_template(single, {"A"}, special_tokens, at + ".single");
   check_template(pair, {"A", "B"}, special_tokens, at + ".pair");
+  SpecialTokens& around = templates.emplace_back();
+  std::vector<std::int64_t>* side = &around.prefix_ids;
+  for (const TemplatePiece& piece : single) {
+    if (piece.is_text) {
+      side = &around.suffix_ids;
+    } else {
+      std::ranges::copy(special_tokens.at(piece.id).ids, std::back_inserter(*side));
+    }
+  }
 }
 
 struct VocabularyField {
@@ -404,12 +413,12 @@ TokenizerFile read_tokenizer_file(const Json& json) {
   std::vector<Normalizer> normalizers;
   std::vector<PreTokenizer> pre_tokenizers;
   std::vector<TokenDecoder> decoders;
-  std::vector<PostProcessor> post_processors;
+  std::vector<SpecialTokens> templates;
   if (!json.contains("added_tokens") || !json.contains("model")) fail_at("tokenizer.json", "has no tokens or no model");
   read(json.at("added_tokens"), "tokenizer.json.added_tokens", added_tokens);
   read_steps(json, "normalizer", "normalizers", true, normalizers, read_normalizer);
   read_steps(json, "pre_tokenizer", "pretokenizers", true, pre_tokenizers, read_pre_tokenizer);
-  read_steps(json, "post_processor", "processors", true, post_processors, read_post_processor);
+  read_steps(json, "post_processor", "processors", true, templates, read_post_processor);
   read_steps(json, "decoder", "decoders", false, decoders, read_decoder);
   check_growth(normalizers, "normalizer");
   check_growth(decoders, "decoder");
@@ -424,8 +433,10 @@ TokenizerFile read_tokenizer_file(const Json& json) {
   auto model = read_model(json.at("model"), "tokenizer.json.model");
   const auto& vocabulary = std::visit([](const auto& m) -> const Vocabulary& { return m.vocabulary(); }, model);
   check_added_tokens(added_tokens, vocabulary);
-  return {std::move(added_tokens), std::move(normalizers), std::move(pre_tokenizers), std::move(decoders),
-          std::move(model)};
+  if (templates.size() > 1) fail_at("tokenizer.json.post_processor", "has more than one template");
+  if (templates.empty()) templates.emplace_back();
+  return {std::move(added_tokens), std::move(normalizers),  std::move(pre_tokenizers),
+          std::move(decoders),     std::move(templates[0]), std::move(model)};
 }
 
 }  // namespace chameleon

@@ -1,6 +1,7 @@
 // A tokenizer.json of the parts that the runtimes have: the counterpart of chameleon_deploy/runtime/tokenizer_file.py.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <variant>
 #include <vector>
@@ -15,11 +16,17 @@
 
 namespace chameleon {
 
+/// The tokens that a template puts around a text.
+struct SpecialTokens {
+  std::vector<std::int64_t> prefix_ids, suffix_ids;
+};
+
 struct TokenizerFile {
   std::vector<AddedToken> added_tokens;
   std::vector<Normalizer> normalizers;
   std::vector<PreTokenizer> pre_tokenizers;
   std::vector<TokenDecoder> decoders;
+  SpecialTokens special_tokens;
   std::variant<Bpe, WordPiece> model;
 };
 
