@@ -18,7 +18,7 @@ Families = dict[str, Metric]
 @dataclass
 class Totals:
     """Sums over replicas. What a replica counted before it ended, or under a label that it has no more, stays counted,
-    so that no counter goes back.
+    so that no counter goes back. An adapter's series end where no replica has a label for it any more: each has few.
 
     last  families of each replica that lived at the last call, by its name
     past  counters and histograms of those that have ended
@@ -33,6 +33,8 @@ class Totals:
         counted = [_gone(families, now.get(name, {})) for name, families in self.last.items()]
         if any(counted):
             self.past = [_sum([*self.past, *counted])]
+        adapters = _adapters(now.values())
+        self.past = [_of_adapters(families, adapters) for families in self.past]
         self.last = now
         families = _sum([*self.past, *self.last.values()])
         for name in MEANS:
@@ -72,6 +74,21 @@ def _gone(before: Families, now: Families) -> Families:
             gone[name] = Metric(name, family.documentation, family.type)
             gone[name].samples = samples
     return gone
+
+
+def _adapters(parts: Iterable[Families]) -> set[str | None]:
+    """Return the names of adapters that have a label, and None."""
+    families = (family for part in parts for family in part.values())
+    return {None, *(sample.labels.get("adapter") for family in families for sample in family.samples)}
+
+
+def _of_adapters(families: Families, adapters: set[str | None]) -> Families:
+    """Return what was counted of these adapters, and of all requests."""
+    kept: Families = {}
+    for name, family in families.items():
+        kept[name] = Metric(name, family.documentation, family.type)
+        kept[name].samples = [sample for sample in family.samples if sample.labels.get("adapter") in adapters]
+    return kept
 
 
 def _sum(parts: Iterable[Families]) -> Families:

@@ -70,6 +70,24 @@ def test_a_label_that_a_replica_forgot_stays_counted() -> None:
             metrics._forget_adapter("legal")
 
 
+def test_the_labels_of_adapters_are_bounded() -> None:
+    """Names come and go, with replicas and in each of them: what none tells of any more is not kept for ever."""
+    totals = Totals()
+    for number in range(10):
+        metrics = Metrics()
+        names = (f"a{number}", f"b{number}", "legal")
+        metrics.observe(Iteration(finished=[FinishedRow("static", 0, "length", 5, 7, 0.5, 0.1, 0.2, names)]))
+        totals.add_up({str(number): metrics.text()})
+        metrics._forget_adapter(f"b{number}")
+        values = _values(totals.add_up({str(number): metrics.text()}))
+        labels = {name.partition(",adapter=")[2].partition(",")[0] for name in values if ",adapter=" in name}
+        assert labels == {f"a{number}", "legal"}
+        assert values["chameleon_adapter_generation_tokens_total,adapter=legal"] == 7 * (number + 1)
+    values = _values(totals.add_up({}))
+    assert values["chameleon_prompt_tokens_total"] == 50
+    assert not any(",adapter=" in name for name in values)
+
+
 def test_a_replica_that_ended_stays_counted() -> None:
     totals = Totals()
     totals.add_up({"a": _text(2, 10), "b": _text(6, 5)})
