@@ -221,7 +221,7 @@ def main(
     time_misses(runtime, prompts, rounds, prompt_tokens, new_tokens)
     if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + ANSWER_TOKENS:
         time_first_tokens(runtime, prompts, rounds)
-        if runtime.manifest.adaptation.base_digest:
+        if runtime.manifest.adaptation.base_digest and runtime.manifest.adaptation.targets:
             with tempfile.TemporaryDirectory() as directory:
                 time_adapters(chameleon_deploy.load(bundle, threads=threads), prompts, rounds, Path(directory))
 

@@ -115,6 +115,18 @@ class FactorSources:
         embeddings = adapting.embed(leading, self._token_embedding, self._manifest.adaptation, eos_token_id)
         return embeddings, adapting.assign(embeddings, self._centroids)
 
+    def embed_for_factors(
+        self, rows: Sequence[Sequence[int]], adapt_tokens: int | None = None
+    ) -> tuple[FloatArray, IntArray]:
+        """Do as `embed`, but return embeddings [batch, 0] of a bundle without clusters and hypernetwork.
+
+        They would take longer than all else that a long prompt waits for before it is read.
+        """
+        spec = self._manifest.adaptation
+        if spec.regime == "chameleon" or spec.num_clusters:
+            return self.embed(rows, adapt_tokens)
+        return np.empty((len(rows), 0), np.float32), np.full(len(rows), -1, np.int64)
+
     def adapt(self, rows: Sequence[Sequence[int]], adapt: Adapt) -> Adaptation:
         """Embed and cluster rows, and make their factors."""
         adapt = self.resolve(adapt, len(rows))

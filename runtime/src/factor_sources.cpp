@@ -104,6 +104,12 @@ Embedded FactorSources::embed(std::span<const TokenIds> rows, const Adapt& adapt
   return {std::move(embeddings), std::move(cluster_ids)};
 }
 
+Embedded FactorSources::embed_for_factors(std::span<const TokenIds> rows, const Adapt& adapt) const {
+  const AdaptationSpec& spec = bundle_.manifest.adaptation;
+  if (spec.regime == "chameleon" || spec.num_clusters > 0) return embed(rows, adapt);
+  return {{}, std::vector<std::int64_t>(rows.size(), -1)};
+}
+
 Adaptation FactorSources::adapt(std::span<const TokenIds> rows, const Adapt& adapt) const {
   const Adapt resolved = resolve(adapt, rows.size());
   Embedded embedded = embed(rows, resolved);

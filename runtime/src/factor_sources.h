@@ -42,6 +42,8 @@ class FactorSources {
   /// throws.
   [[nodiscard]] Adapt resolve(const Adapt& adapt, std::size_t batch) const;
   [[nodiscard]] Embedded embed(std::span<const TokenIds> rows, const Adapt& adapt) const;
+  /// The same, without the embeddings of a bundle that has no clusters and no hypernetwork.
+  [[nodiscard]] Embedded embed_for_factors(std::span<const TokenIds> rows, const Adapt& adapt) const;
   /// Embed and cluster rows, and make their factors.
   [[nodiscard]] Adaptation adapt(std::span<const TokenIds> rows, const Adapt& adapt) const;
   /// The sources of the factors of rows, which must not outlive this. A caller's matrices are copied.

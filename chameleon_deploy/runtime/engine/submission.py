@@ -62,7 +62,7 @@ def prepare(
         if len(prompt) > capacity:
             raise LengthError(f"prompt {i} has {len(prompt)} tokens, a row of this engine holds {capacity}", "prompts")
     adapt = runtime.sources.resolve(adapt, len(ids))
-    embeddings, cluster_ids = runtime.sources.embed(ids, adapt.adapt_tokens)
+    embeddings, cluster_ids = runtime.sources.embed_for_factors(ids, adapt.adapt_tokens)
     rows = begin_rows(ids, cluster_ids, generate, runtime.manifest.model, runtime.new_mask, capacity)
     stream = Stream(ids, cluster_ids.tolist(), adapt.mode or runtime.mode, generate.n)
     return Submission(stream, adapt, members_of(rows, stream, generate, tenant), embeddings, cluster_ids)

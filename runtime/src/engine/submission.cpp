@@ -29,7 +29,7 @@ Submission prepare(const Runtime::Impl& runtime, const Texts& prompts, const Gen
     }
   }
   Adapt resolved = runtime.sources.resolve(adapt, ids.size());
-  Embedded embedded = runtime.sources.embed(ids, resolved);
+  Embedded embedded = runtime.sources.embed_for_factors(ids, resolved);
   const auto stream = std::make_shared<Stream::State>(std::move(ids), embedded.cluster_ids, *resolved.mode, generate.n,
                                                       std::move(on_token), std::move(stop));
   Members members = members_of(
