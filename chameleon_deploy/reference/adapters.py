@@ -126,12 +126,11 @@ def adapted(
         return hook
 
     hooks = []
-    for layer in trunk.linear_layers():
-        if factor_names(layer)[0] in factors:
-            lora_A, lora_B = (torch.as_tensor(factors[name]) for name in factor_names(layer))
-            shift = torch.from_numpy(shifts[layer]) if layer in shifts else 0.0
-            hook = update(lora_A, lora_B, shift)
-            hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(hook))
+    for layer in {name.rpartition(".")[0] for name in factors}:
+        lora_A, lora_B = (torch.as_tensor(factors[name]) for name in factor_names(layer))
+        shift = torch.from_numpy(shifts[layer]) if layer in shifts else 0.0
+        hook = update(lora_A, lora_B, shift)
+        hooks.append(trunk.causal_lm.get_submodule(layer).register_forward_hook(hook))
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ class Trunk:
         eos = self.config.eos_token_id
         return int(eos[0] if isinstance(eos, list) else eos)
 
-    @property
+    @cached_property
     def spec(self) -> DecoderSpec:
         """Return the switches that make it a member of its family."""
         return families.decoder_spec(self.config)

@@ -27,6 +27,7 @@ LONGEST = 2048  # tokens of the one long text; a model with more positions is ch
 # A reduced precision moves the perplexity of a thousand tokens by chance, by more than its gate, so it is measured on
 # more: windows of the length that its gate was measured on.
 WINDOWS, WINDOW_TOKENS = 24, 256
+TRIMMED = 2**22  # parameters whose memory is worth a collection, which walks every object of PyTorch for half a second
 QUICK_SECONDS = 60  # after which a quick verification begins no step
 QUICK_WORK = 5e11  # tokens times parameters that it reads: a few seconds of two cores
 QUICK_ROWS, QUICK_WINDOWS = 8, 3  # the fewest rows beside the long one; the most windows
@@ -195,7 +196,7 @@ def verify_bundle(
             reference.read(ids)
         if not options.keep_trunk and manifest.precision != "fp32":  # whose checks may read again, in float64
             checkpoint.trunk.drop_layers()
-            _trim_memory()
+            _trim_memory(manifest.parameters.base)
     run = partial(verify, reference=reference, rows=rows, report=report, max_kl=max_kl, until=until)
     texts = _in_turn(_kinds_of_text(options.text))
     checks = [*left_out, *(replace(check, graph=own) for check in check_tokenizers(checkpoint.trunk, texts))]
@@ -210,7 +211,7 @@ def verify_bundle(
             checks += run(runtime, whole=name == own)
             integer_weights = integer_weights or runtime.integer_weights
             del runtime  # one session's weights at a time
-            _trim_memory()
+            _trim_memory(manifest.parameters.base)
     else:
         runtime = load(bundle, provider, threads=options.threads)
         provider, integer_weights = runtime.provider, runtime.integer_weights
@@ -230,8 +231,12 @@ def verify_bundle(
     return checks, record
 
 
-def _trim_memory() -> None:
-    """Return freed memory to the system. glibc keeps it, of a closed session more than a gigabyte (malloc_trim(3))."""
+def _trim_memory(parameters: int) -> None:
+    """Return the freed memory of so many parameters to the system. glibc keeps it, of a closed session more than a
+    gigabyte (malloc_trim(3)).
+    """
+    if parameters < TRIMMED:
+        return
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
