@@ -34,13 +34,13 @@ scale: .venv/scale
 
 # In environments of their own: tritonserver wants numpy below 2.
 .venv/scale: .venv/ready
-	$(BIN)/pip install --quiet --editable '.[ray]' 'tritonclient[grpc]>=2.50'
+	$(BIN)/pip install --quiet --no-compile --editable '.[ray]' 'tritonclient[grpc]>=2.50'
 	$(PYTHON) -m venv .venv/triton
-	.venv/triton/bin/pip install --quiet --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
+	.venv/triton/bin/pip install --quiet --no-compile --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
 	$(PYTHON) -m venv .venv/lm-eval
-	.venv/lm-eval/bin/pip install --quiet 'lm-eval[api]>=0.4.13'
+	.venv/lm-eval/bin/pip install --quiet --no-compile 'lm-eval[api]>=0.4.13'
 	$(PYTHON) -m venv .venv/clients
-	.venv/clients/bin/pip install --quiet 'guidellm>=0.8' 'langchain-openai>=1'
+	.venv/clients/bin/pip install --quiet --no-compile 'guidellm>=0.8' 'langchain-openai>=1'
 	touch $@
 
 mutants: .venv/ready
@@ -74,7 +74,7 @@ release: .venv/ready
 
 # What the tests need, beside it.
 .venv/ready: .venv/demo
-	$(BIN)/pip install --quiet --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
 .PHONY: bench cpp demo mutants processors release scale serve test
