@@ -74,9 +74,8 @@ def known_answers(runtime: Runtime) -> KnownAnswers:
     modes: dict[Mode, ModeAnswers] = {}
     for mode in _modes(runtime.manifest.adaptation):
         adapt = adapt_rows(runtime, mode, len(rows))
-        greedy = continued(runtime, rows, adapt, NEW_TOKENS)
-        # The same tokens again, with log-probabilities: a device then copies all logits.
         logged = runtime.generate(rows, _greedy(NEW_TOKENS, logprobs=2), adapt)
+        greedy = [row.token_ids for row in logged]
         gaps = [[_rounded(first - second) for (_, first), (_, second) in row.top_logprobs or ()] for row in logged]
         modes[mode] = ModeAnswers(token_logprobs(runtime, rows, adapt), greedy, gaps)
     return KnownAnswers(runtime.graph, list(TEXTS), token_ids, rows, hidden_states(runtime, rows) or [], modes)
