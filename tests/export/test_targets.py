@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference import inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.python_corpus import KINDS, python_texts
 from chameleon_deploy.reference.random import random_checkpoint
 from chameleon_deploy.verify import wrong_factors
 from chameleon_deploy.verify.gates import GATES
@@ -153,11 +155,20 @@ def test_the_swap_is_between_layers_of_one_size(path: Path) -> None:
     assert len(moved) == len(stacks) - 2  # the head has no other layer of its size
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few texts, for what does not depend on how many there are."""
+    file = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    texts = [text for kind in KINDS for text in python_texts(kind, 10)]
+    file.write_text("".join(json.dumps({"text": text[:100]}) + "\n" for text in texts))
+    return file
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_reduced_precisions(checkpoint: Checkpoint, tmp_path: Path, precision: Any) -> None:
+def test_reduced_precisions(checkpoint: Checkpoint, tmp_path: Path, text: Path, precision: Any) -> None:
     """What does not depend on how good a precision is for weights of chance: factors, modes, promises, faults."""
-    export_bundle(checkpoint, tmp_path / "bundle", precision=precision)
-    checks, _ = verify_bundle(tmp_path / "bundle", checkpoint, quiet, VerifyOptions(threads=1))
+    export_bundle(checkpoint, tmp_path / "bundle", precision=precision, calibration=[text])
+    checks, _ = verify_bundle(tmp_path / "bundle", checkpoint, quiet, VerifyOptions([text], threads=1))
     found = {check.name: check for check in checks}
     for name in ("factors, relative difference", "mode cohort: factors, relative difference",
                  "alpha 0 against mode none",
