@@ -131,10 +131,15 @@ def test_a_missed_gate_and_a_wrong_result_are_told(
 
 
 def test_pytorch_on_a_device_is_the_reference(of_each_kind: tuple[Path, Checkpoint]) -> None:
-    """The yardstick itself, and compiled: the same code as on a GPU, with PyTorch's compiler for processors."""
+    """The yardstick itself, and compiled: the same code as on a GPU, with PyTorch's compiler for processors.
+
+    Compiled where every layer has generated factors, the head among them; compiling takes 10 s each.
+    """
     _, own = of_each_kind
     mode: Mode = "static" if own.config.regime == "lora" else "request"
-    eager, compiled = (PyTorchGPU(own, mode, "fp32", "cpu", is_compiled) for is_compiled in (False, True))
+    of_every_layer = own.config.regime == "chameleon" and len(own.config.targets) > 1
+    eager = PyTorchGPU(own, mode, "fp32", "cpu", False)
+    compiled = PyTorchGPU(own, mode, "fp32", "cpu", True) if of_every_layer else None
     for first in (0, 2):  # the second time in the caches of the first, with other factors
         rows = [[(7 * i + j * j) % 512 for j in range(20)] for i in range(first, first + 2)]
         laps: list[str] = []
@@ -144,7 +149,7 @@ def test_pytorch_on_a_device_is_the_reference(of_each_kind: tuple[Path, Checkpoi
         for row, ids in enumerate(rows):
             logits = row_logits(own, [*ids, *chosen[row, :-1].tolist()], adaptation, row)
             assert logits[-5:].argmax(1).tolist() == chosen[row].tolist()
-        assert (compiled.generate(rows, 5, laps.append) == chosen).all()
+        assert compiled is None or (compiled.generate(rows, 5, laps.append) == chosen).all()
 
 
 def test_what_does_not_fit_into_the_time_is_listed(bundle: Path, mini: Checkpoint, monkeypatch: Any) -> None:

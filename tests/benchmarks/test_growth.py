@@ -19,7 +19,7 @@ def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFacto
     """The JSON, its file, and the tables of a run on the mini model, with an engine that does not exist."""
     out = tmp_path_factory.mktemp("growth")
     result = call("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
-                  "--largest", 64, "--engine", ENGINES[1], "--engine", "no such engine",
+                  "--largest", 32, "--engine", ENGINES[1], "--engine", "no such engine",
                   "--json", out / "growth.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads((out / "growth.json").read_text()), out / "growth.json", result.stdout
@@ -28,7 +28,7 @@ def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFacto
 def test_every_point_is_measured(growth: tuple[dict[str, Any], Path, str]) -> None:
     record, _, printed = growth
     for curve in CURVES:
-        expected = [point.x for point in points(curve, 128, 64)]
+        expected = [point.x for point in points(curve, 128, 32)]
         assert expected
         for engine in ENGINES if curve != "factor_sets" else ENGINES[:1]:
             own = [one for one in record["measured"] if (one["curve"], one["engine"]) == (curve, engine)]
@@ -39,12 +39,12 @@ def test_every_point_is_measured(growth: tuple[dict[str, Any], Path, str]) -> No
 
 
 def test_memory_grows_with_the_batch(growth: tuple[dict[str, Any], Path, str]) -> None:
-    """The logits and the cache of 64 rows alone are larger than those of one."""
+    """The logits and the cache of 32 rows alone are larger than those of one."""
     record, _, _ = growth
     own = {
         one["x"]: one["memory"] for one in record["measured"] if (one["curve"], one["engine"]) == ("batch", "bundle")
     }
-    assert own[64] > own[1] + 64 * 512 * 4
+    assert own[32] > own[1] + 32 * 512 * 4
 
 
 def test_every_curve_is_drawn(growth: tuple[dict[str, Any], Path, str], tmp_path: Path) -> None:
