@@ -47,7 +47,7 @@ from tests.tokenizer_files import (
     TAKEN,
 )
 
-EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "1000"))
+EXAMPLES = int(os.environ.get("CHAMELEON_EXAMPLES", "300"))
 
 
 @functools.cache
