@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -119,8 +119,7 @@ def adapted(
 
     def update(lora_A: Tensor, lora_B: Tensor, shift: Tensor | float) -> Any:
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            A, B = lora_A.to(output.dtype), lora_B.to(output.dtype)
-            added: Tensor = ((inputs[0] + shift) @ A.T) @ B
+            added: Tensor = ((inputs[0] + shift) @ lora_A.T) @ lora_B
             return output + (added if active is None else added * active[:, None])
 
         return hook
@@ -186,12 +185,6 @@ class AdapterLogits:
             with adapted(self.base.trunk, self._factors(adapter), active=self._active(ids, adapter)):
                 self.hidden[key], _ = self.base.trunk.hidden_states(torch.tensor([list(ids)]))
         return self.hidden[key]
-
-    @contextmanager
-    def float64(self) -> Iterator[AdapterLogits]:
-        """Compute in float64; this reference meanwhile gives what it has read in float32."""
-        with self.base.trunk.float64():
-            yield replace(self, hidden={})
 
     def _factors(self, adapter: str | None) -> Factors:
         return self.base.adapters[adapter] if adapter is not None else {}

@@ -5,8 +5,7 @@ It is written from docs/design.md sections 2 and 3, independently of the runtime
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,12 +104,6 @@ class RowLogits:
                     adaptation.hidden[key], _ = trunk.hidden_states(torch.tensor([list(ids)]))
                 hidden = adaptation.hidden[key]
             return trunk.logits(hidden[0, positions])
-
-    @contextmanager
-    def float64(self) -> Iterator[RowLogits]:
-        """Compute in float64; this reference meanwhile gives what it has read in float32."""
-        with self.checkpoint.trunk.float64():
-            yield replace(self, hidden={})
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,15 +122,6 @@ class Trunk:
             if id(module) not in kept:
                 module.to("meta")
 
-    @contextmanager
-    def float64(self) -> Iterator[None]:
-        """Compute in float64, of the same weights: they take twice their memory meanwhile."""
-        self.causal_lm.double()
-        try:
-            yield
-        finally:
-            self.causal_lm.float()  # exact: they were float32
-
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None
     ) -> tuple[Tensor, Any]:
@@ -160,7 +149,7 @@ class Trunk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] of final hidden states [..., hidden]."""
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden.to(self.head_weight.dtype))
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
         cap = self.spec.logits_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

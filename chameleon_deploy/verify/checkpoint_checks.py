@@ -219,12 +219,8 @@ def check_adaptation(runtime: Runtime, checkpoint: Checkpoint, rows: Rows, gate:
 
 def check_logits(runtime: Runtime, reference: RowLogits, rows: Rows, gate: Gate, scale: float) -> Iterator[Check]:
     """The five figures of the gate, in the bundle's default mode, with the update multiplied by `scale`."""
-    if _is_limited(gate, reference, scale):
-        yield from _logit_checks(runtime, reference, rows, gate, scale)
-    else:
-        unlimited = replace(gate, max_abs_logit=None)  # no logit is compared with float64
-        for check in _logit_checks(runtime, reference, rows, unlimited, scale):
-            yield replace(check, limit=None)
+    for check in _logit_checks(runtime, reference, rows, gate, scale):
+        yield check if _is_limited(gate, reference, scale) else replace(check, limit=None)
 
 
 def _is_limited(gate: Gate, reference: RowLogits, scale: float) -> bool:

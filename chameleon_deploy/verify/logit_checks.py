@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.reference.hypernetwork import factor_stacks
@@ -25,14 +23,11 @@ from chameleon_deploy.runtime.factors import FactorSets, RowFactors
 from chameleon_deploy.verify.gates import Check, Gate
 from chameleon_deploy.verify.logit_figures import (
     LogitFigures,
-    largest,
-    max_abs,
     percentile_interval,
 )
 
 Rows = Sequence[Sequence[int]]
 CALL_TOKENS = 256  # of a call, padding included: with a vocabulary of 150,000, their logits are 0.16 GB
-ROUNDING = 2.0  # a graph may be this many times as far from float64 as PyTorch's float32, whose sums have another order
 STATIC_STEPS = 32  # of a decoder without slots: in int8 each step dequantises all weights, which takes over a second
 
 
@@ -42,63 +37,27 @@ class Reference(Protocol):
     def __call__(self, ids: Sequence[int], theirs: Any, row: int, positions: slice = ..., /) -> torch.Tensor: ...
 
 
-class Float64Reference(Reference, Protocol):
-    """A reference that can compute in float64, too."""
-
-    def float64(self) -> AbstractContextManager[Reference]:
-        """Return the same in float64; itself it meanwhile gives what it has read."""
-
-
 def gate_checks(
-    name: str, runtime: Runtime, reference: Float64Reference, rows: Rows, ours: RowFactors, theirs: Any, gate: Gate
+    name: str, runtime: Runtime, reference: Reference, rows: Rows, ours: RowFactors, theirs: Any, gate: Gate
 ) -> Iterator[Check]:
     """The five figures of the gate, of factors as the runtime and as the reference take them."""
-    figures, furthest = LogitFigures(), np.zeros(len(rows))
+    figures = LogitFigures()
     for row, start, actual in logits_pieces(runtime, rows, ours, CALL_TOKENS):
         stop = start + len(actual)
         expected = reference(rows[row], theirs, row, slice(start, stop))
-        following = torch.tensor(rows[row][start + 1 : stop + 1], dtype=torch.int64)
-        furthest[row] = largest([furthest[row], figures.add(torch.from_numpy(actual), expected, following)])
+        figures.add(
+            torch.from_numpy(actual), expected, torch.tensor(rows[row][start + 1 : stop + 1], dtype=torch.int64)
+        )
     perplexities = [math.exp(nll / figures.targets) for nll in figures.nll]
     clear, agreed = figures.top1(gate.top1_gap)
-    logits = Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit,
-                   note=f"of the logits' scale {figures.scale:.3g}; {figures.positions} positions, up to "
-                   f"{max(map(len, rows))} of a text")  # fmt: skip
-    if not logits.passed and math.isfinite(logits.value):
-        missed = np.flatnonzero(furthest > (gate.max_abs_logit or 0) * figures.scale)
-        of_ours, of_theirs = from_float64(runtime, reference, rows, ours, theirs, missed)
-        logits = Check(logits.name, of_ours / figures.scale,
-                       max(gate.max_abs_logit or 0, ROUNDING * of_theirs / figures.scale),
-                       note=f"from float64, from which the reference's float32 is {of_theirs / figures.scale:.2g}; "
-                       f"{logits.value:.2g} from that; {logits.note}")  # fmt: skip
-    yield logits
+    yield Check(f"{name} logits, max abs difference", figures.max_abs / figures.scale, gate.max_abs_logit,
+                note=f"of the logits' scale {figures.scale:.3g}; {figures.positions} positions, up to "
+                f"{max(map(len, rows))} of a text")  # fmt: skip
     yield Check(f"{name} top-1 agreement", agreed / max(clear, 1), gate.top1_agreement, at_least=True,
                 note=f"{clear} positions with a gap over {gate.top1_gap:g} of the scale")  # fmt: skip
     yield from check_kl(name, figures, gate)
     yield Check(f"{name} perplexity, relative difference", abs(perplexities[0] / perplexities[1] - 1), gate.perplexity,
                 note=f"reference {perplexities[1]:.4f}")  # fmt: skip
-
-
-def from_float64(
-    runtime: Runtime, reference: Float64Reference, rows: Rows, ours: RowFactors, theirs: Any, numbers: NDArray[np.intp]
-) -> tuple[float, float]:
-    """Return the largest differences from the reference in float64 of our logits and of its own in float32, over the
-    rows of these numbers.
-
-    Two float32 computations differ by the rounding of both. Where weights amplify it beyond the gate (Gemma 3's), a
-    right graph lies about as near to float64 as PyTorch's float32 does.
-    """
-    of_ours = of_theirs = 0.0
-    with reference.float64() as exact:
-        unread = replace(theirs) if isinstance(theirs, ReferenceAdaptation) else theirs  # without what it has read
-        for row in numbers:
-            ids, own = rows[row], ours.rows(np.array([row]))
-            for _, start, actual in logits_pieces(runtime, [ids], own, CALL_TOKENS):
-                positions = slice(start, start + len(actual))
-                expected = exact(ids, unread, row, positions).numpy()
-                of_ours = largest([of_ours, max_abs(actual, expected)])
-                of_theirs = largest([of_theirs, max_abs(reference(ids, theirs, row, positions).numpy(), expected)])
-    return of_ours, of_theirs
 
 
 def check_few(

@@ -47,16 +47,12 @@ class LogitFigures:
         clear = torch.cat(self._gaps) > gap * self.scale
         return int(clear.sum()), int(torch.cat(self._same_top1)[clear].sum())
 
-    def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> float:
-        """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end.
-
-        -> the largest difference of the piece
-        """
-        of_piece = 0.0
+    def add(self, actual: Tensor, expected: Tensor, following: Tensor) -> None:
+        """Logits [positions, vocab] of a piece of a text and the ids that follow each: one fewer at the text's end."""
         step = max(1, LOGITS // actual.shape[1])
         for start in range(0, len(actual), step):
             part = slice(start, start + step)
-            of_piece = largest([of_piece, max_abs(actual[part].numpy(), expected[part].numpy())])
+            self.max_abs = largest([self.max_abs, max_abs(actual[part].numpy(), expected[part].numpy())])
             top = expected[part].topk(2).values
             self._gaps.append(top[:, 0] - top[:, 1])
             self._same_top1.append(actual[part].argmax(1) == expected[part].argmax(1))
@@ -67,8 +63,6 @@ class LogitFigures:
             self.targets += len(targets)
             for i, logprobs in enumerate((q, p)):
                 self.nll[i] -= float(logprobs[: len(targets)].gather(1, targets).sum())
-        self.max_abs = largest([self.max_abs, of_piece])
-        return of_piece
 
 
 def logit_scale(rows: Iterable[FloatArray]) -> float:

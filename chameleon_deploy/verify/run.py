@@ -40,8 +40,8 @@ class VerifyOptions:
     text        files of text; None takes Python's own documentation
     threads     of ONNX Runtime; None takes all cores
     provider    the graph of another one than the CPU, instead of every decoder graph of the CPU
-    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless they
-                are read again: by factors of adapters or of targets beyond the head, by the checks of fp32 in float64
+    keep_trunk  False frees the reference's layers before a session takes as much memory for the bundle's, unless
+                hidden states depend on factors: those of adapters, or of targets beyond the head
     max_kl      accept a mean KL up to this value; None keeps the gates
     quick       read as many texts as QUICK_WORK allows, and begin no step after QUICK_SECONDS; checks name what is left
                 out
@@ -194,7 +194,7 @@ def verify_bundle(
         for done, ids in enumerate([*rows, *known]):
             report("verify: reference", done, len(rows) + len(known))
             reference.read(ids)
-        if not options.keep_trunk and manifest.precision != "fp32":  # whose checks may read again, in float64
+        if not options.keep_trunk:
             checkpoint.trunk.drop_layers()
             _trim_memory(manifest.parameters.base)
     run = partial(verify, reference=reference, rows=rows, report=report, max_kl=max_kl, until=until)

@@ -124,18 +124,6 @@ def runtime(path: Path) -> Runtime:
     return chameleon_deploy.load(path, threads=1)
 
 
-def test_logits_over_their_gate_are_compared_with_float64(runtime: Runtime, adapted: AdaptedBase) -> None:
-    rows, names = random_rows(3, 3, 8), ["legal", "code", None]
-    ours, gate = runtime.adapt(rows, adapters=names).factors, replace(GATES["fp32"], max_abs_logit=1e-12)
-    reference = AdapterLogits(adapted)
-    right, *_ = logit_checks.gate_checks("x", runtime, reference, rows, ours, names, gate)
-    assert "from float64" in right.note
-    assert 0 < right.value < 1e-5
-    assert (right.limit or 0) > 1e-12  # the rounding of PyTorch's float32
-    wrong, *_ = logit_checks.gate_checks("x", runtime, reference, rows, ours, names[::-1], gate)
-    assert not wrong.passed
-
-
 def test_each_step_has_its_rows_and_its_adapters(
     runtime: Runtime, adapted: AdaptedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

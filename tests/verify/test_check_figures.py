@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -277,46 +276,6 @@ def test_the_five_figures_of_the_gate(
             ("x perplexity, relative difference", nearly(abs(math.expm1((ours_nll - their_nll) / plain.targets)))),
         ]
         assert [check.at_least for check in checks] == [False, True, False, False, False]
-
-
-@dataclasses.dataclass
-class Rounding:
-    """A reference whose float32 lies `size` from its float64 in one logit of each position."""
-
-    exact: RowLogits
-    size: float
-
-    def __call__(self, *of_row: Any) -> torch.Tensor:
-        logits = self.exact(*of_row).clone()
-        logits[:, 3] -= self.size
-        return logits
-
-    @contextmanager
-    def float64(self) -> Iterator[RowLogits]:
-        with self.exact.float64() as exact:
-            yield exact
-
-
-@pytest.mark.parametrize(("ours_off", "theirs_off", "passed"), [
-    (0.0, 0.1, True), (0.15, 0.1, True), (0.21, 0.1, False), (0.1, 0.0, False), (5e-4, 5e-4, True)
-])  # fmt: skip
-def test_a_graph_is_as_near_to_float64_as_the_references_float32(
-    ours_off: float, theirs_off: float, passed: bool, runtime: Runtime, reference: RowLogits,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def fault(rows: Rows, logits: FloatArray) -> None:
-        logits[:, :, 3] += ours_off
-
-    scaled(monkeypatch)
-    plant(monkeypatch, runtime, fault)
-    rounding = Rounding(reference, theirs_off)
-    checks = logit_checks.gate_checks("x", runtime, rounding, FEW, _ours(runtime, FEW), _theirs(reference, FEW), FP32)
-    (check,) = [check for check in checks if "max abs difference" in check.name]
-    within = ours_off + theirs_off <= 4 * 5e-4  # of float32, so that float64 is not asked
-    assert check.value == nearly((ours_off + theirs_off if within else ours_off) / 4)
-    assert check.passed is passed
-    assert ("from float64" in check.note) is not within
-    assert reference.checkpoint.trunk.head_weight.dtype is torch.float32
 
 
 def _ours(runtime: Runtime, rows: Rows) -> RowFactors:

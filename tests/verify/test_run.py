@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from chameleon_deploy.contract.bundle import Precision, open_bundle
+from chameleon_deploy.contract.bundle import open_bundle
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.export import trunk
 from chameleon_deploy.export.exporter import export_bundle
@@ -25,7 +25,6 @@ from chameleon_deploy.terminal.progress import silent
 from chameleon_deploy.verify import checkpoint_checks, run
 from chameleon_deploy.verify.gates import Check
 from chameleon_deploy.verify.run import VerifyOptions, rows_within, verification_rows, verify_bundle
-from tests.conftest import Exported
 from tests.families import small_model
 
 Rows = Callable[..., list[list[int]]]
@@ -87,13 +86,10 @@ def test_rows_that_engines_take() -> None:
     assert within(9, 9) == [rows[0], rows[2], rows[3], rows[1][:6]]
 
 
-@pytest.mark.parametrize(("precision", "keep_trunk"), [
-    ("fp32", None), ("fp32", False), ("int8", None), ("int8", True), ("int8", False)
-])  # fmt: skip
+@pytest.mark.parametrize("keep_trunk", [None, True, False])
 def test_each_graph_is_verified(
-    precision: Precision, keep_trunk: bool | None, exported: Exported, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    keep_trunk: bool | None, bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, texts_read = exported("mini", precision), 33 if precision == "fp32" else 57
     dropped, reported, called = list[int](), list[Any](), list[tuple[str, bool, float | None]]()
     monkeypatch.setattr(type(mini.trunk), "drop_layers", lambda trunk: dropped.append(1))
 
@@ -115,9 +111,9 @@ def test_each_graph_is_verified(
     )
     assert called == [("decoder_cpu", True, 0.5), ("decoder", False, 0.5)]
     assert len(checks) == len(record["checks"]) == 2
-    assert (record["provider"], record["texts"], record["verified"]) == ("cpu", texts_read, True)
-    assert reported == [("verify: reference", done, texts_read + 8) for done in range(texts_read + 8)]
-    assert bool(dropped) == (keep_trunk is False and precision != "fp32")  # fp32 may be read again in float64
+    assert (record["provider"], record["texts"], record["verified"]) == ("cpu", 33, True)
+    assert reported == [("verify: reference", done, 41) for done in range(41)]
+    assert bool(dropped) == (keep_trunk is False)
 
 
 def test_a_provider_has_one_graph(bundle: Path, mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
