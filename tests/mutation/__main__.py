@@ -58,7 +58,7 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "runtime.sampling": (("tests/runtime/test_sampling.py", SHARED), ()),
     "runtime.sampling_settings": (("tests/runtime/test_sampling.py", "tests/runtime/test_types.py"), ()),
     "runtime.inputs": (tuple(f"{INPUTS}::{name}" for name in (
-        "test_texts_become_token_ids_without_special_tokens", "test_token_ids_at_their_limits",
+        "test_texts_become_token_ids_with_the_special_tokens_around_them", "test_token_ids_at_their_limits",
         "test_integers_at_their_limits", "test_numbers_at_their_limits", "test_limits_of_threads_and_rows",
         "test_one_limit_of_new_tokens_or_one_per_row", "test_what_holds_several_values", "test_a_path")), ()),
     "runtime.tokenizer": (("tests/runtime/test_tokenizer.py", HOSTILE), ()),
