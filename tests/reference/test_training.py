@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from chameleon_deploy.bench.quality import text_windows
 from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.errors import InputError, OutputExistsError
 from chameleon_deploy.evaluate.scoring import cohort_rows, evaluate
+from chameleon_deploy.export.int8.calibration import calibration_texts
 from chameleon_deploy.reference import corpus, fit, head_losses, inference
 from chameleon_deploy.reference.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from chameleon_deploy.reference.hidden_states import HiddenStates, cache_hidden_states
@@ -387,6 +391,20 @@ def test_long_texts_go_on_or_are_cut(mini: Checkpoint) -> None:
     masked = corpus.encode_texts([text], mini.trunk.tokenizer, "masked", 10)
     assert [i for piece in masked for i in piece] == ids[: sum(map(len, masked))]
     assert corpus.encode_texts([text], mini.trunk.tokenizer, "paper", 10) == [ids[:10]]
+
+
+def test_texts_begin_with_the_special_tokens_of_the_tokenizer(mini: Checkpoint) -> None:
+    """Those to train on, to calibrate with and to measure quality on."""
+    tokenizer = Tokenizer.from_str(mini.trunk.tokenizer.to_str())
+    first = tokenizer.id_to_token(0)
+    tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, 0)])
+    trunk = replace(mini.trunk, tokenizer=tokenizer)
+    pieces = corpus.encode_texts(TEXTS[:2], tokenizer, "masked", 10)
+    calibrated = [ids for texts in calibration_texts(trunk, None) for ids in texts.tolist()]
+    windows = text_windows(trunk, [], 3, 16)
+    for rows, longest in ((pieces, 10), (calibrated, trunk.max_positions), (windows, 16)):
+        assert max(map(len, rows)) == longest
+        assert all(ids[0] == 0 and 0 not in ids[1:] for ids in rows)
 
 
 def test_nothing_to_train_on(mini: Checkpoint) -> None:
