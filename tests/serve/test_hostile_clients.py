@@ -205,16 +205,17 @@ def test_clients_that_stay_are_seen(server: InThread) -> None:
 def test_at_the_limit_of_descriptors_new_clients_are_served(bundle: Path, tmp_path: Path) -> None:
     """A process that may open 120 files, and 300 silent clients."""
     limited = ["bash", "-c", 'ulimit -n 120; exec "$@"', "bash", *COMMAND, str(bundle), "--port", "0"]
-    with listening(limited) as (server, url), ExitStack() as opened, ThreadPoolExecutor(1) as log:
+    # The reader of the log is left last: it ends where the server does.
+    with ThreadPoolExecutor(1) as log, listening(limited) as (server, url), ExitStack() as opened:
         assert server.stderr
         lines = log.submit(server.stderr.readlines)
         host, port = url.removeprefix("http://").split(":")
         for number in range(300):
             opened.enter_context(socket.create_connection((host, int(port))))
             if number % 50 == 0:
-                assert httpx.get(f"{url}/health", timeout=2).status_code == 200
+                assert httpx.get(f"{url}/health", timeout=8).status_code == 200
         for _ in range(3):
-            assert httpx.get(f"{url}/health", timeout=2).status_code == 200
+            assert httpx.get(f"{url}/health", timeout=8).status_code == 200
         found = re.search(r"chameleon_connections (\d+)", httpx.get(f"{url}/metrics").text)
         assert found and int(found[1]) == 120 - connections.RESERVED
         server.terminate()
@@ -374,7 +375,7 @@ def test_no_byte_of_a_request_forges_a_log_line(log_lines: list[str]) -> None:
 
 
 def test_a_path_of_control_characters_is_one_line(bundle: Path, log_lines: list[str]) -> None:
-    with process(bundle) as (server, url), ThreadPoolExecutor(1) as log:
+    with ThreadPoolExecutor(1) as log, process(bundle) as (server, url):
         assert server.stderr
         lines = log.submit(server.stderr.readlines)
         httpx.get(f"{url}/x%0A2026-01-01%2000:00:00,000%20INFO%20POST%20/v1/FORGED%20200%1b[31m%C2%85%E2%80%A8")
