@@ -22,6 +22,7 @@ import chameleon_deploy
 from benchmarks.adapter_load import random_factors
 from chameleon_deploy import Engine, Generate, Runtime, Sampling, Stream
 from chameleon_deploy.contract.adapter_file import max_rank, write_adapter
+from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.terminal import console
@@ -32,6 +33,7 @@ ANSWER_TOKENS = 48  # before the second turn
 ADAPTERS, RANK = 8, 16  # asked at once behind one prefix
 INVOCATION = (1, 2, 3, 4)
 CACHE_BYTES = 2**30
+SMALL_CACHE_BYTES = 2**26  # which a few rounds fill
 LOOKED_UP_BLOCKS = 10_000
 GREEDY = Sampling(ignore_eos=True)
 
@@ -70,7 +72,8 @@ def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
             answer = engine.submit([turn], Generate(ANSWER_TOKENS, GREEDY), mode="none").result()[0].token_ids
             second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
     blocks = (PREFIX_TOKENS + NEW_PROMPT_TOKENS + ANSWER_TOKENS - 1) // BLOCK_TOKENS
-    copy, read = time_copies(runtime, blocks, len(turn) + ANSWER_TOKENS + NEW_PROMPT_TOKENS, rounds)
+    length = len(turn) + ANSWER_TOKENS + NEW_PROMPT_TOKENS
+    copy, read = time_copies(runtime, blocks, length, engine.capacity, rounds)
     at = statistics.median(cold)
     print(f"first token of {PREFIX_TOKENS} + {NEW_PROMPT_TOKENS} tokens, cold  {at * 1000:8.1f} ms")
     others = {"with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second}
@@ -83,10 +86,13 @@ def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
     print(f"the second turn without reading these takes {rest:.2f} times the copy")
 
 
-def time_copies(runtime: Runtime, blocks: int, length: int, rounds: int) -> tuple[float, float]:
-    """Return the seconds in which so many blocks are copied into a row, and in which the rest of a text is read."""
+def time_copies(runtime: Runtime, blocks: int, length: int, capacity: int, rounds: int) -> tuple[float, float]:
+    """Return the seconds in which so many blocks are copied into a row, and in which the rest of a text is read.
+
+    capacity  of the row, as of the engine's: a longer row is read a little slower
+    """
     decoder, ids = decoder_of(runtime), list(range(length))
-    cache, slots = opened(runtime, blocks), decoder.slots(1, length + 1)
+    cache, slots = opened(runtime, blocks), decoder.slots(1, capacity)
     factors = runtime.adapt([ids], mode="none").factors
     root = cache.root(b"", "")
     slots.prefill(0, [ids], factors)
@@ -183,42 +189,58 @@ def time_lookups(runtime: Runtime, prompts: Prompts) -> None:
     print(f"look-up of {PREFIX_TOKENS} tokens at {blocks:,} blocks  {statistics.median(times) * 1000:8.3f} ms")
 
 
-def time_misses(runtime: Runtime, prompts: Prompts, rounds: int, prompt_tokens: int, new_tokens: int) -> None:
-    ratios = []
+def time_misses(runtime: Runtime, prompts: Prompts, pairs: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Time rows that find nothing, with a cache that is full and without one, by the clock and by the processor's time.
+
+    The first write to new memory takes several times as long as the copy of a block, once in the life of a server.
+    """
+    ratios = np.empty((2, pairs))  # by the clock and by the processor
+
+    def spent(engine: Engine) -> FloatArray:
+        requests = [prompts(prompt_tokens) for _ in range(engine.rows)]
+        start = np.array([time.perf_counter(), time.process_time()])
+        streams = [engine.submit([ids], Generate(new_tokens, GREEDY), mode="none") for ids in requests]
+        for stream in streams:
+            stream.result()
+        return np.array([time.perf_counter(), time.process_time()]) - start
+
     with (
-        Engine(runtime, prefix_cache_bytes=CACHE_BYTES) as with_cache,
-        Engine(runtime, prefix_cache_bytes=0) as without,
+        Engine(runtime, prefix_cache_bytes=SMALL_CACHE_BYTES) as cached,
+        Engine(runtime, prefix_cache_bytes=0) as plain,
     ):
-        for number in range(rounds + 1):
-            seconds = {}
-            for engine in (with_cache, without) if number % 2 else (without, with_cache):
-                requests = [prompts(prompt_tokens) for _ in range(16)]
-                start = time.perf_counter()
-                streams = [engine.submit([ids], Generate(new_tokens, GREEDY), mode="none") for ids in requests]
-                for stream in streams:
-                    stream.result()
-                seconds[engine] = time.perf_counter() - start
-            if number:  # the first warms up
-                ratios.append(seconds[without] / seconds[with_cache])
-        hits = with_cache.prefix_cache_stats().hits
+        while not cached.prefix_cache_stats().evictions:
+            spent(cached)
+        spent(plain)
+        for number in range(pairs):
+            times = {engine: spent(engine) for engine in ((cached, plain) if number % 2 else (plain, cached))}
+            ratios[:, number] = times[plain] / times[cached]
+        hits = cached.prefix_cache_stats().hits
     print(
-        f"throughput without hits, {prompt_tokens} + {new_tokens} tokens, 8 rows, of that without the cache  "
-        f"{statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f}; {hits} hits)"
+        f"throughput without hits, {prompt_tokens} + {new_tokens} tokens, {cached.rows} rows, of that without the "
+        f"cache: {of_pairs(ratios[0])}, by the processor's time {of_pairs(ratios[1])}; {pairs} pairs, {hits} hits"
     )
+
+
+def of_pairs(ratios: FloatArray) -> str:
+    """Return a median and its 95 % interval, by resampling."""
+    medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f})"
 
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 2,
+    pairs: Annotated[int, typer.Option(min=1, help="Samples of the throughput without hits.")] = 20,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of prompts that find nothing.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Of their answers.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of their answers.")] = 16,
 ) -> None:
     """Time the prefix cache of an engine."""
     runtime = chameleon_deploy.load(bundle, threads=threads, mode="none")
     prompts = Prompts(runtime.manifest.model.vocab_size)
     time_lookups(runtime, prompts)
-    time_misses(runtime, prompts, rounds, prompt_tokens, new_tokens)
+    time_misses(runtime, prompts, pairs, prompt_tokens, new_tokens)
     if runtime.manifest.model.max_positions >= PREFIX_TOKENS + 4 * NEW_PROMPT_TOKENS + ANSWER_TOKENS:
         time_first_tokens(runtime, prompts, rounds)
         if runtime.manifest.adaptation.base_digest and runtime.manifest.adaptation.targets:
