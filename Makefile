@@ -21,12 +21,19 @@ serve: models/demo/chameleon/bundle.json
 models/demo/chameleon/bundle.json: | .venv/demo
 	$(BIN)/python -m chameleon_deploy.export models/tiny/chameleon --out models/demo/chameleon
 
-test: .venv/ready
+test: lint pytest pytest-tensorrt
+
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+pytest: .venv/ready
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/export/test_tensorrt.py
-	$(BIN)/python -m pytest tests/export/test_tensorrt.py # apart: TensorRT for RTX has ended a process that did all the rest before
+
+# Apart: TensorRT for RTX has ended a process that did all the rest before.
+pytest-tensorrt: .venv/ready
+	$(BIN)/python -m pytest tests/export/test_tensorrt.py
 
 scale: .venv/scale
 	CLIENTS=$(CURDIR)/.venv/clients LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton \
@@ -77,4 +84,4 @@ release: .venv/ready
 	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: bench cpp demo mutants processors release scale serve test
+.PHONY: bench cpp demo lint mutants processors pytest pytest-tensorrt release scale serve test
