@@ -11,9 +11,12 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -25,6 +28,7 @@ from chameleon_deploy.contract.adapter_file import max_rank, write_adapter
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.runtime.decode.prefix_cache import BLOCK_TOKENS, PrefixCache
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
+from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.terminal import console
 
 PREFIX_TOKENS = 1024
@@ -58,7 +62,7 @@ def first_token(engine: Engine, prompt: list[int]) -> tuple[float, int]:
 
 
 def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
-    cold, hit, new, second = list[float](), list[float](), list[float](), list[float]()
+    cold, hit, new, second, copied, read = (list[float]() for _ in range(6))
     with Engine(runtime, rows=1, prefix_cache_bytes=CACHE_BYTES) as engine:
         for _ in range(rounds):
             prefix = prompts(PREFIX_TOKENS)
@@ -70,49 +74,45 @@ def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
             new.append(first_token(engine, prompts(NEW_PROMPT_TOKENS))[0])
             turn = [*prefix, *prompts(NEW_PROMPT_TOKENS)]
             answer = engine.submit([turn], Generate(ANSWER_TOKENS, GREEDY), mode="none").result()[0].token_ids
-            second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
-    blocks = (PREFIX_TOKENS + NEW_PROMPT_TOKENS + ANSWER_TOKENS - 1) // BLOCK_TOKENS
-    length = len(turn) + ANSWER_TOKENS + NEW_PROMPT_TOKENS
-    copy, read = time_copies(runtime, blocks, length, engine.capacity, rounds)
-    at = statistics.median(cold)
+            with timed() as spent:
+                second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
+            copied.append(spent["copy_in"])
+            read.append(spent["prefill"] + spent["step"])
+    at, of_it = statistics.median(cold), "of that"
     print(f"first token of {PREFIX_TOKENS} + {NEW_PROMPT_TOKENS} tokens, cold  {at * 1000:8.1f} ms")
-    others = {"with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second}
+    others = {
+        "with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second,
+        f"{of_it}, copy of its blocks into the row": copied, f"{of_it}, reading its other tokens": read,
+    }  # fmt: skip
     for name, times in others.items():
         seconds = statistics.median(times)
         print(f"{name:38s} {seconds * 1000:8.1f} ms  {seconds / at:.1%}")
-    print(f"copy of its {blocks} blocks into a row         {copy * 1000:8.1f} ms  {copy / at:.1%}")
-    print(f"its other tokens, read behind them     {read * 1000:8.1f} ms  {read / at:.1%}")
-    rest = (statistics.median(second) - read) / copy
-    print(f"the second turn without reading these takes {rest:.2f} times the copy")
+    ratios = [(whole - tokens) / copy for whole, tokens, copy in zip(second, read, copied, strict=True)]
+    print(f"the second turn without reading these takes {statistics.median(ratios):.2f} times the copy")
 
 
-def time_copies(runtime: Runtime, blocks: int, length: int, capacity: int, rounds: int) -> tuple[float, float]:
-    """Return the seconds in which so many blocks are copied into a row, and in which the rest of a text is read.
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Give the seconds that engines spend in some methods of their slots, by name."""
+    seconds = defaultdict[str, float](float)
+    methods = {name: getattr(Slots, name) for name in ("copy_in", "prefill", "step")}
 
-    capacity  of the row, as of the engine's: a longer row is read a little slower
-    """
-    decoder, ids = decoder_of(runtime), list(range(length))
-    cache, slots = opened(runtime, blocks), decoder.slots(1, capacity)
-    factors = runtime.adapt([ids], mode="none").factors
-    root = cache.root(b"", "")
-    slots.prefill(0, [ids], factors)
-    cache.offer(root, ids[: blocks * BLOCK_TOKENS], 0, lambda start, block: slots.copy_out(0, start, block))
-    copies, reads = list[float](), list[float]()
-    for _ in range(rounds + 1):
-        slots.admit(0)
-        start = time.perf_counter()
-        for block in cache.find(root, ids):
-            slots.copy_in(0, cache.memory_of(block))
-        copied = time.perf_counter()
-        rest = ids[int(slots.lengths[0]) :]
-        if slots.is_exact:  # where an engine reads the last token with a step
-            slots.prefill(0, [rest[:-1]], factors)
-            slots.step(rest[-1:], factors)
-        else:
-            slots.prefill(0, [rest], factors, num_logits=1)
-        reads.append(time.perf_counter() - copied)
-        copies.append(copied - start)
-    return statistics.median(copies[1:]), statistics.median(reads[1:])  # the first warms up
+    def with_clock(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = methods[name](*arguments)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    for name in methods:
+        setattr(Slots, name, with_clock(name))
+    try:
+        yield seconds
+    finally:
+        for name, method in methods.items():
+            setattr(Slots, name, method)
 
 
 def time_adapters(runtime: Runtime, prompts: Prompts, rounds: int, directory: Path) -> None:
@@ -202,7 +202,8 @@ def time_misses(runtime: Runtime, prompts: Prompts, pairs: int, prompt_tokens: i
         streams = [engine.submit([ids], Generate(new_tokens, GREEDY), mode="none") for ids in requests]
         for stream in streams:
             stream.result()
-        return np.array([time.perf_counter(), time.process_time()]) - start
+        taken: FloatArray = np.array([time.perf_counter(), time.process_time()]) - start
+        return taken
 
     with (
         Engine(runtime, prefix_cache_bytes=SMALL_CACHE_BYTES) as cached,

@@ -152,7 +152,8 @@ def _integers(row: int, ids: Any) -> list[int]:
         raise InputError(f"text {row} is neither a string nor a list of integers") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InputError(f"text {row} is neither a string nor a list of integers")
-    return [int(i) for i in array]
+    found: list[int] = array.tolist()
+    return found
 
 
 def _check_row(row: int, ids: list[int], model: ModelSpec) -> None:
