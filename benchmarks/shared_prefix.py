@@ -27,6 +27,7 @@ import typer
 
 from benchmarks.humaneval import named
 from benchmarks.served import SECONDS, served
+from chameleon_deploy.bench.peers.openvino import FLOAT32, compressed, stateful_model
 from chameleon_deploy.errors import CheckFailedError, InputError
 from chameleon_deploy.runtime.machine import describe_machine
 from chameleon_deploy.terminal import console
@@ -35,6 +36,7 @@ from chameleon_deploy.terminal.table import Sheet
 OWN_TOKENS = 16  # of each prompt, after the beginning
 CACHE_GB = 4  # of OpenVINO's keys and values
 IDS = 10, 250  # from and to: tokens that every vocabulary has
+PRECISION = "chameleon_deploy_precision"  # in the configuration of a model that `convert` wrote
 
 # Answers prompts [requests][tokens] with so many new tokens each, so many at once.
 Answering = Callable[[Sequence[Sequence[int]], int, int], None]
@@ -64,7 +66,10 @@ def openvino(directory: Path, threads: int) -> Answering:
 
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching, scheduler.cache_size = True, CACHE_GB
-    pipeline = genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    if json.loads((directory / "config.json").read_text())[PRECISION] == "fp32":
+        properties |= FLOAT32
+    pipeline = genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", properties)
     numbers = iter(range(2**62))
 
     def answer(prompts: Sequence[Sequence[int]], new_tokens: int, at_once: int) -> None:
@@ -87,7 +92,6 @@ def convert(base: Path, out: Path, precision: str) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from chameleon_deploy.bench.peers.openvino import compressed, stateful_model
     from chameleon_deploy.reference.model import load_trunk
 
     out.mkdir(parents=True)
@@ -99,7 +103,7 @@ def convert(base: Path, out: Path, precision: str) -> None:
         ("tokenizer", "detokenizer"), convert_tokenizer(tokenizer, with_detokenizer=True), strict=True
     ):
         openvino.save_model(each, out / f"openvino_{name}.xml")
-    (out / "config.json").write_text(json.dumps(trunk.config.to_dict(), default=str))
+    (out / "config.json").write_text(json.dumps({**trunk.config.to_dict(), PRECISION: precision}, default=str))
 
 
 def with_every_logit(model: Any) -> Any:

@@ -23,6 +23,9 @@ from chameleon_deploy.reference.model import Trunk
 GROUP = 32  # weights that share a scale in int4
 INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_positions")
 
+# The defaults on newer processors are bfloat16 products and an int8 cache.
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
 
 class OpenVINO:
     """OpenVINO. See `Peer`.
@@ -46,8 +49,7 @@ class OpenVINO:
         model = compressed(stateful_model(trunk), precision)
         config: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         if precision == "fp32":
-            # The defaults on newer processors are bfloat16 products and an int8 cache.
-            config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+            config |= FLOAT32
         openvino.save_model(model, directory / "openvino.xml", compress_to_fp16=False)
         self.size = sum((directory / f"openvino.{kind}").stat().st_size for kind in ("xml", "bin"))
         core = openvino.Core()
