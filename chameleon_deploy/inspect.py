@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, Bundle, Manifest, default_mode, open_bundle
-from chameleon_deploy.contract.manifest import CHAT_TEMPLATE
+from chameleon_deploy.contract.manifest import CHAT_TEMPLATE, PRECISION_USES
 from chameleon_deploy.errors import DependencyError
 from chameleon_deploy.runtime.decode.session import IntegerWeights, integer_weights
 from chameleon_deploy.terminal import console
@@ -70,7 +70,7 @@ def _summary(bundle: Bundle) -> list[list[str]]:
         ["bundle", str(bundle.path)],
         ["digest", bundle.digest],
         ["size", f"{_size(manifest) / 1e6:,.1f} MB in {len(manifest.files) + 1} files"],
-        ["precision", manifest.precision],
+        ["precision", f"{manifest.precision}: {PRECISION_USES[manifest.precision]}"],
         ["integer weights", f"{_integer_weights(bundle)} on this machine" if _integer_weights(bundle) else "none"],
         ["model", f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}, "
                   f"vocabulary {model.vocab_size:,}, {model.max_positions:,} positions"],

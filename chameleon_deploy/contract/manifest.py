@@ -27,6 +27,14 @@ Regime = Literal["base", TrainedRegime]
 Protocol = Literal["masked", "paper"]
 Role = Literal["decoder", "hypernetwork", "chooser", "logits_scorer", "hidden_scorer", "encoder"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+# What each is for: docs/lab/int4.md has the figures.
+PRECISION_USES: dict[Precision, str] = {
+    "fp32": "the tokens of PyTorch",
+    "fp16": "a GPU's memory and speed",
+    "bf16": "a GPU's memory and speed, with the range of float32",
+    "int8": "speed on a CPU, near to float32",
+    "int4": "the least memory",
+}
 INTEGERS = ("int8", "int4")  # precisions whose trunk is rotated, whose head and cache are int8
 ElementType = Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
 

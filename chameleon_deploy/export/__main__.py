@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from chameleon_deploy.contract.bundle import MANIFEST, ParitySummary, Precision
+from chameleon_deploy.contract.manifest import PRECISION_USES
 from chameleon_deploy.contract.provenance import read_signing_key
 from chameleon_deploy.errors import InputError
 from chameleon_deploy.terminal import console
@@ -24,7 +25,12 @@ def main(
         str | None, typer.Option(help="Base model, if the checkpoint's reference to it no longer holds.")
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Precision of the weights; default: the recipe's, else fp32.")
+        Precision | None,
+        typer.Option(
+            help="Precision of the weights; default: the recipe's, else fp32. "
+            + "; ".join(f"{name} is for {use}" for name, use in PRECISION_USES.items())
+            + "."
+        ),
     ] = None,
     adapter: AdapterDirectories = None,
     adaptable: Annotated[

@@ -48,7 +48,7 @@ HOW = ("none", "none", "centroid", "request", "cohort+", "tenant+", "static 0", 
 INVOCATION = 7  # of some adapters
 GREEDY = Sampling(ignore_eos=True, logprobs=2)
 
-pytestmark = pytest.mark.timeout(max(600, OPERATIONS // 20))
+pytestmark = pytest.mark.timeout(max(600, OPERATIONS // 5))
 
 
 @pytest.fixture(scope="module")
