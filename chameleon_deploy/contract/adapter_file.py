@@ -51,6 +51,14 @@ def max_rank(spec: AdaptationSpec) -> int:
     return spec.rank if spec.regime == "base" else MAX_RANK
 
 
+def check_rank(file: Path, rank: int, spec: AdaptationSpec) -> None:
+    """Raise TensorError unless a bundle takes adapters of this rank."""
+    if not 1 <= rank <= MAX_RANK:
+        raise TensorError(f"{file}: rank {rank}: it must be from 1 to {MAX_RANK}")
+    if rank > max_rank(spec):
+        raise TensorError(f"{file}: rank {rank}: this bundle was exported with --max-rank {spec.rank}")
+
+
 def most_bytes(spec: AdaptationSpec) -> int:
     """Return the size that no adapter file of a bundle exceeds."""
     return MAX_HEADER_BYTES + 4 * MAX_RANK * sum(spec.factor_widths.values())
@@ -166,10 +174,7 @@ def _check_tensors(file: Path, stored: Mapping[str, Any], spec: AdaptationSpec) 
     """Check dtypes and shapes, and return the rank of all tensors. Raises TensorError."""
     shapes = {name: tuple(tensor["shape"]) for name, tensor in stored.items()}
     rank = next((shape[0] for shape in shapes.values() if shape), 0)
-    if not 1 <= rank <= MAX_RANK:
-        raise TensorError(f"{file}: rank {rank}: it must be from 1 to {MAX_RANK}")
-    if spec.regime == "base" and rank > spec.rank:
-        raise TensorError(f"{file}: rank {rank}: this bundle was exported with --max-rank {spec.rank}")
+    check_rank(file, rank, spec)
     for name, shape in shapes.items():
         if stored[name]["dtype"] != "F32" or shape != (rank, spec.factor_widths[name]):
             expected = f"F32 {(rank, spec.factor_widths[name])}"

@@ -92,8 +92,8 @@ class PeftConfig(msgspec.Struct, frozen=True):
         if self.layers_to_transform is None or self.layers_to_transform == []:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\..*", layer) for pattern in patterns or ["[^.]*"])
-        number = next((int(match[1]) for match in found if match), None)
+        found = (_layer_number(pattern, layer) for pattern in patterns or ["[^.]*"])
+        number = next((number for number in found if number is not None), None)
         wanted = self.layers_to_transform
         return number in ([wanted] if isinstance(wanted, int) else wanted)
 
@@ -115,10 +115,7 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
         scalings = {name: config.scaling(name) for name in wanted}
     except TimeoutError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: a pattern takes over {MATCH_SECONDS} s to match") from error
-    except (ZeroDivisionError, OverflowError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
-    stored = sum(map(sum, layers.values())) * MAX_RANK + (0 if head_weight is None else np.asarray(head_weight).size)
-    pairs = _pairs(path, _tensors(path, MAX_HEADER_BYTES + 8 * stored), head_weight)
+    pairs = _pairs(path, _tensors(path, most_tensor_bytes(layers, head_weight)), head_weight)
     if unknown := sorted(pairs.keys() - layers.keys()):
         raise TensorError(f"{path}: adapts {unknown[0]!r}, which is not among the linear layers that can be adapted")
     if not wanted or pairs.keys() != wanted:
@@ -137,6 +134,12 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
             if not np.isfinite(factors[name]).all():
                 raise TensorError(f"{path}: {name}, scaled by {scaling:g}, holds NaN, infinity or beyond float32")
     return factors
+
+
+def most_tensor_bytes(layers: Mapping[str, tuple[int, int]], head_weight: Any = None) -> int:
+    """Return the size that the tensors of no adapter exceed: all layers with the largest rank and a head, float64."""
+    values = sum(map(sum, layers.values())) * MAX_RANK + (0 if head_weight is None else np.asarray(head_weight).size)
+    return MAX_HEADER_BYTES + 8 * int(values)
 
 
 def read_invocation(path: Path) -> tuple[int, ...]:
@@ -179,11 +182,11 @@ def read_config(file: Path, merged: bool = False) -> PeftConfig:
             content = opened.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{file}: over {MAX_CONFIG_BYTES} bytes are no PEFT LoRA configuration")
-        raw = json.loads(content)
+        raw = msgspec.json.decode(content)  # which takes no NaN and no infinity
         config = msgspec.convert(raw, PeftConfig)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
-    except (ValueError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a PEFT LoRA configuration: {error}") from error
     refused = [
         name for name, value in raw.items() if value and name not in {*PeftConfig.__struct_fields__} | _WITHOUT_EFFECT
@@ -204,8 +207,6 @@ def read_config(file: Path, merged: bool = False) -> PeftConfig:
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     if min(ranks) < 1 or max(ranks) > MAX_RANK:
         raise CheckpointError(f"{file}: ranks {min(ranks)} to {max(ranks)}: they must be from 1 to {MAX_RANK}")
-    if not all(map(math.isfinite, [config.lora_alpha, *(config.alpha_pattern or {}).values()])):
-        raise CheckpointError(f"{file}: lora_alpha is not finite")
     if config.alora_invocation_tokens and (fault := invocation_fault(config.alora_invocation_tokens)):
         raise CheckpointError(f"{file}: alora_invocation_tokens {fault}")
     return config
@@ -246,7 +247,8 @@ def _tensors(path: Path, limit: int) -> dict[str, FloatArray]:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return {name: _array(f"{path}: {name}", **tensor) for name, tensor in stored}
+    tensors = dict(stored)
+    return {name: _array(f"{path}: {name}", **tensors[name]) for name in sorted(tensors)}
 
 
 def _array(where: str, dtype: str, shape: list[int], data: bytes) -> FloatArray:
@@ -290,6 +292,14 @@ def _matches(modules: list[str] | str, layer: str) -> bool:
 def _of_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """Return the value of the first pattern that is the end of a layer's name, as PEFT does."""
     return next((value for key, value in patterns.items() if _match(rf"(.*\.)?({key})", layer)), default)
+
+
+def _layer_number(pattern: str, layer: str) -> int | None:
+    """Return the number after a pattern of `layers_pattern` in a layer's name. Raises what `_match` does."""
+    match = _match(rf"(?:^|.*?\.){pattern}\.(\d+)\..*", layer)
+    if match and match.re.groups > 1:  # PEFT takes the first for the number
+        raise CheckpointError(f"{CONFIG_FILE}: layers_pattern {pattern!r:.80} has a group: write (?:...)")
+    return int(match[1]) if match else None
 
 
 def _match(pattern: str, layer: str) -> Any:

@@ -16,10 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_deploy.contract.adapter_file import Factors, max_rank, most_bytes, read_adapter, write_adapter
+from chameleon_deploy.contract.adapter_file import (
+    Factors,
+    check_rank,
+    max_rank,
+    most_bytes,
+    read_adapter,
+    write_adapter,
+)
 from chameleon_deploy.contract.bundle import Bundle, FloatArray, file_sha256
 from chameleon_deploy.contract.manifest import ADAPTER_NAME, AdaptationSpec, factor_names, is_adapter_name
-from chameleon_deploy.contract.peft_lora import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILE, read_invocation, read_peft
+from chameleon_deploy.contract.peft_lora import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    TENSOR_FILE,
+    most_tensor_bytes,
+    read_invocation,
+    read_peft,
+)
 from chameleon_deploy.errors import AdapterError, CheckpointError, InputError
 from chameleon_deploy.runtime.factors import FactorSets, blend_sets, no_factors, rank_of
 from chameleon_deploy.runtime.inputs import checked_path
@@ -249,7 +263,8 @@ class Adapters:
 
     def _local(self, path: str | os.PathLike[str]) -> Path:
         """Return an adapter file: that of the path, a URL's, or the one that a PEFT directory is converted to once."""
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: 2 * most_bytes(self._spec) + self._head.nbytes}
+        layers = {target.name: (target.in_features, target.out_features) for target in self._spec.targets}
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, TENSOR_FILE: most_tensor_bytes(layers, self._head)}
         if remote.is_url(path):
             directory, _, name = path.rpartition("/")
             if name.endswith(".safetensors"):
@@ -264,8 +279,9 @@ class Adapters:
         digests = _digests(file, limits)
 
         def build(directory: Path) -> None:
-            layers = {target.name: (target.in_features, target.out_features) for target in self._spec.targets}
             factors, tokens = read_peft(file, layers, self._head), read_invocation(file)
+            check_rank(file, len(next(iter(factors.values()))), self._spec)  # here, so that errors name the directory
+            self._check_tokens(file, tokens)
             write_adapter(directory / CONVERTED, factors, self._spec, tokens)
             if _digests(file, limits) != digests:
                 raise AdapterError(f"{file} has changed while it was read: load it again")
@@ -290,11 +306,15 @@ class Adapters:
     def _read(self, file: Path) -> tuple[FactorSets, tuple[int, ...], str]:
         """Return the one set of an adapter file, its invocation tokens and its SHA-256."""
         stored = read_adapter(file, self._spec)
-        if unknown := [token for token in stored.invocation_tokens if token >= self._vocab_size]:
+        self._check_tokens(file, stored.invocation_tokens)
+        return self._entered(stored.factors), stored.invocation_tokens, stored.digest
+
+    def _check_tokens(self, file: Path, tokens: Sequence[int]) -> None:
+        """Raise AdapterError unless the model has these invocation tokens."""
+        if unknown := [token for token in tokens if token >= self._vocab_size]:
             raise AdapterError(
                 f"{file}: its invocation_tokens hold {unknown[0]}: this bundle has {self._vocab_size} tokens"
             )
-        return self._entered(stored.factors), stored.invocation_tokens, stored.digest
 
     def _entered(self, factors: Mapping[str, FloatArray]) -> FactorSets:
         entered = self._enter(factors)
@@ -306,13 +326,18 @@ def _digests(directory: Path, limits: Mapping[str, int]) -> dict[str, str]:
 
     limits  the most bytes of each
     """
+    digests = {}
     for name, most in limits.items():
         file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, or no plain file")
-        if file.stat().st_size > most:  # before it is read
-            raise CheckpointError(f"{file}: over {most} bytes are no LoRA of this model")
-    return {name: file_sha256(directory / name) for name in limits}
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing, or no plain file")
+            if file.stat().st_size > most:  # before it is read
+                raise CheckpointError(f"{file}: over {most} bytes are no LoRA of this model")
+            digests[name] = file_sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror}") from error
+    return digests
 
 
 def _size(sets: FactorSets) -> int:

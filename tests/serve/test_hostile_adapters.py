@@ -2,96 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
 from tests.adapters import save_adapter
+from tests.damaged_adapters import DAMAGES
 from tests.serving import InThread, running
 
 LAYERS = ["q_proj", "v_proj"]
-A, B = (f"base_model.model.model.layers.1.self_attn.v_proj.lora_{part}.weight" for part in "AB")
-ENDLESS = "(.|[a-z0-9._])+(?<=X)"  # takes two to the power of the length of the name
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-Damage = Callable[[Path], Any]
-
-
-def config(**changes: Any) -> Damage:
-    def damage(path: Path) -> None:
-        (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | changes))
-
-    return damage
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
-    def damage(path: Path) -> None:
-        found = load_file(path / TENSORS)
-        change(found)
-        save_file(found, path / TENSORS)
-
-    return damage
-
-
-def file(name: str, change: Callable[[Path, bytes], Any]) -> Damage:
-    """Put something else in the place of a file; `change` takes its path and its old content."""
-
-    def damage(path: Path) -> None:
-        content = (path / name).read_bytes()
-        (path / name).unlink()
-        change(path / name, content)
-
-    return damage
-
-
-def claims(place: Path, content: bytes) -> None:
-    header = json.dumps({A: {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4]}}).encode()
-    place.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-
-
-def longer(place: Path, content: bytes) -> None:
-    place.write_bytes(content)
-    os.truncate(place, 2**33)
-
-
-DAMAGES: dict[str, Damage] = {
-    "another-method": config(peft_type="IA3"),
-    "dora": config(use_dora=True),
-    "an-unknown-option": config(some_future_option={"a": 1}),
-    "a-large-rank": config(r=10**9),
-    "no-rank": config(r=0),
-    "an-endless-pattern": config(target_modules=ENDLESS),
-    "an-endless-alpha": config(lora_alpha=1e999),
-    "a-scaling-beyond-float32": config(lora_alpha=1e308),
-    "no-json": file(CONFIG, lambda place, _: place.write_bytes(b"{")),
-    "nested-json": file(CONFIG, lambda place, _: place.write_bytes(b'{"r":' * 100_000)),
-    "a-pipe": file(CONFIG, lambda place, _: os.mkfifo(place)),
-    "a-device": file(CONFIG, lambda place, _: place.symlink_to("/dev/zero")),
-    "no-configuration": file(CONFIG, lambda place, _: None),
-    "no-tensors": file(TENSORS, lambda place, _: None),
-    "cut": file(TENSORS, lambda place, content: place.write_bytes(content[:100])),
-    "a-header-that-lies": file(TENSORS, claims),
-    "endless-tensors": file(TENSORS, lambda place, _: place.symlink_to("/dev/zero")),
-    "a-large-file": file(TENSORS, longer),
-    "nan": tensors(lambda found: found[A].fill_(torch.nan)),
-    "infinity": tensors(lambda found: found[B].fill_(torch.inf)),
-    "another-width": tensors(lambda found: found.update({A: torch.zeros(4, 65)})),
-    "integers": tensors(lambda found: found.update({A: found[A].to(torch.int32)})),
-    "a-missing-part": tensors(lambda found: found.pop(B)),
-    "an-unknown-layer": tensors(lambda found: found.update({A.replace("s.1", "s.9"): found[A].clone()})),
-}
 
 
 @pytest.fixture(scope="module")
