@@ -39,8 +39,8 @@ Header read_header(std::string_view text, const std::string& where) try {
   }
   chameleon::read(json, where, header.entries);
   return header;
-} catch (const Json::exception& error) {
-  throw TensorError(where + ": " + error.what());
+} catch (const Json::exception&) {  // whose words hold bytes of the file
+  throw TensorError(where + ": its header is malformed JSON");
 } catch (const ManifestError& error) {  // json_fields.h throws it; here a tensor is at fault
   throw TensorError(error.what());
 }
