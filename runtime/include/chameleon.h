@@ -39,7 +39,7 @@ typedef struct {
   const char* const* trusted_keys; /* PEM files of Ed25519 public keys: a bundle that none of them signed is refused
                                       with "signature_invalid"; NULL accepts any */
   size_t num_trusted_keys;
-  size_t max_adapter_bytes; /* of the factors of adapter files that stay in memory; 0: all */
+  size_t max_adapter_bytes; /* of the factors of loaded adapters that stay in memory; 0: all */
 } chameleon_load_options;
 
 CHAMELEON_EXPORT chameleon_error* chameleon_load(const char* path, const chameleon_load_options* options,
@@ -50,9 +50,11 @@ CHAMELEON_EXPORT int64_t chameleon_hidden_size(const chameleon_runtime* runtime)
 /* Of a vector that the caller gives with every text; 0: texts are conditioned on embeddings. */
 CHAMELEON_EXPORT int64_t chameleon_conditioning_size(const chameleon_runtime* runtime);
 
-/* Add an adapter from a file that `adapter` wrote for this base model. Calls that run are not affected.
- * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or a file that is
- * not an adapter of this bundle, "tensor_invalid". Then nothing is loaded, or replaced. */
+/* Add an adapter from a file that `adapter` wrote for this base model, or from a PEFT LoRA directory. Calls that run
+ * are not affected.
+ * Errors: "input_invalid" for a name that cannot be used, "adapter_invalid" for a name that is taken or what is not an
+ * adapter of this bundle, "checkpoint_invalid" for a directory that is no plain LoRA, "tensor_invalid". Then nothing is
+ * loaded, or replaced. */
 CHAMELEON_EXPORT chameleon_error* chameleon_load_adapter(chameleon_runtime* runtime, const char* name,
                                                          const char* path);
 /* The same, in the place of a loaded adapter of that name if there is one: rows that were submitted before keep its
@@ -69,7 +71,7 @@ typedef struct {
   const char* const* targets; /* the layers that it updates */
   size_t num_targets;
   size_t size;        /* bytes of its factors in memory */
-  const char* digest; /* the SHA-256 of its file; NULL of one of the bundle */
+  const char* digest; /* the SHA-256 of its file, or of a directory's configuration and tensors; NULL of the bundle's */
   size_t uses;        /* how many texts have chosen it, alone or with others */
 } chameleon_adapter_info;
 

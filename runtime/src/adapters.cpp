@@ -6,6 +6,7 @@
 
 #include "chameleon/error.h"
 #include "contract/basis.h"
+#include "contract/peft_lora.h"
 
 namespace chameleon {
 
@@ -48,11 +49,11 @@ std::vector<AdapterInfo> Adapters::list() const {
   return list;
 }
 
-void Adapters::load(const std::string& name, const std::filesystem::path& file, bool replace) {
+void Adapters::load(const std::string& name, const std::filesystem::path& path, bool replace) {
   if (!is_adapter_name(name)) {
     throw InputError("'" + name.substr(0, 80) + "' cannot name an adapter: use " + std::string(kAdapterName));
   }
-  auto [set, tokens, digest] = read(file);
+  auto [set, tokens, digest] = read(path);
   AdapterInfo loaded = info(name, set, digest);
   const std::lock_guard lock(mutex_);
   const auto old = adapters_.find(name);
@@ -62,7 +63,7 @@ void Adapters::load(const std::string& name, const std::filesystem::path& file, 
   }
   const std::uint64_t number = next_number_++;
   const std::uint64_t place = old == adapters_.end() ? number : old->second.place;
-  keep(adapters_[name] = {number, place, File{file, std::move(digest)}, {}, std::move(loaded), std::move(tokens)}, set);
+  keep(adapters_[name] = {number, place, File{path, std::move(digest)}, {}, std::move(loaded), std::move(tokens)}, set);
 }
 
 AdapterInfo Adapters::info(const std::string& name, const FactorSets& set, std::optional<std::string> digest) const {
@@ -144,8 +145,11 @@ Adapters::Held Adapters::held(const std::string& name) {
   return {number, set, tokens};
 }
 
-StoredAdapter Adapters::read(const std::filesystem::path& file) const {
-  StoredAdapter stored = read_adapter(file, bundle_.manifest.adaptation, bundle_.manifest.model.vocab_size);
+StoredAdapter Adapters::read(const std::filesystem::path& path) const {
+  std::error_code problem;
+  StoredAdapter stored = std::filesystem::is_directory(path, problem)
+                             ? read_peft(path, bundle_)
+                             : read_adapter(path, bundle_.manifest.adaptation, bundle_.manifest.model.vocab_size);
   stored.set = enter_basis(stored.set, bundle_.basis);
   return stored;
 }

@@ -16,18 +16,18 @@
 
 namespace chameleon {
 
-/// The adapters of a bundle, and those that were loaded from files. For any number of threads.
+/// The adapters of a bundle, and those that were loaded from files and PEFT directories. For any number of threads.
 class Adapters {
  public:
   /// bundle: must outlive this
-  /// max_bytes: of the factors of files that stay in memory; those used least recently leave first
+  /// max_bytes: of the factors of those that stay in memory; those used least recently leave first
   Adapters(const Bundle& bundle, std::optional<std::size_t> max_bytes);
 
   /// In the order in which they were loaded; one that is replaced keeps its place.
   [[nodiscard]] std::vector<AdapterInfo> list() const;
 
-  /// Read an adapter file, see Runtime::load_adapter.
-  void load(const std::string& name, const std::filesystem::path& file, bool replace);
+  /// Read an adapter, see Runtime::load_adapter.
+  void load(const std::string& name, const std::filesystem::path& path, bool replace);
   /// Remove an adapter of a file. Throws AdapterError for a name that no adapter has, or one of the bundle.
   void unload(const std::string& name);
 
@@ -70,7 +70,7 @@ class Adapters {
   [[nodiscard]] Held held(const std::string& name);
   [[nodiscard]] AdapterInfo info(const std::string& name, const FactorSets& set,
                                  std::optional<std::string> digest) const;
-  [[nodiscard]] StoredAdapter read(const std::filesystem::path& file) const;
+  [[nodiscard]] StoredAdapter read(const std::filesystem::path& path) const;
   [[nodiscard]] Adapter& find(const std::string& name);
   void keep(Adapter& adapter, const FactorSets& set);
 

@@ -90,8 +90,8 @@ std::vector<Generation> Runtime::stream(Texts prompts, const OnToken& on_token, 
   return generate_rows(*impl_, prepare(*impl_, prompts, generate, adapt, positions, on_token, stop), errors);
 }
 
-void Runtime::load_adapter(const std::string& name, const std::filesystem::path& file, bool replace) {
-  impl_->sources.adapters().load(name, file, replace);
+void Runtime::load_adapter(const std::string& name, const std::filesystem::path& path, bool replace) {
+  impl_->sources.adapters().load(name, path, replace);
 }
 void Runtime::unload_adapter(const std::string& name) { impl_->sources.adapters().unload(name); }
 std::vector<std::string> Runtime::adapter_names() const {

@@ -259,10 +259,11 @@ TEST(Adapters, WhatIsNoPlainFileIsRefused) {
   Runtime runtime(given.bundle.path());
   const std::filesystem::path link = given.file.string() + ".link";
   std::filesystem::create_symlink(given.file, link);
-  for (const std::filesystem::path& path : {link, given.bundle.path(), std::filesystem::path("/dev/zero"),
-                                            std::filesystem::path("/nowhere/legal.safetensors")}) {
+  for (const std::filesystem::path& path :
+       {link, std::filesystem::path("/dev/zero"), std::filesystem::path("/nowhere/legal.safetensors")}) {
     EXPECT_THROW(runtime.load_adapter("legal", path), AdapterError) << path;
   }
+  EXPECT_THROW(runtime.load_adapter("legal", given.bundle.path()), CheckpointError);  // no directory of PEFT
   std::filesystem::remove(link);
 }
 

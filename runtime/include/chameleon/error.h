@@ -53,6 +53,7 @@ using LengthError = CodedError<"text_too_long">;
 using ModeError = CodedError<"mode_unavailable">;
 using FactorsError = CodedError<"factors_invalid">;
 using AdapterError = CodedError<"adapter_invalid">;
+using CheckpointError = CodedError<"checkpoint_invalid">;
 using ProviderError = CodedError<"provider_unavailable">;
 using DeviceError = CodedError<"device_failed">;
 using CancelledError = CodedError<"cancelled">;

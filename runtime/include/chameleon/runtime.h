@@ -31,7 +31,7 @@ struct AdapterInfo {
   std::int64_t rank;                  ///< without padding
   std::vector<std::string> targets;   ///< the layers that it updates
   std::size_t size;                   ///< bytes of its factors in memory
-  std::optional<std::string> digest;  ///< the SHA-256 of its file; none of one of the bundle
+  std::optional<std::string> digest;  ///< the SHA-256 of its file or its directory's files; none of one of the bundle
   std::size_t uses;                   ///< how many texts have chosen it, alone or with others
   bool operator==(const AdapterInfo&) const = default;
 };
@@ -44,8 +44,8 @@ struct LoadOptions {
                                  ///< shared between processes; slower in batches, and last bits differ; no effect where
                                  ///< integer_weights is uint8
   TrustedKeys trusted_keys{};    ///< a bundle that none of them signed throws SignatureError; nothing accepts any
-  std::optional<std::size_t> max_adapter_bytes{};  ///< of the factors of adapter files that stay in memory: others are
-                                                   ///< read again when a row names them; by default, all stay
+  std::optional<std::size_t> max_adapter_bytes{};  ///< of the factors of loaded adapters that stay in memory: others
+                                                   ///< are read again when a row names them; by default, all stay
 };
 
 /// A loaded bundle. It keeps no state of requests: one runtime serves any number of threads.
@@ -80,12 +80,13 @@ class CHAMELEON_EXPORT Runtime {
                                  const Adapt& adapt = {}, OnError errors = OnError::raise,
                                  const std::stop_token& stop = {}) const;
 
-  /// Add an adapter from a file that `adapter` wrote for this base model. The file is read whole and
-  /// checked; calls that run are not affected. From any thread.
+  /// Add an adapter from a file that `adapter` wrote for this base model, or from a PEFT LoRA directory. All of it is
+  /// read and checked; calls that run are not affected. From any thread.
   /// replace: an adapter of a file under the same name; rows that use it keep its factors, later ones have the new
-  /// Throws InputError for a name that cannot be used, AdapterError for a name that is taken or a file that is not an
-  /// adapter of this bundle, TensorError for tensors that do not fit. Then nothing is loaded.
-  void load_adapter(const std::string& name, const std::filesystem::path& file, bool replace = false);
+  /// Throws InputError for a name that cannot be used, AdapterError for a name that is taken or what is not an adapter
+  /// of this bundle, CheckpointError for a directory that is no plain LoRA, TensorError for tensors that do not fit.
+  /// Then nothing is loaded.
+  void load_adapter(const std::string& name, const std::filesystem::path& path, bool replace = false);
   /// Forget an adapter; rows that use it keep its factors. From any thread. Throws AdapterError for an unknown name.
   void unload_adapter(const std::string& name);
   /// Of the bundle's adapters and those that were loaded, in that order.

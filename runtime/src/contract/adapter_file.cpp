@@ -14,8 +14,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::int64_t kMaxRank = 1024;  // every layer is padded to the largest rank of a call
-
 /// The factor tensors that a file has to hold, with their widths. Throws AdapterError.
 std::map<std::string, std::int64_t> check_metadata(const std::map<std::string, std::string>& metadata,
                                                    const AdaptationSpec& spec, const std::string& where) {
@@ -80,13 +78,7 @@ std::int64_t check_tensors(const std::map<std::string, SafeTensor>& tensors,
   }
   const std::vector<std::int64_t>& first = tensors.begin()->second.shape;
   const std::int64_t rank = first.empty() ? 0 : first[0];
-  if (rank < 1 || rank > kMaxRank) {
-    throw TensorError(where + ": rank " + std::to_string(rank) + ": it must be from 1 to " + std::to_string(kMaxRank));
-  }
-  if (spec.regime == "base" && rank > spec.rank) {
-    throw TensorError(where + ": rank " + std::to_string(rank) + ": this bundle was exported with --max-rank " +
-                      std::to_string(spec.rank));
-  }
+  check_rank(where, rank, spec);
   return rank;
 }
 
@@ -109,6 +101,16 @@ MappedFile map(const fs::path& file) try {
 }  // namespace
 
 std::int64_t max_rank(const AdaptationSpec& spec) { return spec.regime == "base" ? spec.rank : kMaxRank; }
+
+void check_rank(const std::string& where, std::int64_t rank, const AdaptationSpec& spec) {
+  if (rank < 1 || rank > kMaxRank) {
+    throw TensorError(where + ": rank " + std::to_string(rank) + ": it must be from 1 to " + std::to_string(kMaxRank));
+  }
+  if (rank > max_rank(spec)) {
+    throw TensorError(where + ": rank " + std::to_string(rank) + ": this bundle was exported with --max-rank " +
+                      std::to_string(spec.rank));
+  }
+}
 
 StoredAdapter read_adapter(const fs::path& file, const AdaptationSpec& spec, std::int64_t vocab_size) {
   const std::string where = file.string();
