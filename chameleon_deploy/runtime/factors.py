@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,19 +36,21 @@ class FactorSets:
 
     tensors  "<target>.lora_A" float32 [factor_sets, rank, in_features] and "<target>.lora_B" float32
              [factor_sets, rank, out_features] of every target; alpha is already multiplied into B
+    updates_nothing  whether the sets were made as zeros, so that a decoder need not multiply them
     """
 
     tensors: Mapping[str, FactorArray]
+    updates_nothing: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values()))) if self.tensors else 1
 
     def __getitem__(self, indices: IntArray) -> FactorSets:
-        return FactorSets({name: array[indices] for name, array in self.tensors.items()})
+        return replace(self, tensors={name: array[indices] for name, array in self.tensors.items()})
 
     def in_memory(self) -> FactorSets:
         """Return the same sets as numpy arrays; sets on a device are copied."""
-        return FactorSets({name: np.asarray(array, np.float32) for name, array in self.tensors.items()})
+        return replace(self, tensors={name: np.asarray(array, np.float32) for name, array in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,17 @@ def _checked(factors: Factors, widths: Mapping[str, int]) -> FactorSets:
 
 def no_factors(spec: AdaptationSpec) -> FactorSets:
     """Return one set of zeros of rank 1, which leaves the base model unchanged."""
-    return FactorSets({name: np.zeros((1, 1, width), np.float32) for name, width in spec.factor_widths.items()})
+    return _zeros(spec.factor_widths)
 
 
 def zero_set(sets: FactorSets) -> FactorSets:
     """Return one set of zeros of rank 1 for the layers of other sets."""
-    return FactorSets({name: np.zeros((1, 1, array.shape[2]), np.float32) for name, array in sets.tensors.items()})
+    return _zeros({name: array.shape[2] for name, array in sets.tensors.items()})
+
+
+def _zeros(widths: Mapping[str, int]) -> FactorSets:
+    zeros = {name: np.zeros((1, 1, width), np.float32) for name, width in widths.items()}
+    return FactorSets(zeros, updates_nothing=True)
 
 
 def rank_of(sets: FactorSets) -> int:
@@ -173,4 +180,4 @@ def stack_sets(stacks: Sequence[FactorSets]) -> FactorSets:
         for array in arrays:
             tensors[name][start : start + len(array), : array.shape[1]] = array
             start += len(array)
-    return FactorSets(tensors)
+    return FactorSets(tensors, all(stack.updates_nothing for stack in stacks))

@@ -38,6 +38,12 @@ std::vector<float> copy_sets(std::span<const float> tensor, std::size_t size, st
   return chosen;
 }
 
+FactorSets make_zeros(Tensors tensors) {
+  FactorSets zeros = make_factor_sets(1, 1, std::move(tensors));
+  zeros.updates_nothing = true;
+  return zeros;
+}
+
 }  // namespace
 
 std::string shape_text(std::size_t rows, std::size_t columns) {
@@ -61,13 +67,15 @@ FactorSets make_factor_sets(std::int64_t count, std::int64_t rank, Tensors tenso
 FactorSets copied(const FactorSets& sets) {
   Tensors tensors;
   for (const auto& [name, values] : sets.tensors) tensors[name].assign(values.begin(), values.end());
-  return make_factor_sets(sets.count, sets.rank, std::move(tensors));
+  FactorSets copy = make_factor_sets(sets.count, sets.rank, std::move(tensors));
+  copy.updates_nothing = sets.updates_nothing;
+  return copy;
 }
 
 FactorSets no_factors(const AdaptationSpec& spec) {
   Tensors tensors;
   for (const auto& [name, width] : spec.factor_widths()) tensors[name].resize(static_cast<std::size_t>(width));
-  return make_factor_sets(1, 1, std::move(tensors));
+  return make_zeros(std::move(tensors));
 }
 
 FactorSets zero_set(const FactorSets& sets) {
@@ -75,7 +83,7 @@ FactorSets zero_set(const FactorSets& sets) {
   for (const auto& [name, values] : sets.tensors) {
     tensors[name].resize(values.size() / static_cast<std::size_t>(sets.count * sets.rank));
   }
-  return make_factor_sets(1, 1, std::move(tensors));
+  return make_zeros(std::move(tensors));
 }
 
 FactorSets check_factors(const Factors& factors, const AdaptationSpec& spec) {
@@ -150,7 +158,9 @@ FactorSets stack_sets(std::span<const FactorSets> stacks) {
       }
     }
   }
-  return make_factor_sets(count, rank, std::move(tensors));
+  FactorSets stacked = make_factor_sets(count, rank, std::move(tensors));
+  stacked.updates_nothing = std::ranges::all_of(stacks, [](const FactorSets& stack) { return stack.updates_nothing; });
+  return stacked;
 }
 
 FactorSets pick(const FactorSets& all, std::span<const std::int64_t> set_ids) {

@@ -313,4 +313,24 @@ TEST(Loop, FactorSetsOfDifferentRanksShareAStack) {
   EXPECT_EQ(values(), (std::vector<float>{3, 3}));
 }
 
+TEST(Loop, AStackUpdatesNothingAsLongAsNoneOfItsSetsDoes) {
+  FactorTable table(3);
+  static const std::vector<float> memory(2);
+  const auto source = [](const std::string& key, bool updates_nothing) {
+    return FactorSource{key,
+                        [updates_nothing] { return FactorSets{1, 1, {{"lora_A", memory}}, nullptr, updates_nothing}; }};
+  };
+  table.acquire(source("none", true));
+  EXPECT_TRUE(table.sets().updates_nothing);
+  table.acquire(source("a", false));
+  table.acquire(source("none too", true));
+  EXPECT_FALSE(table.sets().updates_nothing);
+  EXPECT_FALSE(table.set_of("a").sets.updates_nothing);
+  EXPECT_TRUE(table.set_of("none too").sets.updates_nothing);
+  table.release("none");  // the last set takes its place
+  EXPECT_FALSE(table.sets().updates_nothing);
+  table.release("a");
+  EXPECT_TRUE(table.sets().updates_nothing);
+}
+
 }  // namespace chameleon::test

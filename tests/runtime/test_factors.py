@@ -9,7 +9,7 @@ import pytest
 
 from chameleon_deploy.contract.bundle import AdaptationSpec, TargetSpec
 from chameleon_deploy.errors import FactorsError
-from chameleon_deploy.runtime.factors import FactorSets, check_factors, no_factors, stack_sets
+from chameleon_deploy.runtime.factors import FactorSets, check_factors, no_factors, stack_sets, zero_set
 
 SPEC = AdaptationSpec("chameleon", 2, 1.0, (TargetSpec("t", 3, 5), TargetSpec("lm_head", 3, 4)), 0, "masked", 8)
 WIDTHS = {"t.lora_A": 3, "t.lora_B": 5, "lm_head.lora_A": 3, "lm_head.lora_B": 4}
@@ -65,6 +65,16 @@ def test_stacked_sets_keep_their_order_and_are_padded_with_zeros() -> None:
         for i, (rank, seed) in enumerate([(1, 0), (3, 1), (3, 2), (2, 3)]):
             assert values[i, :rank].tolist() == factors(rank, seed)[name].tolist()
             assert not values[i, rank:].any()
+
+
+def test_sets_that_are_made_as_zeros_are_told_from_others() -> None:
+    """Others may be zeros as well: nobody looks at their values."""
+    nothing, own = no_factors(SPEC), check_factors(factors(2), SPEC)
+    for sets in (nothing, zero_set(own), stack_sets([nothing, zero_set(own)]), nothing[np.array([0, 0])]):
+        assert sets.updates_nothing
+        assert sets.in_memory().updates_nothing
+    for sets in (own, stack_sets([nothing, own]), own[np.array([0])], own.in_memory()):
+        assert not sets.updates_nothing
 
 
 def test_a_single_stack_is_not_copied() -> None:

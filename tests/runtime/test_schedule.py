@@ -15,7 +15,7 @@ from chameleon_deploy.errors import NumericError
 from chameleon_deploy.runtime.decode.schedule import MAX_OVERTAKES, admissible, chunk_length, joined, most_rows
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factor_sources import FactorSource
-from chameleon_deploy.runtime.factors import FactorSets
+from chameleon_deploy.runtime.factors import FactorSets, zero_set
 
 
 @dataclass(eq=False)
@@ -133,6 +133,24 @@ def test_sets_are_counted_stacked_and_padded() -> None:
     table.acquire(source("d", 2, 1.0))
     assert stacked(table) == {"c": 9.0, "d": 6.0}
     assert np.asarray(table.sets.tensors["A"])[table.index("c"), 1:].sum() == 0
+
+
+def test_a_stack_updates_nothing_as_long_as_none_of_its_sets_does() -> None:
+    table, zeros = FactorTable(3), zero_set(FactorSets({"A": np.ones((1, 1, 3)), "B": np.ones((1, 1, 5))}))
+    table.acquire(FactorSource("none", zeros, lambda sets: sets[0]))
+    assert table.sets.updates_nothing
+    table.acquire(source("a", 2, 1.0))
+    table.acquire(FactorSource("none too", zeros, lambda sets: sets[0]))
+    assert not table.sets.updates_nothing
+    assert not table.set_of("a").sets.updates_nothing
+    assert table.set_of("none too").sets.updates_nothing
+    table.release("none")  # the last set takes its place
+    assert not table.sets.updates_nothing
+    table.release("a")
+    assert table.sets.updates_nothing
+    table.acquire(source("b", 1, 1.0))
+    table.release("none too")
+    assert not table.sets.updates_nothing
 
 
 def test_a_set_that_is_not_finite_is_refused() -> None:

@@ -106,11 +106,14 @@ class BoundCall:
 
 
 def _inputs_of(sets: FactorSets) -> dict[str, Any]:
-    """Return factors in the shapes of a shared-cache decoder's inputs, and the factor set of each column."""
+    """Return factors in the shapes of a shared-cache decoder's inputs, and the factor set of each column: -1 if no set
+    updates anything.
+    """
     inputs = {
         n: array if in_head(n) else np.asarray(array).reshape(-1, array.shape[2]) for n, array in sets.tensors.items()
     }
     if not all(map(in_head, inputs)):
         rank = next(iter(sets.tensors.values())).shape[1]
-        inputs["column_ids"] = np.repeat(np.arange(len(sets)), rank)
+        set_ids = np.full(len(sets), -1) if sets.updates_nothing else np.arange(len(sets))
+        inputs["column_ids"] = np.repeat(set_ids, rank)
     return inputs

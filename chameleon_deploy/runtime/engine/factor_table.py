@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class FactorTable:
         self._max_sets = max_sets
         self._keys: list[Hashable] = []  # in the order of the stack
         self._ranks: list[int] = []
+        self._nothing: list[bool] = []  # whether each updates nothing
         self._references: dict[Hashable, int] = {}
         self._trunk_digests: dict[Hashable, bytes] = {}
         self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features]
@@ -56,7 +58,7 @@ class FactorTable:
             return self._zeros()
         i = self.index(key)
         alone = {name: tensor[i : i + 1, : self._ranks[i]] for name, tensor in self._tensors.items()}
-        return RowFactors(FactorSets(alone), np.zeros(1, np.int64))
+        return RowFactors(FactorSets(alone, self._nothing[i]), np.zeros(1, np.int64))
 
     def _zeros(self) -> RowFactors:
         return RowFactors(zero_set(self.sets), np.zeros(1, np.int64))
@@ -103,6 +105,7 @@ class FactorTable:
             self._tensors = {n: np.zeros((self._max_sets, rank, a.shape[1]), np.float32) for n, a in factors.items()}
         self._keys.append(key)
         self._ranks.append(rank)
+        self._nothing.append(made.updates_nothing)
         self._set_rank()
         for name, array in factors.items():
             self._tensors[name][len(self) - 1, :rank] = array
@@ -113,9 +116,10 @@ class FactorTable:
         """Remove set i; the last set moves into its place."""
         for tensor in self._tensors.values():
             tensor[i] = tensor[len(self) - 1]
-        self._keys[i], self._ranks[i] = self._keys[-1], self._ranks[-1]
-        self._keys.pop()
-        self._ranks.pop()
+        of_sets: tuple[list[Any], ...] = (self._keys, self._ranks, self._nothing)
+        for values in of_sets:
+            values[i] = values[-1]
+            values.pop()
         if self._keys:
             self._set_rank()
         self._restack()
@@ -130,7 +134,8 @@ class FactorTable:
                 new[:, :kept] = old[:, :kept]
 
     def _restack(self) -> None:
-        self.sets = FactorSets({name: tensor[: len(self)] for name, tensor in self._tensors.items()})
+        stack = {name: tensor[: len(self)] for name, tensor in self._tensors.items()}
+        self.sets = FactorSets(stack, all(self._nothing))
 
 
 class MadeFactors(FactorTable):

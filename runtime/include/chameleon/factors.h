@@ -31,6 +31,7 @@ struct FactorSets {
   std::int64_t rank = 0;
   std::map<std::string, std::span<const float>> tensors;  ///< by name, such as "lm_head.lora_A"
   std::shared_ptr<const void> owner;                      ///< keeps the tensors alive
+  bool updates_nothing = false;  ///< whether the sets were made as zeros, so that a decoder need not multiply them
 };
 
 /// Factor sets, and which of them each row uses.

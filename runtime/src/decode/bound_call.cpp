@@ -134,7 +134,7 @@ void BoundCall::bind_factors(const FactorSets& sets) {
   const auto same_memory = [](const auto& ours, const auto& theirs) {
     return ours.second.data() == theirs.second.data();
   };
-  if (sets.count == sets_.count && sets.rank == sets_.rank &&
+  if (sets.count == sets_.count && sets.rank == sets_.rank && sets.updates_nothing == sets_.updates_nothing &&
       std::ranges::equal(sets.tensors, sets_.tensors, same_memory)) {
     return;
   }
@@ -147,7 +147,7 @@ void BoundCall::bind_factors(const FactorSets& sets) {
   if (graph_.has_columns) {
     column_ids_.resize(static_cast<std::size_t>(columns));
     for (std::int64_t column = 0; column < columns; ++column) {
-      column_ids_[static_cast<std::size_t>(column)] = column / sets.rank;
+      column_ids_[static_cast<std::size_t>(column)] = sets.updates_nothing ? -1 : column / sets.rank;
     }
     *bound = tensor_over<std::int64_t>(column_ids_, {columns});
   }

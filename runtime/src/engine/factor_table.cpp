@@ -11,7 +11,7 @@ namespace chameleon {
 FactorTable::FactorTable(const FactorSets& made) : max_sets_(static_cast<std::size_t>(made.count)), made_(made) {
   for (std::size_t place = 0; place < max_sets_; ++place) {
     keys_.push_back(std::to_string(place));
-    entries_[keys_.back()] = {place, 1};  // of this table, so that none is removed
+    entries_[keys_.back()] = {place, 1, made.updates_nothing};  // of this table, so that none is removed
   }
 }
 
@@ -20,7 +20,7 @@ RowFactors FactorTable::set_of(const std::string& key) const {
   const std::size_t place = index(key);
   // A set among others costs the decoder next to nothing.
   if (made_) return {*made_, {static_cast<std::int64_t>(place)}};
-  FactorSets set{1, ranks_[place], {}, tensors_};
+  FactorSets set{1, ranks_[place], {}, tensors_, entries_.at(key).updates_nothing};
   for (const auto& [name, values] : *tensors_) {
     const std::size_t size = values.size() / max_sets_;
     const std::size_t width = size / static_cast<std::size_t>(rank_);
@@ -60,7 +60,9 @@ void FactorTable::release(const std::string& key) {
 }
 
 FactorSets FactorTable::some_sets(std::size_t first, std::size_t count) const {
-  FactorSets sets{static_cast<std::int64_t>(count), rank_, {}, tensors_};
+  const bool updates_nothing =
+      std::ranges::all_of(entries_, [](const auto& entry) { return entry.second.updates_nothing; });
+  FactorSets sets{static_cast<std::int64_t>(count), rank_, {}, tensors_, updates_nothing};
   for (const auto& [name, values] : *tensors_) {
     const std::size_t size = values.size() / max_sets_;
     sets.tensors[name] = std::span(values).subspan(first * size, count * size);
@@ -79,7 +81,7 @@ void FactorTable::append(const std::string& key, const FactorSets& made) {
     rank_ = made.rank;
     for (const auto& [name, values] : made.tensors) (*tensors_)[name].resize(max_sets_ * values.size());
   }
-  entries_[key] = {keys_.size(), 0};
+  entries_[key] = {keys_.size(), 0, made.updates_nothing};
   keys_.push_back(key);
   ranks_.push_back(made.rank);
   set_rank();

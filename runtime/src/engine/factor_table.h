@@ -43,6 +43,7 @@ class FactorTable {
   using Tensors = std::map<std::string, std::vector<float>>;  // [max_sets, rank, in_features or out_features]
   struct Entry {
     std::size_t place, references;
+    bool updates_nothing;
     std::string trunk_digest{};  // empty until it is asked for
   };
 
