@@ -27,7 +27,7 @@ from chameleon_deploy.contract.bundle import (
 from chameleon_deploy.export.graph import FLOAT, INT64, OPSET, declare
 from chameleon_deploy.export.hadamard import block_of
 from chameleon_deploy.export.head import build_head
-from chameleon_deploy.export.low_rank import Updates
+from chameleon_deploy.export.low_rank import SHIFT, Updates
 from chameleon_deploy.export.trunk import TrunkInputs, build_trunk
 from chameleon_deploy.export.weights import GraphWeights, WeightsFile, alias, stored_tensor
 from chameleon_deploy.reference.families.spec import DecoderSpec
@@ -82,7 +82,7 @@ def build_decoder(
         factor_ids,
         targets,
         factors,
-        {name: weights.add(f"{name}.shift", shift) for name, shift in shifts.items()},
+        {name: weights.add(f"{name}{SHIFT}", shift) for name, shift in shifts.items()},
     )
     hidden, present = build_trunk(
         op,

@@ -30,6 +30,7 @@ from chameleon_deploy.export.int8.weights import quantize_embedding, quantize_we
 from chameleon_deploy.export.passes.flat_factors import flatten_factors
 from chameleon_deploy.export.passes.flat_logits import flatten_logits
 from chameleon_deploy.export.passes.half_precision import HALVES, float_products, halve_products
+from chameleon_deploy.export.passes.row_updates import choose_updates
 from chameleon_deploy.export.passes.shared_cache import share_cache
 from chameleon_deploy.export.passes.sum_update import sum_update
 from chameleon_deploy.export.readout import build_chooser, build_logits_scorer
@@ -184,7 +185,7 @@ def _cpu_graphs(portable: ir.Model, model: DecoderSpec, quantization: tuple[Pass
         rewrite(decoder, model)
     scorer = build_tiled_scorer(decoder, model)  # finds the head by the operators that the next passes rewrite
     sum_update(scorer)
-    for last in (sum_update, flatten_logits, flatten_factors):
+    for last in (sum_update, flatten_logits, flatten_factors, choose_updates):  # the last one reads flat factors
         last(decoder)
     return {
         "decoder_cpu": Graph(decoder, "decoder", CPU, "shared"),

@@ -18,8 +18,9 @@ from chameleon_deploy.contract.bundle import TargetSpec
 from chameleon_deploy.export.graph import integer, integers, real
 
 FactorInputs = tuple[ir.Value, ir.Value]  # A [factor_sets, rank, in], B [factor_sets, rank, out]
-# Names by which passes find the second operand of an update's products, and the factor set of each of their columns.
-STACKED, COLUMN_IDS = ".stacked", "updates.column_ids"
+# Names by which passes find the second operand of an update's products, the factor set of each of their columns, and
+# what is added to the products' input.
+STACKED, COLUMN_IDS, SHIFT = ".stacked", "updates.column_ids", ".shift"
 Part = tuple[str, int]  # a linear layer by its PEFT name, and its number of output channels
 
 
