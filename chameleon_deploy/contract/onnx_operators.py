@@ -24,7 +24,7 @@ CONTRIB = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits RotaryEmbedding"
 OPERATORS = {"": frozenset(STANDARD.split()), "com.microsoft": frozenset(CONTRIB.split())}
 # Of constants, which may be folded.
 SIZE_PRESERVING = frozenset(("BitwiseXor", "Cast", "DequantizeLinear", "Transpose"))
-MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB
+MAX_FILE_BYTES = 8 * 2**20  # 126 layers of a Llama in int8 take 4 MB, 8 if all take adapters
 MAX_EMBEDDED_BYTES = 2**20  # of one tensor or attribute; larger ones are in weights.bin
 MAX_DEPTH = 4  # of graphs in graphs
 MAX_VALUES = 2**16  # of one message, which bounds the memory of parsing it
