@@ -14,6 +14,8 @@ from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.backend import CpuBackend
 from chameleon_deploy.runtime.decode.session import import_onnxruntime
 
+GRAPH = ir.AttributeType.GRAPH
+
 
 class WithoutLoRA(Bundle):
     """The same engine on the same weights, in mode none. See `Peer`."""
@@ -46,10 +48,13 @@ def remove_lora(graph: ir.Graph) -> None:
     """
     found = False
     values = {value.name: value for value in graph.inputs}
-    adapted = {value for name, value in values.items() if name == "factor_ids" or ".lora_" in str(name)}
+    ids = ("factor_ids", "column_ids")
+    adapted = {value for name, value in values.items() if name in ids or ".lora_" in str(name)}
     from_b = {value for name, value in values.items() if str(name).endswith(".lora_B")}
     for node in graph:
-        inputs = [value for value in node.inputs if value is not None]
+        branches = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type is GRAPH]
+        nodes = [node, *(inner for branch in branches for inner in ir.traversal.RecursiveGraphIterator(branch))]
+        inputs = [value for each in nodes for value in each.inputs if value is not None]
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
         if from_b.intersection(inputs) and node.op_type in ("Add", "Gemm") and plain:
             (base,) = plain
