@@ -78,11 +78,11 @@ def time_first_tokens(runtime: Runtime, prompts: Prompts, rounds: int) -> None:
                 second.append(first_token(engine, [*turn, *answer, *prompts(NEW_PROMPT_TOKENS)])[0])
             copied.append(spent["copy_in"])
             read.append(spent["prefill"] + spent["step"])
-    at, of_it = statistics.median(cold), "of that"
+    at = statistics.median(cold)
     print(f"first token of {PREFIX_TOKENS} + {NEW_PROMPT_TOKENS} tokens, cold  {at * 1000:8.1f} ms")
     others = {
         "with a cached prefix": hit, f"of the {NEW_PROMPT_TOKENS} alone": new, "of the second turn": second,
-        f"{of_it}, copy of its blocks into the row": copied, f"{of_it}, reading its other tokens": read,
+        "of that, copy of its blocks into the row": copied, "of that, reading its other tokens": read,
     }  # fmt: skip
     for name, times in others.items():
         seconds = statistics.median(times)

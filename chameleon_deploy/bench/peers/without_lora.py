@@ -14,8 +14,6 @@ from chameleon_deploy.runtime import Runtime
 from chameleon_deploy.runtime.backend import CpuBackend
 from chameleon_deploy.runtime.decode.session import import_onnxruntime
 
-GRAPH = ir.AttributeType.GRAPH
-
 
 class WithoutLoRA(Bundle):
     """The same engine on the same weights, in mode none. See `Peer`."""
@@ -52,7 +50,7 @@ def remove_lora(graph: ir.Graph) -> None:
     adapted = {value for name, value in values.items() if name in ids or ".lora_" in str(name)}
     from_b = {value for name, value in values.items() if str(name).endswith(".lora_B")}
     for node in graph:
-        branches = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type is GRAPH]
+        branches = [each.as_graph() for each in node.attributes.values() if each.type is ir.AttributeType.GRAPH]
         nodes = [node, *(inner for branch in branches for inner in ir.traversal.RecursiveGraphIterator(branch))]
         inputs = [value for each in nodes for value in each.inputs if value is not None]
         plain = [value for value in inputs if value not in adapted and not value.is_initializer()]
