@@ -12,14 +12,15 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 import pytest
 import typer
 
 from chameleon_deploy import Runtime, Sampling, __version__, cli
-from chameleon_deploy.contract.bundle import open_bundle
+from chameleon_deploy.contract.bundle import Precision, open_bundle
+from chameleon_deploy.contract.manifest import PRECISION_USES
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.commands import COMMANDS, module_of
 from tests.commands import call, run
@@ -169,11 +170,17 @@ def test_inspect_shows_what_a_bundle_holds(path: str, request: pytest.FixtureReq
     assert shown.returncode == 0, shown.stderr
     for text in (manifest.adaptation.regime, "lm_head [512 x 64]", "not verified", *manifest.graphs, *manifest.files):
         assert text in shown.stdout
+    assert f"fp32: {PRECISION_USES['fp32']}" in shown.stdout
     record = json.loads(call("chameleon_deploy.inspect", bundle, "--json").stdout)
     assert record["model"] == msgspec.to_builtins(manifest.model)
     assert record["modes"] == list(manifest.adaptation.modes)
     assert record["adapters"] == (path == "lora_bundle")
     assert record["size"] == sum((bundle / name).stat().st_size for name in manifest.files)
+
+
+def test_every_precision_is_for_something() -> None:
+    """`inspect` would have no words for another."""
+    assert PRECISION_USES.keys() == set(get_args(Precision))
 
 
 def test_the_cache_is_listed_and_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
