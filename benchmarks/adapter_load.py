@@ -4,7 +4,7 @@
     python -m benchmarks.adapter_load BUNDLE --reference BASE --adapters 64 --clients 16 --minutes 30 --threads 2
 
 Clients choose adapters by Zipf's law. Meanwhile adapters are replaced in place by another version, or unloaded and
-loaded again. Slices of the time in which nobody names an adapter take turns with these, for comparison. An answer
+loaded again. Shorter slices in which nobody names an adapter take turns with these, for comparison. An answer
 tells by its fingerprint which file computed it; PEFT reads it with that version, alone, and each of its tokens must be
 as good as PEFT's own choice.
 """
@@ -46,6 +46,7 @@ from chameleon_deploy.terminal.table import Sheet
 VERSIONS = 2  # of each adapter
 PROMPTS = 32  # different ones
 SLICES = 4  # of the time with adapters, and as many without
+WITHOUT = 1 / 3  # of a slice with adapters: the length of one without
 PROBES = 64  # answers that are read with another version, too, where the check must find them wrong
 SLACK = 64 * 2**20  # bytes that the server's memory may grow for other reasons
 SPREAD = 0.05  # of the random factors, times the size of PEFT's own initialisation
@@ -244,7 +245,7 @@ def main(
     adapters: Annotated[int, typer.Option(min=1, help="Adapters, each in two versions.")] = 64,
     rank: Annotated[int, typer.Option(min=1, help="Of each adapter, on all layers that can be adapted.")] = 16,
     clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
-    minutes: Annotated[float, typer.Option(min=0.01, help="With adapters; as many without.")] = 30,
+    minutes: Annotated[float, typer.Option(min=0.01, help="With adapters, and a third as many without.")] = 30,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the server.")] = 8,
@@ -270,13 +271,14 @@ def main(
         url, process = stack.enter_context(serving(bundle, log, threads, rows, width + tokens, options))
         load = Load(url, prompts, adapters, tokens)
         seconds, answers = 60 * minutes / SLICES, {True: list[Answer](), False: list[Answer]()}
-        answers[False] += load.run(seconds, clients, 0, uses_adapters=False)
+        answers[False] += load.run(seconds * WITHOUT, clients, 0, uses_adapters=False)
         before = resident(process)
         with httpx.Client(base_url=url, timeout=SECONDS) as http:
             for number in range(adapters):
                 load.place(http, f"a{number}", 0)
         for number in range(1, 2 * SLICES):
-            answers[number % 2 == 1] += load.run(seconds, clients, number, uses_adapters=number % 2 == 1)
+            uses = number % 2 == 1
+            answers[uses] += load.run(seconds if uses else seconds * WITHOUT, clients, number, uses_adapters=uses)
         grown = resident(process, "VmHWM") - before
         stack.pop_all().close()
         # What stays, the sets that rows hold and their stack, and those that are being read.

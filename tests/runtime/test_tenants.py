@@ -16,7 +16,7 @@ from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.runtime.engine.loop import Loop, open_batch
 from chameleon_deploy.runtime.engine.stream import deliver
 from chameleon_deploy.runtime.engine.submission import form_cohort, prepare
-from chameleon_deploy.runtime.engine.tenants import Accounts, Shares, crowding, may_begin
+from chameleon_deploy.runtime.engine.tenants import SHORT_CALLS, Accounts, Crowding, Shares, may_begin
 
 A, B, C = Tenant("a"), Tenant("b"), Tenant("c")
 ENDLESS = Sampling(ignore_eos=True)
@@ -79,6 +79,27 @@ def test_a_flood_of_long_prompts_delays_another_tenants_first_token_by_as_much_a
     assert flooded.loop.waiting, "the flood was over"
 
 
+@pytest.mark.parametrize("pause", [0, 4])
+def test_a_tenant_that_asks_again_waits_for_short_chunks(runtime: Runtime, pause: int) -> None:
+    """It comes back when a chunk has begun: so it waits for that one, and reads its own."""
+    alone, flooded = Bench(runtime), Bench(runtime)
+    for number in range(40):
+        flooded.submit(A, 120, 4, number)
+    own = alone.until_first_token(alone.submit(B, 20))
+    flooded.until_first_token(flooded.submit(B, 20, 1))
+    for number in range(4):
+        for _ in range(pause):
+            flooded.iterate()
+        begun = flooded.cost
+        flooded.iterate()
+        short = flooded.cost - begun
+        flooded.until_first_token(flooded.submit(B, 20, 1, number))
+        name, tokens = flooded.chunks[-2]
+        assert name == "a" and tokens <= short_chunk(CHUNK)
+        assert flooded.cost - begun <= short + 2 * own
+    assert flooded.loop.waiting, "the flood was over"
+
+
 def test_without_tenants_a_flood_delays_others(runtime: Runtime) -> None:
     """The fault that the test above would see."""
     alone, flooded = Bench(runtime), Bench(runtime)
@@ -97,7 +118,8 @@ def test_chunks_shrink_while_another_tenant_waits(runtime: Runtime) -> None:
     bench.submit(B, 120)
     for _ in range(4):
         bench.iterate()
-    assert bench.chunks == [("a", CHUNK), ("b", CHUNK), ("a", short_chunk(CHUNK)), ("b", 120 - 1 - CHUNK), ("a", 39)]
+    short = ("a", short_chunk(CHUNK))
+    assert bench.chunks == [("a", CHUNK), ("b", CHUNK), short, ("b", 120 - 1 - CHUNK), short]
 
 
 def test_rows_that_take_turns_are_as_if_they_were_alone(runtime: Runtime) -> None:
@@ -153,11 +175,18 @@ def test_who_may_begin() -> None:
 
 def test_who_reads_short_chunks() -> None:
     heavy = Tenant("h", weight=4)
-    assert crowding([A, A, B], [A, B]) == {"a"}
-    assert crowding([A, A, B], [A]) == set()
-    assert crowding([A, B], [A, B]) == set()
-    assert crowding([heavy] * 3 + [B], [heavy, B]) == {"b"}
-    assert crowding([A], []) == set()
+    assert Crowding().names([A, A, B], [A, B]) == {"a"}
+    assert Crowding().names([A, A, B], [A]) == set()
+    assert Crowding().names([A, B], [A, B]) == set()
+    assert Crowding().names([heavy] * 3 + [B], [heavy, B]) == {"b"}
+
+
+def test_chunks_stay_short_for_some_calls_after_another_tenant_has_waited() -> None:
+    crowding = Crowding()
+    crowding.names([A, A, B], [A, B])
+    assert [crowding.names([A, A], [A, A]) for _ in range(SHORT_CALLS)] == [{"a"}] * (SHORT_CALLS - 1) + [set()]
+    crowding.names([A, B], [A, B])
+    assert crowding.names([A], [A]) == set(), "one row each is no crowd"
 
 
 def test_debts_are_paid_in_rounds_and_nothing_is_owed_to_nobody() -> None:

@@ -26,7 +26,7 @@ from chameleon_deploy.runtime.engine.factor_table import FactorTable, MadeFactor
 from chameleon_deploy.runtime.engine.iteration import FinishedRow, Iteration
 from chameleon_deploy.runtime.engine.member import Member, members_of
 from chameleon_deploy.runtime.engine.stream import Stream
-from chameleon_deploy.runtime.engine.tenants import Shares, Tenant, crowding, may_begin
+from chameleon_deploy.runtime.engine.tenants import Crowding, Shares, Tenant, may_begin
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import RowFactors
 from chameleon_deploy.runtime.generation import FinishReason, Generate, OnError, Row, Token, choosers
@@ -52,7 +52,7 @@ class Loop:
         self._ended: set[Member] = set()  # since the last drop
         self._tokens: dict[Stream, list[Token]] = {}
         self._report = Iteration()
-        self._shares = Shares()
+        self._shares, self._crowding = Shares(), Crowding()
         self._waiting_names: set[str] = set()  # of tenants, in the current iteration
 
     def __bool__(self) -> bool:
@@ -144,20 +144,14 @@ class Loop:
         self._report.queued.append(member.queued)
 
     def _read(self) -> None:
-        started = time.perf_counter()
+        started, waiting = time.perf_counter(), [member.tenant for member in self.waiting]
+        tenants = [member.tenant for member in self.batch.members]
+        crowding = self._crowding.names(waiting + tenants, waiting + tenants[self.batch.ready :])
         try:
-            self._report.prefilled_tokens = self.batch.prefill(self._crowding())
+            self._report.prefilled_tokens = self.batch.prefill(crowding)
         except Exception as error:
             self._end_all(self.batch.to_prefill(), error)
         self._report.chunk = time.perf_counter() - started
-
-    def _crowding(self) -> set[str]:
-        """Return the tenants that read short chunks now, see tenants.py."""
-        members, ready = self.batch.members, self.batch.ready
-        present = [member.tenant for member in self.waiting + members]
-        if len(set(present)) == 1:
-            return set()
-        return crowding(present, [*present[: len(self.waiting)], *(member.tenant for member in members[ready:])])
 
     def _step(self) -> None:
         members = self.batch.members[: self.batch.ready]

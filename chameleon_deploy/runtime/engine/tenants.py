@@ -13,6 +13,7 @@ from chameleon_deploy.runtime.engine.iteration import FinishedRow
 from chameleon_deploy.runtime.inputs import check_integer
 
 QUANTUM = 16  # tokens that a weight of 1 is worth in a round
+SHORT_CALLS = 32  # that read prompts after a tenant has waited for its own
 MAX_WEIGHT = 1000
 MAX_LIMIT = 2**40
 
@@ -96,15 +97,30 @@ def may_begin(tenant: Tenant, running: int, free: int, places: int) -> bool:
     return free > 1 or places == 1 or not tenant.name or not running
 
 
-def crowding(present: Iterable[Tenant], unread: Iterable[Tenant]) -> set[str]:
-    """Return the names of tenants that have more rows for their weight than one whose prompt waits to be read.
+class Crowding:
+    """Who reads short chunks: tenants with more rows for their weight than one that waits for its prompt to be read.
 
-    present  the tenant of each row that waits or is in the batch
-    unread   the tenants of rows whose prompts are not read
+    Chunks stay short for some calls after that, since a tenant that asks one thing after another comes back while a
+    chunk is read. For one thread.
     """
-    rows = Counter(present)
-    least = min((rows[tenant] / tenant.weight for tenant in unread), default=math.inf)
-    return {tenant.name for tenant, count in rows.items() if count / tenant.weight > least}
+
+    def __init__(self) -> None:
+        self._calls: dict[Tenant, int] = {}  # that are left to those that waited, in which chunks are short
+
+    def names(self, present: Iterable[Tenant], unread: Iterable[Tenant]) -> set[str]:
+        """Return the names of the tenants whose chunk is short in the next call that reads prompts.
+
+        present  the tenant of each row that waits or is in the batch
+        unread   the tenants of rows whose prompts are not read
+        """
+        left = {tenant: calls - 1 for tenant, calls in self._calls.items() if calls > 1}
+        self._calls = left | dict.fromkeys(unread, SHORT_CALLS)
+        if len(self._calls) == 1:
+            return set()
+        rows = Counter(present)
+        # Who is away will have a row.
+        least = min(max(rows[tenant], 1) / tenant.weight for tenant in self._calls)
+        return {tenant.name for tenant, count in rows.items() if count / tenant.weight > least}
 
 
 @dataclass

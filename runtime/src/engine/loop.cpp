@@ -35,7 +35,7 @@ Loop::Result Loop::iterate() {
   end_expired();
   drop_ended();
   admit_waiting();
-  prefill();
+  if (batch_.ready() < batch_.members().size()) prefill();
   step();
   return std::exchange(result_, {});
 }
@@ -144,7 +144,7 @@ void Loop::prefill() {
 }
 
 /// The tenants that read short chunks now, see tenants.h.
-std::set<std::string> Loop::crowding() const {
+std::set<std::string> Loop::crowding() {
   std::vector<const Tenant*> present, unread;
   for (const auto& member : waiting_) {
     present.push_back(&member->tenant);
@@ -154,8 +154,7 @@ std::set<std::string> Loop::crowding() const {
     present.push_back(&batch_.members()[place]->tenant);
     if (place >= batch_.ready()) unread.push_back(present.back());
   }
-  const bool is_one = std::ranges::all_of(present, [&](const Tenant* each) { return each->name == present[0]->name; });
-  return is_one ? std::set<std::string>() : chameleon::crowding(present, unread);
+  return crowding_.names(present, unread);
 }
 
 void Loop::step() {

@@ -48,7 +48,7 @@ class Loop {
   void append(Member& member, std::span<float> logits);
   void end(Member& member, FinishReason reason, std::optional<Error> error = {});
   void end_failed(std::span<const std::shared_ptr<Member>> members, const std::exception& error);
-  [[nodiscard]] std::set<std::string> crowding() const;
+  [[nodiscard]] std::set<std::string> crowding();
   void end_failed(Member& member, const std::exception& error);
   void give_out(Member& member, Token token);
 
@@ -59,6 +59,7 @@ class Loop {
   OnError errors_;
   Members waiting_;  // in order of arrival
   Shares shares_;
+  Crowding crowding_;
   std::set<std::string> waiting_names_;  // of tenants, in the current iteration
   Result result_;
 };

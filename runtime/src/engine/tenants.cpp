@@ -10,7 +10,8 @@ namespace chameleon {
 
 namespace {
 
-constexpr std::int64_t kQuantum = 16;  // tokens that a weight of 1 is worth in a round
+constexpr std::int64_t kQuantum = 16;    // tokens that a weight of 1 is worth in a round
+constexpr std::size_t kShortCalls = 32;  // that read prompts after a tenant has waited for its own
 constexpr std::int64_t kMaxWeight = 1000;
 constexpr std::size_t kMaxLimit = std::size_t{1} << 40;
 
@@ -67,15 +68,20 @@ bool may_begin(const Tenant& tenant, std::size_t running, std::size_t free, std:
   return free > 1 || places == 1 || tenant.name.empty() || running == 0;
 }
 
-std::set<std::string> crowding(std::span<const Tenant* const> present, std::span<const Tenant* const> unread) {
+std::set<std::string> Crowding::names(std::span<const Tenant* const> present, std::span<const Tenant* const> unread) {
+  std::erase_if(waited_, [](auto& each) { return --each.second.calls == 0; });
+  for (const Tenant* tenant : unread) waited_[tenant->name] = {.weight = tenant->weight, .calls = kShortCalls};
+  if (waited_.size() == 1) return {};
   std::map<std::string, double> rows;
   for (const Tenant* tenant : present) ++rows[tenant->name];
-  const auto share = [&](const Tenant* tenant) { return rows[tenant->name] / static_cast<double>(tenant->weight); };
   double least = std::numeric_limits<double>::infinity();
-  for (const Tenant* tenant : unread) least = std::min(least, share(tenant));
+  for (const auto& [name, waited] : waited_) {
+    const auto found = rows.find(name);  // who is away will have a row
+    least = std::min(least, (found == rows.end() ? 1 : found->second) / static_cast<double>(waited.weight));
+  }
   std::set<std::string> names;
   for (const Tenant* tenant : present) {
-    if (share(tenant) > least) names.insert(tenant->name);
+    if (rows[tenant->name] / static_cast<double>(tenant->weight) > least) names.insert(tenant->name);
   }
   return names;
 }

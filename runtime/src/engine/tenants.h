@@ -44,10 +44,25 @@ class Shares {
 /// batch that are free, of all `places`
 bool may_begin(const Tenant& tenant, std::size_t running, std::size_t free, std::size_t places);
 
-/// The names of tenants that have more rows for their weight than one whose prompt waits to be read.
-/// present: the tenant of each row that waits or is in the batch
-/// unread: the tenants of rows whose prompts are not read
-std::set<std::string> crowding(std::span<const Tenant* const> present, std::span<const Tenant* const> unread);
+/// Who reads short chunks: tenants with more rows for their weight than one that waits for its prompt to be read.
+///
+/// Chunks stay short for some calls after that, since a tenant that asks one thing after another comes back while a
+/// chunk is read. For one thread.
+class Crowding {
+ public:
+  /// The names of the tenants whose chunk is short in the next call that reads prompts.
+  /// present: the tenant of each row that waits or is in the batch
+  /// unread: the tenants of rows whose prompts are not read
+  std::set<std::string> names(std::span<const Tenant* const> present, std::span<const Tenant* const> unread);
+
+ private:
+  struct Waited {
+    std::int64_t weight;
+    std::size_t calls;  // that are left, in which chunks are short
+  };
+
+  std::map<std::string, Waited> waited_;  // by name of the tenant
+};
 
 /// Holds every tenant to its limits. The caller holds a lock.
 ///
