@@ -33,12 +33,14 @@ import chameleon_deploy
 from benchmarks.served import SECONDS, serving
 from chameleon_deploy.bench.timing import median_seconds
 from chameleon_deploy.bench.workloads import BOUNDS
+from chameleon_deploy.contract.adapter_file import write_adapter
 from chameleon_deploy.contract.manifest import AdaptationSpec, factor_names
 from chameleon_deploy.contract.peft_lora import write_peft
 from chameleon_deploy.errors import CheckFailedError, InputError
 from chameleon_deploy.reference.model import load_trunk
 from chameleon_deploy.runtime import Adapt, Runtime
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
+from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.machine import describe_machine
 from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.table import Sheet
@@ -185,17 +187,28 @@ def write_versions(out: Path, spec: AdaptationSpec, adapters: int, rank: int) ->
             write_peft(out / f"a{number}.{version}", random_factors(spec, rank, [number, version]))
 
 
-def seconds_to_place(runtime: Runtime, directory: Path) -> float:
-    """Return the median seconds in which an adapter is read, checked and placed where the decoder reads it."""
+def seconds_to_place(runtime: Runtime, path: Path) -> float:
+    """Return the median seconds in which an adapter is read, checked and placed where the decoder reads it.
 
-    def place() -> None:
-        runtime.load_adapter("placed", directory)
-        adapt = runtime.sources.resolve(Adapt(adapters=["placed"]), 1)
-        found = runtime.sources.of_rows(adapt, [[0]], *runtime.sources.embed([[0]]))
-        FactorTable(8).acquire(found.sources[0])
+    path  a PEFT directory, or an adapter file; another adapter is in place already
+    """
+    table = FactorTable(8)
+
+    def place(name: str) -> FactorSource:
+        runtime.load_adapter(name, path)
+        adapt = runtime.sources.resolve(Adapt(adapters=[name]), 1)
+        (source,) = runtime.sources.of_rows(adapt, [[0]], *runtime.sources.embed([[0]])).sources
+        table.acquire(source)
+        return source
+
+    def place_and_remove() -> None:
+        table.release(place("placed").key)
         runtime.unload_adapter("placed")
 
-    return median_seconds(place)
+    place("first")
+    seconds = median_seconds(place_and_remove)
+    runtime.unload_adapter("first")
+    return seconds
 
 
 def with_other_versions(load: Load) -> Load:
@@ -264,8 +277,8 @@ def main(
         files, log = Path(place) / "files", Path(place) / "log"
         files.mkdir()
         write_versions(files, spec, adapters, rank)
-        runtime.load_adapter("first", files / "a0.0")  # converted once, into the local cache
-        placing = seconds_to_place(runtime, files / "a0.0")
+        write_adapter(file := Path(place) / "a0.safetensors", random_factors(spec, rank, [0, 0]), spec)
+        placing, placing_peft = seconds_to_place(runtime, file), seconds_to_place(runtime, files / "a0.0")
         del runtime
         options = ["--adapters", str(files), "--max-adapter-bytes", str(max_adapter_bytes), "--prefix-cache-bytes", "0"]
         url, process = stack.enter_context(serving(bundle, log, threads, rows, width + tokens, options))
@@ -294,7 +307,8 @@ def main(
     caption = (
         f"{clients} clients, {precision}, {width} + {tokens} tokens; {len(load.load_seconds)} loads and replacements, "
         f"median {1e3 * float(np.median(load.load_seconds)):.0f} ms over HTTP; reading and placing one "
-        f"of rank {rank} on {len(spec.targets)} layers takes {1e3 * placing:.1f} ms; memory grew by "
+        f"of rank {rank} on {len(spec.targets)} layers takes {1e3 * placing:.1f} ms as a file and "
+        f"{1e3 * placing_peft:.1f} as a PEFT directory; memory grew by "
         f"{grown / 2**20:.0f} MiB of {bound / 2**20:.0f}; {count} different answers read with PEFT, "
         f"{len(wrong)} wrong, {len(load.lost)} lost; of {read} read with the other version of their adapter "
         f"{len(seen)} are seen to be wrong; " + ", ".join(describe_machine().values())

@@ -252,8 +252,8 @@ class Adapters:
     def _adapter(
         self, name: str, sets: FactorSets, tokens: tuple[int, ...], file: tuple[Path, str] | None = None
     ) -> Adapter:
-        updated = {tensor for tensor, array in sets.tensors.items() if np.asarray(array).any()}
-        targets = tuple(each.name for each in self._spec.targets if factor_names(each.name)[1] in updated)
+        names = [each.name for each in self._spec.targets]
+        targets = tuple(each for each in names if np.asarray(sets.tensors[factor_names(each)[1]]).any())
         return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets), tokens)
 
     def _forget(self, adapter: Adapter) -> None:
