@@ -19,7 +19,7 @@ import httpx
 
 from chameleon_deploy import Runtime
 from chameleon_deploy.serve.server import Server
-from chameleon_deploy.serve.service import Served, Service
+from chameleon_deploy.serve.service import ServedModel, Service
 from chameleon_deploy.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class InThread(Running):
     thread: threading.Thread
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         return self.service.served
 
 

@@ -12,7 +12,7 @@ import msgspec
 from chameleon_deploy.runtime import Stream, StructuredOutputs
 from chameleon_deploy.runtime.engine.tenants import NOBODY, Tenant
 from chameleon_deploy.serve.keys import Right
-from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.service import ServedModel
 
 B = TypeVar("B", bound=msgspec.Struct | None)
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Call(Generic[B]):
 
     body: B
     size: int
-    served: Served
+    served: ServedModel
     tenant: str | None
     rights: frozenset[Right]
     request_id: str

@@ -53,7 +53,7 @@ from chameleon_deploy.serve.logprobs import LOWEST
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.schemas import ChoiceAdaptation, CohortInfo, PromptDetails
 from chameleon_deploy.serve.scoring import adapt_options
-from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.service import ServedModel
 
 _FIELDS = {
     "prompts": "messages", "max_new_tokens": "max_completion_tokens", "template_arguments": "chat_template_kwargs"
@@ -85,7 +85,7 @@ class Job:
     created: int
     meant: Meant
     body: ChatRequest
-    served: Served
+    served: ServedModel
     ids: list[int]
     stream: Stream
     family: Family | None

@@ -34,7 +34,7 @@ from chameleon_deploy.serve.schemas import (
     Usage,
 )
 from chameleon_deploy.serve.scoring import adapt_options, score_prompts
-from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.service import ServedModel
 
 Request = TypeVar("Request", bound=GenerationRequest)
 
@@ -73,7 +73,7 @@ class Job:
     created: int
     meant: Meant
     body: CompletionRequest
-    served: Served
+    served: ServedModel
     ids: list[list[int]]
     cluster_ids: list[int]
     stream: Stream | None
@@ -112,7 +112,7 @@ def prepare(call: Call[CompletionRequest], outputs: StructuredOutputs | None = N
     return Job(f"cmpl-{call.request_id}", int(time.time()), meant, body, served, ids, cluster_ids, stream)
 
 
-def check(body: CompletionRequest, mode: Mode, served: Served) -> None:
+def check(body: CompletionRequest, mode: Mode, served: ServedModel) -> None:
     """Check what a field's own range cannot say. Raises ApiError."""
     joins_others = served.cohort_window_ms > 0 and mode in ("cohort", "tenant")
     for param, fault, message in (
@@ -151,7 +151,7 @@ def outputs_field(body: GenerationRequest) -> str:
 
 
 def sampling_of(
-    body: GenerationRequest, served: Served, logprobs: int | None, outputs: StructuredOutputs | None
+    body: GenerationRequest, served: ServedModel, logprobs: int | None, outputs: StructuredOutputs | None
 ) -> Sampling:
     """Return the sampling that a request asks for. Raises ApiError."""
     try:

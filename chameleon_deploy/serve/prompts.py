@@ -7,10 +7,10 @@ from typing import Any, cast
 from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime.inputs import Texts
 from chameleon_deploy.serve.errors import ApiError, api_error
-from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.service import ServedModel
 
 
-def encode(prompt: Any, param: str, served: Served) -> list[list[int]]:
+def encode(prompt: Any, param: str, served: ServedModel) -> list[list[int]]:
     """The token ids of every prompt. Raises ApiError."""
     texts = as_texts(prompt)
     if len(texts) > served.max_prompts:

@@ -17,12 +17,12 @@ from chameleon_deploy.serve.errors import ApiError, api_error
 from chameleon_deploy.serve.models import Meant
 from chameleon_deploy.serve.prompts import as_texts, encode
 from chameleon_deploy.serve.schemas import AdaptedRequest, ScoreItem, ScoreRequest, ScoreResponse
-from chameleon_deploy.serve.service import Served
+from chameleon_deploy.serve.service import ServedModel
 
 Body = TypeVar("Body", bound=AdaptedRequest)
 
 
-async def score_prompts(served: Served, ids: list[list[int]], adapt: Adapt, count: int) -> list[list[Choice]]:
+async def score_prompts(served: ServedModel, ids: list[list[int]], adapt: Adapt, count: int) -> list[list[Choice]]:
     """The choices of every prompt's tokens but its first, with `count` alternatives each."""
     adaptation = await served.score(served.runtime.sources.adapt, ids, adapt)
     return [
@@ -90,7 +90,7 @@ def adapt_options(call: Call[Body], meant: Meant, texts: int) -> Adapt:
     )
 
 
-def _score_row(served: Served, ids: list[list[int]], adaptation: Adaptation, i: int) -> Score:
+def _score_row(served: ServedModel, ids: list[list[int]], adaptation: Adaptation, i: int) -> Score:
     alone = Adaptation(
         adaptation.embeddings[[i]], adaptation.cluster_ids[[i]], adaptation.factors.rows(np.array([i]))
     )  # fmt: skip

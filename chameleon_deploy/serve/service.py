@@ -1,4 +1,4 @@
-"""What the server serves, and the states that it goes through: loading, ready, draining."""
+"""The served model, and the states of the server around it: loading, ready, draining."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A loaded bundle and all that is made of it once.
 
     adapter_directories  of the adapters that requests may load; None where they may not
@@ -132,7 +132,7 @@ class Service:
         """
         self._has_peers = has_peers
         self.settings, self.keys, self.metrics = settings, Keys(settings.api_keys), Metrics()
-        self._served: Served | None = None
+        self._served: ServedModel | None = None
         self._draining = self._aborted = self._ended = self._told_of_change = False
         self._requests = Counter[str | None]()  # that are worked on, by tenant
         self.unfinished_bodies = UnfinishedBodies(max(settings.max_unfinished_bytes, settings.max_body_bytes))
@@ -172,7 +172,7 @@ class Service:
         if s.adapters:
             directories = AdapterDirectories(s.adapters, runtime, s.adapter_resolver, self._has_peers)
         self._watchdog = Watchdog(engine, s.max_step_seconds, self.metrics.slow_step)
-        self._served = Served(
+        self._served = ServedModel(
             runtime, engine, models, names, self.metrics, centroids, s.cohort_window_ms, directories,
             s.sanitize_control_tokens,
         )  # fmt: skip
@@ -180,7 +180,7 @@ class Service:
         _log.info("serving %s: %s on %s%s", name, runtime.manifest.precision, runtime.provider, products)
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         """Raises ApiError unless requests can be taken."""
         if self._draining:
             raise ApiError(503, "draining", "the server finishes what it has and takes nothing new")
