@@ -16,6 +16,7 @@ from chameleon_deploy.errors import ChameleonError
 from chameleon_deploy.runtime import Generate, Runtime, Sampling
 from chameleon_deploy.runtime.chat.template import MAX_NEW_TOKENS, chat_prompt
 from chameleon_deploy.terminal import console
+from chameleon_deploy.terminal.adapter_options import LoadedAdapters, paths_by_name
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (lets a line be edited)
@@ -27,7 +28,8 @@ def main(
     bundle: console.BundleArgument,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Answer with this adapter of the bundle.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Answer with the adapter of this name.")] = None,
+    load_adapter: LoadedAdapters = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
@@ -44,6 +46,8 @@ def main(
     path = console.bundle_path(bundle)
     runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
+    for name, source in paths_by_name(load_adapter).items():
+        runtime.load_adapter(name, source)
     _ = runtime.chat_template  # a bundle without one is known before anything is typed
     chat = Chat(runtime, system, max_new_tokens, sampling, adapter)
     console.stderr.print(HELP, style="dim")

@@ -17,8 +17,10 @@ from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import (
     AdapterNames,
     Descriptions,
+    LoadedAdapters,
     adapters_of_texts,
     descriptions_of_texts,
+    paths_by_name,
 )
 from chameleon_deploy.terminal.table import Sheet
 from chameleon_deploy.terminal.texts import read_texts
@@ -33,6 +35,7 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per prompt, in order.")] = None,
     adapter: AdapterNames = None,
+    load_adapter: LoadedAdapters = None,
     adapt_text: Descriptions = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 20,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -70,6 +73,8 @@ def main(
     path = console.bundle_path(bundle)
     runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
+    for name, source in paths_by_name(load_adapter).items():
+        runtime.load_adapter(name, source)
     generations = runtime.generate(
         texts, max_new_tokens=max_new_tokens, sampling=sampling, tenants=tenant,
         adapters=adapters_of_texts(adapter, len(texts)), adapt_text=descriptions_of_texts(adapt_text, len(texts)),

@@ -16,8 +16,10 @@ from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import (
     AdapterNames,
     Descriptions,
+    LoadedAdapters,
     adapters_of_texts,
     descriptions_of_texts,
+    paths_by_name,
 )
 from chameleon_deploy.terminal.table import Sheet
 from chameleon_deploy.terminal.texts import read_texts
@@ -29,6 +31,7 @@ def main(
     mode: Annotated[Mode | None, typer.Option(help="Adaptation mode.")] = None,
     tenant: Annotated[list[str] | None, typer.Option(help="Mode tenant: one per text, in order.")] = None,
     adapter: AdapterNames = None,
+    load_adapter: LoadedAdapters = None,
     adapt_text: Descriptions = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch: what cohort and tenant adapt to.")] = 32,
     provider: Annotated[str, typer.Option(help="cpu, cuda, tensorrt or auto.")] = "cpu",
@@ -43,6 +46,8 @@ def main(
     path = console.bundle_path(bundle)
     runtime = chameleon_deploy.load(path, provider=provider, mode=mode, threads=threads, trusted_keys=trusted_key)
     console.tell_provider(provider, runtime.provider)
+    for name, source in paths_by_name(load_adapter).items():
+        runtime.load_adapter(name, source)
     scores: list[Score] = []
     adapters, descriptions = adapters_of_texts(adapter, len(texts)), descriptions_of_texts(adapt_text, len(texts))
     with console.progress() as report:

@@ -1,5 +1,5 @@
-"""The options of updates: PEFT directories for commands that read them, names and descriptions for those that run a
-bundle.
+"""The options of updates: PEFT directories for commands that export them, and for commands that run a bundle adapters,
+their names and descriptions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ AdapterNames = Annotated[
     ),
 ]
 
+LoadedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load-adapter",
+        metavar="NAME=PATH",
+        help="An adapter file, a PEFT directory or the URL of either, which texts then choose by its name; may be "
+        "given several times.",
+    ),
+]
 Descriptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,14 +50,12 @@ Descriptions = Annotated[
 
 def named_directories(options: Sequence[str] | None) -> dict[str, Path]:
     """Return directories by name. Raises InputError."""
-    pairs = [option.partition("=") for option in options or ()]
-    for name, separator, path in pairs:
-        if not (name and separator and path):
-            raise InputError(f"--adapter {name}{separator}{path}: pass NAME=DIR")
-    directories = {name: Path(path) for name, _, path in pairs}
-    if len(directories) < len(pairs):
-        raise InputError("--adapter: two adapters have the same name")
-    return directories
+    return {name: Path(path) for name, path in _by_name("--adapter", options, "NAME=DIR").items()}
+
+
+def paths_by_name(options: Sequence[str] | None) -> dict[str, str]:
+    """Return the paths or URLs of adapters that are to be loaded. Raises InputError."""
+    return _by_name("--load-adapter", options, "NAME=PATH")
 
 
 def adapters_of_texts(names: Sequence[str] | None, texts: int) -> list[str | dict[str, float] | None] | None:
@@ -68,6 +75,17 @@ def descriptions_of_texts(descriptions: Sequence[str] | None, texts: int) -> lis
     Raises InputError.
     """
     return _of_texts("--adapt-text", descriptions, texts) if descriptions else None
+
+
+def _by_name(option: str, values: Sequence[str] | None, form: str) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values or ()]
+    for name, separator, path in pairs:
+        if not (name and separator and path):
+            raise InputError(f"{option} {name}{separator}{path}: pass {form}")
+    by_name = {name: path for name, _, path in pairs}
+    if len(by_name) < len(pairs):
+        raise InputError(f"{option}: two adapters have the same name")
+    return by_name
 
 
 def _of_texts(option: str, values: Sequence[str], texts: int) -> list[str]:

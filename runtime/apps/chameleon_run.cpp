@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "chameleon/runtime.h"
@@ -19,6 +20,8 @@ chameleon-run inspect  BUNDLE [options]
   --mode MODE             none, static, centroid, request, cohort or tenant
   --tenant NAME           mode tenant: one per text, in order
   --adapter NAME          adapter of all texts, or one per text in order; A=0.7,B=0.3 is a blend, '' is the base model
+  --load-adapter NAME=PATH  an adapter file or a PEFT directory, which texts then choose by its name; may be given
+                          several times
   --adapt-text TEXT       mode request of a bundle with an encoder: what the task is, of all texts, or one per text in
                           order
   --provider NAME         cpu, tensorrt in a build that has it, or auto
@@ -50,6 +53,7 @@ struct Arguments {
   std::vector<std::string> texts;
   std::optional<std::vector<std::string>> tenants;
   std::optional<std::vector<chameleon::Blend>> adapters;
+  std::map<std::string, std::filesystem::path> loaded_adapters;
   std::optional<std::vector<std::string>> descriptions;
   chameleon::LoadOptions load;
   chameleon::Sampling sampling;
@@ -63,6 +67,14 @@ std::pair<std::int64_t, double> bias(const std::string& option, const std::strin
   const std::size_t equals = text.find('=');
   if (equals == std::string::npos) throw UsageError(option + " " + text + ": pass ID=VALUE");
   return {number<std::int64_t>(option, text.substr(0, equals)), number<double>(option, text.substr(equals + 1))};
+}
+
+std::pair<std::string, std::filesystem::path> named_path(const std::string& option, const std::string& text) {
+  const std::size_t equals = text.find('=');
+  if (equals == std::string::npos || equals == 0 || equals + 1 == text.size()) {
+    throw UsageError(option + " " + text + ": pass NAME=PATH");
+  }
+  return {text.substr(0, equals), text.substr(equals + 1)};
 }
 
 /// One for all texts becomes one for each. Throws InputError for another number.
@@ -89,6 +101,12 @@ Arguments parse(const std::string& command, const std::vector<std::string>& word
        [&](auto&, auto& text) {
          if (!parsed.adapters) parsed.adapters.emplace();
          parsed.adapters->push_back(chameleon::Blend::parse(text));
+       }},
+      {"--load-adapter",
+       [&](auto& option, auto& text) {
+         if (!parsed.loaded_adapters.insert(named_path(option, text)).second) {
+           throw UsageError(option + ": two adapters have the same name");
+         }
        }},
       {"--adapt-text",
        [&](auto&, auto& text) {
@@ -239,8 +257,9 @@ int main(int argc, char** argv) {
     }
     words.erase(words.begin());
     const Arguments arguments = parse(command, words);
-    const chameleon::Runtime runtime(arguments.bundle, arguments.load);
+    chameleon::Runtime runtime(arguments.bundle, arguments.load);
     if (arguments.load.provider == "auto") std::cerr << "provider: " << runtime.provider() << '\n';
+    for (const auto& [name, path] : arguments.loaded_adapters) runtime.load_adapter(name, path);
     if (command == "inspect") return inspect(runtime, arguments);
     command == "generate" ? generate(runtime, arguments) : score(runtime, arguments);
   });

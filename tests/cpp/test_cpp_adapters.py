@@ -87,6 +87,19 @@ def test_rows_have_the_results_of_python(path: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(json.loads(line)["token_logprobs"], score.token_logprobs, atol=2e-5)
 
 
+def test_the_program_loads_adapters(directory: Path, path: Path) -> None:
+    runtime = chameleon_deploy.load(path, threads=1)
+    runtime.load_adapter("third", directory / "third.safetensors")
+    (expected,) = runtime.generate(TEXTS[:1], adapters=["third"], max_new_tokens=8)
+    options = ["--prompt", TEXTS[0], "--max-new-tokens", 8]
+    for source in ("third.safetensors", "third"):
+        generated = run("generate", path, [*options, "--load-adapter", f"third={directory / source}"], ["third"])
+        assert generated.returncode == 0, generated.stderr
+        assert json.loads(generated.stdout)["token_ids"] == expected.token_ids
+    for wrong in ("third", f"all={directory / 'third'}"):
+        assert run("generate", path, [*options, "--load-adapter", wrong], ["third"]).returncode == 2
+
+
 @pytest.mark.parametrize("size", ["mini", "llama-mini"])
 def test_a_base_without_adapters(size: str, tmp_path: Path) -> None:
     """A plain base in fp32; in int8 one that is told which layers a file may update, and how far."""

@@ -410,3 +410,22 @@ def test_the_command_takes_adapters(path: Path, runtime: Runtime) -> None:
         assert run("chameleon_deploy.generate", path, *arguments[:2], "--adapter", option).returncode == 2, option
     wrong = run("chameleon_deploy.generate", path, "--prompt", "one", "--adapter", "nobody")
     assert (wrong.returncode, "[adapter_invalid]" in wrong.stderr) == (2, True)
+
+
+def test_the_command_loads_adapters(path: Path, directories: dict[str, Path], file: Path, runtime: Runtime) -> None:
+    one, two = (("--load-adapter", f"wiki={source}") for source in (file, directories["wiki"]))
+    arguments = ["--prompt", "one", "--adapter", "wiki", "--json"]
+    runtime.load_adapter("wiki", file)
+    (expected,) = runtime.generate(["one"], adapters=["wiki"])
+    for loaded in (one, two):
+        result = run("chameleon_deploy.generate", path, *arguments, *loaded)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["token_ids"] == expected.token_ids
+    texts = file.with_name("texts.txt")
+    texts.write_text("one two three")
+    result = run("chameleon_deploy.score", path, "--text", texts, *arguments[2:], *one)
+    (score,) = runtime.score(["one two three"], adapters=["wiki"])
+    assert json.loads(result.stdout)["token_logprobs"] == pytest.approx(score.token_logprobs), result.stderr
+    for wrong in ([*one, *two], ["--load-adapter", "wiki"], ["--load-adapter", f"legal={file}"]):
+        refused = run("chameleon_deploy.generate", path, *arguments, *wrong)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
