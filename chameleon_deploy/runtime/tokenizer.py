@@ -14,6 +14,7 @@ from chameleon_deploy.runtime.tokenizer_file import file_fault
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no text, or part of a character
 MAX_PENDING = 16  # tokens that are waited for until they complete a character, which has at most 4 bytes
+MAX_INCOMPLETE = 3  # bytes of a character without its last
 
 
 def load_tokenizer(file: Path) -> Any:
@@ -60,27 +61,33 @@ class DecodeStream:
 
     As `tokenizers.decoders.DecodeStream`, with two differences. Where later tokens change text that was shown (an
     invalid byte after a valid one, in byte fallback), what was shown stays, and the text goes on behind it. After
-    MAX_PENDING tokens without text, what there is is shown, so that a step takes bounded time.
+    MAX_PENDING tokens without text, what there is is shown, but for the bytes at its end that others may complete, so
+    that a step takes bounded time.
     """
 
     def __init__(self, skip_special_tokens: bool = True) -> None:
         self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []  # the last tokens that were shown, and those that were not
         self._num_shown = 0  # how many of them were shown
-        self._shown = ""  # the text of those, when they stand alone
+        self._shown = 0  # characters of the text of those, when they stand alone
 
     def step(self, tokenizer: Any, token_id: int) -> str:
         """Return the text that one more token completes. Raises RequestError as `decode` does."""
         self._ids.append(token_id)
         text = _decode(tokenizer, self._ids, self._skip_special_tokens)
-        is_complete = len(text) > len(self._shown) and not text.endswith(REPLACEMENT)
+        is_complete = len(text) > self._shown and not text.endswith(REPLACEMENT)
         if not is_complete and len(self._ids) - self._num_shown < MAX_PENDING:
             return ""
-        new = text[len(self._shown) :]
+        new = text[self._shown : _settled(text)]
         self._ids = self._ids[self._num_shown :]  # tokens are decoded after those before them
         self._num_shown = len(self._ids)
-        self._shown = _decode(tokenizer, self._ids, self._skip_special_tokens)
+        self._shown = _settled(_decode(tokenizer, self._ids, self._skip_special_tokens))
         return new
+
+
+def _settled(text: str) -> int:
+    """Return how many characters of a text no later token changes: not those that may be bytes of its last one."""
+    return len(text) - min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE)
 
 
 def _decode(tokenizer: Any, token_ids: Sequence[int], skip_special_tokens: bool) -> str:

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from chameleon_deploy.errors import InputError, ManifestError, RequestError
 from chameleon_deploy.runtime.tokenizer import (
+    MAX_INCOMPLETE,
     MAX_PENDING,
     REPLACEMENT,
     DecodeStream,
@@ -95,7 +96,16 @@ def test_a_stream_waits_for_a_bounded_number_of_tokens() -> None:
     tokenizer, stream = load_tokenizer(FILE), DecodeStream()
     half = tokenizer.token_to_id("\u00c3")  # byte C3 in the alphabet of byte-level BPE
     shown = [stream.step(tokenizer, half) for _ in range(MAX_PENDING)]
-    assert shown == [""] * (MAX_PENDING - 1) + [REPLACEMENT * MAX_PENDING]
+    assert shown == [""] * (MAX_PENDING - 1) + [REPLACEMENT * (MAX_PENDING - MAX_INCOMPLETE)]
+
+
+@pytest.mark.parametrize("halves", range(1, 2 * MAX_PENDING + 4))
+def test_a_character_is_whole_however_long_the_stream_waited_before_it(halves: int) -> None:
+    tokenizer, stream = load_tokenizer(FILE), DecodeStream()
+    half, other = map(tokenizer.token_to_id, "\u00c3\u00a9")  # bytes C3 and A9: together an e with an acute accent
+    ids = [*[half] * halves, other]
+    text = "".join(stream.step(tokenizer, token_id) for token_id in ids)
+    assert text == decode(tokenizer, ids) == REPLACEMENT * (halves - 1) + "\u00e9"
 
 
 def test_what_was_shown_stays() -> None:

@@ -13,7 +13,8 @@ namespace chameleon {
 
 namespace {
 
-constexpr std::size_t kMaxPending = 16;  // tokens waited for until they complete a character, of at most 4 bytes
+constexpr std::size_t kMaxPending = 16;    // tokens waited for until they complete a character, of at most 4 bytes
+constexpr std::size_t kMaxIncomplete = 3;  // bytes of a character without its last
 
 std::vector<AddedToken> tokens_of(const TokenizerFile& file, bool normalized) {
   std::vector<AddedToken> tokens;
@@ -122,18 +123,34 @@ std::string_view Tokenizer::token(std::int64_t id) const {
   return impl_->tokens[static_cast<std::size_t>(id)].text;
 }
 
+namespace {
+
+/// How many characters of a text no later token changes: not those that may be bytes of its last one.
+std::size_t settled(std::string_view text) {
+  for (std::size_t i = 0; i < kMaxIncomplete && text.ends_with(kReplacement); ++i)
+    text.remove_suffix(kReplacement.size());
+  return count_code_points(text);
+}
+
+std::size_t offset_of(std::string_view text, std::size_t characters) {
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < characters && at < text.size(); ++i) at = next_offset(text, at);
+  return at;
+}
+
+}  // namespace
+
 std::string DecodeStream::step(const Tokenizer& tokenizer, std::int64_t id) {
   ids_.push_back(id);
   std::string text = tokenizer.decode(ids_, skip_special_tokens_);
   const std::size_t size = count_code_points(text);
   const bool is_complete = size > shown_ && !text.ends_with(kReplacement);
   if (!is_complete && ids_.size() - num_shown_ < kMaxPending) return {};
-  std::size_t at = 0;
-  for (std::size_t i = 0; i < shown_ && at < text.size(); ++i) at = next_offset(text, at);
-  text.erase(0, at);
+  text.resize(offset_of(text, settled(text)));
+  text.erase(0, offset_of(text, shown_));
   ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(num_shown_));
   num_shown_ = ids_.size();
-  shown_ = count_code_points(tokenizer.decode(ids_, skip_special_tokens_));  // tokens are decoded after those before
+  shown_ = settled(tokenizer.decode(ids_, skip_special_tokens_));  // tokens are decoded after those before
   return text;
 }
 
