@@ -195,3 +195,5 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(speaking: Runtime) ->
 def test_the_terminal_says_what_a_bundle_lacks(bundle: Path) -> None:
     refused = call("chameleon_deploy.chat", bundle)
     assert refused.returncode == 2 and "--chat-template FILE" in refused.stderr
+    refused = call("chameleon_deploy.chat", bundle, "--load-adapter", "legal=nowhere")
+    assert refused.returncode == 2 and "nowhere" in refused.stderr
