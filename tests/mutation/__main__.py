@@ -22,7 +22,7 @@ HOSTILE, GOLDEN = f"{SHARED}::test_a_hostile_bundle_is_refused_with_its_code", f
 PROVENANCE, INPUTS = "tests/contract/test_provenance.py", "tests/runtime/test_inputs.py"
 GENERATION, DOCS = "tests/runtime/test_generation.py", "tests/test_docs.py"
 ADAPTERS = "tests/verify/test_adapter_checks.py"
-ENGINE = "tests/runtime/test_engine.py"
+ENGINE, TENANTS = "tests/runtime/test_engine.py", "tests/runtime/test_tenants.py"
 FAULTS, HOSTILE_CLIENTS = "tests/serve/test_faults.py", "tests/serve/test_hostile_clients.py"
 CHECKS = tuple(f"verify.{name}" for name in ("checkpoint_checks", "logit_checks", "promises", "wrong_factors"))
 # Each module with the few tests that are meant to hold it: first those that need no fixture of tests/conftest.py, and
@@ -78,6 +78,14 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(
         ("runtime.engine.engine", "runtime.engine.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))
     ),
+    "runtime.engine.tenants": (tuple(f"{TENANTS}::{name}" for name in (
+        "test_who_may_begin", "test_who_reads_short_chunks",
+        "test_chunks_stay_short_for_some_calls_after_another_tenant_has_waited",
+        "test_debts_are_paid_in_rounds_and_nothing_is_owed_to_nobody", "test_tokens_of_a_minute",
+        "test_rounds_are_as_many_as_give_one_tenant_a_turn", "test_a_tenant_is_forgotten_when_its_tokens_are_back",
+        "test_a_tenant_has_one_place_of_a_queue_that_others_fill",
+        "test_a_tenants_waiting_rows_are_counted_beside_those_that_may_run", "test_no_tenant_fills_the_queue",
+        "test_a_tenant_that_cannot_be")), (TENANTS,)),
     "serve.keys": ((), (f"{FAULTS}::test_a_bad_file_of_keys", "tests/serve/test_lora_adapters.py")),
     "serve.logs": ((f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line",), ()),
     "serve.bodies": ((), (HOSTILE_CLIENTS, FAULTS)),

@@ -207,6 +207,21 @@ def test_debts_are_paid_in_rounds_and_nothing_is_owed_to_nobody() -> None:
     assert shares._deficits["a"] == 0
 
 
+def test_rounds_are_as_many_as_give_one_tenant_a_turn() -> None:
+    shares, both, heavy = Shares(), {"a", "h"}, Tenant("h", weight=4)
+    shares.keep(["a", "h"])
+    assert shares.turn([A, heavy], [A, heavy]) is A
+    assert shares._deficits == {"a": 16, "h": 64}
+    shares.charge(A, 15, both), shares.charge(heavy, 63, both)
+    assert shares.turn([A, heavy], [A, heavy]) is A, "its turn lasts while a token is left"
+    assert shares._deficits == {"a": 1, "h": 1}
+    shares.charge(A, 1, both)
+    assert shares.turn([A, heavy], [A, heavy]) is heavy, "none is left"
+    shares.charge(A, 160, both), shares.charge(heavy, 129, both)
+    assert shares.turn([A, heavy], [A, heavy]) is heavy
+    assert shares._deficits == {"h": -128 + 3 * 64, "a": -160 + 3 * 16}
+
+
 def finished(tenant: str, new_tokens: int) -> FinishedRow:
     return FinishedRow("none", 0, "length", 1, new_tokens, 1.0, tenant=tenant)
 
@@ -220,14 +235,45 @@ def test_tokens_of_a_minute() -> None:
         accounts.begin(limited, 1, 1)
     assert caught.value.retry_seconds == 11
     accounts.end(finished("a", 30))
-    now = 41.0
+    now = 41.0  # the new tokens are owed, too: 41 - 40 is one token
     accounts.begin(limited, 1, 1)
+    with pytest.raises(RateLimitError):
+        accounts.begin(limited, 1, 1)
     accounts.begin(B, 1, 10_000)
     for name in ("a", "a", "b"):
         accounts.end(finished(name, 0))
     now = 200.0
     accounts.begin(C, 1, 1)
     assert set(accounts._accounts) == {"c"}, "tenants that left are remembered for ever"
+    assert not accounts._limits
+
+
+@pytest.mark.parametrize(("seconds", "is_known"), [(9.9, True), (10, False)])
+def test_a_tenant_is_forgotten_when_its_tokens_are_back(seconds: float, is_known: bool) -> None:
+    now = 5.0
+    accounts = Accounts(4, 100, lambda: now)
+    accounts.begin(Tenant("a", tokens_per_minute=60), 1, 10)
+    accounts.end(finished("a", 0))
+    now += seconds
+    accounts.begin(B, 1, 1)
+    assert ("a" in accounts._accounts) == is_known
+
+
+def test_a_tenant_has_one_place_of_a_queue_that_others_fill() -> None:
+    accounts = Accounts(1, 1)
+    accounts.begin(A, 1, 1)
+    accounts.begin(B, 1, 1)
+    with pytest.raises(QueueFullError):
+        accounts.begin(B, 1, 1)
+
+
+def test_a_tenants_waiting_rows_are_counted_beside_those_that_may_run() -> None:
+    for rows in (1, None):
+        accounts = Accounts(2, 14)
+        tenant = Tenant("a", rows=rows, max_waiting=2)
+        accounts.begin(tenant, (rows or 2) + 2, 1)
+        with pytest.raises(QueueFullError, match="'a'"):
+            accounts.begin(tenant, 1, 1)
 
 
 def test_no_tenant_fills_the_queue() -> None:
@@ -259,7 +305,11 @@ def test_an_engine_holds_tenants_to_their_limits(runtime: Runtime) -> None:
         assert [row.tenant for row in streams[0].finished] == ["a"]
 
 
-@pytest.mark.parametrize("fields", [{"weight": 0}, {"weight": 1001}, {"rows": 0}, {"max_waiting": -1}, {"weight": 1.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"weight": 0}, {"weight": 1001}, {"rows": 0}, {"max_waiting": -1}, {"weight": 1.5}, {"rows": 2**40 + 1}],
+)
 def test_a_tenant_that_cannot_be(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Tenant("a", **fields)
+    assert Tenant("a", rows=2**40).weight == 1
