@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from chameleon_deploy.errors import NumericError
-from chameleon_deploy.runtime.decode.schedule import MAX_OVERTAKES, admissible, chunk_length, joined, most_rows
+from chameleon_deploy.runtime.decode.schedule import (
+    MAX_OVERTAKES,
+    MIN_PREFILL_TOKENS,
+    admissible,
+    chunk_length,
+    joined,
+    most_rows,
+    short_chunk,
+)
 from chameleon_deploy.runtime.engine.factor_table import FactorTable
 from chameleon_deploy.runtime.factor_sources import FactorSource
 from chameleon_deploy.runtime.factors import FactorSets, zero_set
@@ -159,3 +167,7 @@ def test_a_set_that_is_not_finite_is_refused() -> None:
     with pytest.raises(NumericError):
         table.acquire(source("b", 2, float("nan")))
     assert stacked(table) == {"a": 6.0}
+
+
+def test_a_short_chunk_is_a_quarter_and_no_less_than_any_chunk_may_have() -> None:
+    assert [short_chunk(tokens) for tokens in (256, 40, 31, 8)] == [64, 10, MIN_PREFILL_TOKENS, MIN_PREFILL_TOKENS]
