@@ -255,7 +255,7 @@ def main(
         scores = measure(trunk, out, steps, prompts, report)
     console.show(sheet(scores))
     console.stdout.print(
-        f"{describe_machine()}: {time.perf_counter() - started:.0f} s\n"
+        f"{', '.join(describe_machine().values())}: {time.perf_counter() - started:.0f} s\n"
         f"serve them: python -m chameleon_deploy.serve {out / 'int8'}"
     )
     if json_file:
