@@ -50,6 +50,7 @@ PROMPTS = 32  # different ones
 SLICES = 4  # of the time with adapters, and as many without
 WITHOUT = 1 / 3  # of a slice with adapters: the length of one without
 PROBES = 64  # answers that are read with another version, too, where the check must find them wrong
+READING = 5  # copies of an adapter: a PEFT directory's bytes, tensors, factors, and the file that it is converted to
 SLACK = 64 * 2**20  # bytes that the server's memory may grow for other reasons
 SPREAD = 0.05  # of the random factors, times the size of PEFT's own initialisation
 
@@ -294,8 +295,8 @@ def main(
             answers[uses] += load.run(seconds if uses else seconds * WITHOUT, clients, number, uses_adapters=uses)
         grown = resident(process, "VmHWM") - before
         stack.pop_all().close()
-        # What stays, the sets that rows hold and their stack, and those that are being read.
-        bound = max_adapter_bytes + (2 * rows + 4) * 4 * rank * sum(spec.factor_widths.values()) + SLACK
+        # What stays, the sets that requests hold, the stack of those in the batch, and one that is being read.
+        bound = max_adapter_bytes + (clients + rows + READING) * 4 * rank * sum(spec.factor_widths.values()) + SLACK
         count, wrong = wrong_answers(reference, files, load, [*answers[False], *answers[True]], precision)
         probes = answers[True][:PROBES]
         read, seen = wrong_answers(reference, files, with_other_versions(load), probes, precision)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -144,6 +145,7 @@ class Adapters:
         self._named: dict[str, Adapter] = {}
         self._uses: Counter[tuple[str, int]] = Counter()
         self._sets: OrderedDict[tuple[str, int], FactorSets] = OrderedDict()  # the most recently used last
+        self._held: WeakValueDictionary[tuple[str, int], FactorSets] = WeakValueDictionary()  # by rows, or above
         if self._spec.adapters:
             tensors = bundle.lora()
             for i, name in enumerate(self._spec.adapters):
@@ -239,12 +241,17 @@ class Adapters:
             if adapter.key in self._sets:
                 self._sets.move_to_end(adapter.key)
                 return self._sets[adapter.key]
+            if (held := self._held.get(adapter.key)) is not None:
+                if adapter in self:
+                    self._keep(adapter, held)
+                return held
         assert adapter.file is not None  # noqa: S101  (the bundle's own never leave)
         file, digest = adapter.file
         sets, _, now = self._read(file)
         if now != digest:
             raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
         with self._lock:
+            sets = self._held.get(adapter.key, sets)  # another thread may have read them meanwhile
             if adapter in self:
                 self._keep(adapter, sets)
         return sets
@@ -292,7 +299,7 @@ class Adapters:
 
     def _keep(self, adapter: Adapter, sets: FactorSets) -> None:
         """Keep factors in memory, and let go of others beyond max_bytes. The lock is held."""
-        self._sets[adapter.key] = sets
+        self._sets[adapter.key] = self._held[adapter.key] = sets
         if self.max_bytes is None:
             return
         of_files = {named.key for named in self._named.values() if named.file}

@@ -262,6 +262,23 @@ def test_factors_that_left_the_memory_are_read_again_if_the_file_is_the_same(
     assert tokens(runtime, "other") == expected
 
 
+def test_factors_that_a_row_holds_are_not_read_again(runtime: Runtime, file: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    one.write_bytes(file.read_bytes())
+    runtime.adapters.max_bytes = 1
+    runtime.load_adapter("one", one)
+    (held,) = runtime.adapters.blends(["one"])
+    runtime.load_adapter("other", file)
+    assert runtime.adapters["one"].key not in runtime.adapters._sets
+    one.unlink()
+    (again,) = runtime.adapters.blends(["one"])
+    assert again.parts[0][1] is held.parts[0][1]
+    runtime.load_adapter("other", file, replace=True)
+    del held, again
+    with pytest.raises(AdapterError, match="is not a plain file"):
+        runtime.adapters.blends(["one"])
+
+
 def test_factors_of_a_caller_are_those_of_an_adapter(runtime: Runtime, file: Path) -> None:
     factors = read_adapter(file, runtime.manifest.adaptation).factors
     runtime.load_adapter("wiki", file)
