@@ -212,12 +212,14 @@ def test_rounds_are_as_many_as_give_one_tenant_a_turn() -> None:
     shares.keep(["a", "h"])
     assert shares.turn([A, heavy], [A, heavy]) is A
     assert shares._deficits == {"a": 16, "h": 64}
-    shares.charge(A, 15, both), shares.charge(heavy, 63, both)
+    shares.charge(A, 15, both)
+    shares.charge(heavy, 63, both)
     assert shares.turn([A, heavy], [A, heavy]) is A, "its turn lasts while a token is left"
     assert shares._deficits == {"a": 1, "h": 1}
     shares.charge(A, 1, both)
     assert shares.turn([A, heavy], [A, heavy]) is heavy, "none is left"
-    shares.charge(A, 160, both), shares.charge(heavy, 129, both)
+    shares.charge(A, 160, both)
+    shares.charge(heavy, 129, both)
     assert shares.turn([A, heavy], [A, heavy]) is heavy
     assert shares._deficits == {"h": -128 + 3 * 64, "a": -160 + 3 * 16}
 
