@@ -94,7 +94,7 @@ bool Row::is_stop_token(std::int64_t token_id, std::int64_t eos_token_id) const 
 
 std::string Row::take_text(bool finished) {
   const std::string& text = generation_.text;
-  const std::size_t begin = std::min(shown_, text.size());
+  const std::size_t begin = std::min(shown_, text.size());  // a decoder may make less of all tokens than of some
   shown_ = text.size() - (finished ? 0 : held_back());
   return text.substr(begin, shown_ - begin);
 }
