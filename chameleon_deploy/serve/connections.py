@@ -34,6 +34,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, connections: Connections, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
         self._connections = connections
+        self._opening = asyncio.current_task()  # in which it is made
         self._received = self._body_bytes = 0  # of the current request
 
     @property
@@ -42,6 +43,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._connections.end_opening(self._opening)  # before the task ends: a connection counts once
         self._connections.note(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -82,7 +84,7 @@ class Connections:
         self.most = _allowed(most)
         self._open: set[Connection] = set()
         self._idle: dict[Connection, float] = {}  # since when, the longest first
-        self._opening: dict[asyncio.Task[None], None] = {}  # whose TLS is not established, the longest first
+        self._opening: dict[asyncio.Task[Any], None] = {}  # whose TLS is not established, the longest first
         self._freed = asyncio.Event()
         self._logged = -LOG_SECONDS * 1.0
 
@@ -108,7 +110,7 @@ class Connections:
                 await self._make_room()
                 opening = loop.create_task(self._establish(client, make, context))
                 self._opening[opening] = None
-                opening.add_done_callback(self._established)
+                opening.add_done_callback(self.end_opening)
         finally:
             sweeping.cancel()
 
@@ -119,6 +121,12 @@ class Connections:
             self._idle.setdefault(connection, asyncio.get_running_loop().time())
         else:
             self._idle.pop(connection, None)
+
+    def end_opening(self, task: asyncio.Task[Any] | None) -> None:
+        """Note that a client's TLS is established, or never will be."""
+        if task in self._opening:
+            del self._opening[task]
+            self._freed.set()
 
     def forget(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -135,10 +143,6 @@ class Connections:
             )
         except (OSError, asyncio.CancelledError):  # the client's fault, or its place was needed
             client.close()
-
-    def _established(self, task: asyncio.Task[None]) -> None:
-        del self._opening[task]
-        self._freed.set()
 
     async def _make_room(self) -> None:
         while len(self) >= self.most:
