@@ -50,7 +50,7 @@ PROMPTS = 32  # different ones
 SLICES = 4  # of the time with adapters, and as many without
 WITHOUT = 1 / 3  # of a slice with adapters: the length of one without
 PROBES = 64  # answers that are read with another version, too, where the check must find them wrong
-READING = 5  # copies of an adapter: a PEFT directory's bytes, tensors, factors, and the file that it is converted to
+READING = 5  # copies: a PEFT directory's bytes and factors, and of adapters that requests read again, some at a time
 SLACK = 64 * 2**20  # bytes that the server's memory may grow for other reasons
 SPREAD = 0.05  # of the random factors, times the size of PEFT's own initialisation
 

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.bundle import FloatArray
 from chameleon_deploy.contract.manifest import MAX_INVOCATION_TOKENS, AdaptationSpec, factor_names
+from chameleon_deploy.contract.safetensors_file import StoredTensor, read_safetensors
 from chameleon_deploy.directory import write_whole
 from chameleon_deploy.errors import AdapterError, TensorError
 
@@ -35,26 +32,19 @@ Factors = Mapping[str, FloatArray]
 FORMAT, FORMAT_VERSION = "chameleon-adapter", "1"
 MAX_RANK = 1024  # every layer is padded to the largest rank of a call
 MAX_HEADER_BYTES = 2**20
-PIECE = 2**20  # bytes that are read at once
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    """A tensor in the header of a safetensors file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
 
 
 class StoredAdapter(NamedTuple):
     """What an adapter file holds.
 
     factors            float32 [rank, width] for each target of a bundle; zeros where the file has none
+    updating           the layers whose factors are not zero
     invocation_tokens  of an activated adapter, else none
     digest             SHA-256 of the file
     """
 
     factors: dict[str, FloatArray]
+    updating: tuple[str, ...]
     invocation_tokens: tuple[int, ...]
     digest: str
 
@@ -98,10 +88,19 @@ def read_adapter(file: Path, spec: AdaptationSpec) -> StoredAdapter:
     Raises AdapterError for a file that is not an adapter of this bundle, TensorError for tensors that do not fit.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as pool:  # the digest takes longer than everything else
-        raw = _read_whole(file, spec, lambda piece: pool.submit(digest.update, piece))
-        factors, invocation_tokens = _parse(raw, file, spec)
-    return StoredAdapter(factors, invocation_tokens, digest.hexdigest())
+    try:
+        if not file.is_file() or file.is_symlink():
+            raise AdapterError(f"{file} is not a plain file: pass a file that export wrote")
+        with ThreadPoolExecutor(1) as pool:  # the digest takes longer than everything else
+            stored = read_safetensors(file, most_bytes(spec), lambda piece: pool.submit(digest.update, piece))
+            _check_metadata(file, stored.metadata, spec, set(stored.tensors))
+            invocation_tokens = _invocation_tokens(file, stored.metadata)
+            factors, updating = _factors(file, stored.tensors, spec)
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: not an adapter file: {error}") from error
+    return StoredAdapter(factors, updating, invocation_tokens, digest.hexdigest())
 
 
 def invocation_fault(tokens: Any) -> str | None:
@@ -115,59 +114,21 @@ def invocation_fault(tokens: Any) -> str | None:
     return None if wrong is None else f"hold {wrong!r:.40}, which is no token id"
 
 
-def _read_whole(file: Path, spec: AdaptationSpec, follow: Callable[[memoryview], object]) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a file that may be an adapter. Raises AdapterError for what is no plain file of its size.
-
-    follow  called for each piece that has been read
-    """
-    most = most_bytes(spec)
-    try:
-        if not file.is_file() or file.is_symlink():
-            raise AdapterError(f"{file} is not a plain file: pass a file that export wrote")
-        with file.open("rb", buffering=0) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            if size > most:
-                raise AdapterError(f"{file}: not an adapter file of this bundle: it has more than {most} bytes")
-            raw = np.empty(size, np.uint8)  # not bytes: large arrays have large pages
-            view, start = raw.data, 0
-            while count := opened.readinto(view[start : start + PIECE]):
-                follow(view[start : start + count])
-                start += count
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read: {error.strerror}") from error
-    return raw[:start]
-
-
-def _parse(
-    raw: npt.NDArray[np.uint8], file: Path, spec: AdaptationSpec
-) -> tuple[dict[str, FloatArray], tuple[int, ...]]:
-    try:
-        with safe_open(file, "numpy"):  # which checks the header, also against the size
-            pass
-        begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        header = msgspec.json.decode(raw[8:begin].tobytes(), type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
-        stored = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-        _check_metadata(file, metadata, spec, set(stored))
-        invocation_tokens = _invocation_tokens(file, metadata)
-        rank = _check_tensors(file, stored, spec)
-        tensors = {name: _tensor(raw[begin:], entry) for name, entry in stored.items()}
-    except (SafetensorError, OSError, ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise AdapterError(f"{file}: not an adapter file: {error}") from error
-    for name, array in tensors.items():
-        if not np.isfinite(array).all():
-            raise TensorError(f"{file}: {name} holds NaN or infinity")
-    factors = {
-        name: tensors[name] if name in tensors else np.zeros((rank, width), np.float32)
-        for name, width in spec.factor_widths.items()
-    }
-    return factors, invocation_tokens
-
-
-def _tensor(data: npt.NDArray[np.uint8], entry: _Entry) -> FloatArray:
-    """Return a tensor without a copy, unless it lies where no float32 may. Raises ValueError for other sizes."""
-    begin, end = entry.data_offsets
-    return np.require(np.frombuffer(data[begin:end], "<f4").reshape(entry.shape), requirements="A")
+def _factors(
+    file: Path, tensors: Mapping[str, StoredTensor], spec: AdaptationSpec
+) -> tuple[dict[str, FloatArray], tuple[str, ...]]:
+    """Return the factors, and the layers that these update. Raises TensorError."""
+    rank = _check_tensors(file, tensors, spec)
+    factors, updating = {}, []
+    for target in spec.targets:
+        for name, width in zip(factor_names(target.name), (target.in_features, target.out_features), strict=True):
+            factors[name] = tensors[name].array() if name in tensors else np.zeros((rank, width), np.float32)
+            least, most = factors[name].min(), factors[name].max()  # half the time of isfinite, which writes an array
+            if not (np.isfinite(least) and np.isfinite(most)):
+                raise TensorError(f"{file}: {name} holds NaN or infinity")
+        if least or most:  # of lora_B
+            updating.append(target.name)
+    return factors, tuple(updating)
 
 
 def _invocation_tokens(file: Path, metadata: Mapping[str, str]) -> tuple[int, ...]:
@@ -202,7 +163,7 @@ def _check_metadata(file: Path, metadata: Mapping[str, str], spec: AdaptationSpe
         raise TensorError(f"{file}: its tensors and its targets differ at {sorted(names ^ expected)[0]!r}")
 
 
-def _check_tensors(file: Path, stored: Mapping[str, _Entry], spec: AdaptationSpec) -> int:
+def _check_tensors(file: Path, stored: Mapping[str, StoredTensor], spec: AdaptationSpec) -> int:
     """Check dtypes and shapes, and return the rank of all tensors. Raises TensorError."""
     rank = next((entry.shape[0] for entry in stored.values() if entry.shape), 0)
     check_rank(file, rank, spec)

@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.adapter_file import MAX_HEADER_BYTES, MAX_RANK, Factors, invocation_fault
 from chameleon_deploy.contract.bundle import LM_HEAD, FloatArray, factor_names
+from chameleon_deploy.contract.safetensors_file import FLOAT_DTYPES, StoredTensor, read_safetensors
 from chameleon_deploy.directory import new_directory
 from chameleon_deploy.errors import CheckpointError, DependencyError, TensorError
 
@@ -29,7 +29,6 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 2**20
 MATCH_SECONDS = 1  # of one pattern and one layer
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # safetensors' names, and the bytes of each
 
 # Options that do not change what a saved adapter computes.
 _WITHOUT_EFFECT = {
@@ -121,14 +120,18 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
     if not wanted or pairs.keys() != wanted:
         differing = sorted(pairs.keys() ^ wanted)
         raise TensorError(f"{path}: its tensors and target_modules differ at {differing or 'every layer'}")
-    factors = {}
     largest = max(ranks.values())
+    values = np.zeros(largest * sum(sum(layers[layer]) for layer in pairs), np.float32)  # one block, of all factors
+    factors = {}
     for layer in (name for name in layers if name in pairs):  # in the order of the model
-        for name, matrix, width in zip(factor_names(layer), pairs[layer], layers[layer], strict=True):
+        for name, stored, width in zip(factor_names(layer), pairs[layer], layers[layer], strict=True):
+            is_B = name == factor_names(layer)[1]
+            matrix = stored.array().T if is_B else stored.array()
             if matrix.shape != (ranks[layer], width):
                 raise TensorError(f"{path}: {name} has shape {matrix.shape}, not {(ranks[layer], width)}")
-            scaling = scalings[layer] if name == factor_names(layer)[1] else 1.0
-            factors[name] = np.zeros((largest, width), np.float32)
+            scaling = scalings[layer] if is_B else 1.0
+            factors[name] = values[: largest * width].reshape(largest, width)
+            values = values[largest * width :]
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
                 factors[name][: ranks[layer]] = matrix.astype(np.float32) * np.float32(scaling)
             if not np.isfinite(factors[name]).all():
@@ -232,40 +235,31 @@ def own_bundle(path: Path) -> str:
     )
 
 
-def _tensors(path: Path, limit: int) -> dict[str, FloatArray]:
+def _tensors(path: Path, limit: int) -> dict[str, StoredTensor]:
     """Return the tensors of a file of at most so many bytes. Raises CheckpointError or TensorError."""
     file = path / TENSOR_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: save the adapter with safe_serialization=True")
     try:
-        with file.open("rb") as opened:
-            raw = opened.read(limit + 1)
-        if len(raw) > limit:
+        if file.stat().st_size > limit:
             raise CheckpointError(f"{file}: over {limit} bytes are no LoRA of this model")
-        stored: list[tuple[str, dict[str, Any]]] = deserialize(raw)  # type: ignore[no-untyped-call]
+        tensors = read_safetensors(file, limit).tensors
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
-    except SafetensorError as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    tensors = dict(stored)
-    return {name: _array(f"{path}: {name}", **tensors[name]) for name in sorted(tensors)}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TensorError(f"{path}: {name} is {tensor.dtype}: save it as {', '.join(FLOAT_DTYPES)}")
+    return tensors
 
 
-def _array(where: str, dtype: str, shape: list[int], data: bytes) -> FloatArray:
-    if dtype not in _DTYPES:
-        raise TensorError(f"{where} is {dtype}: save it as {', '.join(_DTYPES)}")
-    array = np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
-    if dtype == "BF16":  # the upper half of a float32
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array if array.dtype == np.float64 else array.astype(np.float32)
-
-
-def _pairs(path: Path, tensors: dict[str, FloatArray], head_weight: Any) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Return the A [rank, in] and B [rank, out] of every layer. Raises TensorError for any other tensor."""
+def _pairs(path: Path, tensors: dict[str, StoredTensor], head_weight: Any) -> dict[str, tuple[StoredTensor, ...]]:
+    """Return the A [rank, in] and B [out, rank] of every layer. Raises TensorError for any other tensor."""
     stored_head = tensors.pop(f"{PREFIX}{LM_HEAD}.base_layer.weight", None)
-    if stored_head is not None and not _is_equal(stored_head, head_weight):
+    if stored_head is not None and not _is_equal(stored_head.array(), head_weight):
         raise TensorError(f"{path}: its {LM_HEAD} differs from the base model's: {own_bundle(path)}")
-    found: dict[str, dict[str, FloatArray]] = {}
+    found: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not match:
@@ -274,9 +268,9 @@ def _pairs(path: Path, tensors: dict[str, FloatArray], head_weight: Any) -> dict
             raise TensorError(f"{path}: tensor {name!r}: {own_bundle(path) if whole else known}")
         found.setdefault(match[1], {})[match[2]] = tensor
     for layer, pair in found.items():
-        if len(pair) < 2 or any(matrix.ndim != 2 for matrix in pair.values()):
+        if len(pair) < 2 or any(len(matrix.shape) != 2 for matrix in pair.values()):
             raise TensorError(f"{path}: {layer} needs lora_A and lora_B, both matrices")
-    return {layer: (pair["A"], pair["B"].T) for layer, pair in found.items()}
+    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
 
 
 def _is_equal(stored: FloatArray, head_weight: Any) -> bool:

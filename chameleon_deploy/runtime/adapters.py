@@ -19,6 +19,7 @@ import numpy as np
 
 from chameleon_deploy.contract.adapter_file import (
     Factors,
+    StoredAdapter,
     check_rank,
     max_rank,
     most_bytes,
@@ -151,7 +152,8 @@ class Adapters:
             for i, name in enumerate(self._spec.adapters):
                 sets = self._entered({tensor: array[i] for tensor, array in tensors.items()})
                 tokens = self._spec.invocation_tokens.get(name, ())
-                adapter = self._named[name] = self._adapter(name, sets, tokens)
+                updating = [each.name for each in self._spec.targets if tensors[factor_names(each.name)[1]][i].any()]
+                adapter = self._named[name] = self._adapter(name, sets, updating, tokens)
                 self._sets[adapter.key] = sets
 
     @property
@@ -180,13 +182,13 @@ class Adapters:
         if not isinstance(name, str) or not is_adapter_name(name):
             raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
         file = self._local(path)
-        sets, tokens, digest = self._read(file)
+        sets, stored = self._read(file)
         with self._lock:
             old = self._named.get(name)
             if old is not None and (old.file is None or not replace):
                 what = "the bundle's own" if old.file is None else "loaded already: unload it first, or replace it"
                 raise AdapterError(f"an adapter named {name!r} is {what}", "name")
-            adapter = self._adapter(name, sets, tokens, (file, digest))
+            adapter = self._adapter(name, sets, stored.updating, stored.invocation_tokens, (file, stored.digest))
             self._named = {**self._named, name: adapter}
             if old is not None:
                 self._forget(old)
@@ -247,8 +249,8 @@ class Adapters:
                 return held
         assert adapter.file is not None  # noqa: S101  (the bundle's own never leave)
         file, digest = adapter.file
-        sets, _, now = self._read(file)
-        if now != digest:
+        sets, stored = self._read(file)
+        if stored.digest != digest:
             raise AdapterError(f"{file} has changed since it was loaded: unload the adapter and load it again")
         with self._lock:
             sets = self._held.get(adapter.key, sets)  # another thread may have read them meanwhile
@@ -257,11 +259,14 @@ class Adapters:
         return sets
 
     def _adapter(
-        self, name: str, sets: FactorSets, tokens: tuple[int, ...], file: tuple[Path, str] | None = None
+        self,
+        name: str,
+        sets: FactorSets,
+        targets: Sequence[str],
+        tokens: tuple[int, ...],
+        file: tuple[Path, str] | None = None,
     ) -> Adapter:
-        names = [each.name for each in self._spec.targets]
-        targets = tuple(each for each in names if np.asarray(sets.tensors[factor_names(each)[1]]).any())
-        return Adapter((name, next(self._numbers)), file, rank_of(sets), targets, _size(sets), tokens)
+        return Adapter((name, next(self._numbers)), file, rank_of(sets), tuple(targets), _size(sets), tokens)
 
     def _forget(self, adapter: Adapter) -> None:
         """Let go of the factors of an adapter that has no name any more. The lock is held."""
@@ -310,11 +315,11 @@ class Adapters:
                 return
             total -= _size(self._sets.pop(key))
 
-    def _read(self, file: Path) -> tuple[FactorSets, tuple[int, ...], str]:
-        """Return the one set of an adapter file, its invocation tokens and its SHA-256."""
+    def _read(self, file: Path) -> tuple[FactorSets, StoredAdapter]:
+        """Return the one set of an adapter file, and what it holds."""
         stored = read_adapter(file, self._spec)
         self._check_tokens(file, stored.invocation_tokens)
-        return self._entered(stored.factors), stored.invocation_tokens, stored.digest
+        return self._entered(stored.factors), stored
 
     def _check_tokens(self, file: Path, tokens: Sequence[int]) -> None:
         """Raise AdapterError unless the model has these invocation tokens."""

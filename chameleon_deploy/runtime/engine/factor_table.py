@@ -98,7 +98,8 @@ class FactorTable:
     def _append(self, key: Hashable, made: FactorSets) -> None:
         factors = {name: np.asarray(array, np.float32)[0] for name, array in made.tensors.items()}
         # A set that is not finite would spread to every row: 0 * inf is NaN in the product over all sets.
-        if not all(np.isfinite(array).all() for array in factors.values()):
+        # Its least and largest value tell, in half the time of isfinite, which writes an array.
+        if not all(np.isfinite(array.min()) and np.isfinite(array.max()) for array in factors.values()):
             raise NumericError("the factors of a request are not finite: check the hypernetwork")
         rank = len(next(iter(factors.values()))) if factors else 1
         if not self._tensors:
