@@ -131,18 +131,24 @@ Adapters::Held Adapters::held(const std::string& name) {
     const std::lock_guard lock(mutex_);
     Adapter& adapter = find(name);
     adapter.last_used = ++uses_;
-    if (adapter.set) return {adapter.number, *adapter.set, adapter.invocation_tokens};
+    if (const auto set = alive(adapter)) {
+      if (!adapter.set) keep(adapter, *set);
+      return {adapter.number, *set, adapter.invocation_tokens};
+    }
     number = adapter.number;
     file = *adapter.file;
   }
-  const auto [set, tokens, now] = read(file.path);
+  auto [set, tokens, now] = read(file.path);
   if (now != file.digest) {
     throw AdapterError(file.path.string() + " has changed since it was loaded: unload the adapter and load it again");
   }
   const std::lock_guard lock(mutex_);
   const auto found = adapters_.find(name);
-  if (found != adapters_.end() && found->second.number == number) keep(found->second, set);
-  return {number, set, tokens};
+  if (found != adapters_.end() && found->second.number == number) {
+    if (const auto other = alive(found->second)) set = *other;  // another thread has read it meanwhile
+    keep(found->second, set);
+  }
+  return {number, std::move(set), std::move(tokens)};
 }
 
 StoredAdapter Adapters::read(const std::filesystem::path& path) const {
@@ -166,10 +172,22 @@ Adapters::Adapter& Adapters::find(const std::string& name) {
                      (shown.empty() ? "none" : shown));
 }
 
+/// The factors of an adapter, if they are kept or a row holds them. The lock is held.
+std::optional<FactorSets> Adapters::alive(const Adapter& adapter) {
+  if (adapter.set) return adapter.set;
+  auto owner = adapter.owner.lock();
+  if (!owner) return std::nullopt;
+  FactorSets set = adapter.unowned;
+  set.owner = std::move(owner);
+  return set;
+}
+
 /// Keep factors in memory, and free those of other files, least recently used first, beyond max_bytes. The lock is
 /// held.
 void Adapters::keep(Adapter& adapter, const FactorSets& set) {
-  adapter.set = set;
+  adapter.set = adapter.unowned = set;
+  adapter.owner = set.owner;
+  adapter.unowned.owner.reset();
   adapter.last_used = ++uses_;
   if (!max_bytes_) return;
   std::map<std::uint64_t, Adapter*> by_age;

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -54,10 +55,12 @@ class Adapters {
     std::uint64_t number;           // another for an adapter that is loaded later under the same name
     std::uint64_t place;            // in the list
     std::optional<File> file;       // none for an adapter of the bundle, whose factors stay
-    std::optional<FactorSets> set;  // while it is in memory
+    std::optional<FactorSets> set;  // while it is kept in memory
     AdapterInfo info;
     std::vector<std::int64_t> invocation_tokens{};
     std::uint64_t last_used = 0;
+    FactorSets unowned{};               // the set, without what keeps it alive:
+    std::weak_ptr<const void> owner{};  // rows may, when it is no longer kept
   };
 
   /// An adapter as a row holds it.
@@ -72,6 +75,7 @@ class Adapters {
                                  std::optional<std::string> digest) const;
   [[nodiscard]] StoredAdapter read(const std::filesystem::path& path) const;
   [[nodiscard]] Adapter& find(const std::string& name);
+  [[nodiscard]] static std::optional<FactorSets> alive(const Adapter& adapter);
   void keep(Adapter& adapter, const FactorSets& set);
 
   const Bundle& bundle_;

@@ -1,11 +1,14 @@
 // Adapters from files: the files that the Python tests load too, and rows that fail alone because of one.
 
+#include "adapters.h"
+
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <cmath>
 #include <fstream>
 #include <future>
+#include <optional>
 #include <thread>
 
 #include "chameleon.h"
@@ -277,6 +280,24 @@ TEST(Adapters, FactorsThatLeftTheMemoryAreReadAgain) {
   runtime.load_adapter("last", other.file);
   std::filesystem::rename(other.file, given.file);
   EXPECT_THROW(tokens(runtime, {"legal", {}, {}}), AdapterError);
+}
+
+TEST(Adapters, FactorsThatARowHoldsAreNotReadAgain) {
+  const AdapterCase given(case_named("good")), later(case_named("of_another_rank"));
+  const Bundle bundle = open_bundle(given.bundle.path());
+  Adapters adapters(bundle, 1);
+  adapters.load("legal", given.file, false);
+  std::optional held = adapters.choose("legal", 1);
+  adapters.load("code", later.file, false);  // "legal" leaves
+  std::filesystem::remove(given.file);
+  std::optional again = adapters.choose("legal", 1);
+  EXPECT_EQ(again->source.make().owner, held->source.make().owner);
+  adapters.load("code", later.file, true);
+  held.reset();
+  EXPECT_NO_THROW((void)adapters.choose("legal", 1));
+  adapters.load("code", later.file, true);
+  again.reset();
+  EXPECT_THROW((void)adapters.choose("legal", 1), AdapterError);
 }
 
 TEST(Adapters, AnEngineTakesThemByName) {
