@@ -35,12 +35,12 @@ class LlamaCpp:
 
     scores, generates, is_ablation = True, True, False
 
-    def __init__(self, file: Path, precision: str, threads: int, lora: Path | None = None) -> None:
+    def __init__(self, file: Path, precision: str, threads: int, lora: Path | None = None, mix: str = "Q4_K_M") -> None:
         """Load GGUF files.
 
-        precision  the bundle's: every quantised type is compared with int8 or int4, since its activations are 8-bit;
-                   for int4 a file in float32 is quantised first
+        precision  the bundle's: every quantised type is compared with int8 or int4, since its activations are 8-bit
         lora       an update that all rows get
+        mix        of types, to which a file in float32 is quantised first, unless float32 is compared
 
         Raises ValueError for a file that llama.cpp does not read.
         """
@@ -50,8 +50,8 @@ class LlamaCpp:
         self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: llama.cpp calls it later
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        if precision == "int4" and _type_of(file) == F32.name:
-            file = _quantised(llama_cpp, file)
+        if precision != "fp32" and _type_of(file) == F32.name:
+            file = _quantised(llama_cpp, file, mix)
         self.name, self.precision, self.size = f"llama.cpp {_type_of(file)}", precision, file.stat().st_size
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
@@ -153,13 +153,12 @@ def converted_file(trunk: Trunk, precision: str, directory: Path) -> Path:
     return file
 
 
-def _quantised(api: Any, file: Path) -> Path:
-    """Replace a file in float32 by llama.cpp's own mix of 4-bit types. Raises ValueError where it cannot."""
-    mixed, params = file.with_suffix(".q4_k_m.gguf"), api.llama_model_quantize_default_params()
-    params.ftype = api.LLAMA_FTYPE_MOSTLY_Q4_K_M
+def _quantised(api: Any, file: Path, mix: str) -> Path:
+    """Write a file in float32 as one of llama.cpp's mixes of types, beside it. Raises ValueError where it cannot."""
+    mixed, params = file.with_suffix(f".{mix}.gguf"), api.llama_model_quantize_default_params()
+    params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{mix}")
     if api.llama_model_quantize(str(file).encode(), str(mixed).encode(), ctypes.byref(params)):
         raise ValueError(f"llama.cpp cannot quantise {file.name}")
-    file.unlink()
     return mixed
 
 
