@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from chameleon_deploy.errors import InputError
 
@@ -25,20 +24,18 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        content = json.loads(tokenizer.to_str())
-        added = content["added_tokens"]
+        added = tokenizer.get_added_tokens_decoder()
         secret = secrets.token_hex(8)
-        spelled = {token["content"]: f"\ufdd0{secret}{i:x}\ufdd1" for i, token in enumerate(added)}
-        plain = _copy(content, [token | {"content": spelled[token["content"]]} for token in added])
-        texts = [token["content"] for token in added]
-        found = plain.encode_batch(texts, add_special_tokens=False)
+        spelled = {token.content: f"\ufdd0{secret}{i:x}\ufdd1" for i, token in enumerate(added.values())}
+        plain = _copy(tokenizer, [_with_content(token, spelled[token.content]) for token in added.values()])
+        found = plain.encode_batch([token.content for token in added.values()], add_special_tokens=False)
         control = {
-            token["content"]: token["id"]
-            for token, encoding in zip(added, found, strict=True)
-            if token["id"] not in encoding.ids and not token["single_word"]
+            token.content: token_id
+            for (token_id, token), encoding in zip(added.items(), found, strict=True)
+            if token_id not in encoding.ids and not token.single_word
         }
-        some = [t | {"content": spelled[t["content"]]} if t["content"] in control else t for t in added]
-        self._tokenizer = plain if len(control) == len(added) else _copy(content, some)  # a copy takes a second
+        some = [_with_content(t, spelled[t.content]) if t.content in control else t for t in added.values()]
+        self._tokenizer = plain if len(control) == len(added) else _copy(tokenizer, some)
         self._spelled = {text: spelled[text] for text in control}
         # An added token may get another id in the copy, where its text is in the model's vocabulary too.
         self._ids = {self._tokenizer.token_to_id(spelled[text]): token_id for text, token_id in control.items()}
@@ -58,8 +55,23 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
         raise InputError("a message holds a lone surrogate and is not valid Unicode", "messages") from error
 
 
-def _copy(content: Mapping[str, Any], added_tokens: Sequence[Mapping[str, Any]]) -> Any:
-    return Tokenizer.from_str(json.dumps({**content, "added_tokens": added_tokens, "post_processor": None}))
+def _copy(tokenizer: Any, added_tokens: Sequence[AddedToken]) -> Any:
+    """Return the tokenizer with other added tokens, and with the same model in memory: a vocabulary takes seconds."""
+    copy: Any = Tokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (value := getattr(tokenizer, part)) is not None:
+            setattr(copy, part, value)
+    if tokenizer.truncation is not None:
+        copy.enable_truncation(**tokenizer.truncation)
+    if tokenizer.padding is not None:
+        copy.enable_padding(**tokenizer.padding)
+    copy.add_tokens(added_tokens)
+    return copy
+
+
+def _with_content(token: AddedToken, content: str) -> AddedToken:
+    flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    return AddedToken(content, **flags)
 
 
 def _longest(words: Sequence[str]) -> str:
