@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import growth as growth_module
 from benchmarks.growth import CURVES, CurveName, points
 from tests.commands import call
 
@@ -16,11 +17,17 @@ ENGINES = ["bundle", "PyTorch eager fp32"]
 
 @pytest.fixture(scope="module")
 def growth(bundle: Path, mini_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    """The JSON, its file, and the tables of a run on the mini model, with an engine that does not exist."""
+    """The JSON, its file, and the tables of a run on the mini model, with an engine that does not exist.
+
+    Two points of the long curves: the others are measured alike.
+    """
     out = tmp_path_factory.mktemp("growth")
-    result = call("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
-                  "--largest", 32, "--engine", ENGINES[1], "--engine", "no such engine",
-                  "--json", out / "growth.json")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth_module, "BATCHES", (1, 32))
+        patch.setattr(growth_module, "PAUSE", 0)  # the engines have one thread, and none that spins
+        result = call("benchmarks.growth", bundle, "--reference", mini_path, "--threads", 1, "--rounds", 1,
+                      "--largest", 32, "--engine", ENGINES[1], "--engine", "no such engine",
+                      "--json", out / "growth.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads((out / "growth.json").read_text()), out / "growth.json", result.stdout
 
@@ -32,7 +39,7 @@ def test_every_point_is_measured(growth: tuple[dict[str, Any], Path, str]) -> No
         assert expected
         for engine in ENGINES if curve != "factor_sets" else ENGINES[:1]:
             own = [one for one in record["measured"] if (one["curve"], one["engine"]) == (curve, engine)]
-            assert [one["x"] for one in own] == expected
+            assert [one["x"] for one in own] == [x for x in expected if curve == "length" or x in (1, 32)]
             assert all(one["first_token"] > 0 and one["step"] > 0 and one["memory"] >= 0 for one in own)
     assert record["failed"] == {"no such engine": "there is no engine of this name"}
     assert "there is no engine of this name" in printed
