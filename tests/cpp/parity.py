@@ -14,7 +14,7 @@ import numpy as np
 
 import chameleon_deploy
 from chameleon_deploy.contract.bundle import LM_HEAD, factor_names
-from chameleon_deploy.runtime import Adaptation, Sampling
+from chameleon_deploy.runtime import Adaptation, Runtime, Sampling
 from tests.cpp.c_interface import NativeRuntime
 from tests.rows import head_factors
 
@@ -66,13 +66,18 @@ def random_sampling(random: np.random.Generator) -> Sampling:
     )
 
 
+def both(bundle: Path) -> tuple[Runtime, NativeRuntime]:
+    """The bundle in both languages, on one thread: two that spin in each take twice the processor time."""
+    return chameleon_deploy.load(bundle, threads=1), NativeRuntime(bundle, threads=1)
+
+
 def largest_difference(bundle: Path, batches: int, first: int = 0) -> float:
     """Of any log-probability, as a multiple of 1e-6 or, where that is larger, of a unit in its last place.
 
     Everything else has to be equal: clusters, factors to the last bit, and the tokens and text of three generations
     per batch, one greedy, one sampled, and one with a setting per row.
     """
-    python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+    python, native = both(bundle)
     modes = [mode for mode in MODES if mode in python.manifest.adaptation.modes]
     random = np.random.default_rng(5)
     largest = 0.0

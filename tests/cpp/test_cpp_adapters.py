@@ -21,6 +21,7 @@ from chameleon_deploy.reference.checkpoint import load_checkpoint
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
 from tests.cpp.c_interface import BUILD, NativeError, NativeRuntime
+from tests.cpp.parity import both
 from tests.damage import edit, reseal
 from tests.families import small_config
 from tests.shared_data import adapter_case, read
@@ -116,7 +117,7 @@ def test_a_base_without_adapters(size: str, tmp_path: Path) -> None:
         factors = {factor: random.normal(0, 0.1, shape).astype(np.float32) for factor, shape in shapes.items()}
         write_adapter(tmp_path / f"{name}.safetensors", factors, spec)
     for bundle in ("plain", "empty"):
-        python, native = chameleon_deploy.load(tmp_path / bundle), NativeRuntime(tmp_path / bundle)
+        python, native = both(tmp_path / bundle)
         assert native.generate(TEXTS, max_new_tokens=8) == python.generate(TEXTS, max_new_tokens=8)
         for file, code in (("late", None if bundle == "empty" else "adapter_invalid"),
                            ("wide", "tensor_invalid" if bundle == "empty" else "adapter_invalid")):  # fmt: skip
@@ -155,7 +156,7 @@ def test_generated_factors_of_all_layers(size: str, architecture: Any, tmp_path:
 def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "checkpoint", "mini", targets=["all"])
     export_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", precision="int8")
-    python, native = chameleon_deploy.load(tmp_path / "bundle", threads=1), NativeRuntime(tmp_path / "bundle")
+    python, native = both(tmp_path / "bundle")
     expected, found = (runtime.adapt(TEXTS, mode="request") for runtime in (python, native))
     for name, tensor in expected.factors.sets.tensors.items():
         np.testing.assert_allclose(np.asarray(found.factors.sets.tensors[name]), np.asarray(tensor), atol=1e-6)
@@ -163,7 +164,7 @@ def test_generated_factors_enter_the_basis_of_int8(tmp_path: Path) -> None:
 
 
 def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> None:
-    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    python, native = both(directory / "bundle")
     for runtime in (python, native):
         runtime.load_adapter("third", directory / "third.safetensors")
     names: list[Any] = ["third", None, "all", "third"]
@@ -189,7 +190,7 @@ def test_factors_and_tokens_of_a_file_are_those_of_python(directory: Path) -> No
 
 def test_the_list_and_a_replacement_are_those_of_python(directory: Path) -> None:
     """And what a replacement leaves: a text that is adapted later has the factors of the new file."""
-    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    python, native = both(directory / "bundle")
 
     def listed() -> dict[str, Any]:
         adapters = [(python.adapters[name], name) for name in python.adapters.names]
@@ -235,7 +236,7 @@ def test_the_list_and_a_replacement_are_those_of_python(directory: Path) -> None
 
 def test_an_activated_adapter_is_that_of_python(directory: Path, tmp_path: Path) -> None:
     """From a file, activated by tokens in the middle of one text that another has not, in a mixed batch."""
-    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    python, native = both(directory / "bundle")
     spec, first = python.manifest.adaptation, python.encode(TEXTS)[0]
     random = np.random.default_rng(4)
     factors = {n: random.normal(0, 0.3, (2, width)).astype(np.float32) for n, width in spec.factor_widths.items()}
@@ -261,7 +262,7 @@ def test_an_activated_adapter_is_that_of_python(directory: Path, tmp_path: Path)
 
 
 def test_a_rank_beyond_the_limit_is_refused(directory: Path, tmp_path: Path) -> None:
-    python, native = chameleon_deploy.load(directory / "bundle"), NativeRuntime(directory / "bundle")
+    python, native = both(directory / "bundle")
     spec = python.manifest.adaptation
     for rank, code in ((1024, None), (1025, "tensor_invalid")):
         factors = {name: np.zeros((rank, width), np.float32) for name, width in spec.factor_widths.items()}
@@ -348,7 +349,7 @@ def test_a_damaged_basis_is_refused(fault: str, path: Path, tmp_path: Path) -> N
 def test_a_row_that_fails_ends_alone(tmp_path: Path) -> None:
     (case,) = (case for case in read("adapters.json") if case["name"] == "its_logits_overflow")
     bundle, file = adapter_case(case, tmp_path)
-    python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+    python, native = both(bundle)
     prompts = [[5, 9, 301], [17, 44], [7]]
     found = []
     for runtime in (python, native):

@@ -22,6 +22,7 @@ from chameleon_deploy.reference.adapters import load_adapted
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.adapters import GPT2_LAYERS, LLAMA_LAYERS, save_adapter
 from tests.cpp.c_interface import NativeError, NativeRuntime
+from tests.cpp.parity import both
 from tests.damaged_adapters import DAMAGES, config
 from tests.families import small_config
 from tests.shared_data import good_bundle
@@ -65,8 +66,8 @@ def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     export_bundle(
         load_adapted(str(base), {}, adaptable=adaptable, max_rank=8), directory / "bundle", precision=precision
     )
-    native = NativeRuntime(directory / "bundle")
-    yield Given(base, layers, directory / "bundle", chameleon_deploy.load(directory / "bundle"), native)
+    python, native = both(directory / "bundle")
+    yield Given(base, layers, directory / "bundle", python, native)
     native.close()
 
 
@@ -252,7 +253,7 @@ def test_a_bundle_that_takes_no_adapters_refuses_a_directory(own: Given, tmp_pat
     directory = own.save(tmp_path / "peft")
     export_bundle(load_adapted(str(own.base), {}), tmp_path / "plain")
     for bundle, code in (tmp_path / "plain", "tensor_invalid"), (good_bundle("chameleon_masked"), "adapter_invalid"):
-        python, native = chameleon_deploy.load(bundle), NativeRuntime(bundle)
+        python, native = both(bundle)
         assert refusal(native, directory) == refusal(python, directory)
         assert refusal(native, directory)[0] == code
         native.close()

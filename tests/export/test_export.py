@@ -150,7 +150,7 @@ def test_gpt2_sizes_by_config(size: str, option: dict[str, Any], tmp_path: Path)
                                      bos_token_id=0, eos_token_id=0, **option)  # fmt: skip
     checkpoint = checkpoint_around(config)
     export_bundle(checkpoint, tmp_path / "b")
-    runtime = chameleon_deploy.load(tmp_path / "b", threads=2)
+    runtime = chameleon_deploy.load(tmp_path / "b", threads=1)
     rows = [[7] * 96, [5, 9, 200, 3]]
     theirs = inference.adapt(checkpoint, rows, "cohort")
     for row, score in enumerate(runtime.score(rows)):

@@ -131,7 +131,7 @@ def misses(tiny: Checkpoint) -> Callable[[Path, Precision], list[str]]:
     reference, rows = RowLogits(tiny), verification_rows(tiny)[:32:2]
 
     def of(path: Path, precision: Precision) -> list[str]:
-        runtime = load(path, threads=2)
+        runtime = load(path, threads=1)
         checks = [c for scale in (1.0, 10.0) for c in check_logits(runtime, reference, rows, GATES[precision], scale)]
         return [check.name for check in checks if not check.passed]
 

@@ -81,7 +81,7 @@ def test_the_weights_are_stored_once(int4_bundle: Path) -> None:
 
 
 def test_the_gates_of_int4_on_a_trained_model(tiny: Checkpoint, int4_bundle: Path) -> None:
-    checks, record = verify_bundle(int4_bundle, tiny, lambda *_: None, VerifyOptions(threads=2))
+    checks, record = verify_bundle(int4_bundle, tiny, lambda *_: None, VerifyOptions(threads=1))
     assert record["precision"] == "int4"
     assert not [check for check in checks if not check.passed]
     assert {check.graph for check in checks} == {"decoder", "decoder_cpu"}

@@ -169,7 +169,7 @@ def test_what_is_quantised(fixture: str, products: int, request: pytest.FixtureR
 
 
 def test_the_gates_of_int8_on_a_trained_model(tiny: Checkpoint, int8_bundle: Path) -> None:
-    checks, record = verify_bundle(int8_bundle, tiny, lambda *_: None, VerifyOptions(threads=2))
+    checks, record = verify_bundle(int8_bundle, tiny, lambda *_: None, VerifyOptions(threads=1))
     assert record["precision"] == "int8"
     missed = [check for check in checks if not check.passed]
     assert not missed
@@ -268,7 +268,7 @@ def test_a_text_sees_the_same_cache_in_pieces(fixture: str, request: pytest.Fixt
 
 def test_keys_and_values_are_within_what_was_calibrated(tiny: Checkpoint, int8_bundle: Path) -> None:
     """On texts that calibration has not read, next to nothing is cut off, and the steps are not much too coarse."""
-    runtime = chameleon_deploy.load(int8_bundle, threads=2)
+    runtime = chameleon_deploy.load(int8_bundle, threads=1)
     rows = verification_rows(tiny, more=True)
     slots = slots_of(runtime, len(rows), 300)
     slots.prefill(0, rows, runtime.adapt(rows, mode="none").factors)
@@ -305,7 +305,7 @@ def test_one_percent_of_another_row_is_caught(
     tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Less than rounding explains in a cache, and more than the order of sums explains between calls."""
-    runtime, gate = chameleon_deploy.load(int8_bundle, threads=2), gate_of("int8", "cpu")
+    runtime, gate = chameleon_deploy.load(int8_bundle, threads=1), gate_of("int8", "cpu")
     rows, all_logits = verification_rows(tiny), runtime.decoder.all_logits
     assert all(check.passed for check in promises.check_batching(runtime, rows, gate))
 
@@ -323,7 +323,7 @@ def test_the_gates_catch_a_wrong_cache(
     fault: Any, tiny: Checkpoint, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the KL divergence alone: a single logit is not limited in int8."""
-    runtime = chameleon_deploy.load(int8_bundle, threads=2)
+    runtime = chameleon_deploy.load(int8_bundle, threads=1)
     if fault:
         damage_cache(runtime, fault, monkeypatch)
     rows = sorted(verification_rows(tiny, more=True), key=len)[-8:]
@@ -349,7 +349,7 @@ def test_the_gates_catch_steps_that_are_cut_off_or_coarse(
 
     monkeypatch.setattr("chameleon_deploy.export.graphs.calibrate_with_factors", wrong)
     export_bundle(tiny, tmp_path / "wrong", precision="int8")
-    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
+    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=1)
     rows = sorted(verification_rows(tiny, more=True), key=len)[-8:]
     checks = list(checkpoint_checks.check_cache(runtime, RowLogits(tiny), rows, GATES["int8"]))
     against_reference = [check for check in checks if check.name.startswith("cached decoding: KL")]
@@ -363,7 +363,7 @@ def test_the_gates_catch_a_wrong_scale(tiny: Checkpoint, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("chameleon_deploy.export.int8.weights.round_weights", wrong)
     export_bundle(tiny, tmp_path / "wrong", precision="int8")
-    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=2)
+    runtime = chameleon_deploy.load(tmp_path / "wrong", threads=1)
     rows = verification_rows(tiny)
     checks = checkpoint_checks.check_logits(runtime, RowLogits(tiny), rows, GATES["int8"], 1.0)
     assert any(not check.passed for check in checks)
