@@ -1,4 +1,4 @@
-"""Real checkpoints and real bundles, made once per session."""
+"""Real checkpoints and real bundles, made once per run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from chameleon_deploy.reference.hypernetwork import StaticLoRA
 from chameleon_deploy.reference.model import trunk_from
 from chameleon_deploy.reference.random import random_checkpoint
 from tests.devices import on_cpu
+from tests.made_once import made_once
 
 REPOSITORY = Path(__file__).parent.parent
 Exported = Callable[[str, Precision], Path]
@@ -48,9 +49,8 @@ def nearly(value: Any) -> Any:
 @pytest.fixture(scope="session")
 def mini_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights: 2 layers, hidden 64, vocabulary 512, 128 positions, 4 clusters."""
-    path = tmp_path_factory.mktemp("mini") / "chameleon"
-    random_checkpoint(path, "mini")
-    return path
+    made = made_once(tmp_path_factory, "mini", lambda path: random_checkpoint(path / "chameleon", "mini"))
+    return made / "chameleon"
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +60,8 @@ def mini(mini_path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def mini_lora(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("mini_lora") / "lora"
-    random_checkpoint(path, "mini", "lora")
+    made = made_once(tmp_path_factory, "mini_lora", lambda path: random_checkpoint(path / "lora", "mini", "lora"))
+    path = made / "lora"
     checkpoint = load_checkpoint(path)
     assert isinstance(checkpoint.factors, StaticLoRA)
     checkpoint.factors.lora_B[0].data *= 30  # as far from the base as a trained one
@@ -83,9 +83,8 @@ def checkpoint_around(config: Any, num_clusters: int = 2) -> Checkpoint:
 @pytest.fixture(scope="session")
 def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same around a Llama: 4 query heads on 2 key-value heads, a head of its own."""
-    path = tmp_path_factory.mktemp("llama") / "chameleon"
-    random_checkpoint(path, "llama-mini")
-    return path
+    made = made_once(tmp_path_factory, "llama", lambda path: random_checkpoint(path / "chameleon", "llama-mini"))
+    return made / "chameleon"
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +104,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     @cache
     def made(checkpoint: str, precision: Precision) -> Path:
-        path = tmp_path_factory.mktemp("bundle") / checkpoint
-        export_bundle(request.getfixturevalue(checkpoint), path, precision=precision)
-        return path
+        source = request.getfixturevalue(checkpoint)
+
+        def export(directory: Path) -> None:
+            export_bundle(source, directory / checkpoint, precision=precision)
+
+        return made_once(tmp_path_factory, f"{checkpoint}-{precision}", export) / checkpoint
 
     return made
 

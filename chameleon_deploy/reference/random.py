@@ -6,6 +6,7 @@ python -m chameleon_deploy.reference.random --base smollm2 --out models/smollm2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,7 +80,7 @@ def random_checkpoint(
     torch.manual_seed(seed)
     config = base_config(base) if isinstance(base, str) else base
     model = transformers.AutoModelForCausalLM.from_config(config)
-    tokenizer = train_tokenizer(_texts(), config.vocab_size)
+    tokenizer = _tokenizer(config.vocab_size)
     out.mkdir(parents=True)
     save_base(model, tokenizer, out / "base")
     trunk = trunk_from(model, tokenizer)
@@ -137,6 +138,11 @@ def _save_factors(out: Path, config: CheckpointConfig, trunk: Trunk, seed: int) 
     centroids = fit_centroids(embeddings, config.num_clusters, seed) if config.num_clusters else embeddings[:0]
     factors = build_factors(config, trunk)
     save_checkpoint(out, config, factors, centroids)
+
+
+@functools.cache  # which takes longer than all the rest of a small checkpoint
+def _tokenizer(vocab_size: int) -> Any:
+    return train_tokenizer(_texts(), vocab_size)
 
 
 def _texts() -> list[str]:
