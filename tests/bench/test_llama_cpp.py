@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import pytest
@@ -12,7 +14,7 @@ import torch
 import transformers
 
 import chameleon_deploy
-from chameleon_deploy.bench.peers import open_peers
+from chameleon_deploy.bench.peers import _foreign, open_peers
 from chameleon_deploy.bench.peers.gguf_writer import write_gguf
 from chameleon_deploy.bench.quality import Quality, measure_quality, text_windows
 from chameleon_deploy.bench.workloads import Workloads, text_rows
@@ -64,6 +66,24 @@ def test_the_file_has_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with torch.no_grad():
         difference = read.eval()(ids).logits - checkpoint.trunk.causal_lm(ids).logits
     assert difference.abs().max() < 1e-4
+
+
+def test_the_own_file_of_a_base_is_not_quantised(
+    mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bench writes itself is, beside it."""
+    opened: list[tuple[dict[str, str], Path]] = []
+
+    def own_process(opener: Any, file: Path, *_: object) -> None:
+        opened.append((getattr(opener, "keywords", {}), file))
+
+    monkeypatch.setattr("chameleon_deploy.bench.peers.own_process.OwnProcess", own_process)
+    monkeypatch.setattr(mini.trunk, "gguf", tmp_path / "own.gguf")
+    runtime: Any = SimpleNamespace(manifest=SimpleNamespace(precision="int4"))
+    openers = _foreign(runtime, mini, 1, tmp_path)
+    for name in ("llama.cpp, the file's own type", "llama.cpp Q4_K"):
+        openers[name]()
+    assert opened == [({}, tmp_path / "own.gguf"), ({"mix": "Q4_K_M"}, tmp_path / "int4.gguf")]
 
 
 def test_a_family_that_gguf_does_not_have(mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,10 +144,13 @@ def _foreign(runtime: Runtime, checkpoint: Checkpoint, threads: int, directory: 
         return OpenVINO(trunk, precision, threads, directory)
 
     def llama_cpp(own: Path | None = None) -> Peer:
-        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+        from chameleon_deploy.bench.peers.llama_cpp import MIXES, LlamaCpp, converted_file
         from chameleon_deploy.bench.peers.own_process import OwnProcess
 
-        return OwnProcess(LlamaCpp, own or converted_file(trunk, precision, directory), precision, threads)
+        if own:
+            return OwnProcess(LlamaCpp, own, precision, threads)
+        opener = partial(LlamaCpp, mix=MIXES.get(precision))
+        return OwnProcess(opener, converted_file(trunk, precision, directory), precision, threads)
 
     openers = _pytorch(runtime, checkpoint, "fp32", compiled=True)
     openers |= {f"CTranslate2 {precision}": ctranslate2, f"OpenVINO {precision}": openvino}

@@ -21,6 +21,7 @@ from chameleon_deploy.reference.model import Trunk
 
 F32 = gguf.GGMLQuantizationType.F32
 TYPES = {"fp32": F32, "int8": gguf.GGMLQuantizationType.Q8_0, "int4": F32}  # of files that we write
+MIXES = {"int4": "Q4_K_M"}  # to which `LlamaCpp` then quantises them
 
 
 class LlamaCpp:
@@ -35,12 +36,14 @@ class LlamaCpp:
 
     scores, generates, is_ablation = True, True, False
 
-    def __init__(self, file: Path, precision: str, threads: int, lora: Path | None = None, mix: str = "Q4_K_M") -> None:
+    def __init__(
+        self, file: Path, precision: str, threads: int, lora: Path | None = None, mix: str | None = None
+    ) -> None:
         """Load GGUF files.
 
         precision  the bundle's: every quantised type is compared with int8 or int4, since its activations are 8-bit
         lora       an update that all rows get
-        mix        of types, to which a file in float32 is quantised first, unless float32 is compared
+        mix        of llama.cpp's types, such as "Q4_K_M", to which the file is quantised first, beside it
 
         Raises ValueError for a file that llama.cpp does not read.
         """
@@ -50,7 +53,7 @@ class LlamaCpp:
         self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: llama.cpp calls it later
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        if precision != "fp32" and _type_of(file) == F32.name:
+        if mix:
             file = _quantised(llama_cpp, file, mix)
         self.name, self.precision, self.size = f"llama.cpp {_type_of(file)}", precision, file.stat().st_size
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
@@ -143,8 +146,8 @@ class LlamaCpp:
 
 
 def converted_file(trunk: Trunk, precision: str, directory: Path) -> Path:
-    """Write the base model in the type nearest to a precision, in float32 for int4, which `LlamaCpp` quantises. Raises
-    ValueError if there is none.
+    """Write the base model in the type nearest to a precision, float32 where it has a mix. Raises ValueError if there
+    is none.
     """
     if precision not in TYPES:
         raise ValueError(f"no comparison in {precision}")
@@ -154,7 +157,7 @@ def converted_file(trunk: Trunk, precision: str, directory: Path) -> Path:
 
 
 def _quantised(api: Any, file: Path, mix: str) -> Path:
-    """Write a file in float32 as one of llama.cpp's mixes of types, beside it. Raises ValueError where it cannot."""
+    """Write a file as one of llama.cpp's mixes of types, beside it. Raises ValueError where it cannot."""
     mixed, params = file.with_suffix(f".{mix}.gguf"), api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{mix}")
     if api.llama_model_quantize(str(file).encode(), str(mixed).encode(), ctypes.byref(params)):
