@@ -15,7 +15,7 @@
 #include "chameleon/engine.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::adapters_test {
 
 namespace {
 
@@ -372,4 +372,4 @@ TEST(Errors, OfARowThatDraftsEndIt) {
   EXPECT_EQ(runtime.generate(prompt, generate, adapt, OnError::row)[0].finish_reason, FinishReason::error);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::adapters_test

@@ -4,7 +4,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::bundle_test {
 
 class HostileBundles : public testing::TestWithParam<Json> {};
 
@@ -80,4 +80,4 @@ TEST(Runtime, UnavailableModesAndProviders) {
   EXPECT_NO_THROW(Runtime(good_bundle("lora_masked"), {.provider = "auto", .threads = 1}));
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::bundle_test

@@ -9,7 +9,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::concurrency_test {
 
 namespace {
 
@@ -148,4 +148,4 @@ TEST(Concurrency, CancelledAndFailingRequestsLeaveOthersAlone) {
   EXPECT_GT(disturbed, 0U);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::concurrency_test

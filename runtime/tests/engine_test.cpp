@@ -12,7 +12,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::engine_test {
 
 namespace {
 
@@ -573,4 +573,4 @@ TEST(Engine, KeysAndValuesFitIntoTheFreeMemory) {
   }
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::engine_test

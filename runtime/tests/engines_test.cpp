@@ -13,7 +13,7 @@
 #include "contract/mapped_file.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::engines_test {
 namespace {
 
 namespace fs = std::filesystem;
@@ -117,4 +117,4 @@ TEST_F(Engines, OfNoCacheAreRefused) {
 }
 
 }  // namespace
-}  // namespace chameleon::test
+}  // namespace chameleon::test::engines_test

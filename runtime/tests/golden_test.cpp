@@ -12,7 +12,7 @@
 #include "schedules.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::golden_test {
 
 namespace {
 
@@ -229,4 +229,4 @@ TEST(Tokenizer, Golden) {
   }
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::golden_test

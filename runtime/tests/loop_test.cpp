@@ -8,7 +8,7 @@
 #include "device/static_batch.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::loop_test {
 
 namespace {
 
@@ -333,4 +333,4 @@ TEST(Loop, AStackUpdatesNothingAsLongAsNoneOfItsSetsDoes) {
   EXPECT_TRUE(table.sets().updates_nothing);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::loop_test

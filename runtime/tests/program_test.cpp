@@ -10,7 +10,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::program_test {
 
 namespace {
 
@@ -155,4 +155,4 @@ TEST(Program, AMistakeIsOneLineAndExitCodeTwo) {
   }
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::program_test

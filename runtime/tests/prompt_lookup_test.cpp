@@ -6,7 +6,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::prompt_lookup_test {
 
 namespace {
 
@@ -62,4 +62,4 @@ TEST(PromptLookup, CanBeCancelled) {
   EXPECT_LE(row.token_ids.size(), 5U + 8U);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::prompt_lookup_test

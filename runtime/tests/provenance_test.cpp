@@ -6,7 +6,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::provenance_test {
 
 class Signatures : public testing::TestWithParam<Json> {};
 
@@ -39,4 +39,4 @@ INSTANTIATE_TEST_SUITE_P(Corpus, Signatures,
                          testing::ValuesIn(read_data("signatures.json").at("cases").get<std::vector<Json>>()),
                          [](const auto& info) { return info.param.at("name").template get<std::string>(); });
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::provenance_test

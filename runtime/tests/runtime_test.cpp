@@ -11,7 +11,7 @@
 #include "decode/logits_scorer.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::runtime_test {
 
 namespace {
 
@@ -384,4 +384,4 @@ TEST(Score, OfOneTokenPredictsNothing) {
   EXPECT_FLOAT_EQ(static_cast<float>(scores[1].logprob()), scores[1].token_logprobs[0]);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::runtime_test

@@ -14,7 +14,7 @@
 #include "runtime_impl.h"
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::slots_test {
 
 namespace {
 
@@ -209,4 +209,4 @@ TEST(Slots, AChunkNeverLeavesASingleToken) {
   }
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::slots_test

@@ -12,7 +12,7 @@
 
 #include "shared_data.h"
 
-namespace chameleon::test {
+namespace chameleon::test::soak_test {
 
 namespace {
 
@@ -86,4 +86,4 @@ TEST(Soak, TinyRequestsAreAnsweredAsSerialOnes) {
   EXPECT_EQ(report.after.files, report.before.files);
 }
 
-}  // namespace chameleon::test
+}  // namespace chameleon::test::soak_test

@@ -65,8 +65,8 @@ std::vector<TensorSpec> outputs_of(const Ort::Session& session) {
   return outputs;
 }
 
-void check_tensors(const std::vector<TensorSpec>& listed, const std::vector<TensorSpec>& actual,
-                   const std::string& where) {
+void check_listed(const std::vector<TensorSpec>& listed, const std::vector<TensorSpec>& actual,
+                  const std::string& where) {
   if (const auto found = difference(listed, actual)) throw GraphError(where + " differ from the manifest: " + *found);
 }
 
@@ -158,8 +158,8 @@ Ort::Session open_session(const Ort::Env& env, const Bundle& bundle, const Graph
   const std::string path = (bundle.path / graph.file).string();
   try {
     Ort::Session session(env, path.c_str(), session_options);
-    check_tensors(graph.inputs, inputs_of(session), path + ": its inputs");
-    check_tensors(graph.outputs, outputs_of(session), path + ": its outputs");
+    check_listed(graph.inputs, inputs_of(session), path + ": its inputs");
+    check_listed(graph.outputs, outputs_of(session), path + ": its outputs");
     return session;
   } catch (const Ort::Exception& error) {
     throw GraphError(path + ": ONNX Runtime cannot load it: " + error.what());
