@@ -249,6 +249,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, Value]]:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     """Return the number, of at most 64 bits, and the position after it."""
+    if at < len(data) and data[at] < 0x80:  # nearly all have one byte
+        return data[at], at + 1
     value = 0
     for i, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << 7 * i
