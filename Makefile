@@ -40,14 +40,17 @@ scale: .venv/scale
 	$(BIN)/python -m pytest -m 'clients or ray or triton' tests/serve
 
 # In environments of their own: tritonserver wants numpy below 2.
-.venv/scale: .venv/ready
-	$(BIN)/pip install --quiet --no-compile --editable '.[ray]' 'tritonclient[grpc]>=2.50'
+.venv/scale: .venv/ray
 	$(PYTHON) -m venv .venv/triton
 	.venv/triton/bin/pip install --quiet --no-compile --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
 	$(PYTHON) -m venv .venv/lm-eval
 	.venv/lm-eval/bin/pip install --quiet --no-compile 'lm-eval[api]>=0.4.13'
 	$(PYTHON) -m venv .venv/clients
 	.venv/clients/bin/pip install --quiet --no-compile 'guidellm>=0.8' 'langchain-openai>=1'
+	touch $@
+
+.venv/ray: .venv/ready
+	$(BIN)/pip install --quiet --no-compile --editable '.[ray]' 'tritonclient[grpc]>=2.50'
 	touch $@
 
 mutants: .venv/ready
