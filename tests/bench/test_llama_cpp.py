@@ -20,6 +20,9 @@ from chameleon_deploy.bench.quality import Quality, measure_quality, text_window
 from chameleon_deploy.bench.workloads import Workloads, text_rows
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.checkpoint import Checkpoint, load_checkpoint
+from chameleon_deploy.reference.gguf import ARCHITECTURES, Architecture
+from chameleon_deploy.reference.model import Trunk
+from tests.conftest import checkpoint_around
 
 IS_INSTALLED = importlib.util.find_spec("llama_cpp") is not None
 NOT_INSTALLED = "llama_cpp is not installed: pip install 'chameleon-deploy[peers-llama]'"
@@ -56,16 +59,34 @@ def test_it_gives_what_the_reference_gives_or_is_reported(
     assert quality.size < (1.5e6 if precision == "fp32" else 5e5)
 
 
-def test_the_file_has_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def check_file(trunk: Trunk, directory: Path) -> None:
     """transformers reads the same model from it; a matrix that is stored otherwise would change its logits."""
-    write_gguf(checkpoint.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)
+    write_gguf(trunk, directory / "model.gguf", gguf.GGMLQuantizationType.F32)
     read = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", config=copy.deepcopy(checkpoint.trunk.config), dtype=torch.float32
+        directory, gguf_file="model.gguf", config=copy.deepcopy(trunk.config), dtype=torch.float32
     )
-    ids = torch.tensor(text_rows(checkpoint, 2, 24))
+    ids = torch.arange(48).reshape(2, 24) * 7 % trunk.config.vocab_size
     with torch.no_grad():
-        difference = read.eval()(ids).logits - checkpoint.trunk.causal_lm(ids).logits
+        difference = read.eval()(ids).logits - trunk.causal_lm(ids).logits
     assert difference.abs().max() < 1e-4
+
+
+def test_the_file_has_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    check_file(checkpoint.trunk, tmp_path)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def test_the_file_of_a_family_whose_rotation_is_of_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = checkpoint_around(transformers.Qwen2Config(**SIZES)).trunk
+    check_file(trunk, tmp_path)
+    monkeypatch.setitem(ARCHITECTURES, "qwen2", Architecture("qwen2", interleaved=True))
+    with pytest.raises(AssertionError):
+        check_file(trunk, tmp_path)
 
 
 def test_the_own_file_of_a_base_is_not_quantised(
@@ -86,7 +107,7 @@ def test_the_own_file_of_a_base_is_not_quantised(
     assert opened == [({}, tmp_path / "own.gguf"), ({"mix": "Q4_K_M"}, tmp_path / "int4.gguf")]
 
 
-def test_a_family_that_gguf_does_not_have(mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mini.trunk.config, "model_type", "unheard")
-    with pytest.raises(ValueError, match="no family 'unheard'"):
+def test_a_family_that_is_not_compared(mini: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini.trunk.config, "model_type", "granite")
+    with pytest.raises(ValueError, match="no comparison with the family 'granite'"):
         write_gguf(mini.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)

@@ -13,14 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from chameleon_deploy.contract.adapter_file import Factors
 from chameleon_deploy.contract.bundle import factor_names
+from chameleon_deploy.reference.gguf import ARCHITECTURES, Architecture
 from chameleon_deploy.reference.model import Trunk
+
+FIELDS = {"attention.layer_norm_epsilon", "feed_forward_length"}  # of an architecture, which are written
 
 
 def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
     """Write a model whose matrices have one type; norms, biases and position embeddings stay float32, as llama.cpp's
     own tool leaves them.
 
-    Raises ValueError for a family that GGUF does not have, or rotary frequencies that need a table.
+    Raises ValueError for a family whose file has more, or rotary frequencies that need a table.
     """
     writer, names = gguf.GGUFWriter(file, trunk.config.model_type), _names(trunk)
     tensors = dict(_tensors(trunk, names))
@@ -45,17 +48,25 @@ def write_lora(trunk: Trunk, factors: Factors, file: Path) -> None:
             continue
         name = _name(names, f"{layer}.weight")
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(lora_A))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(_as_stored(name, lora_B.T, trunk.head_dim)))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(_as_stored(name, lora_B.T, trunk)))
     _write(writer)
 
 
 def _names(trunk: Trunk) -> Any:
     """Return the names that GGUF gives to a model's tensors. Raises ValueError."""
+    family = _architecture(trunk).model_type
+    (architecture,) = (number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    return gguf.get_tensor_name_map(architecture, trunk.config.num_hidden_layers)
+
+
+def _architecture(trunk: Trunk) -> Architecture:
     config = trunk.config
-    architecture = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type), None)
-    if architecture is None:
-        raise ValueError(f"GGUF has no family {config.model_type!r}")
-    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None or found.norm_offset or not FIELDS.issuperset(found.fields):
+        raise ValueError(f"no comparison with the family {config.model_type!r}")
+    if trunk.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ValueError(f"no comparison with heads of {trunk.head_dim} channels")
+    return found
 
 
 def _name(names: Any, own: str) -> str:
@@ -102,15 +113,17 @@ def _tensors(trunk: Trunk, names: Any) -> Any:
             tensor = parameter.detach().numpy()
             if isinstance(module, Conv1D) and tensor.ndim == 2:
                 tensor = tensor.T
-            yield name, np.ascontiguousarray(_as_stored(name, tensor, trunk.head_dim))
+            yield name, np.ascontiguousarray(_as_stored(name, tensor, trunk))
 
 
-def _as_stored(name: str, matrix: Any, head_dim: int) -> Any:
+def _as_stored(name: str, matrix: Any, trunk: Trunk) -> Any:
     """Return a matrix [out, any] in the order of GGUF's output channels."""
-    return _interleaved(matrix, head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else matrix
+    if _architecture(trunk).interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
+        return _interleaved(matrix, trunk.head_dim)
+    return matrix
 
 
 def _interleaved(matrix: Any, head_dim: int) -> Any:
-    """Reorder the rows of each head: GGUF rotates neighbours, Hugging Face channels that are half a head apart."""
+    """Reorder the rows of each head from channels that are half a head apart, as Hugging Face rotates them."""
     halves = matrix.reshape(-1, 2, head_dim // 2, matrix.shape[1])
     return halves.swapaxes(1, 2).reshape(matrix.shape)
