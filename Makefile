@@ -49,6 +49,7 @@ scale: .venv/scale
 	.venv/clients/bin/pip install --quiet --no-compile 'guidellm>=0.8' 'langchain-openai>=1'
 	touch $@
 
+# What the tests of Ray and Triton need in the environment of all others.
 .venv/ray: .venv/ready
 	$(BIN)/pip install --quiet --no-compile --editable '.[ray]' 'tritonclient[grpc]>=2.50'
 	touch $@

@@ -111,3 +111,9 @@ def test_a_family_that_is_not_compared(mini: Checkpoint, tmp_path: Path, monkeyp
     monkeypatch.setattr(mini.trunk.config, "model_type", "granite")
     with pytest.raises(ValueError, match="no comparison with the family 'granite'"):
         write_gguf(mini.trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)
+
+
+def test_heads_that_are_not_a_part_of_the_hidden_size_are_not_compared(tmp_path: Path) -> None:
+    trunk = checkpoint_around(transformers.LlamaConfig(**SIZES, head_dim=32)).trunk
+    with pytest.raises(ValueError, match="no comparison with heads of 32 channels"):
+        write_gguf(trunk, tmp_path / "model.gguf", gguf.GGMLQuantizationType.F32)

@@ -16,14 +16,15 @@ from chameleon_deploy.contract.bundle import factor_names
 from chameleon_deploy.reference.gguf import ARCHITECTURES, Architecture
 from chameleon_deploy.reference.model import Trunk
 
-FIELDS = {"attention.layer_norm_epsilon", "feed_forward_length"}  # of an architecture, which are written
+FIELDS = {"attention.layer_norm_epsilon", "feed_forward_length"}  # what this writes of `Architecture.fields`
 
 
 def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
     """Write a model whose matrices have one type; norms, biases and position embeddings stay float32, as llama.cpp's
     own tool leaves them.
 
-    Raises ValueError for a family whose file has more, or rotary frequencies that need a table.
+    Raises ValueError for a family with other fields or an offset of its norms, heads that are not a part of the hidden
+    size, or rotary frequencies that need a table.
     """
     writer, names = gguf.GGUFWriter(file, trunk.config.model_type), _names(trunk)
     tensors = dict(_tensors(trunk, names))
@@ -60,6 +61,7 @@ def _names(trunk: Trunk) -> Any:
 
 
 def _architecture(trunk: Trunk) -> Architecture:
+    """Return what GGUF stores otherwise for a family. Raises ValueError for a model that this cannot write."""
     config = trunk.config
     found = ARCHITECTURES.get(config.model_type)
     if found is None or found.norm_offset or not FIELDS.issuperset(found.fields):
