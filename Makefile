@@ -41,11 +41,11 @@ scale: .venv/scale
 
 # In environments of their own: tritonserver wants numpy below 2.
 .venv/scale: .venv/ray
-	$(PYTHON) -m venv .venv/triton
+	$(PYTHON) -m venv --upgrade-deps .venv/triton
 	.venv/triton/bin/pip install --quiet --no-compile --editable '.[cpu,structured]' 'nvidia-pytriton>=0.7'
-	$(PYTHON) -m venv .venv/lm-eval
+	$(PYTHON) -m venv --upgrade-deps .venv/lm-eval
 	.venv/lm-eval/bin/pip install --quiet --no-compile 'lm-eval[api]>=0.4.13'
-	$(PYTHON) -m venv .venv/clients
+	$(PYTHON) -m venv --upgrade-deps .venv/clients
 	.venv/clients/bin/pip install --quiet --no-compile 'guidellm>=0.8' 'langchain-openai>=1'
 	touch $@
 
@@ -79,7 +79,7 @@ release: .venv/ready
 # What `demo` and `serve` need. Not compiled ahead: of 20,000 modules they import a quarter.
 .venv/demo: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,export,serve]'
 	touch $@
 
