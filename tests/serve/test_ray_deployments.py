@@ -22,6 +22,7 @@ from tests.ray_load import TOKENS, Answer, connect, stream
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 STREAMS = 8
+DRAIN = 60  # seconds in which a stream of a replica that goes must end, however busy the machine is
 PROMPTS = [f"The river number {i} of" for i in range(STREAMS)]
 TENANTS = ("acme", "globex", "initech")
 
@@ -30,6 +31,11 @@ def _texts(bundle: Path) -> list[str]:
     runtime = chameleon_deploy.load(bundle, threads=1)
     mode: Mode | None = "centroid" if "centroid" in runtime.manifest.adaptation.modes else None
     return [runtime.generate([prompt], max_new_tokens=TOKENS, mode=mode)[0].text for prompt in PROMPTS]
+
+
+def _not_as_it_should(answers: list[Answer], *texts: str) -> list[Answer]:
+    """Return the answers that did not end, have an error, or have none of these texts."""
+    return [answer for answer in answers if not answer.done or answer.errors or answer.text not in texts]
 
 
 @contextmanager
@@ -68,16 +74,16 @@ def _load(cluster: Cluster) -> Iterator[list[list[Answer]]]:
 def test_another_bundle_replaces_the_first_without_losing_a_request(
     ray_cluster: Cluster, bundle: Path, lora_bundle: Path
 ) -> None:
-    ray_cluster.deploy(bundle, replicas=4, drain_seconds=5)
+    ray_cluster.deploy(bundle, replicas=4, drain_seconds=DRAIN)
     wait_for(ray_cluster.is_healthy)
     with _load(ray_cluster) as answered:
-        ray_cluster.deploy(lora_bundle, replicas=4, drain_seconds=5)
+        ray_cluster.deploy(lora_bundle, replicas=4, drain_seconds=DRAIN)
         wait_for(lambda: len(ray_cluster.replicas()) == 4)
         replaced = [len(answers) for answers in answered]
         wait_for(lambda: all(len(a) > count + 1 for a, count in zip(answered, replaced, strict=True)))
     for answers, count, old, new in zip(answered, replaced, _texts(bundle), _texts(lora_bundle), strict=True):
         assert old != new
-        assert all(answer.done and not answer.errors and answer.text in (old, new) for answer in answers)
+        assert _not_as_it_should(answers, old, new) == []
         assert answers[0].text == old
         assert all(answer.text == new for answer in answers[count + 1 :])  # one may have been on its way
 
@@ -87,7 +93,7 @@ def test_replicas_follow_the_load(ray_cluster: Cluster, bundle: Path, tmp_path: 
                "look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 2}  # fmt: skip
     application = {
         "name": "default", "route_prefix": "/", "import_path": "chameleon_deploy.serve.ray:app",
-        "args": {"bundle": str(bundle), "max_replicas": 3, "rows": 2, "drain_seconds": 5},
+        "args": {"bundle": str(bundle), "max_replicas": 3, "rows": 2, "drain_seconds": DRAIN},
         "deployments": [{"name": "Replica", "autoscaling_config": scaling}],
     }  # fmt: skip
     file = tmp_path / "ray.yaml"
@@ -99,7 +105,7 @@ def test_replicas_follow_the_load(ray_cluster: Cluster, bundle: Path, tmp_path: 
         wait_for(lambda: len(ray_cluster.replicas()) == 3)
     wait_for(lambda: len(ray_cluster.replicas()) == 1)
     for answers, text in zip(answered, _texts(bundle), strict=True):
-        assert all(answer.done and not answer.errors and answer.text == text for answer in answers)
+        assert _not_as_it_should(answers, text) == []
 
 
 @pytest.mark.parametrize("routing", ["load", "tenant"])
@@ -108,7 +114,7 @@ def test_the_requests_of_a_tenant_meet(ray_cluster: Cluster, bundle: Path, tmp_p
     keys = tmp_path / "keys.json"
     keys.write_text("{" + ", ".join(f'"sk-{tenant}": "{tenant}"' for tenant in TENANTS) + "}")
     ray_cluster.deploy(
-        bundle, replicas=3, routing=routing, bound=3, api_keys=keys, cohort_window_ms=2000, drain_seconds=5
+        bundle, replicas=3, routing=routing, bound=3, api_keys=keys, cohort_window_ms=2000, drain_seconds=DRAIN
     )
     wait_for(ray_cluster.is_healthy)
     prompts = {tenant: [f"{tenant} and river {i}" for i in range(4)] for tenant in TENANTS}
