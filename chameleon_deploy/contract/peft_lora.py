@@ -133,8 +133,9 @@ def read_peft(path: Path, layers: Mapping[str, tuple[int, int]], head_weight: An
             factors[name] = values[: largest * width].reshape(largest, width)
             values = values[largest * width :]
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
-                factors[name][: ranks[layer]] = matrix.astype(np.float32) * np.float32(scaling)
-            if not np.isfinite(factors[name]).all():
+                # Without arrays in between, which each thread that loads adapters would keep room for.
+                np.multiply(matrix, np.float32(scaling), out=factors[name][: ranks[layer]], dtype=np.float32)
+            if not (np.isfinite(factors[name].min()) and np.isfinite(factors[name].max())):
                 raise TensorError(f"{path}: {name}, scaled by {scaling:g}, holds NaN, infinity or beyond float32")
     return factors
 
