@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from chameleon_deploy.contract.peft_lora import read_peft
 from chameleon_deploy.errors import CheckpointError, TensorError
@@ -104,3 +108,53 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(name: str, saved:
     DAMAGES[name](saved)
     with pytest.raises(TensorError, match="scaled by" if "scaling" in name else str(saved)):
         read_peft(saved, trunk.linear_layers(), trunk.head_weight)
+
+
+# Arguments: a directory, the output width of its layers, and whether arrays are made in between.
+READ_BY_THREADS = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from chameleon_deploy.contract import peft_lora
+
+path, layers = Path(sys.argv[1]), {f"l{i}": (8, int(sys.argv[2])) for i in range(4)}
+
+class Copying:
+    def __getattr__(self, name):
+        return getattr(np, name)
+    def multiply(self, matrix, scaling, out, dtype):
+        out[:] = matrix.astype(dtype) * scaling * scaling
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+if sys.argv[3] == "copies":
+    peft_lora.np = Copying()
+peft_lora.read_peft(path, layers)  # what the first call of all imports
+before, everyone = resident(), threading.Barrier(5)
+def work():
+    for _ in range(2):
+        peft_lora.read_peft(path, layers)
+    everyone.wait()  # a thread that ends may give its memory to another
+    everyone.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+everyone.wait()
+print(resident() - before)
+everyone.wait()
+"""
+
+
+@pytest.mark.parametrize("how", ["as it is", "copies"])
+def test_threads_that_read_adapters_keep_no_memory(tmp_path: Path, how: str) -> None:
+    rank, width = 16, 150_000
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [f"l{i}" for i in range(4)]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    both = {"lora_A": np.ones((rank, 8), np.float32), "lora_B": np.ones((width, rank), np.float32)}
+    tensors = {f"base_model.model.l{i}.{name}.weight": both[name] for i in range(4) for name in both}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    command = [sys.executable, "-c", READ_BY_THREADS, str(tmp_path), str(width), how]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (int(result.stdout) > 4 * rank * width) == (how == "copies"), f"{int(result.stdout) / 2**20:.1f} MiB"
