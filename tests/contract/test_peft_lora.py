@@ -123,7 +123,7 @@ class Copying:
     def __getattr__(self, name):
         return getattr(np, name)
     def multiply(self, matrix, scaling, out, dtype):
-        out[:] = matrix.astype(dtype) * scaling * scaling
+        out[:] = matrix.astype(dtype) * scaling
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
