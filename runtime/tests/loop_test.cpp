@@ -311,6 +311,11 @@ TEST(Loop, FactorSetsOfDifferentRanksShareAStack) {
   table.release("b");
   EXPECT_EQ(table.sets().rank, 1);
   EXPECT_EQ(values(), (std::vector<float>{3, 3}));
+  // Neither a smaller rank nor a larger one takes new memory: a decoder's calls keep the stack they were bound to.
+  const float* const memory = table.sets().tensors.at("lora_A").data();
+  table.acquire(source("d", 2, 4));
+  EXPECT_EQ(values(), (std::vector<float>{3, 3, 0, 0, 4, 4, 4, 4}));
+  EXPECT_EQ(table.sets().tensors.at("lora_A").data(), memory);
 }
 
 TEST(Loop, AStackUpdatesNothingAsLongAsNoneOfItsSetsDoes) {

@@ -143,6 +143,22 @@ def test_sets_are_counted_stacked_and_padded() -> None:
     assert np.asarray(table.sets.tensors["A"])[table.index("c"), 1:].sum() == 0
 
 
+def test_a_stack_whose_rank_changes_keeps_its_memory() -> None:
+    table, zeros = FactorTable(3), zero_set(FactorSets({"A": np.ones((1, 1, 3)), "B": np.ones((1, 1, 5))}))
+    bound = []  # as calls of a decoder keep the stack that they were bound to last
+    for _ in range(3):
+        for key, rank in (("none", 1), ("a", 4), ("b", 2)):
+            table.acquire(FactorSource(key, zeros, lambda sets: sets[0]) if key == "none" else source(key, rank, 2.0))
+            bound.append(np.asarray(table.sets.tensors["A"]))
+        assert stacked(table) == {"none": 0.0, "a": 24.0, "b": 12.0}
+        table.release("a")
+        assert stacked(table) == {"none": 0.0, "b": 12.0}
+        table.release("b")
+        table.release("none")
+    # One array of each size that the stack ever grew to: of rank 1 at first, then of rank 4.
+    assert len({array.__array_interface__["data"][0] for array in bound}) == 2
+
+
 def test_a_stack_updates_nothing_as_long_as_none_of_its_sets_does() -> None:
     table, zeros = FactorTable(3), zero_set(FactorSets({"A": np.ones((1, 1, 3)), "B": np.ones((1, 1, 5))}))
     table.acquire(FactorSource("none", zeros, lambda sets: sets[0]))

@@ -32,7 +32,8 @@ class FactorTable:
         self._nothing: list[bool] = []  # whether each updates nothing
         self._references: dict[Hashable, int] = {}
         self._trunk_digests: dict[Hashable, bytes] = {}
-        self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features]
+        self._memory: dict[str, FloatArray] = {}  # of the stack, as large as the largest rank so far needs
+        self._tensors: dict[str, FloatArray] = {}  # [max_sets, rank, in_features or out_features], views of it
         self.sets = FactorSets({})
 
     def __len__(self) -> int:
@@ -103,7 +104,8 @@ class FactorTable:
             raise NumericError("the factors of a request are not finite: check the hypernetwork")
         rank = len(next(iter(factors.values()))) if factors else 1
         if not self._tensors:
-            self._tensors = {n: np.zeros((self._max_sets, rank, a.shape[1]), np.float32) for n, a in factors.items()}
+            self._tensors = {n: np.zeros((self._max_sets, 0, a.shape[1]), np.float32) for n, a in factors.items()}
+            self._memory = {n: tensor.reshape(-1) for n, tensor in self._tensors.items()}
         self._keys.append(key)
         self._ranks.append(rank)
         self._nothing.append(made.updates_nothing)
@@ -126,13 +128,23 @@ class FactorTable:
         self._restack()
 
     def _set_rank(self) -> None:
-        """Set the stack's rank to the largest of its sets; a larger rank would waste computation."""
+        """Set the stack's rank to the largest of its sets; a larger rank would waste computation.
+
+        The memory stays the same: a decoder's calls keep the stack that they were bound to last.
+        """
         rank = max(self._ranks)
         for name, old in self._tensors.items():
             if old.shape[1] != rank:
-                kept = min(rank, old.shape[1])
-                new = self._tensors[name] = np.zeros((self._max_sets, rank, old.shape[2]), np.float32)
-                new[:, :kept] = old[:, :kept]
+                kept = old[: len(self), :rank].copy()  # the new stack overlaps the old one
+                new = self._tensors[name] = self._allocate(name, rank, old.shape[2])
+                new[: len(self), : kept.shape[1]] = kept
+                new[: len(self), kept.shape[1] :] = 0
+
+    def _allocate(self, name: str, rank: int, width: int) -> FloatArray:
+        size = self._max_sets * rank * width
+        if size > self._memory[name].size:
+            self._memory[name] = np.zeros(size, np.float32)  # its pages are taken as sets are written
+        return self._memory[name][:size].reshape(self._max_sets, rank, width)
 
     def _restack(self) -> None:
         stack = {name: tensor[: len(self)] for name, tensor in self._tensors.items()}

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "chameleon/error.h"
 #include "contract/mapped_file.h"
@@ -108,21 +109,25 @@ void FactorTable::remove(std::size_t i) {
   if (!keys_.empty()) set_rank();
 }
 
+/// Set the stack's rank to the largest of its sets; a larger one would waste computation.
+///
+/// The memory stays the same, as large as the largest rank so far needs: a decoder's calls keep the stack that they
+/// were bound to last.
 void FactorTable::set_rank() {
   const std::int64_t rank = std::ranges::max(ranks_);
   if (rank == rank_) return;
-  auto resized = std::make_shared<Tensors>();
-  for (const auto& [name, stack] : *tensors_) {
+  for (auto& [name, stack] : *tensors_) {
     const std::size_t old_size = stack.size() / max_sets_, width = old_size / static_cast<std::size_t>(rank_);
     const std::size_t size = static_cast<std::size_t>(rank) * width;
-    std::vector<float>& values = (*resized)[name];
-    values.resize(max_sets_ * size);
-    for (std::size_t set = 0; set < keys_.size(); ++set) {
-      std::ranges::copy(std::span(stack).subspan(set * old_size, std::min(size, old_size)),
-                        values.begin() + static_cast<std::ptrdiff_t>(set * size));
-    }
+    stack.resize(max_sets_ * std::max(size, old_size));
+    const auto move = [&, data = stack.data()](std::size_t set) {
+      std::memmove(data + set * size, data + set * old_size, std::min(size, old_size) * sizeof(float));
+      if (size > old_size) std::fill_n(data + set * size + old_size, size - old_size, 0.0F);
+    };
+    // Sets that grow move up, the last one first, so that none is written over before it has moved.
+    for (std::size_t n = 0; n < keys_.size(); ++n) move(size > old_size ? keys_.size() - 1 - n : n);
+    stack.resize(max_sets_ * size);
   }
-  tensors_ = std::move(resized);
   rank_ = rank;
 }
 
