@@ -35,9 +35,15 @@ pytest: .venv/ready
 pytest-tensorrt: .venv/ready
 	$(BIN)/python -m pytest tests/export/test_tensorrt.py
 
-scale: .venv/scale
+scale: scale-ray scale-others
+
+# Apart: these wait for processes half of the time, so that others may run beside them.
+scale-ray: .venv/scale
+	LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval $(BIN)/python -m pytest -m ray tests/serve
+
+scale-others: .venv/scale
 	CLIENTS=$(CURDIR)/.venv/clients LM_EVAL=$(CURDIR)/.venv/lm-eval/bin/lm_eval TRITON=$(CURDIR)/.venv/triton \
-	$(BIN)/python -m pytest -m 'clients or ray or triton' tests/serve
+	$(BIN)/python -m pytest -m '(clients or triton) and not ray' tests/serve
 
 # In environments of their own: tritonserver wants numpy below 2.
 .venv/scale: .venv/ray
@@ -88,4 +94,4 @@ release: .venv/ready
 	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,export,peers,serve,tensorrt-rtx,dev]'
 	touch $@
 
-.PHONY: bench cpp demo lint mutants processors pytest pytest-tensorrt release scale serve test
+.PHONY: bench cpp demo lint mutants processors pytest pytest-tensorrt release scale scale-others scale-ray serve test

@@ -94,6 +94,7 @@ def cluster(tmp_path: Path, cpus: tuple[int, ...]) -> Iterator[Cluster]:
         "CHAMELEON_DEPLOY_CACHE": str(tmp_path / "cache"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # else a replica that starts beside other tests takes too long
         "OMP_NUM_THREADS": "1",
     }
     found = Cluster(free_port(), free_port(), env)
