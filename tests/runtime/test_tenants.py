@@ -170,7 +170,7 @@ def test_limits_of_rows_and_the_last_place(runtime: Runtime) -> None:
 def test_who_may_begin() -> None:
     assert may_begin(Tenant(), running=3, free=1, places=4)
     assert may_begin(A, 0, 1, 4) and not may_begin(A, 1, 1, 4) and may_begin(A, 1, 2, 4)
-    assert may_begin(A, 0, 1, 1)
+    assert may_begin(A, 0, 1, 1) and not may_begin(A, 1, 1, 2)
 
 
 def test_who_reads_short_chunks() -> None:
@@ -309,9 +309,10 @@ def test_an_engine_holds_tenants_to_their_limits(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"weight": 0}, {"weight": 1001}, {"rows": 0}, {"max_waiting": -1}, {"weight": 1.5}, {"rows": 2**40 + 1}],
-)
+    [{"weight": 0}, {"weight": 1001}, {"rows": 0}, {"max_waiting": -1}, {"weight": 1.5}, {"rows": 2**40 + 1},
+     {"tokens_per_minute": 0}],
+)  # fmt: skip
 def test_a_tenant_that_cannot_be(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Tenant("a", **fields)
-    assert Tenant("a", rows=2**40).weight == 1
+    assert Tenant("a", rows=2**40, tokens_per_minute=1).weight == 1
