@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <latch>
 #include <random>
 #include <thread>
 
@@ -465,7 +466,9 @@ TEST(Engine, APromptThatComesAgainIsFoundInThePrefixCache) {
 
 TEST(Engine, TenantsAreHeldToTheirLimits) {
   std::vector<FinishedRow> finished;
+  std::latch refused(1);  // no row ends before, however busy the machine is
   Engine engine(runtime(), {.rows = 2, .max_waiting = 20, .observe = [&](const Iteration& iteration) {
+                              refused.wait();
                               finished.insert(finished.end(), iteration.finished.begin(), iteration.finished.end());
                             }});
   const auto ask = [&](const Tenant& tenant, std::int64_t tokens) {
@@ -475,6 +478,7 @@ TEST(Engine, TenantsAreHeldToTheirLimits) {
   const Tenant limited{.name = "a", .max_waiting = 0};
   const std::vector<Stream> streams = {ask(limited, kLong), ask(limited, kLong)};
   EXPECT_THROW(ask(limited, 1), QueueFullError);
+  refused.count_down();
   EXPECT_EQ(ask({.name = "b"}, 2).result().size(), 1U);
   for (const Stream& stream : streams) (void)stream.result();
   const Tenant poor{.name = "p", .tokens_per_minute = 4};
