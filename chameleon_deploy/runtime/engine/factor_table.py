@@ -130,7 +130,7 @@ class FactorTable:
     def _set_rank(self) -> None:
         """Set the stack's rank to the largest of its sets; a larger rank would waste computation.
 
-        The memory stays the same: a decoder's calls keep the stack that they were bound to last.
+        Only a rank larger than any before takes new memory: a decoder's calls keep the stack that they were bound to.
         """
         rank = max(self._ranks)
         for name, old in self._tensors.items():

@@ -109,10 +109,7 @@ void FactorTable::remove(std::size_t i) {
   if (!keys_.empty()) set_rank();
 }
 
-/// Set the stack's rank to the largest of its sets; a larger one would waste computation.
-///
-/// The memory stays the same, as large as the largest rank so far needs: a decoder's calls keep the stack that they
-/// were bound to last.
+/// Only a rank larger than any before takes new memory: a decoder's calls keep the stack that they were bound to.
 void FactorTable::set_rank() {
   const std::int64_t rank = std::ranges::max(ranks_);
   if (rank == rank_) return;
