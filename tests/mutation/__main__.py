@@ -75,9 +75,8 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("runtime.engine.loop", "runtime.engine.batch", "runtime.engine.member"),
         ((f"{SHARED}::test_schedules",), (ENGINE, *(f"tests/runtime/test_{name}.py" for name in (
             "prompt_lookup", "prefix_cache", "runtime_errors"))))),
-    **dict.fromkeys(
-        ("runtime.engine.engine", "runtime.engine.submission"), ((), (ENGINE, "tests/runtime/test_types.py"))
-    ),
+    "runtime.engine.engine": ((), (ENGINE, "tests/runtime/test_types.py")),
+    "runtime.engine.submission": ((), ("tests/runtime/test_submission.py", ENGINE, "tests/runtime/test_types.py")),
     "runtime.engine.tenants": (tuple(f"{TENANTS}::{name}" for name in (
         "test_who_may_begin", "test_who_reads_short_chunks",
         "test_chunks_stay_short_for_some_calls_after_another_tenant_has_waited",
