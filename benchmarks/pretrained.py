@@ -10,9 +10,9 @@ which engines are compared fairly.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,9 @@ from chameleon_deploy.errors import CheckFailedError
 from chameleon_deploy.terminal import console
 
 PRECISIONS = ("fp32", "int8")
+# Engines by precision; PyTorch in float32 takes its turns beside the bundle in float32 alone.
+QUANTISED = ("CTranslate2", "OpenVINO", "llama.cpp")
+ENGINES = {"fp32": ("PyTorch eager", "torch.compile", *QUANTISED)}
 # llama-bench's own terms: 512 tokens of a prompt, and 128 tokens after an empty one, of one row.
 LLAMA_BENCH = {"pp512": ("--width", 512, "--tokens", 2), "tg128": ("--width", 2, "--tokens", 129)}
 CURVES_OF = Path("docs/lab/growth")
@@ -37,33 +40,46 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
     base: Annotated[str, typer.Option(help="A directory, a GGUF file, or the short name of a model.")] = "smollm2",
     precision: Annotated[list[str] | None, typer.Option(help="Repeatable; default: fp32 and int8.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per engine; up to three times as many if noisy.")] = 7,
+    largest: Annotated[int | None, typer.Option(min=1, help="Leave out larger points of every curve.")] = None,
 ) -> None:
-    """Export, measure and print the tables; the curves go to docs/lab/growth, of a base with a path to --work."""
-    name = Path(base).stem if Path(base).exists() else base
+    """Export, measure and print the tables; then the curves, to docs/lab/growth, of a base with a path to --work."""
+    name, precisions = Path(base).stem if Path(base).exists() else base, precision or PRECISIONS
     checkpoint = work / name
     step(checkpoint, "chameleon_deploy.reference.random", "--base", base, "--out", checkpoint)
-    speed, llama_bench, curves = list[Path](), dict[str, list[Path]](), []
-    for one in precision or PRECISIONS:
-        bundle = work / f"{name}-{one}"
-        step(bundle, "chameleon_deploy.export", checkpoint, "--out", bundle, "--precision", one, "--no-verify")
-        measured = (bundle, "--reference", checkpoint, "--threads", threads)
-
-        def figures(kind: str, *how: object, bundle: Path = bundle, measured: Sequence[object] = measured) -> Path:
-            file = work / f"bench-{bundle.name}-{kind}.json"
-            step(file, "chameleon_deploy.bench", *measured, *how, "--json", file)
-            return file
-
-        texts = [word for file in text or () for word in ("--text", file)]
-        speed += [figures("8", "--batch", 1, "--batch", 8, *texts), figures("32", "--batch", 32, "--windows", 0)]
-        for kind, how in LLAMA_BENCH.items():
-            llama_bench.setdefault(kind, []).append(figures(kind, "--batch", 1, *how, "--windows", 0))
-        for curve in CURVES:
-            file = work / f"growth-{bundle.name}-{curve}.json"
-            step(file, "benchmarks.growth", *measured, "--curve", curve, "--json", file)
-            curves.append(file)
+    for one in precisions:
+        step(of(work, name, one), "chameleon_deploy.export", checkpoint, "--out", of(work, name, one),
+             "--precision", one, "--no-verify")  # fmt: skip
+    texts = [word for file in text or () for word in ("--text", file)]
+    kinds: dict[str, tuple[object, ...]] = {"steps": ("--batch", 1, "--batch", 8, "--batch", 32, "--tokens", 17)}
+    kinds |= {kind: ("--batch", 1, *how) for kind, how in LLAMA_BENCH.items()}
+    kinds = {kind: ("--case", "generation", "--windows", 0, *how) for kind, how in kinds.items()}
+    kinds["quality"] = ("--case", "scoring", *texts)
+    figures: dict[str, list[Path]] = {}
+    for kind, how in kinds.items():
+        for one in precisions:
+            engines = [word for engine in ENGINES.get(one, QUANTISED) for word in ("--engine", engine)]
+            figures.setdefault(kind, []).append(file := work / f"bench-{name}-{one}-{kind}.json")
+            step(file, "chameleon_deploy.bench", of(work, name, one), "--reference", checkpoint, "--threads", threads,
+                 "--rounds", rounds, *how, *engines, "--json", file)  # fmt: skip
+    for one in precisions:
+        figures.setdefault("loading", []).append(file := work / f"loading-{name}-{one}.json")
+        step(file, "benchmarks.loading", of(work, name, one), "--reference", checkpoint, "--threads", threads,
+             "--json", file)  # fmt: skip
+    tables.pretrained(figures["quality"] + figures["steps"])
+    tables.llama_bench(figures["pp512"], figures["tg128"])
+    tables.loading(figures["loading"])
+    curves, limit = [], ("--largest", largest) if largest else ()
+    for curve, one in itertools.product(CURVES, precisions):
+        curves.append(file := work / f"growth-{name}-{one}-{curve}.json")
+        step(file, "benchmarks.growth", of(work, name, one), "--reference", checkpoint, "--threads", threads,
+             "--curve", curve, *limit, "--json", file)  # fmt: skip
     growth_plots.main(work / "growth" if Path(base).exists() else CURVES_OF, curves)
-    tables.pretrained(speed)
-    tables.llama_bench(llama_bench["pp512"], llama_bench["tg128"])
+
+
+def of(work: Path, name: str, precision: str) -> Path:
+    """Return where the bundle of a model is."""
+    return work / f"{name}-{precision}"
 
 
 def step(made: Path, module: str, *arguments: object) -> None:

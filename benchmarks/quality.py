@@ -42,9 +42,7 @@ def open_peers(
     if mixes:
         write_gguf(trunk, file := directory / "base.gguf", F32)
     for mix in mixes:
-        peer = OwnProcess(partial(LlamaCpp, mix=mix), file, "int8" if mix == "Q8_0" else "int4", threads)
-        peer.name = f"llama.cpp {mix}"
-        yield peer
+        yield OwnProcess(partial(LlamaCpp, mix=mix), file, "int8" if mix == "Q8_0" else "int4", threads)
     for precision in precisions:
         (place := directory / precision).mkdir()
         yield OpenVINO(trunk, precision, threads, place)

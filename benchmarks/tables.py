@@ -144,6 +144,15 @@ def llama_bench(prompts: Sequence[Path], steps: Sequence[Path]) -> None:
     table(["engine", "pp512, tokens/s", "tg128, tokens/s"], ([name, *row] for name, row in found.items()))
 
 
+def loading(files: Sequence[Path]) -> None:
+    """Print what `loading --json` wrote: a row for each engine of each precision."""
+    heads = ["engine", "import to first token, s", "resident, MB", "peak, MB", "files, MB"]
+    table(heads, (
+        [name, f"{one['seconds']:.2f}", *(f"{one[size] / 1e6:.0f}" for size in ("resident", "peak", "size"))]
+        for file in files for name, one in json.loads(file.read_text()).items()
+    ))  # fmt: skip
+
+
 def untrained_rows(record: dict[str, Any]) -> dict[str, str]:
     """Return the figures of one run, by the name of the row."""
     footprint = record["footprint"]

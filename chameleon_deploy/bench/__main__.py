@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chameleon_deploy.bench import report
-from chameleon_deploy.bench.run import Plan, run
+from chameleon_deploy.bench.run import CaseName, Plan, run
 from chameleon_deploy.bench.timing import MAX_EXTRA_ROUNDS
 from chameleon_deploy.contract.bundle import Precision
 from chameleon_deploy.errors import CheckFailedError, InputError
@@ -49,6 +49,7 @@ def main(
     engine: Annotated[
         list[str] | None, typer.Option(help="Compare only with engines whose name begins with this, such as OpenVINO.")
     ] = None,
+    case: Annotated[list[CaseName] | None, typer.Option(help="Time only this; repeatable; default: all.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Text to measure the quality on; default: Python's documentation.")
     ] = None,
@@ -71,7 +72,7 @@ def main(
     with console.progress() as progress, _opened(directory, reference, base, model, precision) as (path, checkpoint):
         read = text_windows(checkpoint.trunk, text or [], windows, WINDOW) if windows else []
         plan = Plan(threads, batch_sizes, width, tokens, rounds, 0 if smoke else MAX_EXTRA_ROUNDS, not smoke,
-                    engine or [], read)  # fmt: skip
+                    engine or [], read, case or tuple(CaseName))  # fmt: skip
         measured = run(path, checkpoint, plan, progress)
     report.print_tables(measured)
     if json_file:

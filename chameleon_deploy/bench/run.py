@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -17,6 +18,14 @@ from chameleon_deploy.terminal.progress import Progress
 if TYPE_CHECKING:
     from chameleon_deploy.bench.quality import Quality
     from chameleon_deploy.reference.checkpoint import Checkpoint
+
+
+class CaseName(StrEnum):
+    """What is timed."""
+
+    SCORING = "scoring"
+    FIRST_TOKEN = "first-token"  # noqa: S105  (of a text)
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Plan:
     foreign            also compare with torch.compile, CTranslate2, OpenVINO and llama.cpp
     only               how the names of the engines begin that the bundle is compared with; none for all
     windows            token ids to measure the quality on
+    cases              what is timed
     """
 
     threads: int
@@ -68,6 +78,7 @@ class Plan:
     foreign: bool = True
     only: Sequence[str] = ()
     windows: Sequence[Sequence[int]] = ()
+    cases: Sequence[CaseName] = tuple(CaseName)
 
 
 def run(bundle: Path, checkpoint: Checkpoint, plan: Plan, report: Progress) -> Benchmark:
@@ -96,8 +107,10 @@ def run(bundle: Path, checkpoint: Checkpoint, plan: Plan, report: Progress) -> B
         report("convert for other engines", 1, 1)
         read = measure_quality(peers, checkpoint.trunk, windows, report) if windows else {}
         work = workloads.Workloads(runtime, checkpoint, peers)
-        cases = [work.scoring(rows[:8]), work.first_token(rows[0])]
-        cases += [work.generation(rows[:batch], num_tokens) for batch in plan.batch_sizes]
+        cases = [work.scoring(rows[:8])] * (CaseName.SCORING in plan.cases)
+        cases += [work.first_token(rows[0])] * (CaseName.FIRST_TOKEN in plan.cases)
+        if CaseName.GENERATION in plan.cases:
+            cases += [work.generation(rows[:batch], num_tokens) for batch in plan.batch_sizes]
         timings = [timing for case in cases for timing in measure(case, rounds, report, plan.max_extra_rounds)]
     return Benchmark(
         machine=describe_machine(runtime.integer_weights),

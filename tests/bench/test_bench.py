@@ -167,12 +167,13 @@ def test_smoke_has_every_figure(smoke: tuple[str, dict[str, Any], str]) -> None:
 
 def test_a_base_model_is_exported_for_one_run(mini_path: Path, tmp_path: Path) -> None:
     result = call("chameleon_deploy.bench", "--model", mini_path / "base", "--precision", "int8", "--threads", 1,
-                  "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch",
+                  "--smoke", "--batch", 1, "--rounds", 1, "--engine", "PyTorch", "--case", "first-token",
                   "--json", tmp_path / "bench.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["precision"] == "int8"
     assert set(record["quality"]) == {"bundle", "PyTorch eager fp32"}
+    assert [timing["part"]["kind"] for timing in record["timings"]] == ["first_token"]
     assert set(record["timings"][0]["ratios"]) == {"PyTorch eager fp32"}
 
 

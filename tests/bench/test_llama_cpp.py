@@ -102,7 +102,7 @@ def test_the_own_file_of_a_base_is_not_quantised(
     monkeypatch.setattr(mini.trunk, "gguf", tmp_path / "own.gguf")
     runtime: Any = SimpleNamespace(manifest=SimpleNamespace(precision="int4"))
     openers = _foreign(runtime, mini, 1, tmp_path)
-    for name in ("llama.cpp, the file's own type", "llama.cpp Q4_K"):
+    for name in ("llama.cpp, the file's own type", "llama.cpp Q4_K_M"):
         openers[name]()
     assert opened == [({}, tmp_path / "own.gguf"), ({"mix": "Q4_K_M"}, tmp_path / "int4.gguf")]
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.adapters import VLLM
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.reference.checkpoint import Checkpoint
 from tests.adapters import save_adapter
 from tests.commands import call
 
@@ -45,8 +47,8 @@ def test_every_engine_is_timed_and_right(
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {"llama.cpp"} - figures["missing"].keys() == ({"llama.cpp"} if LLAMA_CPP else set())
-    mixed = {"bundle", "without LoRA", "one call per adapter", "PyTorch with PEFT"}
     alone = {"bundle", "without LoRA", *(["llama.cpp F32"] if LLAMA_CPP else [])}
+    mixed = alone | {"one call per adapter", "PyTorch with PEFT"}
     for timing in figures["timings"]:
         assert timing["failed"] == {}
         assert timing["seconds"].keys() == (mixed if timing["part"]["batch"] == 3 else alone)
@@ -72,3 +74,22 @@ def test_another_bundles_adapters_are_refused(adapted: tuple[Path, Path, list[Pa
     result = call("benchmarks.adapters", bundle, "--reference", base, "--adapter", f"a={directories[0]}")
     assert result.returncode == 2
     assert "pass an --adapter for each" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("adapted", ["mini"], indirect=True)
+def test_vllm_answers_from_an_environment_of_its_own(
+    adapted: tuple[Path, Path, list[Path]], tmp_path: Path, mini: Checkpoint
+) -> None:
+    """A stand-in for its Python: vLLM itself is not installed where tests run."""
+    python = tmp_path / "python"
+    answers = ['{"opened": true}', '{"lap": "prefill"}', '{"tokens": [[5, 6], [7, 8]]}']
+    python.write_text("#!/bin/sh\n" + "read -r asked\n".join(f"echo '{answer}'\n" for answer in answers[:2])
+                      + f"echo '{answers[2]}'\necho no more memory >&2\nexit 3\n")  # fmt: skip
+    python.chmod(0o755)
+    _, _, directories = adapted
+    peer = VLLM(python, mini.trunk, tmp_path, dict(zip("ab", directories, strict=True)), ["a", "b"], 1)
+    laps: list[str] = []
+    assert peer.generate([[1, 2], [3, 4]], 2, laps.append).tolist() == [[5, 6], [7, 8]]
+    assert laps == ["prefill", "decode"]
+    with pytest.raises(RuntimeError, match="its process ended with exit code 3: no more memory"):
+        peer.generate([[1, 2], [3, 4]], 2, laps.append)

@@ -89,16 +89,17 @@ def test_every_step_of_the_pretrained_run_is_a_command_that_exists(
     monkeypatch.setattr(growth_plots, "main", lambda directory, files: drawn.append(files))
     monkeypatch.setattr(tables, "pretrained", drawn.append)
     monkeypatch.setattr(tables, "llama_bench", lambda *kinds: drawn.extend(kinds))
+    monkeypatch.setattr(tables, "loading", drawn.append)
     pretrained.main(tmp_path, [tmp_path / "text"], 1)
-    assert len(made) == len(set(made)) == 1 + 2 + 4 + 4 + 6
-    of = {kind: [f for f in made if kind in f.name] for kind in ("growth-", "bench-", "pp512", "tg128")}
-    speed = [f for f in of["bench-"] if f not in of["pp512"] + of["tg128"]]
-    assert drawn == [of["growth-"], speed, of["pp512"], of["tg128"]]
+    assert len(made) == len(set(made)) == 1 + 2 + 4 + 4 + 2 + 6
+    kinds = ("quality", "steps", "pp512", "tg128", "loading-", "growth-")
+    of = {kind: [f for f in made if kind in f.name] for kind in kinds}
+    assert drawn == [of["quality"] + of["steps"], of["pp512"], of["tg128"], of["loading-"], of["growth-"]]
     made.clear()
     (tmp_path / "qwen.gguf").touch()
     pretrained.main(tmp_path, base=str(tmp_path / "qwen.gguf"), precision=["int4"])
     assert tmp_path / "qwen-int4" in made
-    assert len(made) == 1 + 1 + 2 + 2 + 3
+    assert len(made) == 1 + 1 + 2 + 2 + 1 + 3
 
 
 def test_tokens_per_second_in_the_terms_of_llama_bench(
@@ -111,6 +112,13 @@ def test_tokens_per_second_in_the_terms_of_llama_bench(
     found = cells(capsys.readouterr().out)
     assert found["**bundle fp32**"] == [f"{32 / SECONDS:.1f}"] * 2
     assert found["PyTorch eager fp32"] == [f"{32 / SECONDS / 4:.1f}"] * 2
+
+
+def test_what_loading_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"bundle fp32": {"seconds": 1.234, "resident": 2e8, "peak": 3e8, "size": 1e8}}
+    (tmp_path / "loading.json").write_text(json.dumps(figures))
+    tables.loading([tmp_path / "loading.json"])
+    assert cells(capsys.readouterr().out)["bundle fp32"] == ["1.23", "200", "300", "100"]
 
 
 def test_a_step_that_is_done_is_not_repeated_and_one_that_fails_ends_the_run(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Sequence[int]]
 
 ADAPT, PREFILL, DECODE = "adapt", "prefill", "decode"  # laps: the factors, the first tokens, all other tokens
-LLAMA_TYPES = {"int8": "Q8_0", "int4": "Q4_K"}  # what most bytes of llama.cpp's files have; else float32
+LLAMA_TYPES = {"int8": "Q8_0", "int4": "Q4_K_M"}  # llama.cpp's types and mixes of types; else float32
 FROM_A_CLONE = "not in the wheel: run bench from a clone of the repository"
 
 

@@ -1,6 +1,7 @@
-"""llama.cpp with the frozen base model or one LoRA of it, through the C interface of llama-cpp-python.
+"""llama.cpp with the frozen base model or LoRAs of it, through the C interface of llama-cpp-python.
 
-All rows of a batch are decoded in one call. llama.cpp has no log-softmax of logits, so scoring ends in PyTorch's.
+All rows of a batch are decoded in one call. llama.cpp applies a LoRA to all rows of a call, so that rows with different
+LoRAs take a call each. It has no log-softmax of logits, so scoring ends in PyTorch's.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class LlamaCpp:
     scores, generates, is_ablation = True, True, False
 
     def __init__(
-        self, file: Path, precision: str, threads: int, lora: Path | None = None, mix: str | None = None
+        self, file: Path, precision: str, threads: int, loras: Sequence[Path] = (), mix: str | None = None
     ) -> None:
         """Load GGUF files.
 
         precision  the bundle's: every quantised type is compared with int8 or int4, since its activations are 8-bit
-        lora       an update that all rows get
+        loras      an update of each row that is generated
         mix        of llama.cpp's types, such as "Q4_K_M", to which the file is quantised first, beside it
 
         Raises ValueError for a file that llama.cpp does not read.
@@ -55,19 +56,24 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         if mix:
             file = _quantised(llama_cpp, file, mix)
-        self.name, self.precision, self.size = f"llama.cpp {_type_of(file)}", precision, file.stat().st_size
+        self.name, self.precision, self.size = f"llama.cpp {mix or _type_of(file)}", precision, file.stat().st_size
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot read {file.name}")
-        self.adapts = lora is not None
-        self._lora = llama_cpp.llama_adapter_lora_init(self._model, str(lora).encode()) if lora else None
-        if lora and not self._lora:
-            raise ValueError(f"llama.cpp cannot read {lora.name}")
+        self.adapts = bool(loras)
+        self._loras = [(self._opened(lora), [row for row, own in enumerate(loras) if own == lora])
+                       for lora in dict.fromkeys(loras)]  # fmt: skip
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
         torch.set_num_threads(threads)
         self._context: Any = None
         self._shape = (0, 0)
+
+    def _opened(self, lora: Path) -> Any:
+        opened = self._api.llama_adapter_lora_init(self._model, str(lora).encode())
+        if not opened:
+            raise ValueError(f"llama.cpp cannot read {lora.name}")
+        return opened
 
     def logits(self, ids: Sequence[int]) -> Any:
         return self._all_logits([ids])[0].copy()
@@ -80,14 +86,23 @@ class LlamaCpp:
     def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
         batch, width = len(rows), len(rows[0])
         self._begin(batch, width + num_tokens)
-        logits = self._decode(rows, 0, last_only=True)
         chosen = np.empty((batch, num_tokens), np.int64)
-        chosen[:, 0] = logits.argmax(-1)
+        chosen[:, 0] = self._best(np.array(rows), 0)
         lap(PREFILL)
         for step in range(1, num_tokens):
-            chosen[:, step] = self._decode(chosen[:, step - 1 : step], width + step - 1, last_only=True).argmax(-1)
+            chosen[:, step] = self._best(chosen[:, step - 1 : step], width + step - 1)
         lap(DECODE)
         return chosen
+
+    def _best(self, rows: Any, past: int) -> Any:
+        """Return the token of the largest logit after each row."""
+        best = np.empty(len(rows), np.int64)
+        for lora, own in self._loras or [(None, list(range(len(rows))))]:
+            if lora:
+                loras = (self._api.llama_adapter_lora_p_ctypes * 1)(lora)
+                self._api.llama_set_adapters_lora(self._context, loras, 1, (ctypes.c_float * 1)(1.0))
+            best[own] = self._decode(rows[own], past, last_only=True, seq_ids=own).argmax(-1)
+        return best
 
     def _all_logits(self, rows: Rows) -> Any:
         """Return [batch, length, vocab], valid until the next call."""
@@ -112,15 +127,14 @@ class LlamaCpp:
             self._context = api.llama_init_from_model(self._model, params)
             if not self._context:
                 raise ValueError(f"llama.cpp has no context for {batch} rows of {length} tokens")
-            if self._lora:
-                loras = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
-                api.llama_set_adapters_lora(self._context, loras, 1, (ctypes.c_float * 1)(1.0))
             self._shape = batch, length
         api.llama_memory_clear(api.llama_get_memory(self._context), False)
 
-    def _decode(self, rows: Any, past: int, last_only: bool) -> Any:
-        """Decode all rows in one call and return logits [rows, vocab] of each last token, or of every token, valid
-        until the next call.
+    def _decode(self, rows: Any, past: int, last_only: bool, seq_ids: Sequence[int] | None = None) -> Any:
+        """Decode rows in one call and return logits [rows, vocab] of each last token, or of every token, valid until
+        the next call.
+
+        seq_ids  of the rows in the cache; in order if not given
         """
         ids = np.asarray(rows, np.int32)
         count, width = ids.size, ids.shape[1]
@@ -131,7 +145,7 @@ class LlamaCpp:
             _array(batch.pos, np.tile(np.arange(past, past + width, dtype=np.int32), len(ids)))
             _array(batch.n_seq_id, np.ones(count, np.int32))
             for i in range(count):
-                batch.seq_id[i][0] = i // width
+                batch.seq_id[i][0] = seq_ids[i // width] if seq_ids else i // width
             asked = np.ones(ids.shape, np.int8)
             if last_only:
                 asked[:, :-1] = 0
