@@ -95,11 +95,11 @@ def measure(
     Raises CheckFailedError for a process that fails.
     """
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for sampling in range(1 + rounds):
         report("load", sampling, 1 + rounds)
         for name, (loader, path) in engines.items():
             command = [sys.executable, "-P", str(WORKER), loader, str(path), precision, str(threads)]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             done = subprocess.run(  # noqa: S603  (our own interpreter and code)
                 command, capture_output=True, text=True, check=False, env=environment
             )
