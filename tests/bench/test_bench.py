@@ -101,6 +101,14 @@ def test_every_engine_gives_what_the_reference_gives(
         assert scoring.deviation(scores) <= scoring.bound
 
 
+def test_no_token_ends_a_row_of_pytorch(mini: Checkpoint, rows: Rows) -> None:
+    """A configuration of the model names the second token as its end: the rows go on, and are not padded."""
+    tokens = PyTorch(mini, "none", compiled=False).generate(rows, 5, lambda part: None)
+    peer = PyTorch(mini, "none", compiled=False)
+    peer._model.generation_config.eos_token_id = int(tokens[0, 1])
+    np.testing.assert_array_equal(peer.generate(rows, 5, lambda part: None), tokens)
+
+
 def test_wrong_results_are_beyond_the_bounds(
     opened: dict[str, Peer], runtime: Runtime, mini: Checkpoint, rows: Rows
 ) -> None:
