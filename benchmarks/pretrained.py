@@ -67,8 +67,7 @@ def main(
         step(file, "benchmarks.loading", of(work, name, one), "--reference", checkpoint, "--threads", threads,
              "--json", file)  # fmt: skip
     tables.pretrained(figures["quality"] + figures["steps"])
-    tables.llama_bench(figures["pp512"], figures["tg128"])
-    tables.loading(figures["loading"])
+    tables.headline(figures)
     curves, limit = [], ("--largest", largest) if largest else ()
     for curve, one in itertools.product(CURVES, precisions):
         curves.append(file := work / f"growth-{name}-{one}-{curve}.json")

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ COLUMNS = {  # kind and batch of a part, and the units of its figure, by heading
 }
 ABLATIONS = ("full logits", "one call per cluster", "without LoRA")
 LLAMA = "llama.cpp"
+LLAMA_BENCH = {"pp512": "prefill", "tg128": "decode"}  # the part of a run that has the figure
 EAGER, FOREIGN = "PyTorch eager fp32", ("CTranslate2", "OpenVINO")
 SPEED = {  # kind and batch of a part, by the name of its row
     "scoring 8x128": ("scoring", 8),
@@ -127,30 +128,43 @@ def pretrained(files: Files) -> None:
         table([*compared, "adapting costs"], ratio_rows(own, precision))
 
 
-def llama_bench(prompts: Sequence[Path], steps: Sequence[Path]) -> None:
-    """Print tokens per second in llama-bench's terms, a row for each engine of each precision.
+def headline(figures: Mapping[str, Sequence[Path]]) -> None:
+    """Print a row for each engine of each precision: quality, memory, loading and speed, as llama-bench counts it.
 
-    prompts, steps  what `bench --json` wrote of a prompt of 512 tokens, and of 128 tokens after a short one
+    figures  what `bench --json` and `loading --json` wrote, by the kinds of `benchmarks.pretrained`
     """
-    found = dict[str, list[str]]()
-    for place, (kind, files) in enumerate((("prefill", prompts), ("decode", steps))):
-        for precision, own in merged(files).items():
-            timing = own["parts"][kind, 1]
-            speed = timing["part"]["units"] / timing["seconds"]["bundle"]
-            speeds = {f"**bundle {precision}**": speed}
-            speeds |= {name: speed / ratio for name, ratio in timing["ratios"].items() if name not in ABLATIONS}
-            for name, value in speeds.items():
-                found.setdefault(name, ["", ""])[place] = f"{value:.1f}"
-    table(["engine", "pp512, tokens/s", "tg128, tokens/s"], ([name, *row] for name, row in found.items()))
+    found = {kind: merged(files) for kind, files in figures.items() if kind != "loading"}
+    loaded = dict[str, dict[str, float]]()
+    for file in figures["loading"]:
+        loaded |= json.loads(file.read_text())
 
+    def row(precision: str, engine: str) -> list[str]:
+        name = f"bundle {precision}" if engine == "bundle" else engine
+        quality, own = found["quality"][precision]["quality"].get(engine), loaded.get(name)
+        steps = [milliseconds(found["steps"][precision], engine, ("decode", batch)) for batch in (1, 8, 32)]
+        return [
+            f"**{name}**" if engine == "bundle" else name,
+            f"{max(quality['mean_kl'], 0):.1e}" if quality else "",
+            *(f"{own[size] / 1e6:,.0f}" if own else "" for size in ("size", "resident")),
+            f"{own['seconds']:.1f}" if own else "",
+            *(speed(found[kind][precision], engine, part) for kind, part in LLAMA_BENCH.items()),
+            *("" if step is None else f"{step:.1f}" if step < 100 else f"{step:.0f}" for step in steps),
+        ]
 
-def loading(files: Sequence[Path]) -> None:
-    """Print what `loading --json` wrote: a row for each engine of each precision."""
-    heads = ["engine", "import to first token, s", "resident, MB", "peak, MB", "files, MB"]
+    heads = ["engine", "mean KL", "files, MB", "resident, MB", "first token, s", "pp512, tokens/s", "tg128, tokens/s",
+             "step of 1 row, ms", "of 8", "of 32"]  # fmt: skip
     table(heads, (
-        [name, f"{one['seconds']:.2f}", *(f"{one[size] / 1e6:.0f}" for size in ("resident", "peak", "size"))]
-        for file in files for name, one in json.loads(file.read_text()).items()
+        row(precision, engine)
+        for precision, own in found["steps"].items()
+        for engine in ("bundle", *own["parts"]["decode", 1]["ratios"]) if engine not in ABLATIONS
     ))  # fmt: skip
+
+
+def speed(own: dict[str, Any], engine: str, kind: str) -> str:
+    """Return tokens per second of one row, or nothing where an engine was not measured."""
+    timing = own["parts"][kind, 1]
+    ratio = 1.0 if engine == "bundle" else timing["ratios"].get(engine)
+    return f"{timing['part']['units'] / timing['seconds']['bundle'] / ratio:.1f}" if ratio else ""
 
 
 def untrained_rows(record: dict[str, Any]) -> dict[str, str]:

@@ -88,13 +88,13 @@ def test_every_step_of_the_pretrained_run_is_a_command_that_exists(
     monkeypatch.setattr(pretrained, "step", parse)
     monkeypatch.setattr(growth_plots, "main", lambda directory, files: drawn.append(files))
     monkeypatch.setattr(tables, "pretrained", drawn.append)
-    monkeypatch.setattr(tables, "llama_bench", lambda *kinds: drawn.extend(kinds))
-    monkeypatch.setattr(tables, "loading", drawn.append)
+    monkeypatch.setattr(tables, "headline", lambda figures: drawn.extend(figures.values()))
     pretrained.main(tmp_path, [tmp_path / "text"], 1)
     assert len(made) == len(set(made)) == 1 + 2 + 4 + 4 + 2 + 6
     kinds = ("quality", "steps", "pp512", "tg128", "loading-", "growth-")
     of = {kind: [f for f in made if kind in f.name] for kind in kinds}
-    assert drawn == [of["quality"] + of["steps"], of["pp512"], of["tg128"], of["loading-"], of["growth-"]]
+    assert drawn[0] == of["quality"] + of["steps"]
+    assert drawn[1:] == [of[kind] for kind in ("steps", "pp512", "tg128", "quality", "loading-", "growth-")]
     made.clear()
     (tmp_path / "qwen.gguf").touch()
     pretrained.main(tmp_path, base=str(tmp_path / "qwen.gguf"), precision=["int4"])
@@ -102,23 +102,20 @@ def test_every_step_of_the_pretrained_run_is_a_command_that_exists(
     assert len(made) == 1 + 1 + 2 + 2 + 1 + 3
 
 
-def test_tokens_per_second_in_the_terms_of_llama_bench(
-    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_headline(record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure of an engine stands in its column; an engine without quality or loading has empty cells."""
     record["timings"].append({**record["timings"][1], "part": {**record["timings"][1]["part"], "batch": 1}})
-    file = tmp_path / "figures.json"
+    loaded = {"bundle fp32": {"seconds": 1.25, "resident": 2e9, "peak": 3e9, "size": 1e8}}
+    file, loading = tmp_path / "figures.json", tmp_path / "loading.json"
     file.write_text(json.dumps(record))
-    tables.llama_bench([file], [file])
-    found = cells(capsys.readouterr().out)
-    assert found["**bundle fp32**"] == [f"{32 / SECONDS:.1f}"] * 2
-    assert found["PyTorch eager fp32"] == [f"{32 / SECONDS / 4:.1f}"] * 2
-
-
-def test_what_loading_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {"bundle fp32": {"seconds": 1.234, "resident": 2e8, "peak": 3e8, "size": 1e8}}
-    (tmp_path / "loading.json").write_text(json.dumps(figures))
-    tables.loading([tmp_path / "loading.json"])
-    assert cells(capsys.readouterr().out)["bundle fp32"] == ["1.23", "200", "300", "100"]
+    loading.write_text(json.dumps(loaded))
+    tables.headline({**{kind: [file] for kind in ("steps", "pp512", "tg128", "quality")}, "loading": [loading]})
+    found, step = cells(capsys.readouterr().out), 1e3 * SECONDS / 32
+    speed, steps = [f"{32 / SECONDS:.1f}"] * 2, [f"{step:.1f}"] * 3
+    assert found["**bundle fp32**"] == ["1.0e-03", "100", "2,000", "1.2", *speed, *steps]
+    assert found["OpenVINO fp32"] == ["", "", "", "", *[f"{32 / SECONDS / 1.5:.1f}"] * 2, *[f"{1.5 * step:.1f}"] * 3]
+    assert found["PyTorch eager fp32"][0] == "1.0e-03"
+    assert not found.keys() & {"full logits", "without LoRA"}
 
 
 def test_a_step_that_is_done_is_not_repeated_and_one_that_fails_ends_the_run(tmp_path: Path) -> None:
