@@ -28,7 +28,6 @@ COLUMNS = {  # kind and batch of a part, and the units of its figure, by heading
 }
 ABLATIONS = ("full logits", "one call per cluster", "without LoRA")
 LLAMA = "llama.cpp"
-LLAMA_BENCH = {"pp512": "prefill", "tg128": "decode"}  # the part of a run that has the figure
 EAGER, FOREIGN = "PyTorch eager fp32", ("CTranslate2", "OpenVINO")
 SPEED = {  # kind and batch of a part, by the name of its row
     "scoring 8x128": ("scoring", 8),
@@ -78,8 +77,13 @@ def engine_rows(precision: str, own: dict[str, Any]) -> Iterator[list[str]]:
             f"{quality['top1']:.3f}",
             f"{quality['perplexity']:.3f}",
             f"{quality['size'] / 1e6:.0f}",
-            *("" if time is None else f"{time:.1f}" if time < 100 else f"{time:.0f}" for time in times),
+            *map(cell, times),
         ]
+
+
+def cell(time: float | None) -> str:
+    """Return milliseconds in three digits or more, or nothing where there was no measurement."""
+    return "" if time is None else f"{time:.1f}" if time < 100 else f"{time:.0f}"
 
 
 def ratio_rows(own: dict[str, Any], precision: str) -> Iterator[list[str]]:
@@ -129,9 +133,9 @@ def pretrained(files: Files) -> None:
 
 
 def headline(figures: Mapping[str, Sequence[Path]]) -> None:
-    """Print a row for each engine of each precision: quality, memory, loading and speed, as llama-bench counts it.
+    """Print a row for each engine of each precision: quality, memory, loading, and speed with llama-bench's tests.
 
-    figures  what `bench --json` and `loading --json` wrote, by the kinds of `benchmarks.pretrained`
+    figures  files of `bench --json` by kind ("steps", "pp512", "tg128", "quality"), of `loading --json` as "loading"
     """
     found = {kind: merged(files) for kind, files in figures.items() if kind != "loading"}
     loaded = dict[str, dict[str, float]]()
@@ -147,8 +151,9 @@ def headline(figures: Mapping[str, Sequence[Path]]) -> None:
             f"{max(quality['mean_kl'], 0):.1e}" if quality else "",
             *(f"{own[size] / 1e6:,.0f}" if own else "" for size in ("size", "resident")),
             f"{own['seconds']:.1f}" if own else "",
-            *(speed(found[kind][precision], engine, part) for kind, part in LLAMA_BENCH.items()),
-            *("" if step is None else f"{step:.1f}" if step < 100 else f"{step:.0f}" for step in steps),
+            speed(found["pp512"][precision], engine, "prefill"),
+            speed(found["tg128"][precision], engine, "decode"),
+            *map(cell, steps),
         ]
 
     heads = ["engine", "mean KL", "files, MB", "resident, MB", "first token, s", "pp512, tokens/s", "tg128, tokens/s",

@@ -66,7 +66,7 @@ class PyTorch:
 def generate(model: Any, input_ids: Tensor, num_tokens: int, lap: Lap, **options: Any) -> Any:
     """Return greedy tokens, int [batch, num_tokens], by `transformers`' generate; no token ends a row.
 
-    model  whose generation configuration loses its end of text: `generate` takes it where its own has none
+    model  its generation configuration loses its end of text, which `generate` would fill into the one passed here
     """
     model.generation_config.eos_token_id = None
     width = input_ids.shape[1]
