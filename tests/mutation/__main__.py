@@ -70,7 +70,8 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (GENERATION, "tests/runtime/test_runtime_errors.py")),
     "runtime.decode.schedule": (("tests/runtime/test_schedule.py",), ()),
     "runtime.adapters": ((f"{SHARED}::test_an_adapter_file_is_loaded_or_refused_with_its_code",),
-                         ("tests/runtime/test_adapters.py", "tests/runtime/test_types.py")),
+                         ("tests/runtime/test_adapters.py", "tests/runtime/test_activated_adapters.py",
+                          "tests/runtime/test_types.py")),
     **dict.fromkeys(
         ("runtime.engine.loop", "runtime.engine.batch", "runtime.engine.member"),
         ((f"{SHARED}::test_schedules",), (ENGINE, *(f"tests/runtime/test_{name}.py" for name in (

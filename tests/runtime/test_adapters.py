@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import chameleon_deploy
 from chameleon_deploy import Runtime
 from chameleon_deploy.contract.adapter_file import read_adapter, write_adapter
+from chameleon_deploy.contract.peft_lora import MAX_CONFIG_BYTES, read_peft
 from chameleon_deploy.errors import (
     AdapterError,
     ChameleonError,
@@ -32,6 +35,7 @@ from chameleon_deploy.errors import (
 )
 from chameleon_deploy.export.exporter import export_bundle
 from chameleon_deploy.reference.adapters import load_adapted
+from chameleon_deploy.runtime import adapters as adapters_module
 from chameleon_deploy.runtime.adapters import AdapterChoice
 from chameleon_deploy.runtime.engine.engine import Engine
 from tests.adapters import base_model, save_adapter
@@ -99,6 +103,7 @@ def test_rows_choose_adapters_by_name(runtime: Runtime) -> None:
         ({"adapters": [{"legal": 0.5, "nobody": 0.5}]}, AdapterError),
         ({"adapters": [{"legal": float("nan")}]}, InputError),
         ({"adapters": [{"legal": 1e39}]}, InputError),
+        ({"adapters": [{"code": float(np.finfo(np.float32).max)}]}, NumericError),  # a number, but of no sum
         ({"adapters": [{"legal": True}]}, InputError),
         ({"adapters": [{"legal": "1"}]}, InputError),
         ({"adapters": [{7: 1.0}]}, InputError),
@@ -169,16 +174,134 @@ def test_the_engine_blends_and_a_blend_that_overflows_ends_alone(runtime: Runtim
 def test_a_blend_stays_within_the_rank_of_the_bundle(
     llama_path: Path, directories: dict[str, Path], tmp_path: Path
 ) -> None:
-    base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=5)
+    base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=6)
     spec = export_bundle(base, tmp_path / "base").adaptation
     loaded = load_adapted(str(llama_path / "base"), directories, base.trunk)
     runtime = chameleon_deploy.load(tmp_path / "base", threads=1)
-    for name, adapter in (("legal", "legal"), ("code", "code"), ("other", "code")):
-        write_adapter(tmp_path / f"{name}.safetensors", loaded.adapters[adapter], spec)
+    for name in ("legal", "code"):
+        write_adapter(tmp_path / f"{name}.safetensors", loaded.adapters[name], spec)
         runtime.load_adapter(name, tmp_path / f"{name}.safetensors")
-    tokens(runtime, {"code": 0.5, "other": 0.5})
-    with pytest.raises(AdapterError, match="code, legal have rank 6 together: this bundle takes at most 5"):
-        tokens(runtime, {"legal": 0.5, "code": 0.5})
+    more = [f"code{i}" for i in range(10)]
+    for name in more:
+        runtime.load_adapter(name, tmp_path / "code.safetensors")
+    tokens(runtime, {"legal": 0.5, "code": 0.5})  # ranks 4 and 2
+    with pytest.raises(AdapterError, match="code, code0, legal have rank 8 together: this bundle takes at most 6"):
+        tokens(runtime, {"legal": 0.5, "code": 0.5, "code0": 0.5})
+    with pytest.raises(AdapterError, match="code8 have rank 22 together"):  # the first ten names
+        tokens(runtime, dict.fromkeys(["code", *more], 1))
+    with pytest.raises(TensorError, match=f"{directories['wiki']}: rank 8: this bundle was exported with --max-rank 6"):
+        runtime.load_adapter("wiki", directories["wiki"])
+
+
+def test_an_adapter_knows_its_name_its_file_and_its_uses(runtime: Runtime, file: Path) -> None:
+    adapters = runtime.adapters
+    runtime.load_adapter("wiki", file)
+    wiki, legal = adapters["wiki"], adapters["legal"]
+    assert (wiki.name, wiki.digest) == ("wiki", hashlib.sha256(file.read_bytes()).hexdigest())
+    assert (legal.name, legal.digest) == ("legal", None)
+    blend, _, _ = adapters.blends([{"wiki": 1, "legal": 2}, "legal", None])
+    assert blend.names == ("legal", "wiki")
+    assert adapters.blends([blend, "legal"])[0] is blend  # counted once
+    assert (adapters.uses(wiki), adapters.uses(legal)) == (1, 3)
+    runtime.load_adapter("wiki", file, replace=True)
+    assert wiki not in adapters
+    assert adapters["wiki"] in adapters
+    assert (adapters.uses(wiki), wiki.key in adapters._sets) == (0, False)
+    adapters.blends(["wiki"])
+    wiki = adapters["wiki"]
+    runtime.unload_adapter("wiki")
+    assert (adapters.uses(wiki), wiki.key in adapters._sets, wiki in adapters) == (0, False, False)
+
+
+def test_an_error_names_ten_adapters_that_are_loaded(runtime: Runtime, file: Path) -> None:
+    for i in range(8):
+        runtime.load_adapter(f"wiki{i}", file)
+    with pytest.raises(AdapterError, match=r"'nobody': loaded are legal, code, wiki0, .*, wiki7$"):
+        runtime.adapters.blends(["nobody"])
+    runtime.load_adapter("wiki8", file)
+    with pytest.raises(AdapterError, match=r"'nobody': loaded are legal, code, wiki0, .*, wiki7 and 1 more$"):
+        runtime.adapters.blends(["nobody"])
+
+
+def test_the_factors_used_least_recently_leave_first(runtime: Runtime, file: Path) -> None:
+    adapters = runtime.adapters
+
+    def kept() -> set[str]:
+        return {name for name in adapters.names if adapters[name].file and adapters[name].key in adapters._sets}
+
+    for name in ("one", "two"):
+        runtime.load_adapter(name, file)
+    adapters.max_bytes = 2 * adapters["one"].size
+    adapters.blends(["one"])
+    runtime.load_adapter("three", file)
+    assert kept() == {"one", "three"}
+    adapters.blends(["two"])  # read again, and kept
+    assert kept() == {"two", "three"}
+    (held,) = adapters.blends(["three"])
+    for name in ("one", "two"):
+        adapters.blends([name])
+    assert kept() == {"one", "two"}
+    assert adapters.blends(["three"])[0].parts[0][1] is held.parts[0][1]
+    assert kept() == {"three", "two"}
+
+
+def test_factors_of_an_adapter_that_was_unloaded_are_not_kept(runtime: Runtime, file: Path) -> None:
+    """Whether a row still holds them, or they are read once more."""
+    runtime.load_adapter("wiki", file)
+    (held,) = runtime.adapters.blends(["wiki"])
+    ((wiki, sets, _),) = held.parts
+    runtime.unload_adapter("wiki")
+    assert runtime.adapters.sets_of(wiki) is sets
+    assert wiki.key not in runtime.adapters._sets
+    del held, sets
+    assert runtime.adapters.sets_of(wiki) is not None
+    assert wiki.key not in runtime.adapters._sets
+
+
+def test_peft_directories_at_their_limits(
+    runtime: Runtime, llama_bundle: Path, llama_path: Path, directories: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(directories["wiki"], place := tmp_path / "wiki")
+    config = place / "adapter_config.json"
+    config.write_bytes(config.read_bytes().ljust(MAX_CONFIG_BYTES))
+    runtime.load_adapter("wiki", place)
+    config.write_bytes(config.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=f"over {MAX_CONFIG_BYTES} bytes are no LoRA of this model"):
+        runtime.load_adapter("other", place)
+    with pytest.raises(AdapterError, match="takes no adapters: export its base model"):
+        chameleon_deploy.load(llama_bundle, threads=1).load_adapter("wiki", directories["wiki"])
+    far = save_adapter(
+        llama_path / "base", tmp_path / "far", r=1, target_modules=["q_proj"], alora_invocation_tokens=[3, 100_000]
+    )
+    with pytest.raises(AdapterError, match=f"{far}: its invocation_tokens hold 100000"):
+        runtime.load_adapter("far", far)
+
+
+def test_a_peft_directory_that_changes_or_cannot_be_read(
+    runtime: Runtime, directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(directories["wiki"], place := tmp_path / "wiki")
+
+    def read_and_change(directory: Path, *arguments: Any) -> Any:
+        factors = read_peft(directory, *arguments)
+        with (directory / "adapter_config.json").open("a") as file:
+            file.write(" ")
+        return factors
+
+    monkeypatch.setattr(adapters_module, "read_peft", read_and_change)
+    with pytest.raises(AdapterError, match="has changed while it was read: load it again"):
+        runtime.load_adapter("wiki", place)
+
+    def fail(file: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(adapters_module, "file_sha256", fail)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: Input/output error"):
+        runtime.load_adapter("wiki", place)
+    assert runtime.adapters.names == ["legal", "code"]
 
 
 def test_a_file_becomes_an_adapter_and_is_forgotten(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
+import chameleon_deploy
 from chameleon_deploy import Adapt, Generate, Runtime, Sampling
 from chameleon_deploy.errors import ChameleonError, InputError, LengthError
-from chameleon_deploy.runtime.engine.submission import Submission, prepare, prepare_scores
+from chameleon_deploy.runtime.engine.submission import Submission, form_cohort, prepare, prepare_scores
 from chameleon_deploy.runtime.engine.tenants import Tenant
 from chameleon_deploy.runtime.sampling import SCORED, Given
+from tests.shared_data import good_bundle
 
 TENANT, NONE = Tenant("one"), Adapt(mode="none")
 
@@ -73,6 +76,33 @@ def test_texts_after_token_ids_are_encoded_alone(runtime: Runtime) -> None:
     found = scores(runtime, [[1, 2], [3]], [" runs", " is a lake"])
     assert [list(member.row.prompt) for member in found.members] == [[1, 2], [3]]
     assert given(found) == runtime.encode([" runs", " is a lake"], add_special_tokens=False)
+
+
+def test_only_a_prompt_has_special_tokens_around_it() -> None:
+    runtime = chameleon_deploy.load(good_bundle("chameleon_masked"), threads=1)
+    (head,), (rest,) = runtime.encode(["one"]), runtime.encode([" two"])
+    runtime.tokenizer.post_processor = processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    for prompt in ("one", [0, *head]):
+        found = scores(runtime, [prompt], [" two"])
+        assert [list(member.row.prompt) for member in found.members] == [[0, *head]]
+        assert given(found) == [rest]
+
+
+def test_a_cohort_gives_each_row_the_factors_of_its_prompt(runtime: Runtime) -> None:
+    """However its prompts were submitted, and however many rows each has."""
+    prompts, adapt = [[5, 9, 301], [17, 44, 2, 8], [90, 91, 92]], Adapt(mode="request")
+
+    def submitted(*parts: list[list[int]], n: int = 1) -> list[Any]:
+        submissions = [prepare(runtime, part, Generate(n=n), adapt, 32, TENANT) for part in parts]
+        form_cohort(runtime, submissions, 7)
+        return [member.source.item.tolist() for submission in submissions for member in submission.members]
+
+    alone = submitted(prompts)
+    assert len({str(item) for item in alone}) == 3
+    assert submitted(prompts[:1], prompts[1:]) == submitted(prompts[:2], prompts[2:]) == alone
+    assert submitted(prompts[:1], prompts[1:], n=2) == [item for item in alone for _ in range(2)]
 
 
 def test_what_a_continuation_takes_its_own_way(runtime: Runtime) -> None:
