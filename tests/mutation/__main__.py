@@ -87,7 +87,7 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_a_tenants_waiting_rows_are_counted_beside_those_that_may_run", "test_no_tenant_fills_the_queue",
         "test_a_tenant_that_cannot_be")), (TENANTS,)),
     "serve.keys": ((), (f"{FAULTS}::test_a_bad_file_of_keys", "tests/serve/test_lora_adapters.py")),
-    "serve.logs": ((f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line",), ()),
+    "serve.logs": (("tests/serve/test_logs.py", f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line"), ()),
     "serve.bodies": ((), (HOSTILE_CLIENTS, FAULTS)),
     "serve.connections": ((), (HOSTILE_CLIENTS,)),
     "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),

@@ -44,7 +44,7 @@ ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a
 PREPARE = "tests/mutation/prepare.py"  # a server runs it first
 OPTIONS = ("-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none")
 POLL = 0.01  # seconds
-MEMORY = 8 << 30  # bytes that a mutant may map: an engine maps a tenth of the free memory for its prefix cache
+MEMORY = 16 << 30  # bytes that a mutant may map: an engine maps a tenth of the free memory for its prefix cache
 NOT_EXCHANGED = os.EX_UNAVAILABLE  # exit code of a fork whose functions cannot take a mutant's code
 
 Outcome = Literal["survived", "killed", "endless", "undecided"]  # of a mutant; a fork may leave it undecided
