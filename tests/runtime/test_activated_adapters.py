@@ -117,6 +117,7 @@ def test_places() -> None:
             if name in ("first", "second")] == [20, 8, 0, 14, 16, None, 85]  # fmt: skip
     assert last_place([7, 301], INVOCATION) is None
     assert last_place([1, 1, 1, 1], [1, 1]) == 2
+    assert last_place([7, 8], [7, 8]) == 0
 
 
 def test_the_reference_is_peft(adapted: AdaptedBase, theirs: Any) -> None:

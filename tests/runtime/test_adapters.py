@@ -313,8 +313,9 @@ def test_a_file_becomes_an_adapter_and_is_forgotten(
     runtime.load_adapter("wiki", file)
     assert runtime.adapters.names == ["legal", "code", "wiki"]
     assert tokens(runtime, "wiki", "legal", None) == expected
-    with pytest.raises(AdapterError, match="already"):
-        runtime.load_adapter("wiki", file)
+    for load in (runtime.load_adapter, runtime.adapters.load):
+        with pytest.raises(AdapterError, match="already"):
+            load("wiki", file)
     runtime.unload_adapter("wiki")
     with pytest.raises(AdapterError, match="wiki"):
         tokens(runtime, "wiki")
