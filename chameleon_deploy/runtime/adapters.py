@@ -177,7 +177,7 @@ class Adapters:
         """Return how many texts have chosen an adapter, alone or with others."""
         return self._uses[adapter.key]
 
-    def load(self, name: str, path: str | os.PathLike[str], replace: bool) -> None:
+    def load(self, name: str, path: str | os.PathLike[str], replace: bool = False) -> None:
         """Read an adapter; see `Runtime.load_adapter`."""
         if not isinstance(name, str) or not is_adapter_name(name):
             raise InputError(f"{name!r:.80} cannot name an adapter: use {ADAPTER_NAME}", "name")
