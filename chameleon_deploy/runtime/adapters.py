@@ -299,7 +299,12 @@ class Adapters:
                 raise AdapterError(f"{file} has changed while it was read: load it again")
 
         targets = json.dumps([target.name for target in self._spec.targets])
-        key = {**digests, "base": self._spec.base_digest, "targets": hashlib.sha256(targets.encode()).hexdigest()}
+        key = {
+            **digests,
+            "base": self._spec.base_digest,
+            "targets": hashlib.sha256(targets.encode()).hexdigest(),
+            "max_rank": str(max_rank(self._spec)),  # else the errors of a stricter bundle would name the cache's file
+        }
         return local_cache.find_or_build(ADAPTERS, key, build) / CONVERTED
 
     def _keep(self, adapter: Adapter, sets: FactorSets) -> None:

@@ -172,8 +172,9 @@ def test_the_engine_blends_and_a_blend_that_overflows_ends_alone(runtime: Runtim
 
 
 def test_a_blend_stays_within_the_rank_of_the_bundle(
-    llama_path: Path, directories: dict[str, Path], tmp_path: Path
+    runtime: Runtime, llama_path: Path, directories: dict[str, Path], tmp_path: Path
 ) -> None:
+    runtime.load_adapter("wiki", directories["wiki"])  # converted for a bundle that takes it
     base = load_adapted(str(llama_path / "base"), {}, adaptable=LAYERS, max_rank=6)
     spec = export_bundle(base, tmp_path / "base").adaptation
     loaded = load_adapted(str(llama_path / "base"), directories, base.trunk)
