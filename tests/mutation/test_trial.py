@@ -114,6 +114,13 @@ def test_tests_that_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.Mo
     assert "test_planted.py::test_planted" in result.stderr
 
 
+def test_tests_that_cannot_be_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, "test_planted.py", "import planted, no_module\ndef test_planted():\n    pass\n")
+    result = run(tmp_path)
+    assert result.returncode == 1
+    assert "No module named 'no_module'" in result.stderr
+
+
 def test_every_module_and_its_tests_are_there() -> None:
     for name, parts in TESTS.items():
         assert source_of(name).is_file(), name

@@ -42,7 +42,8 @@ HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors.t
          "transformers.models.llama.modeling_llama", "typer")  # fmt: skip
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # a fork has none but its own thread
 PREPARE = "tests/mutation/prepare.py"  # a server runs it first
-OPTIONS = ("-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none")
+# No other plugin is loaded. That of timeouts defines a marker, and the runner has limits of its own.
+OPTIONS = ("-p", "no:cacheprovider", "-p", "pytest_timeout", "-o", "timeout=0", "-o", "tmp_path_retention_policy=none")
 POLL = 0.01  # seconds
 MEMORY = 16 << 30  # bytes that a mutant may map: an engine maps a tenth of the free memory for its prefix cache
 NOT_EXCHANGED = os.EX_UNAVAILABLE  # exit code of a fork whose functions cannot take a mutant's code
@@ -168,10 +169,18 @@ class Server:
 
     def __init__(self, file: Path, mutants: Sequence[Mutant], recorder: Recorder, out: TextIO) -> None:
         self._file, self._mutants, self._recorder, self._out = file, mutants, recorder, out
+        self._not_collected: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._not_collected.append(f"{report.nodeid}\n{report.longreprtext}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         recorder, done = self._recorder, self._recorder.stop()  # by imports
+        if self._not_collected:
+            self._report({"failures": self._not_collected})
+            return True
         preparing, tests = list[pytest.Function](), dict[str, pytest.Function]()
         for item in session.items:
             assert isinstance(item, pytest.Function)
@@ -324,14 +333,14 @@ def _pytest(arguments: Sequence[str], plugins: Sequence[Any]) -> int:
 def in_child(work: Callable[[], int], seconds: float) -> int | None:
     """Return the exit code of `work` in a forked process, or None if it had to be ended.
 
-    seconds  of processor time, since a machine can be busy; a process that only waits is ended after 20 times as many
+    seconds  of processor time, since a machine can be busy; a process that only waits is ended after 5 times as many
     """
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
         _leave(work)
-    for _ in range(int(20 * seconds / POLL)):
+    for _ in range(int(5 * seconds / POLL)):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
