@@ -86,9 +86,9 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "test_a_tenant_has_one_place_of_a_queue_that_others_fill",
         "test_a_tenants_waiting_rows_are_counted_beside_those_that_may_run", "test_no_tenant_fills_the_queue",
         "test_a_tenant_that_cannot_be")), (TENANTS,)),
-    "serve.keys": ((), (f"{FAULTS}::test_a_bad_file_of_keys", "tests/serve/test_lora_adapters.py")),
+    "serve.keys": (("tests/serve/test_keys.py",), ()),
     "serve.logs": (("tests/serve/test_logs.py", f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line"), ()),
-    "serve.bodies": ((), (HOSTILE_CLIENTS, FAULTS)),
+    "serve.bodies": (("tests/serve/test_bodies.py",), ()),
     "serve.connections": ((), (HOSTILE_CLIENTS,)),
     "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),
 }  # fmt: skip

@@ -21,7 +21,7 @@ import pytest
 
 from chameleon_deploy import Sampling
 from chameleon_deploy.contract.bundle import Mode
-from chameleon_deploy.errors import InputError, ModeError
+from chameleon_deploy.errors import ModeError
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.serve import endpoint
 from chameleon_deploy.serve.event_stream import EventStream
@@ -252,19 +252,6 @@ def test_the_scores_of_an_open_cohort_are_refused(keyed: Running) -> None:
         body = {"prompt": "a", "echo": True, "logprobs": 1, "mode": "cohort"}
         answer = http.post("/v1/completions", json=body, headers={"Authorization": "Bearer sk-a"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "echo")
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"": "a"}', '{"a": ""}', '{"a": 3}', "\xff", '{"\xe9": "a"}', '{" a": "a"}', '{"a b": "a"}',
-     '{"a": {"rights": []}}', '{"a": {"tenant": ""}}', '{"a": {"tenant": "a", "rights": ["all"]}}',
-     '{"a": {"tenant": "a", "right": []}}'],
-)  # fmt: skip
-def test_a_bad_file_of_keys(bundle: Path, tmp_path: Path, content: str) -> None:
-    file = tmp_path / "keys.json"
-    file.write_bytes(content.encode("latin-1") if content == "\xff" else content.encode())
-    with pytest.raises(InputError):
-        Service(Settings(bundle, api_keys=file))
 
 
 def test_a_default_mode_that_cannot_be_served(bundle: Path) -> None:
