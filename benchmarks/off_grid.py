@@ -27,7 +27,9 @@ import torch
 import typer
 from torch import Tensor
 
-from chameleon_deploy.directory import new_directory
+from chameleon_deploy.bench.peers.gguf_writer import write_gguf
+from chameleon_deploy.directory import new_directory, write_whole
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.export.int8.layers import Linear, Norm, layers_of
 from chameleon_deploy.reference.gguf import converted
 from chameleon_deploy.reference.model import Trunk, load_trunk
@@ -43,9 +45,14 @@ def main(
     model: Annotated[Path, typer.Argument(help="A directory in Hugging Face format, or a GGUF file.")],
     out: Annotated[Path, typer.Option(help="The directory to write, in Hugging Face format, float32.")],
     seed: Annotated[int, typer.Option(help="Of the factors.")] = 0,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it for llama.cpp too. MODEL is a GGUF file then.")
+    ] = None,
 ) -> None:
     """Multiply channels by random factors that cancel, in float64, and write the model."""
     trunk = load_trunk(model)
+    if llama_cpp and trunk.gguf is None:
+        raise InputError(f"{model} is no GGUF file, whose tokenizer that for llama.cpp would have", "llama_cpp")
     before = rounding_errors(trunk)
     trunk.causal_lm.double()
     leave_grid(trunk, seed)
@@ -56,6 +63,8 @@ def main(
         for name in BESIDE:
             if (source / name).is_file():
                 shutil.copy(source / name, directory / name)
+    if llama_cpp:
+        write_whole(llama_cpp, lambda file: write_gguf(trunk, file, Types.F32, trunk.gguf))
     for kind, after in rounding_errors(trunk).items():
         console.stdout.print(f"{kind}: relative error of rounding {before[kind]:.2e}, now {after:.2e}")
     console.stdout.print(f"{out}: {trunk.num_parameters():,} parameters")

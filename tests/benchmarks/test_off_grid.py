@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import off_grid
+from chameleon_deploy.bench.peers.gguf_writer import write_gguf
+from chameleon_deploy.errors import InputError
 from chameleon_deploy.reference.model import Trunk, load_trunk, trunk_from
 from chameleon_deploy.reference.tiny import save_base
 from tests.families import small_model
@@ -53,3 +56,45 @@ def test_a_rounded_model_is_written_unround(
     ordinary = off_grid.rounding_errors(trunk_from(small_model("llama", seed=1), trunk.tokenizer))
     assert after == pytest.approx(ordinary, rel=0.1)
     assert "Q4_0" in capsys.readouterr().out
+
+
+def write_tokenizer(base: Path, file: Path) -> None:
+    """Write the tokenizer of a base model, and a chat template, as a GGUF file without a model."""
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages[0].content }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_file_of_llama_cpp_has_the_model_and_its_tokenizer(
+    tmp_path: Path, mini_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAMELEON_DEPLOY_CACHE", str(tmp_path / "cache"))
+    write_tokenizer(mini_path / "base", tmp_path / "tokenizer.gguf")
+    llama, kind = trunk_from(small_model("llama"), None), gguf.GGMLQuantizationType.F32
+    write_gguf(llama, tmp_path / "model.gguf", kind, tmp_path / "tokenizer.gguf")
+    off_grid.main(tmp_path / "model.gguf", tmp_path / "unround", llama_cpp=tmp_path / "unround.gguf")
+    expected, found = (load_trunk(tmp_path / name) for name in ("unround", "unround.gguf"))
+    assert (logits(found) - logits(expected)).abs().max() < 1e-5
+    assert (logits(found) - logits(llama)).abs().max() < 1e-3
+    text = "The river, and 12 boats"
+    ids = load_trunk(mini_path / "base").tokenizer.encode(text).ids
+    assert found.tokenizer.encode(text).ids == expected.tokenizer.encode(text).ids == ids
+    assert found.chat.source() == expected.chat.source() == "{{ messages[0].content }}"
+
+
+def test_a_model_without_a_tokenizer_for_llama_cpp(tmp_path: Path, mini_path: Path) -> None:
+    with pytest.raises(InputError, match="is no GGUF file, whose tokenizer"):
+        off_grid.main(mini_path / "base", tmp_path / "out", llama_cpp=tmp_path / "out.gguf")
+    assert not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A base model, and a low-rank update of it, as GGUF files for llama.cpp: weights and hyperparameters, no tokenizer."""
+"""A base model, and a low-rank update of it, as GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from chameleon_deploy.reference.model import Trunk
 FIELDS = {"attention.layer_norm_epsilon", "feed_forward_length"}  # what this writes of `Architecture.fields`
 
 
-def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
+def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType, tokenizer: Path | None = None) -> None:
     """Write a model whose matrices have one type; norms, biases and position embeddings stay float32, as llama.cpp's
     own tool leaves them.
+
+    tokenizer  a GGUF file whose tokenizer and chat template are copied; None writes neither
 
     Raises ValueError for a family with other fields or an offset of its norms, heads that are not a part of the hidden
     size, or rotary frequencies that need a table.
@@ -29,7 +31,10 @@ def write_gguf(trunk: Trunk, file: Path, tensor_type: TensorType) -> None:
     writer, names = gguf.GGUFWriter(file, trunk.config.model_type), _names(trunk)
     tensors = dict(_tensors(trunk, names))
     _write_hyperparameters(writer, trunk, tensors["blk.0.ffn_up.weight"].shape[0])
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _copy_tokenizer(writer, tokenizer)
     for name, tensor in tensors.items():
         is_matrix = tensor.ndim == 2 and not name.startswith("position_embd")
         raw_type = tensor_type if is_matrix else TensorType.F32
@@ -85,6 +90,14 @@ def _write(writer: Any) -> None:
     writer.close()
 
 
+def _copy_tokenizer(writer: Any, source: Path) -> None:
+    for name, field in gguf.GGUFReader(source).fields.items():
+        if name.startswith("tokenizer."):
+            kind = field.types[0]
+            of_items = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=of_items)
+
+
 def _write_hyperparameters(writer: Any, trunk: Trunk, feed_forward_length: int) -> None:
     config = trunk.config
     writer.add_vocab_size(config.vocab_size)
@@ -118,14 +131,14 @@ def _tensors(trunk: Trunk, names: Any) -> Any:
             yield name, np.ascontiguousarray(_as_stored(name, tensor, trunk))
 
 
-def _as_stored(name: str, matrix: Any, trunk: Trunk) -> Any:
-    """Return a matrix [out, any] in the order of GGUF's output channels."""
-    if _architecture(trunk).interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
-        return _interleaved(matrix, trunk.head_dim)
-    return matrix
+def _as_stored(name: str, tensor: Any, trunk: Trunk) -> Any:
+    """Return a tensor [out, ...] in the order of GGUF's output channels."""
+    if _architecture(trunk).interleaved and name.rpartition(".")[0].endswith(("attn_q", "attn_k")):
+        return _interleaved(tensor, trunk.head_dim)
+    return tensor
 
 
-def _interleaved(matrix: Any, head_dim: int) -> Any:
+def _interleaved(tensor: Any, head_dim: int) -> Any:
     """Reorder the rows of each head from channels that are half a head apart, as Hugging Face rotates them."""
-    halves = matrix.reshape(-1, 2, head_dim // 2, matrix.shape[1])
-    return halves.swapaxes(1, 2).reshape(matrix.shape)
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
