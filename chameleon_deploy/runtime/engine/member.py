@@ -21,7 +21,7 @@ class Prompt:
     """The prompt of one or more members.
 
     ids      token ids
-    start    the token from which on the factors update it, see RowFactors
+    start    the token from which on the factors update it, see RowFactors; set with the source of the factors
     logits   float32 [vocab] after the last token, set by the prefill
     readers  number of members in the batch that have read it
     exact    how many tokens at the beginning have the keys and values of every run, see prefix_cache.py
@@ -29,7 +29,7 @@ class Prompt:
     """
 
     ids: Sequence[int]
-    start: int = 0
+    start: int = field(init=False)
     logits: FloatArray | None = None
     readers: int = 0
     exact: int = 0
@@ -45,11 +45,11 @@ class Member:
     deadline       latest time of the end
     last_token     time of the last token, or of the submit
     draft_tokens   how many tokens may be drafted for a call, at most; 0 drafts none
-    overtaken      see schedule.py
     cache_salt, cache_generated  see Generate
+    tenant         whose it is
+    overtaken      see schedule.py
     source         the source of its factors, set when its cohort is complete
     queued, first_token, adapters  see FinishedRow
-    tenant         whose it is
     place          counts the members of a batch in the order in which they were admitted
     """
 
@@ -59,16 +59,16 @@ class Member:
     submitted: float
     deadline: float
     last_token: float
-    draft_tokens: int = 0
+    draft_tokens: int
+    cache_salt: str
+    cache_generated: bool
+    tenant: Tenant
     overtaken: int = 0
-    cache_salt: str = ""
-    cache_generated: bool = True
     source: FactorSource = field(init=False)
     queued: float | None = None
     first_token: float | None = None
     adapters: tuple[str, ...] = ()
-    tenant: Tenant = NOBODY
-    place: int = 0
+    place: int = field(init=False)
     _lookup: PromptLookup | None = None
 
     @property
@@ -99,7 +99,7 @@ def members_of(rows: Sequence[Row], stream: Stream, generate: Generate, tenant: 
     return [
         Member(
             stream, prompts[id(row.prompt)], row, now, end, now, generate.prompt_lookup_num_tokens,
-            cache_salt=generate.cache_salt, cache_generated=generate.cache_generated, tenant=tenant,
+            generate.cache_salt, generate.cache_generated, tenant,
         )
         for row in rows
     ]  # fmt: skip
