@@ -89,7 +89,7 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "serve.keys": (("tests/serve/test_keys.py",), ()),
     "serve.logs": (("tests/serve/test_logs.py", f"{HOSTILE_CLIENTS}::test_no_byte_of_a_request_forges_a_log_line"), ()),
     "serve.bodies": (("tests/serve/test_bodies.py",), ()),
-    "serve.connections": ((), (HOSTILE_CLIENTS,)),
+    "serve.connections": (("tests/serve/test_connections.py",), (HOSTILE_CLIENTS,)),
     "evaluate.experiment": ((), ("tests/evaluate/test_experiment.py",)),
 }  # fmt: skip
 

@@ -1,0 +1,150 @@
+"""Which connections are closed for others or for silence, and how many there may be. Without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from typing import Any
+
+import pytest
+
+from chameleon_deploy.serve import connections
+from chameleon_deploy.serve.connections import RESERVED, Connections, _allowed
+
+UNLIMITED = resource.RLIM_INFINITY
+
+
+class Client:
+    """A connection, and its transport, with some bytes that its client has not read."""
+
+    def __init__(self, is_idle: bool = True, unread: int = 0) -> None:
+        self.is_idle, self.unread, self.closed_at, self.transport = is_idle, unread, -1.0, self
+
+    def abort(self) -> None:
+        if self.closed_at < 0:
+            self.closed_at = asyncio.get_running_loop().time()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "most", "allowed", "raised"),
+    [
+        (UNLIMITED, UNLIMITED, 1000, 1000, None),
+        (4096, 4096, 1000, 1000, None),
+        (1000 + RESERVED, 4096, 1000, 1000, None),
+        (999 + RESERVED, 4096, 1000, 1000, 1000 + RESERVED),
+        (120, UNLIMITED, 1000, 1000, 1000 + RESERVED),
+        (120, 500, 1000, 500 - RESERVED, 500),
+        (60, 60, 1000, 1, 60),
+    ],
+)
+def test_the_limit_of_descriptors_is_raised_or_obeyed(
+    soft: int, hard: int, most: int, allowed: int, raised: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = list[tuple[int, int]]()
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (soft, hard)}.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert _allowed(most) == allowed
+    assert limits == ([] if raised is None else [(raised, hard)])
+
+
+def run(*clients: Client, seconds: float, while_open: Any = None) -> Connections:
+    """Hold connections open for some time under the eyes of the sweep."""
+
+    async def sweep() -> Connections:
+        found = Connections(10)
+        for client in clients:
+            found.note(client)  # type: ignore[arg-type]
+        sweeping = asyncio.create_task(found._sweep())
+        started = asyncio.get_running_loop().time()
+        if while_open:
+            while_open(found)
+        await asyncio.sleep(seconds)
+        sweeping.cancel()
+        for client in clients:
+            client.closed_at -= started
+        return found
+
+    return asyncio.run(sweep())
+
+
+def test_silent_clients_are_closed_and_those_that_still_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "FLUSH_SECONDS", 0.5)
+    silent, reading, asking = Client(), Client(unread=1), Client(is_idle=False)
+    run(silent, reading, asking, seconds=0.8)
+    assert 0.2 < silent.closed_at < 0.5 < reading.closed_at
+    assert asking.closed_at < 0
+
+
+def test_silence_counts_from_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.4)
+    client = Client()
+
+    def again(found: Connections) -> None:
+        client.is_idle = False
+        found.note(client)  # type: ignore[arg-type]
+
+    run(client, seconds=0.8, while_open=again)
+    assert client.closed_at < 0
+
+
+def test_the_longest_idle_connection_makes_room_then_the_longest_opening() -> None:
+    async def evict() -> None:
+        found, first, second = Connections(10), Client(), Client()
+        opening = [asyncio.create_task(asyncio.sleep(60)) for _ in range(2)]
+        found._opening |= dict.fromkeys(opening)
+        for client in (first, second, first):  # noted again, it has been idle for as long
+            found.note(client)  # type: ignore[arg-type]
+        assert len(found) == 4
+        found._evict()
+        assert (first.closed_at > 0, second.closed_at) == (True, -1)
+        found.forget(first)  # type: ignore[arg-type]
+        assert len(found) == 3 and found._freed.is_set()
+        found.forget(second)  # type: ignore[arg-type]
+        found._freed.clear()
+        found._evict()
+        await asyncio.sleep(0)
+        assert [task.cancelled() for task in opening] == [True, False]
+        found.end_opening(None)
+        assert not found._freed.is_set()
+        found.end_opening(opening[0])
+        assert len(found) == 1 and found._freed.is_set()
+        found.end_opening(opening[1])
+        found._evict()  # nobody is left
+
+    asyncio.run(evict())
+
+
+def test_a_full_server_says_so_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tell() -> None:
+        found = Connections(1)
+        now = 0.0
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        for now in (0.5, 1.0, 60.5, 60.6, 61.0):
+            found._tell(f"full at {now}")
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(tell())
+    assert [record.message for record in caplog.records] == ["full at 0.5", "full at 60.6"]
+
+
+def test_room_is_made_before_another_client_is_let_in(caplog: pytest.LogCaptureFixture) -> None:
+    async def make_room() -> list[bool]:
+        found, client = Connections(2), Client()
+        found.note(client)  # type: ignore[arg-type]
+        await asyncio.wait_for(found._make_room(), 1)  # of two places one is free
+        assert not caplog.records and client.closed_at < 0
+        found.note(other := Client())  # type: ignore[arg-type]
+        waiting = asyncio.create_task(found._make_room())
+        await asyncio.sleep(0.01)
+        before = waiting.done()
+        found.forget(client)  # type: ignore[arg-type]
+        await asyncio.wait_for(waiting, 1)
+        return [before, client.closed_at > 0, other.closed_at > 0]
+
+    assert asyncio.run(make_room()) == [False, True, False]
+    assert caplog.messages == ["2 connections are open, which is the limit: the longest silent ones are closed"]
