@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutation.operators import mutants
-from tests.mutation.trial import PREPARE, Outcome, import_heavy, limit, serve, set_environment, tests_of, try_anew
+from tests.mutation.trial import PREPARE, Outcome, import_heavy, serve, set_environment, tests_of, try_anew
 
 ROOT = Path(__file__).parents[2]
 SHARED = "tests/contract/test_shared_data.py"
@@ -153,8 +153,7 @@ def try_module(name: str, results: dict[str, Any]) -> Iterator[None]:
             run |= {number} if chosen else set()
             # What units have not noticed in a fork of their server, the other tests may.
             if chosen and number not in decided and not (tests is units and others and mutant.is_function):
-                seconds = limit(mutant, records, least=120)  # it makes the bundles, too
-                note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, number, seconds))
+                note(number, try_anew([*options, *chosen], f"chameleon_deploy.{name}", file, mutant, records))
                 yield
     for number, mutant in left.items():
         where = f"{name}:{mutant.line}: {mutant.text}{'' if number in run else ' (no test runs it)'}"

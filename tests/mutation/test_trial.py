@@ -30,6 +30,10 @@ def wait(steps):
     while steps < 3:
         steps += 1
     return steps
+def pause(steps, rest):
+    while steps != 6:
+        steps += rest()
+    return steps
 def unused(a):
     return not a
 """,
@@ -47,7 +51,8 @@ def test_prepare(name, request):
     assert request.getfixturevalue(name)
 """,
     "test_planted.py": """
-from planted import increase, larger, wait
+from time import sleep
+from planted import increase, larger, pause, wait
 def test_increase():
     assert increase(1) == 3
 def test_larger():
@@ -56,9 +61,15 @@ def test_volume(volume):
     assert volume == 28
 def test_wait():
     assert wait(2) == 3
+def test_pause():
+    def rest():
+        sleep(0.01)
+        return 2
+    assert pause(2, rest) == 6
 """,
 }
-EQUAL, UNUSED, ENDLESS = "a >= b -> a > b", "not a -> not not a", "steps += 1 -> steps -= 1"
+EQUAL, UNUSED = "a >= b -> a > b", "not a -> not not a"
+COMPUTING, WAITING = "steps += 1 -> steps -= 1", {"steps += rest() -> steps -= rest()", "6 -> 7"}
 RUN_BY_A_FIXTURE = {"SIZE * 4 -> SIZE / 4", "4 -> 5"}  # before the fork
 RUN_BY_AN_IMPORT = {"7 -> 8", "2 -> 3"}  # not tried in a fork
 RUN = """
@@ -69,7 +80,8 @@ import pytest
 from tests.mutation import trial
 from tests.mutation.__main__ import TESTS, source_of
 from tests.mutation.operators import mutants
-trial.limit = lambda mutant, records: 2.0
+trial.LEAST = trial.LEAST_ANEW = 1
+trial.WAITING = 3
 file = Path("planted.py").resolve()
 everything = mutants(file.read_text())
 serving = trial.serve(["prepare.py", "test_planted.py"], file, everything)
@@ -78,7 +90,7 @@ forked = dict(serving)
 anew = {}
 for mutant in everything:
     if tests := trial.tests_of(mutant, records):
-        anew[mutant.number] = trial.try_anew(tests, "planted", file, mutant.number, trial.limit(mutant, records))
+        anew[mutant.number] = trial.try_anew(tests, "planted", file, mutant, records)
 print(json.dumps([forked, anew]))
 """
 
@@ -104,7 +116,7 @@ def test_killed_mutants_and_survivors(tmp_path: Path) -> None:
     assert {text for text, outcome in forked.items() if outcome == "undecided"} == RUN_BY_A_FIXTURE
     assert anew.keys() - forked.keys() == RUN_BY_AN_IMPORT
     for found in (forked, anew):
-        assert {text for text, outcome in found.items() if outcome == "endless"} == {ENDLESS}
+        assert {text for text, outcome in found.items() if outcome == "endless"} == {COMPUTING, *WAITING}
 
 
 def test_tests_that_fail_without_a_mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,10 @@ PREPARE = "tests/mutation/prepare.py"  # a server runs it first
 # No other plugin is loaded. That of timeouts defines a marker, and the runner has limits of its own.
 OPTIONS = ("-p", "no:cacheprovider", "-p", "pytest_timeout", "-o", "timeout=0", "-o", "tmp_path_retention_policy=none")
 POLL = 0.01  # seconds
+LEAST, LEAST_ANEW = 20, 120  # seconds that a mutant may take, beside 10 times those that its tests take without it
+WAITING = 5  # times its processor time that a process may take, since a machine can be busy
 MEMORY = 16 << 30  # bytes that a mutant may map: an engine maps a tenth of the free memory for its prefix cache
+ENDED = (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL)  # exit codes of a process whose limit has ended it
 NOT_EXCHANGED = os.EX_UNAVAILABLE  # exit code of a fork whose functions cannot take a mutant's code
 
 Outcome = Literal["survived", "killed", "endless", "undecided"]  # of a mutant; a fork may leave it undecided
@@ -158,6 +161,17 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+class Limits:
+    """A pytest plugin that ends the process in a test that takes much longer than without a mutant."""
+
+    def __init__(self, records: Records, least: float) -> None:
+        self._records, self._least = records, least
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        end_after(self._least + 10 * float(self._records[item.nodeid]["seconds"]))
+
+
 class Server:
     """A pytest plugin that tries mutants instead of running tests. What it finds goes to `out`, a line of JSON each.
 
@@ -200,7 +214,8 @@ class Server:
         for mutant in () if recorded["failures"] else self._mutants:
             chosen = [tests[name] for name in tests_of(mutant, recorded["tests"])]
             if mutant.is_function and chosen:
-                work = partial(self._try, session, functions, mutant, chosen)
+                limits = Limits(recorded["tests"], LEAST)
+                work = partial(self._try, session, functions, mutant, chosen, limits)
                 code = in_child(work, limit(mutant, recorded["tests"]))
                 is_undecided = code == NOT_EXCHANGED or (code == 0 and mutant.line in done)
                 self._report([mutant.number, "undecided" if is_undecided else _outcome(code)])
@@ -208,10 +223,16 @@ class Server:
         return True
 
     def _try(
-        self, session: pytest.Session, functions: Sequence[FunctionType], mutant: Mutant, tests: Sequence[pytest.Item]
+        self,
+        session: pytest.Session,
+        functions: Sequence[FunctionType],
+        mutant: Mutant,
+        tests: Sequence[pytest.Item],
+        limits: Limits,
     ) -> int:
         if not exchange(functions, self._file, mutant.number):
             return NOT_EXCHANGED
+        session.config.pluginmanager.register(limits)
         _run(session, tests, session.items[0])
         return session.testsfailed  # 0 or 1
 
@@ -270,7 +291,7 @@ def tests_of(mutant: Mutant, records: Records) -> list[str]:
     return sorted(fitting, key=lambda name: files.index(name.split("::")[0]))
 
 
-def limit(mutant: Mutant, records: Records, least: float = 20) -> float:
+def limit(mutant: Mutant, records: Records, least: float = LEAST) -> float:
     """Seconds after which a mutant counts as one that never ends."""
     return least + 10 * float(sum(records[name]["seconds"] for name in tests_of(mutant, records)))
 
@@ -303,14 +324,14 @@ def serve(tests: Sequence[str], file: Path, mutants: Sequence[Mutant], options: 
         _end(process)
 
 
-def try_anew(tests: Sequence[str], name: str, file: Path, number: int, seconds: float) -> Outcome:
-    """Return the outcome of tests where the package is imported with a mutant."""
+def try_anew(tests: Sequence[str], name: str, file: Path, mutant: Mutant, records: Records) -> Outcome:
+    """Return the outcome of tests where the package is imported with a mutant, and makes the bundles."""
 
     def child() -> int:
-        sys.meta_path.insert(0, Finder(name, file, number))
-        return _pytest(["-x", *tests], [])
+        sys.meta_path.insert(0, Finder(name, file, mutant.number))
+        return _pytest(["-x", *tests], [Limits(records, LEAST_ANEW)])
 
-    return _outcome(in_child(child, seconds))
+    return _outcome(in_child(child, limit(mutant, records, LEAST_ANEW)))
 
 
 def _outcome(code: int | None) -> Outcome:
@@ -333,21 +354,31 @@ def _pytest(arguments: Sequence[str], plugins: Sequence[Any]) -> int:
 def in_child(work: Callable[[], int], seconds: float) -> int | None:
     """Return the exit code of `work` in a forked process, or None if it had to be ended.
 
-    seconds  of processor time, since a machine can be busy; a process that only waits is ended after 5 times as many
+    seconds  of processor time; a process that only waits is ended after WAITING times as many
     """
     process = os.fork()
     if process == 0:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
         _leave(work)
-    for _ in range(int(5 * seconds / POLL)):
+    for _ in range(int(WAITING * seconds / POLL)):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
-            return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
+            if code not in ENDED:
+                return code
+            break
         time.sleep(POLL)
     _end(process)
     return None
+
+
+def end_after(seconds: float) -> None:
+    """End this process when it has taken so much processor time from now on, or has waited WAITING times as long."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if most == resource.RLIM_INFINITY else min(soft, most), most))
+    signal.setitimer(signal.ITIMER_REAL, WAITING * seconds)
 
 
 def _leave(work: Callable[[], int]) -> None:
@@ -364,4 +395,5 @@ def _end(process: int) -> None:
     """End a process and those that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    with contextlib.suppress(ChildProcessError):  # it has been waited for
+        os.waitpid(process, 0)
