@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import resource
 import socket
 import ssl
@@ -86,7 +87,7 @@ class Connections:
         self._idle: dict[Connection, float] = {}  # since when, the longest first
         self._opening: dict[asyncio.Task[Any], None] = {}  # whose TLS is not established, the longest first
         self._freed = asyncio.Event()
-        self._logged = -LOG_SECONDS * 1.0
+        self._logged = -math.inf
 
     def __len__(self) -> int:
         return len(self._open) + len(self._opening)

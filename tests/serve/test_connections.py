@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from chameleon_deploy.serve import connections
-from chameleon_deploy.serve.connections import RESERVED, Connections, _allowed
+from chameleon_deploy.serve.connections import RESERVED, Connection, Connections, _allowed
 
 UNLIMITED = resource.RLIM_INFINITY
 
@@ -136,6 +141,7 @@ def test_room_is_made_before_another_client_is_let_in(caplog: pytest.LogCaptureF
     async def make_room() -> list[bool]:
         found, client = Connections(2), Client()
         found.note(client)  # type: ignore[arg-type]
+        found._freed.set()  # by one that ended before
         await asyncio.wait_for(found._make_room(), 1)  # of two places one is free
         assert not caplog.records and client.closed_at < 0
         found.note(other := Client())  # type: ignore[arg-type]
@@ -148,3 +154,154 @@ def test_room_is_made_before_another_client_is_let_in(caplog: pytest.LogCaptureF
 
     assert asyncio.run(make_room()) == [False, True, False]
     assert caplog.messages == ["2 connections are open, which is the limit: the longest silent ones are closed"]
+
+
+class Transport(asyncio.Transport):
+    """Of a connection that is fed without a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+async def answer(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+async def never(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.Event().wait()
+
+
+def connected(found: Connections, app: Any = never) -> tuple[Connection, Transport]:
+    config = uvicorn.Config(app, log_config=None, ws="none")
+    config.load()
+    connection = Connection(found, config=config, server_state=ServerState(), app_state={})
+    connection.connection_made(transport := Transport())
+    return connection, transport
+
+
+def is_refused(*parts: bytes) -> bool:
+    """Return whether a connection is closed for the last of the parts that it receives."""
+
+    async def feed() -> bool:
+        connection, transport = connected(Connections(10))
+        for part in parts[:-1]:
+            connection.data_received(part)
+            assert not transport.closed
+        connection.data_received(parts[-1])
+        assert transport.closed == transport.written.startswith(b"HTTP/1.1 400")
+        return transport.closed
+
+    return asyncio.run(feed())
+
+
+def test_a_header_has_at_most_65536_bytes() -> None:
+    def rest(size: int) -> bytes:
+        start = b"ET / HTTP/1.1\r\nHost: "
+        return start + b"a" * (size - len(start))
+
+    assert [is_refused(b"G", rest(2**16)), is_refused(b"G", rest(2**16 + 1))] == [False, True]
+
+
+def test_the_parts_of_a_body_may_take_8_bytes_more_for_each_of_its() -> None:
+    header, body = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"b" * 100
+
+    def part(overhead: int) -> bytes:
+        start, end = b"64;", b"\r\n"
+        return start + b"a" * (overhead - len(start) - 2 * len(end)) + end + body + end
+
+    most = 2**16 + 8 * len(body)
+    assert [is_refused(header, part(most)), is_refused(header, part(most + 1))] == [False, True]
+
+
+def test_sixteen_requests_may_wait_for_the_first() -> None:
+    request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert [is_refused(*[request] * 17), is_refused(*[request] * 18)] == [False, True]
+
+
+def test_a_connection_counts_once_and_is_idle_between_its_answers() -> None:
+    async def live() -> None:
+        found = Connections(10)
+
+        async def open_one() -> tuple[Connection, Transport]:
+            found._opening[asyncio.current_task()] = None  # type: ignore[index]
+            opened = connected(found, answer)
+            assert len(found) == 1
+            return opened
+
+        connection, transport = await asyncio.create_task(open_one())
+        assert list(found._idle) == [connection]
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2)
+        assert not found._idle
+        async with asyncio.timeout(10):
+            while not found._idle:
+                await asyncio.sleep(0)
+        assert transport.written.count(b"HTTP/1.1 200") == 2
+        connection.connection_lost(None)
+        assert len(found) == 0 and not found._idle
+
+    asyncio.run(live())
+
+
+def accept(found: Connections, seconds: float, sock_accept: Callable[[], Any], connect: Any = None) -> int:
+    """Let connections be accepted for some time, in a loop that has these methods. -> the tasks that are left"""
+
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+
+        async def accepted(listening: socket.socket) -> Any:
+            return await sock_accept()
+
+        loop.sock_accept = accepted  # type: ignore[method-assign, assignment]
+        loop.connect_accepted_socket = connect  # type: ignore[method-assign]
+        with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await found.accept(listening, lambda: pytest.fail("no client"), None)
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks()) - 1
+
+    return asyncio.run(run())
+
+
+def test_where_descriptors_end_the_longest_idle_client_is_closed() -> None:
+    async def exhausted() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    client, found = Client(), Connections(10)
+    found._open.add(client)  # type: ignore[arg-type]
+    found._idle[client] = 0.0  # type: ignore[index]
+    assert accept(found, 0.05, exhausted) == 0  # the sweep has ended
+    assert client.closed_at > 0
+
+
+def test_a_client_that_fails_while_it_opens_has_no_place() -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError
+
+    pairs = [socket.socketpair() for _ in range(3)]
+    left, found = list(pairs), Connections(10)
+
+    async def one() -> Any:
+        if not left:
+            await asyncio.Event().wait()
+        return left.pop()[0], None
+
+    accept(found, 0.2, one, fail)
+    assert len(found) == 0 and not left
+    for ours, theirs in pairs:
+        assert ours.fileno() == -1
+        theirs.close()
