@@ -72,10 +72,13 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "runtime.adapters": ((f"{SHARED}::test_an_adapter_file_is_loaded_or_refused_with_its_code",),
                          ("tests/runtime/test_adapters.py", "tests/runtime/test_activated_adapters.py",
                           "tests/runtime/test_types.py")),
-    **dict.fromkeys(
-        ("runtime.engine.loop", "runtime.engine.batch", "runtime.engine.member"),
-        ((f"{SHARED}::test_schedules",), (ENGINE, *(f"tests/runtime/test_{name}.py" for name in (
-            "prompt_lookup", "prefix_cache", "runtime_errors"))))),
+    **{
+        f"runtime.engine.{name}": (
+            (*own, f"{SHARED}::test_schedules"),
+            (TENANTS, ENGINE, *(f"tests/runtime/test_{name}.py" for name in (
+                "prompt_lookup", "prefix_cache", "runtime_errors"))))
+        for name, own in (("loop", ("tests/runtime/test_loop.py",)), ("batch", ("tests/runtime/test_batch.py",)),
+                          ("member", ()))},
     "runtime.engine.engine": ((), (ENGINE, "tests/runtime/test_types.py")),
     "runtime.engine.submission": ((), ("tests/runtime/test_submission.py", ENGINE, "tests/runtime/test_types.py")),
     "runtime.engine.tenants": (tuple(f"{TENANTS}::{name}" for name in (
