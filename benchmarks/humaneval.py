@@ -58,6 +58,7 @@ INSTRUCTION = (
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 TIE = 1e-3  # difference of two logits that rounding may turn round
 DIFFERENCES = 10  # that the notes of a record name
+PIECE = 64  # tokens by which an engine continues an answer
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -250,13 +251,16 @@ def read(
 
 
 def _continued(engine: Greedy, prompt: list[int], begun: list[int], ends: set[int], max_tokens: int) -> list[int]:
-    """Return the tokens of an answer that is begun, up to one that ends the turn."""
-    if begun[-1] in ends or len(begun) == max_tokens:
-        return begun
-    (found,) = engine.generate([prompt + begun], max_tokens - len(begun), lambda _: None)
-    rest = [int(token_id) for token_id in found]
-    stop = next((i + 1 for i, token_id in enumerate(rest) if token_id in ends), len(rest))
-    return begun + rest[:stop]
+    """Return the tokens of an answer that is begun, up to one that ends the turn.
+
+    No engine here stops at a token, so it goes on in pieces and reads again what it has.
+    """
+    while begun[-1] not in ends and len(begun) < max_tokens:
+        (found,) = engine.generate([prompt + begun], min(PIECE, max_tokens - len(begun)), lambda _: None)
+        piece = [int(token_id) for token_id in found]
+        stop = next((i + 1 for i, token_id in enumerate(piece) if token_id in ends), len(piece))
+        begun = begun + piece[:stop]
+    return begun
 
 
 def named(option: str, values: Sequence[str] | None) -> Iterator[tuple[str, str]]:

@@ -97,8 +97,9 @@ def test_the_command(mini: Checkpoint, tmp_path: Path) -> None:
     assert call("benchmarks.humaneval", *options, "--bundle", "nameless").returncode == 2
 
 
-def test_transformers_answers_as_it_would_alone(mini: Checkpoint) -> None:
+def test_transformers_answers_as_it_would_alone(mini: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the drafts say: its own words, others, or the beginning of its own."""
+    monkeypatch.setattr(humaneval, "PIECE", 3)
     trunk, limit = mini.trunk, 8
     prompt = trunk.tokenizer.encode("def one").ids
     alone = _greedy(trunk, prompt, limit)
