@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -591,6 +592,27 @@ def test_a_cohort_window_joins_callers_and_says_so(runtime: Runtime) -> None:
         together = runtime.generate(rows[:2], mode="cohort", sampling=[HOT] * 2)
         assert [stream.result(60) for stream in four] == [together] * 4
         assert [stream.cohort.size for stream in four if stream.cohort] == [2] * 4
+
+
+def test_an_engine_is_closed_at_the_interpreters_exit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit = list[tuple[Any, ...]]()
+    module = SimpleNamespace(register=lambda *call: at_exit.append(call), unregister=lambda call: at_exit.clear())
+    monkeypatch.setattr("chameleon_deploy.runtime.engine.engine.atexit", module)
+    engine = Engine(runtime, rows=1)
+    stream = engine.submit([[5]], max_new_tokens=100, sampling=Sampling(ignore_eos=True))
+    ((close, *arguments),) = at_exit
+    close(*arguments)  # without waiting for the row
+    assert engine.closed and stream.result(0)[0].finish_reason == "cancelled"
+    assert not at_exit
+
+
+def test_an_idle_engine_takes_no_processor_time(runtime: Runtime) -> None:
+    with Engine(runtime, rows=1, cohort_window_ms=60_000) as engine:
+        assert engine._window == 60
+        engine.submit([[5]], max_new_tokens=1, mode="none").result(60)
+        start = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - start < 0.25
 
 
 def test_only_the_first_tokens_adapt(runtime: Runtime, engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from chameleon_deploy.runtime.decode.prefix_cache import PrefixCacheStats
 from chameleon_deploy.runtime.decode.shared_cache import SharedCacheDecoder
 from chameleon_deploy.runtime.engine import engine as module
 from chameleon_deploy.runtime.engine.engine import Engine, EngineOptions
+from chameleon_deploy.runtime.engine.iteration import Iteration
 from chameleon_deploy.runtime.inputs import MAX_ROWS
 
 POSITIONS, TOKEN_BYTES = 1000, 100
@@ -150,6 +152,37 @@ def test_a_cohort_closes_at_the_end_of_its_window(monkeypatch: pytest.MonkeyPatc
     without = idle(_window=0, _loop=loop)
     without._take(late)  # type: ignore[arg-type]
     assert loop.waiting[-1] == "late" and not without._open_cohorts
+
+
+def test_a_cohort_that_cannot_be_formed_ends_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, error = list[Any](), ValueError("not comparable")
+
+    def form_cohort(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "form_cohort", form_cohort)
+    loop = SimpleNamespace(waiting=[], refuse=lambda members, error: refused.append((members, error)))
+    cohort = (0.0, [SimpleNamespace(members=["one"]), SimpleNamespace(members=["two"])])
+    engine = idle(_loop=loop, runtime=None, _cohort_ids=iter([0]), _open_cohorts={"a": cohort})
+    engine._close_cohorts()
+    assert refused == [(["one", "two"], error)] and not loop.waiting and not engine._open_cohorts
+
+
+def test_a_fault_ends_what_waits_in_the_queue_and_in_cohorts() -> None:
+    failed, commands = list[Any](), SimpleQueue[Any]()
+    for submission in (SimpleNamespace(members=["one"]), None, SimpleNamespace(members=["two"])):
+        commands.put(submission)
+
+    def fail(error: Exception) -> tuple[dict[Any, Any], Iteration]:
+        failed.append(error)
+        return {}, Iteration()
+
+    loop = SimpleNamespace(waiting=[], fail=fail)
+    cohorts = {"a": (0.0, [SimpleNamespace(members=["three"]), SimpleNamespace(members=["four"])])}
+    engine = idle(_loop=loop, _window=0, _commands=commands, _open_cohorts=cohorts, _observe=None)
+    engine._fail(cause := ValueError("planted"))
+    assert loop.waiting == ["one", "two", "three", "four"]
+    assert engine.closed and failed[0].__cause__ is cause
 
 
 def test_without_a_prefix_cache_there_is_nothing_to_tell_or_to_forget() -> None:

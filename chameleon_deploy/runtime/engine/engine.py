@@ -276,7 +276,6 @@ class Engine:
             self._commands.put(None)
         self._thread.join(drain_seconds)
         self._cancelling = True
-        self._commands.put(None)
         self._thread.join()
         atexit.unregister(self.close)
 
