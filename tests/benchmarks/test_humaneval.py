@@ -129,16 +129,19 @@ def test_the_reference_beside_its_bundle(mini_path: Path, tmp_path: Path) -> Non
     export_bundle(load_adapted(str(base), {}), tmp_path / "bundle")
     file = write(tmp_path / "problems.gz", problem())
     options = [tmp_path / "work", "--problems", file, "--max-tokens", 6, "--threads", 1, "--capacity", 128]
-    result = call("benchmarks.humaneval", *options, "--bundle", f"ours={tmp_path / 'bundle'}", "--reference", base)
+    readers = ["--reference", base, "--openvino", f"fp32={base}"]
+    result = call("benchmarks.humaneval", *options, "--bundle", f"ours={tmp_path / 'bundle'}", *readers)
     assert result.returncode == 0, result.stderr
-    ours, theirs = (
+    ours, *others = (
         msgspec.json.decode((tmp_path / "work" / f"{name}.json").read_bytes(), type=Record)
-        for name in ("ours", "transformers")
+        for name in ("ours", "transformers", "OpenVINO fp32")
     )
-    assert "in 0 answers" in theirs.notes
-    assert ours.solutions[0].token_ids == theirs.solutions[0].token_ids
-    assert ours.solutions[0].text == theirs.solutions[0].text
-    assert ours.mean_logprob == pytest.approx(theirs.mean_logprob, rel=1e-4)
+    for theirs in others:
+        assert "in 0 answers" in theirs.notes
+        assert ours.solutions[0].token_ids == theirs.solutions[0].token_ids
+        assert ours.solutions[0].text == theirs.solutions[0].text
+        assert ours.mean_logprob == pytest.approx(theirs.mean_logprob, rel=1e-4)
+    assert call("benchmarks.humaneval", *options, *readers).returncode == 2  # whose answers would they read?
 
 
 def test_what_is_lost_and_gained_is_listed() -> None:
