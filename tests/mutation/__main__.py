@@ -79,7 +79,8 @@ TESTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                 "prompt_lookup", "prefix_cache", "runtime_errors"))))
         for name, own in (("loop", ("tests/runtime/test_loop.py",)), ("batch", ("tests/runtime/test_batch.py",)),
                           ("member", ()))},
-    "runtime.engine.engine": (("tests/runtime/test_engine_limits.py",), (ENGINE, "tests/runtime/test_types.py")),
+    "runtime.engine.engine": (("tests/runtime/test_engine_limits.py",),
+                              (TENANTS, ENGINE, "tests/runtime/test_types.py")),
     "runtime.engine.submission": ((), ("tests/runtime/test_submission.py", ENGINE, "tests/runtime/test_types.py")),
     "runtime.engine.tenants": (tuple(f"{TENANTS}::{name}" for name in (
         "test_who_may_begin", "test_who_reads_short_chunks",
