@@ -1,4 +1,4 @@
-"""Which connections are closed for others or for silence, and how many there may be. Without sockets."""
+"""Which connections are closed: for others, for silence, for what they send; and what that costs. Without a server."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import errno
 import logging
 import resource
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from chameleon_deploy.serve import connections
 from chameleon_deploy.serve.connections import RESERVED, Connection, Connections, _allowed
 
 UNLIMITED = resource.RLIM_INFINITY
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Client:
@@ -81,7 +84,7 @@ def test_silent_clients_are_closed_and_those_that_still_read_later(monkeypatch: 
     monkeypatch.setattr(connections, "FLUSH_SECONDS", 0.5)
     silent, reading, asking = Client(), Client(unread=1), Client(is_idle=False)
     run(silent, reading, asking, seconds=0.8)
-    assert 0.2 < silent.closed_at <= reading.closed_at and 0.5 < reading.closed_at
+    assert 0.2 < silent.closed_at <= reading.closed_at and reading.closed_at > 0.5
     assert asking.closed_at < 0
 
 
@@ -172,6 +175,8 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         self.closed = True
 
+    abort = close
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -186,10 +191,15 @@ async def never(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.Event().wait()
 
 
-def connected(found: Connections, app: Any = never) -> tuple[Connection, Transport]:
+def of_uvicorn(app: Any = never) -> dict[str, Any]:
+    """Return what uvicorn gives each connection."""
     config = uvicorn.Config(app, log_config=None, ws="none")
     config.load()
-    connection = Connection(found, config=config, server_state=ServerState(), app_state={})
+    return {"config": config, "server_state": ServerState(), "app_state": {}}
+
+
+def connected(found: Connections, app: Any = never) -> tuple[Connection, Transport]:
+    connection = Connection(found, **of_uvicorn(app))
     connection.connection_made(transport := Transport())
     return connection, transport
 
@@ -218,14 +228,14 @@ def test_a_header_has_at_most_65536_bytes() -> None:
 
 
 def test_the_parts_of_a_body_may_take_8_bytes_more_for_each_of_its() -> None:
-    header, body = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"b" * 100
+    body = b"b" * 100
 
     def part(overhead: int) -> bytes:
         start, end = b"64;", b"\r\n"
         return start + b"a" * (overhead - len(start) - 2 * len(end)) + end + body + end
 
     most = 2**16 + 8 * len(body)
-    assert [is_refused(header, part(most)), is_refused(header, part(most + 1))] == [False, True]
+    assert [is_refused(CHUNKED, part(most)), is_refused(CHUNKED, part(most + 1))] == [False, True]
 
 
 def test_sixteen_requests_may_wait_for_the_first() -> None:
@@ -305,3 +315,57 @@ def test_a_client_that_fails_while_it_opens_has_no_place() -> None:
     for ours, theirs in pairs:
         assert ours.fileno() == -1
         theirs.close()
+
+
+def fed(make: Callable[[dict[str, Any]], Any], data: bytes) -> tuple[float, Transport, Any]:
+    """Seconds of the processor that a connection takes for some data, its transport, and itself."""
+
+    async def feed() -> tuple[float, bool, Transport, Any]:
+        protocol, transport = make(of_uvicorn()), Transport()
+        protocol.connection_made(transport)
+        started = time.process_time()
+        for at in range(0, len(data), 2**16):
+            if not transport.closed:
+                protocol.data_received(data[at : at + 2**16])
+        seconds, was_closed = time.process_time() - started, transport.closed
+        return seconds, was_closed, transport, protocol
+
+    seconds, was_closed, transport, protocol = asyncio.run(feed())
+    transport.closed = was_closed  # the end of the loop closes it
+    return seconds, transport, protocol
+
+
+def ours(arguments: dict[str, Any]) -> Connection:
+    return Connection(Connections(10), **arguments)
+
+
+def test_a_body_in_chunks_of_one_byte_costs_little() -> None:
+    data = CHUNKED + b"1\r\na\r\n" * 50_000
+    seconds, transport, protocol = fed(ours, data)
+    assert not transport.closed
+    assert len(protocol.cycle.body) == 50_000
+    assert seconds < fed(lambda arguments: H11Protocol(**arguments), data)[0] / 4
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: " + b"a" * 2**20,
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2**17,
+        CHUNKED + (b"1;" + b"a" * 1000 + b"\r\na\r\n") * 1000,
+        CHUNKED + b"1\r\na\r\n0\r\n" + b"a: b\r\n" * 2**17,
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000,
+    ],
+    ids=["a header", "many headers", "extensions of chunks", "trailers", "pipelined requests"],
+)
+def test_what_is_no_body_is_bounded(data: bytes) -> None:
+    _, transport, protocol = fed(ours, data)
+    assert transport.closed
+    assert b"400 Bad Request" in transport.written
+    assert len(protocol.pipeline) <= connections.MAX_PIPELINED + 1
+
+
+def test_a_body_may_be_large_and_its_header_too() -> None:
+    header = b"POST / HTTP/1.1\r\nHost: a\r\nCookie: " + b"a" * 30_000
+    _, transport, _ = fed(ours, header + b"\r\nContent-Length: 4000000\r\n\r\n" + b" " * 4_000_000)
+    assert not transport.closed

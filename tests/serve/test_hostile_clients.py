@@ -18,17 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from chameleon_deploy.runtime.decode.slots import Slots
 from chameleon_deploy.runtime.scoring import prompt_logprobs
 from chameleon_deploy.serve import connections, endpoint, logs, scoring
-from chameleon_deploy.serve.connections import Connection, Connections
+from chameleon_deploy.serve.connections import Connections
 from tests.serving import COMMAND, InThread, Running, listening, process, running, wait_for
-
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def post(path: str, raw: bytes) -> bytes:
@@ -261,89 +256,6 @@ def test_unfinished_bodies_are_bounded_together(bundle: Path) -> None:
         first.close()
         wait_for(lambda: server.service.unfinished_bodies._left == 10**6)
         assert server.post("/v1/completions", prompt="a" * 900_000).json()["error"]["code"] == "text_too_long"
-
-
-class Transport(asyncio.Transport):
-    """Of a connection that is fed without a socket."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written, self.closed = b"", False
-
-    def write(self, data: Any) -> None:
-        self.written += data
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-
-async def never(scope: Any, receive: Any, send: Any) -> None:
-    await asyncio.sleep(3600)
-
-
-def fed(make: Callable[[dict[str, Any]], Any], data: bytes) -> tuple[float, Transport, Any]:
-    """Seconds of the processor that a connection takes for some data, its transport, and itself."""
-
-    async def feed() -> tuple[float, bool, Transport, Any]:
-        config = uvicorn.Config(never, log_config=None, ws="none")
-        config.load()
-        protocol, transport = make({"config": config, "server_state": ServerState(), "app_state": {}}), Transport()
-        protocol.connection_made(transport)
-        started = time.process_time()
-        for at in range(0, len(data), 2**16):
-            if not transport.closed:
-                protocol.data_received(data[at : at + 2**16])
-        seconds, was_closed = time.process_time() - started, transport.closed
-        return seconds, was_closed, transport, protocol
-
-    seconds, was_closed, transport, protocol = asyncio.run(feed())
-    transport.closed = was_closed  # the end of the loop closes it
-    return seconds, transport, protocol
-
-
-def ours(arguments: dict[str, Any]) -> Connection:
-    return Connection(Connections(10), **arguments)
-
-
-def test_a_body_in_chunks_of_one_byte_costs_little() -> None:
-    data = CHUNKED + b"1\r\na\r\n" * 50_000
-    seconds, transport, protocol = fed(ours, data)
-    assert not transport.closed
-    assert len(protocol.cycle.body) == 50_000
-    assert seconds < fed(lambda arguments: H11Protocol(**arguments), data)[0] / 4
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"GET / HTTP/1.1\r\nHost: " + b"a" * 2**20,
-        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2**17,
-        CHUNKED + (b"1;" + b"a" * 1000 + b"\r\na\r\n") * 1000,
-        CHUNKED + b"1\r\na\r\n0\r\n" + b"a: b\r\n" * 2**17,
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000,
-    ],
-    ids=["a header", "many headers", "extensions of chunks", "trailers", "pipelined requests"],
-)
-def test_what_is_no_body_is_bounded(data: bytes) -> None:
-    _, transport, protocol = fed(ours, data)
-    assert transport.closed
-    assert b"400 Bad Request" in transport.written
-    assert len(protocol.pipeline) <= connections.MAX_PIPELINED + 1
-
-
-def test_a_body_may_be_large_and_its_header_too() -> None:
-    header = b"POST / HTTP/1.1\r\nHost: a\r\nCookie: " + b"a" * 30_000
-    _, transport, _ = fed(ours, header + b"\r\nContent-Length: 4000000\r\n\r\n" + b" " * 4_000_000)
-    assert not transport.closed
 
 
 # The log
