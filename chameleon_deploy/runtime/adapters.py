@@ -303,7 +303,7 @@ class Adapters:
             **digests,
             "base": self._spec.base_digest,
             "targets": hashlib.sha256(targets.encode()).hexdigest(),
-            "max_rank": str(max_rank(self._spec)),  # else the errors of a stricter bundle would name the cache's file
+            "max_rank": str(max_rank(self._spec)),  # a rank that one bundle refuses, another may have converted
         }
         return local_cache.find_or_build(ADAPTERS, key, build) / CONVERTED
 

@@ -35,7 +35,7 @@ Clock = SimpleNamespace
 class Places:
     """A batch that reads every prompt at once, and whose every token is 7. See `Batch`.
 
-    prefill_seconds, step_seconds  by which the clock moves in a call
+    clock  moves by 3 seconds in a prefill and by 2 in a step
     """
 
     cached_tokens = 0
@@ -152,7 +152,7 @@ def test_the_last_of_all_places_is_kept_for_another_tenant() -> None:
 
 
 def test_tokens_are_charged_while_another_tenant_waits() -> None:
-    """In the end of a round, the first tenant has what its quantum leaves of a prompt of 5 tokens and a new one."""
+    """The first tenant keeps what a prompt of 5 tokens and each new token leave of its quantum."""
     loop = opened(Places(1), *submitted([[1] * 5], 3, Tenant("a")), *submitted([[2]], 3, Tenant("b")))
     loop.iterate()
     assert loop._shares._deficits == {"a": QUANTUM - 5 - 1, "b": QUANTUM}

@@ -88,7 +88,7 @@ def test_silent_clients_are_closed_and_those_that_still_read_later(monkeypatch: 
     assert asking.closed_at < 0
 
 
-def test_silence_counts_from_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_asks_again_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.4)
     client = Client()
 
@@ -227,7 +227,7 @@ def test_a_header_has_at_most_65536_bytes() -> None:
     assert [is_refused(b"G", rest(2**16)), is_refused(b"G", rest(2**16 + 1))] == [False, True]
 
 
-def test_the_parts_of_a_body_may_take_8_bytes_more_for_each_of_its() -> None:
+def test_the_parts_of_a_body_may_take_8_bytes_for_each_byte_of_it() -> None:
     body = b"b" * 100
 
     def part(overhead: int) -> bytes:
