@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <latch>
 #include <random>
 #include <thread>
@@ -364,6 +365,20 @@ TEST(Engine, ACohortWindowJoinsCallersAndSaysSo) {
   expect_same(apart[0].result(), apart[1].result());
   EXPECT_EQ(apart[0].cohort()->size, 1U);
   EXPECT_NE(apart[0].cohort()->id, apart[1].cohort()->id);
+}
+
+TEST(Engine, AClosingEngineDoesNotWaitForMoreOfACohort) {
+  const auto prompts = prompts_of({5, 9});
+  const auto expected = runtime().generate(prompts, {.max_new_tokens = 4}, {.mode = Mode::cohort});
+  Engine engine(runtime(), {.cohort_window = Seconds(600)});
+  std::vector<Stream> streams;
+  for (const TokenIds& prompt : prompts) {
+    streams.push_back(submit(engine, prompt, Generate{.max_new_tokens = 4}, {.mode = Mode::cohort}));
+  }
+  const auto began = std::chrono::steady_clock::now();
+  engine.close(Seconds(300));
+  EXPECT_LT(std::chrono::steady_clock::now() - began, Seconds(60));
+  for (std::size_t i = 0; i < 2; ++i) expect_same(streams[i].result(), {expected[i]});
 }
 
 TEST(Engine, OnlyTheFirstTokensAdapt) {

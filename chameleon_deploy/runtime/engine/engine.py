@@ -311,7 +311,7 @@ class Engine:
 
     def _idle_seconds(self) -> float | None:
         """Return how long the thread may sleep unless something is submitted; None for no limit."""
-        if self._loop or (self._closing and not self._present):  # the latter ends the thread
+        if self._loop or self._closing:
             return 0
         closings = [closing for closing, _ in self._open_cohorts.values()]
         return max(0.0, min(closings) - time.monotonic()) if closings else None
@@ -331,7 +331,7 @@ class Engine:
     def _close_cohorts(self) -> None:
         now = time.monotonic()
         for key, (closing, submissions) in list(self._open_cohorts.items()):
-            if now < closing:
+            if now < closing and not self._closing:  # nothing joins a cohort of a closing engine
                 continue
             del self._open_cohorts[key]
             members = [member for submission in submissions for member in submission.members]

@@ -202,7 +202,7 @@ void Engine::Impl::run() {
 /// Take everything that was submitted; wait for it if nothing else is to be done. False at the end.
 bool Engine::Impl::take_commands() {
   std::unique_lock lock(mutex);
-  const auto is_awake = [&] { return !commands.empty() || !loop.empty() || (closing && present == 0) || cancelling; };
+  const auto is_awake = [&] { return !commands.empty() || !loop.empty() || closing; };
   if (open_cohorts.empty()) {
     changed.wait(lock, is_awake);
   } else {
@@ -211,7 +211,7 @@ bool Engine::Impl::take_commands() {
     changed.wait_until(lock, first->second.closing, is_awake);
   }
   for (Submission& submission : std::exchange(commands, {})) take(std::move(submission));
-  close_cohorts(cancelling ? Clock::time_point::max() : Clock::now());
+  close_cohorts(closing ? Clock::time_point::max() : Clock::now());  // nothing joins a cohort of a closing engine
   if (cancelling) loop.cancel();
   return !closing || present > 0 || !loop.empty();
 }
