@@ -119,11 +119,11 @@ def idle(**state: Any) -> Engine:
 def test_the_thread_sleeps_until_something_comes_or_a_cohort_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 100.0))
     assert idle()._idle_seconds() is None
-    assert idle(_present=1, _closing=True)._idle_seconds() is None  # rows of a cohort that is about to come
     assert idle(_closing=True)._idle_seconds() == 0
     assert idle(_loop=["row"])._idle_seconds() == 0
     cohorts: dict[str, tuple[float, list[Any]]] = {"a": (103.0, []), "b": (102.5, [])}
     assert idle(_open_cohorts=cohorts)._idle_seconds() == 2.5
+    assert idle(_open_cohorts=cohorts, _present=1, _closing=True)._idle_seconds() == 0  # a cohort closes at once
     assert idle(_open_cohorts={"a": (99.0, [])})._idle_seconds() == 0
 
 
