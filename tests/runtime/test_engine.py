@@ -595,13 +595,14 @@ def test_a_cohort_window_joins_callers_and_says_so(runtime: Runtime) -> None:
 
 
 def test_a_closing_engine_does_not_wait_for_more_of_a_cohort(runtime: Runtime) -> None:
-    prompts, generate = prompts_of(5, 9), {"mode": "cohort", "max_new_tokens": 4}
+    prompts = prompts_of(5, 9)
+    expected = runtime.generate(prompts, mode="cohort", max_new_tokens=4)
     engine = Engine(runtime, rows=2, cohort_window_ms=600_000)
-    streams = [engine.submit([prompt], **generate) for prompt in prompts]
+    streams = [engine.submit([prompt], mode="cohort", max_new_tokens=4) for prompt in prompts]
     began = time.monotonic()
     engine.close(drain_seconds=300)
     assert time.monotonic() - began < 60
-    assert [stream.result(0)[0] for stream in streams] == runtime.generate(prompts, **generate)
+    assert [stream.result(0)[0] for stream in streams] == expected
 
 
 def test_an_engine_is_closed_at_the_interpreters_exit(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
