@@ -17,8 +17,10 @@ from chameleon_deploy.runtime.decode.slots import KeyValues, Slots
 from chameleon_deploy.runtime.decode.tiled_scorer import Piece, TiledScorer
 from chameleon_deploy.runtime.factors import RowFactors
 
-PREFILL_TOKENS = 2048  # rows times width of one call; bounds activations at no cost
-INT8_TOKENS = 256  # the same for int8 and int4, whose values then fit into the processor's cache
+# Rows times width of one call that reads prompts. Larger calls read the weights less often, but their attention scores,
+# this times the row's capacity in each head, leave the processor's cache, and have to be held.
+PREFILL_TOKENS = 512
+INT8_TOKENS = 256  # the same for int8 and int4, whose activations then fit into the processor's cache
 SCORED_TOKENS = 256  # the same if hidden states or logits of all positions are returned
 
 

@@ -9,9 +9,10 @@ namespace chameleon {
 
 namespace {
 
-// Rows times width of one call that reads prompts. It bounds the memory of activations and costs no time at this size.
-// It is smaller in int8, whose activations then stay in the processor's cache.
-constexpr std::size_t kPrefillTokens = 2048, kInt8Tokens = 256;
+// Rows times width of one call that reads prompts. Larger calls read the weights less often, but their attention
+// scores, this times the row's capacity in each head, leave the processor's cache, and have to be held. It is smaller
+// in int8, whose activations then fit into the processor's cache.
+constexpr std::size_t kPrefillTokens = 512, kInt8Tokens = 256;
 
 // The same for calls that return hidden states or logits of all positions.
 constexpr std::size_t kScoredTokens = 256;
